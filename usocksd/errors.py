@@ -1,0 +1,82 @@
+"""Every error of the two daemons, by cause: one root, below it who or what is at fault.
+
+Standard library only, so that `usocksd.socks` stays usable alone.
+"""
+
+from __future__ import annotations
+
+import errno as _errno
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class Error(Exception):
+    """The root: `except Error` catches what the daemons raise on purpose, and no bug."""
+
+
+class ProtocolError(Error):
+    """A peer broke the protocol it was to speak; subclasses say which peer and what reply it deserves."""
+
+
+class Denied(Error):
+    """Policy forbids it. `rule` is the text of the rule that decided, as shown in log records."""
+
+    def __init__(self, rule: str) -> None:
+        super().__init__(f"denied by {rule}")
+        self.rule = rule
+
+
+class CommandNotSupported(Error):
+    """The client asked for something else than CONNECT."""
+
+
+class NoEgress(Error):
+    """There are egress addresses, and none is usable for the destination's family: nothing leaves instead."""
+
+
+class DialError(Error):
+    """A TCP connection could not be made. `errno` is the kernel's (errno(3)); ETIMEDOUT also for our own deadline."""
+
+    def __init__(self, errno: int, address: str, step: str = "connect") -> None:
+        name = _errno.errorcode.get(errno, str(errno))
+        super().__init__(f"{step} {address}: {os.strerror(errno)} ({name})")
+        self.errno = errno
+        self.address = address
+        self.step = step
+
+
+class ResolveError(Error):
+    """A name has no address, or nobody told us in time; `cause` says which in a word or two."""
+
+    def __init__(self, name: str, cause: str) -> None:
+        super().__init__(f"{name}: {cause}")
+        self.name = name
+        self.cause = cause
+
+
+class UpstreamError(Error):
+    """The upstream proxy refused the connection, or did not speak its protocol."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One thing that is wrong in a configuration: where, what stands there, and what would be right."""
+
+    path: str
+    value: str
+    expected: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path}: {self.value}: {self.expected}" if self.value else f"{self.path}: {self.expected}"
+        )
+
+
+class ConfigError(Error):
+    """A configuration that can't be used: every fault of it at once."""
+
+    def __init__(self, source: str, faults: Sequence[Fault]) -> None:
+        super().__init__("\n".join(f"{source}: {fault}" for fault in faults))
+        self.source = source
+        self.faults = tuple(faults)

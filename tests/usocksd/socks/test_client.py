@@ -1,0 +1,247 @@
+"""The client role, as conversations. Docstrings name the line of the wire notes that a test is about."""
+
+from __future__ import annotations
+
+import pytest
+
+from usocksd.errors import ProtocolError, UpstreamError
+from usocksd.socks import (
+    NEED_DATA,
+    AuthenticationFailed,
+    Client,
+    Established,
+    Kind,
+    Reply,
+    RequestRefused,
+    Socks4Reply,
+    UpstreamFault,
+    Version,
+)
+
+REPLY = b"\x05\x00\x00\x01\xc6\x33\x64\x09\x9c\x40"
+
+
+def after(client: Client, *received: bytes) -> Client:
+    """`client`, which was sent each of `received` and needed more after each but the last."""
+    for data in received[:-1]:
+        client.receive_data(data)
+        assert client.next_event() is NEED_DATA
+    client.receive_data(received[-1])
+    return client
+
+
+def error_of(client: Client) -> UpstreamError:
+    with pytest.raises(UpstreamError) as raised:
+        client.next_event()
+    with pytest.raises(type(raised.value)) as again:
+        client.next_event()
+    assert str(again.value) == str(raised.value)
+    client.receive_data(b"more")
+    assert client.trailing_data == b""
+    assert client.data_to_send() == b""
+    return raised.value
+
+
+def test_ordinary_conversation() -> None:
+    client = Client("example.com", 443)
+    assert client.data_to_send() == b"\x05\x01\x00"
+    assert client.next_event() is NEED_DATA
+    client.receive_data(b"\x05\x00")
+    assert client.next_event() is NEED_DATA
+    assert client.data_to_send() == b"\x05\x01\x00\x03\x0bexample.com\x01\xbb"
+    assert client.data_to_send() == b""
+    client.receive_data(REPLY)
+    assert client.next_event() == Established("198.51.100.9", 40000)
+    assert client.trailing_data == b""
+    with pytest.raises(RuntimeError):
+        client.next_event()
+
+
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [
+        ("192.0.2.7", b"\x01\xc0\x00\x02\x07"),
+        ("2001:db8::1", b"\x04" + bytes.fromhex("20010db8000000000000000000000001")),
+        ("example.com", b"\x03\x0bexample.com"),
+        ("127.1", b"\x03\x05127.1"),
+        ("bücher.de", b"\x03\x0ab\xc3\xbccher.de"),
+        ("n" * 255, b"\x03\xff" + b"n" * 255),
+    ],
+)
+def test_addresses(host: str, address: bytes) -> None:
+    """A numeric host is sent as an address, any other as a name."""
+    client = after(Client(host, 80), b"\x05\x00")
+    client.data_to_send()
+    client.next_event()
+    assert client.data_to_send() == b"\x05\x01\x00" + address + b"\x00\x50"
+
+
+@pytest.mark.parametrize("username", ["us\u00e9r", "", "u" * 255])
+def test_username_and_password(username: str) -> None:
+    """RFC 1929, both fields in UTF-8; the request waits for the status."""
+    client = Client("192.0.2.7", 80, username=username, password="key")
+    assert client.data_to_send() == b"\x05\x02\x00\x02"
+    client.receive_data(b"\x05\x02")
+    assert client.next_event() is NEED_DATA
+    raw = username.encode()
+    assert client.data_to_send() == b"\x01" + bytes((len(raw),)) + raw + b"\x03key"
+    client.receive_data(b"\x01\x00")
+    assert client.next_event() is NEED_DATA
+    assert client.data_to_send().startswith(b"\x05\x01\x00\x01")
+    client.receive_data(REPLY)
+    assert isinstance(client.next_event(), Established)
+
+
+def test_server_may_not_want_the_credentials() -> None:
+    client = after(Client("192.0.2.7", 80, username="me"), b"\x05\x00")
+    client.data_to_send()
+    assert client.next_event() is NEED_DATA
+    assert client.data_to_send().startswith(b"\x05\x01\x00\x01")
+
+
+@pytest.mark.parametrize("status", [b"\x01\x01", b"\x01\xff", b"\x05\x01"])
+def test_credentials_refused(status: bytes) -> None:
+    """RFC 1929: any status but 0 is a refusal."""
+    client = after(Client("192.0.2.7", 80, username="me", password="key"), b"\x05\x02", status)
+    assert isinstance(error_of(client), AuthenticationFailed)
+
+
+@pytest.mark.parametrize("username", [None, "me"])
+def test_no_acceptable_method(username: str | None) -> None:
+    """No acceptable method: `05 FF`."""
+    error = error_of(after(Client("192.0.2.7", 80, username=username), b"\x05\xff"))
+    assert isinstance(error, AuthenticationFailed)
+
+
+@pytest.mark.parametrize(("username", "method"), [(None, 2), (None, 1), ("me", 1), ("me", 0x80)])
+def test_method_that_was_not_offered(username: str | None, method: int) -> None:
+    error = error_of(after(Client("192.0.2.7", 80, username=username), bytes((5, method))))
+    assert isinstance(error, UpstreamFault)
+    assert isinstance(error, ProtocolError)
+    assert error.kind is Kind.MALFORMED
+
+
+@pytest.mark.parametrize(
+    ("reply", "host"),
+    [
+        (REPLY, "198.51.100.9"),
+        (b"\x05\x00\x00\x04" + bytes(15) + b"\x01\x9c\x40", "::1"),
+        (b"\x05\x00\x00\x03\x0bexample.com\x9c\x40", "example.com"),
+        (b"\x05\x00\x00\x03\x00\x9c\x40", ""),
+        (b"\x05\x00\x00\x03\x01\xff\x9c\x40", "\ufffd"),
+    ],
+)
+@pytest.mark.parametrize("trickle", [True, False])
+def test_reply_of_any_address_type(reply: bytes, host: str, trickle: bool) -> None:
+    """The reply may carry any ATYP; bytes behind it are payload and are handed to the relay."""
+    pieces = [bytes((byte,)) for byte in reply[:-1]] if trickle else [reply[:-1]]
+    client = after(Client("192.0.2.7", 80), b"\x05\x00", *pieces, reply[-1:] + b"payload")
+    assert client.next_event() == Established(host, 40000)
+    assert client.trailing_data == b"payload"
+    client.receive_data(b" and more")
+    assert client.trailing_data == b"payload and more"
+
+
+@pytest.mark.parametrize("reply", [reply for reply in Reply if reply is not Reply.SUCCEEDED])
+@pytest.mark.parametrize("rest", [b"", b"\x00\x01" + bytes(6), b"\x00\x09"])
+def test_refused(reply: Reply, rest: bytes) -> None:
+    """A refusal counts even when it is cut short or odd behind its code."""
+    error = error_of(after(Client("192.0.2.7", 80), b"\x05\x00", bytes((5, reply)) + rest))
+    assert isinstance(error, RequestRefused)
+    assert error.reply is reply
+    assert reply.name.lower().replace("_", " ") in str(error)
+
+
+def test_refused_with_an_unassigned_code() -> None:
+    error = error_of(after(Client("192.0.2.7", 80), b"\x05\x00\x05\xf0"))
+    assert isinstance(error, RequestRefused)
+    assert error.reply == 0xF0
+
+
+@pytest.mark.parametrize(
+    "received",
+    [
+        [b"\x04"],
+        [b"HTTP/1.1 400 Bad Request\r\n"],
+        [b"\x05\x00", b"\x01\x00"],
+        [b"\x05\x00\x05\x00\x00\x02\x00"],
+    ],
+)
+def test_malformed_answers(received: list[bytes]) -> None:
+    error = error_of(after(Client("192.0.2.7", 80), *received))
+    assert isinstance(error, UpstreamFault)
+    assert error.kind is Kind.MALFORMED
+
+
+@pytest.mark.parametrize("received", [[], [b"\x05"], [b"\x05\x00"], [b"\x05\x00", REPLY[:-1]]])
+def test_closed_early(received: list[bytes]) -> None:
+    error = error_of(after(Client("192.0.2.7", 80), *received, b""))
+    assert isinstance(error, UpstreamFault)
+    assert error.kind is Kind.EOF
+
+
+# SOCKS4 and 4a
+
+
+@pytest.mark.parametrize(
+    ("host", "request_bytes"),
+    [
+        ("192.0.2.7", b"\x04\x01\x00\x50\xc0\x00\x02\x07me\x00"),
+        ("example.com", b"\x04\x01\x00\x50\x00\x00\x00\x01me\x00example.com\x00"),
+    ],
+)
+def test_socks4(host: str, request_bytes: bytes) -> None:
+    """0.0.0.x with x≠0 means 4a. Reply VN is 0."""
+    client = Client(host, 80, version=Version.SOCKS4, user_id="me")
+    assert client.data_to_send() == request_bytes
+    after(client, b"\x00", b"\x5a\x9c\x40\xc6\x33\x64", b"\x09payload")
+    assert client.next_event() == Established("198.51.100.9", 40000)
+    assert client.trailing_data == b"payload"
+    assert client.data_to_send() == b""
+
+
+@pytest.mark.parametrize("code", [91, 92, 93])
+def test_socks4_refused(code: int) -> None:
+    error = error_of(after(Client("192.0.2.7", 80, version=Version.SOCKS4), bytes((0, code))))
+    assert isinstance(error, RequestRefused)
+    assert error.reply is Socks4Reply(code)
+
+
+def test_socks4_malformed_answer() -> None:
+    """Reply VN is 0."""
+    error = error_of(after(Client("192.0.2.7", 80, version=Version.SOCKS4), b"\x05\x00"))
+    assert isinstance(error, UpstreamFault)
+
+
+# What can't be said
+
+
+@pytest.mark.parametrize("version", list(Version))
+@pytest.mark.parametrize("host", ["", "a\0b", "a\r\nb", "n" * 256, "ü" * 128, "\ud800"])
+def test_hosts_that_are_none(host: str, version: Version) -> None:
+    with pytest.raises(ValueError, match=r"empty|control|bytes|surrogates"):
+        Client(host, 80, version=version)
+
+
+def test_socks4_has_no_ipv6() -> None:
+    """IPv4 only for SOCKS4 addresses."""
+    with pytest.raises(ValueError, match="IPv6"):
+        Client("2001:db8::1", 80, version=Version.SOCKS4)
+
+
+def test_socks4_addresses_that_would_mean_4a() -> None:
+    """0.0.0.x with x≠0 means 4a, 0.0.0.0 does not."""
+    with pytest.raises(ValueError, match="4a"):
+        Client("0.0.0.1", 80, version=Version.SOCKS4)
+    assert Client("0.0.0.0", 80, version=Version.SOCKS4).data_to_send() == b"\x04\x01\x00\x50" + bytes(5)
+
+
+def test_fields_have_room_for_255_bytes() -> None:
+    with pytest.raises(ValueError, match="256 bytes"):
+        Client("192.0.2.7", 80, username="u" * 256)
+    with pytest.raises(ValueError, match="256 bytes"):
+        Client("192.0.2.7", 80, username="u", password="ü" * 128)
+    with pytest.raises(ValueError, match="256 bytes"):
+        Client("192.0.2.7", 80, version=Version.SOCKS4, user_id="u" * 256)
+    with pytest.raises(ValueError, match="NUL"):
+        Client("192.0.2.7", 80, version=Version.SOCKS4, user_id="u\0u")

@@ -1,0 +1,35 @@
+"""From the cause of a failure to the reply that the SOCKS client gets: the one table."""
+
+from __future__ import annotations
+
+import errno
+
+from usocksd.errors import CommandNotSupported, Denied, DialError, NoEgress, ResolveError
+from usocksd.socks import Reply
+
+_BY_ERRNO = {
+    errno.ENETUNREACH: Reply.NETWORK_UNREACHABLE,
+    errno.ENETDOWN: Reply.NETWORK_UNREACHABLE,
+    errno.EHOSTUNREACH: Reply.HOST_UNREACHABLE,
+    errno.EHOSTDOWN: Reply.HOST_UNREACHABLE,
+    errno.ECONNREFUSED: Reply.CONNECTION_REFUSED,
+    errno.ECONNRESET: Reply.CONNECTION_REFUSED,
+    errno.ETIMEDOUT: Reply.TTL_EXPIRED,  # the nearest that RFC 1928 section 6 has; our own timeout too
+}
+
+
+def reply_for(error: BaseException) -> Reply:
+    """The reply to a request that ended with `error`; GENERAL_FAILURE for what has none of its own."""
+    match error:
+        case DialError():
+            return _BY_ERRNO.get(error.errno, Reply.GENERAL_FAILURE)
+        case ResolveError():
+            return Reply.HOST_UNREACHABLE
+        case Denied():
+            return Reply.NOT_ALLOWED
+        case CommandNotSupported():
+            return Reply.COMMAND_NOT_SUPPORTED
+        case NoEgress():
+            return Reply.NETWORK_UNREACHABLE
+        case _:
+            return Reply.GENERAL_FAILURE

@@ -1,0 +1,42 @@
+"""The SOCKS protocol, both roles, without I/O: bytes in, events and bytes out. Standard library only.
+
+SOCKS4, SOCKS4a (the memos of Ying-Da Lee) and SOCKS5 (RFC 1928) with username/password (RFC 1929).
+
+`Server` and `Client` are driven alike; whoever owns the socket writes the loop:
+
+    peer.receive_data(received)        # b"" says that the peer has closed
+    event = peer.next_event()          # NEED_DATA: send what there is to send, then receive more
+    send(peer.data_to_send())
+    peer.trailing_data                 # once the handshake is over: payload that came along with it
+
+What the peer does wrong raises `ClientFault` (in the server role) or one of `UpstreamFault`, `RequestRefused`
+and `AuthenticationFailed` (in the client role). Calling a machine out of turn is a bug of ours and a
+RuntimeError.
+"""
+
+from usocksd.socks.client import Client
+from usocksd.socks.errors import AuthenticationFailed, ClientFault, Kind, RequestRefused, UpstreamFault
+from usocksd.socks.events import NEED_DATA, Credentials, Established, NeedData, Request
+from usocksd.socks.server import Server
+from usocksd.socks.wire import AddressType, Command, Method, Reply, Socks4Reply, Version
+
+__all__ = [
+    "NEED_DATA",
+    "AddressType",
+    "AuthenticationFailed",
+    "Client",
+    "ClientFault",
+    "Command",
+    "Credentials",
+    "Established",
+    "Kind",
+    "Method",
+    "NeedData",
+    "Reply",
+    "Request",
+    "RequestRefused",
+    "Server",
+    "Socks4Reply",
+    "UpstreamFault",
+    "Version",
+]

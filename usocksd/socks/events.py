@@ -1,0 +1,60 @@
+"""What the state machines report: frozen values, and one sentinel for "nothing yet"."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Final
+
+from usocksd.socks.wire import AddressType, Command, Version
+
+
+class NeedData(Enum):
+    """An enum of one, so that a type checker understands `event is NEED_DATA`."""
+
+    NEED_DATA = "need data"
+
+
+NEED_DATA: Final = NeedData.NEED_DATA
+"""There is no event until the peer says more (and perhaps not before it got `data_to_send()`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """A client's user name and password (RFC 1929), either may be empty. The server owes it a verdict."""
+
+    username: str
+    password: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a client wants. The server owes it a reply.
+
+    `host` is numeric (as inet_ntop(3) writes it) for the IP address types. For NAME it is as sent, UTF-8, not
+    empty and free of control characters, but otherwise unchecked: it may well be an address. `user_id` is
+    SOCKS4's, a claim that nobody has verified.
+    """
+
+    version: Version
+    command: Command
+    address_type: AddressType
+    host: str
+    port: int
+    user_id: str = ""
+
+    @property
+    def is_4a(self) -> bool:
+        """Is it a SOCKS4 request with a name?"""
+        return self.version is Version.SOCKS4 and self.address_type is AddressType.NAME
+
+
+@dataclass(frozen=True, slots=True)
+class Established:
+    """The proxy has connected: what follows is the destination's. The address is the one it connects from.
+
+    Many proxies don't tell, and HTTP has no place for it: 0.0.0.0 port 0.
+    """
+
+    bound_host: str = "0.0.0.0"
+    bound_port: int = 0

@@ -1,0 +1,262 @@
+"""transocks.toml: the original's settings, ours, and the sample in deploy/."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import socket
+import tomllib
+import traceback
+from ipaddress import ip_address
+from pathlib import Path
+
+import attrs
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from transocks.config import Config, ProxyScheme, ProxyURL, parse_proxy_url
+from usocksd.errors import ConfigError
+from usocksd.runtime.config import SecretStr, load, parse
+from usocksd.runtime.settings import DnsConfig, LogConfig
+
+SAMPLE = Path(__file__).parents[2] / "deploy" / "transocks.toml"
+PROXY = 'proxy_url = "socks5://10.20.30.40:1080"\n'
+
+
+def faults(toml: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        parse(Config, toml, "transocks.toml")
+    return [str(fault) for fault in caught.value.faults]
+
+
+def listening(value: str) -> list[str]:
+    return [str(listen) for listen in parse(Config, f"{PROXY}listen = {value}", "transocks.toml").listen]
+
+
+def test_the_configuration_of_the_original_readme() -> None:
+    config = parse(
+        Config,
+        """
+        listen = "localhost:1081"
+        proxy_url = "socks5://10.20.30.40:1080"
+        [log]
+        filename = "/path/to/file"
+        level = "info"
+        format = "json"
+        """,
+        "transocks.toml",
+    )
+    assert config.proxy_url == ProxyURL(scheme=ProxyScheme.SOCKS5, host=ip_address("10.20.30.40"), port=1080)
+    assert config.log == LogConfig(filename="/path/to/file", level="info", format="json")
+    assert config.listen == parse(Config, PROXY, "transocks.toml").listen
+
+
+def test_only_the_proxy_is_required() -> None:
+    assert faults("") == [
+        "proxy_url: missing: expected socks5://USER:PASSWORD@HOST:PORT or http://USER:PASSWORD@HOST:PORT "
+        "(user and password optional)"
+    ]
+    config = parse(Config, PROXY, "transocks.toml")
+    assert config.mark is None
+    assert config.timeouts.connect == 30
+
+
+# listen
+
+
+@pytest.mark.parametrize(
+    ("value", "addresses"),
+    [
+        ('"localhost:1081"', ["127.0.0.1:1081", "[::1]:1081"]),
+        ('"LocalHost:1081"', ["127.0.0.1:1081", "[::1]:1081"]),
+        ('":1081"', ["0.0.0.0:1081", "[::]:1081"]),
+        ('"*:1081"', ["0.0.0.0:1081", "[::]:1081"]),
+        ('"0.0.0.0:1081"', ["0.0.0.0:1081"]),
+        ('"[::]:1081"', ["[::]:1081"]),
+        ('["127.0.0.1:1081", "[2001:db8::1]:0"]', ["127.0.0.1:1081", "[2001:db8::1]:0"]),
+        (
+            '["localhost:1081", "localhost:1082"]',
+            [f"{a}:{p}" for p in (1081, 1082) for a in ("127.0.0.1", "[::1]")],
+        ),
+    ],
+)
+def test_listen(value: str, addresses: list[str]) -> None:
+    assert listening(value) == addresses
+
+
+def test_a_pair_for_both_families_is_optional_and_a_single_address_is_not() -> None:
+    config = parse(Config, f'{PROXY}listen = ["localhost:1081", "192.0.2.1:1081"]', "transocks.toml")
+    assert [listen.optional for listen in config.listen] == [True, True, False]
+
+
+def test_a_name_to_listen_on_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def getaddrinfo(host: str, port: object, **_: object) -> list[tuple[object, ...]]:
+        if host != "gateway.example":
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return [
+            (2, 1, 6, "", ("192.0.2.1", 0)),
+            (10, 1, 6, "", ("fe80::1%eth0", 0, 0, 2)),
+            (10, 1, 6, "", ("2001:db8::1", 0, 0, 0)),
+        ] * 2
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    assert listening('"gateway.example:1081"') == ["192.0.2.1:1081", "[2001:db8::1]:1081"]
+    assert faults(f'{PROXY}listen = "nowhere.example:1081"') == [
+        'listen: "nowhere.example:1081": expected a name that resolves: Name or service not known'
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        ("1081", ["listen: 1081: expected "]),
+        ("[]", ["listen: []: expected "]),
+        ('"localhost"', ['listen: "localhost": expected a port']),
+        ('"::1:1081"', ['listen: "::1:1081": expected a port']),
+        ('"localhost:65536"', ['listen: "localhost:65536": expected a port from 0 to 65535']),
+        ('"localhost:http"', ['listen: "localhost:http": expected ']),
+        ('"224.0.0.1:1081"', ['listen: "224.0.0.1:1081": is multicast']),
+        ('"256.0.0.1:1081"', ['listen: "256.0.0.1:1081": expected ']),
+        (
+            '["127.0.0.1:1081", "localhost:1081", "a b:1", true]',
+            ['listen[1]: "localhost:1081": is there already', 'listen[2]: "a b:1": ', "listen[3]: true: "],
+        ),
+        ('["127.0.0.1:1081", ":1081"]', ['listen[1]: ":1081": clashes with 127.0.0.1']),
+    ],
+)
+def test_faults_of_listen(value: str, found: list[str]) -> None:
+    result = faults(f"{PROXY}listen = {value}")
+    assert len(result) == len(found)
+    assert all(fault.startswith(start) for fault, start in zip(result, found, strict=True))
+
+
+# proxy_url
+
+
+@pytest.mark.parametrize(
+    ("url", "proxy"),
+    [
+        ("socks5://192.0.2.1", ProxyURL(scheme=ProxyScheme.SOCKS5, host=ip_address("192.0.2.1"), port=1080)),
+        ("SOCKS5h://Proxy.Example.:1/", ProxyURL(scheme=ProxyScheme.SOCKS5, host="proxy.example", port=1)),
+        (
+            "socks5://[2001:db8::1]:1234",
+            ProxyURL(scheme=ProxyScheme.SOCKS5, host=ip_address("2001:db8::1"), port=1234),
+        ),
+        ("socks5://[::1]", ProxyURL(scheme=ProxyScheme.SOCKS5, host=ip_address("::1"), port=1080)),
+        ("http://proxy:3128", ProxyURL(scheme=ProxyScheme.HTTP, host="proxy", port=3128)),
+        (
+            "http://me:s3cret@proxy:3128/",
+            ProxyURL(
+                scheme=ProxyScheme.HTTP,
+                host="proxy",
+                port=3128,
+                username="me",
+                password=SecretStr("s3cret"),
+            ),
+        ),
+        (
+            "socks5://m%40e:p%3A%2F%C3%BC@s:w@proxy",
+            ProxyURL(
+                scheme=ProxyScheme.SOCKS5,
+                host="proxy",
+                port=1080,
+                username="m@e",
+                password=SecretStr("p:/ü@s:w"),
+            ),
+        ),
+        (
+            "socks5://me@proxy",
+            ProxyURL(
+                scheme=ProxyScheme.SOCKS5, host="proxy", port=1080, username="me", password=SecretStr("")
+            ),
+        ),
+    ],
+)
+def test_proxy_url(url: str, proxy: ProxyURL) -> None:
+    assert parse_proxy_url(url) == proxy
+
+
+def test_a_proxy_url_prints_without_the_password() -> None:
+    proxy = parse_proxy_url("http://me:s3cret@[::1]:3128")
+    assert str(proxy) == "http://[::1]:3128"
+    assert "s3cret" not in repr(parse(Config, 'proxy_url = "http://me:s3cret@h:1"', ""))
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("", "expected socks5://USER"),
+        ("me:s3cret@proxy:1080", "expected socks5://USER"),
+        ("https://me:s3cret@proxy:1080", "expected socks5:// or http:// at the start"),
+        ("socks5://me:s3cret", "expected HOST:PORT"),
+        ("socks5://me:s3cret@", "expected HOST:PORT"),
+        ("socks5://me:s3cret@proxy:x", "expected HOST:PORT"),
+        ("socks5://me:s3cret@::1", "expected HOST:PORT"),
+        ("socks5://me:s3cret@::1:1080", "expected HOST:PORT"),
+        ("socks5://me:s3cret@[fe80::1%eth0]:1080", "expected HOST:PORT"),
+        ("socks5://me:s3cret@[::1", "expected HOST:PORT"),
+        ("socks5://me:s3cret@pro xy", "expected HOST:PORT"),
+        ("socks5://me:s3cret@proxy:65536", "expected HOST:PORT"),
+        ("socks5://me:s3cret@proxy:0", "expected a port from 1"),
+        ("http://me:s3cret@proxy", "expected a port from 1"),
+        ("socks5://me:s3cret@proxy/path", "expected socks5://USER"),
+        ("socks5://me:s3cret/@proxy", "expected user and password percent-encoded"),
+        ("socks5://me:s3cret%@proxy", "expected user and password percent-encoded"),
+        ("socks5://me:s3cret%ff@proxy", "expected user and password in UTF-8"),
+        ("socks5://me:s3cret%0d%0a@proxy", "expected user and password without control characters"),
+        ("http://me%3Ayou:s3cret@proxy:1", "expected a user without a colon"),
+        ("socks5://:s3cret@proxy", "expected a user of 1 to 255 bytes"),
+        (f"socks5://me:s3cret{'x' * 255}@proxy", "expected a user of 1 to 255 bytes"),
+        ("socks5://me:s3cret@0.0.0.0", "expected the address of one host"),
+    ],
+)
+def test_faults_of_proxy_url_never_show_it(url: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(Config, f"proxy_url = '{url}'", "transocks.toml")
+    (fault,) = caught.value.faults
+    assert fault.path == "proxy_url"
+    assert fault.expected.startswith(expected)
+    assert "s3cret" not in "".join(traceback.format_exception(caught.value))
+
+
+@given(st.text(st.sampled_from("socks5htp://@:[].%1aé \n"), max_size=40))
+def test_any_text_is_a_proxy_url_or_invalid(text: str) -> None:
+    with contextlib.suppress(ValueError):  # of which Invalid is one
+        parse_proxy_url(text)
+
+
+def test_all_faults_at_once() -> None:
+    found = faults(
+        'proxy_url = 5\nlisten = "x"\nmark = "m"\nproxy = ""\n[timeouts]\nidle = 0\n[dns]\nserver = []'
+    )
+    assert [fault.partition(": ")[0] for fault in found] == [
+        "proxy_url",
+        "listen",
+        "mark",
+        "dns.server",
+        "timeouts.idle",
+        "proxy",
+    ]
+
+
+# The sample.
+
+
+def test_the_sample_is_the_default() -> None:
+    config = load(Config, SAMPLE)
+    assert config == Config(proxy_url=parse_proxy_url("socks5://127.0.0.1:1080"))
+
+
+def test_the_sample_shows_every_setting_and_its_default() -> None:
+    shown = re.sub(r"^#(?=\w+ = )", "", SAMPLE.read_text(), flags=re.MULTILINE)
+    table = tomllib.loads(shown)
+    assert set(table) == {field.name for field in attrs.fields(Config)}
+    for field in attrs.fields(attrs.resolve_types(Config)):
+        if isinstance(table[field.name], dict):
+            assert set(table[field.name]) == {inner.name for inner in attrs.fields(field.type)}
+    config = parse(Config, shown, "transocks.toml")
+    assert (config.log.level, config.log.format) == ("info", "plain")
+    assert attrs.evolve(config, mark=None, dns=DnsConfig(), log=LogConfig()) == Config(
+        proxy_url=config.proxy_url
+    )

@@ -1,0 +1,225 @@
+"""usocksd.toml: the original's files, our tables, and the sample in deploy/."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from ipaddress import ip_address, ip_network
+from pathlib import Path
+
+import attrs
+import pytest
+
+from usocksd.config import Auth, Config
+from usocksd.errors import ConfigError
+from usocksd.runtime.config import Invalid, load, parse
+
+DATA = Path(__file__).parent / "data"
+SAMPLE = Path(__file__).parents[2] / "deploy" / "usocksd.toml"
+
+
+def faults(toml: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        parse(Config, toml, "usocksd.toml")
+    return [str(fault) for fault in caught.value.faults]
+
+
+def test_defaults() -> None:
+    config = parse(Config, "", "usocksd.toml")
+    assert config == Config()
+    assert config.incoming.port == 1080
+    assert config.incoming.metrics_port == 1082
+    assert config.incoming.addresses is None
+    assert config.incoming.allow_from is None
+    assert config.outgoing.addresses == ()
+    assert config.outgoing.mark is None
+    assert config.auth == Auth(users_file=None, required=False)
+    assert config.timeouts.idle == 3600
+    assert config.log.level is None
+
+
+def test_the_original_test_configuration() -> None:
+    config = load(Config, DATA / "original.toml")
+    assert config.incoming.port == 1080
+    assert config.incoming.addresses == (ip_address("127.0.0.1"),)
+    assert config.incoming.allow_from == (ip_network("10.0.0.0/8"), ip_network("192.168.1.1/32"))
+    assert config.outgoing.allow_sites == ("www.amazon.com", ".google.com")
+    assert config.outgoing.deny_sites == (".2ch.net", "bad.google.com")
+    assert config.outgoing.deny_ports == (22, 25)
+    assert config.outgoing.addresses == (ip_address("12.34.56.78"),)
+    assert config.outgoing.dnsbl_domain == "zen.spamhaus.org"
+
+
+def test_the_bad_ones_of_the_original_are_refused_by_key() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(Config, DATA / "original-bad-key.toml")
+    assert [str(fault) for fault in caught.value.faults] == [
+        "hoge: unknown key, expected one of log, incoming, outgoing, auth, dns, timeouts"
+    ]
+    with pytest.raises(ConfigError) as caught:
+        load(Config, DATA / "original-bad-type.toml")
+    assert [str(fault) for fault in caught.value.faults] == [
+        'incoming.allow_from: "12.34.56.78": expected a list, as in ["12.34.56.78"]'
+    ]
+
+
+def test_allow_from() -> None:
+    config = parse(
+        Config,
+        '[incoming]\nallow_from = ["10.1.2.3/8", "192.0.2.1", "2001:db8::1", "::ffff:10.0.0.0/104"]',
+        "usocksd.toml",
+    )
+    assert config.incoming.allow_from == (
+        ip_network("10.0.0.0/8"),  # host bits are cleared, as in the original
+        ip_network("192.0.2.1/32"),
+        ip_network("2001:db8::1/128"),  # the original: /32
+        ip_network("10.0.0.0/8"),
+    )
+
+
+def test_empty_lists_and_strings_say_nothing_as_in_the_original() -> None:
+    config = parse(
+        Config,
+        """
+        [incoming]
+        addresses = []
+        allow_from = []
+        [outgoing]
+        allow_sites = []
+        addresses = []
+        iface = ""
+        dnsbl_domain = ""
+        """,
+        "usocksd.toml",
+    )
+    assert config == Config()
+
+
+def test_listen_addresses() -> None:
+    everywhere = parse(Config, "[incoming]\nport = 1234", "").incoming.listen
+    assert [str(listen) for listen in everywhere] == ["0.0.0.0:1234", "[::]:1234"]
+    assert all(listen.optional for listen in everywhere)
+    chosen = parse(Config, '[incoming]\naddresses = ["127.0.0.1", "::1"]', "").incoming.listen
+    assert [str(listen) for listen in chosen] == ["127.0.0.1:1080", "[::1]:1080"]
+    assert not any(listen.optional for listen in chosen)
+
+
+def test_sites_are_kept_as_written() -> None:
+    sites = ("WWW.Example.COM.", ".bücher.example", "", "127.1", "192.0.2.0/24", "[2001:db8::1]")
+    listed = ", ".join(f'"{site}"' for site in sites)
+    assert parse(Config, f"[outgoing]\ndeny_sites = [{listed}]", "").outgoing.deny_sites == sites
+
+
+def test_every_fault_of_the_tables() -> None:
+    found = faults(
+        """
+        [incoming]
+        prot = 1080
+        port = 70000
+        metrics_port = "1082"
+        addresses = ["127.0.0.1", "127.0.0.1", "ff02::1"]
+        allow_from = ["10.0.0.0/33", "here", "10.0.0.0/255.0.0.0", "::1/128"]
+        [outgoing]
+        allow_sites = ["*.example.com", "ok.example", "a b", 5]
+        deny_ports = [25, 65536, 80.9]
+        iface = "eth0 "
+        addresses = ["0.0.0.0", "224.0.0.1", "::1%lo", "192.0.2.1"]
+        dnsbl_domain = "192.0.2.1"
+        mark = 4294967296
+        [auth]
+        required = "yes"
+        [dns]
+        servers = ["localhost"]
+        [timeouts]
+        idle = false
+        [log]
+        level = "chatty"
+        """
+    )
+    assert [fault.partition(": ")[0] for fault in found] == [
+        "log.level",
+        "incoming.port",
+        "incoming.metrics_port",
+        "incoming.addresses[1]",
+        "incoming.addresses[2]",
+        "incoming.allow_from[0]",
+        "incoming.allow_from[1]",
+        "incoming.allow_from[2]",
+        "incoming.prot",
+        "outgoing.allow_sites[0]",
+        "outgoing.allow_sites[2]",
+        "outgoing.allow_sites[3]",
+        "outgoing.deny_ports[1]",
+        "outgoing.deny_ports[2]",
+        "outgoing.iface",
+        "outgoing.addresses[0]",
+        "outgoing.addresses[1]",
+        "outgoing.addresses[2]",
+        "outgoing.dnsbl_domain",
+        "outgoing.mark",
+        "auth.required",
+        "dns.servers[0]",
+        "timeouts.idle",
+    ]
+    assert "incoming.port: 70000: expected an integer from 0 to 65535" in found
+    assert "incoming.prot: unknown key, did you mean port?" in found
+
+
+def test_auth(tmp_path: Path) -> None:
+    users = tmp_path / "users"
+    users.touch()
+    assert parse(Config, f'[auth]\nusers_file = "{users}"', "").auth == Auth(users_file=users, required=True)
+    optional = parse(Config, f'[auth]\nusers_file = "{users}"\nrequired = false', "").auth
+    assert optional == Auth(users_file=users, required=False)
+    assert faults("[auth]\nrequired = true") == [
+        "auth.required: true: expected users_file to name the users who may authenticate"
+    ]
+    assert faults('[auth]\nusers_file = "/nonexistent/users"') == [
+        'auth.users_file: "/nonexistent/users": expected a file that exists'
+    ]
+    with pytest.raises(Invalid):
+        Auth(required=True)
+
+
+# The sample.
+
+
+def keys(table: dict[str, object], prefix: str = "") -> set[str]:
+    return {
+        key
+        for name, value in table.items()
+        for key in (keys(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name})
+    }
+
+
+def test_the_sample_is_the_default() -> None:
+    assert load(Config, SAMPLE) == Config()
+
+
+def test_the_sample_shows_every_setting_and_its_default(tmp_path: Path) -> None:
+    users = tmp_path / "users"
+    users.touch()
+    shown = re.sub(r"^#(?=\w+ = )", "", SAMPLE.read_text(), flags=re.MULTILINE)
+    shown = shown.replace("/etc/usocksd.users", str(users))
+    assert keys(tomllib.loads(shown)) == {
+        f"{table.name}.{field.name}"
+        for table in attrs.fields(attrs.resolve_types(Config))
+        for field in attrs.fields(table.type)
+    }
+    config, default = parse(Config, shown, "usocksd.toml"), Config()
+    assert config.timeouts == default.timeouts
+    assert (config.log.level, config.log.format) == ("info", "plain")
+    assert attrs.evolve(config.incoming, addresses=None, allow_from=None) == default.incoming
+    assert (
+        attrs.evolve(config.outgoing, iface=None, addresses=(), dnsbl_domain=None, mark=None)
+        == default.outgoing
+    )
+
+
+def test_the_sample_names_the_default_clients() -> None:
+    from usocksd.acl import DEFAULT_CLIENTS  # noqa: PLC0415
+
+    shown = re.search(r"^#(allow_from = .*)$", SAMPLE.read_text(), re.MULTILINE)
+    assert shown is not None
+    config = parse(Config, f"[incoming]\n{shown[1]}", "usocksd.toml")
+    assert set(config.incoming.allow_from or ()) == {ip_network(network) for network in DEFAULT_CLIENTS}

@@ -1,0 +1,549 @@
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from ipaddress import ip_address
+from pathlib import Path
+
+import dns.flags
+import dns.message
+import dns.rcode
+import dns.rdatatype
+import dns.rrset
+import pytest
+import trio
+import trio.testing
+
+import usocksd.resolver
+from usocksd.errors import ResolveError
+from usocksd.match import IPAddress
+from usocksd.resolver import Resolver
+from usocksd.runtime.settings import Endpoint
+
+
+def addresses(*texts: str) -> tuple[IPAddress, ...]:
+    return tuple(ip_address(text) for text in texts)
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Place:
+    """A directory with a hosts file and a resolv.conf, and resolvers that read them."""
+
+    def __init__(self, directory: Path, nursery: trio.Nursery) -> None:
+        self.hosts = directory / "hosts"
+        self.resolv_conf = directory / "resolv.conf"
+        self.clock = Clock()
+        self._nursery = nursery
+
+    async def resolver(self, *servers: Endpoint, lifetime: float = 5.0, from_file: bool = False) -> Resolver:
+        resolver = Resolver(
+            None if from_file else servers,
+            resolv_conf=self.resolv_conf,
+            hosts=self.hosts,
+            lifetime=lifetime,
+            clock=self.clock,
+        )
+        await self._nursery.start(resolver.run)
+        return resolver
+
+
+@pytest.fixture
+async def place(tmp_path: Path) -> AsyncIterator[Place]:
+    async with trio.open_nursery() as nursery:
+        yield Place(tmp_path, nursery)
+        nursery.cancel_scope.cancel()
+
+
+# --- against a server that does as it is told ---
+
+Answer = Callable[[dns.message.Message], Sequence[dns.message.Message | bytes]]
+
+
+def sockets_on_one_port() -> tuple[trio.socket.SocketType, trio.socket.SocketType]:
+    for _ in range(100):
+        tcp = socket.create_server(("127.0.0.1", 0))
+        udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        try:
+            udp.bind(tcp.getsockname())
+        except OSError:  # taken by another program
+            tcp.close()
+            udp.close()
+        else:
+            return trio.socket.from_stdlib_socket(udp), trio.socket.from_stdlib_socket(tcp)
+    raise OSError("no port is free for both UDP and TCP")
+
+
+class Server:
+    """A DNS server on loopback. `answer` makes the datagrams for a query; `asked` counts name and type."""
+
+    def __init__(self, answer: Answer) -> None:
+        self.answer = answer
+        self.asked: Counter[tuple[str, str]] = Counter()
+        self.got_query = trio.Event()
+        self.released = trio.Event()  # answers wait for it
+        self.released.set()
+        self._udp, self._tcp = sockets_on_one_port()
+        self.over_tcp = 0
+
+    async def serve(self, task_status: trio.TaskStatus[None]) -> None:
+        with self._udp, self._tcp:
+            task_status.started()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._serve_tcp)
+                while True:
+                    wire, client = await self._udp.recvfrom(4096)
+                    replies = self._replies(wire)
+                    await self.released.wait()
+                    for reply in replies:
+                        await self._udp.sendto(reply, client)
+
+    @property
+    def endpoint(self) -> Endpoint:
+        return Endpoint(ip_address("127.0.0.1"), self._udp.getsockname()[1])
+
+    def _replies(self, wire: bytes) -> list[bytes]:
+        query = dns.message.from_wire(wire)
+        question = query.question[0]
+        self.asked[question.name.to_text(omit_final_dot=True), dns.rdatatype.to_text(question.rdtype)] += 1
+        self.got_query.set()
+        return [
+            reply if isinstance(reply, bytes) else reply.to_wire(want_shuffle=False) for reply in self.answer(query)
+        ]
+
+    async def _serve_tcp(self) -> None:
+        while True:
+            stream = trio.SocketStream((await self._tcp.accept())[0])
+            async with stream:
+                wire = b""
+                while len(wire) < 2 or len(wire) < 2 + int.from_bytes(wire[:2], "big"):
+                    wire += await stream.receive_some()
+                self.over_tcp += 1
+                query = dns.message.from_wire(wire[2:])
+                reply = records({"big.test": ["192.0.2.1"]})(query)[0]
+                assert isinstance(reply, dns.message.Message)
+                await stream.send_all(len(reply.to_wire()).to_bytes(2, "big") + reply.to_wire())
+
+
+Start = Callable[[Answer], Awaitable[Server]]
+
+
+@pytest.fixture
+async def start(place: Place) -> Start:
+    async def started(answer: Answer) -> Server:
+        server = Server(answer)
+        await place._nursery.start(server.serve)
+        return server
+
+    return started
+
+
+def records(zone: dict[str, list[str]], ttl: int = 60, minimum: int | None = None) -> Answer:
+    """Answers as a server for these names would; `minimum` puts a SOA into negative answers."""
+
+    def answer(query: dns.message.Message) -> list[dns.message.Message]:
+        question = query.question[0]
+        name = question.name.to_text(omit_final_dot=True)
+        reply = dns.message.make_response(query)
+        version = 4 if question.rdtype == dns.rdatatype.A else 6
+        found = [text for text in zone.get(name, ()) if ip_address(text).version == version]
+        if found:
+            reply.answer.append(dns.rrset.from_text(question.name, ttl, "IN", question.rdtype, *found))
+        elif name not in zone:
+            reply.set_rcode(dns.rcode.NXDOMAIN)
+        if not found and minimum is not None:
+            soa = f"ns.test. admin.test. 1 2 3 4 {minimum}"
+            reply.authority.append(dns.rrset.from_text("test.", 3600, "IN", "SOA", soa))
+        return [reply]
+
+    return answer
+
+
+def silence(query: dns.message.Message) -> list[bytes]:
+    return []
+
+
+def refusal(query: dns.message.Message, rcode: dns.rcode.Rcode = dns.rcode.SERVFAIL) -> list[dns.message.Message]:
+    reply = dns.message.make_response(query)
+    reply.set_rcode(rcode)
+    return [reply]
+
+
+async def cause_of_failure(resolver: Resolver, name: str) -> str:
+    with pytest.raises(ResolveError) as caught:
+        await resolver.resolve(name)
+    assert caught.value.name == name
+    return caught.value.cause
+
+
+async def test_families_in_turn_and_then_from_the_cache(place: Place, start: Start) -> None:
+    zone = ["192.0.2.1", "192.0.2.2", "192.0.2.3", "2001:db8::1"]
+    server = await start(records({"www.test": zone}))
+    resolver = await place.resolver(server.endpoint)
+    expected = addresses("2001:db8::1", "192.0.2.1", "192.0.2.2", "192.0.2.3")
+    assert resolver.cached("www.test") is None
+    assert await resolver.resolve("www.test") == expected
+    assert resolver.cached("www.test") == expected
+    assert await resolver.resolve("WWW.Test.") == expected
+    assert resolver.cached("WWW.Test.") == expected
+    assert server.asked == {("www.test", "A"): 1, ("www.test", "AAAA"): 1}
+
+
+async def test_a_ttl_is_respected_and_kept_within_bounds(place: Place, start: Start) -> None:
+    server = await start(records({"www.test": ["192.0.2.1"], "a.test": ["192.0.2.1"]}, ttl=60, minimum=900))
+    resolver = await place.resolver(server.endpoint)
+    await resolver.resolve("www.test")
+    place.clock.now += 59
+    assert resolver.cached("www.test")
+    place.clock.now += 2
+    assert resolver.cached("www.test") is None
+    await resolver.resolve("www.test")
+    assert server.asked["www.test", "A"] == 2
+    server.answer = records({"zero.test": ["192.0.2.1", "2001:db8::1"]}, ttl=0)
+    await resolver.resolve("zero.test")
+    place.clock.now += 4
+    assert resolver.cached("zero.test")
+    place.clock.now += 2
+    assert resolver.cached("zero.test") is None
+    server.answer = records({"long.test": ["192.0.2.1", "2001:db8::1"]}, ttl=10**6)
+    await resolver.resolve("long.test")
+    place.clock.now += 3601
+    assert resolver.cached("long.test") is None
+
+
+async def test_the_ttl_of_a_cname_counts(place: Place, start: Start) -> None:
+    def answer(query: dns.message.Message) -> list[dns.message.Message]:
+        question = query.question[0]
+        reply = dns.message.make_response(query)
+        reply.answer.append(dns.rrset.from_text(question.name, 10, "IN", "CNAME", "target.test."))
+        text = "192.0.2.1" if question.rdtype == dns.rdatatype.A else "2001:db8::1"
+        reply.answer.append(dns.rrset.from_text("target.test.", 600, "IN", question.rdtype, text))
+        return [reply]
+
+    server = await start(answer)
+    resolver = await place.resolver(server.endpoint)
+    assert await resolver.resolve("alias.test") == addresses("2001:db8::1", "192.0.2.1")
+    place.clock.now += 11
+    assert resolver.cached("alias.test") is None
+
+
+async def test_absence_is_remembered_as_long_as_the_soa_says(place: Place, start: Start) -> None:
+    server = await start(records({"empty.test": []}, minimum=30))
+    resolver = await place.resolver(server.endpoint)
+    for name, cause in (("none.test", "no such name"), ("empty.test", "no address")):
+        assert await cause_of_failure(resolver, name) == cause
+        place.clock.now += 29
+        assert await cause_of_failure(resolver, name) == cause
+        assert server.asked[name, "A"] == 1
+        assert resolver.cached(name) is None
+        place.clock.now += 2
+        assert await cause_of_failure(resolver, name) == cause
+        assert server.asked[name, "A"] == 2
+
+
+async def test_hosts_localhost_and_literals_are_never_asked_for(place: Place, start: Start) -> None:
+    place.hosts.write_text(
+        "# comment\n192.0.2.9 Build.Example. build # alias\n2001:db8::9\tbuild.example\n"
+        "127.0.0.1 localhost\nnonsense here\n192.0.2.10\n192.0.2.11 bad..name good.example\n"
+    )
+    server = await start(records({}))
+    resolver = await place.resolver(server.endpoint)
+    assert resolver.cached("build.example") == addresses("2001:db8::9", "192.0.2.9")
+    assert resolver.cached("build") == addresses("192.0.2.9")
+    assert resolver.cached("good.example") == addresses("192.0.2.11")
+    for name in ("localhost", "LOCALHOST.", "app.localhost"):
+        assert await resolver.resolve(name) == addresses("::1", "127.0.0.1")
+    for text, literal in (("192.0.2.1", "192.0.2.1"), ("0x7f.1", "127.0.0.1"), ("[::1]", "::1"), ("::1", "::1")):
+        assert await resolver.resolve(text) == addresses(literal)
+    for text in ("1.2.3.4.5", "256.1.1.1", "", "a..b", "a b"):
+        assert await cause_of_failure(resolver, text) == "not a host name"
+    assert not server.asked
+
+
+async def test_files_are_read_again_when_they_change(place: Place, start: Start) -> None:
+    old, new = await start(records({"www.test": ["192.0.2.1"]})), await start(records({"www.test": ["192.0.2.2"]}))
+    place.hosts.write_text("192.0.2.9 build\n")
+    place.resolv_conf.write_text("nameserver 127.0.0.1\n")
+    resolver = await place.resolver(from_file=True)
+    resolver._dns.nameserver_ports = {"127.0.0.1": old.endpoint.port}
+    resolver._dns.nameservers = ["127.0.0.1"]
+    assert await resolver.resolve("www.test") == addresses("192.0.2.1")
+    # replaced by another file, as editors and DHCP clients do
+    for file, text in ((place.hosts, "192.0.2.10 build\n"), (place.resolv_conf, "nameserver 127.0.0.1\nsearch x\n")):
+        draft = file.with_suffix(".new")
+        draft.write_text(text)
+        os.replace(draft, file)
+    assert resolver.cached("www.test")  # looked at once a second at most
+    place.clock.now += 1
+    assert resolver.cached("build") == addresses("192.0.2.10")
+    assert resolver.cached("www.test") is None
+    assert [name.to_text() for name in resolver._dns.search] == ["x."]
+    place.hosts.unlink()
+    place.clock.now += 1
+    assert resolver.cached("build") is None
+    assert not new.asked
+
+
+async def test_a_bad_resolv_conf_is_ignored(place: Place, start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    place.resolv_conf.write_bytes(b"nameserver \xff\nsearch a..b\n")
+    server = await start(records({"www.test": ["192.0.2.1"]}))
+    resolver = await place.resolver(server.endpoint)
+    assert "resolver configuration ignored" in caplog.text
+    assert await resolver.resolve("www.test") == addresses("192.0.2.1")
+
+
+async def test_search_domains(place: Place, start: Start) -> None:
+    place.resolv_conf.write_text("search corp.test lab.test\noptions ndots:2\n")
+    server = await start(records({"www.lab.test": ["192.0.2.1"], "a.b": ["192.0.2.2"], "x.y.z": ["192.0.2.3"]}))
+    resolver = await place.resolver(server.endpoint)
+    assert await resolver.resolve("www") == addresses("192.0.2.1")
+    assert ("www.corp.test", "A") in server.asked
+    assert ("www", "A") not in server.asked
+    assert await resolver.resolve("a.b") == addresses("192.0.2.2")
+    assert ("a.b.corp.test", "A") in server.asked
+    assert await resolver.resolve("x.y.z") == addresses("192.0.2.3")
+    assert ("x.y.z.corp.test", "A") not in server.asked
+
+
+async def test_askers_of_one_name_share_a_query_and_survive_each_other(place: Place, start: Start) -> None:
+    server = await start(records({"www.test": ["192.0.2.1", "2001:db8::1"]}))
+    server.released = trio.Event()
+    resolver = await place.resolver(server.endpoint)
+    got: list[tuple[IPAddress, ...]] = []
+
+    async def ask(scope: trio.CancelScope) -> None:
+        with scope:
+            got.append(await resolver.resolve("www.test"))
+
+    scopes = [trio.CancelScope() for _ in range(20)]
+    async with trio.open_nursery() as nursery:
+        for scope in scopes:
+            nursery.start_soon(ask, scope)
+        await server.got_query.wait()
+        scopes[0].cancel()  # the one that came first gives up
+        scopes[7].cancel()
+        await trio.testing.wait_all_tasks_blocked()
+        server.released.set()
+    assert got == [addresses("2001:db8::1", "192.0.2.1")] * 18
+    assert server.asked == {("www.test", "A"): 1, ("www.test", "AAAA"): 1}
+
+
+async def test_the_last_asker_gone_ends_the_query(place: Place, start: Start) -> None:
+    server = await start(silence)
+    resolver = await place.resolver(server.endpoint)
+    assert resolver._nursery is not None
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(resolver.resolve, "www.test")
+        await server.got_query.wait()
+        assert resolver._nursery.child_tasks
+        nursery.cancel_scope.cancel()
+    await trio.testing.wait_all_tasks_blocked()
+    assert not resolver._nursery.child_tasks
+    assert not resolver._queries
+    server.answer = records({"www.test": ["192.0.2.1"]})
+    assert await resolver.resolve("www.test") == addresses("192.0.2.1")
+
+
+async def test_a_server_that_never_answers_costs_the_deadline_and_nothing_else(place: Place, start: Start) -> None:
+    def answer(query: dns.message.Message) -> Sequence[dns.message.Message | bytes]:
+        dead = query.question[0].name.to_text().startswith("dead")
+        return [] if dead else records({"www.test": ["192.0.2.1", "2001:db8::1"]})(query)
+
+    server = await start(answer)
+    resolver = await place.resolver(server.endpoint, lifetime=0.3)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(cause_of_failure, resolver, "dead1.test")
+        nursery.start_soon(cause_of_failure, resolver, "dead2.test")
+        assert len(await resolver.resolve("www.test")) == 2
+    asked = server.asked["dead1.test", "A"]
+    assert await cause_of_failure(resolver, "dead1.test") == "timed out"
+    assert server.asked["dead1.test", "A"] == asked  # a failure is remembered, shortly
+    place.clock.now += 2
+    assert await cause_of_failure(resolver, "dead1.test") == "timed out"
+    assert server.asked["dead1.test", "A"] > asked
+    with trio.move_on_after(0.05) as scope:  # the asker's own deadline is the shorter one
+        await resolver.resolve("dead3.test")
+    assert scope.cancelled_caught
+
+
+async def test_the_next_server_is_asked(place: Place, start: Start) -> None:
+    place.resolv_conf.write_text("options timeout:1\n")
+    good = await start(records({"www.test": ["192.0.2.1"]}))
+    for bad in (refusal, lambda query: refusal(query, dns.rcode.REFUSED), silence):
+        server = await start(bad)
+        resolver = await place.resolver(server.endpoint, good.endpoint)
+        assert await resolver.resolve("www.test") == addresses("192.0.2.1")
+
+
+async def test_servers_that_fail(place: Place, start: Start) -> None:
+    server = await start(refusal)
+    resolver = await place.resolver(server.endpoint)
+    assert await cause_of_failure(resolver, "www.test") == "servers failed"
+
+
+async def test_truncated_answers_are_asked_for_again_over_tcp(place: Place, start: Start) -> None:
+    def answer(query: dns.message.Message) -> list[dns.message.Message]:
+        reply = dns.message.make_response(query)
+        reply.flags |= dns.flags.TC
+        return [reply]
+
+    server = await start(answer)
+    resolver = await place.resolver(server.endpoint)
+    assert await resolver.resolve("big.test") == addresses("192.0.2.1")
+    assert server.over_tcp == 2
+
+
+@pytest.mark.parametrize("truth_follows", [True, False])
+async def test_lies_about_the_question_are_not_believed(place: Place, start: Start, truth_follows: bool) -> None:
+    truth = records({"www.test": ["192.0.2.1", "2001:db8::1"]})
+
+    def answer(query: dns.message.Message) -> list[dns.message.Message | bytes]:
+        other_id = records({"www.test": ["203.0.113.66", "2001:db8::66"]})(query)[0]
+        assert isinstance(other_id, dns.message.Message)
+        other_id.id = query.id ^ 1
+        other_name = dns.message.make_query("evil.test", query.question[0].rdtype, id=query.id)
+        other_question = records({"evil.test": ["203.0.113.66", "2001:db8::66"]})(other_name)[0]
+        no_answer = query.to_wire()  # the query itself, not a response
+        return [other_id, other_question, no_answer, b"\x00garbage", *(truth(query) if truth_follows else ())]
+
+    server = await start(answer)
+    resolver = await place.resolver(server.endpoint, lifetime=5.0 if truth_follows else 0.3)
+    if truth_follows:
+        assert await resolver.resolve("www.test") == addresses("2001:db8::1", "192.0.2.1")
+    else:
+        assert await cause_of_failure(resolver, "www.test") == "timed out"
+
+
+async def test_an_answer_about_another_name_is_no_answer(place: Place, start: Start) -> None:
+    def answer(query: dns.message.Message) -> list[dns.message.Message]:
+        reply = dns.message.make_response(query)
+        kind = query.question[0].rdtype
+        text = "203.0.113.66" if kind == dns.rdatatype.A else "2001:db8::66"
+        reply.answer.append(dns.rrset.from_text("evil.test.", 60, "IN", kind, text))
+        return [reply]
+
+    server = await start(answer)
+    resolver = await place.resolver(server.endpoint)
+    assert await cause_of_failure(resolver, "www.test") == "no address"
+
+
+async def test_whoever_has_ipv4_does_not_wait_for_a_server_that_drops_aaaa(place: Place, start: Start) -> None:
+    def answer(query: dns.message.Message) -> Sequence[dns.message.Message | bytes]:
+        if query.question[0].rdtype == dns.rdatatype.AAAA:
+            return []
+        return records({"www.test": ["192.0.2.1"]}, ttl=600)(query)
+
+    server = await start(answer)
+    resolver = await place.resolver(server.endpoint, lifetime=60.0)
+    with trio.fail_after(5):
+        assert await resolver.resolve("www.test") == addresses("192.0.2.1")
+    place.clock.now += 9
+    assert resolver.cached("www.test") == addresses("192.0.2.1")
+    place.clock.now += 2  # and not for as long as the TTL says, the other family may come back
+    assert resolver.cached("www.test") is None
+
+
+async def test_mapped_addresses_are_ipv4(place: Place, start: Start) -> None:
+    server = await start(records({"www.test": ["::ffff:127.0.0.1", "127.0.0.1"]}))
+    resolver = await place.resolver(server.endpoint)
+    assert await resolver.resolve("www.test") == addresses("127.0.0.1")
+
+
+async def test_the_cache_is_bounded(place: Place, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(usocksd.resolver, "_MOST_NAMES", 3)
+    server = await start(records({f"{n}.test.x": ["192.0.2.1"] for n in range(10)}))
+    resolver = await place.resolver(server.endpoint)
+    for n in range(10):
+        await resolver.resolve(f"{n}.test.x")
+    assert sorted(resolver._cache) == ["7.test.x", "8.test.x", "9.test.x"]
+
+
+async def test_a_fault_of_one_query_is_not_that_of_others(
+    place: Place, start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = await start(records({"www.test": ["192.0.2.1"]}))
+    resolver = await place.resolver(server.endpoint)
+
+    async def broken(*_: object, **__: object) -> None:
+        raise KeyError("bug")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(resolver._dns, "resolve", broken)
+        assert await cause_of_failure(resolver, "bug.test") == "servers failed"
+    assert "resolver failed" in caplog.text
+    assert await resolver.resolve("www.test") == addresses("192.0.2.1")
+
+
+async def test_stopping_the_resolver_wakes_the_askers(tmp_path: Path, place: Place, start: Start) -> None:
+    server = await start(silence)
+    resolver = Resolver([server.endpoint], hosts=tmp_path / "none", resolv_conf=tmp_path / "none")
+    async with trio.open_nursery() as asker, trio.open_nursery() as nursery:
+        await nursery.start(resolver.run)
+        asker.start_soon(cause_of_failure, resolver, "www.test")
+        await server.got_query.wait()
+        nursery.cancel_scope.cancel()
+
+
+# --- against dnsmasq ---
+
+
+@pytest.fixture(scope="module")
+def dnsmasq() -> Iterator[Endpoint]:
+    program = shutil.which("dnsmasq", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+    assert program, "dnsmasq is not installed; the test suite's set-up installs it"
+    for _ in range(10):  # it can't choose a port itself, so another program may be quicker
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        options = [
+            "--keep-in-foreground",
+            "--log-facility=-",
+            "--conf-file=/dev/null",
+            f"--port={port}",
+            "--listen-address=127.0.0.1",
+            "--bind-interfaces",
+            "--no-resolv",
+            "--no-hosts",
+            "--pid-file",
+            "--local=/test/",
+            "--host-record=www.test,192.0.2.1,2001:db8::1,300",
+            "--host-record=four.test,192.0.2.4",
+            "--cname=alias.test,www.test",
+            "--txt-record=text.test,hello",
+            *(f"--host-record=ten.test,192.0.2.{n}" for n in range(10, 20)),
+            *(f"--host-record=many.test,192.0.{n >> 8}.{n & 255}" for n in range(150)),
+        ]
+        with subprocess.Popen([program, *options], stderr=subprocess.PIPE, text=True) as server:
+            assert server.stderr is not None
+            if any("started" in line for line in server.stderr):
+                yield Endpoint(ip_address("127.0.0.1"), port)
+                server.terminate()
+                return
+    pytest.fail("dnsmasq does not start")
+
+
+async def test_dnsmasq(place: Place, dnsmasq: Endpoint) -> None:
+    resolver = await place.resolver(dnsmasq)
+    assert await resolver.resolve("www.test") == addresses("2001:db8::1", "192.0.2.1")
+    assert await resolver.resolve("alias.test") == addresses("2001:db8::1", "192.0.2.1")
+    assert await resolver.resolve("four.test") == addresses("192.0.2.4")
+    assert set(await resolver.resolve("ten.test")) == set(addresses(*(f"192.0.2.{n}" for n in range(10, 20))))
+    assert len(await resolver.resolve("many.test")) == 150  # more than the datagram takes: over TCP
+    assert await cause_of_failure(resolver, "none.test") == "no such name"
+    assert await cause_of_failure(resolver, "text.test") == "no address"
+    assert await cause_of_failure(resolver, "outside.example") == "servers failed"  # REFUSED, it has no upstream
+
+
+async def test_dnsmasq_with_search_domains(place: Place, dnsmasq: Endpoint) -> None:
+    place.resolv_conf.write_text("search none.test test\n")
+    resolver = await place.resolver(dnsmasq)
+    assert await resolver.resolve("www") == addresses("2001:db8::1", "192.0.2.1")

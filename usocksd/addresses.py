@@ -1,0 +1,238 @@
+"""The addresses of this host, and whose a local socket is: what netifaces and netlink tell.
+
+`HostAddresses` knows the addresses from a netifaces snapshot at once, and from rtnetlink(7) events as long as
+`watch` runs. `SocketOwners` asks the kernel for the owner of one TCP socket through sock_diag(7).
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+import struct
+from collections.abc import Iterable
+from ipaddress import IPv6Address
+from typing import Any, TypeAlias
+
+import netifaces
+import trio
+
+from usocksd.match import IPAddress, numeric_address
+
+_logger = logging.getLogger("usocksd.addresses")
+
+Endpoint: TypeAlias = tuple[str, int]
+# pyroute2 has no types: its parser, and a parsed message.
+_Marshal: TypeAlias = Any
+_Message: TypeAlias = Any
+
+# linux/rtnetlink.h, linux/netlink.h, linux/if_addr.h
+_RTMGRP_ADDRESSES = 0x10 | 0x100  # RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR
+_RTM_NEWADDR, _RTM_DELADDR, _RTM_GETADDR = 20, 21, 22
+_NLMSG_ERROR, _NLMSG_DONE = 2, 3
+_NLM_F_REQUEST, _NLM_F_DUMP_INTR, _NLM_F_DUMP = 0x1, 0x10, 0x300
+_IFA_F_OPTIMISTIC, _IFA_F_TENTATIVE = 0x04, 0x40
+_NLMSGHDR = struct.Struct("=IHHII")  # length, type, flags, sequence, port
+_RECEIVE_SIZE = 1 << 16  # the kernel fills at most 32 KiB into one message of a dump
+
+
+class HostAddresses:
+    """The addresses that this host has right now."""
+
+    def __init__(self) -> None:
+        """Takes the snapshot; it stays what it is until `watch` runs."""
+        self.current: frozenset[IPAddress] = _snapshot()
+        # An address can be on several interfaces, and goes with the last of them.
+        self._assigned: set[tuple[IPAddress, int]] = set()
+
+    def is_local(self, ip: IPAddress) -> bool:
+        """Whether a connection to this address ends here: an address of this host, 127.0.0.0/8, or ::1."""
+        if isinstance(ip, IPv6Address):
+            ip = ip.ipv4_mapped or ip
+        return ip in self.current or ip.is_loopback
+
+    async def watch(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Keeps `current` true until cancelled; has started when it is so for the first time.
+
+        `current` becomes another set when, and only when, an address came or went. Where netlink is forbidden
+        (in a sandbox) it says so in the log and returns, and the snapshot stays.
+        """
+        try:
+            events = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+        except OSError as error:
+            _logger.warning("addresses of this host are not watched", extra={"fields": {"error": str(error)}})
+            task_status.started()
+            return
+        # Loading any part of pyroute2 loads all of it, 0.2 s and 12 MB: not in processes that don't watch.
+        from pyroute2.netlink.rtnl import marshal as rtnl  # type: ignore[import-untyped] # noqa: PLC0415
+
+        marshal = rtnl.MarshalRtnl()
+        with trio.socket.from_stdlib_socket(events) as receiver:
+            # Subscribed before the dump: what changes meanwhile is told by an event that is applied after it.
+            events.bind((0, _RTMGRP_ADDRESSES))
+            await self._dump(marshal)
+            task_status.started()
+            while True:
+                try:
+                    data = await receiver.recv(_RECEIVE_SIZE)
+                except OSError as error:
+                    if error.errno != errno.ENOBUFS:
+                        raise
+                    # The kernel dropped events. Those still queued are older: applied after the dump they
+                    # would bring back what the dropped ones took away.
+                    _discard_queued(events)
+                    await self._dump(marshal)
+                else:
+                    self._apply(marshal.parse(data))
+                    self._publish()
+
+    async def _dump(self, marshal: _Marshal) -> None:
+        """Asks for all addresses. The kernel answers from memory, so this does not block."""
+        complete = False
+        while not complete:
+            await trio.lowlevel.checkpoint()
+            self._assigned.clear()
+            with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as asker:
+                body = struct.pack("=BBBBi", socket.AF_UNSPEC, 0, 0, 0, 0)  # struct ifaddrmsg
+                asker.send(_request(_RTM_GETADDR, _NLM_F_DUMP, body))
+                complete = True
+                while True:
+                    messages = list(marshal.parse(asker.recv(_RECEIVE_SIZE)))
+                    self._apply(messages)
+                    # The list changed under the dump's feet and may lack any address: ask again.
+                    complete &= not any(m["header"]["flags"] & _NLM_F_DUMP_INTR for m in messages)
+                    if any(m["header"]["type"] in {_NLMSG_DONE, _NLMSG_ERROR} for m in messages):
+                        break
+        self._publish()
+
+    def _apply(self, messages: Iterable[_Message]) -> None:
+        for message in messages:
+            kind = message["header"]["type"]
+            if kind not in {_RTM_NEWADDR, _RTM_DELADDR}:
+                continue
+            # On a point-to-point link IFA_ADDRESS is the other end's address.
+            text = message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS")
+            if text is None:
+                continue
+            assignment = (numeric_address(text), message["index"])
+            # Until duplicate address detection is over nothing can be sent from it; then another event comes.
+            tentative = message["flags"] & (_IFA_F_TENTATIVE | _IFA_F_OPTIMISTIC) == _IFA_F_TENTATIVE
+            if kind == _RTM_NEWADDR and not tentative:
+                self._assigned.add(assignment)
+            else:
+                self._assigned.discard(assignment)
+
+    def _publish(self) -> None:
+        now = frozenset(address for address, _ in self._assigned)
+        before = self.current
+        if now == before:
+            return
+        self.current = now
+        fields = {"added": _texts(now - before), "removed": _texts(before - now)}
+        _logger.info("addresses of this host changed", extra={"fields": fields})
+
+
+def _discard_queued(sock: socket.socket) -> None:
+    while True:
+        try:
+            sock.recv(_RECEIVE_SIZE, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            if error.errno != errno.ENOBUFS:
+                raise
+
+
+def _texts(addresses: Iterable[IPAddress]) -> list[str]:
+    return sorted(map(str, addresses))
+
+
+def _snapshot() -> frozenset[IPAddress]:
+    found: set[IPAddress] = set()
+    for name in netifaces.interfaces():
+        try:
+            families = netifaces.ifaddresses(name)
+        except ValueError:  # it went meanwhile
+            continue
+        for family in (netifaces.AF_INET, netifaces.AF_INET6):
+            found.update(numeric_address(entry["addr"]) for entry in families.get(family, ()) if "addr" in entry)
+    return frozenset(found)
+
+
+def _request(kind: int, flags: int, body: bytes, sequence: int = 1) -> bytes:
+    return _NLMSGHDR.pack(_NLMSGHDR.size + len(body), kind, _NLM_F_REQUEST | flags, sequence, 0) + body
+
+
+# linux/sock_diag.h, linux/inet_diag.h, and the states of include/net/tcp_states.h that have no owner.
+_SOCK_DIAG_BY_FAMILY = 20
+_NETLINK_SOCK_DIAG = 4
+_TCP_SYN_RECV, _TCP_TIME_WAIT, _TCP_LISTEN, _TCP_NEW_SYN_RECV = 3, 6, 10, 12
+_OWNERLESS = frozenset({_TCP_SYN_RECV, _TCP_TIME_WAIT, _TCP_LISTEN, _TCP_NEW_SYN_RECV})
+# struct inet_diag_req_v2: family, protocol, extensions, pad, states; id: ports, addresses, interface, cookie
+_DIAG_REQUEST = struct.Struct("=BBBxI2s2s16s16sIII")
+# struct inet_diag_msg: family, state, timer, retransmits; id; expires, queues, uid, inode
+_DIAG_ANSWER = struct.Struct("=BBBB48sIIIII")
+_ALL_STATES = _NO_COOKIE = 0xFFFFFFFF
+
+
+class SocketOwners:
+    """Who owns a TCP socket of this host: one exact lookup in the kernel, some 5 µs, which never blocks."""
+
+    def __init__(self) -> None:
+        """Raises OSError where the kernel has no sock_diag(7) or a sandbox forbids netlink."""
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, _NETLINK_SOCK_DIAG)
+        self._socket.setblocking(False)  # the answer is there when send returns
+        self._sequence = 0
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def owner_uid(self, local: Endpoint, remote: Endpoint) -> int | None:
+        """The uid of the socket bound to `local` and connected to `remote`, as that socket sees them: for the
+        client of a redirected connection, `remote` is the original destination.
+
+        Numeric addresses of one family, as getsockname(2) gives them. None if there is no such socket on this
+        host and in this network namespace, or nobody owns it any more (TIME_WAIT).
+        """
+        uid = self._lookup(local, remote, 0)
+        if uid is None:
+            # A socket with SO_BINDTODEVICE is found only with the interface it is bound to.
+            for index, _ in socket.if_nameindex():
+                uid = self._lookup(local, remote, index)
+                if uid is not None:
+                    break
+        return uid
+
+    def _lookup(self, local: Endpoint, remote: Endpoint, interface: int) -> int | None:
+        family = socket.AF_INET6 if ":" in local[0] else socket.AF_INET
+        ports = local[1].to_bytes(2, "big"), remote[1].to_bytes(2, "big")
+        request = _DIAG_REQUEST.pack(
+            family,
+            socket.IPPROTO_TCP,
+            0,
+            _ALL_STATES,
+            *ports,
+            socket.inet_pton(family, local[0].partition("%")[0]),
+            socket.inet_pton(family, remote[0].partition("%")[0]),
+            interface,
+            _NO_COOKIE,
+            _NO_COOKIE,
+        )
+        self._sequence = self._sequence + 1 & 0xFFFFFFFF
+        try:
+            self._socket.send(_request(_SOCK_DIAG_BY_FAMILY, 0, request, self._sequence))
+            while True:
+                answer = self._socket.recv(4096)
+                _, kind, _, sequence, _ = _NLMSGHDR.unpack_from(answer)
+                if sequence == self._sequence:
+                    break
+        except OSError as error:  # no memory for the answer, or none came
+            _logger.warning("socket owner unknown", extra={"fields": {"error": str(error)}})
+            return None
+        if kind != _SOCK_DIAG_BY_FAMILY:  # an error: ENOENT if there is no such socket
+            return None
+        _, state, _, _, identity, _, _, _, uid, _ = _DIAG_ANSWER.unpack_from(answer, _NLMSGHDR.size)
+        # Without a connection the kernel offers a listener on the same port instead.
+        if state in _OWNERLESS or identity[:4] != ports[0] + ports[1]:
+            return None
+        return int(uid)

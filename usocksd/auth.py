@@ -1,0 +1,165 @@
+"""Who a client is: users and passwords from an htpasswd file.
+
+bcrypt is slow on purpose. It runs in a thread of its own limiter, once per user and password in a while: a success
+is remembered for a minute, as a keyed hash with a key that never leaves the process. Equal questions at the same
+time share one check, so that a client opening fifty connections at once makes one try, not fifty.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections import Counter
+from collections.abc import Callable
+from hashlib import blake2b
+from ipaddress import IPv4Address
+from pathlib import Path
+from secrets import token_bytes
+
+import bcrypt
+import trio
+from attrs import Factory, define
+
+from usocksd.errors import ConfigError, Fault
+from usocksd.match import numeric_address
+
+_logger = logging.getLogger("usocksd.auth")
+
+_BCRYPT = re.compile(r"\$2[aby]\$(0[4-9]|[12][0-9]|3[01])\$[./A-Za-z0-9]{53}")
+_LONGEST_PASSWORD = 72  # bytes that bcrypt looks at; htpasswd cuts off the rest too
+_REMEMBER_FOR = 60.0
+_MOST_REMEMBERED = 10_000
+_THREADS = 2
+_DELAY = 1.0  # seconds that a failure takes
+_MOST_FAILURES, _WITHIN = 20, 60.0  # of one client
+
+
+@define(eq=False)
+class _Check:
+    """One check that is under way. `success` stays None if who started it was cancelled."""
+
+    done: trio.Event = Factory(trio.Event)
+    success: bool | None = None
+
+
+@define
+class _Failures:
+    until: float
+    count: int = 0
+    told: bool = False
+
+
+class Users:
+    """The users of an htpasswd file."""
+
+    def __init__(self, path: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
+        """Reads the file: a user, a colon and a bcrypt hash a line, as `htpasswd -B` writes it.
+
+        Raises ConfigError with every line that is not so: other hashes can't be checked, or not safely.
+        """
+        self._clock = clock
+        self._hashes = _read(path)
+        # For a user who is not there the same work is done as for one who is.
+        costs = Counter(hashed[4:6] for hashed in self._hashes.values())
+        cost = costs.most_common(1)[0][0] if costs else b"10"
+        self._nobodys_hash = b"$2b$" + cost + b"$" + b"." * 53
+        self._key = token_bytes(32)
+        self._remembered: dict[bytes, float] = {}  # until when
+        self._checks: dict[bytes, _Check] = {}
+        self._failures: dict[str, _Failures] = {}
+        self._limiter = trio.CapacityLimiter(_THREADS)
+
+    async def verify(self, username: str, password: str, client: str) -> bool:
+        """Whether this is the password of this user. A wrong one takes a second longer to say so.
+
+        `client` is the numeric address of who asks; after too many failures within a minute its tries all
+        fail unseen, until the minute is over.
+        """
+        name, secret = username.encode(), password.encode()
+        digest = blake2b(len(name).to_bytes(4, "big") + name + secret, key=self._key, digest_size=32).digest()
+        if self._remembered.get(digest, 0.0) > self._clock():
+            return True
+        success = False
+        if self._may_try(client):
+            success = await self._shared_check(digest, name, secret, client)
+        if not success:
+            await trio.sleep(_DELAY)
+        return success
+
+    async def _shared_check(self, digest: bytes, name: bytes, secret: bytes, client: str) -> bool:
+        while (check := self._checks.get(digest)) is not None:
+            await check.done.wait()
+            if check.success is not None:
+                return check.success
+        check = self._checks[digest] = _Check()
+        failures = self._failures_of(client)
+        failures.count += 1  # before the answer is known, or a thousand tries at once would count as none
+        try:
+            check.success = await trio.to_thread.run_sync(self._check, name, secret, limiter=self._limiter)
+        finally:
+            del self._checks[digest]
+            check.done.set()
+        if check.success:
+            failures.count -= 1
+            self._remembered.pop(digest, None)
+            if len(self._remembered) >= _MOST_REMEMBERED:
+                del self._remembered[next(iter(self._remembered))]
+            self._remembered[digest] = self._clock() + _REMEMBER_FOR
+        return check.success
+
+    def _check(self, name: bytes, secret: bytes) -> bool:
+        hashed = self._hashes.get(name)
+        matches = bcrypt.checkpw(secret[:_LONGEST_PASSWORD], hashed or self._nobodys_hash)
+        # bcrypt ends at a NUL, so a password with one would be as good as its beginning.
+        return matches and hashed is not None and b"\0" not in secret
+
+    def _may_try(self, client: str) -> bool:
+        failures = self._failures_of(client)
+        if failures.count < _MOST_FAILURES:
+            return True
+        if not failures.told:
+            failures.told = True
+            _logger.warning("too many failed logins", extra={"fields": {"client_addr": client}})
+        return False
+
+    def _failures_of(self, client: str) -> _Failures:
+        address = numeric_address(client)
+        # Who has one IPv6 address has the 2**64 of its network.
+        owner = client if isinstance(address, IPv4Address) else address.packed[:8].hex()
+        now = self._clock()
+        failures = self._failures.get(owner)
+        if failures is None or failures.until <= now:
+            self._failures.pop(owner, None)
+            if len(self._failures) >= _MOST_REMEMBERED:
+                del self._failures[next(iter(self._failures))]
+            failures = self._failures[owner] = _Failures(now + _WITHIN)
+        return failures
+
+
+def _read(path: Path) -> dict[bytes, bytes]:
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(str(path), [Fault("users_file", "", f"expected a readable text file: {error}")]) from None
+    hashes: dict[bytes, bytes] = {}
+    faults: list[Fault] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        # Neither the hash nor what may be a password in the clear is shown.
+        user, _, hashed = line.strip().partition(":")
+        expected = None
+        if not user or len(user.encode()) > 255:
+            expected = "expected USER:HASH with a user of 1 to 255 bytes"
+        elif not _BCRYPT.fullmatch(hashed):
+            expected = "expected a bcrypt hash behind the user ($2y$...), as made by htpasswd -B"
+        elif user.encode() in hashes:
+            expected = "expected every user once"
+        if expected is not None:
+            faults.append(Fault(f"line {number}", repr(user[:255]) if hashed else "", expected))
+        else:
+            hashes[user.encode()] = hashed.encode()
+    if faults:
+        raise ConfigError(str(path), faults)
+    return hashes

@@ -1,0 +1,189 @@
+"""`transocks exec`: one command's connections through both daemons, and no trace of it afterwards."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lab
+import pytest
+
+# Connects, tells its own port and user, and what it was told; then waits for a line, if asked to.
+CONNECT = """
+import os, socket, sys
+with socket.create_connection((sys.argv[1], 80), 5) as s:
+    print(s.getsockname()[1], os.getuid(), s.recv(100).decode(), flush=True)
+if len(sys.argv) > 2:
+    sys.stdin.readline()
+"""
+
+
+@dataclass
+class Trial:
+    net: lab.Net
+    bin: Path
+    tool: str
+    servers: list[socket.socket]
+
+    def argv(self, *command: str, **environment: str) -> list[str]:
+        settings = [f"{key}={value}" for key, value in environment.items()]
+        python = [sys.executable, "-m", "transocks", "exec", "--", *command]
+        return ["env", "-u", "SUDO_USER", f"PATH={self.bin}", *settings, *python]
+
+    def start(self, *command: str) -> subprocess.Popen[str]:
+        pipe = subprocess.PIPE
+        return self.net.client.popen(*self.argv(*command), stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+    def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return self.net.client.run(*self.argv(*command, **environment), check=False)
+
+    def rules(self) -> str:
+        if self.tool == "nft":
+            return self.net.client.run("nft", "list", "ruleset").stdout
+        tools = ("iptables-save", "ip6tables-save")
+        lines = [self.net.client.run(tool, "-t", table).stdout for tool in tools for table in ("nat", "filter")]
+        return "\n".join(line for line in "".join(lines).splitlines() if line.startswith("-"))
+
+    def answer(self) -> int:
+        """Accept one connection at the web, say hello; returns the port that it came from."""
+        ready, _, _ = select.select(self.servers, [], [], 10)
+        accepted, peer = ready[0].accept()
+        with accepted:
+            accepted.sendall(b"hello")
+        return int(peer[1])
+
+
+@pytest.fixture(params=["nft", "iptables"])
+def trial(request: pytest.FixtureRequest, host_net: lab.Net, tmp_path: Path) -> Iterator[Trial]:
+    if host_net.lab.rootless:
+        pytest.skip("without root there is one group id, so nothing tells a command's connections from others")
+    wanted = {"nft": ["nft"], "iptables": ["iptables-restore", "ip6tables-restore"]}[request.param]
+    for name in wanted:
+        target = shutil.which(name)
+        if target is None:
+            pytest.skip(f"{name} is not installed")
+        (tmp_path / name).symlink_to(target)
+    servers = [host_net.outside.listen(address, 80) for address in (lab.WEB_V4, lab.WEB_V6)]
+    yield Trial(host_net, tmp_path, request.param, servers)
+    for server in servers:
+        server.close()
+
+
+def python(*arguments: str) -> tuple[str, ...]:
+    return (sys.executable, "-c", CONNECT, *arguments)
+
+
+@pytest.mark.parametrize("address", [lab.WEB_V4, lab.WEB_V6])
+def test_only_the_command_is_redirected(trial: Trial, address: str) -> None:
+    before = trial.rules()
+    process = trial.start(*python(address, "wait"))
+    there = trial.answer()
+    assert process.stdout is not None
+    port, uid, greeting = process.stdout.readline().split()
+    assert (int(port) != there, uid, greeting) == (True, "0", "hello")  # the proxy has a port of its own
+    # While that one runs, another process's connection goes directly.
+    other = trial.net.client.popen(*python(address), stdout=subprocess.PIPE, text=True)
+    there = trial.answer()
+    assert int(other.communicate(timeout=10)[0].split()[0]) == there
+    assert trial.rules() != before
+    process.communicate("\n", timeout=10)
+    assert process.returncode == 0
+    assert trial.rules() == before
+
+
+def test_exit_status_and_signals_pass_through(trial: Trial) -> None:
+    before = trial.rules()
+    assert trial.run("/bin/sh", "-c", "exit 7").returncode == 7
+    assert trial.run("/bin/sh", "-c", "kill -KILL $$").returncode == 128 + signal.SIGKILL
+    assert trial.run("/no/such/command").returncode == 127
+    assert trial.run("/etc/hostname").returncode == 126
+    process = trial.start("/bin/sh", "-c", "trap 'exit 9' TERM; echo ready; while :; do read -r line; done")
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.terminate()
+    assert process.stdin is not None
+    process.stdin.write("\n" * 100)
+    process.communicate(timeout=10)
+    assert process.returncode == 9
+    assert trial.rules() == before
+
+
+def test_runs_as_the_user_who_called_sudo(trial: Trial) -> None:
+    entry = pwd.getpwnam("daemon")
+    done = trial.run("/bin/sh", "-c", "/usr/bin/id -u; /usr/bin/id -G; echo $HOME", SUDO_USER="daemon")
+    uid, groups, home = done.stdout.splitlines()
+    assert (uid, home) == (str(entry.pw_uid), entry.pw_dir)
+    assert str(entry.pw_gid) in groups.split()
+    assert "0" not in groups.split()
+
+
+@pytest.mark.parametrize("victim", ["exec", "holder", "usocksd", "transocks"])
+def test_kill_9_leaves_nothing(trial: Trial, victim: str) -> None:
+    before = trial.rules()
+    inhabitants = _processes(trial)
+    folders = set(Path("/tmp").glob("transocks-exec-*"))
+    process = trial.start("/bin/sh", "-c", "echo ready; read -r line")
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    assert trial.rules() != before
+    words = {
+        "exec": "transocks exec",
+        "holder": "transocks.firewall.holder",
+        "usocksd": "-m usocksd",
+        "transocks": "-m transocks -f",
+    }
+    (pid,) = [pid for pid, line in _processes(trial).items() if words[victim] in line]
+    os.kill(pid, signal.SIGKILL)
+    process.communicate("\n", timeout=10)
+    # Where it was killed itself, the holder finishes behind it: wait for the end of the last one.
+    for left in _processes(trial).keys() - inhabitants.keys():
+        _wait_for_end(left)
+    assert trial.rules() == before
+    assert _processes(trial).keys() == inhabitants.keys()
+    assert set(Path("/tmp").glob("transocks-exec-*")) == folders
+
+
+def test_needs_root_and_says_so(host_net: lab.Net) -> None:
+    if host_net.lab.rootless:
+        return  # in there the one user is root
+    command = [
+        sys.executable,
+        "-c",
+        "import transocks.commands.exec as e, os; os.geteuid = lambda: 1; e._exec(['x'])",
+    ]
+    done = host_net.client.run(*command, check=False)
+    assert "needs root: sudo transocks exec" in done.stderr
+
+
+def _processes(trial: Trial) -> dict[int, str]:
+    """Command lines of what runs in the lab."""
+    mine = os.readlink(f"/proc/{trial.net.lab.agent_pid}/ns/mnt")
+    found: dict[int, str] = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.readlink(entry / "ns/mnt") == mine:
+                found[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ")
+        except OSError:
+            continue
+    return found
+
+
+def _wait_for_end(pid: int) -> None:
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    poll: Any = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    assert poll.poll(10_000), f"process {pid} does not end"
+    os.close(pidfd)

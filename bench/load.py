@@ -1,0 +1,149 @@
+"""The load generator: one process, one measure, one epoll loop, the same for every proxy.
+
+Run as `python -m bench.load PLAN` with a Plan in JSON. It first waits until the proxy answers (retrying a
+whole exchange), warms it up, and prints "ready". A line on standard input starts the measured part; its
+result is one line of JSON. Connections stay open until standard input closes, so that whoever reads the
+proxy's CPU and memory sees them.
+
+It may be slow beside a C program: what is compared is the proxies' CPU per operation, and the generator's own
+share is the same for all.
+"""
+
+import gc
+import json
+import select
+import socket
+import sys
+import time
+from array import array
+
+from .ends import STREAM
+from .opening import PAYLOAD, STALLED, Failed, Opener, Plan
+
+
+def go() -> None:
+    """Say that the measured part may begin, and wait to be told."""
+    gc.collect()
+    gc.disable()
+    print("ready", flush=True)
+    if not sys.stdin.readline():
+        sys.exit("nobody wants the result")
+
+
+def measure_connect(opener: Opener) -> dict[str, float]:
+    go()
+    start = time.perf_counter()
+    end = start + opener.plan.seconds
+    count = opener.turn_over(lambda: time.perf_counter() < end)
+    return {"count": count, "seconds": time.perf_counter() - start}
+
+
+def measure_idle(opener: Opener) -> dict[str, float]:
+    go()
+    kept = opener.open(opener.plan.connections)
+    opened.extend(kept)
+    return {"count": len(kept)}
+
+
+def measure_echo(opener: Opener) -> dict[str, float]:
+    socks = opener.open(opener.plan.connections)
+    opened.extend(socks)
+    exchange(socks, opener.plan.seconds / 10)
+    go()
+    start = time.perf_counter()
+    unsorted = exchange(socks, opener.plan.seconds)
+    elapsed = time.perf_counter() - start
+    latencies = sorted(unsorted)
+    return {
+        "count": len(latencies),
+        "seconds": elapsed,
+        "p50": latencies[len(latencies) // 2] / 1e9,
+        "p99": latencies[len(latencies) * 99 // 100] / 1e9,
+    }
+
+
+def exchange(socks: list[socket.socket], seconds: float) -> "array[int]":
+    """Ping-pong of PAYLOAD on every connection at once; returns each round trip in ns."""
+    clock = time.perf_counter_ns
+    epoll = select.epoll()
+    by_fd = {sock.fileno(): (sock.recv_into, sock.send) for sock in socks}
+    sent = dict.fromkeys(by_fd, 0)
+    missing = dict.fromkeys(by_fd, len(PAYLOAD))
+    buffer = bytearray(len(PAYLOAD))
+    latencies = array("q")
+    end = clock() + int(seconds * 1e9)
+    for fd, (_receive, send) in by_fd.items():
+        epoll.register(fd, select.EPOLLIN)
+        sent[fd] = clock()
+        send(PAYLOAD)
+    under_way = len(by_fd)
+    while under_way:
+        ready = epoll.poll(STALLED)
+        if not ready:
+            raise Failed(f"{under_way} round trips got no answer for {STALLED:.0f} s")
+        for fd, _events in ready:
+            receive, send = by_fd[fd]
+            count = receive(buffer)
+            if not count:
+                raise Failed("a connection was closed during the echo")
+            missing[fd] -= count
+            if missing[fd]:
+                continue
+            now = clock()
+            latencies.append(now - sent[fd])
+            if now < end:
+                missing[fd] = len(PAYLOAD)
+                sent[fd] = now
+                send(PAYLOAD)
+            else:
+                under_way -= 1
+    epoll.close()
+    return latencies
+
+
+def measure_bulk(opener: Opener) -> dict[str, float]:
+    socks = opener.open(opener.plan.connections)
+    opened.extend(socks)
+    epoll = select.epoll()
+    by_fd = {sock.fileno(): sock.recv_into for sock in socks}
+    buffer = bytearray(1 << 20)
+    size, total = len(buffer), 0
+    go()
+    start = time.perf_counter()
+    end = start + opener.plan.seconds
+    for sock in socks:
+        epoll.register(sock.fileno(), select.EPOLLIN)
+        sock.send(STREAM)
+    while time.perf_counter() < end:
+        for fd, _events in epoll.poll(STALLED):
+            # MSG_TRUNC takes the bytes without copying them (tcp(7)): a reader as light as can be.
+            count = by_fd[fd](buffer, size, socket.MSG_TRUNC)
+            if not count:
+                raise Failed("a stream ended early")
+            total += count
+    return {"count": total, "seconds": time.perf_counter() - start}
+
+
+opened: list[socket.socket] = []  # stay open until the process ends
+MEASURES = {"connect": measure_connect, "echo": measure_echo, "bulk": measure_bulk, "idle": measure_idle}
+
+
+def main() -> None:
+    fields = json.loads(sys.argv[1])
+    plan = Plan(**fields | {"target": tuple(fields["target"]), "proxy": fields["proxy"] and tuple(fields["proxy"])})
+    opener = Opener(plan)
+    try:
+        opener.wait_until_served()
+        warm_up = iter(range(200 if plan.measure == "connect" else 20))
+        opener.turn_over(lambda: next(warm_up, None) is not None)
+        opener.errors = 0
+        result = MEASURES[plan.measure](opener)
+    except (Failed, OSError) as error:
+        print(json.dumps({"failed": str(error)}), flush=True)
+        return
+    print(json.dumps(result | {"errors": opener.errors}), flush=True)
+    sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main()

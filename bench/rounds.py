@@ -1,0 +1,178 @@
+"""What is measured, and the rounds that measure it: every contender in turn, again and again."""
+
+import json
+import select
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from . import accounting
+from .contenders import Contender, Running
+from .opening import Plan
+from .places import MARK, Loopback
+from .report import Figure, Result
+
+Kind = Literal["connect", "echo", "bulk", "idle"]
+KINDS: tuple[Kind, ...] = ("connect", "echo", "bulk", "idle")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One table: what the load generator does, and the figures taken from it."""
+
+    name: str
+    kind: Kind
+    connections: int
+    title: str
+    figures: tuple[Figure, ...]
+
+
+def measures(kinds: Sequence[str], idle: int) -> list[Measure]:
+    """The measures of these kinds, in the order of the report."""
+    rate = Figure("rate", "per second")
+    latency = (Figure("p50", "p50 us", 1e6), Figure("p99", "p99 us", 1e6))
+    connection = Figure("cpu", "CPU us each", 1e6, ratio=True)
+    echo = Figure("cpu", "CPU us each", 1e6, 1, ratio=True)
+    bulk = (Figure("rate", "MB/s", 1e-6, ratio=True), Figure("cpu", "CPU s/GB", 1e9, 2, ratio=True))
+    memory = Figure("memory", "KB each", 1e-3, 2, ratio=True)
+    every = (
+        Measure("connect", "connect", 50, "Connections: open, echo, close; 50 at once", (rate, connection)),
+        Measure("echo-1", "echo", 1, "Echo of 64 bytes on 1 connection", (rate, *latency, echo)),
+        Measure("echo-50", "echo", 50, "Echo of 64 bytes on 50 connections", (rate, *latency, echo)),
+        Measure("bulk-1", "bulk", 1, "Bulk download, 1 stream", bulk),
+        Measure("bulk-8", "bulk", 8, "Bulk download, 8 streams", bulk),
+        Measure("idle", "idle", idle, f"Memory of {idle} idle connections", (memory,)),
+    )
+    return [measure for measure in every if measure.kind in kinds]
+
+
+class Failure(Exception):
+    """One measure of one contender did not work; the text says why."""
+
+
+class Bench:
+    """Takes single measures; keeps what is the same for all of them.
+
+    `directory` holds the proxies' files, `seconds` is the length of the measured part.
+    """
+
+    def __init__(self, directory: Path, seconds: float) -> None:
+        self.directory = directory
+        self.seconds = seconds
+        self.quiet = min(0.05, seconds / 10)
+        self._runs = 0
+
+    def measure(self, measure: Measure, contender: Contender, place: Loopback) -> Result:
+        """One measure of one contender, freshly started: an earlier measure's heap would hide idle memory."""
+        self._runs += 1
+        directory = self.directory / str(self._runs)
+        directory.mkdir()
+        # A destination of its own for each run, so that none searches ports among the last one's TIME_WAITs.
+        target = f"127.1.{self._runs >> 8 & 255}.{self._runs & 255}"
+        with Running(contender, place, directory) as running:
+            plan = Plan(
+                measure=measure.kind,
+                connections=measure.connections,
+                seconds=self.seconds,
+                target=(target, place.target_port),
+                proxy=running.proxy,
+                mark=MARK if running.redirected else 0,
+            )
+            load = place.popen([sys.executable, "-m", "bench.load", json.dumps(asdict(plan))], "load")
+            try:
+                return self._take(measure, load, running)
+            except Failure as failure:
+                words = running.last_words()
+                raise Failure(f"{failure}; it wrote: {words}" if words else str(failure)) from failure
+            finally:
+                load.kill()
+                load.communicate()
+
+    def _take(self, measure: Measure, load: "subprocess.Popen[str]", running: Running) -> Result:
+        """Read CPU or memory around the measured part, and make the figures."""
+        idle = measure.kind == "idle"
+        sessions = running.sessions
+        first = self._answer(load, running)
+        if first != "ready\n":
+            raise Failure(json.loads(first)["failed"])
+        cpu = accounting.settled_cpu_seconds(sessions, self.quiet)
+        memory = accounting.memory_bytes(sessions) if idle else 0
+        assert load.stdin is not None
+        load.stdin.write("go\n")
+        load.stdin.flush()
+        result: dict[str, float] = json.loads(self._answer(load, running))
+        if "failed" in result:
+            raise Failure(result["failed"])
+        count = result["count"]
+        if not count:
+            raise Failure("nothing got through")
+        if not idle:
+            result["rate"] = count / result["seconds"]
+        if sessions and idle:
+            accounting.settled_cpu_seconds(sessions, self.quiet)
+            result["memory"] = (accounting.memory_bytes(sessions) - memory) / count
+        elif sessions:
+            if measure.kind == "connect":  # closing costs too: complete only once the proxy is quiet
+                now = accounting.settled_cpu_seconds(sessions, self.quiet)
+            else:
+                now = accounting.cpu_seconds(sessions)
+            result["cpu"] = (now - cpu) / count
+        return result
+
+    @staticmethod
+    def _answer(load: "subprocess.Popen[str]", running: Running) -> str:
+        """The load generator's next line; it never writes two before it is told to go on."""
+        assert load.stdout is not None
+        while not select.select([load.stdout], [], [], 0.1)[0]:
+            if running.ended:
+                raise Failure("it ended")
+        if not (line := load.stdout.readline()):
+            raise Failure("the load generator ended without a result")
+        return line
+
+
+@dataclass(frozen=True)
+class Reporter:
+    """Where rounds tell how they go on: `progress` is overwritten by what follows, `say` stays."""
+
+    progress: Callable[[str], None]
+    say: Callable[[str], None]
+
+
+def run(
+    bench: Bench,
+    place: Loopback,
+    contenders: Sequence[Contender],
+    wanted: Sequence[Measure],
+    *,
+    rounds: int,
+    reporter: Reporter,
+) -> Mapping[str, Mapping[str, list[Result | None]]]:
+    """All rounds in a place, interleaved (A B C, A B C, ...): measure -> contender -> result of each round.
+
+    Whatever drifts on a shared machine then hits all alike. A failed measure is told and leaves None.
+    """
+    results: dict[str, dict[str, list[Result | None]]] = {
+        measure.name: {each.name: [] for each in contenders if each.parts or measure.kind != "idle"}
+        for measure in wanted
+    }
+    for number in range(1, rounds + 1):
+        for measure in wanted:
+            for contender in contenders:
+                if contender.name not in results[measure.name]:
+                    continue
+                label = f"{place.name}: round {number} of {rounds}, {measure.name}, {contender.name}"
+                reporter.progress(label)
+                result: Result | None = None
+                try:
+                    result = bench.measure(measure, contender, place)
+                except Failure as failure:
+                    reporter.say(f"! {label}: {failure}")
+                else:
+                    if result["errors"]:
+                        reporter.say(f"! {label}: {result['errors']:.0f} connections refused or reset")
+                results[measure.name][contender.name].append(result)
+    return results

@@ -1,0 +1,1 @@
+"""The verbs of transocks, one file each."""

@@ -1,0 +1,103 @@
+"""A process that holds firewall rules: applied while somebody has the other end of its standard input open.
+
+`python -m transocks.firewall.holder` reads a rule set as one line of JSON, applies it, answers with one line ("" or
+the complaint), and removes the rules at end of file: when they are not wanted any more, and just the same when
+whoever asked was killed. One process for both keeps their order even if that happens in the middle of loading.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from types import TracebackType
+
+import cattrs
+
+from transocks.firewall.apply import FirewallError, apply, remove
+from transocks.firewall.render import RuleSet
+
+
+class Held:
+    """Rules in force for the time of a `with` block, or of this process's life if that is shorter.
+
+    folder is deleted with them. Entering raises FirewallError when the rules can't be loaded.
+    """
+
+    def __init__(self, rules: RuleSet, folder: str) -> None:
+        self._rules = rules
+        self._folder = folder
+
+    def __enter__(self) -> Held:
+        # A session of its own: what the terminal sends is for the command.
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", __name__ if __name__ != "__main__" else "transocks.firewall.holder"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
+        order = {"rules": cattrs.unstructure(self._rules), "folder": self._folder}
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(order).encode() + b"\n")
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline()
+        except BaseException:
+            self._release()
+            raise
+        if answer != b'""\n':
+            self._release()
+            raise FirewallError(json.loads(answer) if answer else "the process that holds the rules ended")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._release()
+
+    @property
+    def pid(self) -> int:
+        """The holder's process id."""
+        return self._process.pid
+
+    def _release(self) -> None:
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                try:
+                    pipe.close()
+                except BrokenPipeError:
+                    continue
+        if self._process.wait() != 0:  # it was killed itself: then this is left to us
+            remove(self._rules)
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def main() -> int:
+    """The holder process; see above."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_IGN)  # only end of file ends it, so that nothing is left behind
+    line = sys.stdin.readline()
+    if not line:
+        return 0
+    order = json.loads(line)
+    rules = cattrs.structure(order["rules"], RuleSet)
+    try:
+        apply(rules)
+        answer = ""
+    except FirewallError as error:
+        answer = str(error)
+    try:
+        print(json.dumps(answer), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the interpreter complains when it ends
+    sys.stdin.read()
+    if not answer:
+        remove(rules)
+    shutil.rmtree(order["folder"], ignore_errors=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,316 @@
+"""`./run`: the main job, shown in network namespaces: nothing of this machine's network is touched.
+
+A host with both daemons and the rules of iptables/ on it, and an Internet of its own beyond. Plain curl fetches a
+page through them; then the access records of both daemons tell what became of each fetch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests/netns"))
+
+import beyond
+import lab
+import samples
+
+ROOT = Path(__file__).resolve().parents[2]
+WWW, DENIED = "www.beyond.example", "denied.beyond.example"
+NAMES = {WWW: (lab.WEB_V4, lab.WEB_V6), DENIED: (lab.OTHER_V4, lab.OTHER_V6)}
+EGRESS = [*lab.PROXY_V4[1:], *lab.PROXY_V6[1:]]  # not the first ones, which the kernel would take by itself
+CONFIGURATIONS: dict[str, dict[str, object]] = {  # what differs from the samples in deploy/
+    "usocksd": {
+        "outgoing.addresses": EGRESS,
+        "outgoing.deny_sites": [lab.OTHER_V4, lab.OTHER_V6],
+        "outgoing.mark": 0x7473,  # what the rules exempt
+    },
+    "transocks": {"proxy_url": "socks5://127.0.0.1:1080"},
+}
+PORTS = {"transocks": 1081, "usocksd": 1080}
+PATIENCE = 15.0  # seconds, for what takes milliseconds
+
+if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
+    BOLD, DIM, GOOD, BAD, PLAIN = "\033[1m", "\033[2m", "\033[32m", "\033[31m", "\033[0m"
+else:
+    BOLD = DIM = GOOD = BAD = PLAIN = ""
+
+
+class DemoError(Exception):
+    """The demo can't go on; the message is for the terminal."""
+
+
+@dataclass
+class Fetch:
+    """One curl, what it should bring, and what became of it."""
+
+    arguments: tuple[str, ...]
+    allowed: bool = True
+    status: int = -1  # curl's exit status
+    code: str = ""  # HTTP's
+    port: int = 0  # the client's, by which the records are found
+    saw: str = ""  # the address that the web server saw
+    complaint: str = ""
+    transocks: dict[str, Any] = field(default_factory=dict)  # the last access record of it
+    usocksd: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def command(self) -> str:
+        return " ".join(("curl", *self.arguments))
+
+    @property
+    def result(self) -> str:
+        if self.code == "200":
+            return "200 OK"
+        return f"reset ({self.status})" if self.was_reset else f"failed ({self.status})"
+
+    @property
+    def was_reset(self) -> bool:
+        return self.status != 0 and "reset by peer" in self.complaint
+
+    @property
+    def egress(self) -> str:
+        return str(self.usocksd.get("src_addr", "-")).rpartition(":")[0].strip("[]") or "none"
+
+    @property
+    def decision(self) -> str:
+        rule = self.usocksd.get("rule", "no record")
+        return f"denied: {rule}" if self.usocksd.get("message") == "ruleset mismatch" else f"allowed: {rule}"
+
+    @property
+    def right(self) -> bool:
+        if self.allowed:
+            return self.code == "200" and self.saw == self.egress and self.egress in EGRESS
+        return self.was_reset and self.decision.startswith("denied")
+
+
+class Demo:
+    """The lab, and what runs in it."""
+
+    def __init__(self, net: lab.Net) -> None:
+        self.net = net
+        self.folder = net.lab.run_folder / "demo"  # seen from out here; in the lab it is /run/demo
+        self.folder.mkdir()
+
+    def start_the_world(self) -> None:
+        outside = self.net.outside
+        for address in (lab.WEB_V4, lab.WEB_V6, lab.OTHER_V4, lab.OTHER_V6):
+            beyond.serve_web(outside.listen(address, 80))
+        names = outside.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        names.bind((lab.NEXT_V4, 53))
+        beyond.serve_names(names, NAMES)
+        self.net.lab.etc("hosts", "127.0.0.1 localhost\n::1 localhost\n")
+        self.net.lab.etc("resolv.conf", f"nameserver {lab.NEXT_V4}\noptions timeout:2\n")
+
+    def start_daemon(self, name: str, settings: dict[str, object]) -> None:
+        config = samples.derive((ROOT / f"deploy/{name}.toml").read_text(encoding="utf-8"), settings)
+        (self.folder / f"{name}.toml").write_text(config, encoding="utf-8")
+        with (self.folder / f"{name}.stderr").open("wb") as stderr:
+            daemon = self.net.proxy.popen(
+                sys.executable, "-m", name, "-f", f"/run/demo/{name}.toml",
+                "-logformat", "json", "-logfile", f"/run/demo/{name}.log",
+                stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr,
+            )  # fmt: skip
+        deadline = time.monotonic() + PATIENCE
+        while not self._accepts(PORTS[name]):
+            if daemon.poll() is not None or time.monotonic() > deadline:
+                raise DemoError(f"{name} did not start:\n{self.last_words(name)}")
+            time.sleep(0.02)
+
+    def _accepts(self, port: int) -> bool:
+        with self.net.proxy.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) == 0
+
+    def last_words(self, name: str) -> str:
+        files = [self.folder / f"{name}.{kind}" for kind in ("stderr", "log")]
+        return "".join(file.read_text(encoding="utf-8") for file in files if file.exists())
+
+    def load_rules(self) -> str:
+        """Load iptables/host.v4 and host.v6 as an operator would; returns what the tool says of itself."""
+        for tool, file in (("iptables-restore", "host.v4"), ("ip6tables-restore", "host.v6")):
+            done = self.net.proxy.run(
+                tool, "--noflush", input=(ROOT / "iptables" / file).read_text(encoding="utf-8"), check=False
+            )
+            if done.returncode:
+                raise DemoError(f"{tool} could not load iptables/{file}:\n{done.stderr.strip()}")
+        return self.net.proxy.run("iptables-restore", "--version").stdout.strip()
+
+    def fetch(self, fetch: Fetch) -> None:
+        # Somebody's proxy settings and .curlrc have no place in here.
+        environment = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
+        output = r"%{http_code} %{local_port}"
+        done = self.net.client.run(
+            "curl", "-q", "-sS", "-i", "--max-time", "10", "-w", "\n" + output, *fetch.arguments,
+            check=False, env=environment,
+        )  # fmt: skip
+        page, _, numbers = done.stdout.rpartition("\n")
+        fetch.status, fetch.complaint = done.returncode, done.stderr.strip()
+        fetch.code, port = numbers.split()
+        fetch.port = int(port)
+        for line in page.splitlines():
+            if line.lower().startswith("x-your-address:"):
+                fetch.saw = line.split(":", 1)[1].strip()
+
+    def read_records(self, fetches: Iterable[Fetch]) -> None:
+        """Find the access records of each fetch, waiting until they are there: they are written behind the relay."""
+        deadline = time.monotonic() + PATIENCE
+        for fetch in fetches:
+            while not (fetch.transocks and fetch.usocksd) and time.monotonic() < deadline:
+                fetch.transocks = self._last_record("transocks", "client_addr", fetch.port)
+                # What transocks connects from is the client that usocksd sees. Where that never got so far as to be
+                # recorded, the destination finds it.
+                if source := str(fetch.transocks.get("src_addr", "")):
+                    fetch.usocksd = self._last_record("usocksd", "client_addr", int(source.rpartition(":")[2]))
+                elif destination := fetch.transocks.get("dest_addr"):
+                    fetch.usocksd = self._refusal(str(destination))
+                time.sleep(0.01)
+
+    def _records(self, name: str) -> list[dict[str, Any]]:
+        lines = (self.folder / f"{name}.log").read_text(encoding="utf-8").split("\n")[:-1]
+        records = [json.loads(line) for line in lines]
+        return [r for r in records if r.get("type") == "access" and r["message"] != "proxy starts"]
+
+    def _last_record(self, name: str, key: str, port: int) -> dict[str, Any]:
+        found = [r for r in self._records(name) if str(r.get(key, "")).endswith(f":{port}")]
+        return found[-1] if found else {}
+
+    def _refusal(self, destination: str) -> dict[str, Any]:
+        host, _, port = destination.rpartition(":")
+        wanted = (host.strip("[]"), int(port))
+        found = [r for r in self._records("usocksd") if (r.get("dest_host"), r.get("dest_port")) == wanted]
+        return found[-1] if found else {}
+
+    def shell(self) -> None:
+        """A shell on the host with the daemons, until it ends."""
+        (self.folder / "bashrc").write_text(
+            "PS1='transocks demo \\$ '\ncd /run/demo\nunset http_proxy https_proxy all_proxy\n", encoding="utf-8"
+        )
+        print(
+            f"\nA shell on the host with the daemons ({BOLD}exit{PLAIN} ends it all). The configurations and logs"
+            f" are in its folder. Try:\n"
+            f"  curl -v http://{WWW}/      iptables -t nat -vnL TRANSOCKS      tail -f *.log\n"
+        )
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the shell's
+        self.net.proxy.popen("bash", "--rcfile", "/run/demo/bashrc", "-i").wait()
+
+
+def tell_the_path(rootless: bool, tool: str, before: Fetch) -> None:
+    means = "by user namespaces, without root" if rootless else "in network namespaces"
+    print(
+        f"{BOLD}One host, and an Internet of its own{PLAIN}, {means}: nothing of this machine's network is touched.\n"
+    )
+    stages = (
+        ("curl", "knows of no proxy", ""),
+        ("iptables", "host.v4, host.v6", "exempt: mark 0x7473"),
+        ("transocks :1081", "recovers where", "it was going"),
+        ("usocksd :1080", "judges, and picks", "an egress address"),
+        (WWW, lab.WEB_V4, lab.WEB_V6),
+    )
+    for line, style, between in ((0, BOLD, "-> "), (1, DIM, "   "), (2, DIM, "   ")):
+        print("  " + between.join(f"{style}{stage[line]:<20}{PLAIN}" for stage in stages))
+    print(f"\n  {'rules':<15} iptables/host.v4 and host.v6, loaded by {tool}")
+    for name, settings in CONFIGURATIONS.items():
+        said = ", ".join(f"{key.rpartition('.')[2]} = {samples.toml(key, value)}" for key, value in settings.items())
+        print(textwrap.fill(said, 116, initial_indent=f"  {name + '.toml':<15} ", subsequent_indent=" " * 18))
+    print(f"\n  Before the rules, the web server saw this host as {before.saw}. Since then:\n")
+
+
+def tell_the_fetches(fetches: Sequence[Fetch]) -> None:
+    heads = ("plain curl", "result", "original destination", "usocksd's decision", "egress address")
+    rows = [
+        (f.command, f.result, str(f.transocks.get("dest_addr", "no record")), f.decision, f.egress) for f in fetches
+    ]
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    print("    " + DIM + "  ".join(h.ljust(w) for h, w in zip(heads, widths, strict=True)).rstrip() + PLAIN)
+    for fetch, row in zip(fetches, rows, strict=True):
+        mark = f"{GOOD}ok{PLAIN}" if fetch.right else f"{BAD}NO{PLAIN}"
+        print(f" {mark} " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
+        if not fetch.right:
+            print(
+                f"    {BAD}curl's exit status {fetch.status}, the server saw {fetch.saw or 'nobody'}{PLAIN}"
+                f" {fetch.complaint}"
+            )
+
+
+def tell_the_records(fetches: Sequence[Fetch]) -> None:
+    for fetch in fetches:
+        print(f"\n  {DIM}The access records of{PLAIN} {fetch.command}")
+        for name in ("transocks", "usocksd"):
+            record = dict(getattr(fetch, name))
+            for key in ("topic", "logged_at", "severity", "utsname", "type", "request_id"):
+                record.pop(key, None)
+            text = f'"{record.pop("message", "none")}" ' + " ".join(
+                f"{k}={v}" for k, v in record.items() if v is not None
+            )
+            print(textwrap.fill(text, 116, initial_indent=f"  {name:<11}", subsequent_indent=" " * 13))
+
+
+def demo(net: lab.Net, keep: bool) -> bool:
+    """Do it all and tell about it; returns whether every fetch did what it should."""
+    it = Demo(net)
+    it.start_the_world()
+    before = Fetch(("-4", f"http://{WWW}/"))
+    it.fetch(before)
+    for name, settings in CONFIGURATIONS.items():
+        it.start_daemon(name, settings)
+    tool = it.load_rules()
+    fetches = [
+        Fetch((f"http://{lab.WEB_V4}/",)),
+        Fetch((f"http://[{lab.WEB_V6}]/",)),
+        Fetch(("-4", f"http://{WWW}/")),
+        Fetch(("-6", f"http://{WWW}/")),
+        Fetch(("-4", f"http://{DENIED}/"), allowed=False),
+    ]
+    for fetch in fetches:
+        it.fetch(fetch)
+    it.read_records(fetches)
+    tell_the_path(net.lab.rootless, tool, before)
+    tell_the_fetches(fetches)
+    tell_the_records(fetches[-2:])
+    good = all(fetch.right for fetch in fetches)
+    done = (
+        f"{GOOD}All fetches did what they should.{PLAIN}"
+        if good
+        else f"{BAD}Not all fetches did what they should.{PLAIN}"
+    )
+    hint = "" if keep else "  ./run --keep leaves it up; sudo ./run curl URL does it on this machine."
+    print(f"\n{BOLD}{done}{PLAIN}{DIM}{hint}{PLAIN}")
+    if not good:
+        for name in CONFIGURATIONS:
+            words = it.last_words(name).splitlines()[-5:]
+            print(f"\nThe last that {name} said:\n" + "\n".join(f"  {line}" for line in words), file=sys.stderr)
+    if keep:
+        it.shell()
+    return good
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="./run", description=__doc__)
+    parser.add_argument("--keep", action="store_true", help="leave it up, with a shell inside")
+    keep: bool = parser.parse_args().keep
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        with lab.host_net() as net:
+            return 0 if demo(net, keep) else 1
+    except lab.LabUnavailable as error:
+        print(f"The demo needs network namespaces, and can't make them: {error}", file=sys.stderr)
+    except DemoError as error:
+        print(error, file=sys.stderr)
+    except KeyboardInterrupt:
+        return 130
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+# shellcheck shell=bash
+# The set-up that ./run and ./test share: system packages, .venv, the project installed in it. Sourced, not run.
+#
+#   . deploy/setup.sh
+#   setup_packages PACKAGE:COMMAND ...    installs the packages whose command is missing (root), or says how to
+#   setup_venv [EXTRA]                    makes .venv, sets PYTHON; EXTRA is one of pyproject.toml's extras
+#
+# Both are silent and take no time when there is nothing to do. What a step says goes to stderr. pip is left as the
+# environment and its configuration files have it.
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin # Debian's users don't have the tools of the network in theirs
+
+say() { printf '%s\n' "- $*" >&2; }
+fail() {
+    printf '%s\n' "error: $*" >&2
+    exit 1
+}
+
+# quietly COMMAND ...: its output is shown only when it fails, and then in full.
+quietly() {
+    local output status=0
+    output=$("$@" 2>&1 </dev/null) || status=$?
+    ((status == 0)) || printf '%s\n' "error: $* (exit status $status):" "$output" >&2
+    return "$status"
+}
+
+install_packages() {
+    say "installing packages: $*"
+    export DEBIAN_FRONTEND=noninteractive
+    local -a install=(apt-get install -qq -y --no-install-recommends)
+    # The list of packages may be there already, and recent enough. If not, fetch it and try again.
+    "${install[@]}" "$@" >/dev/null 2>&1 </dev/null && return
+    quietly apt-get update -qq && quietly "${install[@]}" "$@"
+}
+
+setup_packages() {
+    local wanted
+    local -a missing=()
+    for wanted in "$@"; do
+        command -v "${wanted#*:}" >/dev/null || missing+=("${wanted%%:*}")
+    done
+    ((${#missing[@]})) || return 0
+    command -v apt-get >/dev/null || fail "missing: ${missing[*]} (the names are Debian's; there is no apt-get here)"
+    ((EUID == 0)) || fail "missing packages. Run this once, as root: apt-get install --no-install-recommends ${missing[*]}"
+    install_packages "${missing[@]}" || fail "the packages could not be installed"
+}
+
+# python_here: a Python that is new enough, the plain one first.
+python_here() {
+    local name
+    for name in python3 python3.13 python3.12 python3.11; do
+        if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            command -v "$name"
+            return
+        fi
+    done
+    return 1
+}
+
+# find_python: sets BASE_PYTHON, installing one when there is none and this is root.
+find_python() {
+    if BASE_PYTHON=$(python_here); then return; fi
+    local found="none" name
+    command -v python3 >/dev/null && found=$(python3 -V 2>&1)
+    if command -v apt-get >/dev/null; then
+        ((EUID != 0)) || apt-cache show python3 >/dev/null 2>&1 || quietly apt-get update -qq || true
+        # Debian 12 and Ubuntu 24.04 have it as python3; Ubuntu 22.04 has 3.10 as that, and python3.11 beside it.
+        local -a candidates=(python3.13 python3.12 python3.11)
+        command -v python3 >/dev/null || candidates=(python3 "${candidates[@]}")
+        for name in "${candidates[@]}"; do
+            apt-cache show "$name" >/dev/null 2>&1 || continue
+            [[ $name != python3 || $(apt-cache policy python3) =~ Candidate:\ 3\.1[1-9] ]] || continue
+            ((EUID == 0)) ||
+                fail "needs Python 3.11 or newer, found $found. Run this once, as root: apt-get install $name $name-venv"
+            install_packages "$name" "$name-venv" || fail "Python could not be installed"
+            if BASE_PYTHON=$(python_here); then return; fi
+        done
+    fi
+    fail "needs Python 3.11 or newer, found $found, and this system has no package of it (Debian 12 and Ubuntu 24.04 do)"
+}
+
+make_venv() {
+    say "making .venv with $("$BASE_PYTHON" -V)"
+    rm -rf "$ROOT/.venv"
+    # Debian splits ensurepip off into a package of its own. Without it and without root, another pip will do.
+    "$BASE_PYTHON" -m venv "$ROOT/.venv" >/dev/null 2>&1 && return
+    local venv
+    venv=$("$BASE_PYTHON" -c 'import sys; print(f"python{sys.version_info[0]}.{sys.version_info[1]}-venv")')
+    if ((EUID == 0)) && command -v apt-get >/dev/null; then
+        install_packages "$venv" && quietly "$BASE_PYTHON" -m venv --clear "$ROOT/.venv" && return
+    fi
+    if "$BASE_PYTHON" -m virtualenv --version >/dev/null 2>&1; then
+        quietly "$BASE_PYTHON" -m virtualenv --clear "$ROOT/.venv" && return
+    elif "$BASE_PYTHON" -m pip --version >/dev/null 2>&1; then
+        # pip can install itself into an environment that has none.
+        quietly "$BASE_PYTHON" -m venv --clear --without-pip "$ROOT/.venv" &&
+            quietly "$BASE_PYTHON" -m pip --python "$ROOT/.venv/bin/python" install pip && return
+    fi
+    rm -rf "$ROOT/.venv"
+    fail "could not make .venv. Run this once, as root: apt-get install --no-install-recommends $venv"
+}
+
+setup_venv() {
+    local extra=${1:-} stamp state
+    PYTHON=$ROOT/.venv/bin/python
+    # What the environment was made from; when it is the same, there is nothing to do. An environment with the extra
+    # serves without it too, and one that was moved, or whose Python has gone, does not run.
+    stamp=$ROOT/.venv/installed${extra:+-$extra}
+    state="$ROOT $(cksum <"$ROOT/pyproject.toml")"
+    [[ -e $stamp && $(<"$stamp") == "$state" ]] && "$PYTHON" -c '' 2>/dev/null && return
+    command -v flock >/dev/null && { exec 9<"$ROOT" && flock 9; } # two at once would be in each other's way
+    if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
+        ! "$PYTHON" -m pip --version >/dev/null 2>&1; then
+        find_python
+        make_venv
+    fi
+    say "installing the project and what it needs into .venv"
+    quietly "$PYTHON" -m pip install --quiet --disable-pip-version-check --editable "$ROOT${extra:+[$extra]}" ||
+        fail "the project could not be installed"
+    printf '%s\n' "$state" >"$stamp"
+    [[ -z $extra ]] || printf '%s\n' "$state" >"$ROOT/.venv/installed"
+    exec 9<&-
+    # Made by root in a checkout of somebody else: theirs.
+    ((EUID != 0)) || chown -R --reference="$ROOT" "$ROOT/.venv"
+}

@@ -1,0 +1,165 @@
+"""Outgoing TCP connections: from which address, within which time, and with the errno of what went wrong."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Sequence
+from socket import SocketType
+from typing import NamedTuple
+
+import trio
+
+from usocksd.errors import DialError
+from usocksd.runtime.hostport import join_port
+from usocksd.runtime.reactor import DeadlineExpired, Endpoint, PeerReset, Reactor
+
+# ip(7), since Linux 4.2: choose the port at connect, not at bind. With it ports run out per destination address and
+# port; without it some 28,000 of them limit a source address over all destinations. Python 3.11 has no name for it.
+_IP_BIND_ADDRESS_NO_PORT = 24
+_STREAM = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
+# RFC 8305, section 5: how long one attempt is given before the next address is tried beside it, in seconds.
+_ATTEMPT_DELAY = 0.25
+
+
+class Target(NamedTuple):
+    """One address to connect to, and what to leave from. None leaves the choice to the kernel."""
+
+    host: str
+    """A numeric address."""
+    port: int
+    source: str | None = None
+    iface: str | None = None
+    mark: int | None = None
+
+    def __str__(self) -> str:
+        return join_port(self.host, self.port)
+
+
+async def dial(
+    reactor: Reactor, targets: Sequence[Target], *, deadline: float, client: Endpoint | None = None
+) -> tuple[Endpoint, Target]:
+    """Connect to the first of `targets` that answers: happy eyeballs (RFC 8305) when there is more than one.
+
+    `deadline` is on the reactor's clock. If `client` is reset meanwhile, nobody waits for this connection any more:
+    PeerReset. Raises DialError with the errno of the attempt that failed first (ETIMEDOUT for the deadline).
+    """
+    if len(targets) == 1:
+        return await _connect(reactor, targets[0], deadline, client), targets[0]
+    return await _race(reactor, targets, deadline, client)
+
+
+async def _connect(reactor: Reactor, target: Target, deadline: float, client: Endpoint | None) -> Endpoint:
+    endpoint = _start(reactor, target)
+    endpoint.deadline = deadline
+    if client is not None:
+        client.on_reset = endpoint.give_up
+    try:
+        error = await endpoint.connected()
+    except DeadlineExpired:
+        endpoint.close()
+        raise DialError(errno.ETIMEDOUT, str(target)) from None
+    except BaseException:
+        endpoint.close()
+        raise
+    finally:
+        if client is not None:
+            client.on_reset = None
+    if error:
+        endpoint.close()
+        raise DialError(error, str(target))
+    return endpoint
+
+
+def _start(reactor: Reactor, target: Target) -> Endpoint:
+    """Everything up to a connect(2) in progress."""
+    v6 = ":" in target.host
+    step = "socket"
+    try:
+        sock = SocketType(socket.AF_INET6 if v6 else socket.AF_INET, _STREAM)
+    except OSError as error:
+        raise DialError(error.errno or errno.EIO, str(target), step) from None
+    try:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        # The urgent byte stays in the stream, where it is not lost.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+        if target.mark is not None:
+            step = f"mark {target.mark:#x} for"
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, target.mark)
+        if target.iface is not None:
+            step = f"interface {target.iface} for"
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, target.iface.encode() + b"\0")
+        if target.source is not None:
+            step = f"bind {target.source} for"
+            sock.setsockopt(socket.IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT, 1)
+            sock.bind((target.source, 0))
+        step = "connect"
+        code = sock.connect_ex((target.host, target.port))
+        if code not in (0, errno.EINPROGRESS):
+            raise DialError(code, str(target), step)
+        return Endpoint(reactor, sock, connecting=True)
+    except OSError as error:
+        sock.close()
+        raise DialError(error.errno or errno.EIO, str(target), step) from None
+    except BaseException:
+        sock.close()
+        raise
+
+
+async def _race(
+    reactor: Reactor, targets: Sequence[Target], deadline: float, client: Endpoint | None
+) -> tuple[Endpoint, Target]:
+    """Attempts start _ATTEMPT_DELAY apart, or as soon as the one before has failed; the first to connect wins."""
+    won: list[tuple[Endpoint, Target]] = []
+    failed: list[DialError] = []
+    stopped: list[Exception] = []
+    gone = False
+
+    async def attempt(target: Target, settled: trio.Event) -> None:
+        try:
+            endpoint = await _connect(reactor, target, deadline, None)
+        except DialError as error:
+            failed.append(error)
+        except Exception as error:
+            # The process stops, say. Not through the nursery, which would wrap it.
+            stopped.append(error)
+            nursery.cancel_scope.cancel()
+        else:
+            if won:
+                endpoint.close()
+            else:
+                won.append((endpoint, target))
+                nursery.cancel_scope.cancel()
+        finally:
+            settled.set()
+
+    def give_up() -> None:
+        nonlocal gone
+        gone = True
+        nursery.cancel_scope.cancel()
+
+    try:
+        async with trio.open_nursery() as nursery:
+            if client is not None:
+                client.on_reset = give_up
+            for target in targets:
+                settled = trio.Event()
+                nursery.start_soon(attempt, target, settled)
+                with trio.move_on_after(_ATTEMPT_DELAY):
+                    await settled.wait()
+    except BaseException:
+        # Cancelled, perhaps in the moment in which an attempt had won.
+        for endpoint, _ in won:
+            endpoint.close()
+        raise
+    finally:
+        if client is not None:
+            client.on_reset = None
+    if won:
+        return won[0]
+    if stopped:
+        raise stopped[0]
+    if gone:
+        raise PeerReset
+    raise failed[0]

@@ -1,0 +1,33 @@
+"""The process's share of file descriptors, and how many connections fit into it."""
+
+from __future__ import annotations
+
+import os
+import resource
+from pathlib import Path
+
+# Kept back for what is not a connection: log file, epoll, resolver sockets, name and state files.
+_RESERVE = 48
+# A connection has two sockets; pipes of bulk streams are borrowed, and do without when there is none.
+_PER_CONNECTION = 2
+
+
+def raise_descriptor_limit() -> int:
+    """Raise the soft limit of open files to the hard one, as getrlimit(2) allows anybody. Returns what it is now.
+
+    The hard limit may be infinite on paper; the kernel's own is fs.nr_open.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard == resource.RLIM_INFINITY:
+        hard = int(Path("/proc/sys/fs/nr_open").read_text())
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
+
+
+def most_connections(descriptors: int) -> int:
+    """How many connections `descriptors` open files allow, at least one.
+
+    What this process had open when it started (sockets that it inherited, say) is gone from them already.
+    """
+    open_now = len(os.listdir("/proc/self/fd"))
+    return max((descriptors - open_now - _RESERVE) // _PER_CONNECTION, 1)

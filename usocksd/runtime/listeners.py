@@ -1,0 +1,209 @@
+"""Listening sockets: opened with the options that accepted connections inherit, and accepted from in batches."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+import struct
+from collections.abc import Callable, Iterable
+from math import inf
+from socket import SocketType
+from typing import Protocol
+
+from usocksd.errors import Error
+from usocksd.runtime.hostport import join_port
+from usocksd.runtime.reactor import Endpoint, Reactor
+
+log = logging.getLogger(__name__)
+
+# The kernel caps it at net.core.somaxconn.
+_BACKLOG = 4096
+# At most so many accepts before the established connections get their turn again.
+_BATCH = 64
+# struct tcp_info: for a listening socket tcpi_unacked (an u32 at offset 24) is the length of its accept queue.
+_QUEUE_LENGTH = struct.Struct("=24xI")
+
+# What trio's documentation of serve_listeners argues for: out of descriptors or memory (EMFILE, ENFILE, ENOBUFS,
+# ENOMEM; ENOSPC when the user has too many epoll watches, epoll(7)), the connection stays in the queue, so wait a
+# little and go on (and say so, but not for every connection). The same for errors that nobody has foreseen: here an
+# exception would end every connection of the process.
+#
+# accept(2) may report what went wrong with one connection while it was queued, or that a firewall forbade it. The
+# listener is well: go on with the next.
+_CONNECTION_ERRNOS = frozenset(
+    {
+        errno.ECONNABORTED,
+        errno.ECONNRESET,
+        errno.EPERM,
+        errno.EPROTO,
+        errno.ENETDOWN,
+        errno.ENOPROTOOPT,
+        errno.EHOSTDOWN,
+        errno.ENONET,
+        errno.EHOSTUNREACH,
+        errno.EOPNOTSUPP,
+        errno.ENETUNREACH,
+        errno.ETIMEDOUT,
+    }
+)
+_PAUSE = 0.1
+_SAY_AGAIN_AFTER = 10.0
+
+Accepted = Callable[[Endpoint, str, int], None]
+"""What is called for each connection: its endpoint, and the peer's numeric address and port."""
+
+
+class ListenError(Error):
+    """A listening socket could not be opened."""
+
+    def __init__(self, place: str, number: int) -> None:
+        super().__init__(f"can't listen on {place}: {os.strerror(number)}")
+        self.errno = number
+
+
+_NO_SUCH_FAMILY = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL})
+
+
+def listen(host: str, port: int, *, v6only: bool = True) -> socket.socket:
+    """Open a listening TCP socket on the numeric address `host`.
+
+    Accepted sockets inherit: TCP_NODELAY (a proxy that waits for more to send only adds delay), SO_KEEPALIVE (dead
+    peers go away) and SO_OOBINLINE (the urgent byte is not lost). Raises ListenError.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = None
+    try:
+        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, v6only)
+        sock.bind((host, port))
+        sock.listen(_BACKLOG)
+    except OSError as error:
+        if sock is not None:
+            sock.close()
+        raise ListenError(join_port(host, port), error.errno or errno.EIO) from None
+    return sock
+
+
+class Address(Protocol):
+    """Where to listen, as the configurations say it."""
+
+    @property
+    def address(self) -> object: ...
+    @property
+    def port(self) -> int: ...
+    @property
+    def optional(self) -> bool: ...
+
+
+def listen_all(addresses: Iterable[Address]) -> list[socket.socket]:
+    """Open a listening socket on each. An optional one may fail, if the host lacks its family, as long as one works.
+
+    Raises ListenError; nothing stays open then.
+    """
+    sockets: list[socket.socket] = []
+    missing: ListenError | None = None
+    try:
+        for at in addresses:
+            try:
+                sockets.append(listen(str(at.address), at.port))
+            except ListenError as error:
+                if not (at.optional and error.errno in _NO_SUCH_FAMILY):
+                    raise
+                missing = error
+        if not sockets and missing is not None:
+            raise missing
+    except ListenError:
+        for sock in sockets:
+            sock.close()
+        raise
+    for sock in sockets:
+        host, port = sock.getsockname()[:2]
+        log.info("listening", extra={"fields": {"address": join_port(host, port)}})
+    return sockets
+
+
+class Listener:
+    """Accepts from one listening socket, as a handler of the reactor.
+
+    `room` tells whether the process has descriptors for one more connection; while it has not, connections wait in
+    the kernel's queue rather than being accepted and then refused.
+    """
+
+    deadline = inf
+
+    def __init__(
+        self, reactor: Reactor, sock: socket.socket, accepted: Accepted, *, room: Callable[[], bool]
+    ) -> None:
+        self._reactor = reactor
+        self._sock = sock
+        self._accept = sock._accept  # type: ignore[attr-defined]  # accept() without the Python layer over it
+        self._kind = (int(sock.family), int(sock.type), sock.proto)
+        self._accepted = accepted
+        self._room = room
+        self._said = -inf
+        self.paused = False
+        self._fd = sock.fileno()
+        reactor.register_listener(self._fd, self)
+
+    def on_event(self, flags: int) -> None:
+        family, kind, protocol = self._kind
+        for _ in range(min(queue_length(self._sock), _BATCH)):
+            if not self._room():
+                self._pause("too few file descriptors left")
+                return
+            try:
+                fd, address = self._accept()
+            except OSError as error:
+                if error.errno in _CONNECTION_ERRNOS:
+                    continue
+                if error.errno != errno.EAGAIN:
+                    self._pause(os.strerror(error.errno or errno.EIO))
+                return
+            sock = SocketType(family, kind, protocol, fd)
+            sock.setblocking(False)
+            try:
+                endpoint = Endpoint(self._reactor, sock)
+            except OSError as error:
+                sock.close()
+                self._pause(os.strerror(error.errno or errno.EIO))
+                return
+            self._accepted(endpoint, address[0], address[1])
+
+    def close(self) -> None:
+        """Accept no more."""
+        self._reactor.unregister(self._fd)
+        self._sock.close()
+
+    def on_deadline(self, now: float) -> None:
+        """A pause is over."""
+        self.deadline = inf
+        self.paused = False
+        self._reactor.mute(self._fd, muted=False)
+
+    def interrupt(self, reason: BaseException) -> None:
+        """Nothing waits here: a listener is closed, not interrupted."""
+
+    def _pause(self, cause: str) -> None:
+        now = self._reactor.now
+        self.deadline = now + _PAUSE
+        self.paused = True
+        self._reactor.mute(self._fd, muted=True)
+        if now - self._said > _SAY_AGAIN_AFTER:
+            self._said = now
+            log.error(
+                "accepting is paused",
+                extra={"fields": {"error": cause, "waiting": queue_length(self._sock)}},
+            )
+
+
+def queue_length(listener: socket.socket) -> int:
+    """How many connections wait to be accepted."""
+    length: int = _QUEUE_LENGTH.unpack(listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 28))[0]
+    return length

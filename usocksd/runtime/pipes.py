@@ -1,0 +1,66 @@
+"""Pipes for splice(2), borrowed by whoever moves bulk data and given back when they run dry."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+
+# Measured, CPU seconds of the proxy per GB: 0.13 with 256 KiB or 1 MiB pipes, 0.30 with the default 64 KiB.
+PIPE_SIZE = 256 * 1024
+# So many empty ones are kept for the next borrower.
+_KEEP = 64
+
+
+class Pipe:
+    """A non-blocking pipe of PIPE_SIZE bytes; `filled` of them are under way."""
+
+    __slots__ = ("filled", "reader", "writer")
+
+    def __init__(self, reader: int, writer: int) -> None:
+        self.reader = reader
+        self.writer = writer
+        self.filled = 0
+
+    def close(self) -> None:
+        os.close(self.reader)
+        os.close(self.writer)
+
+
+class PipePool:
+    """Lends pipes. `borrow` gives None where the kernel grants none of the size: stay on recv and send then."""
+
+    def __init__(self) -> None:
+        self._free: list[Pipe] = []
+        self.lent = 0
+
+    def borrow(self) -> Pipe | None:
+        """An empty pipe, or None when descriptors or the user's share of pipe pages are used up (pipe(7))."""
+        if self._free:
+            self.lent += 1
+            return self._free.pop()
+        try:
+            reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            return None
+        pipe = Pipe(reader, writer)
+        try:
+            fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
+        except OSError:
+            # EPERM: without privileges, pages of pipes are rationed per user, and this one may hold 8 KiB only.
+            pipe.close()
+            return None
+        self.lent += 1
+        return pipe
+
+    def give_back(self, pipe: Pipe) -> None:
+        """Take `pipe` back. One with bytes in it is closed: they belong to nobody else."""
+        self.lent -= 1
+        if pipe.filled or len(self._free) >= _KEEP:
+            pipe.close()
+        else:
+            self._free.append(pipe)
+
+    def close(self) -> None:
+        """Close the pipes that are not lent."""
+        while self._free:
+            self._free.pop().close()

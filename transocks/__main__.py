@@ -1,0 +1,7 @@
+"""python -m transocks"""
+
+import sys
+
+from transocks.cli import main
+
+sys.exit(main())

@@ -1,0 +1,72 @@
+"""What the access records of transocks say about one connection."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from transocks.original_dst import Destination, Loop, NotRedirected
+from usocksd.errors import Error
+from usocksd.runtime.access import AccessRecords
+from usocksd.runtime.hostport import join_port
+from usocksd.runtime.log import Log
+from usocksd.runtime.relay import RelayResult
+
+_KEYS = ("request_id", "client_addr", "dest_addr", "upstream", "src_addr")
+
+
+class AccessLog:
+    """Starts the records of each connection."""
+
+    def __init__(self, log: Log) -> None:
+        self._records = AccessRecords(log, _KEYS, logging.getLogger(__name__))
+
+    def begin(self, host: str, port: int) -> Access:
+        """The records of a connection from this client."""
+        return Access(self._records, host, port)
+
+
+class Access:
+    """The records of one connection. The session fills in what it learns."""
+
+    __slots__ = ("_client", "_id", "_records", "_source", "_started", "destination", "upstream")
+
+    def __init__(self, records: AccessRecords, host: str, port: int) -> None:
+        self._records = records
+        self._id = records.next_id()
+        self._client = join_port(host, port)
+        self._source: str | None = None
+        self._started = 0.0
+        self.destination: Destination | None = None
+        """Where the client was going."""
+        self.upstream: str | None = None
+        """Which proxy carries it there."""
+
+    def starts(self, bound: tuple[str, int]) -> None:
+        """The upstream has connected; `bound` is our address towards it, which is the client that it records."""
+        self._started = time.monotonic()
+        self._source = join_port(bound[0], bound[1])
+        self._records.starts(self._values())
+
+    def ends(self, result: RelayResult) -> None:
+        """The relay is over."""
+        self._records.ends(self._values(), result, time.monotonic() - self._started)
+
+    def refused(self, error: Error) -> None:
+        """The client is reset."""
+        match error:
+            case NotRedirected():
+                message = "not redirected"
+            case Loop():
+                message = "loop refused"
+            case _:
+                message = "failed to connect to proxy server"
+        self._records.event(logging.ERROR, message, self._values(), error=str(error))
+
+    def gave_up(self) -> None:
+        """The client is gone before it had a connection."""
+        self._records.event(logging.INFO, "client is gone", self._values())
+
+    def _values(self) -> tuple[object, ...]:
+        destination = None if self.destination is None else str(self.destination)
+        return (self._id, self._client, destination, self.upstream, self._source)

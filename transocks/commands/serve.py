@@ -1,0 +1,37 @@
+"""transocks without a verb: the daemon, in the foreground."""
+
+from __future__ import annotations
+
+from usocksd.resolver import Resolver
+
+from transocks.access_log import AccessLog
+from transocks.config import Config
+from transocks.original_dst import LoopGuard
+from transocks.session import Sessions
+from transocks.upstream import Upstream
+from usocksd.addresses import HostAddresses
+from usocksd.runtime.listeners import listen_all
+from usocksd.runtime.log import Log
+from usocksd.runtime.reactor import Reactor
+from usocksd.runtime.service import Service
+
+
+async def serve(config: Config, sink: Log) -> None:
+    """Run transocks until it is told to stop. Raises Error when it can't start."""
+    hosts = HostAddresses()
+    resolver = Resolver(config.dns.servers)
+    upstream = Upstream(config.proxy_url, resolver=resolver, mark=config.mark)
+    sockets = listen_all(config.listen)
+    sessions = Sessions(
+        guard=LoopGuard(
+            listen_ports={sock.getsockname()[1] for sock in sockets},
+            hosts=hosts,
+            upstreams=lambda: upstream.addresses,
+        ),
+        upstream=upstream,
+        timeouts=config.timeouts,
+        access_log=AccessLog(sink),
+    )
+    reactor = Reactor()
+    service = Service(reactor, stop_within=config.timeouts.stop, reopen_log=sink.reopen)
+    await service.run(sockets, sessions.serve, hosts.watch, resolver.run)

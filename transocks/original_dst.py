@@ -1,0 +1,115 @@
+"""Where a redirected connection was really going, and whether carrying it there would go in a circle."""
+
+from __future__ import annotations
+
+import errno
+import pwd
+import socket
+import struct
+from collections.abc import Callable, Collection, Iterable
+from socket import SocketType
+from typing import NamedTuple
+
+from usocksd.addresses import HostAddresses, SocketOwners
+from usocksd.errors import Error
+from usocksd.match import numeric_address
+from usocksd.runtime.hostport import join_port
+
+# linux/netfilter_ipv4.h and linux/netfilter_ipv6/ip6_tables.h: both numbers are 80.
+_SO_ORIGINAL_DST = 80
+_SOCKADDR_IN = struct.Struct("!2xH4s8x")
+_SOCKADDR_IN6 = struct.Struct("!2xH4x16s4x")
+
+# The accounts that deploy/ gives the daemons: nothing else runs as these users, so what comes from them is us.
+OWN_USERS = ("transocks", "usocksd")
+
+
+class NotRedirected(Error):
+    """The kernel knows of no other destination: the connection came to the listener itself."""
+
+
+class Loop(Error):
+    """Carrying this connection would bring it back to us."""
+
+
+class Destination(NamedTuple):
+    """A numeric address and a port."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return join_port(self.host, self.port)
+
+
+def original_destination(sock: SocketType) -> Destination:
+    """Where the client was connecting to before REDIRECT or DNAT changed it: SO_ORIGINAL_DST.
+
+    The question goes by the family of the *connection*: an IPv4 client on a dual-stack socket has an
+    IPv4 entry in the connection tracking table. Raises NotRedirected.
+    """
+    local = sock.getsockname()
+    host = local[0].removeprefix("::ffff:") if "." in local[0] else local[0]
+    try:
+        if ":" in host:
+            port, raw = _SOCKADDR_IN6.unpack(sock.getsockopt(socket.IPPROTO_IPV6, _SO_ORIGINAL_DST, 28))
+            original = Destination(socket.inet_ntop(socket.AF_INET6, raw), port)
+        else:
+            port, raw = _SOCKADDR_IN.unpack(sock.getsockopt(socket.IPPROTO_IP, _SO_ORIGINAL_DST, 16))
+            original = Destination(socket.inet_ntoa(raw), port)
+    except OSError as error:
+        # ENOENT: no entry (the table was flushed or is full); ENOPROTOOPT: no connection tracking at all.
+        name = errno.errorcode.get(error.errno or 0, str(error.errno))
+        raise NotRedirected(f"no original destination is known for it ({name})") from None
+    if original == (host, local[1]):
+        raise NotRedirected("it was made to this port itself, no rule redirected it")
+    return original
+
+
+class LoopGuard:
+    """Refuses what would go in a circle until the descriptors are gone.
+
+    With no exemption rule for the proxies' own traffic, a single connection does that.
+    """
+
+    def __init__(
+        self,
+        *,
+        listen_ports: Collection[int],
+        hosts: HostAddresses,
+        upstreams: Callable[[], Collection[Destination]],
+        own_users: Iterable[str] = OWN_USERS,
+    ) -> None:
+        """`upstreams` gives the addresses of the upstream proxies as they are known now."""
+        self._listen_ports = frozenset(listen_ports)
+        self._hosts = hosts
+        self._upstreams = upstreams
+        self._own = _uids(own_users)
+        self._owners = SocketOwners() if self._own else None
+
+    def check(self, client: Destination, original: Destination) -> None:
+        """Raises Loop if carrying a connection from `client` to `original` would bring it back here."""
+        if original.port in self._listen_ports and self._hosts.is_local(numeric_address(original.host)):
+            raise Loop("its destination is this proxy's own port")
+        if original in self._upstreams():
+            raise Loop("its destination is the upstream: exempt the upstream from the redirect rules")
+        if self._owners is not None and self._hosts.is_local(numeric_address(client.host)):
+            uid = self._owners.owner_uid(client, original)
+            name = self._own.get(uid) if uid is not None else None
+            if name is not None:
+                raise Loop(f"user {name} made it: exempt this user from the redirect rules")
+
+    def close(self) -> None:
+        """Give back the netlink socket."""
+        if self._owners is not None:
+            self._owners.close()
+
+
+def _uids(names: Iterable[str]) -> dict[int, str]:
+    uids = {}
+    for name in names:
+        try:
+            uids[pwd.getpwnam(name).pw_uid] = name
+        except KeyError:
+            continue
+    return uids

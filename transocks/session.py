@@ -1,0 +1,54 @@
+"""One redirected connection, from accept to access record: the map of transocks.
+
+    accept -> original destination -> no loop? -> upstream dial + handshake -> relay -> record
+
+Each stage lives in the file of its name; only this one joins them.
+"""
+
+from __future__ import annotations
+
+from transocks.access_log import AccessLog
+from transocks.original_dst import Destination, LoopGuard, original_destination
+from transocks.upstream import Upstream
+from usocksd.errors import Error
+from usocksd.runtime.pipes import PipePool
+from usocksd.runtime.reactor import Endpoint, PeerReset
+from usocksd.runtime.relay import Limits, close_pair, relay
+from usocksd.runtime.settings import Timeouts
+
+
+class Sessions:
+    """Everything that a session needs, and `serve`, which is one session."""
+
+    def __init__(self, *, guard: LoopGuard, upstream: Upstream, timeouts: Timeouts, access_log: AccessLog) -> None:
+        self._guard = guard
+        self._upstream = upstream
+        self._connect_within = timeouts.connect
+        self._limits = Limits(timeouts.idle, timeouts.half_closed)
+        self._access_log = access_log
+        self._pipes = PipePool()
+
+    async def serve(self, client: Endpoint, host: str, port: int) -> None:
+        """Serve one accepted connection to its end. `host` is the client's numeric address."""
+        access = self._access_log.begin(host, port)
+        try:
+            destination = access.destination = original_destination(client.sock)
+            self._guard.check(Destination(host, port), destination)
+            access.upstream = self._upstream.name
+            tunnel = await self._upstream.connect(destination, client, client.reactor.clock() + self._connect_within)
+        except Error as error:
+            access.refused(error)
+            # A reset, not an end: the application shall see that it has no connection, and try its next address.
+            client.reset()
+            return
+        except PeerReset:
+            access.gave_up()
+            return
+        upstream = tunnel.endpoint
+        try:
+            access.starts(upstream.sock.getsockname())
+            result = await relay(client, upstream, to_client=tunnel.early, pipes=self._pipes, limits=self._limits)
+            access.ends(result)
+            await close_pair(client, upstream, result)
+        finally:
+            upstream.close()

@@ -1,0 +1,114 @@
+"""The upstream proxy: connect to it and ask it for the destination."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Collection, Sequence
+from typing import NamedTuple, Protocol
+
+import trio
+
+from transocks.config import ProxyScheme, ProxyURL
+from transocks.http_connect import HttpConnect
+from transocks.original_dst import Destination
+from usocksd.errors import DialError, ResolveError
+from usocksd.match import IPAddress
+from usocksd.resolver import Resolver
+from usocksd.runtime.dial import Target, dial
+from usocksd.runtime.reactor import DeadlineExpired, Endpoint
+from usocksd.socks import Client, Established, NeedData
+
+
+class Handshake(Protocol):
+    """The client's role in a proxy protocol, without I/O."""
+
+    def data_to_send(self) -> bytes: ...
+    def receive_data(self, data: bytes) -> None: ...
+    def next_event(self) -> Established | NeedData: ...
+
+    @property
+    def trailing_data(self) -> bytes: ...
+
+
+class Tunnel(NamedTuple):
+    """A connection through the upstream to the destination."""
+
+    endpoint: Endpoint
+    early: bytes
+    """What the destination already said."""
+
+
+class Upstream:
+    """One upstream proxy."""
+
+    def __init__(self, url: ProxyURL, *, resolver: Resolver, mark: int | None) -> None:
+        self._url = url
+        self._resolver = resolver
+        self._mark = mark
+        self._known: frozenset[Destination] = frozenset()
+        self.name = str(url)
+        """For log records: without user and password."""
+        if not isinstance(url.host, str):
+            self._learn((url.host,))
+
+    @property
+    def addresses(self) -> Collection[Destination]:
+        """Its addresses as far as they are known now."""
+        return self._known
+
+    async def connect(self, destination: Destination, client: Endpoint, deadline: float) -> Tunnel:
+        """Reach `destination` through the proxy before `deadline` (on the reactor's clock).
+
+        Raises UpstreamError (it refused, or broke its protocol), DialError (it can't be reached in time),
+        ResolveError (its name is not known), PeerReset (`client` is gone).
+        """
+        reactor = client.reactor
+        targets = [
+            Target(str(address), self._url.port, mark=self._mark) for address in await self._resolve(deadline, client)
+        ]
+        endpoint, target = await dial(reactor, targets, deadline=deadline, client=client)
+        client.on_reset = endpoint.give_up
+        try:
+            return Tunnel(endpoint, await self._ask(endpoint, self._handshake(destination)))
+        except DeadlineExpired:
+            endpoint.close()
+            raise DialError(errno.ETIMEDOUT, str(target), "waiting for the answer of") from None
+        except OSError as error:
+            endpoint.close()
+            raise DialError(error.errno or errno.EIO, str(target), "asking") from None
+        except BaseException:
+            endpoint.close()
+            raise
+        finally:
+            client.on_reset = None
+
+    async def _ask(self, endpoint: Endpoint, handshake: Handshake) -> bytes:
+        while True:
+            event = handshake.next_event()
+            if isinstance(event, Established):
+                return handshake.trailing_data
+            if data := handshake.data_to_send():
+                await endpoint.send_all(data)
+            handshake.receive_data(await endpoint.receive())
+
+    def _handshake(self, destination: Destination) -> Handshake:
+        url = self._url
+        password = None if url.password is None else url.password.reveal()
+        kind = HttpConnect if url.scheme is ProxyScheme.HTTP else Client
+        return kind(destination.host, destination.port, username=url.username, password=password)
+
+    async def _resolve(self, deadline: float, client: Endpoint) -> Sequence[IPAddress]:
+        host = self._url.host
+        if not isinstance(host, str):
+            return (host,)
+        addresses = self._resolver.cached(host)
+        if addresses is None:
+            with trio.move_on_after(max(deadline - client.reactor.clock(), 0)):
+                addresses = await self._resolver.resolve(host)
+        if addresses is None:
+            raise ResolveError(host, "timed out")
+        self._learn(addresses)
+        return addresses
+
+    def _learn(self, addresses: Sequence[IPAddress]) -> None:
+        self._known = frozenset(Destination(str(address), self._url.port) for address in addresses)

@@ -1,0 +1,56 @@
+"""Access records: one when a relay starts, one when it ends, and one for each connection that got no relay."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Sequence
+
+from usocksd.runtime.formats import Severity, Template
+from usocksd.runtime.log import Log
+from usocksd.runtime.relay import Reason, RelayResult
+from usocksd.runtime.request_id import request_ids
+
+_CONSTANTS = {"type": "access"}
+_AT_END = ("tx_bytes", "rx_bytes", "elapsed", "reason", "ended_by", "error")
+
+
+class AccessRecords:
+    """The records of a daemon whose every record carries `keys`; their values are given as one tuple."""
+
+    def __init__(self, log: Log, keys: Sequence[str], logger: logging.Logger) -> None:
+        self.next_id = request_ids()
+        self._log = log
+        self._logger = logger
+        self._keys = keys
+        self._starts = log.template(Severity.INFO, "proxy starts", _CONSTANTS, keys)
+        at_end = (*keys, *_AT_END)
+        self._ends = log.template(Severity.INFO, "proxy ends", _CONSTANTS, at_end)
+        self._ends_with_error = log.template(Severity.ERROR, "proxy ends with an error", _CONSTANTS, at_end)
+
+    def starts(self, values: tuple[object, ...]) -> None:
+        """A relay begins."""
+        self._write(self._starts, values)
+
+    def ends(self, values: tuple[object, ...], result: RelayResult, elapsed: float) -> None:
+        """A relay is over, after `elapsed` seconds. tx is what went to the destination, rx what came from there."""
+        template = self._ends_with_error if result.reason is Reason.ERROR else self._ends
+        at_end = (
+            result.to_upstream,
+            result.to_client,
+            round(elapsed, 6),
+            result.reason._value_,
+            result.by._value_,
+            os.strerror(result.errno) if result.errno else None,
+        )
+        self._write(template, values + at_end)
+
+    def event(self, level: int, message: str, values: tuple[object, ...], **more: object) -> None:
+        """Something else happened to a connection; what is not known about it yet is left out."""
+        known = {key: value for key, value in zip(self._keys, values, strict=True) if value is not None}
+        self._logger.log(level, message, extra={"fields": {**_CONSTANTS, **known, **more}})
+
+    def _write(self, template: Template, values: tuple[object, ...]) -> None:
+        if self._log.enabled(template.severity):
+            self._log.append(template.render(time.time(), values))

@@ -1,0 +1,233 @@
+"""One client connection, from accept to access record: the map of usocksd.
+
+    accept -> client allowed? -> handshake -> rules on name -> resolve -> rules on address
+           -> egress address -> dial -> reply -> relay -> record
+
+Each stage lives in the file of its name; only this one joins them.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+
+import trio
+
+from usocksd.access_log import Access, AccessLog
+from usocksd.acl import AccessRules, ClientRules
+from usocksd.addresses import HostAddresses
+from usocksd.auth import Users
+from usocksd.egress import EgressPool
+from usocksd.errors import CommandNotSupported, Denied, Error, NoEgress, ResolveError
+from usocksd.match import IPAddress, canonical_host, numeric_address
+from usocksd.replies import reply_for
+from usocksd.resolver import Resolver
+from usocksd.runtime.dial import Target, dial
+from usocksd.runtime.pipes import PipePool
+from usocksd.runtime.reactor import DeadlineExpired, Endpoint, PeerReset
+from usocksd.runtime.relay import Limits, close_pair, relay
+from usocksd.runtime.settings import Timeouts
+from usocksd.socks import (
+    NEED_DATA,
+    AddressType,
+    ClientFault,
+    Command,
+    Credentials,
+    Kind,
+    Method,
+    Reply,
+    Request,
+    Server,
+)
+
+log = logging.getLogger(__name__)
+
+# WIRE: after a failure reply the connection closes within 10 s (RFC 1928, section 6).
+_LAST_WORD_WITHIN = 5.0
+_MOST_REMEMBERED = 1024
+
+
+class Sessions:
+    """Everything that a session needs, and `serve`, which is one session."""
+
+    def __init__(
+        self,
+        *,
+        clients: ClientRules,
+        users: Users | None,
+        users_required: bool,
+        rules: AccessRules,
+        resolver: Resolver,
+        egress: EgressPool,
+        hosts: HostAddresses,
+        timeouts: Timeouts,
+        access_log: AccessLog,
+    ) -> None:
+        self._clients = clients
+        self._users = users
+        # Without users, a client that insists on sending a password is let through as anybody else would be.
+        self._methods = (
+            (Method.USERNAME_PASSWORD,)
+            if users is not None and users_required
+            else (Method.USERNAME_PASSWORD, Method.NO_AUTHENTICATION)
+            if users is not None
+            else (Method.NO_AUTHENTICATION, Method.USERNAME_PASSWORD)
+        )
+        self._rules = rules
+        self._resolver = resolver
+        self._egress = egress
+        self._hosts = hosts
+        self._timeouts = timeouts
+        self._limits = Limits(timeouts.idle, timeouts.half_closed)
+        self._access_log = access_log
+        self._pipes = PipePool()
+        self._spoke_tls: set[str] = set()
+
+    async def serve(self, client: Endpoint, host: str, port: int) -> None:
+        """Serve one accepted connection to its end. `host` is the client's numeric address."""
+        access = self._access_log.begin(host, port)
+        if not self._clients.admits(host):
+            access.client_denied()
+            client.reset()
+            return
+        connected = await self._connect(client, access)
+        if connected is None:
+            return
+        upstream, early = connected
+        try:
+            result = await relay(client, upstream, to_upstream=early, pipes=self._pipes, limits=self._limits)
+            access.ends(result)
+            await close_pair(client, upstream, result)
+        finally:
+            upstream.close()
+
+    async def _connect(self, client: Endpoint, access: Access) -> tuple[Endpoint, bytes] | None:
+        """From the handshake to the reply: the connection to the destination, and what the client said already.
+
+        None if it was refused or given up; the client knows, and so does the log.
+        """
+        clock = client.reactor.clock
+        client.deadline = clock() + self._timeouts.handshake
+        server = Server(methods=self._methods)
+        try:
+            request = await self._handshake(client, server, access)
+            deadline = clock() + self._timeouts.connect
+            targets = await self._targets(request, client, access, deadline)
+            upstream, target = await dial(client.reactor, targets, deadline=deadline, client=client)
+        except ClientFault as fault:
+            if fault.kind is not Kind.TLS or self._is_news(access.client_host):
+                access.misspoke(fault)
+            await client.finish(fault.reply, _LAST_WORD_WITHIN)
+            return None
+        except Error as error:
+            access.refused(error)
+            server.reply(reply_for(error))
+            await client.finish(server.data_to_send(), _LAST_WORD_WITHIN)
+            return None
+        except (DeadlineExpired, PeerReset, OSError) as error:
+            access.gave_up("timed out" if isinstance(error, DeadlineExpired) else "client is gone")
+            return None
+        try:
+            bound = upstream.sock.getsockname()
+            access.starts(target, bound)
+            server.reply(Reply.SUCCEEDED, bound)
+            client.deadline = clock() + self._timeouts.handshake
+            await client.send_all(server.data_to_send())
+        except BaseException:
+            upstream.close()
+            raise
+        return upstream, server.trailing_data
+
+    async def _handshake(self, client: Endpoint, server: Server, access: Access) -> Request:
+        """The client's request. Raises ClientFault, DeadlineExpired, OSError."""
+        while True:
+            event = server.next_event()
+            if event is NEED_DATA:
+                if answer := server.data_to_send():
+                    await client.send_all(answer)
+                server.receive_data(await client.receive())
+            elif isinstance(event, Request):
+                access.requested(event)
+                return event
+            elif isinstance(event, Credentials):
+                await self._authenticate(event, server, access)
+
+    async def _authenticate(self, credentials: Credentials, server: Server, access: Access) -> None:
+        if self._users is None:
+            server.accept_credentials()
+        elif await self._users.verify(credentials.username, credentials.password, access.client_host):
+            access.user = credentials.username
+            server.accept_credentials()
+        else:
+            server.reject_credentials()
+            raise ClientFault(Kind.NO_METHOD, server.data_to_send(), "wrong user or password")
+
+    async def _targets(self, request: Request, client: Endpoint, access: Access, deadline: float) -> list[Target]:
+        """rules on name -> resolve -> rules on address -> egress address
+
+        Raises Denied, ResolveError, NoEgress, CommandNotSupported.
+        """
+        if request.command is not Command.CONNECT:
+            raise CommandNotSupported(request.command.name)
+        port = request.port
+        try:
+            destination = canonical_host(request.host)
+        except ValueError as error:
+            raise ResolveError(request.host, str(error)) from None
+        decision = self._rules.decide_name(destination, port)
+        access.rule = decision.rule  # the one that let it through, if it gets through
+        if not decision.allowed:
+            raise Denied(decision.rule)
+        if not isinstance(destination, str):
+            text = str(destination) if request.address_type is AddressType.NAME else request.host
+            return [self._target(text, port, request.host, access)]
+        targets: list[Target] = []
+        problem: Error | None = None
+        for address in await self._resolve(destination, client, deadline):
+            decision = self._rules.decide_address(address, port)
+            if not decision.allowed:
+                problem = Denied(decision.rule)
+                continue
+            try:
+                targets.append(self._target(str(address), port, destination, access))
+            except NoEgress as error:
+                problem = problem or error
+        if not targets:
+            raise problem or ResolveError(destination, "no address")
+        return targets
+
+    def _target(self, address: str, port: int, destination: str, access: Access) -> Target:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        source = self._egress.pick(numeric_address(access.client_host), destination, family, self._hosts.current)
+        return Target(address, port, source.address, source.iface, source.mark)
+
+    async def _resolve(self, name: str, client: Endpoint, deadline: float) -> tuple[IPAddress, ...]:
+        """The addresses of a canonical name, within the deadline and while the client waits for them."""
+        addresses = self._resolver.cached(name)
+        if addresses is not None:
+            return addresses
+        gone = False
+
+        def give_up() -> None:
+            nonlocal gone
+            gone = True
+            scope.cancel()
+
+        with trio.move_on_after(max(deadline - client.reactor.clock(), 0)) as scope:
+            client.on_reset = give_up
+            try:
+                return await self._resolver.resolve(name)
+            finally:
+                client.on_reset = None
+        if gone:
+            raise PeerReset
+        raise ResolveError(name, "timed out")
+
+    def _is_news(self, host: str) -> bool:
+        """Whether this client speaks TLS to us for the first time: said once, not at every try."""
+        if host in self._spoke_tls:
+            return False
+        if len(self._spoke_tls) >= _MOST_REMEMBERED:
+            self._spoke_tls.clear()
+        self._spoke_tls.add(host)
+        return True

@@ -92,9 +92,7 @@ def _userinfo(value: str | None, scheme: ProxyScheme) -> tuple[str | None, Secre
     if value is None:
         return None, None
     if re.search(r"[/?#]|%(?![0-9a-fA-F]{2})", value):
-        raise Invalid(
-            "expected user and password percent-encoded: / as %2F, ? as %3F, # as %23, % as %25, @ as %40"
-        )
+        raise Invalid("expected user and password percent-encoded: / as %2F, ? as %3F, # as %23, % as %25, @ as %40")
     raw_user, _, raw_password = value.partition(":")
     try:
         user, password = unquote(raw_user, errors="strict"), unquote(raw_password, errors="strict")
@@ -102,18 +100,14 @@ def _userinfo(value: str | None, scheme: ProxyScheme) -> tuple[str | None, Secre
         raise Invalid("expected user and password in UTF-8, percent-encoded") from None
     if re.search(r"[\x00-\x1f\x7f]", user + password):
         raise Invalid("expected user and password without control characters")
-    if scheme is ProxyScheme.SOCKS5 and not (
-        1 <= len(user.encode()) <= 255 and len(password.encode()) <= 255
-    ):
+    if scheme is ProxyScheme.SOCKS5 and not (1 <= len(user.encode()) <= 255 and len(password.encode()) <= 255):
         raise Invalid("expected a user of 1 to 255 bytes and a password of at most 255 (RFC 1929)")
     if scheme is ProxyScheme.HTTP and ":" in user:
         raise Invalid("expected a user without a colon (RFC 7617)")
     return user, SecretStr(password)
 
 
-_LISTEN_EXPECTED = (
-    '"host:port" or a list of them, as in "localhost:1081", "[::1]:1081" or ":1081" (all interfaces)'
-)
+_LISTEN_EXPECTED = '"host:port" or a list of them, as in "localhost:1081", "[::1]:1081" or ":1081" (all interfaces)'
 
 
 def _parse_listen(value: object) -> tuple[ListenAddress, ...]:

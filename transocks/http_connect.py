@@ -58,9 +58,7 @@ class HttpConnect:
     _state: Callable[[HttpConnect], Event]
     _error: Callable[[], UpstreamError] | None
 
-    def __init__(
-        self, host: str, port: int, *, username: str | None = None, password: str | None = None
-    ) -> None:
+    def __init__(self, host: str, port: int, *, username: str | None = None, password: str | None = None) -> None:
         self._out = _request(host, port, username, password)
         self._buffer = bytearray()
         self._consumed = 0  # bytes of interim responses

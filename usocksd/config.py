@@ -48,9 +48,7 @@ def _dnsbl_domain(value: str) -> str | None:
 
 
 Site = Annotated[str, text(_site, 'a host or a domain, as in "www.example.com" or ".example.com"')]
-Network = Annotated[
-    IPNetwork, text(parse_network, 'a network or an IP address, as in "10.0.0.0/8" or "192.0.2.1"')
-]
+Network = Annotated[IPNetwork, text(parse_network, 'a network or an IP address, as in "10.0.0.0/8" or "192.0.2.1"')]
 
 
 @attrs.frozen(kw_only=True)
@@ -101,15 +99,11 @@ class Auth:
     """
 
     users_file: ReadableFile | None = None
-    required: bool = attrs.field(
-        default=attrs.Factory(lambda self: self.users_file is not None, takes_self=True)
-    )
+    required: bool = attrs.field(default=attrs.Factory(lambda self: self.users_file is not None, takes_self=True))
 
     def __attrs_post_init__(self) -> None:
         if self.required and self.users_file is None:
-            raise Invalid(
-                "expected users_file to name the users who may authenticate", shown="true", at="required"
-            )
+            raise Invalid("expected users_file to name the users who may authenticate", shown="true", at="required")
 
 
 @attrs.frozen(kw_only=True)

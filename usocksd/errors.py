@@ -68,9 +68,7 @@ class Fault:
     expected: str
 
     def __str__(self) -> str:
-        return (
-            f"{self.path}: {self.value}: {self.expected}" if self.value else f"{self.path}: {self.expected}"
-        )
+        return f"{self.path}: {self.value}: {self.expected}" if self.value else f"{self.path}: {self.expected}"
 
 
 class ConfigError(Error):

@@ -221,9 +221,7 @@ def _tuple_hook(
 
 
 def _structure_table(cls: Any, converter: Converter) -> Callable[[Any, Any], Any]:
-    fill = make_dict_structure_fn(
-        cls, converter, _cattrs_forbid_extra_keys=True, _cattrs_detailed_validation=True
-    )
+    fill = make_dict_structure_fn(cls, converter, _cattrs_forbid_extra_keys=True, _cattrs_detailed_validation=True)
 
     def structure(value: Any, type_: Any) -> Any:
         if type(value) is not dict:

@@ -193,9 +193,7 @@ DnsServer = Annotated[
     Endpoint,
     text(_dns_server, 'the IP address of a name server, as in "192.0.2.53", "192.0.2.53:53" or "[::1]:53"'),
 ]
-Interface = Annotated[
-    str | None, text(_interface, 'the name of an interface, at most 15 characters, as in "eth0"')
-]
+Interface = Annotated[str | None, text(_interface, 'the name of an interface, at most 15 characters, as in "eth0"')]
 ReadableFile = Annotated[Path, text(_readable_file, "the path of a readable file")]
 
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -53,7 +54,13 @@ class LabUnavailable(Exception):
 
 def _unshare() -> list[str]:
     user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
-    return ["unshare", *user, "--mount", "--net", "--"]
+    # What is mounted inside must not show outside, which the agent sees to (_make_mounts_private).
+    return ["unshare", *user, "--mount", "--propagation=unchanged", "--net", "--"]
+
+
+def _agent_argv(*arguments: str) -> list[str]:
+    # -I -S: the agent needs nothing but the standard library, and starts in 20 ms without the rest.
+    return [*_unshare(), sys.executable, "-I", "-S", os.path.abspath(__file__), *arguments]
 
 
 def unavailable() -> str | None:
@@ -62,9 +69,8 @@ def unavailable() -> str | None:
     if missing:
         return f"not installed: {', '.join(missing)} (Debian: util-linux, iproute2)"
     trial = subprocess.run(
-        [*_unshare(), "mount", "-t", "tmpfs", "tmpfs", "/run"],
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        _agent_argv("trial"), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
     if trial.returncode == 0:
         return None
     reason = (trial.stderr.strip().splitlines() or [f"unshare exited with {trial.returncode}"])[-1]
@@ -92,8 +98,9 @@ class Host:
         user = ["--user", "--preserve-credentials"] if self.lab.rootless else []
         # Entering a mount namespace goes to its root directory, hence env.
         return [
-            "nsenter", f"--target={agent}", *user, "--mount", f"--net=/proc/{agent}/root/run/netns/{self.name}", "--",
-            "env", f"--chdir={os.getcwd()}", *(os.fspath(word) for word in command),
+            "nsenter", f"--target={agent}", *user, "--mount", "--root",
+            f"--net=/proc/{agent}/root/run/netns/{self.name}",
+            "--", "env", f"--chdir={os.getcwd()}", *(os.fspath(word) for word in command),
         ]  # fmt: skip
 
     def popen(self, *command: str | os.PathLike[str], **options: Any) -> subprocess.Popen[Any]:
@@ -165,9 +172,8 @@ class Lab:
             raise LabUnavailable(reason)
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            # -I -S: the agent needs nothing but the standard library, and starts in 20 ms without the rest.
             self._agent = subprocess.Popen(
-                [*_unshare(), sys.executable, "-I", "-S", os.path.abspath(__file__), str(theirs.fileno())],
+                _agent_argv(str(theirs.fileno())),
                 stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True,
             )  # fmt: skip
         try:
@@ -224,7 +230,8 @@ class Lab:
 
     def ip(self, host: Host, *lines: str) -> None:
         """Run lines of ip(8) on a host, as one batch."""
-        self._run("ip", "-n", host.name, "-batch", "-", input="\n".join(lines))
+        # (Not `ip -n`: it wants to change how / propagates mounts, which no chroot lets it.)
+        self._run("nsenter", f"--net=/run/netns/{host.name}", "--", "ip", "-batch", "-", input="\n".join(lines))
 
     def wire(
         self,
@@ -251,7 +258,7 @@ class Lab:
     def _run(self, *command: str, **options: Any) -> None:
         """A command inside the lab's mount namespace, on no host."""
         user = ["--user", "--preserve-credentials"] if self.rootless else []
-        argv = ["nsenter", f"--target={self.agent_pid}", *user, "--mount", "--net", "--", *command]
+        argv = ["nsenter", f"--target={self.agent_pid}", *user, "--mount", "--root", "--net", "--", *command]
         done = subprocess.run(argv, capture_output=True, text=True, check=False, **options)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}\n{options.get('input', '')}")
@@ -324,6 +331,40 @@ def _uplink(lab: Lab, proxy: Host, outside: Host) -> None:
 # ---- the agent: runs inside the namespaces, serves one control socket
 
 CLONE_NEWNET = 0x40000000  # setns(2)
+MS_REC, MS_PRIVATE = 0x4000, 0x40000  # mount(2)
+
+
+def _make_mounts_private() -> None:
+    """Make every mount of this (new) mount namespace private: nothing that is mounted here shows elsewhere."""
+    import ctypes  # noqa: PLC0415  (only the agent needs it)
+
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def make_private() -> None:
+        if libc.mount(None, b"/", None, MS_REC | MS_PRIVATE, None):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), "/")
+
+    try:
+        make_private()
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        # In a chroot "/" is a folder somewhere in a mount, and only mounts can be private. It is left for a moment,
+        # as chroot(2) says that root can: no root directory above the working directory, the way up is free.
+        here = os.open("/", os.O_RDONLY | os.O_DIRECTORY)
+        os.chroot("/usr")
+        os.fchdir(here)
+        while os.stat(".").st_ino != os.stat("..").st_ino or os.stat(".").st_dev != os.stat("..").st_dev:
+            os.chdir("..")
+        os.chroot(".")
+        make_private()
+        os.fchdir(here)
+        os.chroot(".")
+        os.close(here)
+
+
+def _mount_run() -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", "/run"], check=True)
 
 
 class _Agent:
@@ -335,7 +376,8 @@ class _Agent:
         self._control = control
 
     def serve(self) -> None:
-        subprocess.run(["mount", "-t", "tmpfs", "tmpfs", "/run"], check=True)
+        _make_mounts_private()
+        _mount_run()
         os.mkdir("/run/netns")
         os.mkdir("/run/lock")
         os.mkdir("/run/etc")
@@ -400,11 +442,14 @@ class _Agent:
     def _enter(self, host: str) -> None:
         with open(f"/run/netns/{host}", encoding="ascii") as file:
             if self._libc.setns(file.fileno(), CLONE_NEWNET):
-                errno = self._errno()
-                raise OSError(errno, os.strerror(errno))
+                raise OSError(self._errno(), os.strerror(self._errno()))
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "trial":
+        _make_mounts_private()
+        _mount_run()
+        sys.exit()
     agent = _Agent(Socket(fileno=int(sys.argv[1])))
     try:
         agent.serve()

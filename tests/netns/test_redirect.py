@@ -1,0 +1,434 @@
+"""The main job: connections redirected by the rule files reach their destinations through both daemons."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import errno
+import hashlib
+import os
+import random
+import re
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from socket import socket as Socket
+
+import daemons
+import lab
+import pytest
+import trio
+from daemons import Daemon, Served, receive_all, receive_exactly, reset
+
+RULES = Path(__file__).parents[2] / "iptables"
+WEB = {4: lab.WEB_V4, 6: lab.WEB_V6}
+FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
+MARK = 0x7473
+TRANSFERS = 200
+
+USOCKSD = """
+[incoming]
+port = 1080
+addresses = ["127.0.0.1"]
+[outgoing]
+mark = 0x7473
+"""
+TRANSOCKS = """
+listen = {listen}
+proxy_url = "{url}"
+mark = 0x7473
+[timeouts]
+connect = 5
+"""
+
+
+@pytest.fixture(params=["host", "gateway"])
+def net(request: pytest.FixtureRequest) -> lab.Net:
+    net: lab.Net = request.getfixturevalue(f"{request.param}_net")
+    return net
+
+
+@pytest.fixture(params=["iptables", "nft"])
+def tool(request: pytest.FixtureRequest) -> str:
+    tool: str = request.param
+    return tool
+
+
+def load(net: lab.Net, tool: str, *, exempt: bool = True) -> None:
+    """The rule files as they stand; without the exemption for the proxies' own traffic on demand."""
+    place = "host" if net.proxy is net.client else "gateway"
+    for kind in ("nft",) if tool == "nft" else ("v4", "v6"):
+        text = (RULES / f"{place}.{kind}").read_text()
+        if not exempt:
+            text = re.sub(r"^.*(meta mark \$transocks_mark accept|--mark 0x7473 -j RETURN)$", "", text, flags=re.M)
+        command = {"nft": ["nft", "-f", "-"], "v4": ["iptables-restore", "--noflush"]}.get(
+            kind, ["ip6tables-restore", "--noflush"]
+        )
+        net.proxy.run(*command, input=text)
+
+
+def transocks(net: lab.Net, folder: Path, url: str = "socks5://127.0.0.1:1080", listen: str | None = None) -> Daemon:
+    listen = listen or ('"localhost:1081"' if net.proxy is net.client else '":1081"')
+    return Daemon("transocks", TRANSOCKS.format(listen=listen, url=url), folder, popen=net.proxy.popen)
+
+
+def usocksd(net: lab.Net, folder: Path, config: str = USOCKSD) -> Daemon:
+    return Daemon("usocksd", config, folder, popen=net.proxy.popen)
+
+
+@contextlib.contextmanager
+def both(net: lab.Net, folder: Path, tool: str = "nft") -> Iterator[tuple[Daemon, Daemon]]:
+    with usocksd(net, folder) as server, transocks(net, folder) as client:
+        server.ready()
+        client.ready()
+        load(net, tool)
+        yield client, server
+
+
+def connect(net: lab.Net, version: int, port: int, host: str | None = None) -> Socket:
+    sock = net.client.socket(FAMILY[version])
+    sock.settimeout(daemons.PATIENCE)
+    sock.connect((host or WEB[version], port))
+    return sock
+
+
+def test_original_destinations(net: lab.Net, tool: str, tmp_path: Path) -> None:
+    with both(net, tmp_path, tool) as (client, server):
+        for version in (4, 6):
+            with Served(net.outside.listen(WEB[version]), daemons.echo) as web:
+                with connect(net, version, web.port) as sock:
+                    sock.sendall(b"hello")
+                    assert receive_exactly(sock, 5) == b"hello"
+                    name = "{}:{}" if version == 4 else "[{}]:{}"
+                    own = name.format(*sock.getsockname()[:2])
+                wanted = name.format(WEB[version], web.port)
+                mine = client.record("proxy ends", client_addr=own)
+                assert (mine["dest_addr"], mine["tx_bytes"], mine["rx_bytes"]) == (wanted, 5, 5)
+                theirs = server.record("proxy ends", client_addr=mine["src_addr"])
+                assert (theirs["dest_addr"], theirs["reason"], theirs["ended_by"]) == (wanted, "closed", "client")
+                # It left through the SOCKS server, not by itself.
+                assert theirs["src_addr"] == name.format(*web.peers[0])
+
+
+def test_names_and_a_web_server(host_net: lab.Net, tmp_path: Path) -> None:
+    host_net.lab.etc("hosts", f"{lab.WEB_V4} www.beyond.example\n")
+    with both(host_net, tmp_path), contextlib.ExitStack() as stack:
+        stack.enter_context(Served(host_net.outside.listen(lab.WEB_V4, 80), page))
+        assert host_net.client.run("curl", "-sS", "http://www.beyond.example/").stdout == "it works"
+
+
+def page(sock: Socket) -> None:
+    sock.recv(65536)
+    sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\nConnection: close\r\n\r\nit works")
+
+
+@pytest.mark.parametrize("version", [4, 6])
+async def test_concurrent_transfers_arrive_intact(host_net: lab.Net, tmp_path: Path, version: int) -> None:
+    """Each sends a random amount and gets back that much of something else; both ends compare digests."""
+    rng = random.Random(version)
+    block = os.urandom(1 << 20)
+    sizes = [(rng.choice((0, 1, 70_000, 2_000_000)), rng.choice((0, 1, 70_000, 2_000_000))) for _ in range(TRANSFERS)]
+    listener = trio.socket.from_stdlib_socket(host_net.outside.listen(WEB[version], backlog=512))
+
+    def chunks(number: int, size: int) -> Iterator[memoryview]:
+        offset = number * 1009 % 4096
+        while size:
+            piece = memoryview(block)[offset : offset + min(size, 1 << 19)]
+            yield piece
+            size -= len(piece)
+
+    async def send(stream: trio.SocketStream, number: int, size: int) -> None:
+        for piece in chunks(number, size):
+            await stream.send_all(piece)
+        await stream.send_eof()
+
+    async def receive(stream: trio.SocketStream, number: int, size: int) -> None:
+        found, wanted = hashlib.md5(), hashlib.md5()
+        async for data in stream:
+            found.update(data)
+        for piece in chunks(number, size):
+            wanted.update(piece)
+        assert found.digest() == wanted.digest()
+
+    async def serve(stream: trio.SocketStream) -> None:
+        async with stream, trio.open_nursery() as nursery:
+            number = struct.unpack("!I", await stream.receive_some(4))[0]
+            nursery.start_soon(send, stream, number + 7, sizes[number][1])
+            await receive(stream, number, sizes[number][0])
+
+    async def transfer(number: int) -> None:
+        sock = trio.socket.from_stdlib_socket(host_net.client.socket(FAMILY[version]))
+        await sock.connect((WEB[version], listener.getsockname()[1]))
+        stream = trio.SocketStream(sock)
+        async with stream, trio.open_nursery() as nursery:
+            await stream.send_all(struct.pack("!I", number))
+            nursery.start_soon(send, stream, number, sizes[number][0])
+            await receive(stream, number + 7, sizes[number][1])
+
+    with both(host_net, tmp_path) as (client, server), trio.fail_after(60):
+        before = client.fds(), server.fds()
+        async with trio.open_nursery() as servers:
+            servers.start_soon(trio.serve_listeners, serve, [trio.SocketListener(listener)])
+            async with trio.open_nursery() as clients:
+                for number in range(TRANSFERS):
+                    clients.start_soon(transfer, number)
+            servers.cancel_scope.cancel()
+        daemons.wait_until(lambda: len(client.records("proxy ends", reason="closed")) == TRANSFERS, "all have ended")
+        # Pipes of the pool stay open; sockets do not.
+        assert sockets_of(client) <= before[0]
+        assert sockets_of(server) <= before[1]
+
+
+def sockets_of(daemon: Daemon) -> int:
+    folder = Path(f"/proc/{daemon.pid}/fd")
+    return sum(os.readlink(entry).startswith("socket:") for entry in folder.iterdir())
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_half_closed_both_ways(host_net: lab.Net, tmp_path: Path, version: int) -> None:
+    def late(sock: Socket) -> None:
+        said = receive_all(sock)  # until the client's end
+        sock.sendall(said.upper())
+
+    def early(sock: Socket) -> None:
+        sock.sendall(b"bye")
+        sock.shutdown(socket.SHUT_WR)
+        heard.append(receive_all(sock))
+
+    heard: list[bytes] = []
+    with both(host_net, tmp_path):
+        with Served(host_net.outside.listen(WEB[version]), late) as web, connect(host_net, version, web.port) as sock:
+            sock.sendall(b"abc" * 100_000)
+            sock.shutdown(socket.SHUT_WR)
+            assert receive_all(sock) == b"ABC" * 100_000
+        with (
+            Served(host_net.outside.listen(WEB[version]), early) as web,
+            connect(host_net, version, web.port) as sock,
+        ):
+            assert receive_all(sock) == b"bye"
+            sock.sendall(b"so long")
+            sock.shutdown(socket.SHUT_WR)
+            daemons.wait_until(lambda: heard, "the server has heard the rest")
+    assert heard == [b"so long"]
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_resets_arrive_as_resets(host_net: lab.Net, tmp_path: Path, version: int) -> None:
+    seen: list[object] = []
+
+    def resets(sock: Socket) -> None:
+        receive_exactly(sock, 2)
+        sock.sendall(b"last words")
+        reset(sock)
+
+    def is_reset(sock: Socket) -> None:
+        try:
+            seen.append(receive_all(sock))
+        except OSError as error:
+            seen.append(error.errno)
+
+    with both(host_net, tmp_path) as (client, server):
+        with (
+            Served(host_net.outside.listen(WEB[version]), resets) as web,
+            connect(host_net, version, web.port) as sock,
+        ):
+            sock.sendall(b"hi")
+            assert receive_exactly(sock, 10) == b"last words"
+            with pytest.raises(ConnectionResetError):
+                sock.recv(1)
+        assert client.record("proxy ends", reason="reset")["ended_by"] == "upstream"
+        with Served(host_net.outside.listen(WEB[version]), is_reset) as web:
+            sock = connect(host_net, version, web.port)
+            daemons.wait_until(lambda: web.peers, "it is connected")
+            reset(sock)
+            daemons.wait_until(lambda: seen, "the server has seen the end")
+        assert seen == [errno.ECONNRESET]
+        daemons.wait_until(
+            lambda: server.records("proxy ends", reason="reset", ended_by="client"), "and it is recorded"
+        )
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_what_is_refused_is_reset(host_net: lab.Net, tmp_path: Path, version: int) -> None:
+    with both(host_net, tmp_path) as (client, server), connect(host_net, version, 9) as sock:
+        with pytest.raises(ConnectionResetError):
+            sock.recv(1)
+        assert "refused" in client.record("failed to connect to proxy server")["error"]
+        assert "ECONNREFUSED" in server.record("dial to destination failed")["error"]
+
+
+def test_the_upstream_is_not_there(host_net: lab.Net, tmp_path: Path) -> None:
+    with transocks(host_net, tmp_path) as client:
+        client.ready()
+        load(host_net, "nft")
+        with connect(host_net, 4, 80) as sock, pytest.raises(ConnectionResetError):
+            sock.recv(1)
+        assert "ECONNREFUSED" in client.record("failed to connect to proxy server")["error"]
+
+
+@pytest.mark.parametrize(
+    "listen", ['":1081"', '["0.0.0.0:1081", "[::]:1081"]', '["127.0.0.1:1081", "[::1]:1081"]', '"localhost:1081"']
+)
+def test_listeners(host_net: lab.Net, tmp_path: Path, listen: str) -> None:
+    with usocksd(host_net, tmp_path) as server, transocks(host_net, tmp_path, listen=listen) as client:
+        server.ready()
+        client.ready()
+        load(host_net, "iptables")
+        for version in (4, 6):
+            with Served(host_net.outside.listen(WEB[version]), daemons.echo) as web:
+                with connect(host_net, version, web.port) as sock:
+                    sock.sendall(b"x")
+                    assert sock.recv(1) == b"x"
+
+
+def test_dnat(gateway_net: lab.Net, tmp_path: Path) -> None:
+    """Not REDIRECT but DNAT, to an address of the gateway."""
+    with usocksd(gateway_net, tmp_path) as server, transocks(gateway_net, tmp_path) as client:
+        server.ready()
+        client.ready()
+        for tool, target, match in (
+            ("iptables", f"{lab.LAN_GATEWAY_V4}:1081", lab.WEB_V4),
+            ("ip6tables", f"[{lab.LAN_GATEWAY_V6}]:1081", lab.WEB_V6),
+        ):
+            rule = f"-A PREROUTING -p tcp -d {match} -j DNAT --to-destination {target}"
+            gateway_net.proxy.run(tool, "-t", "nat", *rule.split())
+        for version in (4, 6):
+            with Served(gateway_net.outside.listen(WEB[version]), daemons.echo) as web:
+                with connect(gateway_net, version, web.port) as sock:
+                    sock.sendall(b"x")
+                    assert sock.recv(1) == b"x"
+                daemons.wait_until(
+                    lambda web=web: [
+                        r for r in client.records("proxy ends") if r["dest_addr"].endswith(f":{web.port}")
+                    ],
+                    "the destination is the original one",
+                )
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_a_loop_is_refused(host_net: lab.Net, tmp_path: Path, version: int) -> None:
+    """No rule exempts the proxies. What they send comes back, and is not carried round and round."""
+    config = USOCKSD.replace('["127.0.0.1"]', f'["{lab.PROXY_V4[0]}"]').replace("mark = 0x7473\n", "")
+    url = f"socks5://{lab.PROXY_V4[0]}:1080"
+    with usocksd(host_net, tmp_path, config) as server, transocks(host_net, tmp_path, url) as client:
+        server.ready()
+        client.ready()
+        # Both the upstream on this host and the way out are redirected.
+        for tool, own in (("iptables", lab.PROXY_V4[0]), ("ip6tables", lab.PROXY_V6[0])):
+            for to in (own, WEB[4] if tool == "iptables" else WEB[6]):
+                rule = f"-A OUTPUT -p tcp -d {to} -j REDIRECT --to-ports 1081"
+                host_net.proxy.run(tool, "-t", "nat", *rule.split())
+        before = client.fds()
+        with connect(host_net, version, 80) as sock, pytest.raises(ConnectionResetError):
+            sock.recv(1)
+        assert "its destination is the upstream" in client.record("loop refused")["error"]
+        client.wait_for_fds(before)
+
+
+def test_its_own_port_is_a_loop(host_net: lab.Net, tmp_path: Path) -> None:
+    """The listener's port on any address of this host, redirected to the listener."""
+    with usocksd(host_net, tmp_path) as server, transocks(host_net, tmp_path, listen='":1081"') as client:
+        server.ready()
+        client.ready()
+        rule = f"-A OUTPUT -p tcp -d {lab.PROXY_V4[1]} -j DNAT --to-destination {lab.PROXY_V4[0]}:1081"
+        host_net.proxy.run("iptables", "-t", "nat", *rule.split())
+        with connect(host_net, 4, 1081, lab.PROXY_V4[1]) as sock, pytest.raises(ConnectionResetError):
+            sock.recv(1)
+        assert "own port" in client.record("loop refused")["error"]
+
+
+def test_its_own_users_are_a_loop(host_net: lab.Net, tmp_path: Path) -> None:
+    if host_net.lab.rootless:
+        pytest.skip("a user namespace with one uid has no other user to be")
+    host_net.lab.etc("passwd", "root:x:0:0::/:/bin/sh\nusocksd:x:4711:4711::/:/bin/sh\n")
+    with usocksd(host_net, tmp_path) as server, transocks(host_net, tmp_path) as client:
+        server.ready()
+        client.ready()
+        load(host_net, "nft")
+        words = ["setpriv", "--reuid=4711", "--clear-groups", "curl", "-sS", f"http://{lab.WEB_V4}/"]
+        assert host_net.client.run(*words, check=False).returncode == 56
+        assert "user usocksd made it" in client.record("loop refused")["error"]
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_a_direct_connection_is_refused(host_net: lab.Net, tmp_path: Path, version: int) -> None:
+    with transocks(host_net, tmp_path) as client:
+        client.ready()
+        load(host_net, "nft")
+        with connect(host_net, version, 1081, "127.0.0.1" if version == 4 else "::1") as sock:
+            with pytest.raises(ConnectionResetError):
+                sock.recv(1)
+        assert client.record("not redirected")["error"]
+
+
+def connect_proxy(sock: Socket, upstream: lab.Host, seen: list[bytes]) -> None:
+    """An HTTP proxy that knows CONNECT, one user, and a head with a body that is none."""
+    head = b""
+    while b"\r\n\r\n" not in head:
+        head += sock.recv(65536)
+    seen.append(head)
+    if b"Basic " + base64.b64encode(b"alice:p@ss:word") not in head:
+        sock.sendall(b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n")
+        return
+    host, _, port = head.split()[1].decode().rpartition(":")
+    with upstream.socket(FAMILY[6 if ":" in host else 4]) as onward:
+        onward.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, MARK)
+        onward.connect((host.strip("[]"), int(port)))
+        sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 Fine\r\nContent-Length: 5\r\n\r\nearly")
+        back = threading.Thread(target=lambda: pump(onward, sock))
+        back.start()
+        pump(sock, onward)
+        back.join()
+
+
+def pump(source: Socket, sink: Socket) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(65536):
+            sink.sendall(data)
+        sink.shutdown(socket.SHUT_WR)
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_http_connect_upstream(host_net: lab.Net, tmp_path: Path, version: int) -> None:
+    seen: list[bytes] = []
+    with Served(host_net.proxy.listen("127.0.0.1"), lambda sock: connect_proxy(sock, host_net.proxy, seen)) as proxy:
+        with transocks(host_net, tmp_path, f"http://alice:p%40ss%3Aword@127.0.0.1:{proxy.port}") as client:
+            client.ready()
+            load(host_net, "nft")
+            with Served(host_net.outside.listen(WEB[version]), daemons.echo) as web:
+                with connect(host_net, version, web.port) as sock:
+                    sock.sendall(b"hello")
+                    assert receive_exactly(sock, 10) == b"earlyhello"
+            assert "alice" not in client.log.read_text()
+            assert "word" not in client.log.read_text()
+    target = f"[{lab.WEB_V6}]" if version == 6 else lab.WEB_V4
+    assert seen[0].startswith(f"CONNECT {target}:{web.port} HTTP/1.1\r\n".encode())
+
+
+def test_socks_upstream_with_a_password(host_net: lab.Net, tmp_path: Path) -> None:
+    bcrypt = pytest.importorskip("bcrypt")
+    hashed = bcrypt.hashpw(b"s3cret", bcrypt.gensalt(4)).decode()
+    (tmp_path / "users").write_text(f"host1:{hashed}\n")
+    config = USOCKSD + f'[auth]\nusers_file = "{tmp_path / "users"}"\n'
+    with (
+        Served(host_net.outside.listen(lab.WEB_V4), daemons.echo) as web,
+        usocksd(host_net, tmp_path, config) as server,
+    ):
+        server.ready()
+        with transocks(host_net, tmp_path, "socks5://host1:s3cret@127.0.0.1:1080") as client:
+            client.ready()
+            load(host_net, "nft")
+            with connect(host_net, 4, web.port) as sock:
+                sock.sendall(b"x")
+                assert sock.recv(1) == b"x"
+            assert server.record("proxy ends")["user"] == "host1"
+        wrong = tmp_path / "wrong"
+        wrong.mkdir()
+        with transocks(host_net, wrong, "socks5://host1:guess@127.0.0.1:1080") as client:
+            client.ready()
+            with connect(host_net, 4, web.port) as sock, pytest.raises(ConnectionResetError):
+                sock.recv(1)
+            client.record("failed to connect to proxy server")
+            assert "guess" not in client.log.read_text()

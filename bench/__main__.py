@@ -126,9 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 continue
             try:
                 with kind(Path(name)) as place:
-                    results = run(
-                        bench, place, chosen, wanted, rounds=options.rounds, reporter=Reporter(progress, say)
-                    )
+                    results = run(bench, place, chosen, wanted, rounds=options.rounds, reporter=Reporter(progress, say))
             except PlaceError as error:
                 left = ", ".join(each.name for each in chosen if each.parts)
                 say(f"left out: {left}: {error}")

@@ -8,9 +8,9 @@ import time
 from transocks.original_dst import Destination, Loop, NotRedirected
 from usocksd.errors import Error
 from usocksd.runtime.access import AccessRecords
+from usocksd.runtime.ending import RelayResult
 from usocksd.runtime.hostport import join_port
 from usocksd.runtime.log import Log
-from usocksd.runtime.relay import RelayResult
 
 _KEYS = ("request_id", "client_addr", "dest_addr", "upstream", "src_addr")
 
@@ -54,14 +54,16 @@ class Access:
 
     def refused(self, error: Error) -> None:
         """The client is reset."""
+        level = logging.ERROR
         match error:
             case NotRedirected():
-                message = "not redirected"
+                # Somebody who looks whether we are there, mostly.
+                level, message = logging.WARNING, "not redirected"
             case Loop():
                 message = "loop refused"
             case _:
                 message = "failed to connect to proxy server"
-        self._records.event(logging.ERROR, message, self._values(), error=str(error))
+        self._records.event(level, message, self._values(), error=str(error))
 
     def gave_up(self) -> None:
         """The client is gone before it had a connection."""

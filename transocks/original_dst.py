@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import pwd
 import socket
 import struct
@@ -15,12 +16,14 @@ from usocksd.errors import Error
 from usocksd.match import numeric_address
 from usocksd.runtime.hostport import join_port
 
+log = logging.getLogger(__name__)
+
 # linux/netfilter_ipv4.h and linux/netfilter_ipv6/ip6_tables.h: both numbers are 80.
 _SO_ORIGINAL_DST = 80
 _SOCKADDR_IN = struct.Struct("!2xH4s8x")
 _SOCKADDR_IN6 = struct.Struct("!2xH4x16s4x")
 
-# The accounts that deploy/ gives the daemons: nothing else runs as these users, so what comes from them is us.
+# The accounts that the daemons are meant to run as, and nothing else: what comes from them is us.
 OWN_USERS = ("transocks", "usocksd")
 
 
@@ -49,7 +52,8 @@ def original_destination(sock: SocketType) -> Destination:
     IPv4 entry in the connection tracking table. Raises NotRedirected.
     """
     local = sock.getsockname()
-    host = local[0].removeprefix("::ffff:") if "." in local[0] else local[0]
+    # (A link-local address comes with its zone.)
+    host = local[0].removeprefix("::ffff:") if "." in local[0] else local[0].partition("%")[0]
     try:
         if ":" in host:
             port, raw = _SOCKADDR_IN6.unpack(sock.getsockopt(socket.IPPROTO_IPV6, _SO_ORIGINAL_DST, 28))
@@ -85,7 +89,7 @@ class LoopGuard:
         self._hosts = hosts
         self._upstreams = upstreams
         self._own = _uids(own_users)
-        self._owners = SocketOwners() if self._own else None
+        self._owners = _socket_owners() if self._own else None
 
     def check(self, client: Destination, original: Destination) -> None:
         """Raises Loop if carrying a connection from `client` to `original` would bring it back here."""
@@ -99,10 +103,15 @@ class LoopGuard:
             if name is not None:
                 raise Loop(f"user {name} made it: exempt this user from the redirect rules")
 
-    def close(self) -> None:
-        """Give back the netlink socket."""
-        if self._owners is not None:
-            self._owners.close()
+
+def _socket_owners() -> SocketOwners | None:
+    try:
+        return SocketOwners()
+    except OSError as error:
+        # A sandbox that forbids netlink: the other checks remain.
+        fields = {"error": str(error)}
+        log.warning("connections of our own users are not told from others", extra={"fields": fields})
+        return None
 
 
 def _uids(names: Iterable[str]) -> dict[int, str]:

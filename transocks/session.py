@@ -11,9 +11,10 @@ from transocks.access_log import AccessLog
 from transocks.original_dst import Destination, LoopGuard, original_destination
 from transocks.upstream import Upstream
 from usocksd.errors import Error
+from usocksd.runtime.ending import Limits
 from usocksd.runtime.pipes import PipePool
 from usocksd.runtime.reactor import Endpoint, PeerReset
-from usocksd.runtime.relay import Limits, close_pair, relay
+from usocksd.runtime.relay import close_pair, relay
 from usocksd.runtime.settings import Timeouts
 
 
@@ -23,7 +24,7 @@ class Sessions:
     def __init__(self, *, guard: LoopGuard, upstream: Upstream, timeouts: Timeouts, access_log: AccessLog) -> None:
         self._guard = guard
         self._upstream = upstream
-        self._connect_within = timeouts.connect
+        self._timeouts = timeouts
         self._limits = Limits(timeouts.idle, timeouts.half_closed)
         self._access_log = access_log
         self._pipes = PipePool()
@@ -31,18 +32,21 @@ class Sessions:
     async def serve(self, client: Endpoint, host: str, port: int) -> None:
         """Serve one accepted connection to its end. `host` is the client's numeric address."""
         access = self._access_log.begin(host, port)
+        tunnel = None
         try:
             destination = access.destination = original_destination(client.sock)
             self._guard.check(Destination(host, port), destination)
             access.upstream = self._upstream.name
-            tunnel = await self._upstream.connect(destination, client, client.reactor.clock() + self._connect_within)
+            tunnel = await self._upstream.connect(destination, client, self._timeouts)
         except Error as error:
             access.refused(error)
-            # A reset, not an end: the application shall see that it has no connection, and try its next address.
-            client.reset()
-            return
         except PeerReset:
             access.gave_up()
+        finally:
+            if tunnel is None:
+                # A reset, not an end: the application shall see that it has no connection, and try its next address.
+                client.reset()
+        if tunnel is None:
             return
         upstream = tunnel.endpoint
         try:

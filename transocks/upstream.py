@@ -6,8 +6,6 @@ import errno
 from collections.abc import Collection, Sequence
 from typing import NamedTuple, Protocol
 
-import trio
-
 from transocks.config import ProxyScheme, ProxyURL
 from transocks.http_connect import HttpConnect
 from transocks.original_dst import Destination
@@ -16,6 +14,7 @@ from usocksd.match import IPAddress
 from usocksd.resolver import Resolver
 from usocksd.runtime.dial import Target, dial
 from usocksd.runtime.reactor import DeadlineExpired, Endpoint
+from usocksd.runtime.settings import Timeouts
 from usocksd.socks import Client, Established, NeedData
 
 
@@ -56,17 +55,20 @@ class Upstream:
         """Its addresses as far as they are known now."""
         return self._known
 
-    async def connect(self, destination: Destination, client: Endpoint, deadline: float) -> Tunnel:
-        """Reach `destination` through the proxy before `deadline` (on the reactor's clock).
+    async def connect(self, destination: Destination, client: Endpoint, timeouts: Timeouts) -> Tunnel:
+        """Reach `destination` through the proxy: `timeouts.connect` to reach it; for its answer as long again, since
+        it has to connect in turn, and `timeouts.handshake` for what it has to say itself.
 
         Raises UpstreamError (it refused, or broke its protocol), DialError (it can't be reached in time),
         ResolveError (its name is not known), PeerReset (`client` is gone).
         """
         reactor = client.reactor
+        deadline = reactor.clock() + timeouts.connect
         targets = [
             Target(str(address), self._url.port, mark=self._mark) for address in await self._resolve(deadline, client)
         ]
         endpoint, target = await dial(reactor, targets, deadline=deadline, client=client)
+        endpoint.deadline = reactor.clock() + timeouts.connect + timeouts.handshake
         client.on_reset = endpoint.give_up
         try:
             return Tunnel(endpoint, await self._ask(endpoint, self._handshake(destination)))
@@ -103,10 +105,10 @@ class Upstream:
             return (host,)
         addresses = self._resolver.cached(host)
         if addresses is None:
-            with trio.move_on_after(max(deadline - client.reactor.clock(), 0)):
-                addresses = await self._resolver.resolve(host)
-        if addresses is None:
-            raise ResolveError(host, "timed out")
+            try:
+                addresses = await client.meanwhile(deadline, self._resolver.resolve, host)
+            except DeadlineExpired:
+                raise ResolveError(host, "timed out") from None
         self._learn(addresses)
         return addresses
 

@@ -8,9 +8,9 @@ import time
 from usocksd.errors import CommandNotSupported, Denied, Error
 from usocksd.runtime.access import AccessRecords
 from usocksd.runtime.dial import Target
+from usocksd.runtime.ending import RelayResult
 from usocksd.runtime.hostport import join_port
 from usocksd.runtime.log import Log
-from usocksd.runtime.relay import RelayResult
 from usocksd.socks import ClientFault, Command, Kind, Request, Version
 
 _KEYS = (

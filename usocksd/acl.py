@@ -180,10 +180,8 @@ class _AllowSites:
 
     def judge(self, to: Destination) -> Decision | None:
         # "" allows requests for addresses as such, no address in particular, and so lifts no protection.
-        if to.name is not None:
-            entry = self._sites.match_name(to.name)
-        else:
-            entry = self._sites.match_address(to.addresses[:1])
+        name = to.name
+        entry = self._sites.match_address(to.addresses[:1]) if name is None else self._sites.match_name(name)
         return None if entry is None else Decision(True, f'allow_sites "{entry}"')
 
 

@@ -77,7 +77,9 @@ class HostAddresses:
                     data = await receiver.recv(_RECEIVE_SIZE)
                 except OSError as error:
                     if error.errno != errno.ENOBUFS:
-                        raise
+                        fields = {"error": str(error)}
+                        _logger.error("addresses of this host are no longer watched", extra={"fields": fields})
+                        return
                     # The kernel dropped events. Those still queued are older: applied after the dump they
                     # would bring back what the dropped ones took away.
                     _discard_queued(events)

@@ -9,10 +9,10 @@ from typing import Annotated
 
 import attrs
 
-from .acl import site_fault
-from .match import IPNetwork, canonical_host, parse_network
-from .runtime.config import Distinct, Invalid
-from .runtime.settings import (
+from usocksd.acl import site_fault
+from usocksd.match import IPNetwork, canonical_host, parse_network
+from usocksd.runtime.config import Distinct, Invalid
+from usocksd.runtime.settings import (
     ANY_ADDRESS,
     DnsConfig,
     HostIP,

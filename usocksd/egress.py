@@ -32,9 +32,7 @@ class EgressPool:
 
     _MOST_REMEMBERED = 8192
 
-    def __init__(
-        self, addresses: Iterable[IPAddress] = (), iface: str | None = None, mark: int | None = None
-    ) -> None:
+    def __init__(self, addresses: Iterable[IPAddress] = (), iface: str | None = None, mark: int | None = None) -> None:
         """Without addresses the kernel chooses one; `iface` and `mark` apply all the same."""
         self.addresses = tuple(dict.fromkeys(addresses))
         self._iface = iface

@@ -11,8 +11,6 @@ from __future__ import annotations
 import logging
 import socket
 
-import trio
-
 from usocksd.access_log import Access, AccessLog
 from usocksd.acl import AccessRules, ClientRules
 from usocksd.addresses import HostAddresses
@@ -23,9 +21,10 @@ from usocksd.match import IPAddress, canonical_host, numeric_address
 from usocksd.replies import reply_for
 from usocksd.resolver import Resolver
 from usocksd.runtime.dial import Target, dial
+from usocksd.runtime.ending import Limits
 from usocksd.runtime.pipes import PipePool
 from usocksd.runtime.reactor import DeadlineExpired, Endpoint, PeerReset
-from usocksd.runtime.relay import Limits, close_pair, relay
+from usocksd.runtime.relay import close_pair, relay
 from usocksd.runtime.settings import Timeouts
 from usocksd.socks import (
     NEED_DATA,
@@ -65,6 +64,7 @@ class Sessions:
     ) -> None:
         self._clients = clients
         self._users = users
+        self._users_required = users_required
         # Without users, a client that insists on sending a password is let through as anybody else would be.
         self._methods = (
             (Method.USERNAME_PASSWORD,)
@@ -127,15 +127,20 @@ class Sessions:
         except (DeadlineExpired, PeerReset, OSError) as error:
             access.gave_up("timed out" if isinstance(error, DeadlineExpired) else "client is gone")
             return None
+        bound = upstream.sock.getsockname()
+        server.reply(Reply.SUCCEEDED, bound)
+        client.deadline = clock() + self._timeouts.handshake
         try:
-            bound = upstream.sock.getsockname()
-            access.starts(target, bound)
-            server.reply(Reply.SUCCEEDED, bound)
-            client.deadline = clock() + self._timeouts.handshake
             await client.send_all(server.data_to_send())
+        except (DeadlineExpired, OSError):
+            upstream.close()
+            access.gave_up("client is gone")
+            return None
         except BaseException:
             upstream.close()
             raise
+        # Not before the client has the reply: every "starts" has its "ends".
+        access.starts(target, bound)
         return upstream, server.trailing_data
 
     async def _handshake(self, client: Endpoint, server: Server, access: Access) -> Request:
@@ -153,7 +158,9 @@ class Sessions:
                 await self._authenticate(event, server, access)
 
     async def _authenticate(self, credentials: Credentials, server: Server, access: Access) -> None:
-        if self._users is None:
+        # Where nobody has to authenticate, an empty password is no try to: Java sends the login name and none.
+        anonymous = not self._users_required and not credentials.password
+        if self._users is None or anonymous:
             server.accept_credentials()
         elif await self._users.verify(credentials.username, credentials.password, access.client_host):
             access.user = credentials.username
@@ -168,7 +175,7 @@ class Sessions:
         Raises Denied, ResolveError, NoEgress, CommandNotSupported.
         """
         if request.command is not Command.CONNECT:
-            raise CommandNotSupported(request.command.name)
+            raise CommandNotSupported(f"{request.command.name} is not supported")
         port = request.port
         try:
             destination = canonical_host(request.host)
@@ -179,7 +186,8 @@ class Sessions:
         if not decision.allowed:
             raise Denied(decision.rule)
         if not isinstance(destination, str):
-            text = str(destination) if request.address_type is AddressType.NAME else request.host
+            # (IPv4-mapped IPv6 is IPv4 from here on; an IPv4 address is in its one form already.)
+            text = request.host if request.address_type is AddressType.IPV4 else str(destination)
             return [self._target(text, port, request.host, access)]
         targets: list[Target] = []
         problem: Error | None = None
@@ -206,22 +214,10 @@ class Sessions:
         addresses = self._resolver.cached(name)
         if addresses is not None:
             return addresses
-        gone = False
-
-        def give_up() -> None:
-            nonlocal gone
-            gone = True
-            scope.cancel()
-
-        with trio.move_on_after(max(deadline - client.reactor.clock(), 0)) as scope:
-            client.on_reset = give_up
-            try:
-                return await self._resolver.resolve(name)
-            finally:
-                client.on_reset = None
-        if gone:
-            raise PeerReset
-        raise ResolveError(name, "timed out")
+        try:
+            return await client.meanwhile(deadline, self._resolver.resolve, name)
+        except DeadlineExpired:
+            raise ResolveError(name, "timed out") from None
 
     def _is_news(self, host: str) -> bool:
         """Whether this client speaks TLS to us for the first time: said once, not at every try."""

@@ -68,9 +68,7 @@ def unavailable() -> str | None:
     missing = [tool for tool in ("unshare", "nsenter", "ip") if shutil.which(tool) is None]
     if missing:
         return f"not installed: {', '.join(missing)} (Debian: util-linux, iproute2)"
-    trial = subprocess.run(
-        _agent_argv("trial"), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-    )
+    trial = subprocess.run(_agent_argv("trial"), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if trial.returncode == 0:
         return None
     reason = (trial.stderr.strip().splitlines() or [f"unshare exited with {trial.returncode}"])[-1]

@@ -62,9 +62,7 @@ class Rules:
         """Everything that is loaded, without counters and without what iptables-save says of itself."""
         if self.backend == "nft":
             return self.sh("nft list ruleset")
-        text = self.sh(
-            "iptables-save -t nat; iptables-save -t filter; ip6tables-save -t nat; ip6tables-save -t filter"
-        )
+        text = self.sh("iptables-save -t nat; iptables-save -t filter; ip6tables-save -t nat; ip6tables-save -t filter")
         return re.sub(r"^#.*\n", "", re.sub(r"\[\d+:\d+\]", "", text), flags=re.MULTILINE)
 
     def edit(self, old: str, new: str) -> None:

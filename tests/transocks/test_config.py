@@ -167,9 +167,7 @@ def test_faults_of_listen(value: str, found: list[str]) -> None:
         ),
         (
             "socks5://me@proxy",
-            ProxyURL(
-                scheme=ProxyScheme.SOCKS5, host="proxy", port=1080, username="me", password=SecretStr("")
-            ),
+            ProxyURL(scheme=ProxyScheme.SOCKS5, host="proxy", port=1080, username="me", password=SecretStr("")),
         ),
     ],
 )
@@ -227,9 +225,7 @@ def test_any_text_is_a_proxy_url_or_invalid(text: str) -> None:
 
 
 def test_all_faults_at_once() -> None:
-    found = faults(
-        'proxy_url = 5\nlisten = "x"\nmark = "m"\nproxy = ""\n[timeouts]\nidle = 0\n[dns]\nserver = []'
-    )
+    found = faults('proxy_url = 5\nlisten = "x"\nmark = "m"\nproxy = ""\n[timeouts]\nidle = 0\n[dns]\nserver = []')
     assert [fault.partition(": ")[0] for fault in found] == [
         "proxy_url",
         "listen",
@@ -257,6 +253,4 @@ def test_the_sample_shows_every_setting_and_its_default() -> None:
             assert set(table[field.name]) == {inner.name for inner in attrs.fields(field.type)}
     config = parse(Config, shown, "transocks.toml")
     assert (config.log.level, config.log.format) == ("info", "plain")
-    assert attrs.evolve(config, mark=None, dns=DnsConfig(), log=LogConfig()) == Config(
-        proxy_url=config.proxy_url
-    )
+    assert attrs.evolve(config, mark=None, dns=DnsConfig(), log=LogConfig()) == Config(proxy_url=config.proxy_url)

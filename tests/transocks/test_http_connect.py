@@ -239,9 +239,7 @@ def outcome(pieces: list[bytes]) -> object:
     st.one_of(
         st.binary(),
         st.lists(
-            st.sampled_from(
-                [OK, b"HTTP/1.1 ", b"100 ", b"200", b" OK", b"\r", b"\n", b"\r\n\r\n", b"X: y", b"403"]
-            ),
+            st.sampled_from([OK, b"HTTP/1.1 ", b"100 ", b"200", b" OK", b"\r", b"\n", b"\r\n\r\n", b"X: y", b"403"]),
             max_size=12,
         ).map(b"".join),
     ),

@@ -98,9 +98,7 @@ def test_no_spelling_gets_around_a_rule(spelling: str) -> None:
     assert decision.rule.startswith("deny_sites")
 
 
-@pytest.mark.parametrize(
-    "spelling", ["www..example.com", "www.example.com\x00.x", "www.example.com ", ".example.org"]
-)
+@pytest.mark.parametrize("spelling", ["www..example.com", "www.example.com\x00.x", "www.example.com ", ".example.org"])
 def test_what_is_no_host_does_not_reach_the_rules(spelling: str) -> None:
     with pytest.raises(ValueError):  # noqa: PT011
         canonical_host(spelling)
@@ -217,7 +215,7 @@ def naive_match(entries: Sequence[str], name: str | None, addresses: Sequence[IP
     return False
 
 
-def naive(  # noqa: PLR0917
+def naive(
     allow: Sequence[str],
     deny: Sequence[str],
     ports: Sequence[int],
@@ -246,7 +244,7 @@ def naive(  # noqa: PLR0917
     st.sampled_from([25, 443]),
     st.booleans(),
 )
-def test_agrees_with_a_naive_walk(  # noqa: PLR0917
+def test_agrees_with_a_naive_walk(
     allow: list[str], deny: list[str], ports: list[int], text: str, port: int, resolved: bool
 ) -> None:
     access = rules(allow, deny, ports)

@@ -210,10 +210,7 @@ def test_the_sample_shows_every_setting_and_its_default(tmp_path: Path) -> None:
     assert config.timeouts == default.timeouts
     assert (config.log.level, config.log.format) == ("info", "plain")
     assert attrs.evolve(config.incoming, addresses=None, allow_from=None) == default.incoming
-    assert (
-        attrs.evolve(config.outgoing, iface=None, addresses=(), dnsbl_domain=None, mark=None)
-        == default.outgoing
-    )
+    assert attrs.evolve(config.outgoing, iface=None, addresses=(), dnsbl_domain=None, mark=None) == default.outgoing
 
 
 def test_the_sample_names_the_default_clients() -> None:

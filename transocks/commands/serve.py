@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from usocksd.resolver import Resolver
-
 from transocks.access_log import AccessLog
 from transocks.config import Config
 from transocks.original_dst import LoopGuard
 from transocks.session import Sessions
 from transocks.upstream import Upstream
 from usocksd.addresses import HostAddresses
+from usocksd.resolver import Resolver
+from usocksd.runtime.dial import check_mark
 from usocksd.runtime.listeners import listen_all
 from usocksd.runtime.log import Log
 from usocksd.runtime.reactor import Reactor
@@ -21,6 +21,7 @@ async def serve(config: Config, sink: Log) -> None:
     hosts = HostAddresses()
     resolver = Resolver(config.dns.servers)
     upstream = Upstream(config.proxy_url, resolver=resolver, mark=config.mark)
+    check_mark(config.mark)
     sockets = listen_all(config.listen)
     sessions = Sessions(
         guard=LoopGuard(

@@ -11,6 +11,7 @@ from usocksd.auth import Users
 from usocksd.config import Config
 from usocksd.egress import EgressPool
 from usocksd.resolver import Resolver
+from usocksd.runtime.dial import check_mark
 from usocksd.runtime.listeners import listen_all
 from usocksd.runtime.log import Log
 from usocksd.runtime.reactor import Reactor
@@ -44,7 +45,14 @@ async def serve(config: Config, sink: Log) -> None:
     )
     reactor = Reactor()
     service = Service(reactor, stop_within=config.timeouts.stop, reopen_log=sink.reopen)
+    check_mark(outgoing.mark)
     sockets = listen_all(config.incoming.listen)
     if clients.is_default:
-        log.info("allow_from is not set: clients on loopback and private networks are admitted, no others")
+        log.info("allow_from is not set: only clients on loopback, private and link-local networks are admitted")
+    if outgoing.dnsbl_domain:
+        log.warning("dnsbl_domain is set, and not looked at by this version: listed addresses are used")
+    for address in outgoing.addresses:
+        if not hosts.is_local(address):
+            fields = {"address": str(address)}
+            log.warning("an egress address is not on this host: not used until it is", extra={"fields": fields})
     await service.run(sockets, sessions.serve, hosts.watch, resolver.run)

@@ -7,9 +7,9 @@ import os
 import time
 from collections.abc import Sequence
 
+from usocksd.runtime.ending import Reason, RelayResult
 from usocksd.runtime.formats import Severity, Template
 from usocksd.runtime.log import Log
-from usocksd.runtime.relay import Reason, RelayResult
 from usocksd.runtime.request_id import request_ids
 
 _CONSTANTS = {"type": "access"}

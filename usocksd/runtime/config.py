@@ -35,7 +35,7 @@ from cattrs import (
 from cattrs.errors import AttributeValidationNote, IterableValidationNote
 from cattrs.gen import make_dict_structure_fn
 
-from ..errors import ConfigError, Fault
+from usocksd.errors import ConfigError, Fault
 
 T = TypeVar("T")
 

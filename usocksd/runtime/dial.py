@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import trio
 
-from usocksd.errors import DialError
+from usocksd.errors import DialError, Error
 from usocksd.runtime.hostport import join_port
 from usocksd.runtime.reactor import DeadlineExpired, Endpoint, PeerReset, Reactor
 
@@ -36,6 +36,17 @@ class Target(NamedTuple):
         return join_port(self.host, self.port)
 
 
+def check_mark(mark: int | None) -> None:
+    """Raise Error if this process may not set that mark: better at the start than with every connection."""
+    if mark is None:
+        return
+    with socket.socket() as sock:
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
+        except OSError as error:
+            raise Error(f"mark = {mark:#x}: {error.strerror}; it takes CAP_NET_ADMIN") from None
+
+
 async def dial(
     reactor: Reactor, targets: Sequence[Target], *, deadline: float, client: Endpoint | None = None
 ) -> tuple[Endpoint, Target]:
@@ -44,6 +55,8 @@ async def dial(
     `deadline` is on the reactor's clock. If `client` is reset meanwhile, nobody waits for this connection any more:
     PeerReset. Raises DialError with the errno of the attempt that failed first (ETIMEDOUT for the deadline).
     """
+    if client is not None:
+        client.check_peer()
     if len(targets) == 1:
         return await _connect(reactor, targets[0], deadline, client), targets[0]
     return await _race(reactor, targets, deadline, client)

@@ -60,9 +60,7 @@ class Formatter(ABC):
         self.utsname = re.sub(r"[^.a-zA-Z0-9_-]", "-", utsname) or "localhost"
         self._second = (-1, "")
 
-    def format(
-        self, now: float, severity: Severity, message: str, fields: Mapping[str, object] | None = None
-    ) -> bytes:
+    def format(self, now: float, severity: Severity, message: str, fields: Mapping[str, object] | None = None) -> bytes:
         """One record. `now` is in seconds of the epoch. Raises ValueError for a key that is not allowed.
 
         The original loses a record of more than `MAX_RECORD` bytes; here its message stays, and a field

@@ -138,9 +138,7 @@ class Listener:
 
     deadline = inf
 
-    def __init__(
-        self, reactor: Reactor, sock: socket.socket, accepted: Accepted, *, room: Callable[[], bool]
-    ) -> None:
+    def __init__(self, reactor: Reactor, sock: socket.socket, accepted: Accepted, *, room: Callable[[], bool]) -> None:
         self._reactor = reactor
         self._sock = sock
         self._accept = sock._accept  # type: ignore[attr-defined]  # accept() without the Python layer over it

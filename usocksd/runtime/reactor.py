@@ -18,15 +18,17 @@ from __future__ import annotations
 import select
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from math import inf
 
 # The C base class of socket.socket: the same system calls without the Python layer, which costs 3 us per accept.
 from socket import SocketType
-from typing import NoReturn, Protocol
+from typing import NoReturn, Protocol, TypeVar
 
 import outcome
 import trio
+
+T = TypeVar("T")
 
 IN = select.EPOLLIN
 OUT = select.EPOLLOUT
@@ -46,6 +48,8 @@ _ALL_EVENTS = _READ_EVENTS | OUT
 
 # So many events a batch, so that a batch stays in the order of 5 ms.
 _BATCH = 256
+# What takes longer than an event should waits for the end of the turn, and for the next turn after so many seconds.
+_TURN = 0.005
 # One buffer serves every receive of the process: bytes stay in it only until they are sent, in the same step.
 BUFFER_SIZE = 64 * 1024
 # A handshake's worth. What is behind it in the socket stays there.
@@ -146,7 +150,7 @@ class Reactor:
         self.handlers.pop(fd, None)
 
     def resume_later(self, work: Resumable) -> None:
-        """Call `work.resume()` in the next turn: its share of this one is used up."""
+        """Call `work.resume()` when all events of a turn are served: soon, and once for each time this is called."""
         self._resume.append(work)
 
     def sweep(self) -> None:
@@ -164,13 +168,23 @@ class Reactor:
     def _turn(self) -> None:
         self.now = self.clock()
         handlers = self.handlers
-        resume, self._resume = self._resume, []
         for fd, flags in self._epoll.poll(0, _BATCH):
             handler = handlers.get(fd)
             if handler is not None:
                 handler.on_event(flags)
-        for work in resume:
+        if self._resume:
+            self._work_off()
+
+    def _work_off(self) -> None:
+        """Bulk comes after what is quickly done, and only until the turn has taken its time."""
+        resume, self._resume = self._resume, []
+        until = self.now + _TURN
+        for done, work in enumerate(resume, 1):
             work.resume()
+            if self.clock() > until:
+                # First in the next turn: they have waited longest.
+                self._resume[:0] = resume[done:]
+                break
 
     async def _sweeper(self) -> NoReturn:
         while True:
@@ -250,6 +264,32 @@ class Endpoint:
             pass
         finally:
             self.close()
+
+    async def meanwhile(self, deadline: float, work: Callable[[str], Awaitable[T]], argument: str) -> T:
+        """Await `work(argument)` on behalf of this endpoint's session, while its peer waits for it.
+
+        Raises what the work does, DeadlineExpired past `deadline`, and PeerReset when the peer is gone.
+        """
+        self.check_peer()
+        gone = False
+
+        def give_up() -> None:
+            nonlocal gone
+            gone = True
+            scope.cancel()
+
+        with trio.move_on_after(max(deadline - self.reactor.clock(), 0)) as scope:
+            self.on_reset = give_up
+            try:
+                return await work(argument)
+            finally:
+                self.on_reset = None
+        raise PeerReset if gone else DeadlineExpired
+
+    def check_peer(self) -> None:
+        """Raise PeerReset if the peer's reset came in one event with its last bytes: no other event tells of it."""
+        if self.more and self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            raise PeerReset
 
     def close(self) -> None:
         """Close the socket: FIN, after what was sent. Only its session calls this; a second time does nothing."""

@@ -15,7 +15,7 @@ from usocksd.errors import Error
 from usocksd.runtime.hostport import join_port
 from usocksd.runtime.limits import most_connections, raise_descriptor_limit
 from usocksd.runtime.listeners import Listener
-from usocksd.runtime.reactor import Endpoint, Reactor
+from usocksd.runtime.reactor import DeadlineExpired, Endpoint, PeerReset, Reactor
 
 log = logging.getLogger(__name__)
 
@@ -103,8 +103,8 @@ class Service:
         async def serve(endpoint: Endpoint, host: str, port: int) -> None:
             try:
                 await session(endpoint, host, port)
-            except (OSError, Stopping) as error:
-                log.debug("session ends", extra={"fields": {"error": str(error)}})
+            except (OSError, DeadlineExpired, PeerReset, Stopping) as error:
+                log.debug("session ends", extra={"fields": {"error": str(error) or type(error).__name__}})
             except Exception:
                 # A fault of ours in one session is no reason to end the others.
                 log.exception("session failed", extra={"fields": {"client_addr": join_port(host, port)}})
@@ -132,9 +132,11 @@ class Service:
         log.info("stopping", extra={"fields": {"signal": signal.Signals(number).name, "live": self.live}})
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._at_once_when_told_again, signals)
-            await trio.sleep(self._stop_delay)
-            for listener in listeners:
-                listener.close()
+            try:
+                await trio.sleep(self._stop_delay)
+            finally:
+                for listener in listeners:
+                    listener.close()
             await self._drain()
             nursery.cancel_scope.cancel()
 

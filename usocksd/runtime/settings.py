@@ -10,10 +10,10 @@ from typing import Annotated, TypeVar
 
 import attrs
 
-from .config import Invalid, Parser
-from .formats import FORMATS
-from .hostport import join_port
-from .log import LEVELS
+from usocksd.runtime.config import Invalid, Parser
+from usocksd.runtime.formats import FORMATS
+from usocksd.runtime.hostport import join_port
+from usocksd.runtime.log import LEVELS
 
 T = TypeVar("T")
 
@@ -233,12 +233,12 @@ class Timeouts:
     """[timeouts], all in seconds."""
 
     handshake: Seconds = 10.0
-    """from accept to the end of the client's request, or of the upstream's answer to ours"""
+    """from accept to the end of the client's request; transocks: for the proxy's part of the answer to ours"""
     connect: Seconds = 30.0
     """for resolving and connecting to the destination, all its addresses together"""
     idle: Seconds = 3600.0
     """without a byte in either direction"""
     half_closed: Seconds = 300.0
-    """from the end of one direction to the end of the other"""
+    """the same once one direction has ended"""
     stop: SecondsOrZero = 30.0
     """how long a graceful stop waits for connections to end"""

@@ -41,9 +41,7 @@ METHODS = st.sampled_from(
 NAMES = st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1, max_size=255).filter(
     lambda name: len(name.encode()) <= 255
 )
-FIELDS = st.text(st.characters(exclude_categories=["Cs"]), max_size=255).filter(
-    lambda text: len(text.encode()) <= 255
-)
+FIELDS = st.text(st.characters(exclude_categories=["Cs"]), max_size=255).filter(lambda text: len(text.encode()) <= 255)
 PORTS = st.integers(0, 65535)
 V4 = st.ip_addresses(v=4).map(str)
 V6 = st.ip_addresses(v=6).map(str)
@@ -153,9 +151,7 @@ GARBAGE = st.one_of(
 
 
 @given(GARBAGE, CUTS, METHODS, st.booleans())
-def test_garbage_to_the_server(
-    garbage: bytes, cuts: list[int], methods: tuple[Method, ...], eof: bool
-) -> None:
+def test_garbage_to_the_server(garbage: bytes, cuts: list[int], methods: tuple[Method, ...], eof: bool) -> None:
     """A protocol error or a wait for more, never another exception; bounded; whatever the pieces."""
     whole = feed([garbage] if garbage else [], methods, eof=eof)
     assert whole.fault is not None or not eof or isinstance(whole.events[-1], Request)
@@ -167,9 +163,7 @@ def test_garbage_to_the_server(
         st.binary(max_size=300),
         st.builds(
             bytes.__add__,
-            st.sampled_from(
-                [b"\x05", b"\x05\x00", b"\x05\x00\x05\x00\x00", b"\x05\x02\x01\x00\x05\x00", b"\x00\x5a"]
-            ),
+            st.sampled_from([b"\x05", b"\x05\x00", b"\x05\x00\x05\x00\x00", b"\x05\x02\x01\x00\x05\x00", b"\x00\x5a"]),
             st.binary(max_size=300),
         ),
     ),
@@ -282,9 +276,7 @@ def test_refusals_arrive(version: Version, reply: Reply) -> None:
 
 
 @given(st.none() | FIELDS, FIELDS, METHODS, st.booleans())
-def test_credentials_arrive(
-    username: str | None, password: str, methods: tuple[Method, ...], accept: bool
-) -> None:
+def test_credentials_arrive(username: str | None, password: str, methods: tuple[Method, ...], accept: bool) -> None:
     """With and without users; the server's preference decides whether they are asked for."""
     client = Client("example.com", 80, username=username, password=password)
     told = converse(client, Server(methods=methods), accept=accept)

@@ -75,9 +75,7 @@ def test_ordinary_conversation() -> None:
     assert server.data_to_send() == b"\x05\x00"
     assert server.data_to_send() == b""
     server.receive_data(CONNECT_NAME)
-    assert server.next_event() == Request(
-        Version.SOCKS5, Command.CONNECT, AddressType.NAME, "example.com", 443
-    )
+    assert server.next_event() == Request(Version.SOCKS5, Command.CONNECT, AddressType.NAME, "example.com", 443)
     assert server.trailing_data == b""
     server.reply(Reply.SUCCEEDED, ("198.51.100.9", 40000))
     assert server.data_to_send() == b"\x05\x00\x00\x01\xc6\x33\x64\x09\x9c\x40"
@@ -161,9 +159,7 @@ def test_a_byte_at_a_time(request_bytes: bytes) -> None:
 def test_everything_in_one_segment() -> None:
     """Greeting, credentials, request and payload in one segment; payload must stay intact."""
     payload = b"\x16\x03\x01 hello \x00\xff" * 1000
-    server = server_after(
-        b"\x05\x01\x02" + b"\x01\x02me\x03key" + CONNECT_NAME + payload, methods=PASSWORD_ONLY
-    )
+    server = server_after(b"\x05\x01\x02" + b"\x01\x02me\x03key" + CONNECT_NAME + payload, methods=PASSWORD_ONLY)
     assert server.next_event() == Credentials("me", "key")
     server.accept_credentials()
     assert isinstance(server.next_event(), Request)
@@ -454,9 +450,7 @@ def test_socks4_is_no_way_around_authentication(request_bytes: bytes) -> None:
 # Not SOCKS at all
 
 
-@pytest.mark.parametrize(
-    "first", [b"GET / HTTP/1.1\r\n", b"CONNECT example.com:443 HTTP/1.1\r\n", b"A", b"Z"]
-)
+@pytest.mark.parametrize("first", [b"GET / HTTP/1.1\r\n", b"CONNECT example.com:443 HTTP/1.1\r\n", b"A", b"Z"])
 def test_http(first: bytes) -> None:
     """A first byte that is an ASCII capital letter: a short plain HTTP error that says what this port is."""
     fault = fault_of(server_after(first))
@@ -555,9 +549,7 @@ class WatchedServer(Server):
     """A server that can be weakly referenced."""
 
 
-@pytest.mark.parametrize(
-    "received", [GREETING + CONNECT_V4, b"GET /", GREETING + b"\x05\x01\x00\x03\x01\xff\x00\x50"]
-)
+@pytest.mark.parametrize("received", [GREETING + CONNECT_V4, b"GET /", GREETING + b"\x05\x01\x00\x03\x01\xff\x00\x50"])
 def test_no_garbage_is_left(received: bytes) -> None:
     """A connection's state goes without the garbage collector, which runs rarely here."""
     gc.disable()

@@ -1,0 +1,349 @@
+"""The two daemons as subprocesses, and small peers for them: what the end-to-end tests stand on.
+
+Nothing here waits for a time to pass: `wait_until` looks for a condition until it holds, and fails after PATIENCE.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from ipaddress import ip_address
+from pathlib import Path
+from socket import socket as Socket
+from typing import Any, TypeVar
+
+import dns.message
+import dns.name
+import dns.rcode
+import dns.rrset
+
+T = TypeVar("T")
+Record = dict[str, Any]
+
+PATIENCE = 20.0
+
+
+def wait_until(condition: Callable[[], T], what: str | Callable[[], object], patience: float = PATIENCE) -> T:
+    """The first true value of `condition`; AssertionError with `what` if there is none in `patience` seconds."""
+    deadline = time.monotonic() + patience
+    while not (found := condition()):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {patience} s: {what() if callable(what) else what}")
+        time.sleep(0.005)
+    return found
+
+
+# ---- the daemons
+
+
+def _popen(*command: str, **options: Any) -> subprocess.Popen[Any]:
+    return subprocess.Popen(command, **options)
+
+
+class Log:
+    """A log file in JSON."""
+
+    def __init__(self, path: Path) -> None:
+        self.log = path
+
+    def lines(self) -> list[str]:
+        """The complete lines of the log."""
+        try:
+            return self.log.read_text(encoding="utf-8").split("\n")[:-1]
+        except FileNotFoundError:
+            return []
+
+    def records(self, message: str | None = None, **fields: object) -> list[Record]:
+        """The records so far that have this message and these fields."""
+        wanted = fields if message is None else {"message": message, **fields}
+        return [r for r in map(json.loads, self.lines()) if all(r.get(k) == v for k, v in wanted.items())]
+
+    def record(self, message: str, **fields: object) -> Record:
+        """Wait for a record; the last one like it."""
+        return wait_until(
+            lambda: self.records(message, **fields),
+            lambda: f"the log says {message!r} {fields}, but: " + "\n".join(self.lines()[-20:]),
+        )[-1]
+
+
+class Daemon(Log):
+    """`usocksd` or `transocks`, running in the foreground with a log in JSON. Use as a context manager.
+
+    `popen` starts it elsewhere (lab.Host.popen), `prefix` are words before the command (prlimit, setpriv).
+    Leaving the context ends it, and checks that it ends well and had no trouble of its own making.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: str,
+        folder: Path,
+        *arguments: str,
+        popen: Callable[..., subprocess.Popen[Any]] = _popen,
+        prefix: Sequence[str] = (),
+        logfile: str | None = "",
+        **options: Any,
+    ) -> None:
+        """`logfile` None logs to stderr (see `options`), "" to a file of the folder."""
+        self.name = name
+        super().__init__(folder / f"{name}.log" if logfile == "" else Path(logfile or "/dev/null"))
+        (folder / f"{name}.toml").write_text(config, encoding="utf-8")
+        words = [sys.executable, "-m", name, "-f", str(folder / f"{name}.toml"), "-logformat", "json"]
+        words += [] if logfile is None else ["-logfile", str(self.log)]
+        with (folder / f"{name}.stderr").open("wb") as stderr:
+            options = {"stdin": subprocess.DEVNULL, "stderr": stderr} | options
+            self.process = popen(*prefix, *words, *arguments, **options)
+
+    def __enter__(self) -> Daemon:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is not None:
+                print("".join(f"{self.name}: {line}\n" for line in self.lines()[-20:]))
+                return
+            if self.process.poll() is None:
+                self.process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(0.5)
+                self.process.terminate()  # what a test left connected is ended at once
+            assert self.process.wait(PATIENCE) == 0
+            assert [r for r in self.records() if "traceback" in r or r["severity"] == "critical"] == []
+        finally:
+            if self.process.poll() is None:
+                self.process.kill()
+                self.process.wait()
+            for stream in (self.process.stdout, self.process.stderr):
+                if stream is not None:
+                    stream.close()
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def ready(self) -> Daemon:
+        """Wait until it listens."""
+
+        def listening() -> bool:
+            assert self.process.poll() is None, f"{self.name} ended: {self.lines()}"
+            return bool(self.records("listening"))
+
+        wait_until(listening, lambda: f"{self.name} listens: {self.lines()}")
+        return self
+
+    @property
+    def port(self) -> int:
+        """The port of its first listener."""
+        return int(self.record("listening")["address"].rpartition(":")[2])
+
+    def fds(self) -> int:
+        """How many file descriptors it has open."""
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
+
+    def wait_for_fds(self, at_most: int) -> None:
+        """Wait until it has no more than so many file descriptors."""
+        wait_until(lambda: self.fds() <= at_most, lambda: f"{self.name} has {self.fds()} > {at_most} descriptors")
+
+    def rss(self) -> int:
+        """Its memory in bytes."""
+        pages = int(Path(f"/proc/{self.pid}/statm").read_text(encoding="ascii").split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+
+# ---- bytes
+
+
+def receive_exactly(sock: Socket, size: int) -> bytes:
+    """`size` bytes, or what there was until the end."""
+    data = b""
+    while len(data) < size and (piece := sock.recv(size - len(data))):
+        data += piece
+    return data
+
+
+def receive_all(sock: Socket) -> bytes:
+    """All until the end."""
+    return b"".join(iter(lambda: sock.recv(1 << 16), b""))
+
+
+def reset(sock: Socket) -> None:
+    """Close with RST."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+# ---- SOCKS, by hand: the bytes of a client that has not read our code
+
+GREETING = b"\x05\x01\x00"
+GRANTED = 0
+
+
+def address_bytes(host: str, port: int, *, as_name: bool = False) -> bytes:
+    """ATYP, DST.ADDR and DST.PORT."""
+    try:
+        ip = None if as_name else ip_address(host)
+    except ValueError:
+        ip = None
+    if ip is None:
+        raw = host.encode()
+        return bytes((3, len(raw))) + raw + port.to_bytes(2)
+    return bytes((1 if ip.version == 4 else 4,)) + ip.packed + port.to_bytes(2)
+
+
+def request(host: str, port: int, *, command: int = 1, as_name: bool = False) -> bytes:
+    """A SOCKS5 request."""
+    return bytes((5, command, 0)) + address_bytes(host, port, as_name=as_name)
+
+
+def receive_reply(sock: Socket) -> tuple[int, str, int]:
+    """A SOCKS5 reply: REP, BND.ADDR, BND.PORT. Fails unless it is complete and numeric."""
+    head = receive_exactly(sock, 4)
+    assert len(head) == 4, f"no complete reply: {head!r}"
+    assert (head[0], head[2]) == (5, 0), head
+    assert head[3] in (1, 4), head
+    size = 4 if head[3] == 1 else 16
+    rest = receive_exactly(sock, size + 2)
+    assert len(rest) == size + 2
+    return head[1], str(ip_address(rest[:size])), int.from_bytes(rest[size:])
+
+
+def socks5(proxy: Socket, host: str, port: int, **options: Any) -> tuple[int, str, int]:
+    """A whole SOCKS5 handshake without authentication."""
+    proxy.sendall(GREETING)
+    assert receive_exactly(proxy, 2) == b"\x05\x00"
+    proxy.sendall(request(host, port, **options))
+    return receive_reply(proxy)
+
+
+# ---- peers
+
+
+class Served(contextlib.AbstractContextManager["Served"]):
+    """A listener whose every connection is handled by `handle` in a thread of its own, until the context ends."""
+
+    def __init__(self, listener: Socket, handle: Callable[[Socket], None]) -> None:
+        self.listener = listener
+        self.handle = handle
+        self.address: tuple[str, int] = listener.getsockname()[:2]
+        self.peers: list[tuple[str, int]] = []
+        """Who connected."""
+        self._open: set[Socket] = set()
+        self._threads: list[threading.Thread] = []
+        self._acceptor = threading.Thread(target=self._accept)
+        self._acceptor.start()
+
+    @property
+    def port(self) -> int:
+        return self.address[1]
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, peer = self.listener.accept()
+            except OSError:
+                return
+            self.peers.append((peer[0].removeprefix("::ffff:"), peer[1]))
+            self._open.add(sock)
+            thread = threading.Thread(target=self._serve, args=(sock,))
+            self._threads.append(thread)
+            thread.start()
+
+    def _serve(self, sock: Socket) -> None:
+        with contextlib.suppress(OSError), sock:
+            self.handle(sock)
+        self._open.discard(sock)
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            self.listener.shutdown(socket.SHUT_RDWR)
+        self._acceptor.join()
+        self.listener.close()
+        for sock in list(self._open):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join()
+
+
+def echo(sock: Socket) -> None:
+    """Says back what it hears."""
+    while data := sock.recv(1 << 16):
+        sock.sendall(data)
+
+
+def loopback(family: int = socket.AF_INET, backlog: int = 128) -> Socket:
+    """A listener on loopback, on a port of the kernel's choice."""
+    sock = Socket(family)
+    sock.bind(("127.0.0.1" if family == socket.AF_INET else "::1", 0))
+    sock.listen(backlog)
+    return sock
+
+
+@contextlib.contextmanager
+def blackhole() -> Iterator[int]:
+    """The port on 127.0.0.1 of a listener whose accept queue is full: what connects there waits for ever."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(loopback(backlog=0))
+        port = listener.getsockname()[1]
+        for _ in range(4):  # the queue takes one more than its backlog; SYNs after that are dropped
+            filler = stack.enter_context(Socket())
+            filler.setblocking(False)
+            filler.connect_ex(("127.0.0.1", port))
+        yield port
+
+
+def closed_port() -> int:
+    """A port on 127.0.0.1 where nobody listens."""
+    with loopback() as sock:
+        return int(sock.getsockname()[1])
+
+
+class NameServer(contextlib.AbstractContextManager["NameServer"]):
+    """A DNS server: `names` to addresses; None for a name that is never answered; NXDOMAIN for all others."""
+
+    def __init__(self, names: dict[str, Sequence[str] | None], sock: Socket | None = None) -> None:
+        self.names = {dns.name.from_text(name): found for name, found in names.items()}
+        self._socket = sock or Socket(type=socket.SOCK_DGRAM)
+        if sock is None:
+            self._socket.bind(("127.0.0.1", 0))
+        self.address = "{}:{}".format(*self._socket.getsockname()[:2])
+        self.asked: list[str] = []
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while True:
+            data, client = self._socket.recvfrom(4096)
+            if not data:
+                return
+            question = dns.message.from_wire(data)
+            asked = question.question[0]
+            self.asked.append(asked.name.to_text(omit_final_dot=True))
+            addresses = self.names.get(asked.name, ())
+            if addresses is None:
+                continue
+            answer = dns.message.make_response(question)
+            if asked.name not in self.names:
+                answer.set_rcode(dns.rcode.NXDOMAIN)
+            mine = [a for a in addresses if (":" in a) == (asked.rdtype == dns.rdatatype.AAAA)]
+            if mine:
+                answer.answer.append(dns.rrset.from_text_list(asked.name, 60, "IN", asked.rdtype, mine))
+            self._socket.sendto(answer.to_wire(), client)
+
+    def __exit__(self, *_: object) -> None:
+        with Socket(self._socket.family, socket.SOCK_DGRAM) as last:
+            last.sendto(b"", self._socket.getsockname())
+        self._thread.join()
+        self._socket.close()

@@ -1,0 +1,376 @@
+import errno
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import trio
+
+import usocksd
+from usocksd.errors import DialError
+from usocksd.runtime import dial as dial_module
+from usocksd.runtime.dial import Target, dial
+from usocksd.runtime.reactor import PeerReset
+
+ROOT = Path(usocksd.__file__).parents[1]
+IP_BIND_ADDRESS_NO_PORT = 24
+
+
+@pytest.fixture
+def open_sockets() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def answering(open_sockets: ExitStack) -> Callable[[], Target]:
+    """Makes a target that answers."""
+
+    def make(family: int = socket.AF_INET) -> Target:
+        host = "127.0.0.1" if family == socket.AF_INET else "::1"
+        listener = open_sockets.enter_context(socket.create_server((host, 0), family=family))
+        return Target(host, listener.getsockname()[1])
+
+    return make
+
+
+@pytest.fixture
+def refusing(open_sockets: ExitStack) -> Target:
+    """Nothing listens there, and nothing will."""
+    sock = open_sockets.enter_context(socket.socket())
+    sock.bind(("127.0.0.1", 0))
+    return Target("127.0.0.1", sock.getsockname()[1])
+
+
+@pytest.fixture
+def black_hole(open_sockets: ExitStack) -> Target:
+    """It never answers: the accept queue of its listener is full."""
+    listener = open_sockets.enter_context(socket.socket())
+    listener.bind(("127.0.0.1", 0))
+    listener.listen(0)
+    for _ in range(3):
+        sock = open_sockets.enter_context(socket.socket())
+        sock.setblocking(False)
+        sock.connect_ex(listener.getsockname())
+    return Target("127.0.0.1", listener.getsockname()[1])
+
+
+async def test_connects(lab: Any, open_sockets: ExitStack) -> None:
+    listener = open_sockets.enter_context(socket.create_server(("127.0.0.1", 0)))
+    target = Target("127.0.0.1", listener.getsockname()[1])
+    endpoint, chosen = await dial(lab.reactor, [target], deadline=lab.clock.now + 1)
+    peer = lab.peer(listener.accept()[0])
+    assert chosen is target
+    await endpoint.send_all(b"hello")
+    assert await peer.receive(5) == b"hello"
+    await peer.send(b"you")
+    assert await endpoint.receive() == b"you"
+    for level, option in (
+        (socket.IPPROTO_TCP, socket.TCP_NODELAY),
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE),
+        (socket.SOL_SOCKET, socket.SO_OOBINLINE),
+    ):
+        assert endpoint.sock.getsockopt(level, option)
+    endpoint.close()
+
+
+async def test_connects_by_ipv6(lab: Any, answering: Callable[..., Target]) -> None:
+    target = answering(socket.AF_INET6)
+    endpoint, _ = await dial(lab.reactor, [target._replace(source="::1")], deadline=lab.clock.now + 1)
+    assert endpoint.sock.getsockname()[0] == "::1"
+    assert str(target) == f"[::1]:{target.port}"
+    endpoint.close()
+
+
+async def test_refused(lab: Any, refusing: Target) -> None:
+    with pytest.raises(DialError, match="ECONNREFUSED") as caught:
+        await dial(lab.reactor, [refusing], deadline=lab.clock.now + 1)
+    assert (caught.value.errno, caught.value.step) == (errno.ECONNREFUSED, "connect")
+    assert caught.value.address == f"127.0.0.1:{refusing.port}"
+
+
+async def test_no_network(lab: Any) -> None:
+    with pytest.raises(DialError) as caught:
+        await dial(lab.reactor, [Target("255.255.255.255", 80)], deadline=lab.clock.now + 1)
+    assert caught.value.errno == errno.ENETUNREACH
+
+
+async def test_deadline(lab: Any, black_hole: Target) -> None:
+    caught = []
+
+    async def run() -> None:
+        with pytest.raises(DialError) as error:
+            await dial(lab.reactor, [black_hole], deadline=lab.clock.now + 10)
+        caught.append(error.value.errno)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run)
+        await lab.pass_time(9.0)
+        assert caught == []
+        await lab.pass_time(1.0)
+    assert caught == [errno.ETIMEDOUT]
+
+
+# Where from
+
+
+async def test_source_address(lab: Any, answering: Callable[..., Target]) -> None:
+    target = answering()._replace(source="127.9.8.7")
+    endpoint, _ = await dial(lab.reactor, [target], deadline=lab.clock.now + 1)
+    assert endpoint.sock.getsockname()[0] == "127.9.8.7"
+    assert endpoint.sock.getsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT)
+    endpoint.close()
+
+
+async def test_source_address_that_is_gone(lab: Any, answering: Callable[..., Target]) -> None:
+    with pytest.raises(DialError, match=r"bind 192\.0\.2\.1 for 127\.0\.0\.1:\d+: .*\(EADDRNOTAVAIL\)") as caught:
+        await dial(lab.reactor, [answering()._replace(source="192.0.2.1")], deadline=lab.clock.now + 1)
+    assert caught.value.errno == errno.EADDRNOTAVAIL
+
+
+async def test_interface_that_is_gone(lab: Any, answering: Callable[..., Target]) -> None:
+    with pytest.raises(DialError, match="interface nosuch0 for") as caught:
+        await dial(lab.reactor, [answering()._replace(iface="nosuch0")], deadline=lab.clock.now + 1)
+    assert caught.value.errno in (errno.ENODEV, errno.EPERM)
+
+
+IN_A_NAMESPACE = """
+    import json, socket, subprocess, sys, trio
+    from pathlib import Path
+    from usocksd.errors import DialError
+    from usocksd.runtime.dial import Target, dial
+    from usocksd.runtime.reactor import Reactor
+
+    def ip(*words):
+        subprocess.run(["ip", *words], check=True)
+
+    ip("link", "set", "lo", "up")
+    ip("addr", "add", "10.1.1.1/24", "dev", "lo")
+    ip("route", "add", "unreachable", "10.9.9.9")
+    ip("route", "add", "prohibit", "10.9.9.8")
+    Path("/proc/sys/net/ipv4/ip_local_port_range").write_text("40000 40000")
+    listeners = [socket.create_server(("10.1.1.1", port)) for port in (1001, 1002)]
+
+    async def main():
+        reactor = Reactor()
+        said, opened = {}, []
+
+        async def attempt(name, host, port, **more):
+            try:
+                endpoint, _ = await dial(reactor, [Target(host, port, **more)], deadline=reactor.clock() + 5)
+            except DialError as error:
+                said[name] = [error.errno, error.step]
+            else:
+                said[name] = endpoint.sock.getsockname()[1]
+                opened.append(endpoint)
+
+        async with trio.open_nursery() as nursery:
+            await nursery.start(reactor.run)
+            await attempt("one", "10.1.1.1", 1001, source="10.1.1.1")
+            await attempt("two", "10.1.1.1", 1002, source="10.1.1.1")
+            await attempt("out of ports", "10.1.1.1", 1001, source="10.1.1.1")
+            await attempt("no network", "192.0.2.1", 1)
+            await attempt("no host", "10.9.9.9", 1)
+            await attempt("forbidden", "10.9.9.8", 1)
+            await attempt("marked", "10.1.1.1", 1001, source="127.0.0.1", mark=7)
+            await attempt("device", "10.1.1.1", 1002, source="127.0.0.1", iface="lo")
+            nursery.cancel_scope.cancel()
+        print(json.dumps(said))
+
+    trio.run(main)
+"""
+
+
+def test_ports_and_routes_in_a_namespace_of_its_own() -> None:
+    unshare = shutil.which("unshare")
+    if not unshare or not shutil.which("ip"):
+        pytest.skip("needs unshare(1) and ip(8)")
+    if subprocess.run([unshare, "-rn", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("may not make namespaces here")
+    done = subprocess.run(
+        [unshare, "-rn", sys.executable, "-c", textwrap.dedent(IN_A_NAMESPACE)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    # One port for both: the kernel chose it when it knew both ends.
+    assert (said["one"], said["two"]) == (40000, 40000)
+    assert said["out of ports"] == [errno.EADDRNOTAVAIL, "connect"]
+    assert said["no network"] == [errno.ENETUNREACH, "connect"]
+    assert said["no host"] == [errno.EHOSTUNREACH, "connect"]
+    assert said["forbidden"] == [errno.EACCES, "connect"]
+    assert (said["marked"], said["device"]) == (40000, 40000)
+
+
+# Several addresses
+
+
+async def test_a_refusal_leads_to_the_next_at_once(
+    lab: Any, refusing: Target, answering: Callable[..., Target]
+) -> None:
+    began = trio.current_time()
+    endpoint, chosen = await dial(lab.reactor, [refusing, refusing, target := answering()], deadline=lab.clock.now + 9)
+    assert chosen is target
+    assert trio.current_time() - began < dial_module._ATTEMPT_DELAY
+    endpoint.close()
+
+
+async def test_a_black_hole_delays_little(lab: Any, black_hole: Target, answering: Callable[..., Target]) -> None:
+    """The clock of deadlines does not move at all."""
+    with trio.fail_after(5):
+        endpoint, chosen = await dial(lab.reactor, [black_hole, target := answering()], deadline=lab.clock.now + 9)
+    assert chosen is target
+    endpoint.close()
+    assert lab.reactor.handlers == {}
+
+
+async def test_a_late_answer_still_wins(
+    lab: Any, black_hole: Target, refusing: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dial_module, "_ATTEMPT_DELAY", 0.001)
+    caught = []
+
+    async def run() -> None:
+        with pytest.raises(DialError) as error:
+            await dial(lab.reactor, [black_hole, refusing, black_hole], deadline=lab.clock.now + 10)
+        caught.append(error.value.errno)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run)
+        while len(lab.reactor.handlers) < 2:
+            await trio.lowlevel.checkpoint()
+        assert caught == []
+        await lab.pass_time(10.0)
+    # The cause that was known first.
+    assert caught == [errno.ECONNREFUSED]
+    assert lab.reactor.handlers == {}
+
+
+async def test_all_refuse(lab: Any, refusing: Target) -> None:
+    with pytest.raises(DialError) as caught:
+        await dial(lab.reactor, [refusing, refusing], deadline=lab.clock.now + 10)
+    assert caught.value.errno == errno.ECONNREFUSED
+
+
+# Nobody waits any more
+
+
+@pytest.mark.parametrize("several", [False, True])
+async def test_client_reset_ends_the_dial(lab: Any, black_hole: Target, several: bool) -> None:
+    client, peer = lab.endpoint()
+    caught = trio.Event()
+
+    async def run() -> None:
+        with pytest.raises(PeerReset):
+            await dial(lab.reactor, [black_hole] * (1 + several), deadline=lab.clock.now + 10, client=client)
+        caught.set()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run)
+        await lab.settle()
+        # The end of its stream is none: it waits for the answer.
+        peer.end()
+        await lab.settle()
+        assert not caught.is_set()
+        peer.reset()
+    assert client.on_reset is None
+    assert set(lab.reactor.handlers) == {client.fd}
+
+
+@pytest.mark.parametrize("fin", [False, True])
+async def test_a_client_that_was_reset_before_the_dial(lab: Any, black_hole: Target, fin: bool) -> None:
+    client, peer = lab.endpoint()
+    await peer.send(b"request")
+    if fin:
+        peer.end()
+    peer.reset()
+    await lab.settle()
+    assert await client.receive() == b"request"
+    with pytest.raises(PeerReset):
+        await dial(lab.reactor, [black_hole], deadline=lab.clock.now + 10, client=client)
+    assert set(lab.reactor.handlers) == {client.fd}
+
+
+@pytest.mark.parametrize("several", [False, True])
+async def test_interrupt_reaches_the_session_as_it_is(lab: Any, black_hole: Target, several: bool) -> None:
+    class Stop(Exception):
+        pass
+
+    async def run() -> None:
+        with pytest.raises(Stop):
+            await dial(lab.reactor, [black_hole] * (1 + several), deadline=lab.clock.now + 10)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run)
+        while len(lab.reactor.handlers) < 1 + several:
+            await trio.lowlevel.checkpoint()
+        await lab.settle()
+        lab.reactor.interrupt_all(Stop())
+    assert lab.reactor.handlers == {}
+
+
+async def test_cancelling_at_any_moment_leaves_nothing_open(
+    lab: Any, answering: Callable[..., Target], refusing: Target, black_hole: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random = Random(5)
+    monkeypatch.setattr(dial_module, "_ATTEMPT_DELAY", 0.0)
+    good = answering()
+    won = 0
+    for _ in range(500):
+        targets = random.choice([[good], [refusing, good], [black_hole, good], [good, good], [refusing, black_hole]])
+        with trio.CancelScope() as scope:
+
+            async def cancel(scope: trio.CancelScope = scope) -> None:
+                for _ in range(random.randrange(9)):
+                    await trio.lowlevel.checkpoint()
+                scope.cancel()
+
+            lab.nursery.start_soon(cancel)
+            try:
+                endpoint, _ = await dial(lab.reactor, targets, deadline=lab.clock.now + 10)
+            except DialError:
+                continue
+            endpoint.close()
+            won += 1
+        assert lab.reactor.handlers == {}
+    assert won
+
+
+async def test_cancelled_in_the_moment_of_success(
+    lab: Any, answering: Callable[..., Target], black_hole: Target
+) -> None:
+    """Both cancels, of the race by its winner and of the whole, come in one turn."""
+    target = answering()
+    with trio.CancelScope() as scope:
+        real = dial_module._connect
+
+        async def connect(*args: Any) -> Any:
+            endpoint = await real(*args)
+            scope.cancel()
+            return endpoint
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dial_module, "_connect", connect)
+            endpoint, _ = await dial(lab.reactor, [target, black_hole], deadline=lab.clock.now + 10)
+            endpoint.close()
+    assert lab.reactor.handlers == {}
+
+
+async def test_no_descriptors(lab: Any, refusing: Target, no_more_descriptors: Any) -> None:
+    with no_more_descriptors():
+        for targets in ([refusing], [refusing, refusing]):
+            with pytest.raises(DialError, match=r"socket 127.*EMFILE") as caught:
+                await dial(lab.reactor, targets, deadline=lab.clock.now + 10)
+            assert (caught.value.errno, caught.value.step) == (errno.EMFILE, "socket")

@@ -1,0 +1,316 @@
+import errno
+import logging
+import os
+import socket
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import trio
+
+from usocksd.runtime import listeners as listeners_module
+from usocksd.runtime.listeners import Listener, ListenError, listen, listen_all, queue_length
+from usocksd.runtime.reactor import Endpoint
+
+LOGGER = "usocksd.runtime.listeners"
+
+
+class Server:
+    """A listener whose accepted connections are kept."""
+
+    def __init__(self, lab: Any, sock: socket.socket) -> None:
+        self.accepted: list[tuple[Endpoint, str, int]] = []
+        self.room = True
+        self.address = sock.getsockname()
+        self.listener = Listener(lab.reactor, sock, lambda *args: self.accepted.append(args), room=lambda: self.room)
+        self._clients: list[socket.socket] = []
+
+    def connect(self, count: int = 1) -> list[socket.socket]:
+        """Clients whose connections wait to be accepted, or are."""
+        clients = [socket.create_connection(self.address[:2]) for _ in range(count)]
+        self._clients += clients
+        return clients
+
+    def close(self) -> None:
+        self.listener.close()
+        for endpoint, _, _ in self.accepted:
+            endpoint.close()
+        for client in self._clients:
+            client.close()
+
+
+@pytest.fixture
+async def serve(lab: Any) -> Any:
+    servers = []
+
+    def make(host: str = "127.0.0.1", sock: Any = None) -> Server:
+        servers.append(server := Server(lab, sock or listen(host, 0)))
+        return server
+
+    yield make
+    for server in servers:
+        server.close()
+
+
+# Opening
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+async def test_accepted_sockets_inherit_their_options(lab: Any, serve: Callable[..., Server], host: str) -> None:
+    server = serve(host)
+    (client,) = server.connect()
+    await lab.settle()
+    ((endpoint, peer_host, peer_port),) = server.accepted
+    assert (peer_host, peer_port) == client.getsockname()[:2]
+    for level, option in (
+        (socket.IPPROTO_TCP, socket.TCP_NODELAY),
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE),
+        (socket.SOL_SOCKET, socket.SO_OOBINLINE),
+    ):
+        assert endpoint.sock.getsockopt(level, option)
+    with pytest.raises(BlockingIOError):
+        endpoint.sock.recv(1)
+    assert not os.get_inheritable(endpoint.fd)
+
+
+def test_both_families_on_one_port() -> None:
+    with listen("0.0.0.0", 0) as v4, listen("::", v4.getsockname()[1]) as v6:
+        assert v6.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY) == 1
+    with listen("::", 0, v6only=False) as both:
+        assert both.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY) == 0
+
+
+@pytest.mark.parametrize(("host", "place"), [("127.0.0.1", "127.0.0.1:{}"), ("::1", "[::1]:{}")])
+def test_address_in_use_names_the_place(nothing_leaks: None, host: str, place: str) -> None:
+    with listen(host, 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ListenError) as caught:
+            listen(host, port)
+    assert str(caught.value) == f"can't listen on {place.format(port)}: Address already in use"
+    assert caught.value.errno == errno.EADDRINUSE
+
+
+def test_a_port_is_free_again_at_once(nothing_leaks: None) -> None:
+    """Connections in TIME_WAIT do not keep a restarted daemon from its port."""
+    with listen("127.0.0.1", 0) as first:
+        address = first.getsockname()
+        client = socket.create_connection(address)
+        accepted = first.accept()[0]
+        accepted.close()
+        client.close()
+    listen(*address).close()
+
+
+def at(address: str, port: int = 0, *, optional: bool = False) -> Any:
+    return SimpleNamespace(address=address, port=port, optional=optional)
+
+
+def test_optional_families(nothing_leaks: None, caplog: pytest.LogCaptureFixture) -> None:
+    # An address that the host lacks stands for a family that it lacks.
+    with caplog.at_level(logging.INFO, LOGGER):
+        (sock,) = listen_all([at("127.0.0.1", optional=True), at("2001:db8::1", optional=True)])
+    assert [record.fields["address"] for record in caplog.records] == [f"127.0.0.1:{sock.getsockname()[1]}"]
+    sock.close()
+    with pytest.raises(ListenError, match=r"\[2001:db8::1\]:1"):
+        listen_all([at("2001:db8::1", 1, optional=True)])
+    with pytest.raises(ListenError, match=r"\[2001:db8::1\]:1"):
+        listen_all([at("127.0.0.1"), at("2001:db8::1", 1)])
+
+
+def test_optional_excuses_no_port_that_is_taken(nothing_leaks: None) -> None:
+    with listen("127.0.0.1", 0) as taken, pytest.raises(ListenError, match="in use"):
+        listen_all([at("127.0.0.1"), at("127.0.0.1", taken.getsockname()[1], optional=True)])
+
+
+# Accepting
+
+
+async def test_accepts_in_batches(lab: Any, serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch) -> None:
+    sock = listen("127.0.0.1", 0)
+    clients = [socket.create_connection(sock.getsockname()) for _ in range(150)]
+    assert queue_length(sock) == 150
+    server = serve(sock=sock)
+    sizes = []
+    for _ in range(5):
+        before = len(server.accepted)
+        lab.reactor._turn()
+        sizes.append(len(server.accepted) - before)
+    assert sizes == [64, 64, 22, 0, 0]
+    server.connect(3)
+    await lab.settle()
+    assert len(server.accepted) == 153
+    for client in clients:
+        client.close()
+
+
+async def test_accepted_bytes_are_seen(lab: Any, serve: Callable[..., Server]) -> None:
+    server = serve()
+    (client,) = server.connect()
+    client.sendall(b"early")
+    await lab.settle()
+    assert await server.accepted[0][0].receive() == b"early"
+
+
+async def test_a_client_that_is_gone_before_it_is_accepted(lab: Any, serve: Callable[..., Server]) -> None:
+    sock = listen("127.0.0.1", 0)
+    client = socket.create_connection(sock.getsockname())
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
+    client.close()
+    server = serve(sock=sock)
+    server.connect()
+    await lab.settle()
+    assert len(server.accepted) == 2
+    with pytest.raises(ConnectionResetError):
+        await server.accepted[0][0].receive()
+
+
+def failing(server: Server, *errors: int) -> None:
+    """Let the next accepts fail."""
+    waiting = list(errors)
+    real = server.listener._accept
+
+    def accept() -> Any:
+        if waiting:
+            number = waiting.pop(0)
+            raise OSError(number, os.strerror(number))
+        return real()
+
+    server.listener._accept = accept
+
+
+@pytest.mark.parametrize("number", sorted(listeners_module._CONNECTION_ERRNOS), ids=errno.errorcode.get)
+async def test_an_error_of_one_connection_is_ignored(
+    lab: Any, serve: Callable[..., Server], caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    server = serve()
+    failing(server, number)
+    server.connect(2)
+    await lab.settle()
+    assert len(server.accepted) == 2
+    assert caplog.records == []
+
+
+async def test_what_is_no_error_at_all(lab: Any, serve: Callable[..., Server]) -> None:
+    server = serve()
+    failing(server, errno.EAGAIN)
+    server.connect()
+    await lab.settle()
+    assert len(server.accepted) == 1
+
+
+@pytest.mark.parametrize(
+    "number",
+    [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ENOSPC, errno.EIO],
+    ids=errno.errorcode.get,
+)
+async def test_out_of_something_pauses_and_goes_on(
+    lab: Any, serve: Callable[..., Server], caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    server = serve()
+    failing(server, *[number] * 3)
+    server.connect(5)
+    for _ in range(3):
+        await lab.settle()
+        assert server.accepted == []
+        assert server.listener.paused
+        await lab.pass_time(0.2)
+    assert len(server.accepted) == 5
+    assert not server.listener.paused
+    (record,) = caplog.records
+    assert record.levelno == logging.ERROR
+    assert record.fields == {"error": os.strerror(number), "waiting": 5}
+
+
+async def test_out_of_descriptors_in_earnest(
+    lab: Any, serve: Callable[..., Server], no_more_descriptors: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    established = lab.relay()
+    server = serve()
+    waiting = server.connect(3)
+    with no_more_descriptors():
+        await lab.settle()
+        assert server.accepted == []
+        for _ in range(3):
+            await lab.pass_time(0.2)
+        await established.client.send(b"goes on")
+        assert await established.upstream.receive(7) == b"goes on"
+    assert server.accepted == []
+    assert [record.getMessage() for record in caplog.records] == ["accepting is paused"]
+    await lab.pass_time(0.2)
+    assert len(server.accepted) == 3
+    waiting[0].sendall(b"patient")
+    assert await server.accepted[0][0].receive() == b"patient"
+
+
+async def test_out_of_epoll_watches(
+    lab: Any, serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The connection is accepted already then, and lost; but its descriptor is not."""
+    server = serve()
+    real = lab.reactor.register
+    fail = True
+
+    def register(*args: Any, **more: Any) -> None:
+        if fail:
+            raise OSError(errno.ENOSPC, "")
+        real(*args, **more)
+
+    lab.reactor.register = register
+    (client,) = server.connect()
+    await lab.settle()
+    fail = False
+    assert client.recv(1) == b""
+    server.connect()
+    await lab.pass_time(0.2)
+    assert len(server.accepted) == 1
+    assert [record.getMessage() for record in caplog.records] == ["accepting is paused"]
+
+
+async def test_says_it_again_only_after_a_while(
+    lab: Any, serve: Callable[..., Server], caplog: pytest.LogCaptureFixture
+) -> None:
+    server = serve()
+    server.room = False
+    server.connect()
+    for _ in range(60):
+        await lab.pass_time(0.25)
+    assert [record.fields["error"] for record in caplog.records] == ["too few file descriptors left"] * 2
+    server.room = True
+    await lab.pass_time(0.25)
+    assert len(server.accepted) == 1
+
+
+async def test_a_paused_listener_does_not_keep_the_reactor_busy(lab: Any, serve: Callable[..., Server]) -> None:
+    server = serve()
+    server.room = False
+    server.connect()
+    # Returns only when no task is runnable.
+    await lab.settle()
+    turns = 0
+    real = lab.reactor._turn
+
+    def turn() -> None:
+        nonlocal turns
+        turns += 1
+        real()
+
+    lab.reactor._turn = turn
+    server.connect(3)
+    for _ in range(20):
+        await trio.lowlevel.checkpoint()
+    assert turns == 0
+
+
+async def test_close_refuses_what_comes_later_and_keeps_what_was_accepted(
+    lab: Any, serve: Callable[..., Server]
+) -> None:
+    server = serve()
+    (client,) = server.connect()
+    await lab.settle()
+    server.listener.close()
+    with pytest.raises(ConnectionRefusedError):
+        server.connect()
+    client.sendall(b"still here")
+    assert await server.accepted[0][0].receive() == b"still here"
+    server.listener.close()

@@ -103,6 +103,11 @@ class LoopGuard:
             if name is not None:
                 raise Loop(f"user {name} made it: exempt this user from the redirect rules")
 
+    def close(self) -> None:
+        """Give back the netlink socket."""
+        if self._owners is not None:
+            self._owners.close()
+
 
 def _socket_owners() -> SocketOwners | None:
     try:

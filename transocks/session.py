@@ -12,6 +12,7 @@ from transocks.original_dst import Destination, LoopGuard, original_destination
 from transocks.upstream import Upstream
 from usocksd.errors import Error
 from usocksd.runtime.ending import Limits
+from usocksd.runtime.limits import most_pipes, raise_descriptor_limit
 from usocksd.runtime.pipes import PipePool
 from usocksd.runtime.reactor import Endpoint, PeerReset
 from usocksd.runtime.relay import close_pair, relay
@@ -27,7 +28,7 @@ class Sessions:
         self._timeouts = timeouts
         self._limits = Limits(timeouts.idle, timeouts.half_closed)
         self._access_log = access_log
-        self._pipes = PipePool()
+        self._pipes = PipePool(most_pipes(raise_descriptor_limit()))
 
     async def serve(self, client: Endpoint, host: str, port: int) -> None:
         """Serve one accepted connection to its end. `host` is the client's numeric address."""

@@ -22,6 +22,7 @@ from usocksd.replies import reply_for
 from usocksd.resolver import Resolver
 from usocksd.runtime.dial import Target, dial
 from usocksd.runtime.ending import Limits
+from usocksd.runtime.limits import most_pipes, raise_descriptor_limit
 from usocksd.runtime.pipes import PipePool
 from usocksd.runtime.reactor import DeadlineExpired, Endpoint, PeerReset
 from usocksd.runtime.relay import close_pair, relay
@@ -80,7 +81,7 @@ class Sessions:
         self._timeouts = timeouts
         self._limits = Limits(timeouts.idle, timeouts.half_closed)
         self._access_log = access_log
-        self._pipes = PipePool()
+        self._pipes = PipePool(most_pipes(raise_descriptor_limit()))
         self._spoke_tls: set[str] = set()
 
     async def serve(self, client: Endpoint, host: str, port: int) -> None:

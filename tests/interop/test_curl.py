@@ -216,6 +216,12 @@ def test_no_user_where_none_is_needed(
     lenient.relayed(far, peer, protocol=protocol, user=None)
 
 
+def test_a_user_without_a_password_where_none_is_needed(curl: Curl, far: FarEnd, lenient: Daemon) -> None:
+    """Is nobody in particular; the same user's wrong password is refused."""
+    peer = curl.peer(curl("127.0.0.1", "--socks5", lenient.address, "--proxy-user", f"{USER}:"))
+    lenient.relayed(far, peer, protocol="SOCKS5", user=None)
+
+
 @socks5
 def test_no_user_where_one_is_needed(
     curl: Curl, guarded: Daemon, option: str, scheme: str, protocol: str, resolves: bool

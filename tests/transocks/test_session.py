@@ -7,6 +7,7 @@ is put into the kernel's mouth. What the command line does is tested with the da
 from __future__ import annotations
 
 import base64
+import re
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -60,9 +61,6 @@ class Proxy(Log):
     async def recorded(self, message: str, **fields: object) -> daemons.Record:
         await self.until(lambda: self.records(message, **fields), f"{message} {fields}")
         return self.record(message, **fields)
-
-
-Running = Callable[..., "AsyncIterator[Proxy]"]
 
 
 @asynccontextmanager
@@ -137,7 +135,8 @@ def going_to(monkeypatch: pytest.MonkeyPatch) -> Callable[[Destination], None]:
 async def is_reset(stream: trio.SocketStream) -> bool:
     async with stream:
         try:
-            return await stream.receive_some() is None
+            with trio.fail_after(daemons.PATIENCE):
+                return await stream.receive_some() is None
         except trio.BrokenResourceError as error:
             return isinstance(error.__cause__, ConnectionResetError)
 
@@ -191,7 +190,7 @@ async def test_socks5(tmp_path: Path, going_to: Callable[[Destination], None], d
         assert start["upstream"] == f"socks5://127.0.0.1:{upstream.port}"
         assert start["src_addr"] == "{}:{}".format(*upstream.peers[0])
         assert (end["request_id"], end["tx_bytes"], end["rx_bytes"]) == (start["request_id"], 5, 5)
-        assert (end["reason"], end["ended_by"]) == ("closed", "upstream")
+        assert (end["reason"], end["ended_by"]) == ("closed", "client")
 
 
 async def test_socks5_with_user_and_password_which_no_record_shows(tmp_path: Path) -> None:
@@ -245,9 +244,10 @@ async def test_what_the_destination_said_already_comes_first(tmp_path: Path) -> 
         ("socks5", talk(daemons.GREETING, b"\x05\xff"), "wants other than no credentials"),
         ("socks5", talk(daemons.GREETING, b"HTTP/1.1 400 Bad Request\r\n\r\n"), "which is not SOCKS"),
         ("socks5", talk(daemons.GREETING, b"\x05\x00", socks5(WEB), b"\x05\x00\x00", then=Socket.close), "closed"),
-        ("socks5", talk(then=Socket.close), "closed"),
+        # (It may not have read what it was sent, and then its end is a reset.)
+        ("socks5", talk(then=Socket.close), r"closed|ECONNRESET"),
         ("socks5", talk(daemons.GREETING, then=daemons.reset), "ECONNRESET"),
-        ("http", talk(CONNECT + b"\r\n", b"HTTP/1.1 407 Who are you?\r\n\r\n"), "Who are you?"),
+        ("http", talk(CONNECT + b"\r\n", b"HTTP/1.1 407 Who are you?\r\n\r\n"), r"Who are you\?"),
         ("http", talk(CONNECT + b"\r\n", b"HTTP/1.1 403 Forbidden\r\n\r\n"), "403"),
         ("http", talk(CONNECT + b"\r\n", b"220 mail.example.com ESMTP\r\n"), "220 mail"),
         ("http", talk(CONNECT + b"\r\n", b"HTTP/1.1 200 OK\r\n", then=Socket.close), "closed"),
@@ -260,7 +260,7 @@ async def test_the_client_is_reset_when_the_upstream_fails(
         async with running(tmp_path, f"{scheme}://127.0.0.1:{upstream.port}") as proxy:
             assert await is_reset(await proxy.connect())
             record = await proxy.recorded("failed to connect to proxy server")
-    assert error in record["error"]
+    assert re.search(error, record["error"])
     assert (record["severity"], record["type"]) == ("error", "access")
     assert (record["dest_addr"], record["upstream"]) == (str(WEB), f"{scheme}://127.0.0.1:{upstream.port}")
     assert proxy.records("proxy starts") == []
@@ -286,8 +286,16 @@ async def test_every_step_has_a_deadline(tmp_path: Path) -> None:
             (
                 ("socks5://upstream.test:1080", "upstream.test: timed out", {"connect": 0.1}),
                 (f"socks5://127.0.0.1:{full}", f"connect 127.0.0.1:{full}: Conn", {"connect": 0.1}),
-                (f"socks5://127.0.0.1:{mute.port}", "waiting for the answer of 127.0.0.1", {"handshake": 0.1}),
-                (f"http://127.0.0.1:{mute_http.port}", "waiting for the answer of 127.0.0.1", {"handshake": 0.1}),
+                (
+                    f"socks5://127.0.0.1:{mute.port}",
+                    "waiting for the answer of 127.0.0.1",
+                    {"connect": 0.1, "handshake": 0.1},
+                ),
+                (
+                    f"http://127.0.0.1:{mute_http.port}",
+                    "waiting for the answer of 127.0.0.1",
+                    {"connect": 0.1, "handshake": 0.1},
+                ),
             )
         ):
             folder = tmp_path / str(number)
@@ -404,7 +412,7 @@ def test_a_connection_that_nobody_redirected_is_reset(daemon: Daemon) -> None:
             with pytest.raises(ConnectionResetError):
                 client.recv(1)
         client_addr = f"{name[0]}:{name[1]}" if "." in name[0] else f"[{name[0]}]:{name[1]}"
-        assert daemon.record("not redirected", client_addr=client_addr)["severity"] == "error"
+        assert daemon.record("not redirected", client_addr=client_addr)["severity"] == "warning"
 
 
 def test_it_stops_when_told(daemon: Daemon) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 from transocks.access_log import AccessLog
 from transocks.config import Config
 from transocks.original_dst import LoopGuard
@@ -23,16 +25,18 @@ async def serve(config: Config, sink: Log) -> None:
     upstream = Upstream(config.proxy_url, resolver=resolver, mark=config.mark)
     check_mark(config.mark)
     sockets = listen_all(config.listen)
+    guard = LoopGuard(
+        listen_ports={sock.getsockname()[1] for sock in sockets},
+        hosts=hosts,
+        upstreams=lambda: upstream.addresses,
+    )
     sessions = Sessions(
-        guard=LoopGuard(
-            listen_ports={sock.getsockname()[1] for sock in sockets},
-            hosts=hosts,
-            upstreams=lambda: upstream.addresses,
-        ),
+        guard=guard,
         upstream=upstream,
         timeouts=config.timeouts,
         access_log=AccessLog(sink),
     )
     reactor = Reactor()
     service = Service(reactor, stop_within=config.timeouts.stop, reopen_log=sink.reopen)
-    await service.run(sockets, sessions.serve, hosts.watch, resolver.run)
+    with closing(guard):
+        await service.run(sockets, sessions.serve, hosts.watch, resolver.run)

@@ -8,8 +8,10 @@ from pathlib import Path
 
 # Kept back for what is not a connection: log file, epoll, resolver sockets, name and state files.
 _RESERVE = 48
-# A connection has two sockets; pipes of bulk streams are borrowed, and do without when there is none.
+# A connection has two sockets.
 _PER_CONNECTION = 2
+# One descriptor of so many is for pipes, which bulk streams borrow; one that finds none left does without.
+_FOR_PIPES = 16
 
 
 def raise_descriptor_limit() -> int:
@@ -30,4 +32,9 @@ def most_connections(descriptors: int) -> int:
     What this process had open when it started (sockets that it inherited, say) is gone from them already.
     """
     open_now = len(os.listdir("/proc/self/fd"))
-    return max((descriptors - open_now - _RESERVE) // _PER_CONNECTION, 1)
+    return max((descriptors - open_now - _RESERVE - 2 * most_pipes(descriptors)) // _PER_CONNECTION, 1)
+
+
+def most_pipes(descriptors: int) -> int:
+    """How many pipes, of two descriptors each, the share of `descriptors` that is theirs allows."""
+    return descriptors // _FOR_PIPES // 2

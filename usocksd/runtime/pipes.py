@@ -8,7 +8,7 @@ import os
 # Measured, CPU seconds of the proxy per GB: 0.13 with 256 KiB or 1 MiB pipes, 0.30 with the default 64 KiB.
 PIPE_SIZE = 256 * 1024
 # So many empty ones are kept for the next borrower.
-_KEEP = 64
+_KEEP = 16
 
 
 class Pipe:
@@ -27,14 +27,17 @@ class Pipe:
 
 
 class PipePool:
-    """Lends pipes. `borrow` gives None where the kernel grants none of the size: stay on recv and send then."""
+    """Lends up to `most` pipes. `borrow` gives None when there is none to be had: stay on recv and send then."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
+        self._most = most
         self._free: list[Pipe] = []
         self.lent = 0
 
     def borrow(self) -> Pipe | None:
-        """An empty pipe, or None when descriptors or the user's share of pipe pages are used up (pipe(7))."""
+        """An empty pipe, or None when all, or the user's share of pipe pages (pipe(7)), are used up."""
+        if self.lent >= self._most:
+            return None
         if self._free:
             self.lent += 1
             return self._free.pop()

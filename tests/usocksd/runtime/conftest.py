@@ -161,7 +161,7 @@ class Lab:
         self.reactor = reactor
         self.clock = clock
         self.nursery = nursery
-        self.pipes = PipePool()
+        self.pipes = PipePool(1024)
         self.rigs: list[Rig] = []
         self._open: list[Peer | Endpoint] = []
 

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import usocksd
-from usocksd.runtime.limits import most_connections
+from usocksd.runtime.limits import most_connections, most_pipes
 
 ROOT = Path(usocksd.__file__).parents[1]
 
@@ -43,8 +43,8 @@ def test_an_endless_hard_limit_means_the_kernel_s_own() -> None:
 
 def test_connections_that_fit() -> None:
     open_now = len(os.listdir("/proc/self/fd"))
-    assert most_connections(open_now + 48 + 2 * 500) == 500
-    assert most_connections(open_now + 48 + 2 * 500 + 1) == 500
+    assert most_connections(1600) == (1600 - open_now - 48 - 2 * 50) // 2
+    assert most_pipes(1600) == 50
 
 
 def test_what_is_open_already_does_not_fit_again() -> None:

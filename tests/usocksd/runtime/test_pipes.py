@@ -13,7 +13,7 @@ from usocksd.runtime.pipes import PIPE_SIZE, Pipe, PipePool
 
 @pytest.fixture
 def pool(nothing_leaks: None) -> Iterator[PipePool]:
-    pool = PipePool()
+    pool = PipePool(1024)
     yield pool
     pool.close()
 
@@ -88,3 +88,17 @@ def test_none_of_a_smaller_size(pool: PipePool, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(pipes_module, "fcntl", SimpleNamespace(fcntl=refuse, F_SETPIPE_SZ=fcntl.F_SETPIPE_SZ))
     assert pool.borrow() is None
     assert pool.lent == 0
+
+
+def test_lends_no_more_than_its_share() -> None:
+    pool = PipePool(2)
+    first, second = pool.borrow(), pool.borrow()
+    assert first is not None
+    assert second is not None
+    assert pool.borrow() is None
+    pool.give_back(first)
+    again = pool.borrow()
+    assert again is not None
+    pool.give_back(again)
+    pool.give_back(second)
+    pool.close()

@@ -384,7 +384,7 @@ UNPRIVILEGED = """
         async with trio.open_nursery() as nursery:
             await nursery.start(reactor.run)
             a, b = Endpoint(reactor, near), Endpoint(reactor, far)
-            pipes = PipePool()
+            pipes = PipePool(1024)
 
             async def session():
                 print(await relay(a, b, pipes=pipes, limits=Limits()))

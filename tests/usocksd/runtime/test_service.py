@@ -52,7 +52,7 @@ PROGRAM = """
 
     logging.getLogger("usocksd").addHandler(Handler())
     logging.getLogger("usocksd").setLevel(logging.DEBUG)
-    pipes = PipePool()
+    pipes = PipePool(1024)
 
     async def session(client, host, port):
         say(session=port)

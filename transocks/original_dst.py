@@ -82,22 +82,52 @@ class LoopGuard:
         listen_ports: Collection[int],
         hosts: HostAddresses,
         upstreams: Callable[[], Collection[Destination]],
+        most_per_destination: int,
         own_users: Iterable[str] = OWN_USERS,
     ) -> None:
-        """`upstreams` gives the addresses of the upstream proxies as they are known now."""
+        """`upstreams` gives the addresses of the upstream proxies as they are known now. `most_per_destination` is
+        how many connections may go to one destination at a time: the last resort.
+        """
         self._listen_ports = frozenset(listen_ports)
         self._hosts = hosts
         self._upstreams = upstreams
+        self._most = most_per_destination
+        self._open: dict[Destination, int] = {}
         self._own = _uids(own_users)
         self._owners = _socket_owners() if self._own else None
 
-    def check(self, client: Destination, original: Destination) -> None:
-        """Raises Loop if carrying a connection from `client` to `original` would bring it back here."""
+    def enter(self, client: Destination, original: Destination) -> None:
+        """A connection from `client` to `original` is to be carried, until `leave`.
+
+        Raises Loop if that would bring it back here.
+        """
+        self._check(client, original)
+        count = self._open.get(original, 0)
+        if count >= self._most:
+            # The upstream runs as root on this host, say: none of the checks can tell its connections from others.
+            raise Loop(
+                f"{count} connections to it are open, as in a circle: exempt the proxies from the redirect rules"
+            )
+        self._open[original] = count + 1
+
+    def leave(self, original: Destination) -> None:
+        """A connection that has entered is over."""
+        count = self._open[original] - 1
+        if count:
+            self._open[original] = count
+        else:
+            del self._open[original]
+
+    def _check(self, client: Destination, original: Destination) -> None:
         if original.port in self._listen_ports and self._hosts.is_local(numeric_address(original.host)):
             raise Loop("its destination is this proxy's own port")
-        if original in self._upstreams():
+        upstreams = self._upstreams()
+        if original in upstreams:
             raise Loop("its destination is the upstream: exempt the upstream from the redirect rules")
-        if self._owners is not None and self._hosts.is_local(numeric_address(client.host)):
+        ours = self._hosts.is_local(numeric_address(client.host))
+        if not ours and any(client.host == upstream.host for upstream in upstreams):
+            raise Loop("the upstream's host made it: exempt that host from the redirect rules")
+        if ours and self._owners is not None:
             uid = self._owners.owner_uid(client, original)
             name = self._own.get(uid) if uid is not None else None
             if name is not None:

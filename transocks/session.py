@@ -7,7 +7,7 @@ Each stage lives in the file of its name; only this one joins them.
 
 from __future__ import annotations
 
-from transocks.access_log import AccessLog
+from transocks.access_log import Access, AccessLog
 from transocks.original_dst import Destination, LoopGuard, original_destination
 from transocks.upstream import Upstream
 from usocksd.errors import Error
@@ -33,11 +33,23 @@ class Sessions:
     async def serve(self, client: Endpoint, host: str, port: int) -> None:
         """Serve one accepted connection to its end. `host` is the client's numeric address."""
         access = self._access_log.begin(host, port)
-        tunnel = None
         try:
             destination = access.destination = original_destination(client.sock)
-            self._guard.check(Destination(host, port), destination)
-            access.upstream = self._upstream.name
+            self._guard.enter(Destination(host, port), destination)
+        except Error as error:
+            access.refused(error)
+            client.reset()
+            return
+        try:
+            await self._carry(client, destination, access)
+        finally:
+            self._guard.leave(destination)
+
+    async def _carry(self, client: Endpoint, destination: Destination, access: Access) -> None:
+        """upstream dial + handshake -> relay -> record"""
+        access.upstream = self._upstream.name
+        tunnel = None
+        try:
             tunnel = await self._upstream.connect(destination, client, self._timeouts)
         except Error as error:
             access.refused(error)

@@ -71,6 +71,7 @@ async def running(
     dns: str = "127.0.0.1:53",
     connect: float = 600,
     handshake: float = 600,
+    most_per_destination: int = 1000,
 ) -> AsyncIterator[Proxy]:
     log = logging.setup("transocks", str(folder / "log"), None, "json")
     listener = listen("127.0.0.1", 0)
@@ -81,7 +82,11 @@ async def running(
     resolver = Resolver((Server(parse_address(host), int(port)),))
     upstream = Upstream(parse_proxy_url(url), resolver=resolver, mark=None)
     guard = LoopGuard(
-        listen_ports={proxy.port}, hosts=hosts, upstreams=lambda: upstream.addresses, own_users=("nobody-has-this",)
+        listen_ports={proxy.port},
+        hosts=hosts,
+        upstreams=lambda: upstream.addresses,
+        most_per_destination=most_per_destination,
+        own_users=("nobody-has-this",),
     )
     sessions = Sessions(
         guard=guard,
@@ -391,6 +396,39 @@ async def test_loops_and_strangers_are_refused(tmp_path: Path, monkeypatch: pyte
             client = "{}:{}".format(*stream.socket.getsockname())
             assert await is_reset(stream)
             assert (await proxy.recorded(message, client_addr=client))["error"].startswith(error)
+
+
+async def test_no_destination_takes_it_all(tmp_path: Path, going_to: Callable[[Destination], None]) -> None:
+    """The last resort against a loop, when nothing tells the proxies' connections from others."""
+
+    def grant(sock: Socket) -> None:
+        daemons.receive_exactly(sock, len(daemons.GREETING))
+        sock.sendall(b"\x05\x00")
+        sock.recv(100)
+        sock.sendall(GRANTED)
+        daemons.echo(sock)
+
+    with Served(daemons.loopback(), grant) as upstream:
+        url = f"socks5://127.0.0.1:{upstream.port}"
+        async with running(tmp_path, url, most_per_destination=3) as proxy:
+
+            async def works() -> trio.SocketStream:
+                stream = await proxy.connect()
+                await stream.send_all(b"hello")
+                assert await stream.receive_some() == b"hello"
+                return stream
+
+            streams = [await works() for _ in range(3)]
+            assert await is_reset(await proxy.connect())
+            assert (await proxy.recorded("loop refused"))["error"].startswith("3 connections to it are open")
+            going_to(WEB_V6)
+            streams.append(await works())  # others are not affected
+            going_to(WEB)
+            await streams.pop(0).aclose()
+            await proxy.until(lambda: proxy.live == 3, "there is room again")
+            streams.append(await works())
+            for stream in streams:
+                await stream.aclose()
 
 
 # ---- the daemon

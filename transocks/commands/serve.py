@@ -12,6 +12,7 @@ from transocks.upstream import Upstream
 from usocksd.addresses import HostAddresses
 from usocksd.resolver import Resolver
 from usocksd.runtime.dial import check_mark
+from usocksd.runtime.limits import most_connections, raise_descriptor_limit
 from usocksd.runtime.listeners import listen_all
 from usocksd.runtime.log import Log
 from usocksd.runtime.reactor import Reactor
@@ -29,6 +30,8 @@ async def serve(config: Config, sink: Log) -> None:
         listen_ports={sock.getsockname()[1] for sock in sockets},
         hosts=hosts,
         upstreams=lambda: upstream.addresses,
+        # No destination takes it all: with none of the other checks in force, a loop ends at half the descriptors.
+        most_per_destination=max(most_connections(raise_descriptor_limit()) // 2, 1),
     )
     sessions = Sessions(
         guard=guard,

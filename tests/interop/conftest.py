@@ -30,7 +30,7 @@ def names() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def dns(request: pytest.FixtureRequest) -> str:
-    """A name server for the daemons: without dnsmasq one that never answers, but no name leaves this machine."""
+    """A name server for the daemons: where there is no dnsmasq nobody answers, but no name leaves this machine."""
     try:
         address: str = request.getfixturevalue("names")
     except pytest.skip.Exception:

@@ -275,8 +275,6 @@ class FarEnd:
         self._servers: list[_Server] = []
         self.web = self._serve(_Web)
         self.echo = self._serve(_Echo)
-        self._nobody = socket.create_server(("127.0.0.1", 0))
-        self._nobody.close()
         self._nobody = socket.socket()
         self._nobody.bind(("127.0.0.1", 0))  # taken, but not listening
         self.refused: int = self._nobody.getsockname()[1]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,10 +81,14 @@ def test_impatient_clients(tmp_path: Path, destination: Served) -> None:
                 reset(sock)
             else:
                 sock.close()
-        server.wait_for_fds(before)
+        # The queue is in order: when this one is served, all before it were accepted.
         with carried(server, destination.port) as sock:
             sock.sendall(b"still there")
             assert receive_exactly(sock, 11) == b"still there"
+        server.wait_for_fds(before)
+        # They came as far as they should have: those cut behind the request were connected.
+        daemons.wait_until(lambda: len(server.records("proxy ends")) > IMPATIENT // 50, "some were carried")
+        assert len(server.records("proxy starts")) == len(server.records("proxy ends"))
 
 
 def test_impatient_clients_of_transocks(host_net: lab.Net, tmp_path: Path) -> None:
@@ -101,8 +107,42 @@ def test_impatient_clients_of_transocks(host_net: lab.Net, tmp_path: Path) -> No
                     reset(sock)
                 else:
                     sock.close()
+            with test_redirect.connect(host_net, 4, web.port) as sock:  # behind all of them in the queue
+                sock.sendall(b"x")
+                assert sock.recv(1) == b"x"
             client.wait_for_fds(before[0])
             server.wait_for_fds(before[1])
+
+
+@pytest.mark.parametrize("scheme", ["socks5", "http"])
+def test_an_impatient_upstream(host_net: lab.Net, tmp_path: Path, scheme: str) -> None:
+    """transocks's proxy leaves behind every byte that it has to say, by FIN and by RST: the client is reset."""
+    said = b"HTTP/1.1 200 OK\r\nVia: 1.1 x\r\n\r\n" if scheme == "http" else b"\x05\x00\x05\x00\x00\x01" + bytes(6)
+    cuts = iter([(cut, how) for cut in range(len(said)) for how in (Socket.close, reset)] * 8)
+
+    def leave(sock: Socket) -> None:
+        cut, how = next(cuts)
+        sock.recv(1000)
+        sock.sendall(said[: min(cut, 2)] if scheme == "socks5" else said[:cut])
+        if scheme == "socks5" and cut > 2:
+            sock.recv(1000)
+            sock.sendall(said[2:cut])
+        how(sock)
+
+    with Served(host_net.proxy.listen("127.0.0.1"), leave) as upstream:
+        with test_redirect.transocks(host_net, tmp_path, f"{scheme}://127.0.0.1:{upstream.port}") as client:
+            client.ready()
+            test_redirect.load(host_net, "nft")
+            before = client.fds()
+            for _ in range(2 * len(said) * 8):
+                with pytest.raises(ConnectionResetError), test_redirect.connect(host_net, 4, 80) as sock:
+                    sock.recv(1)
+            client.wait_for_fds(before)
+            daemons.wait_until(
+                lambda: len(client.records("failed to connect to proxy server")) == 2 * len(said) * 8,
+                "all are recorded",
+            )
+            assert client.records("proxy starts") == []
 
 
 def test_one_byte_and_silence(tmp_path: Path) -> None:
@@ -209,6 +249,33 @@ def test_a_stopped_destination_is_no_trouble_to_others(tmp_path: Path, destinati
                 assert other.recv(1) == b"x"
             assert receive_exactly(victim, 2) == b"\x05\x00"
             assert receive_reply(victim)[0] == 6  # TTL expired: the nearest there is to a timeout
+
+
+def test_a_destination_that_is_stopped_midway(tmp_path: Path, destination: Served) -> None:
+    """kill -STOP: its kernel still accepts, and takes what its buffers hold. The idle timeout ends it."""
+    script = "import socket; s = socket.create_server(('127.0.0.1', 0)); print(s.getsockname()[1], flush=True); s.accept()[0].recv(1); s.accept()"
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as frozen:
+        assert frozen.stdout is not None
+        port = int(frozen.stdout.readline())
+        with contextlib.ExitStack() as stack:
+            stack.callback(frozen.kill)
+            server = stack.enter_context(usocksd(tmp_path, "idle = 1\n"))
+            before = server.fds()
+            midway = stack.enter_context(carried(server, port))
+            frozen.send_signal(signal.SIGSTOP)
+            late = stack.enter_context(carried(server, port))
+            for victim in (midway, late):
+                victim.sendall(bytes(100_000))
+            while True:  # others go on, until the victims are cut off
+                with carried(server, destination.port) as other:
+                    other.sendall(b"x")
+                    assert other.recv(1) == b"x"
+                if len(server.records("proxy ends", reason="idle timeout")) == 2:
+                    break
+            for victim in (midway, late):
+                with pytest.raises(ConnectionResetError):
+                    victim.recv(1)
+            server.wait_for_fds(before)
 
 
 def test_a_full_disk_does_not_stall_the_relay(tmp_path: Path, destination: Served) -> None:

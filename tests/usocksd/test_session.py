@@ -365,7 +365,7 @@ def test_a_client_not_in_allow_from_is_reset_before_a_byte_is_read(tmp_path: Pat
     config = '[incoming]\nport = 0\naddresses = ["127.0.0.1"]\nallow_from = ["10.0.0.0/8", "127.0.0.2"]\n'
     with Daemon("usocksd", config, tmp_path) as server:
         server.ready()
-        with connected(server) as client, pytest.raises(ConnectionResetError):
+        with pytest.raises(ConnectionResetError), connected(server) as client:
             client.recv(1)  # it was refused without having said anything
         record = server.record("denied access")
         assert (record["type"], record["severity"]) == ("access", "warning")

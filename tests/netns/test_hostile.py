@@ -226,7 +226,7 @@ def test_those_that_waited_for_a_descriptor_are_served(tmp_path: Path, destinati
 
 def test_dead_dns_costs_a_client_its_deadline_and_nothing_else(tmp_path: Path, destination: Served) -> None:
     with NameServer({"silent.test": None}) as dns:
-        with usocksd(tmp_path, f'[dns]\nservers = ["{dns.address}"]\n', connect=1.5) as server:
+        with usocksd(tmp_path, f'[dns]\nservers = ["{dns.address}"]\n', connect=4) as server:
             with connected(server) as victim:
                 victim.sendall(GREETING + request("silent.test", 80))
                 assert receive_exactly(victim, 2) == b"\x05\x00"

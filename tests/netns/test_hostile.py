@@ -99,7 +99,7 @@ def test_impatient_clients_of_transocks(host_net: lab.Net, tmp_path: Path) -> No
                 assert sock.recv(1) == b"x"
             server.record("proxy ends")
             before = client.fds(), server.fds()
-            for number in range(1000):
+            for number in range(IMPATIENT):
                 sock = test_redirect.connect(host_net, 4, web.port)
                 if number & 2:
                     sock.sendall(b"impatient")

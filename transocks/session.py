@@ -12,9 +12,9 @@ from transocks.original_dst import Destination, LoopGuard, original_destination
 from transocks.upstream import Upstream
 from usocksd.errors import Error
 from usocksd.runtime.ending import Limits
+from usocksd.runtime.endpoint import Endpoint, PeerReset
 from usocksd.runtime.limits import most_pipes, raise_descriptor_limit
 from usocksd.runtime.pipes import PipePool
-from usocksd.runtime.reactor import Endpoint, PeerReset
 from usocksd.runtime.relay import close_pair, relay
 from usocksd.runtime.settings import Timeouts
 

@@ -13,7 +13,7 @@ from usocksd.errors import DialError, ResolveError
 from usocksd.match import IPAddress
 from usocksd.resolver import Resolver
 from usocksd.runtime.dial import Target, dial
-from usocksd.runtime.reactor import DeadlineExpired, Endpoint
+from usocksd.runtime.endpoint import DeadlineExpired, Endpoint
 from usocksd.runtime.settings import Timeouts
 from usocksd.socks import Client, Established, NeedData
 

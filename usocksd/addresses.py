@@ -21,7 +21,7 @@ from usocksd.match import IPAddress, numeric_address
 
 _logger = logging.getLogger("usocksd.addresses")
 
-Endpoint: TypeAlias = tuple[str, int]
+Address: TypeAlias = tuple[str, int]
 # pyroute2 has no types: its parser, and a parsed message.
 _Marshal: TypeAlias = Any
 _Message: TypeAlias = Any
@@ -189,7 +189,7 @@ class SocketOwners:
     def close(self) -> None:
         self._socket.close()
 
-    def owner_uid(self, local: Endpoint, remote: Endpoint) -> int | None:
+    def owner_uid(self, local: Address, remote: Address) -> int | None:
         """The uid of the socket bound to `local` and connected to `remote`, as that socket sees them: for the
         client of a redirected connection, `remote` is the original destination.
 
@@ -205,7 +205,7 @@ class SocketOwners:
                     break
         return uid
 
-    def _lookup(self, local: Endpoint, remote: Endpoint, interface: int) -> int | None:
+    def _lookup(self, local: Address, remote: Address, interface: int) -> int | None:
         family = socket.AF_INET6 if ":" in local[0] else socket.AF_INET
         ports = local[1].to_bytes(2, "big"), remote[1].to_bytes(2, "big")
         request = _DIAG_REQUEST.pack(

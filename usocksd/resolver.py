@@ -30,7 +30,7 @@ from attrs import Factory, define, frozen
 
 from usocksd.errors import ResolveError
 from usocksd.match import IPAddress, canonical_host, numeric_address
-from usocksd.runtime.settings import Endpoint
+from usocksd.runtime.settings import SocketAddress
 
 _logger = logging.getLogger("usocksd.resolver")
 
@@ -76,7 +76,7 @@ class Resolver:
 
     def __init__(
         self,
-        servers: Sequence[Endpoint] | None = None,
+        servers: Sequence[SocketAddress] | None = None,
         *,
         resolv_conf: Path = Path("/etc/resolv.conf"),
         hosts: Path = Path("/etc/hosts"),

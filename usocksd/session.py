@@ -22,9 +22,9 @@ from usocksd.replies import reply_for
 from usocksd.resolver import Resolver
 from usocksd.runtime.dial import Target, dial
 from usocksd.runtime.ending import Limits
+from usocksd.runtime.endpoint import DeadlineExpired, Endpoint, PeerReset
 from usocksd.runtime.limits import most_pipes, raise_descriptor_limit
 from usocksd.runtime.pipes import PipePool
-from usocksd.runtime.reactor import DeadlineExpired, Endpoint, PeerReset
 from usocksd.runtime.relay import close_pair, relay
 from usocksd.runtime.settings import Timeouts
 from usocksd.socks import (

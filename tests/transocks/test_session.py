@@ -29,9 +29,10 @@ from transocks.upstream import Upstream
 from usocksd.addresses import HostAddresses
 from usocksd.resolver import Resolver
 from usocksd.runtime import log as logging
+from usocksd.runtime.endpoint import Endpoint
 from usocksd.runtime.listeners import Listener, listen
-from usocksd.runtime.reactor import Endpoint, Reactor
-from usocksd.runtime.settings import Endpoint as Server
+from usocksd.runtime.reactor import Reactor
+from usocksd.runtime.settings import SocketAddress as Server
 from usocksd.runtime.settings import Timeouts, parse_address
 
 WEB = Destination("203.0.113.80", 80)

@@ -22,7 +22,7 @@ import usocksd.resolver
 from usocksd.errors import ResolveError
 from usocksd.match import IPAddress
 from usocksd.resolver import Resolver
-from usocksd.runtime.settings import Endpoint
+from usocksd.runtime.settings import SocketAddress
 
 
 def addresses(*texts: str) -> tuple[IPAddress, ...]:
@@ -45,7 +45,7 @@ class Place:
         self.clock = Clock()
         self._nursery = nursery
 
-    async def resolver(self, *servers: Endpoint, lifetime: float = 5.0, from_file: bool = False) -> Resolver:
+    async def resolver(self, *servers: SocketAddress, lifetime: float = 5.0, from_file: bool = False) -> Resolver:
         resolver = Resolver(
             None if from_file else servers,
             resolv_conf=self.resolv_conf,
@@ -108,8 +108,8 @@ class Server:
                         await self._udp.sendto(reply, client)
 
     @property
-    def endpoint(self) -> Endpoint:
-        return Endpoint(ip_address("127.0.0.1"), self._udp.getsockname()[1])
+    def endpoint(self) -> SocketAddress:
+        return SocketAddress(ip_address("127.0.0.1"), self._udp.getsockname()[1])
 
     def _replies(self, wire: bytes) -> list[bytes]:
         query = dns.message.from_wire(wire)
@@ -497,7 +497,7 @@ async def test_stopping_the_resolver_wakes_the_askers(tmp_path: Path, place: Pla
 
 
 @pytest.fixture(scope="module")
-def dnsmasq() -> Iterator[Endpoint]:
+def dnsmasq() -> Iterator[SocketAddress]:
     program = shutil.which("dnsmasq", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
     assert program, "dnsmasq is not installed; the test suite's set-up installs it"
     for _ in range(10):  # it can't choose a port itself, so another program may be quicker
@@ -525,13 +525,13 @@ def dnsmasq() -> Iterator[Endpoint]:
         with subprocess.Popen([program, *options], stderr=subprocess.PIPE, text=True) as server:
             assert server.stderr is not None
             if any("started" in line for line in server.stderr):
-                yield Endpoint(ip_address("127.0.0.1"), port)
+                yield SocketAddress(ip_address("127.0.0.1"), port)
                 server.terminate()
                 return
     pytest.fail("dnsmasq does not start")
 
 
-async def test_dnsmasq(place: Place, dnsmasq: Endpoint) -> None:
+async def test_dnsmasq(place: Place, dnsmasq: SocketAddress) -> None:
     resolver = await place.resolver(dnsmasq)
     assert await resolver.resolve("www.test") == addresses("2001:db8::1", "192.0.2.1")
     assert await resolver.resolve("alias.test") == addresses("2001:db8::1", "192.0.2.1")
@@ -543,7 +543,7 @@ async def test_dnsmasq(place: Place, dnsmasq: Endpoint) -> None:
     assert await cause_of_failure(resolver, "outside.example") == "servers failed"  # REFUSED, it has no upstream
 
 
-async def test_dnsmasq_with_search_domains(place: Place, dnsmasq: Endpoint) -> None:
+async def test_dnsmasq_with_search_domains(place: Place, dnsmasq: SocketAddress) -> None:
     place.resolv_conf.write_text("search none.test test\n")
     resolver = await place.resolver(dnsmasq)
     assert await resolver.resolve("www") == addresses("2001:db8::1", "192.0.2.1")

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import trio
 
 from usocksd.errors import DialError, Error
+from usocksd.runtime.endpoint import DeadlineExpired, Endpoint, PeerReset
 from usocksd.runtime.hostport import join_port
-from usocksd.runtime.reactor import DeadlineExpired, Endpoint, PeerReset, Reactor
+from usocksd.runtime.reactor import Reactor
 
 # ip(7), since Linux 4.2: choose the port at connect, not at bind. With it ports run out per destination address and
 # port; without it some 28,000 of them limit a source address over all destinations. Python 3.11 has no name for it.

@@ -12,8 +12,9 @@ from math import inf
 from typing import TYPE_CHECKING
 
 from usocksd.runtime.ending import Reason, Side
+from usocksd.runtime.endpoint import Endpoint
 from usocksd.runtime.pipes import PIPE_SIZE, Pipe
-from usocksd.runtime.reactor import BROKEN, BUFFER_SIZE, MORE, OUT, Endpoint
+from usocksd.runtime.reactor import BROKEN, BUFFER_SIZE, MORE, OUT
 
 if TYPE_CHECKING:
     from usocksd.runtime.relay import Pair

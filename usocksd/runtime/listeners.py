@@ -13,8 +13,9 @@ from socket import SocketType
 from typing import Protocol
 
 from usocksd.errors import Error
+from usocksd.runtime.endpoint import Endpoint
 from usocksd.runtime.hostport import join_port
-from usocksd.runtime.reactor import Endpoint, Reactor
+from usocksd.runtime.reactor import Reactor
 
 log = logging.getLogger(__name__)
 

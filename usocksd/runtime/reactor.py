@@ -1,6 +1,6 @@
 """One epoll for all proxied sockets of a process: who waits for what, and until when.
 
-The rules that this file and relay.py keep, each learned from a prototype that broke:
+The rules that this file, endpoint.py, flow.py and relay.py keep, each learned from a prototype that broke:
 
 - Every socket is registered once, edge-triggered. Flags of an event are hints: only what recv, send, splice and
   SO_ERROR return decides.
@@ -16,19 +16,11 @@ Why not trio's own sockets: two tasks and a wait per direction cost 1.5 times th
 from __future__ import annotations
 
 import select
-import socket
 import time
-from collections.abc import Awaitable, Callable
-from math import inf
+from collections.abc import Callable
+from typing import NoReturn, Protocol
 
-# The C base class of socket.socket: the same system calls without the Python layer, which costs 3 us per accept.
-from socket import SocketType
-from typing import NoReturn, Protocol, TypeVar
-
-import outcome
 import trio
-
-T = TypeVar("T")
 
 IN = select.EPOLLIN
 OUT = select.EPOLLOUT
@@ -52,8 +44,6 @@ _BATCH = 256
 _TURN = 0.005
 # One buffer serves every receive of the process: bytes stay in it only until they are sent, in the same step.
 BUFFER_SIZE = 64 * 1024
-# A handshake's worth. What is behind it in the socket stays there.
-_RECEIVE_SIZE = 16 * 1024
 
 
 class Handler(Protocol):
@@ -76,14 +66,6 @@ class Resumable(Protocol):
 
     def resume(self) -> None:
         """Go on with it. Must neither block nor raise."""
-
-
-class DeadlineExpired(Exception):
-    """The deadline of an endpoint has passed while a task waited on it."""
-
-
-class PeerReset(Exception):
-    """The client is gone (reset) while its session was busy elsewhere."""
 
 
 class Reactor:
@@ -190,165 +172,3 @@ class Reactor:
         while True:
             await trio.sleep(self._sweep_every)
             self.sweep()
-
-
-class Endpoint:
-    """A connected (or connecting) non-blocking TCP socket of one session: its bytes before and after the relay.
-
-    At most one task waits on an endpoint at a time: its session. While none does, what epoll says is remembered.
-    `deadline` (on the reactor's clock) bounds every wait; past it the wait raises DeadlineExpired.
-    """
-
-    __slots__ = ("_task", "deadline", "fd", "more", "on_reset", "reactor", "readable", "sock", "writable")
-
-    def __init__(self, reactor: Reactor, sock: SocketType, *, connecting: bool = False) -> None:
-        self.reactor = reactor
-        self.sock = sock
-        self.fd = sock.fileno()
-        self.deadline = inf
-        self.readable = False
-        self.more = False
-        """An event told of an end, an error or urgent data: read until there is nothing more to learn."""
-        self.writable = not connecting
-        self.on_reset: Callable[[], None] | None = None
-        """Called when the peer is gone while no task waits here: the session is busy with something else."""
-        self._task: trio.lowlevel.Task | None = None
-        reactor.register(self.fd, self, connecting=connecting)
-
-    async def receive(self) -> bytes:
-        """Up to 16 KiB as soon as there is any; b"" at the end of the stream.
-
-        Raises OSError as recv(2) does, DeadlineExpired, and whatever `interrupt` was given.
-        """
-        while True:
-            if not self.readable:
-                await self._wait()
-                continue
-            try:
-                data = self.sock.recv(_RECEIVE_SIZE)
-            except BlockingIOError:
-                self.readable = self.more = False
-                continue
-            if len(data) < _RECEIVE_SIZE and not self.more:
-                self.readable = False
-            return data
-
-    async def send_all(self, data: bytes) -> None:
-        """Write all of `data`. Raises as `receive` does."""
-        sent = self._send_some(data)
-        while sent < len(data):
-            self.reactor.watch_writable(self.fd)
-            while not self.writable:
-                await self._wait()
-            sent += self._send_some(data[sent:])
-
-    async def connected(self) -> int:
-        """Wait for a connect(2) in progress. Returns 0 or the errno it failed with."""
-        while not self.writable:
-            await self._wait()
-        return self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-
-    async def finish(self, data: bytes, within: float) -> None:
-        """Say a last word and let the peer read it: send, end our side, wait `within` seconds for its end, close.
-
-        A close with unread input would reset the connection, and the peer might lose `data`.
-        """
-        self.deadline = self.reactor.clock() + within
-        try:
-            await self.send_all(data)
-            self.sock.shutdown(socket.SHUT_WR)
-            # A peer that sends without a pause keeps neither this session nor the process: no wait, no deadline.
-            while self.reactor.clock() < self.deadline and await self.receive():
-                await trio.lowlevel.checkpoint()
-        except (OSError, DeadlineExpired):
-            pass
-        finally:
-            self.close()
-
-    async def meanwhile(self, deadline: float, work: Callable[[str], Awaitable[T]], argument: str) -> T:
-        """Await `work(argument)` on behalf of this endpoint's session, while its peer waits for it.
-
-        Raises what the work does, DeadlineExpired past `deadline`, and PeerReset when the peer is gone.
-        """
-        self.check_peer()
-        gone = False
-
-        def give_up() -> None:
-            nonlocal gone
-            gone = True
-            scope.cancel()
-
-        with trio.move_on_after(max(deadline - self.reactor.clock(), 0)) as scope:
-            self.on_reset = give_up
-            try:
-                return await work(argument)
-            finally:
-                self.on_reset = None
-        raise PeerReset if gone else DeadlineExpired
-
-    def check_peer(self) -> None:
-        """Raise PeerReset if the peer's reset came in one event with its last bytes: no other event tells of it."""
-        if self.more and self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-            raise PeerReset
-
-    def close(self) -> None:
-        """Close the socket: FIN, after what was sent. Only its session calls this; a second time does nothing."""
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            self.reactor.forget(fd)
-            self.sock.close()
-
-    def reset(self) -> None:
-        """Close the socket with RST: what the peer was sent and has not acknowledged may be lost."""
-        if self.fd >= 0:
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_ZERO)
-            self.close()
-
-    def on_event(self, flags: int) -> None:
-        if flags & (OUT | BROKEN):
-            self.writable = True
-        if flags & ~OUT:
-            self.readable = True
-            if flags & MORE:
-                self.more = True
-        if self._task is not None:
-            self._wake()
-        elif flags & BROKEN and self.on_reset is not None:
-            self.on_reset()
-
-    def on_deadline(self, now: float) -> None:
-        self.interrupt(DeadlineExpired())
-
-    def interrupt(self, reason: BaseException) -> None:
-        """Raise `reason` in the task that waits here, if one does."""
-        if self._task is not None:
-            self._wake(reason)
-
-    def give_up(self) -> None:
-        """The client for which this connection was to be made is gone."""
-        self.interrupt(PeerReset())
-
-    def _send_some(self, data: bytes) -> int:
-        try:
-            sent = self.sock.send(data)
-        except BlockingIOError:
-            sent = 0
-        self.writable = sent == len(data)
-        return sent
-
-    async def _wait(self) -> None:
-        self._task = trio.lowlevel.current_task()
-        await trio.lowlevel.wait_task_rescheduled(self._abort)
-
-    def _abort(self, _: object) -> trio.lowlevel.Abort:
-        self._task = None
-        return trio.lowlevel.Abort.SUCCEEDED
-
-    def _wake(self, error: BaseException | None = None) -> None:
-        task, self._task = self._task, None
-        if task is not None:
-            trio.lowlevel.reschedule(task, outcome.Value(None) if error is None else outcome.Error(error))
-
-
-# struct linger { on, 0 seconds }, see socket(7)
-_LINGER_ZERO = b"\x01\x00\x00\x00\x00\x00\x00\x00"

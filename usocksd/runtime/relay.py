@@ -18,9 +18,10 @@ import termios
 import trio
 
 from usocksd.runtime.ending import Limits, Reason, RelayResult, Side
+from usocksd.runtime.endpoint import Endpoint
 from usocksd.runtime.flow import DELIVER_WITHIN, Flow
 from usocksd.runtime.pipes import PipePool
-from usocksd.runtime.reactor import Endpoint, Reactor
+from usocksd.runtime.reactor import Reactor
 
 _TCP_CLOSE = 7  # tcpi_state of a connection that was reset, see tcp_states.h
 

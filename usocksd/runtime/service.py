@@ -12,10 +12,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 import trio
 
 from usocksd.errors import Error
+from usocksd.runtime.endpoint import DeadlineExpired, Endpoint, PeerReset
 from usocksd.runtime.hostport import join_port
 from usocksd.runtime.limits import most_connections, raise_descriptor_limit
 from usocksd.runtime.listeners import Listener
-from usocksd.runtime.reactor import DeadlineExpired, Endpoint, PeerReset, Reactor
+from usocksd.runtime.reactor import Reactor
 
 log = logging.getLogger(__name__)
 

@@ -88,7 +88,7 @@ def split_port(value: str) -> tuple[str, int | None]:
 
 
 @attrs.frozen
-class Endpoint:
+class SocketAddress:
     """An address and a port. str() gives "ip:port" or "[ip]:port"."""
 
     address: IPAddress
@@ -143,11 +143,11 @@ def _host_ip(value: str) -> IPAddress:
     return address
 
 
-def _dns_server(value: str) -> Endpoint:
+def _dns_server(value: str) -> SocketAddress:
     host, port = split_port(value)
     if port == 0:
         raise Invalid("expected a port from 1 to 65535 behind the colon")
-    return Endpoint(_host_ip(host), 53 if port is None else port)
+    return SocketAddress(_host_ip(host), 53 if port is None else port)
 
 
 def _interface(value: str) -> str | None:
@@ -190,7 +190,7 @@ Mark = Annotated[int, integer(0, 2**32 - 1)]
 HostIP = Annotated[IPAddress, text(_host_ip, 'an IP address, as in "192.0.2.1" or "2001:db8::1"')]
 ListenIP = Annotated[IPAddress, text(_listen_ip, 'an IP address, as in "127.0.0.1" or "::1"')]
 DnsServer = Annotated[
-    Endpoint,
+    SocketAddress,
     text(_dns_server, 'the IP address of a name server, as in "192.0.2.53", "192.0.2.53:53" or "[::1]:53"'),
 ]
 Interface = Annotated[str | None, text(_interface, 'the name of an interface, at most 15 characters, as in "eth0"')]

@@ -13,8 +13,9 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from usocksd.runtime.ending import Limits, RelayResult
+from usocksd.runtime.endpoint import Endpoint
 from usocksd.runtime.pipes import PipePool
-from usocksd.runtime.reactor import Endpoint, Reactor
+from usocksd.runtime.reactor import Reactor
 from usocksd.runtime.relay import close_pair, relay
 
 # Seconds after which a test has failed: nothing here takes as long.

@@ -17,7 +17,6 @@ from usocksd.errors import ConfigError
 from usocksd.runtime.config import Distinct, Invalid, SecretStr, load, parse, show, structure
 from usocksd.runtime.settings import (
     DnsConfig,
-    Endpoint,
     HostIP,
     Interface,
     ListenIP,
@@ -27,6 +26,7 @@ from usocksd.runtime.settings import (
     ReadableFile,
     Seconds,
     SecondsOrZero,
+    SocketAddress,
     Timeouts,
     check_distinct_address,
     split_port,
@@ -397,7 +397,7 @@ def test_dns_servers() -> None:
         "[2001:db8::54]:53",
         "[::1]:53",
     ]
-    assert config.servers[0] == Endpoint(ip_address("192.0.2.53"), 53)
+    assert config.servers[0] == SocketAddress(ip_address("192.0.2.53"), 53)
     assert parse(DnsConfig, "servers = []", "").servers is None
 
 

@@ -18,7 +18,7 @@ import usocksd
 from usocksd.errors import DialError
 from usocksd.runtime import dial as dial_module
 from usocksd.runtime.dial import Target, dial
-from usocksd.runtime.reactor import PeerReset
+from usocksd.runtime.endpoint import PeerReset
 
 ROOT = Path(usocksd.__file__).parents[1]
 IP_BIND_ADDRESS_NO_PORT = 24

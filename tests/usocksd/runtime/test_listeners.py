@@ -10,8 +10,8 @@ import pytest
 import trio
 
 from usocksd.runtime import listeners as listeners_module
+from usocksd.runtime.endpoint import Endpoint
 from usocksd.runtime.listeners import Listener, ListenError, listen, listen_all, queue_length
-from usocksd.runtime.reactor import Endpoint
 
 LOGGER = "usocksd.runtime.listeners"
 

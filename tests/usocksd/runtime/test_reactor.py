@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import trio
 
-from usocksd.runtime.reactor import DeadlineExpired, Endpoint, PeerReset, Reactor
+from usocksd.runtime.endpoint import DeadlineExpired, Endpoint, PeerReset
+from usocksd.runtime.reactor import Reactor
 
 
 async def test_receive_gives_what_is_there_and_then_the_end(lab: Any) -> None:

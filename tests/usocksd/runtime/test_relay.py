@@ -365,7 +365,8 @@ UNPRIVILEGED = """
     import encodings.idna  # needed by name resolution, and out of reach for another user
     import fcntl, os, socket, sys, trio
     from usocksd.runtime.pipes import PIPE_SIZE, PipePool
-    from usocksd.runtime.reactor import Endpoint, Reactor
+    from usocksd.runtime.endpoint import Endpoint
+    from usocksd.runtime.reactor import Reactor
     from usocksd.runtime.ending import Limits
     from usocksd.runtime.relay import relay
 

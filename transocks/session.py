@@ -13,7 +13,6 @@ from transocks.upstream import Upstream
 from usocksd.errors import Error
 from usocksd.runtime.ending import Limits
 from usocksd.runtime.endpoint import Endpoint, PeerReset
-from usocksd.runtime.limits import most_pipes, raise_descriptor_limit
 from usocksd.runtime.pipes import PipePool
 from usocksd.runtime.relay import close_pair, relay
 from usocksd.runtime.settings import Timeouts
@@ -22,13 +21,15 @@ from usocksd.runtime.settings import Timeouts
 class Sessions:
     """Everything that a session needs, and `serve`, which is one session."""
 
-    def __init__(self, *, guard: LoopGuard, upstream: Upstream, timeouts: Timeouts, access_log: AccessLog) -> None:
+    def __init__(
+        self, *, guard: LoopGuard, upstream: Upstream, pipes: PipePool, timeouts: Timeouts, access_log: AccessLog
+    ) -> None:
         self._guard = guard
         self._upstream = upstream
         self._timeouts = timeouts
         self._limits = Limits(timeouts.idle, timeouts.half_closed)
         self._access_log = access_log
-        self._pipes = PipePool(most_pipes(raise_descriptor_limit()))
+        self._pipes = pipes
 
     async def serve(self, client: Endpoint, host: str, port: int) -> None:
         """Serve one accepted connection to its end. `host` is the client's numeric address."""

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 from transocks.config import ProxyScheme, ProxyURL
 from transocks.http_connect import HttpConnect
 from transocks.original_dst import Destination
-from usocksd.errors import DialError, ResolveError
+from usocksd.errors import DialError
 from usocksd.match import IPAddress
 from usocksd.resolver import Resolver
 from usocksd.runtime.dial import Target, dial
@@ -103,12 +103,7 @@ class Upstream:
         host = self._url.host
         if not isinstance(host, str):
             return (host,)
-        addresses = self._resolver.cached(host)
-        if addresses is None:
-            try:
-                addresses = await client.meanwhile(deadline, self._resolver.resolve, host)
-            except DeadlineExpired:
-                raise ResolveError(host, "timed out") from None
+        addresses = await self._resolver.resolve_for(client, host, deadline)
         self._learn(addresses)
         return addresses
 

@@ -30,6 +30,7 @@ from attrs import Factory, define, frozen
 
 from usocksd.errors import ResolveError
 from usocksd.match import IPAddress, canonical_host, numeric_address
+from usocksd.runtime.endpoint import DeadlineExpired, Endpoint
 from usocksd.runtime.settings import SocketAddress
 
 _logger = logging.getLogger("usocksd.resolver")
@@ -148,6 +149,19 @@ class Resolver:
         if not entry.addresses:
             raise ResolveError(name, entry.cause)
         return entry.addresses
+
+    async def resolve_for(self, client: Endpoint, name: str, deadline: float) -> tuple[IPAddress, ...]:
+        """`cached` or `resolve` on behalf of a session, until `deadline` (on the reactor's clock).
+
+        Raises ResolveError, also for a time-out, and PeerReset when `client` is gone meanwhile.
+        """
+        addresses = self.cached(name)
+        if addresses is not None:
+            return addresses
+        try:
+            return await client.meanwhile(deadline, self.resolve, name)
+        except DeadlineExpired:
+            raise ResolveError(name, "timed out") from None
 
     async def _shared_query(self, host: str) -> _Entry:
         query = self._queries.get(host)

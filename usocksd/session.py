@@ -8,7 +8,6 @@ Each stage lives in the file of its name; only this one joins them.
 
 from __future__ import annotations
 
-import logging
 import socket
 
 from usocksd.access_log import Access, AccessLog
@@ -17,13 +16,12 @@ from usocksd.addresses import HostAddresses
 from usocksd.auth import Users
 from usocksd.egress import EgressPool
 from usocksd.errors import CommandNotSupported, Denied, Error, NoEgress, ResolveError
-from usocksd.match import IPAddress, canonical_host, numeric_address
+from usocksd.match import canonical_host, numeric_address
 from usocksd.replies import reply_for
 from usocksd.resolver import Resolver
 from usocksd.runtime.dial import Target, dial
 from usocksd.runtime.ending import Limits
 from usocksd.runtime.endpoint import DeadlineExpired, Endpoint, PeerReset
-from usocksd.runtime.limits import most_pipes, raise_descriptor_limit
 from usocksd.runtime.pipes import PipePool
 from usocksd.runtime.relay import close_pair, relay
 from usocksd.runtime.settings import Timeouts
@@ -40,9 +38,7 @@ from usocksd.socks import (
     Server,
 )
 
-log = logging.getLogger(__name__)
-
-# WIRE: after a failure reply the connection closes within 10 s (RFC 1928, section 6).
+# After a failure reply the connection must be closed within 10 s (RFC 1928, section 6).
 _LAST_WORD_WITHIN = 5.0
 _MOST_REMEMBERED = 1024
 
@@ -60,20 +56,20 @@ class Sessions:
         resolver: Resolver,
         egress: EgressPool,
         hosts: HostAddresses,
+        pipes: PipePool,
         timeouts: Timeouts,
         access_log: AccessLog,
     ) -> None:
         self._clients = clients
         self._users = users
         self._users_required = users_required
-        # Without users, a client that insists on sending a password is let through as anybody else would be.
-        self._methods = (
-            (Method.USERNAME_PASSWORD,)
-            if users is not None and users_required
-            else (Method.USERNAME_PASSWORD, Method.NO_AUTHENTICATION)
-            if users is not None
-            else (Method.NO_AUTHENTICATION, Method.USERNAME_PASSWORD)
-        )
+        if users is None:
+            # A client that insists on sending a password is let through as anybody else would be.
+            self._methods: tuple[Method, ...] = (Method.NO_AUTHENTICATION, Method.USERNAME_PASSWORD)
+        elif users_required:
+            self._methods = (Method.USERNAME_PASSWORD,)
+        else:
+            self._methods = (Method.USERNAME_PASSWORD, Method.NO_AUTHENTICATION)
         self._rules = rules
         self._resolver = resolver
         self._egress = egress
@@ -81,7 +77,7 @@ class Sessions:
         self._timeouts = timeouts
         self._limits = Limits(timeouts.idle, timeouts.half_closed)
         self._access_log = access_log
-        self._pipes = PipePool(most_pipes(raise_descriptor_limit()))
+        self._pipes = pipes
         self._spoke_tls: set[str] = set()
 
     async def serve(self, client: Endpoint, host: str, port: int) -> None:
@@ -192,7 +188,7 @@ class Sessions:
             return [self._target(text, port, request.host, access)]
         targets: list[Target] = []
         problem: Error | None = None
-        for address in await self._resolve(destination, client, deadline):
+        for address in await self._resolver.resolve_for(client, destination, deadline):
             decision = self._rules.decide_address(address, port)
             if not decision.allowed:
                 problem = Denied(decision.rule)
@@ -209,16 +205,6 @@ class Sessions:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         source = self._egress.pick(numeric_address(access.client_host), destination, family, self._hosts.current)
         return Target(address, port, source.address, source.iface, source.mark)
-
-    async def _resolve(self, name: str, client: Endpoint, deadline: float) -> tuple[IPAddress, ...]:
-        """The addresses of a canonical name, within the deadline and while the client waits for them."""
-        addresses = self._resolver.cached(name)
-        if addresses is not None:
-            return addresses
-        try:
-            return await client.meanwhile(deadline, self._resolver.resolve, name)
-        except DeadlineExpired:
-            raise ResolveError(name, "timed out") from None
 
     def _is_news(self, host: str) -> bool:
         """Whether this client speaks TLS to us for the first time: said once, not at every try."""

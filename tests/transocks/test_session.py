@@ -31,6 +31,7 @@ from usocksd.resolver import Resolver
 from usocksd.runtime import log as logging
 from usocksd.runtime.endpoint import Endpoint
 from usocksd.runtime.listeners import Listener, listen
+from usocksd.runtime.pipes import PipePool
 from usocksd.runtime.reactor import Reactor
 from usocksd.runtime.settings import SocketAddress as Server
 from usocksd.runtime.settings import Timeouts, parse_address
@@ -98,6 +99,7 @@ async def running(
     sessions = Sessions(
         guard=guard,
         upstream=upstream,
+        pipes=PipePool(16),
         timeouts=Timeouts(connect=connect, handshake=handshake),
         access_log=AccessLog(log),
     )

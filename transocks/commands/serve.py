@@ -12,9 +12,10 @@ from transocks.upstream import Upstream
 from usocksd.addresses import HostAddresses
 from usocksd.resolver import Resolver
 from usocksd.runtime.dial import check_mark
-from usocksd.runtime.limits import most_connections, raise_descriptor_limit
+from usocksd.runtime.limits import most_connections, most_pipes, raise_descriptor_limit
 from usocksd.runtime.listeners import listen_all
 from usocksd.runtime.log import Log
+from usocksd.runtime.pipes import PipePool
 from usocksd.runtime.reactor import Reactor
 from usocksd.runtime.service import Service
 
@@ -26,20 +27,23 @@ async def serve(config: Config, sink: Log) -> None:
     upstream = Upstream(config.proxy_url, resolver=resolver, mark=config.mark)
     check_mark(config.mark)
     sockets = listen_all(config.listen)
+    descriptors = raise_descriptor_limit()
+    most = most_connections(descriptors)
     guard = LoopGuard(
         listen_ports={sock.getsockname()[1] for sock in sockets},
         hosts=hosts,
         upstreams=lambda: upstream.addresses,
         # No destination takes it all: with none of the other checks in force, a loop ends at half the descriptors.
-        most_per_destination=max(most_connections(raise_descriptor_limit()) // 2, 1),
+        most_per_destination=max(most // 2, 1),
     )
     sessions = Sessions(
         guard=guard,
         upstream=upstream,
+        pipes=PipePool(most_pipes(descriptors)),
         timeouts=config.timeouts,
         access_log=AccessLog(sink),
     )
     reactor = Reactor()
-    service = Service(reactor, stop_within=config.timeouts.stop, reopen_log=sink.reopen)
+    service = Service(reactor, most=most, stop_within=config.timeouts.stop, reopen_log=sink.reopen)
     with closing(guard):
         await service.run(sockets, sessions.serve, hosts.watch, resolver.run)

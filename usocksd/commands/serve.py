@@ -12,8 +12,10 @@ from usocksd.config import Config
 from usocksd.egress import EgressPool
 from usocksd.resolver import Resolver
 from usocksd.runtime.dial import check_mark
+from usocksd.runtime.limits import most_connections, most_pipes, raise_descriptor_limit
 from usocksd.runtime.listeners import listen_all
 from usocksd.runtime.log import Log
+from usocksd.runtime.pipes import PipePool
 from usocksd.runtime.reactor import Reactor
 from usocksd.runtime.service import Service
 from usocksd.session import Sessions
@@ -24,6 +26,7 @@ log = logging.getLogger(__name__)
 async def serve(config: Config, sink: Log) -> None:
     """Run usocksd until it is told to stop. Raises Error when it can't start."""
     outgoing = config.outgoing
+    descriptors = raise_descriptor_limit()
     hosts = HostAddresses()
     resolver = Resolver(config.dns.servers)
     clients = ClientRules(config.incoming.allow_from or ())
@@ -40,11 +43,14 @@ async def serve(config: Config, sink: Log) -> None:
         resolver=resolver,
         egress=EgressPool(outgoing.addresses, outgoing.iface, outgoing.mark),
         hosts=hosts,
+        pipes=PipePool(most_pipes(descriptors)),
         timeouts=config.timeouts,
         access_log=AccessLog(sink),
     )
     reactor = Reactor()
-    service = Service(reactor, stop_within=config.timeouts.stop, reopen_log=sink.reopen)
+    service = Service(
+        reactor, most=most_connections(descriptors), stop_within=config.timeouts.stop, reopen_log=sink.reopen
+    )
     check_mark(outgoing.mark)
     sockets = listen_all(config.incoming.listen)
     if clients.is_default:

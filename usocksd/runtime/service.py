@@ -14,7 +14,6 @@ import trio
 from usocksd.errors import Error
 from usocksd.runtime.endpoint import DeadlineExpired, Endpoint, PeerReset
 from usocksd.runtime.hostport import join_port
-from usocksd.runtime.limits import most_connections, raise_descriptor_limit
 from usocksd.runtime.listeners import Listener
 from usocksd.runtime.reactor import Reactor
 
@@ -52,10 +51,11 @@ def stop_delay() -> float:
 class Service:
     """Runs sessions for what the listeners accept, until it is told to stop.
 
-    `stop_within` is how long a graceful stop lets connections go on, in seconds; `reopen_log` answers SIGUSR1.
+    `most` is how many connections there may be at a time; while there are as many, none is accepted. `stop_within` is
+    how long a graceful stop lets connections go on, in seconds; `reopen_log` answers SIGUSR1.
     """
 
-    def __init__(self, reactor: Reactor, *, stop_within: float, reopen_log: Callable[[], None]) -> None:
+    def __init__(self, reactor: Reactor, *, most: int, stop_within: float, reopen_log: Callable[[], None]) -> None:
         self.reactor = reactor
         self.live = 0
         """Connections that are being served."""
@@ -65,7 +65,7 @@ class Service:
         self._empty: trio.Event | None = None
         """While somebody waits for the last connection to end."""
         self._sessions: trio.Nursery | None = None
-        self._most = most_connections(raise_descriptor_limit())
+        self._most = most
 
     async def run(
         self,

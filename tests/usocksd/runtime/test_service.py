@@ -29,6 +29,7 @@ PATIENCE = 20.0
 PROGRAM = """
     import json, logging, os, resource, sys, trio
     from usocksd.runtime.dial import Target, dial
+    from usocksd.runtime.limits import most_connections, raise_descriptor_limit
     from usocksd.runtime.listeners import listen
     from usocksd.runtime.pipes import PipePool
     from usocksd.runtime.reactor import Reactor
@@ -96,6 +97,7 @@ PROGRAM = """
     async def main():
         service = Service(
             Reactor(sweep_every=0.05),
+            most=most_connections(raise_descriptor_limit()),
             stop_within=options.get("stop_within", 30.0),
             reopen_log=lambda: say(reopened=True),
         )

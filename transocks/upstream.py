@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Collection, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from transocks.config import ProxyScheme, ProxyURL
 from transocks.http_connect import HttpConnect
@@ -15,18 +15,7 @@ from usocksd.resolver import Resolver
 from usocksd.runtime.dial import Target, dial
 from usocksd.runtime.endpoint import DeadlineExpired, Endpoint
 from usocksd.runtime.settings import Timeouts
-from usocksd.socks import Client, Established, NeedData
-
-
-class Handshake(Protocol):
-    """The client's role in a proxy protocol, without I/O."""
-
-    def data_to_send(self) -> bytes: ...
-    def receive_data(self, data: bytes) -> None: ...
-    def next_event(self) -> Established | NeedData: ...
-
-    @property
-    def trailing_data(self) -> bytes: ...
+from usocksd.socks import Client, ClientRole, Established
 
 
 class Tunnel(NamedTuple):
@@ -84,7 +73,7 @@ class Upstream:
         finally:
             client.on_reset = None
 
-    async def _ask(self, endpoint: Endpoint, handshake: Handshake) -> bytes:
+    async def _ask(self, endpoint: Endpoint, handshake: ClientRole) -> bytes:
         while True:
             event = handshake.next_event()
             if isinstance(event, Established):
@@ -93,7 +82,7 @@ class Upstream:
                 await endpoint.send_all(data)
             handshake.receive_data(await endpoint.receive())
 
-    def _handshake(self, destination: Destination) -> Handshake:
+    def _handshake(self, destination: Destination) -> ClientRole:
         url = self._url
         password = None if url.password is None else url.password.reveal()
         kind = HttpConnect if url.scheme is ProxyScheme.HTTP else Client

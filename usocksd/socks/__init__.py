@@ -17,6 +17,7 @@ RuntimeError.
 from usocksd.socks.client import Client
 from usocksd.socks.errors import AuthenticationFailed, ClientFault, Kind, RequestRefused, UpstreamFault
 from usocksd.socks.events import NEED_DATA, Credentials, Established, NeedData, Request
+from usocksd.socks.role import ClientRole
 from usocksd.socks.server import Server
 from usocksd.socks.wire import AddressType, Command, Method, Reply, Socks4Reply, Version
 
@@ -26,6 +27,7 @@ __all__ = [
     "AuthenticationFailed",
     "Client",
     "ClientFault",
+    "ClientRole",
     "Command",
     "Credentials",
     "Established",

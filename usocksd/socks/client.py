@@ -11,13 +11,12 @@ states that send them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from socket import AF_INET, AF_INET6, inet_ntoa, inet_ntop
-from typing import NoReturn, TypeAlias
+from typing import ClassVar, NoReturn
 
-from usocksd.errors import UpstreamError
 from usocksd.socks.errors import AuthenticationFailed, Kind, RequestRefused, UpstreamFault
-from usocksd.socks.events import NEED_DATA, Established, NeedData
+from usocksd.socks.events import Established
+from usocksd.socks.role import ClientRole, Event
 from usocksd.socks.wire import (
     AUTHENTICATION_SUCCESS,
     AUTHENTICATION_VERSION,
@@ -32,10 +31,8 @@ from usocksd.socks.wire import (
     pack_ip,
 )
 
-Event: TypeAlias = Established | NeedData
 
-
-class Client:
+class Client(ClientRole):
     """The client's side of one handshake: asks the server to connect to `host`, port `port`.
 
     A numeric host is sent as an address, any other as a name for the server to resolve (SOCKS4: as 4a).
@@ -46,11 +43,9 @@ class Client:
     bytes, a name that is empty or has control characters.
     """
 
-    __slots__ = ("_buffer", "_credentials", "_eof", "_error", "_out", "_request", "_state")
+    __slots__ = ("_credentials", "_request")
 
-    _state: Callable[[Client], Event]
-    _credentials: bytes | None
-    _error: Callable[[], UpstreamError] | None
+    PEER: ClassVar[str] = "server"
 
     def __init__(
         self,
@@ -62,48 +57,17 @@ class Client:
         password: str | None = None,
         user_id: str = "",
     ) -> None:
-        self._buffer = b""
-        self._eof = False
-        self._credentials = None
-        self._error = None
+        self._credentials: bytes | None = None
         if version is Version.SOCKS4:
             self._request = b""
-            self._out = _socks4_request(host, port, user_id)
-            self._state = Client._socks4_reply
-        else:
-            self._request = _socks5_request(host, port)
-            if username is None:
-                self._out = b"\x05\x01\x00"
-            else:
-                self._credentials = _authentication(username, password or "")
-                self._out = b"\x05\x02\x00\x02"
-            self._state = Client._method
-
-    def data_to_send(self) -> bytes:
-        """What is to be sent to the server now, maybe nothing. What was returned counts as sent."""
-        out = self._out
-        self._out = b""
-        return out
-
-    def receive_data(self, data: bytes) -> None:
-        """Add what the server sent; b"" says that it has closed its side."""
-        if not data:
-            self._eof = True
-        elif self._error is None:
-            self._buffer += data
-
-    def next_event(self) -> Event:
-        """Established, or NEED_DATA: send what there is to send, then receive more.
-
-        UpstreamFault: the server does not speak the protocol. RequestRefused, AuthenticationFailed: it said
-        no. Every further call raises the same. RuntimeError: the handshake is over.
-        """
-        return self._state(self)
-
-    @property
-    def trailing_data(self) -> bytes:
-        """After Established: what the server sent behind its reply, the destination's first bytes."""
-        return self._buffer
+            super().__init__(_socks4_request(host, port, user_id), Client._socks4_reply)
+            return
+        self._request = _socks5_request(host, port)
+        greeting = b"\x05\x01\x00"
+        if username is not None:
+            self._credentials = _authentication(username, password or "")
+            greeting = b"\x05\x02\x00\x02"
+        super().__init__(greeting, Client._method)
 
     # The states.
 
@@ -168,8 +132,7 @@ class Client:
             case _:
                 host = raw.decode(errors="replace")  # nothing depends on it
         self._buffer = data[end:]
-        self._state = Client._over
-        return Established(host, int.from_bytes(data[end - 2 : end]))
+        return self._established(Established(host, int.from_bytes(data[end - 2 : end])))
 
     def _socks4_reply(self) -> Event:
         # VN, CD, DSTPORT, DSTIP
@@ -180,26 +143,13 @@ class Client:
         if len(data) < 8:
             return self._need_data()
         self._buffer = data[8:]
-        self._state = Client._over
-        return Established(inet_ntoa(data[4:8]), int.from_bytes(data[2:4]))
-
-    def _over(self) -> Event:
-        raise RuntimeError("the handshake is over")
-
-    def _failed(self) -> Event:
-        assert self._error is not None
-        raise self._error()
+        return self._established(Established(inet_ntoa(data[4:8]), int.from_bytes(data[2:4])))
 
     # What the states share.
 
-    def _check_version(self, data: bytes, version: int) -> None:
+    def _check_version(self, data: bytearray, version: int) -> None:
         if data and data[0] != version:
-            self._malformed(f"the server answers with {data[:8]!r}, which is not SOCKS")
-
-    def _need_data(self) -> NeedData:
-        if self._eof:
-            self._fail(lambda: UpstreamFault(Kind.EOF, "the server closed within the handshake"))
-        return NEED_DATA
+            self._malformed(f"the server answers with {bytes(data[:8])!r}, which is not SOCKS")
 
     def _malformed(self, message: str) -> NoReturn:
         self._fail(lambda: UpstreamFault(Kind.MALFORMED, message))
@@ -211,14 +161,6 @@ class Client:
             self._fail(lambda: RequestRefused(code, f"the server refused: unassigned reply {code}"))
         text = reply.name.lower().replace("_", " ")
         self._fail(lambda: RequestRefused(reply, f"the server refused: {text}"))
-
-    def _fail(self, error: Callable[[], UpstreamError]) -> NoReturn:
-        # What is kept makes the error anew: a kept one would hold its traceback, whose frames hold us.
-        self._error = error
-        self._state = Client._failed
-        self._buffer = b""
-        self._out = b""
-        raise error()
 
 
 def _socks5_request(host: str, port: int) -> bytes:

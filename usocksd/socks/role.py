@@ -1,0 +1,85 @@
+"""What every client of a proxy has in common, whatever it speaks: bytes in, bytes out, and at last a connection.
+
+The subclass has the states: methods that return an event or hand over to the next state, and `_fail` when there is
+nothing to hope for. HTTP CONNECT (in transocks) is one as well, so that one loop drives any of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, NoReturn, TypeAlias
+
+from usocksd.errors import UpstreamError
+from usocksd.socks.errors import Kind, UpstreamFault
+from usocksd.socks.events import NEED_DATA, Established, NeedData
+
+Event: TypeAlias = Established | NeedData
+
+
+class ClientRole:
+    """The client's side of a handshake with a proxy, without I/O."""
+
+    __slots__ = ("_buffer", "_eof", "_error", "_out", "_state")
+
+    PEER: ClassVar[str]
+    """What errors call the other side."""
+
+    def __init__(self, out: bytes, state: Callable[[Any], Event]) -> None:
+        """`out` is what to say first, `state` (the plain function) what to make of the answer."""
+        self._out = out
+        self._state = state
+        self._buffer = bytearray()
+        self._eof = False
+        self._error: Callable[[], UpstreamError] | None = None
+
+    def data_to_send(self) -> bytes:
+        """What is to be sent to the proxy now, maybe nothing. What was returned counts as sent."""
+        out = self._out
+        self._out = b""
+        return out
+
+    def receive_data(self, data: bytes) -> None:
+        """Add what the proxy sent; b"" says that it has closed its side."""
+        if not data:
+            self._eof = True
+        elif self._error is None:
+            self._buffer += data
+
+    def next_event(self) -> Event:
+        """Established, or NEED_DATA: send what there is to send, then receive more.
+
+        UpstreamFault: the proxy breaks the protocol. RequestRefused, AuthenticationFailed: it said no. Every further
+        call raises the same. RuntimeError: the handshake is over.
+        """
+        return self._state(self)
+
+    @property
+    def trailing_data(self) -> bytes:
+        """After Established: what came behind the proxy's answer, the destination's first bytes."""
+        return bytes(self._buffer)
+
+    # For the states.
+
+    def _established(self, event: Established) -> Established:
+        self._state = ClientRole._over
+        return event
+
+    def _need_data(self) -> NeedData:
+        if self._eof:
+            self._fail(lambda: UpstreamFault(Kind.EOF, f"the {self.PEER} closed within the handshake"))
+        return NEED_DATA
+
+    def _fail(self, error: Callable[[], UpstreamError]) -> NoReturn:
+        # What is kept makes the error anew: a kept one would hold its traceback, whose frames hold us.
+        self._error = error
+        self._state = ClientRole._failed
+        self._buffer.clear()
+        self._out = b""
+        raise error()
+
+    def _over(self) -> Event:
+        raise RuntimeError("the handshake is over")
+
+    def _failed(self) -> Event:
+        assert self._error is not None
+        raise self._error()

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import logging
-import time
 
 from transocks.original_dst import Destination, Loop, NotRedirected
 from usocksd.errors import Error
-from usocksd.runtime.access import AccessRecords
-from usocksd.runtime.ending import RelayResult
-from usocksd.runtime.hostport import join_port
+from usocksd.runtime.access import AccessRecords, Connection
 from usocksd.runtime.log import Log
 
 _KEYS = ("request_id", "client_addr", "dest_addr", "upstream", "src_addr")
@@ -26,17 +23,13 @@ class AccessLog:
         return Access(self._records, host, port)
 
 
-class Access:
+class Access(Connection):
     """The records of one connection. The session fills in what it learns."""
 
-    __slots__ = ("_client", "_id", "_records", "_source", "_started", "destination", "upstream")
+    __slots__ = ("destination", "upstream")
 
     def __init__(self, records: AccessRecords, host: str, port: int) -> None:
-        self._records = records
-        self._id = records.next_id()
-        self._client = join_port(host, port)
-        self._source: str | None = None
-        self._started = 0.0
+        super().__init__(records, host, port)
         self.destination: Destination | None = None
         """Where the client was going."""
         self.upstream: str | None = None
@@ -44,13 +37,7 @@ class Access:
 
     def starts(self, bound: tuple[str, int]) -> None:
         """The upstream has connected; `bound` is our address towards it, which is the client that it records."""
-        self._started = time.monotonic()
-        self._source = join_port(bound[0], bound[1])
-        self._records.starts(self._values())
-
-    def ends(self, result: RelayResult) -> None:
-        """The relay is over."""
-        self._records.ends(self._values(), result, time.monotonic() - self._started)
+        self._begin(bound)
 
     def refused(self, error: Error) -> None:
         """The client is reset."""
@@ -63,11 +50,11 @@ class Access:
                 message = "loop refused"
             case _:
                 message = "failed to connect to proxy server"
-        self._records.event(level, message, self._values(), error=str(error))
+        self._event(level, message, error=str(error))
 
     def gave_up(self) -> None:
         """The client is gone before it had a connection."""
-        self._records.event(logging.INFO, "client is gone", self._values())
+        self._event(logging.INFO, "client is gone")
 
     def _values(self) -> tuple[object, ...]:
         destination = None if self.destination is None else str(self.destination)

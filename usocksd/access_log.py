@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import time
 
 from usocksd.errors import CommandNotSupported, Denied, Error
-from usocksd.runtime.access import AccessRecords
+from usocksd.runtime.access import AccessRecords, Connection
 from usocksd.runtime.dial import Target
-from usocksd.runtime.ending import RelayResult
 from usocksd.runtime.hostport import join_port
 from usocksd.runtime.log import Log
 from usocksd.socks import ClientFault, Command, Kind, Request, Version
@@ -40,32 +38,15 @@ class AccessLog:
         return Access(self._records, host, port)
 
 
-class Access:
+class Access(Connection):
     """The records of one connection. The session fills in what it learns."""
 
-    __slots__ = (
-        "_client",
-        "_destination",
-        "_id",
-        "_records",
-        "_request",
-        "_source",
-        "_started",
-        "client_host",
-        "rule",
-        "user",
-    )
+    __slots__ = ("_destination", "_request", "rule", "user")
 
     def __init__(self, records: AccessRecords, host: str, port: int) -> None:
-        self._records = records
-        self._id = records.next_id()
-        self.client_host = host
-        """The client's numeric address."""
-        self._client = join_port(host, port)
+        super().__init__(records, host, port)
         self._request: tuple[str, str, str, int] | tuple[None, None, None, None] = (None, None, None, None)
         self._destination: str | None = None
-        self._source: str | None = None
-        self._started = 0.0
         self.user: str | None = None
         """Who the client proved to be."""
         self.rule: str | None = None
@@ -78,27 +59,21 @@ class Access:
 
     def starts(self, target: Target, bound: tuple[str, int]) -> None:
         """The destination is connected; `bound` is the outgoing socket's address."""
-        self._started = time.monotonic()
         self._destination = join_port(target.host, target.port)
-        self._source = join_port(bound[0], bound[1])
-        self._records.starts(self._values())
-
-    def ends(self, result: RelayResult) -> None:
-        """The relay is over."""
-        self._records.ends(self._values(), result, time.monotonic() - self._started)
+        self._begin(bound)
 
     def client_denied(self) -> None:
         """The client's address may not use this server."""
-        self._records.event(logging.WARNING, "denied access", self._values(), error="not in allow_from")
+        self._event(logging.WARNING, "denied access", error="not in allow_from")
 
     def misspoke(self, fault: ClientFault) -> None:
         """The client did not speak SOCKS, or not as it must. A connection closed without a word is no news."""
         level = logging.DEBUG if fault.kind is Kind.EOF else logging.WARNING
-        self._records.event(level, "handshake failed", self._values(), error=str(fault))
+        self._event(level, "handshake failed", error=str(fault))
 
     def gave_up(self, cause: str) -> None:
         """Nobody waits for this connection any more."""
-        self._records.event(logging.INFO, "handshake failed", self._values(), error=cause)
+        self._event(logging.INFO, "handshake failed", error=cause)
 
     def refused(self, error: Error) -> None:
         """The client is told that it can't have what it asked for."""
@@ -110,7 +85,7 @@ class Access:
                 message = "command not supported"
             case _:
                 message = "dial to destination failed"
-        self._records.event(logging.ERROR, message, self._values(), error=str(error))
+        self._event(logging.ERROR, message, error=str(error))
 
     def _values(self) -> tuple[object, ...]:
         return (

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from usocksd.runtime.ending import Reason, RelayResult
 from usocksd.runtime.formats import Severity, Template
+from usocksd.runtime.hostport import join_port
 from usocksd.runtime.log import Log
 from usocksd.runtime.request_id import request_ids
 
@@ -54,3 +55,35 @@ class AccessRecords:
     def _write(self, template: Template, values: tuple[object, ...]) -> None:
         if self._log.enabled(template.severity):
             self._log.append(template.render(time.time(), values))
+
+
+class Connection:
+    """The records of one connection, as far as both daemons have them in common; the rest is the subclass's."""
+
+    __slots__ = ("_client", "_id", "_records", "_source", "_started", "client_host")
+
+    def __init__(self, records: AccessRecords, host: str, port: int) -> None:
+        self._records = records
+        self._id = records.next_id()
+        self.client_host = host
+        """The client's numeric address."""
+        self._client = join_port(host, port)
+        self._source: str | None = None
+        self._started = 0.0
+
+    def ends(self, result: RelayResult) -> None:
+        """The relay is over."""
+        self._records.ends(self._values(), result, time.monotonic() - self._started)
+
+    def _begin(self, bound: tuple[str, int]) -> None:
+        """The relay begins; `bound` is the address of our own outgoing socket."""
+        self._started = time.monotonic()
+        self._source = join_port(bound[0], bound[1])
+        self._records.starts(self._values())
+
+    def _event(self, level: int, message: str, **more: object) -> None:
+        self._records.event(level, message, self._values(), **more)
+
+    def _values(self) -> tuple[object, ...]:
+        """The values of the daemon's keys, in their order."""
+        raise NotImplementedError

@@ -286,11 +286,7 @@ def test_a_full_disk_does_not_stall_the_relay(tmp_path: Path, destination: Serve
     config = CONFIG.format(handshake=30, connect=5).replace("port = 0", f"port = {port}")
     with Daemon("usocksd", config, tmp_path, "-logfile", "/dev/full", logfile=None) as server:
         daemons.wait_until(lambda: is_open(port), "it listens")
-        for _ in range(50):
-            with socket.create_connection(("127.0.0.1", port), daemons.PATIENCE) as sock:
-                assert socks5(sock, "127.0.0.1", destination.port)[0] == daemons.GRANTED
-                sock.sendall(b"x")
-                assert sock.recv(1) == b"x"
+        carry(50, port, destination)
         server.process.terminate()
         assert server.process.wait(daemons.PATIENCE) == 0
 
@@ -300,17 +296,22 @@ def test_a_pipe_that_nobody_reads_does_not_stall_the_relay(tmp_path: Path, desti
     config = CONFIG.format(handshake=30, connect=5).replace("port = 0", f"port = {port}")
     with Daemon("usocksd", config, tmp_path, logfile=None, stderr=subprocess.PIPE) as server:
         daemons.wait_until(lambda: is_open(port), "it listens")
-        for _ in range(400):  # each with two records of several hundred bytes: more than a pipe holds
-            with socket.create_connection(("127.0.0.1", port), daemons.PATIENCE) as sock:
-                assert socks5(sock, "127.0.0.1", destination.port)[0] == daemons.GRANTED
-                sock.sendall(b"x")
-                assert sock.recv(1) == b"x"
+        carry(400, port, destination)  # each with two records of several hundred bytes: more than a pipe holds
         server.process.terminate()
         assert server.process.wait(daemons.PATIENCE) == 0
         assert server.process.stderr is not None
         text = server.process.stderr.read()
     assert len(text) >= 4096  # it was filled
     assert all(line.startswith(b'{"topic"') and line.endswith(b"}") for line in text.splitlines()), "no torn lines"
+
+
+def carry(times: int, port: int, destination: Served) -> None:
+    """So many connections through the server on `port`, one after the other."""
+    for _ in range(times):
+        with socket.create_connection(("127.0.0.1", port), daemons.PATIENCE) as sock:
+            assert socks5(sock, "127.0.0.1", destination.port)[0] == daemons.GRANTED
+            sock.sendall(b"x")
+            assert sock.recv(1) == b"x"
 
 
 def is_open(port: int) -> bool:

@@ -6,6 +6,7 @@ from base64 import b64decode
 from itertools import pairwise
 
 import pytest
+from conversation import after, error_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,25 +24,9 @@ from usocksd.socks import (
 OK = b"HTTP/1.1 200 OK\r\n\r\n"
 
 
-def after(*received: bytes) -> HttpConnect:
+def asked(*received: bytes) -> HttpConnect:
     """A client that was sent each of `received` and needed more after each but the last."""
-    client = HttpConnect("example.com", 443)
-    for data in received[:-1]:
-        client.receive_data(data)
-        assert client.next_event() is NEED_DATA
-    client.receive_data(received[-1])
-    return client
-
-
-def error_of(client: HttpConnect) -> UpstreamError:
-    with pytest.raises(UpstreamError) as raised:
-        client.next_event()
-    with pytest.raises(type(raised.value)) as again:
-        client.next_event()
-    assert str(again.value) == str(raised.value)
-    client.receive_data(b"more")
-    assert client.trailing_data == b""
-    return raised.value
+    return after(HttpConnect("example.com", 443), *received)
 
 
 def test_ordinary_conversation() -> None:
@@ -124,7 +109,7 @@ def test_credentials_that_basic_has_no_room_for(username: str, password: str) ->
 @pytest.mark.parametrize("payload", [b"", b"\r\n\r\nHTTP/1.1 200 OK\r\n\r\n", bytes(range(256)) * 200])
 def test_any_2xx_is_success(head: bytes, payload: bytes) -> None:
     """Any 2xx is success. Nothing past the response head is consumed."""
-    client = after(head + payload)
+    client = asked(head + payload)
     assert client.next_event() == Established()
     assert client.trailing_data == payload
     client.receive_data(b"more")
@@ -133,14 +118,14 @@ def test_any_2xx_is_success(head: bytes, payload: bytes) -> None:
 
 def test_body_headers_of_a_success_are_ignored() -> None:
     """Content-Length and Transfer-Encoding on a 2xx are ignored."""
-    client = after(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello")
+    client = asked(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello")
     assert client.next_event() == Established()
     assert client.trailing_data == b"5\r\nhello"
 
 
 def test_1xx_is_skipped() -> None:
     """1xx is skipped."""
-    client = after(
+    client = asked(
         b"HTTP/1.1 100 Continue\r\n\r\n",
         b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\nHTTP/1.1 102 Processing\r\n\r\nHTT",
         b"P/1.1 200 OK\r\n\r\npayload",
@@ -152,19 +137,19 @@ def test_1xx_is_skipped() -> None:
 @pytest.mark.parametrize("status", [300, 302, 400, 403, 404, 500, 502, 503, 504, 999])
 def test_refused(status: int) -> None:
     """Whatever is not 2xx is a refusal, and says its status."""
-    error = error_of(after(b"HTTP/1.1 %d Some reason\r\nContent-Length: 5\r\n\r\nhello" % status))
+    error = error_of(asked(b"HTTP/1.1 %d Some reason\r\nContent-Length: 5\r\n\r\nhello" % status))
     assert isinstance(error, RequestRefused)
     assert error.reply == status
     assert str(error) == f"the proxy refused: {status} Some reason"
 
 
 def test_refused_with_a_long_reason() -> None:
-    error = error_of(after(b"HTTP/1.1 502 " + b"\xff" * 5000 + b"\r\n\r\n"))
+    error = error_of(asked(b"HTTP/1.1 502 " + b"\xff" * 5000 + b"\r\n\r\n"))
     assert len(str(error)) < 150
 
 
 def test_authentication_required() -> None:
-    error = error_of(after(b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n"))
+    error = error_of(asked(b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n"))
     assert isinstance(error, AuthenticationFailed)
 
 
@@ -184,14 +169,14 @@ def test_authentication_required() -> None:
     ],
 )
 def test_answers_that_are_not_http(received: bytes) -> None:
-    error = error_of(after(received))
+    error = error_of(asked(received))
     assert isinstance(error, UpstreamFault)
     assert error.kind is Kind.MALFORMED
 
 
 @pytest.mark.parametrize("received", [[], [b"HTTP/1.1 200 OK\r\n"], [b"HTTP/1.1 100 Continue\r\n\r\n"]])
 def test_closed_early(received: list[bytes]) -> None:
-    error = error_of(after(*received, b""))
+    error = error_of(asked(*received, b""))
     assert isinstance(error, UpstreamFault)
     assert error.kind is Kind.EOF
 
@@ -203,17 +188,17 @@ def head_of(size: int) -> bytes:
 
 def test_response_head_is_bounded() -> None:
     """The response head is bounded."""
-    assert after(head_of(MAX_HEAD) + b"payload").next_event() == Established()
-    assert after(head_of(MAX_HEAD)[:-1], b"\n").next_event() == Established()
+    assert asked(head_of(MAX_HEAD) + b"payload").next_event() == Established()
+    assert asked(head_of(MAX_HEAD)[:-1], b"\n").next_event() == Established()
     for received in ([head_of(MAX_HEAD + 1)], [head_of(MAX_HEAD + 1)[:-1], b"\n"], [b"HTTP/1.1 " * MAX_HEAD]):
-        error = error_of(after(*received))
+        error = error_of(asked(*received))
         assert isinstance(error, UpstreamFault)
         assert error.kind is Kind.TOO_LONG
 
 
 def test_interim_responses_are_bounded_too() -> None:
     """The response head is bounded: an endless row of 1xx is no way around it."""
-    error = error_of(after(b"HTTP/1.1 100 Continue\r\n\r\n" * (MAX_HEAD // 25 + 1)))
+    error = error_of(asked(b"HTTP/1.1 100 Continue\r\n\r\n" * (MAX_HEAD // 25 + 1)))
     assert isinstance(error, UpstreamFault)
     assert error.kind is Kind.TOO_LONG
 

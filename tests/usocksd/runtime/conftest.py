@@ -215,6 +215,19 @@ class Lab:
         """A relayed pair of connections."""
         return self.start(self.rig(**buffers), limits=limits)
 
+    def count_turns(self) -> Callable[[], int]:
+        """From now on; the number of the reactor's turns, whenever it is asked for."""
+        turns = 0
+        real = self.reactor._turn
+
+        def turn() -> None:
+            nonlocal turns
+            turns += 1
+            real()
+
+        self.reactor._turn = turn  # type: ignore[method-assign]
+        return lambda: turns
+
     async def settle(self) -> None:
         """Return when nothing moves any more: every task waits, and no socket is ready."""
         with trio.fail_after(PATIENCE):

@@ -287,19 +287,11 @@ async def test_a_paused_listener_does_not_keep_the_reactor_busy(lab: Any, serve:
     server.connect()
     # Returns only when no task is runnable.
     await lab.settle()
-    turns = 0
-    real = lab.reactor._turn
-
-    def turn() -> None:
-        nonlocal turns
-        turns += 1
-        real()
-
-    lab.reactor._turn = turn
+    turns = lab.count_turns()
     server.connect(3)
     for _ in range(20):
         await trio.lowlevel.checkpoint()
-    assert turns == 0
+    assert turns() == 0
 
 
 async def test_close_refuses_what_comes_later_and_keeps_what_was_accepted(

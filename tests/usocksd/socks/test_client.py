@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from conversation import after, error_of
 
-from usocksd.errors import ProtocolError, UpstreamError
+from usocksd.errors import ProtocolError
 from usocksd.socks import (
     NEED_DATA,
     AuthenticationFailed,
@@ -19,27 +20,6 @@ from usocksd.socks import (
 )
 
 REPLY = b"\x05\x00\x00\x01\xc6\x33\x64\x09\x9c\x40"
-
-
-def after(client: Client, *received: bytes) -> Client:
-    """`client`, which was sent each of `received` and needed more after each but the last."""
-    for data in received[:-1]:
-        client.receive_data(data)
-        assert client.next_event() is NEED_DATA
-    client.receive_data(received[-1])
-    return client
-
-
-def error_of(client: Client) -> UpstreamError:
-    with pytest.raises(UpstreamError) as raised:
-        client.next_event()
-    with pytest.raises(type(raised.value)) as again:
-        client.next_event()
-    assert str(again.value) == str(raised.value)
-    client.receive_data(b"more")
-    assert client.trailing_data == b""
-    assert client.data_to_send() == b""
-    return raised.value
 
 
 def test_ordinary_conversation() -> None:

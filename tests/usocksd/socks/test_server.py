@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable
 
 import pytest
+from conversation import after
 
 from usocksd.errors import ProtocolError
 from usocksd.socks import (
@@ -39,12 +40,7 @@ PASSWORD_ONLY = (Method.USERNAME_PASSWORD,)
 
 def server_after(*received: bytes, methods: tuple[Method, ...] = (Method.NO_AUTHENTICATION,)) -> Server:
     """A server that was sent each of `received` and needed more after each but the last."""
-    server = Server(methods=methods)
-    for data in received[:-1]:
-        server.receive_data(data)
-        assert server.next_event() is NEED_DATA
-    server.receive_data(received[-1])
-    return server
+    return after(Server(methods=methods), *received)
 
 
 def fault_of(server: Server) -> ClientFault:

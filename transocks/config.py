@@ -11,6 +11,7 @@ from urllib.parse import unquote
 import attrs
 
 from usocksd.match import canonical_host
+from usocksd.runtime.common import Common
 from usocksd.runtime.config import Invalid, Parser, SecretStr, show
 from usocksd.runtime.hostport import join_port
 from usocksd.runtime.settings import (
@@ -18,10 +19,15 @@ from usocksd.runtime.settings import (
     LOCALHOST,
     DnsConfig,
     IPAddress,
+    LimitsConfig,
     ListenAddress,
+    ListenIP,
+    ListenPort,
     LogConfig,
     Mark,
+    SocketPath,
     Timeouts,
+    Workers,
     check_distinct_address,
     parse_address,
     split_port,
@@ -188,6 +194,33 @@ class Config:
     log: LogConfig = attrs.field(factory=LogConfig)
     dns: DnsConfig = attrs.field(factory=DnsConfig)
     timeouts: Timeouts = attrs.field(factory=Timeouts)
+    limits: LimitsConfig = attrs.field(factory=LimitsConfig)
+    metrics_port: ListenPort | None = None
+    """None: 1083 if nobody else has it; 0: no metrics endpoint"""
+    metrics_address: ListenIP = LOCALHOST[0]
+    workers: Workers | None = None
+    """None: one for each CPU that this process may use"""
+    control: SocketPath = "/run/transocks/control.sock"
+    """None: no control socket"""
+
+    def common(self) -> Common:
+        """The settings that usocksd has too."""
+        return Common(
+            listen=tuple(("listen", listen) for listen in self.listen),
+            metrics_prefix="",
+            metrics_port=self.metrics_port,
+            metrics_default=1083,
+            metrics_address=self.metrics_address,
+            mark_key="mark",
+            mark=self.mark,
+            log=self.log,
+            timeouts=self.timeouts,
+            limits=self.limits,
+            workers=self.workers,
+            control=self.control,
+            control_default="/run/transocks/control.sock",
+            more={"proxy_url": str(self.proxy_url)},
+        )
 
 
 __all__ = ["Config", "ProxyScheme", "ProxyURL", "parse_proxy_url"]

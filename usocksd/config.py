@@ -9,21 +9,26 @@ from typing import Annotated
 
 import attrs
 
-from usocksd.acl import site_fault
+from usocksd.acl import DEFAULT_CLIENTS, site_fault
 from usocksd.match import IPNetwork, canonical_host, parse_network
+from usocksd.runtime.common import Common
 from usocksd.runtime.config import Distinct, Invalid
 from usocksd.runtime.settings import (
     ANY_ADDRESS,
+    LOCALHOST,
     DnsConfig,
     HostIP,
     Interface,
+    LimitsConfig,
     ListenAddress,
     ListenIP,
     ListenPort,
     LogConfig,
     Mark,
     ReadableFile,
+    SocketPath,
     Timeouts,
+    Workers,
     check_distinct_address,
     none_if_empty,
     text,
@@ -56,8 +61,9 @@ class Incoming:
     """[incoming]: where clients connect, and which of them may."""
 
     port: ListenPort = 1080
-    metrics_port: ListenPort = 1082
-    """Accepted so that the original's files load. Nothing reads it until the metrics endpoint is there."""
+    metrics_port: ListenPort | None = None
+    """None: 1082 if nobody else has it; 0: no metrics endpoint"""
+    metrics_address: ListenIP = LOCALHOST[0]
     addresses: Annotated[tuple[ListenIP, ...], Distinct(check_distinct_address)] | None = attrs.field(
         default=None, converter=none_if_empty
     )
@@ -116,6 +122,39 @@ class Config:
     auth: Auth = attrs.field(factory=Auth)
     dns: DnsConfig = attrs.field(factory=DnsConfig)
     timeouts: Timeouts = attrs.field(factory=Timeouts)
+    limits: LimitsConfig = attrs.field(factory=LimitsConfig)
+    workers: Workers | None = None
+    """None: one for each CPU that this process may use"""
+    control: SocketPath = "/run/usocksd/control.sock"
+    """None: no control socket"""
+
+    def common(self) -> Common:
+        """The settings that transocks has too."""
+        incoming = self.incoming
+        allow_from = DEFAULT_CLIENTS if incoming.allow_from is None else tuple(map(str, incoming.allow_from))
+        return Common(
+            listen=tuple(
+                ("incoming.port" if incoming.addresses is None else f"incoming.addresses[{index}]", listen)
+                for index, listen in enumerate(incoming.listen)
+            ),
+            metrics_prefix="incoming.",
+            metrics_port=incoming.metrics_port,
+            metrics_default=1082,
+            metrics_address=incoming.metrics_address,
+            mark_key="outgoing.mark",
+            mark=self.outgoing.mark,
+            log=self.log,
+            timeouts=self.timeouts,
+            limits=self.limits,
+            workers=self.workers,
+            control=self.control,
+            control_default="/run/usocksd/control.sock",
+            more={
+                "incoming.allow_from": allow_from,
+                "outgoing.addresses": tuple(map(str, self.outgoing.addresses)),
+                "auth.required": self.auth.required,
+            },
+        )
 
 
 __all__ = ["Auth", "Config", "Incoming", "Outgoing"]

@@ -6,6 +6,7 @@ import re
 import tomllib
 from ipaddress import ip_address, ip_network
 from pathlib import Path
+from typing import Any
 
 import attrs
 import pytest
@@ -28,7 +29,8 @@ def test_defaults() -> None:
     config = parse(Config, "", "usocksd.toml")
     assert config == Config()
     assert config.incoming.port == 1080
-    assert config.incoming.metrics_port == 1082
+    assert config.incoming.metrics_port is None
+    assert str(config.incoming.metrics_address) == "127.0.0.1"
     assert config.incoming.addresses is None
     assert config.incoming.allow_from is None
     assert config.outgoing.addresses == ()
@@ -36,6 +38,7 @@ def test_defaults() -> None:
     assert config.auth == Auth(users_file=None, required=False)
     assert config.timeouts.idle == 3600
     assert config.log.level is None
+    assert (config.limits.connections, config.limits.per_client, config.workers) == (0, 0, None)
 
 
 def test_the_original_test_configuration() -> None:
@@ -54,7 +57,7 @@ def test_the_bad_ones_of_the_original_are_refused_by_key() -> None:
     with pytest.raises(ConfigError) as caught:
         load(Config, DATA / "original-bad-key.toml")
     assert [str(fault) for fault in caught.value.faults] == [
-        "hoge: unknown key, expected one of log, incoming, outgoing, auth, dns, timeouts"
+        "hoge: unknown key, expected one of log, incoming, outgoing, auth, dns, timeouts, limits, workers, control"
     ]
     with pytest.raises(ConfigError) as caught:
         load(Config, DATA / "original-bad-type.toml")
@@ -112,9 +115,12 @@ def test_sites_are_kept_as_written() -> None:
 
 def test_every_fault_of_the_tables() -> None:
     found = faults(
-        """
+        f"""
+        workers = 65
+        control = "/{"x" * 107}"
         [incoming]
         prot = 1080
+        metrics_address = "all"
         port = 70000
         metrics_port = "1082"
         addresses = ["127.0.0.1", "127.0.0.1", "ff02::1"]
@@ -132,6 +138,9 @@ def test_every_fault_of_the_tables() -> None:
         servers = ["localhost"]
         [timeouts]
         idle = false
+        drain = -1
+        [limits]
+        connections = 1e3
         [log]
         level = "chatty"
         """
@@ -140,6 +149,7 @@ def test_every_fault_of_the_tables() -> None:
         "log.level",
         "incoming.port",
         "incoming.metrics_port",
+        "incoming.metrics_address",
         "incoming.addresses[1]",
         "incoming.addresses[2]",
         "incoming.allow_from[0]",
@@ -160,6 +170,10 @@ def test_every_fault_of_the_tables() -> None:
         "auth.required",
         "dns.servers[0]",
         "timeouts.idle",
+        "timeouts.drain",
+        "limits.connections",
+        "workers",
+        "control",
     ]
     assert "incoming.port: 70000: expected an integer from 0 to 65535" in found
     assert "incoming.prot: unknown key, did you mean port?" in found
@@ -192,6 +206,14 @@ def keys(table: dict[str, object], prefix: str = "") -> set[str]:
     }
 
 
+def settings(cls: type[Any], prefix: str = "") -> set[str]:
+    return {
+        key
+        for field in attrs.fields(attrs.resolve_types(cls))
+        for key in (settings(field.type, f"{prefix}{field.name}.") if attrs.has(field.type) else {prefix + field.name})
+    }
+
+
 def test_the_sample_is_the_default() -> None:
     assert load(Config, SAMPLE) == Config()
 
@@ -201,15 +223,11 @@ def test_the_sample_shows_every_setting_and_its_default(tmp_path: Path) -> None:
     users.touch()
     shown = re.sub(r"^#(?=\w+ = )", "", SAMPLE.read_text(), flags=re.MULTILINE)
     shown = shown.replace("/etc/usocksd.users", str(users))
-    assert keys(tomllib.loads(shown)) == {
-        f"{table.name}.{field.name}"
-        for table in attrs.fields(attrs.resolve_types(Config))
-        for field in attrs.fields(table.type)
-    }
+    assert keys(tomllib.loads(shown)) == settings(Config)
     config, default = parse(Config, shown, "usocksd.toml"), Config()
-    assert config.timeouts == default.timeouts
+    assert (config.timeouts, config.limits, config.control) == (default.timeouts, default.limits, default.control)
     assert (config.log.level, config.log.format) == ("info", "plain")
-    assert attrs.evolve(config.incoming, addresses=None, allow_from=None) == default.incoming
+    assert attrs.evolve(config.incoming, addresses=None, allow_from=None, metrics_port=None) == default.incoming
     assert attrs.evolve(config.outgoing, iface=None, addresses=(), dnsbl_domain=None, mark=None) == default.outgoing
 
 

@@ -101,7 +101,11 @@ class SecretStr:
 
 def load(cls: type[T], path: str | os.PathLike[str]) -> T:
     """Read the TOML file `path` as a `cls`. Raises ConfigError with every fault, or that it can't be read."""
-    source = os.fspath(path)
+    return parse(cls, read(path), os.fspath(path))
+
+
+def read(path: str | os.PathLike[str]) -> str:
+    """The text of the file `path`. Raises ConfigError when it can't be read, or is not text."""
     try:
         with open(path, "rb") as file:
             content = file.read()
@@ -113,8 +117,8 @@ def load(cls: type[T], path: str | os.PathLike[str]) -> T:
         line = content.count(b"\n", 0, exc.start) + 1
         fault = Fault(f"line {line}", f"byte 0x{content[exc.start]:02x}", "expected UTF-8")
     if fault is not None:
-        raise ConfigError(source, [fault])
-    return parse(cls, text, source)
+        raise ConfigError(os.fspath(path), [fault])
+    return text
 
 
 def parse(cls: type[T], text: str, source: str) -> T:

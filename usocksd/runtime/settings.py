@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Collection, Sequence
 from ipaddress import IPv4Address, IPv6Address, ip_address
@@ -18,6 +19,9 @@ from usocksd.runtime.log import LEVELS
 T = TypeVar("T")
 
 IPAddress = IPv4Address | IPv6Address
+
+MOST_WORKERS = 64
+_SOCKET_PATH_MAX = 107  # sun_path of unix(7), less its final zero
 
 
 # Single settings.
@@ -164,6 +168,12 @@ def _path(value: str) -> str | None:
     return value or None
 
 
+def _socket_path(value: str) -> str | None:
+    if "\0" in value or len(os.fsencode(value)) > _SOCKET_PATH_MAX:
+        raise ValueError
+    return value or None
+
+
 def _readable_file(value: str) -> Path:
     path = Path(value)
     try:
@@ -183,6 +193,8 @@ def none_if_empty(values: tuple[T, ...] | None) -> tuple[T, ...] | None:
 Port = Annotated[int, integer(1, 65535)]
 ListenPort = Annotated[int, integer(0, 65535)]
 """0: of the kernel's choice"""
+Count = Annotated[int, integer(0, 2**31 - 1)]
+Workers = Annotated[int, integer(1, MOST_WORKERS)]
 Seconds = Annotated[float, seconds()]
 SecondsOrZero = Annotated[float, seconds(zero=True)]
 Mark = Annotated[int, integer(0, 2**32 - 1)]
@@ -194,6 +206,7 @@ DnsServer = Annotated[
     text(_dns_server, 'the IP address of a name server, as in "192.0.2.53", "192.0.2.53:53" or "[::1]:53"'),
 ]
 Interface = Annotated[str | None, text(_interface, 'the name of an interface, at most 15 characters, as in "eth0"')]
+SocketPath = Annotated[str | None, text(_socket_path, f"the path of a socket, at most {_SOCKET_PATH_MAX} bytes")]
 ReadableFile = Annotated[Path, text(_readable_file, "the path of a readable file")]
 
 
@@ -242,3 +255,14 @@ class Timeouts:
     """the same once one direction has ended"""
     stop: SecondsOrZero = 30.0
     """how long a graceful stop waits for connections to end"""
+    drain: SecondsOrZero = 600.0
+    """how long connections may go on in workers that a reload has replaced"""
+
+
+@attrs.frozen(kw_only=True)
+class LimitsConfig:
+    """[limits], over all workers together; 0 is no limit but that of the descriptors."""
+
+    connections: Count = 0
+    per_client: Count = 0
+    """from one client address"""

@@ -1,0 +1,380 @@
+"""What usocksd warns of: settings that are valid and won't do."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from usocksd.acl import AccessRules
+from usocksd.config import Config
+from usocksd.errors import Fault
+from usocksd.lint import lint, warnings
+from usocksd.match import canonical_host
+from usocksd.runtime.config import parse
+from usocksd.runtime.lint import Host, connections_of_descriptors, lint_common
+
+
+def found(toml: str) -> list[tuple[str, str]]:
+    """Key and value of each warning."""
+    return [(fault.path, fault.value) for fault in lint(parse(Config, toml, "usocksd.toml"))]
+
+
+def text(toml: str) -> str:
+    return "\n".join(warnings(parse(Config, toml, "usocksd.toml")))
+
+
+def host(**changes: Any) -> Host:
+    """A host that has all that a default configuration wants."""
+    addresses = frozenset(map(ip_address, ("127.0.0.1", "::1", "192.0.2.1", "fe80::1")))
+    roomy = Host(
+        addresses=addresses,
+        interfaces=("lo", "eth0"),
+        ipv6=True,
+        nonlocal_bind=(),
+        descriptors=20_000,
+        cpus=4,
+        may_mark=True,
+    )
+    return attrs.evolve(roomy, **changes)
+
+
+def on(this: Host, toml: str) -> list[Fault]:
+    return list(lint_common(parse(Config, toml, "usocksd.toml").common(), this))
+
+
+def test_nothing_is_wrong_with_the_defaults() -> None:
+    assert warnings(Config()) == []
+    assert on(host(ipv6=False, may_mark=False, cpus=1, descriptors=64), "") == []
+
+
+def test_each_is_one_line_with_key_value_and_mend() -> None:
+    said = text('[incoming]\naddresses = ["192.0.2.4"]\n[timeouts]\nidle = 200\n')
+    assert said.splitlines() == [
+        "incoming.addresses[0]: 192.0.2.4: not an address of this host, so it can't be listened on: add it to an"
+        " interface, remove it here, or set net.ipv4.ip_nonlocal_bind=1",
+        "timeouts.half_closed: 300: a silent connection lives longer once half of it has ended: expected at most"
+        " timeouts.idle, which is 200",
+    ]
+
+
+# Addresses
+
+
+def test_this_host_is_looked_at() -> None:
+    here = Host.here(frozenset())
+    assert "lo" in here.interfaces
+    assert here.cpus == len(os.sched_getaffinity(0))
+    assert here.descriptors > 100
+    assert found('[incoming]\naddresses = ["127.0.0.1", "127.9.9.9"]') == []
+
+
+@pytest.mark.parametrize(
+    ("address", "this", "said"),
+    [
+        ("192.0.2.1", host(), ""),
+        ("127.3.4.5", host(), ""),
+        ("0.0.0.0", host(), ""),
+        ("::", host(), ""),
+        ("192.0.2.2", host(), "not an address of this host"),
+        ("192.0.2.2", host(nonlocal_bind=(4,)), ""),
+        ("2001:db8::1", host(nonlocal_bind=(4,)), "set net.ipv6.ip_nonlocal_bind=1"),
+        ("2001:db8::1", host(nonlocal_bind=(6,)), ""),
+        ("fe80::1", host(), "link-local"),
+        ("::", host(ipv6=False), "has no IPv6"),
+    ],
+)
+def test_listening_addresses(address: str, this: Host, said: str) -> None:
+    faults = on(this, f'[incoming]\naddresses = ["{address}"]')
+    assert [fault.path for fault in faults] == ["incoming.addresses[0]"] * bool(said)
+    assert all(said in fault.expected for fault in faults)
+
+
+def test_what_cannot_be_bound_is_what_the_kernel_refuses() -> None:
+    """The warning against bind(2) itself, on this host."""
+    for address in ("127.0.0.1", "127.8.8.8", "192.0.2.77", "fe80::77", "2001:db8::77", "::1"):
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        try:
+            with socket.socket(family) as sock:
+                sock.bind((address, 0))
+            refused = False
+        except OSError:
+            refused = True
+        assert bool(found(f'[incoming]\naddresses = ["{address}"]')) == refused, address
+
+
+def test_egress() -> None:
+    toml = """
+        [outgoing]
+        addresses = ["192.0.2.77", "127.0.0.1", "192.0.2.77"]
+        iface = "nosuchif0"
+        dnsbl_domain = "dnsbl.example.org"
+        """
+    assert found(toml) == [
+        ("outgoing.addresses[0]", "192.0.2.77"),
+        ("outgoing.addresses[2]", "192.0.2.77"),
+        ("outgoing.addresses[2]", "192.0.2.77"),
+        ("outgoing.iface", '"nosuchif0"'),
+        ("outgoing.dnsbl_domain", '"dnsbl.example.org"'),
+    ]
+    assert found('[outgoing]\niface = "lo"') == []
+
+
+# Clients
+
+
+@pytest.mark.parametrize(
+    ("incoming", "open_proxy"),
+    [
+        ('allow_from = ["0.0.0.0/0"]', True),
+        ('allow_from = ["::/0"]', True),
+        ('allow_from = ["0.0.0.0/1", "192.0.2.1", "128.0.0.0/1"]', True),
+        ('allow_from = ["0.0.0.0/1", "192.0.0.0/2"]', False),
+        ('allow_from = ["0.0.0.0/0", "::/0"]\naddresses = ["127.0.0.1", "::1"]', False),
+        ('allow_from = ["0.0.0.0/0"]\naddresses = ["::"]', False),
+        ("", False),
+    ],
+)
+def test_an_open_proxy(incoming: str, open_proxy: bool, tmp_path: Path) -> None:
+    assert ("an open proxy" in text(f"[incoming]\n{incoming}")) == open_proxy
+    users = tmp_path / "users"
+    users.touch(0o600)
+    assert "proxy" not in text(f'[incoming]\n{incoming}\n[auth]\nusers_file = "{users}"')
+    optional = text(f'[incoming]\n{incoming}\n[auth]\nusers_file = "{users}"\nrequired = false')
+    assert ("an open proxy" in optional) == open_proxy
+
+
+def test_clients_that_are_listed_twice() -> None:
+    toml = '[incoming]\nallow_from = ["10.1.0.0/16", "10.0.0.0/8", "::1", "10.0.0.9/8", "192.0.2.1", "::1", "::/64"]'
+    assert found(toml) == [
+        ("incoming.allow_from[0]", '"10.1.0.0/16"'),
+        ("incoming.allow_from[2]", '"::1/128"'),
+        ("incoming.allow_from[3]", '"10.0.0.0/8"'),
+        ("incoming.allow_from[5]", '"::1/128"'),
+    ]
+
+
+# Metrics, control socket, log file, users
+
+
+@pytest.mark.parametrize(
+    ("incoming", "key"),
+    [
+        ('metrics_address = "::1"\nmetrics_port = 0', "metrics_address"),
+        ("metrics_port = 0", None),
+        ('metrics_address = "0.0.0.0"', "metrics_address"),
+        ('metrics_address = "192.0.2.77"', "metrics_address"),
+        ('metrics_address = "127.0.0.2"', None),
+        ("metrics_port = 1080", "metrics_port"),
+        ('metrics_port = 1080\naddresses = ["127.0.0.1"]', "metrics_port"),
+        ('metrics_port = 1080\naddresses = ["127.0.0.2"]', None),
+        ('metrics_port = 1080\nmetrics_address = "::1"\naddresses = ["127.0.0.1"]', None),
+    ],
+)
+def test_metrics(incoming: str, key: str | None) -> None:
+    assert [path for path, _ in found(f"[incoming]\n{incoming}")] == ([] if key is None else [f"incoming.{key}"])
+
+
+def test_a_private_address_for_the_metrics_is_what_it_is_for() -> None:
+    here = host(addresses={ip_address("10.0.0.1"), ip_address("8.8.8.8")})
+    assert on(here, '[incoming]\nmetrics_address = "10.0.0.1"') == []
+    assert "the Internet" in on(here, '[incoming]\nmetrics_address = "8.8.8.8"')[0].expected
+
+
+def test_control(tmp_path: Path) -> None:
+    def said(path: Path) -> str:
+        return text(f'control = "{path}"')
+
+    good = tmp_path / "good"
+    good.mkdir(0o750)
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(good / "sock"))
+        assert said(good / "sock") == ""
+    assert said(good / "new") == ""
+    (good / "file").touch()
+    assert "is no socket" in said(good / "file")
+    assert f"{tmp_path / 'none'} does not exist" in said(tmp_path / "none" / "sock")
+    assert f"{good / 'file'} is not a directory" in said(good / "file" / "sock")
+    good.chmod(0o777)
+    assert "everybody may replace it" in said(good / "new")
+    good.chmod(0o1777)
+    assert said(good / "new") == ""
+    assert text('control = ""') == ""
+
+
+def test_the_log_file(tmp_path: Path) -> None:
+    def said(path: Path) -> str:
+        return text(f'[log]\nfilename = "{path}"')
+
+    assert said(tmp_path / "new.log") == ""
+    assert not (tmp_path / "new.log").exists()
+    (tmp_path / "there.log").touch()
+    assert said(tmp_path / "there.log") == ""
+    assert "is a directory" in said(tmp_path)
+    assert "create it" in said(tmp_path / "none" / "new.log")
+    assert "log.filename" in said(tmp_path / ("x" * 300))
+
+
+def test_who_may_read_the_users(tmp_path: Path) -> None:
+    users = tmp_path / "users"
+    users.touch()
+    toml = f'[auth]\nusers_file = "{users}"'
+    users.chmod(0o640)
+    assert found(toml) == []
+    users.chmod(0o644)
+    assert found(toml) == [("auth.users_file", f'"{users}"')]
+
+
+# Numbers
+
+
+def test_marks() -> None:
+    assert [fault.path for fault in on(host(may_mark=False), "[outgoing]\nmark = 9")] == ["outgoing.mark"]
+    assert on(host(), "[outgoing]\nmark = 9") == []
+
+
+def test_workers_and_limits() -> None:
+    assert [fault.path for fault in on(host(), "workers = 5")] == ["workers"]
+    assert on(host(), "workers = 4") == []
+    most = connections_of_descriptors(Config(workers=2).common(), host())
+    assert on(host(), f"workers = 2\n[limits]\nconnections = {most}") == []
+    over = on(host(), f"workers = 2\n[limits]\nconnections = {most + 1}")
+    assert [fault.path for fault in over] == ["limits.connections"]
+    assert f"2 x 20000 file descriptors allow {most}" in over[0].expected
+    assert on(host(), "[limits]\nconnections = 10\nper_client = 10") == []
+    assert on(host(), "[limits]\nconnections = 0\nper_client = 10") == []
+    assert [fault.path for fault in on(host(), "[limits]\nconnections = 10\nper_client = 11")] == ["limits.per_client"]
+
+
+@pytest.mark.parametrize(
+    ("timeouts", "keys"),
+    [
+        ("idle = 5\nhalf_closed = 5\nhandshake = 5", []),
+        ("idle = 5", ["handshake", "half_closed"]),
+        ("handshake = 4000", ["handshake"]),
+        ("stop = 601", ["drain"]),
+        ("stop = 0\ndrain = 0", []),
+        ("drain = 0", ["drain"]),
+    ],
+)
+def test_timeouts(timeouts: str, keys: list[str]) -> None:
+    assert [path for path, _ in found(f"[timeouts]\n{timeouts}")] == [f"timeouts.{key}" for key in keys]
+
+
+# Sites and ports
+
+
+def sites(allow: list[str], deny: list[str]) -> list[str]:
+    config = parse(Config, f"[outgoing]\nallow_sites = {listed(allow)}\ndeny_sites = {listed(deny)}", "")
+    return [f"{fault.path.removeprefix('outgoing.')} {fault.expected}" for fault in lint(config)]
+
+
+def listed(entries: list[str]) -> str:
+    return "[" + ", ".join(f'"{entry}"' for entry in entries) + "]"
+
+
+@pytest.mark.parametrize(
+    ("allow", "deny", "said"),
+    [
+        ([".b", "a.b"], [], ['allow_sites[1] has no effect beside ".b" of this list: remove it']),
+        ([], ["A.b.", ".b", "a.b", ".x.b", "b"], [
+            'deny_sites[0] has no effect beside ".b" of this list: remove it',
+            'deny_sites[2] the same as "A.b." of this list: remove it',
+            'deny_sites[3] has no effect beside ".b" of this list: remove it',
+        ]),
+        ([], ["", "192.0.2.1", "192.0.2.0/24", ""], [
+            'deny_sites[1] has no effect beside "192.0.2.0/24" of this list: remove it',
+            "deny_sites[3] is in this list already: remove it",
+        ]),
+        (["a.b", ".c"], ["a.b"], ['allow_sites[0] never allowed, since deny_sites has "a.b": remove one of the two']),
+        ([".a.b", ".c"], [".b"], ['allow_sites[0] never allowed, since deny_sites has ".b": remove one of the two']),
+        ([".b"], ["x.a.b", ".a.b"], ['deny_sites[0] has no effect beside ".a.b" of this list: remove it']),
+        (["a.b"], [".b", ".c", "a.c", "c"], [
+            'allow_sites[0] never allowed, since deny_sites has ".b": remove one of the two',
+            "deny_sites[1] denies nothing, since allow_sites has nothing of it: remove it",
+            'deny_sites[2] has no effect beside ".c" of this list: remove it',
+            "deny_sites[3] denies nothing, since allow_sites has nothing of it: remove it",
+        ]),
+        (["a.b"], ["10.0.0.0/8"], []),
+        (["192.0.2.0/24"], ["10.0.0.0/8", "192.0.2.1", "a", ""], [
+            "deny_sites[0] denies nothing, since allow_sites has nothing of it: remove it",
+            "deny_sites[2] denies nothing, since allow_sites has nothing of it: remove it",
+        ]),
+        (["64:ff9b::/96"], ["10.0.0.0/8", "2001:db8::1"], [
+            "deny_sites[1] denies nothing, since allow_sites has nothing of it: remove it"
+        ]),
+        (["a"], [""], ["deny_sites[0] denies nothing, since allow_sites has nothing of it: remove it"]),
+        (["", "a"], [""], ['allow_sites[0] never allowed, since deny_sites has "": remove one of the two']),
+    ],
+)  # fmt: skip
+def test_sites(allow: list[str], deny: list[str], said: list[str]) -> None:
+    assert sorted(sites(allow, deny)) == sorted(said)
+
+
+NAMES = [".".join(filter(None, labels)) for a in ("", "a", "b") for labels in (("x", a), ("y", a), ("x", "y", a))]
+ADDRESSES = ["10.0.0.1", "10.1.0.1", "192.0.2.1", "64:ff9b::a00:1", "64:ff9b::c000:201", "2001:db8::1", "::a00:1"]
+NUMERIC = [*ADDRESSES, "203.0.113.1", "2001:db8:1::1"]
+ENTRIES = [
+    "", *NAMES, *(f".{name}" for name in NAMES), ".a", ".b", "X.A.", *ADDRESSES,
+    "10.0.0.0/8", "10.1.0.0/16", "0.0.0.0/0", "::/0", "::/96", "64:ff9b::/96", "2001:db8::/32",
+]  # fmt: skip
+LIST = st.lists(st.sampled_from(ENTRIES), max_size=5)
+
+
+@given(LIST, LIST)
+def test_an_entry_that_is_said_to_be_of_no_use_can_go_and_nothing_changes(allow: list[str], deny: list[str]) -> None:
+    """Each warning against what the rules decide, for names, for addresses, and for what names resolve to."""
+    before = decisions(allow, deny)
+    for warning in sites(allow, deny):
+        match = re.match(r"(allow|deny)_sites\[(\d+)\]", warning)
+        assert match is not None
+        shorter = {"allow": list(allow), "deny": list(deny)}
+        del shorter[match[1]][int(match[2])]
+        if allow and not shorter["allow"]:
+            continue  # the last one that is allowed: without the list all is
+        assert decisions(**shorter) == before, warning
+
+
+@given(LIST, LIST)
+def test_an_entry_without_which_nothing_would_change_is_told_if_it_is_a_name(allow: list[str], deny: list[str]) -> None:
+    told = {warning.partition(" ")[0] for warning in sites(allow, deny)}
+    for index, entry in enumerate(deny):
+        others = deny[:index] + deny[index + 1 :]
+        if entry not in NAMES or entry in [other.lower().removesuffix(".") for other in others]:
+            continue  # of two that are the same, the second is told
+        if decisions(allow, others) == decisions(allow, deny):
+            assert f"deny_sites[{index}]" in told
+
+
+def decisions(allow: list[str], deny: list[str]) -> list[bool]:
+    rules = AccessRules.from_lists(allow_sites=allow, deny_sites=deny, is_local=lambda _: False)
+    hosts = [*(f"w.{name}" for name in NAMES), *NAMES, "a", "b", "w.a", *NUMERIC]
+    named = [rules.decide_name(canonical_host(name), 80).allowed for name in hosts]
+    # Addresses that names resolve to are asked about where a name is allowed.
+    resolves = any(rules.decide_name(name, 80).allowed for name in hosts if name not in NUMERIC)
+    return named + [resolves and rules.decide_address(ip_address(address), 80).allowed for address in ADDRESSES]
+
+
+def test_ports() -> None:
+    assert found("[outgoing]\ndeny_ports = [25, 22, 25, 25]") == [
+        ("outgoing.deny_ports[2]", "25"),
+        ("outgoing.deny_ports[3]", "25"),
+    ]
+
+
+def test_long_lists_are_looked_at_in_no_time_and_not_recited() -> None:
+    names = tuple(f"host{number}.d{number % 100}.example" for number in range(50_000))
+    networks = tuple(f"10.{number >> 8 & 255}.{number & 255}.0/24" for number in range(20_000))
+    config = Config()
+    outgoing = attrs.evolve(config.outgoing, allow_sites=(*names, ".d7.example", *networks), deny_sites=names)
+    said = warnings(attrs.evolve(config, outgoing=outgoing))
+    assert len(said) < 50
+    assert "(489 others like it)" in said[10]

@@ -1,0 +1,67 @@
+"""Where in a TOML text a key stands: tomllib tells lines for syntax errors only. Pure.
+
+A light scan, for texts that tomllib has taken: it knows tables, dotted and quoted keys and flat lists over many
+lines, and not what looks like a key inside a multi-line string. The line is for an editor to go to.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+
+_PART = r"""(?:[\w-]+|"[^"\n]*"|'[^'\n]*')"""
+_KEYS = rf"{_PART}(?:[ \t]*\.[ \t]*{_PART})*"
+_PLACE = re.compile(rf"^[ \t]*(?:\[+[ \t]*(?P<table>{_KEYS})[ \t]*\]|(?P<key>{_KEYS})[ \t]*=)", re.MULTILINE)
+_ITEM = re.compile(r"""#[^\n]*|(?P<item>"(?:\\.|[^"\\\n])*"|'[^'\n]*'|[^\s,\[\]"'#]+)|(?P<end>\])""")
+_PATH = re.compile(r"(.*?)(?:\[(\d+)\])?", re.DOTALL)
+
+
+class Lines:
+    """The lines of one text."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._newlines = [match.start() for match in re.finditer("\n", text)]
+        self._ends: dict[str, int] = {}
+        """where each key's "=" and each table's "]" is, by key path"""
+        self._items: dict[str, list[int]] = {}
+        table = ""
+        for place in _PLACE.finditer(text):
+            if place["table"] is None:
+                path = f"{table}.{_plain(place['key'])}" if table else _plain(place["key"])
+            else:
+                path = table = _plain(place["table"])
+            self._ends.setdefault(path, place.end())
+            while path := path.rpartition(".")[0]:  # which may be there in no other way: [table.inner]
+                self._ends.setdefault(path, place.end())
+
+    def line_of(self, path: str) -> int:
+        """The line, from 1, of the value with this key path ("outgoing.deny_sites[2]") as `Fault` has it.
+
+        Of a value that is not in the text, the line of the innermost table that is; else 1.
+        """
+        match = _PATH.fullmatch(path)
+        assert match is not None  # it takes any text
+        key, index = match[1], match[2]
+        while key and key not in self._ends:
+            key, index = key.rpartition(".")[0], None
+        at = self._ends.get(key, 0)
+        if index is not None and key:
+            items = self._items_of(key)
+            at = items[int(index)] if int(index) < len(items) else at
+        return bisect_left(self._newlines, at) + 1
+
+    def _items_of(self, key: str) -> list[int]:
+        """Where the items of the list with this key are."""
+        if key not in self._items:
+            found = self._items[key] = []
+            for token in _ITEM.finditer(self._text, self._ends[key]):
+                if token["end"] is not None:
+                    break
+                if token["item"] is not None:
+                    found.append(token.start())
+        return self._items[key]
+
+
+def _plain(keys: str) -> str:
+    return re.sub(r"""["'\s]""", "", keys)

@@ -1,43 +1,80 @@
-"""What the access records of transocks say about one connection."""
+"""What the access records of transocks say about one connection, and what is counted of it."""
 
 from __future__ import annotations
 
 import logging
+from typing import Any
 
+from transocks.config import ProxyScheme
 from transocks.original_dst import Destination, Loop, NotRedirected
-from usocksd.errors import Error
-from usocksd.runtime.access import AccessRecords, Connection
+from usocksd.errors import Error, UpstreamError
+from usocksd.runtime.access import AccessRecords, Connection, pair_member
+from usocksd.runtime.dial import Target
+from usocksd.runtime.endpoint import Endpoint
 from usocksd.runtime.log import Log
+from usocksd.runtime.metrics import Metrics
 
-_KEYS = ("request_id", "client_addr", "dest_addr", "upstream", "src_addr")
+_KEYS = ("request_id", "client_addr", "dest_addr", "upstream", "src_addr", "upstream_addr")
+
+# Label values.
+_VERSIONS = {ProxyScheme.SOCKS5: "SOCKS5", ProxyScheme.HTTP: "HTTP"}
+_NO_UPSTREAM = "unknown"
+_NOT_REDIRECTED, _LOOP, _GONE = "not_redirected", "loop", "client_gone"
+_GRANTED, _REFUSED, _UNREACHABLE = "granted", "upstream_refused", "upstream_unreachable"
 
 
-class AccessLog:
+class AccessLog(AccessRecords):
     """Starts the records of each connection."""
 
-    def __init__(self, log: Log) -> None:
-        self._records = AccessRecords(log, _KEYS, logging.getLogger(__name__))
+    def __init__(self, log: Log, metrics: Metrics) -> None:
+        super().__init__(log, _KEYS, logging.getLogger(__name__), metrics)
+        self.connections = metrics.counters(
+            "connections_total",
+            "Client connections, by what their upstream speaks and how they began",
+            "version",
+            "status",
+        )
+        for status in (_NOT_REDIRECTED, _LOOP):
+            self.connections.labels(_NO_UPSTREAM, status)
+        for version in _VERSIONS.values():
+            for status in (_GRANTED, _REFUSED, _UNREACHABLE, _GONE):
+                self.connections.labels(version, status)
 
     def begin(self, host: str, port: int) -> Access:
         """The records of a connection from this client."""
-        return Access(self._records, host, port)
+        return Access(self, host, port)
 
 
 class Access(Connection):
     """The records of one connection. The session fills in what it learns."""
 
-    __slots__ = ("destination", "upstream")
+    __slots__ = ("_proxy", "_upstream", "_version", "destination")
 
-    def __init__(self, records: AccessRecords, host: str, port: int) -> None:
+    _records: AccessLog
+
+    def __init__(self, records: AccessLog, host: str, port: int) -> None:
         super().__init__(records, host, port)
         self.destination: Destination | None = None
         """Where the client was going."""
-        self.upstream: str | None = None
-        """Which proxy carries it there."""
+        self._upstream: str | None = None
+        self._version = _NO_UPSTREAM
+        self._proxy: str | None = None
 
-    def starts(self, bound: tuple[str, int]) -> None:
-        """The upstream has connected; `bound` is our address towards it, which is the client that it records."""
-        self._begin(bound)
+    def to_upstream(self, name: str, scheme: ProxyScheme) -> None:
+        """Which proxy shall carry it there."""
+        self._upstream = name
+        self._version = _VERSIONS[scheme]
+
+    def connected(self, endpoint: Endpoint, proxy: Target) -> None:
+        """The proxy is connected, and will be asked. Both ends are what its records call us and itself."""
+        host, port = endpoint.sock.getsockname()[:2]
+        self._source = pair_member(host, port)
+        self._proxy = pair_member(proxy.host, proxy.port)
+
+    def starts(self) -> None:
+        """The proxy has connected to the destination."""
+        self._count(_GRANTED)
+        self._begin()
 
     def refused(self, error: Error) -> None:
         """The client is reset."""
@@ -45,17 +82,34 @@ class Access(Connection):
         match error:
             case NotRedirected():
                 # Somebody who looks whether we are there, mostly.
-                level, message = logging.WARNING, "not redirected"
+                level, message, status = logging.WARNING, "not redirected", _NOT_REDIRECTED
             case Loop():
-                message = "loop refused"
+                message, status = "loop refused", _LOOP
             case _:
+                self._records.not_connected(error)
                 message = "failed to connect to proxy server"
+                status = _REFUSED if isinstance(error, UpstreamError) else _UNREACHABLE
+        self._count(status)
         self._event(level, message, error=str(error))
 
     def gave_up(self) -> None:
         """The client is gone before it had a connection."""
+        self._count(_GONE)
         self._event(logging.INFO, "client is gone")
+
+    def _count(self, status: str) -> None:
+        self._records.connections.labels(self._version, status).value += 1
 
     def _values(self) -> tuple[object, ...]:
         destination = None if self.destination is None else str(self.destination)
-        return (self._id, self._client, destination, self.upstream, self._source)
+        return (self._id, self._client, destination, self._upstream, self._source, self._proxy)
+
+    def _details(self) -> dict[str, Any]:
+        return {
+            "destination": None if self.destination is None else str(self.destination),
+            "name": None,
+            "user": None,
+            "rule": None,
+            "egress": None,
+            "upstream": self._upstream,
+        }

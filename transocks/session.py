@@ -33,7 +33,7 @@ class Sessions:
 
     async def serve(self, client: Endpoint, host: str, port: int) -> None:
         """Serve one accepted connection to its end. `host` is the client's numeric address."""
-        access = self._access_log.begin(host, port)
+        access = client.about = self._access_log.begin(host, port)
         try:
             destination = access.destination = original_destination(client.sock)
             self._guard.enter(Destination(host, port), destination)
@@ -48,10 +48,10 @@ class Sessions:
 
     async def _carry(self, client: Endpoint, destination: Destination, access: Access) -> None:
         """upstream dial + handshake -> relay -> record"""
-        access.upstream = self._upstream.name
+        access.to_upstream(self._upstream.name, self._upstream.scheme)
         tunnel = None
         try:
-            tunnel = await self._upstream.connect(destination, client, self._timeouts)
+            tunnel = await self._upstream.connect(destination, client, self._timeouts, access)
         except Error as error:
             access.refused(error)
         except PeerReset:
@@ -64,9 +64,10 @@ class Sessions:
             return
         upstream = tunnel.endpoint
         try:
-            access.starts(upstream.sock.getsockname())
-            result = await relay(client, upstream, to_client=tunnel.early, pipes=self._pipes, limits=self._limits)
-            access.ends(result)
+            access.starts()
+            result = await relay(
+                client, upstream, to_client=tunnel.early, pipes=self._pipes, limits=self._limits, record=access
+            )
             await close_pair(client, upstream, result)
         finally:
             upstream.close()

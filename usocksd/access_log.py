@@ -1,19 +1,23 @@
-"""What the access records of usocksd say about one connection."""
+"""What the access records of usocksd say about one connection, and what is counted of it."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 from usocksd.errors import CommandNotSupported, Denied, Error
-from usocksd.runtime.access import AccessRecords, Connection
+from usocksd.runtime.access import AccessRecords, Connection, pair_member
 from usocksd.runtime.dial import Target
 from usocksd.runtime.hostport import join_port
 from usocksd.runtime.log import Log
-from usocksd.socks import ClientFault, Command, Kind, Request, Version
+from usocksd.runtime.metrics import Counter, Family, Metrics
+from usocksd.socks import AddressType, ClientFault, Command, Kind, Method, Reply, Request, Server, Version
 
 _KEYS = (
     "request_id",
     "client_addr",
+    "local_addr",
     "protocol",
     "command",
     "dest_host",
@@ -26,74 +30,214 @@ _KEYS = (
 _COMMANDS = {command: command.name.lower() for command in Command}
 _PROTOCOLS = {Version.SOCKS4: "SOCKS4/4a", Version.SOCKS5: "SOCKS5"}
 
+# Label values. Those of the original (github.com/cybozu-go/usocksd, socks/defs.go) as far as it has them.
+_VERSIONS = {None: "unknown", Version.SOCKS4: "SOCKS4_4a", Version.SOCKS5: "SOCKS5"}
+_METHODS = {None: "unknown", Method.NO_AUTHENTICATION: "no_auth", Method.USERNAME_PASSWORD: "basic"}
+_ADDRESS_TYPES = {
+    None: "unknown",
+    AddressType.IPV4: "IPv4",
+    AddressType.NAME: "Domain_name",
+    AddressType.IPV6: "IPv6",
+}
+_STATUSES = {
+    Reply.SUCCEEDED: "granted",
+    Reply.GENERAL_FAILURE: "failure",
+    Reply.NOT_ALLOWED: "not_allowed",
+    Reply.NETWORK_UNREACHABLE: "network_unreachable",
+    Reply.HOST_UNREACHABLE: "host_unreachable",
+    Reply.CONNECTION_REFUSED: "connection_refused",
+    Reply.TTL_EXPIRED: "TTL_expired",
+    Reply.COMMAND_NOT_SUPPORTED: "command_not_supported",
+    Reply.ADDRESS_TYPE_NOT_SUPPORTED: "address_type_not_supported",
+}
+_REJECTED = "rejected"  # SOCKS4's only other reply
+_NOT_AUTHENTICATED, _NO_ADDRESS = "authentication_failure", "address_read_failure"
+_NO_REQUEST, _NO_SOCKS = "invalid_request", "unknown_version"
+_CLIENT_DENIED, _TIMED_OUT, _GONE = "client_denied", "timed_out", "client_gone"
+_BY_VERSION = {
+    None: (_NO_REQUEST, _NO_SOCKS, _CLIENT_DENIED, _TIMED_OUT, _GONE),
+    Version.SOCKS4: (_STATUSES[Reply.SUCCEEDED], _REJECTED, _NO_ADDRESS, _TIMED_OUT, _GONE),
+    Version.SOCKS5: (*_STATUSES.values(), _NOT_AUTHENTICATED, _NO_ADDRESS, _TIMED_OUT, _GONE),
+}
+# Faults that are answered with a reply; NO_METHOD so only by SOCKS4.
+_REFUSED = {
+    Kind.NO_METHOD: _NOT_AUTHENTICATED,
+    Kind.BAD_COMMAND: _STATUSES[Reply.COMMAND_NOT_SUPPORTED],
+    Kind.BAD_ADDRESS_TYPE: _STATUSES[Reply.ADDRESS_TYPE_NOT_SUPPORTED],
+}
+# So many rules are counted by name; those that deny first, since the others share what is left.
+_MOST_RULES = 200
+_ALLOW_FROM = "allow_from"
 
-class AccessLog:
+
+class AccessLog(AccessRecords):
     """Starts the records of each connection."""
 
-    def __init__(self, log: Log) -> None:
-        self._records = AccessRecords(log, _KEYS, logging.getLogger(__name__))
+    def __init__(self, log: Log, metrics: Metrics) -> None:
+        super().__init__(log, _KEYS, logging.getLogger(__name__), metrics)
+        connections = metrics.counters(
+            "connections_total", "Client connections, by how they began", "version", "status"
+        )
+        self.connections = {
+            (version, status): connections.labels(_VERSIONS[version], status)
+            for version, statuses in _BY_VERSION.items()
+            for status in statuses
+        }
+        self.granted = {version: self.connections[version, _STATUSES[Reply.SUCCEEDED]] for version in Version}
+        authenticated = metrics.counters(
+            "socks5_auth_negotiated_total", "SOCKS5 authentication, by method", "type", "result"
+        )
+        self.authenticated = _by_result(authenticated, _METHODS)
+        addresses = metrics.counters(
+            "socks5_address_read_total", "SOCKS5 requests, by type of the destination's address", "type", "result"
+        )
+        self.address_read = _by_result(addresses, _ADDRESS_TYPES)
+        self.denied = metrics.counters(
+            "denied_total", "Connections denied, by the rule that decided", "rule", most=_MOST_RULES
+        )
+        self.denied.labels(_ALLOW_FROM)
 
-    def begin(self, host: str, port: int) -> Access:
-        """The records of a connection from this client."""
-        return Access(self._records, host, port)
+    def begin(self, host: str, port: int, local: tuple[str, int]) -> Access:
+        """The records of a connection from this client; `local` is our address that it has connected to."""
+        return Access(self, host, port, local)
 
 
 class Access(Connection):
     """The records of one connection. The session fills in what it learns."""
 
-    __slots__ = ("_destination", "_request", "rule", "user")
+    __slots__ = ("_destination", "_local", "_request", "_version", "rule", "tried_user", "user")
 
-    def __init__(self, records: AccessRecords, host: str, port: int) -> None:
+    _records: AccessLog
+
+    def __init__(self, records: AccessLog, host: str, port: int, local: tuple[str, int]) -> None:
         super().__init__(records, host, port)
+        self._local = pair_member(local[0], local[1])
+        self._version: Version | None = None
+        """What it speaks, once it has authenticated itself or got past that."""
         self._request: tuple[str, str, str, int] | tuple[None, None, None, None] = (None, None, None, None)
         self._destination: str | None = None
         self.user: str | None = None
         """Who the client proved to be."""
+        self.tried_user: str | None = None
+        """Who it could not prove to be."""
         self.rule: str | None = None
         """The rule that decided."""
 
-    def requested(self, request: Request) -> None:
-        """The client said where it wants to go."""
-        command = _COMMANDS[request.command]
-        self._request = (_PROTOCOLS[request.version], command, request.host, request.port)
+    def authenticated(self, user: str | None) -> None:
+        """The client's user name and password are accepted: as those of `user`, or unseen."""
+        self.user = user
+        self._version = Version.SOCKS5
+        self._records.authenticated[Method.USERNAME_PASSWORD, True].value += 1
+
+    def requested(self, request: Request, method: Method | None) -> None:
+        """The client said where it wants to go, after SOCKS5 authentication by `method`."""
+        version = self._version = request.version
+        self._request = (_PROTOCOLS[version], _COMMANDS[request.command], request.host, request.port)
+        if version is Version.SOCKS5:
+            records = self._records
+            if method is Method.NO_AUTHENTICATION:
+                records.authenticated[method, True].value += 1
+            records.address_read[request.address_type, True].value += 1
 
     def starts(self, target: Target, bound: tuple[str, int]) -> None:
         """The destination is connected; `bound` is the outgoing socket's address."""
         self._destination = join_port(target.host, target.port)
-        self._begin(bound)
+        self._source = join_port(bound[0], bound[1])
+        assert self._version is not None
+        self._records.granted[self._version].value += 1
+        self._begin()
 
     def client_denied(self) -> None:
         """The client's address may not use this server."""
+        self._count(None, _CLIENT_DENIED)
+        self._records.denied.labels(_ALLOW_FROM).value += 1
         self._event(logging.WARNING, "denied access", error="not in allow_from")
 
-    def misspoke(self, fault: ClientFault) -> None:
-        """The client did not speak SOCKS, or not as it must. A connection closed without a word is no news."""
-        level = logging.DEBUG if fault.kind is Kind.EOF else logging.WARNING
-        self._event(level, "handshake failed", error=str(fault))
+    def misspoke(self, fault: ClientFault, server: Server, *, news: bool = True) -> None:
+        """The client did not speak SOCKS, or not as it must. A connection closed without a word is no news.
 
-    def gave_up(self, cause: str) -> None:
-        """Nobody waits for this connection any more."""
+        `server` is where its handshake has come to.
+        """
+        self._count_fault(fault.kind, server.version, server.method)
+        if news:
+            level = logging.DEBUG if fault.kind is Kind.EOF else logging.WARNING
+            tried = {} if self.tried_user is None else {"tried_user": self.tried_user}
+            self._event(level, "handshake failed", error=str(fault), **tried)
+
+    def timed_out(self, server: Server) -> None:
+        """The client, or what it asked for, has taken too long."""
+        self._gave_up(server, _TIMED_OUT, "timed out")
+
+    def client_gone(self, server: Server) -> None:
+        """The client does not wait for its connection any more."""
+        self._gave_up(server, _GONE, "client is gone")
+
+    def _gave_up(self, server: Server, status: str, cause: str) -> None:
+        self._count(server.version, status)
         self._event(logging.INFO, "handshake failed", error=cause)
 
-    def refused(self, error: Error) -> None:
+    def refused(self, error: Error, reply: Reply) -> None:
         """The client is told that it can't have what it asked for."""
+        self._count(self._version, _STATUSES[reply] if self._version is Version.SOCKS5 else _REJECTED)
         match error:
             case Denied():
                 self.rule = error.rule
+                self._records.denied.labels(error.rule).value += 1
                 message = "ruleset mismatch"
             case CommandNotSupported():
                 message = "command not supported"
             case _:
+                self._records.not_connected(error)
                 message = "dial to destination failed"
         self._event(logging.ERROR, message, error=str(error))
+
+    def _count(self, version: Version | None, status: str) -> None:
+        self._records.connections[version, status].value += 1
+
+    def _count_fault(self, kind: Kind, version: Version | None, method: Method | None) -> None:
+        if version is None:
+            self._count(None, _NO_REQUEST if kind is Kind.EOF else _NO_SOCKS)
+        elif version is Version.SOCKS4:
+            self._count(version, _REJECTED if kind in _REFUSED else _NO_ADDRESS)
+        elif method is None or (method is Method.USERNAME_PASSWORD and self._version is None):
+            self._count(version, _NOT_AUTHENTICATED)
+            self._records.authenticated[method, False].value += 1
+        else:
+            self._count(version, _REFUSED.get(kind, _NO_ADDRESS))
+            if method is Method.NO_AUTHENTICATION:
+                self._records.authenticated[method, True].value += 1
+            self._records.address_read[None, False].value += 1
 
     def _values(self) -> tuple[object, ...]:
         return (
             self._id,
             self._client,
+            self._local,
             *self._request,
             self._destination,
             self._source,
             self.user,
             self.rule,
         )
+
+    def _details(self) -> dict[str, Any]:
+        return {
+            "destination": self._destination,
+            "name": self._request[2],
+            "user": self.user,
+            "rule": self.rule,
+            "egress": self._source,
+            "upstream": None,
+        }
+
+
+K = TypeVar("K")
+
+
+def _by_result(family: Family[Counter], types: Mapping[K, str]) -> dict[tuple[K, bool], Counter]:
+    """A counter for each type and result, success being True."""
+    return {
+        (kind, success): family.labels(label, "ok" if success else "failed")
+        for kind, label in types.items()
+        for success in (True, False)
+    }

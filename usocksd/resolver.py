@@ -31,6 +31,7 @@ from attrs import Factory, define, frozen
 from usocksd.errors import ResolveError
 from usocksd.match import IPAddress, canonical_host, numeric_address
 from usocksd.runtime.endpoint import DeadlineExpired, Endpoint
+from usocksd.runtime.metrics import SECONDS, Metrics
 from usocksd.runtime.settings import SocketAddress
 
 _logger = logging.getLogger("usocksd.resolver")
@@ -66,6 +67,7 @@ class _Entry:
 
 @define(eq=False)
 class _Query:
+    since: float
     waiters: int = 0
     scope: trio.CancelScope = Factory(trio.CancelScope)
     done: trio.Event = Factory(trio.Event)
@@ -77,7 +79,8 @@ class Resolver:
 
     def __init__(
         self,
-        servers: Sequence[SocketAddress] | None = None,
+        servers: Sequence[SocketAddress] | None,
+        metrics: Metrics,
         *,
         resolv_conf: Path = Path("/etc/resolv.conf"),
         hosts: Path = Path("/etc/hosts"),
@@ -100,6 +103,14 @@ class Resolver:
         self._queries: dict[str, _Query] = {}
         self._nursery: trio.Nursery | None = None
         self._backend = dns.asyncbackend.get_backend("trio")
+        self._hits = metrics.counter("dns_cache_hits_total", "Names that the cache had an answer for")
+        seconds = metrics.histograms(
+            "dns_seconds", "Time that name servers took to answer, by result", SECONDS, "result"
+        )
+        self._seconds = {
+            cause: seconds.labels(cause.replace(" ", "_") or "ok")
+            for cause in ("", NO_SUCH_NAME, NO_ADDRESS, TIMED_OUT, SERVERS_FAILED)
+        }
         self._dns = self._configured("")
         self._reread()
 
@@ -119,7 +130,10 @@ class Resolver:
             self._reread()
         entry = self._cache.get(name)
         if entry is not None and entry.expires > now:
-            return entry.addresses or None
+            if not entry.addresses:
+                return None
+            self._hits.value += 1
+            return entry.addresses
         try:
             host = canonical_host(name)
         except ValueError:
@@ -146,6 +160,8 @@ class Resolver:
         entry = self._cache.get(host)
         if entry is None or entry.expires <= self._clock():
             entry = await self._shared_query(host)
+        else:
+            self._hits.value += 1
         if not entry.addresses:
             raise ResolveError(name, entry.cause)
         return entry.addresses
@@ -168,7 +184,7 @@ class Resolver:
         if query is None:
             if self._nursery is None:
                 raise RuntimeError("Resolver.run is not running")
-            query = _Query()
+            query = _Query(self._clock())
             self._nursery.start_soon(self._answer, host, query)
             self._queries[host] = query
         query.waiters += 1
@@ -218,6 +234,7 @@ class Resolver:
             del self._cache[next(iter(self._cache))]  # the one that has been there longest
         self._cache[host] = known
         if not query.done.is_set():
+            self._seconds[entry.cause].observe(self._clock() - query.since)
             query.outcome = known
             self._forget(host, query)
             query.done.set()

@@ -82,7 +82,7 @@ class Sessions:
 
     async def serve(self, client: Endpoint, host: str, port: int) -> None:
         """Serve one accepted connection to its end. `host` is the client's numeric address."""
-        access = self._access_log.begin(host, port)
+        access = client.about = self._access_log.begin(host, port, client.sock.getsockname())
         if not self._clients.admits(host):
             access.client_denied()
             client.reset()
@@ -92,8 +92,9 @@ class Sessions:
             return
         upstream, early = connected
         try:
-            result = await relay(client, upstream, to_upstream=early, pipes=self._pipes, limits=self._limits)
-            access.ends(result)
+            result = await relay(
+                client, upstream, to_upstream=early, pipes=self._pipes, limits=self._limits, record=access
+            )
             await close_pair(client, upstream, result)
         finally:
             upstream.close()
@@ -112,17 +113,20 @@ class Sessions:
             targets = await self._targets(request, client, access, deadline)
             upstream, target = await dial(client.reactor, targets, deadline=deadline, client=client)
         except ClientFault as fault:
-            if fault.kind is not Kind.TLS or self._is_news(access.client_host):
-                access.misspoke(fault)
+            access.misspoke(fault, server, news=fault.kind is not Kind.TLS or self._is_news(access.client_host))
             await client.finish(fault.reply, _LAST_WORD_WITHIN)
             return None
         except Error as error:
-            access.refused(error)
-            server.reply(reply_for(error))
+            reply = reply_for(error)
+            access.refused(error, reply)
+            server.reply(reply)
             await client.finish(server.data_to_send(), _LAST_WORD_WITHIN)
             return None
-        except (DeadlineExpired, PeerReset, OSError) as error:
-            access.gave_up("timed out" if isinstance(error, DeadlineExpired) else "client is gone")
+        except DeadlineExpired:
+            access.timed_out(server)
+            return None
+        except (PeerReset, OSError):
+            access.client_gone(server)
             return None
         bound = upstream.sock.getsockname()
         server.reply(Reply.SUCCEEDED, bound)
@@ -131,7 +135,7 @@ class Sessions:
             await client.send_all(server.data_to_send())
         except (DeadlineExpired, OSError):
             upstream.close()
-            access.gave_up("client is gone")
+            access.client_gone(server)
             return None
         except BaseException:
             upstream.close()
@@ -149,7 +153,7 @@ class Sessions:
                     await client.send_all(answer)
                 server.receive_data(await client.receive())
             elif isinstance(event, Request):
-                access.requested(event)
+                access.requested(event, server.method)
                 return event
             elif isinstance(event, Credentials):
                 await self._authenticate(event, server, access)
@@ -158,11 +162,13 @@ class Sessions:
         # Where nobody has to authenticate, an empty password is no try to: Java sends the login name and none.
         anonymous = not self._users_required and not credentials.password
         if self._users is None or anonymous:
+            access.authenticated(None)
             server.accept_credentials()
         elif await self._users.verify(credentials.username, credentials.password, access.client_host):
-            access.user = credentials.username
+            access.authenticated(credentials.username)
             server.accept_credentials()
         else:
+            access.tried_user = credentials.username
             server.reject_credentials()
             raise ClientFault(Kind.NO_METHOD, server.data_to_send(), "wrong user or password")
 

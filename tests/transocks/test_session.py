@@ -31,6 +31,7 @@ from usocksd.resolver import Resolver
 from usocksd.runtime import log as logging
 from usocksd.runtime.endpoint import Endpoint
 from usocksd.runtime.listeners import Listener, listen
+from usocksd.runtime.metrics import Metrics
 from usocksd.runtime.pipes import PipePool
 from usocksd.runtime.reactor import Reactor
 from usocksd.runtime.settings import SocketAddress as Server
@@ -87,8 +88,9 @@ async def running(
     reactor = Reactor(sweep_every=0.02)
     hosts = HostAddresses()
     host, _, port = dns.rpartition(":")
-    resolver = Resolver((Server(parse_address(host), int(port)),))
-    upstream = Upstream(parse_proxy_url(url), resolver=resolver, mark=None)
+    metrics = Metrics("transocks")
+    resolver = Resolver((Server(parse_address(host), int(port)),), metrics)
+    upstream = Upstream(parse_proxy_url(url), resolver=resolver, mark=None, metrics=metrics)
     guard = LoopGuard(
         listen_ports={proxy.port},
         hosts=hosts,
@@ -101,7 +103,7 @@ async def running(
         upstream=upstream,
         pipes=PipePool(16),
         timeouts=Timeouts(connect=connect, handshake=handshake),
-        access_log=AccessLog(log),
+        access_log=AccessLog(log, metrics),
     )
 
     async def serve(endpoint: Endpoint, host: str, port: int) -> None:

@@ -22,6 +22,7 @@ import usocksd.resolver
 from usocksd.errors import ResolveError
 from usocksd.match import IPAddress
 from usocksd.resolver import Resolver
+from usocksd.runtime.metrics import Metrics
 from usocksd.runtime.settings import SocketAddress
 
 
@@ -43,11 +44,15 @@ class Place:
         self.hosts = directory / "hosts"
         self.resolv_conf = directory / "resolv.conf"
         self.clock = Clock()
+        self.metrics = Metrics("test")
+        """Those of the last resolver."""
         self._nursery = nursery
 
     async def resolver(self, *servers: SocketAddress, lifetime: float = 5.0, from_file: bool = False) -> Resolver:
+        self.metrics = Metrics("test")
         resolver = Resolver(
             None if from_file else servers,
+            self.metrics,
             resolv_conf=self.resolv_conf,
             hosts=self.hosts,
             lifetime=lifetime,
@@ -485,7 +490,7 @@ async def test_a_fault_of_one_query_is_not_that_of_others(
 
 async def test_stopping_the_resolver_wakes_the_askers(tmp_path: Path, place: Place, start: Start) -> None:
     server = await start(silence)
-    resolver = Resolver([server.endpoint], hosts=tmp_path / "none", resolv_conf=tmp_path / "none")
+    resolver = Resolver([server.endpoint], Metrics("test"), hosts=tmp_path / "none", resolv_conf=tmp_path / "none")
     async with trio.open_nursery() as asker, trio.open_nursery() as nursery:
         await nursery.start(resolver.run)
         asker.start_soon(cause_of_failure, resolver, "www.test")

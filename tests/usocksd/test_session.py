@@ -456,7 +456,7 @@ def test_a_graceful_stop_lets_a_transfer_finish(tmp_path: Path, dns: NameServer,
         with connected(server) as client:
             assert socks5(client, "127.0.0.1", destination.port)[0] == GRANTED
             server.signal(signal.SIGTERM)
-            server.record("stopping", signal="SIGTERM", live=1)
+            server.record("stopping", cause="SIGTERM", live=1)
 
             def refused() -> bool:
                 with Socket() as probe:

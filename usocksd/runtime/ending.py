@@ -16,6 +16,8 @@ class Reason(StrEnum):
     IDLE = "idle timeout"
     HALF_CLOSED = "half-closed timeout"
     STOPPED = "stopped"
+    SHED = "shed"
+    """It was idle, and its descriptors were needed."""
 
 
 class Side(StrEnum):
@@ -34,6 +36,10 @@ class RelayResult(NamedTuple):
     reason: Reason
     by: Side
     errno: int = 0
+    first: Side | None = None
+    """Who said all it had to say before the other did, if one of them."""
+    alone: float = 0.0
+    """Seconds for which the other went on then."""
 
 
 class Limits(NamedTuple):

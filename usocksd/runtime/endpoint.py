@@ -8,7 +8,7 @@ from math import inf
 
 # The C base class of socket.socket: the same system calls without the Python layer, which costs 3 us per accept.
 from socket import SocketType
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import outcome
 import trio
@@ -31,6 +31,13 @@ class PeerReset(Exception):
     """The client is gone (reset) while its session was busy elsewhere."""
 
 
+class About(Protocol):
+    """Knows a live connection."""
+
+    def describe(self) -> dict[str, Any]:
+        """What is known of it now, as JSON values."""
+
+
 class Endpoint:
     """A connected (or connecting) non-blocking TCP socket of one session: its bytes before and after the relay.
 
@@ -38,7 +45,7 @@ class Endpoint:
     `deadline` (on the reactor's clock) bounds every wait; past it the wait raises DeadlineExpired.
     """
 
-    __slots__ = ("_task", "deadline", "fd", "more", "on_reset", "reactor", "readable", "sock", "writable")
+    __slots__ = ("_task", "about", "deadline", "fd", "more", "on_reset", "reactor", "readable", "sock", "writable")
 
     def __init__(self, reactor: Reactor, sock: SocketType, *, connecting: bool = False) -> None:
         self.reactor = reactor
@@ -49,6 +56,8 @@ class Endpoint:
         self.more = False
         """An event told of an end, an error or urgent data: read until there is nothing more to learn."""
         self.writable = not connecting
+        self.about: About | None = None
+        """What its session says of the connection, on a client's endpoint."""
         self.on_reset: Callable[[], None] | None = None
         """Called when the peer is gone while no task waits here: the session is busy with something else."""
         self._task: trio.lowlevel.Task | None = None

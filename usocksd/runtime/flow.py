@@ -320,7 +320,8 @@ class Flow:
                 self._sink_broke(error.errno or errno.EIO)
                 return
             # The end of a stream is a sign of life too: from here on the shorter patience counts.
-            now = pair.active = pair.reactor.now
+            now = pair.active = pair.half_closed = pair.reactor.now
+            pair.first = pair.side(self.source)
             pair.up.deadline = min(pair.up.deadline, now + pair.limits.half_closed)
 
     def _source_broke(self, error: int) -> None:

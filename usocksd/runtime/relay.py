@@ -14,6 +14,7 @@ import array
 import fcntl
 import socket
 import termios
+from typing import Protocol
 
 import trio
 
@@ -26,6 +27,13 @@ from usocksd.runtime.reactor import Reactor
 _TCP_CLOSE = 7  # tcpi_state of a connection that was reset, see tcp_states.h
 
 
+class Record(Protocol):
+    """Writes down how a relay ended."""
+
+    def ends(self, result: RelayResult) -> None:
+        """It has ended so. Called once."""
+
+
 async def relay(
     client: Endpoint,
     upstream: Endpoint,
@@ -34,11 +42,13 @@ async def relay(
     to_client: bytes = b"",
     pipes: PipePool,
     limits: Limits,
+    record: Record | None = None,
 ) -> RelayResult:
     """Carry bytes between the two until the end; closes neither.
 
-    `to_upstream` and `to_client` are what the handshakes left over: they go first. The session closes both endpoints
-    afterwards by `close_pair`, which passes a reset on.
+    `to_upstream` and `to_client` are what the handshakes left over: they go first. `record` is told how it ended,
+    also when this raises: what went wrong in a step, or Cancelled. The session closes both endpoints afterwards by
+    `close_pair`, which passes a reset on.
     """
     pair = Pair(client, upstream, pipes, limits)
     try:
@@ -50,6 +60,8 @@ async def relay(
         return pair.outcome()
     finally:
         pair.detach()
+        if record is not None and pair.result is not None:
+            record.ends(pair.result)
 
 
 async def close_pair(client: Endpoint, upstream: Endpoint, result: RelayResult) -> None:
@@ -96,6 +108,8 @@ class Pair:
         "_upstream",
         "active",
         "down",
+        "first",
+        "half_closed",
         "limits",
         "pipes",
         "reactor",
@@ -110,6 +124,10 @@ class Pair:
         self.limits = limits
         self.active = self.reactor.now
         """When the last byte was moved."""
+        self.first: Side | None = None
+        """Who has said all it will say, while the other goes on."""
+        self.half_closed = 0.0
+        """Since when that is so."""
         self.result: RelayResult | None = None
         self._failure: Exception | None = None
         self.task: trio.lowlevel.Task | None = None
@@ -147,7 +165,7 @@ class Pair:
         """The one way to end a pair, and the one place that wakes its session. Said twice, the first counts."""
         if self.result is not None:
             return
-        self.result = RelayResult(self.up.count, self.down.count, reason, by, error)
+        self._end(reason, by, error)
         task, self.task = self.task, None
         if task is not None:
             trio.lowlevel.reschedule(task)
@@ -171,6 +189,10 @@ class Pair:
 
     def abort(self, _: object) -> trio.lowlevel.Abort:
         # Marked as ended before anything else: no step may wake the task a second time.
-        self.result = RelayResult(self.up.count, self.down.count, Reason.STOPPED, Side.PROXY)
+        self._end(Reason.STOPPED, Side.PROXY, 0)
         self.task = None
         return trio.lowlevel.Abort.SUCCEEDED
+
+    def _end(self, reason: Reason, by: Side, error: int) -> None:
+        alone = 0.0 if self.first is None else self.reactor.now - self.half_closed
+        self.result = RelayResult(self.up.count, self.down.count, reason, by, error, self.first, alone)

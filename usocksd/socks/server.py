@@ -62,17 +62,19 @@ class Server:
 
     `methods` are the authentication methods to choose from, in order of preference: NO_AUTHENTICATION and
     USERNAME_PASSWORD are the ones it can carry out. SOCKS4 can't authenticate and is refused unless
-    NO_AUTHENTICATION is among them. `version` is None until the first byte said it.
+    NO_AUTHENTICATION is among them. `version` is None until the first byte said it, `method` until one is selected.
     """
 
-    __slots__ = ("_buffer", "_eof", "_fault", "_methods", "_out", "_state", "version")
+    __slots__ = ("_buffer", "_eof", "_fault", "_methods", "_out", "_state", "method", "version")
 
     version: Version | None
+    method: Method | None
     _state: Callable[[Server], Event]
     _fault: tuple[Kind, bytes, str] | None
 
     def __init__(self, *, methods: tuple[Method, ...] = (_NO_AUTHENTICATION,)) -> None:
         self.version = None
+        self.method = None
         self._methods = methods
         self._state = Server._version
         self._buffer = b""
@@ -131,6 +133,7 @@ class Server:
         data = self._buffer
         if data == _JUST_NO_AUTHENTICATION and _NO_AUTHENTICATION in self._methods:
             self.version = _SOCKS5
+            self.method = _NO_AUTHENTICATION
             self._out = b"\x05\x00"
             self._buffer = b""
             self._state = Server._socks5_request
@@ -164,6 +167,7 @@ class Server:
         else:
             message = f"no acceptable authentication method among [{offered.hex(' ')}]"
             self._fail(Kind.NO_METHOD, METHOD_SELECTION[Method.NO_ACCEPTABLE], message)
+        self.method = method
         self._buffer = data[end:]
         self._out += METHOD_SELECTION[method]
         self._state = Server._socks5_request if method is _NO_AUTHENTICATION else Server._credentials

@@ -79,7 +79,10 @@ def _program(name: str) -> str:
 
 
 USOCKSD_TOML = """\
+workers = 1
+control = ""
 [incoming]
+metrics_port = 0
 port = {port}
 addresses = ["127.0.0.1"]
 allow_from = ["127.0.0.0/8"]
@@ -89,6 +92,9 @@ allow_sites = ["127.0.0.0/8"]
 """
 
 TRANSOCKS_TOML = """\
+workers = 1
+control = ""
+metrics_port = 0
 listen = "127.0.0.1:{port}"
 proxy_url = "socks5://127.0.0.1:{upstream}"
 """

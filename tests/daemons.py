@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import struct
@@ -75,6 +76,24 @@ class Log:
         )[-1]
 
 
+def settings(name: str, config: str) -> str:
+    """The configuration with what many daemons on one machine need: one worker, no metrics port, no control socket.
+
+    What it sets itself stays.
+    """
+    for key, value in (("workers", "1"), ("control", '""'), ("metrics_port", "0")):
+        if re.search(rf"^{key}\b", config, re.MULTILINE):
+            continue
+        line = f"{key} = {value}\n"
+        if key != "metrics_port" or name == "transocks":
+            config = line + config
+        elif "[incoming]\n" in config:
+            config = config.replace("[incoming]\n", f"[incoming]\n{line}")
+        else:
+            config = f"{config}\n[incoming]\n{line}"
+    return config
+
+
 class Daemon(Log):
     """`usocksd` or `transocks`, running in the foreground with a log in JSON. Use as a context manager.
 
@@ -96,7 +115,7 @@ class Daemon(Log):
         """`logfile` None logs to stderr (see `options`), "" to a file of the folder."""
         self.name = name
         super().__init__(folder / f"{name}.log" if logfile == "" else Path(logfile or "/dev/null"))
-        (folder / f"{name}.toml").write_text(config, encoding="utf-8")
+        (folder / f"{name}.toml").write_text(settings(name, config), encoding="utf-8")
         words = [sys.executable, "-m", name, "-f", str(folder / f"{name}.toml"), "-logformat", "json"]
         words += [] if logfile is None else ["-logfile", str(self.log)]
         with (folder / f"{name}.stderr").open("wb") as stderr:
@@ -116,7 +135,8 @@ class Daemon(Log):
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self.process.wait(0.5)
                 self.process.terminate()  # what a test left connected is ended at once
-            assert self.process.wait(PATIENCE) == 0
+            status = self.process.wait(PATIENCE)
+            assert status == 0, f"{self.name} ended with {status}"
             assert [r for r in self.records() if "traceback" in r or r["severity"] == "critical"] == []
         finally:
             if self.process.poll() is None:
@@ -128,7 +148,19 @@ class Daemon(Log):
 
     @property
     def pid(self) -> int:
+        """Of the master."""
         return self.process.pid
+
+    def workers(self) -> list[int]:
+        """The workers there are, those that drain included."""
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text(encoding="ascii")
+        return [int(pid) for pid in children.split()]
+
+    @property
+    def worker(self) -> int:
+        """The one worker."""
+        (pid,) = self.workers()
+        return pid
 
     def ready(self) -> Daemon:
         """Wait until it listens."""
@@ -146,16 +178,16 @@ class Daemon(Log):
         return int(self.record("listening")["address"].rpartition(":")[2])
 
     def fds(self) -> int:
-        """How many file descriptors it has open."""
-        return len(os.listdir(f"/proc/{self.pid}/fd"))
+        """How many file descriptors its worker has open."""
+        return len(os.listdir(f"/proc/{self.worker}/fd"))
 
     def wait_for_fds(self, at_most: int) -> None:
         """Wait until it has no more than so many file descriptors."""
         wait_until(lambda: self.fds() <= at_most, lambda: f"{self.name} has {self.fds()} > {at_most} descriptors")
 
     def rss(self) -> int:
-        """Its memory in bytes."""
-        pages = int(Path(f"/proc/{self.pid}/statm").read_text(encoding="ascii").split()[1])
+        """Its worker's memory in bytes."""
+        pages = int(Path(f"/proc/{self.worker}/statm").read_text(encoding="ascii").split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
 
     def signal(self, number: signal.Signals) -> None:

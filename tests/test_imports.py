@@ -62,7 +62,7 @@ def module(request: pytest.FixtureRequest) -> str:
 
 
 def test_the_rules_see_the_code() -> None:
-    assert "usocksd.runtime.reactor.Reactor" in MODULES["usocksd.session"] | MODULES["usocksd.commands.serve"]
+    assert "usocksd.runtime.pipes.PipePool" in MODULES["usocksd.session"] | MODULES["usocksd.commands.serve"]
     assert {"usocksd.socks.server", "transocks.session"} <= MODULES.keys()
     for place in (*PURE, *SHARED):
         assert any(within(name, place) for name in MODULES), f"{place} is named in a rule and does not exist"

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
+from transocks.commands import check
 from transocks.commands import exec as exec_verb
-from transocks.commands import serve
 from transocks.config import Config
+from usocksd.runtime.processes.plan import Daemon
 from usocksd.runtime.program import Program
+from usocksd.runtime.verbs.client import Operated
+from usocksd.runtime.verbs.parsers import add_parsers
+
+DAEMON = Daemon("transocks", Config, plan="transocks.commands.serve:plan", build="transocks.commands.serve:build")
+OPERATED = Operated("transocks", "/etc/transocks.toml", "/run/transocks/control.sock", columns=("upstream",))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run transocks with these arguments, or the process's; returns the exit status."""
     program = Program(
-        "transocks",
+        DAEMON,
         "A transparent proxy: carries redirected TCP connections to their destinations through a proxy.",
-        Config,
-        serve.serve,
-        default="/etc/transocks.toml",
+        default=OPERATED.config,
         required=True,
-        verbs=(exec_verb.add_parser,),
+        verbs=(exec_verb.add_parser, check.add_parser, partial(add_parsers, daemon=OPERATED)),
     )
     return program.main(argv)

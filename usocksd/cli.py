@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
-from usocksd.commands import serve
+from usocksd.commands import check
 from usocksd.config import Config
+from usocksd.runtime.processes.plan import Daemon
 from usocksd.runtime.program import Program
+from usocksd.runtime.verbs.client import Operated
+from usocksd.runtime.verbs.parsers import add_parsers
+
+DAEMON = Daemon("usocksd", Config, plan="usocksd.commands.serve:plan", build="usocksd.commands.serve:build")
+OPERATED = Operated("usocksd", "/etc/usocksd.toml", "/run/usocksd/control.sock", columns=("user", "rule", "egress"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run usocksd with these arguments, or the process's; returns the exit status."""
     program = Program(
-        "usocksd",
+        DAEMON,
         "A SOCKS server (4, 4a, 5) with access control and a choice of egress address.",
-        Config,
-        serve.serve,
-        default="/etc/usocksd.toml",
+        default=OPERATED.config,
         required=False,
+        verbs=(check.add_parser, partial(add_parsers, daemon=OPERATED)),
     )
     return program.main(argv)

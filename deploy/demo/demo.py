@@ -114,7 +114,8 @@ class Demo:
         self.net.lab.etc("resolv.conf", f"nameserver {lab.NEXT_V4}\noptions timeout:2\n")
 
     def start_daemon(self, name: str, settings: dict[str, object]) -> None:
-        config = samples.derive((ROOT / f"deploy/{name}.toml").read_text(encoding="utf-8"), settings)
+        sample = (ROOT / f"deploy/{name}.toml").read_text(encoding="utf-8")
+        config = samples.derive(sample, settings | {"control": f"/run/demo/{name}.sock"})
         (self.folder / f"{name}.toml").write_text(config, encoding="utf-8")
         with (self.folder / f"{name}.stderr").open("wb") as stderr:
             daemon = self.net.proxy.popen(

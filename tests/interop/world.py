@@ -47,8 +47,11 @@ HOSTS = {
 UNKNOWN = "unknown.test"
 
 _CONFIG = """
+workers = 1
+control = ""
 [incoming]
 port = 0
+metrics_port = 0
 addresses = ["127.0.0.1"]
 [outgoing]
 allow_sites = ["127.0.0.1", "::1", "localhost", ".test"]
@@ -65,6 +68,7 @@ _KNOWN = {
     "command not supported",
     "dial to destination failed",
     "handshake failed",
+    "a worker has drained",
     "listening",
     "proxy ends",
     "proxy starts",

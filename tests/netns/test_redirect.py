@@ -198,7 +198,7 @@ async def test_concurrent_transfers_arrive_intact(net: lab.Net, tmp_path: Path, 
 
 
 def sockets_of(daemon: Daemon) -> int:
-    folder = Path(f"/proc/{daemon.pid}/fd")
+    folder = Path(f"/proc/{daemon.worker}/fd")
     return sum(os.readlink(entry).startswith("socket:") for entry in folder.iterdir())
 
 

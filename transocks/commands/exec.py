@@ -107,8 +107,10 @@ def _exec(command: Sequence[str]) -> int:
         daemons = stack.enter_context(_ending())
         local = ["127.0.0.1", "[::1]"] if ipv6 else ["127.0.0.1"]
         listen = ", ".join(f'"{address}:{port}"' for address in local)
-        usocksd = f'[incoming]\nport = {usocksd_port}\naddresses = ["127.0.0.1"]\n'
-        transocks = f'proxy_url = "socks5://127.0.0.1:{usocksd_port}"\nlisten = [{listen}]\n'
+        # For one command and its time: nobody looks at them from outside.
+        alone = 'workers = 1\ncontrol = ""\ntimeouts.stop = 0\n'
+        usocksd = f'{alone}[incoming]\nport = {usocksd_port}\nmetrics_port = 0\naddresses = ["127.0.0.1"]\n'
+        transocks = f'{alone}metrics_port = 0\nproxy_url = "socks5://127.0.0.1:{usocksd_port}"\nlisten = [{listen}]\n'
         try:
             daemons.append(_start("usocksd", usocksd, folder))
             daemons.append(_start("transocks", transocks, folder))
@@ -196,7 +198,11 @@ def _ending() -> Iterator[list[subprocess.Popen[bytes]]]:
         yield processes
     finally:
         for process in processes:
-            process.kill()  # nobody is left to wait for what they carry
+            process.terminate()  # nobody is left to wait for what they carry: stop = 0
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(READY_WITHIN)
+            process.kill()
             process.wait()
 
 

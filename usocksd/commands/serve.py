@@ -1,37 +1,40 @@
-"""usocksd without a verb: the daemon, in the foreground."""
+"""usocksd without a verb: what the daemon is made of."""
 
 from __future__ import annotations
 
 import logging
 
+from usocksd import __version__
 from usocksd.access_log import AccessLog
 from usocksd.acl import AccessRules, ClientRules
 from usocksd.addresses import HostAddresses
 from usocksd.auth import Users
 from usocksd.config import Config
 from usocksd.egress import EgressPool
+from usocksd.lint import warnings
 from usocksd.resolver import Resolver
 from usocksd.runtime.dial import check_mark
-from usocksd.runtime.limits import most_connections, most_pipes, raise_descriptor_limit
-from usocksd.runtime.listeners import listen_all
-from usocksd.runtime.log import Log
+from usocksd.runtime.limits import most_pipes
 from usocksd.runtime.pipes import PipePool
-from usocksd.runtime.reactor import Reactor
-from usocksd.runtime.service import Service
+from usocksd.runtime.processes.plan import Built, Parts, Plan, make_plan
 from usocksd.session import Sessions
 
 log = logging.getLogger(__name__)
 
 
-async def serve(config: Config, sink: Log) -> None:
-    """Run usocksd until it is told to stop. Raises Error when it can't start."""
+def plan(config: Config) -> Plan:
+    """What the master needs to know."""
+    return make_plan(config.common(), version=__version__, warnings=warnings(config))
+
+
+def build(config: Config, parts: Parts) -> Built:
+    """Put usocksd together. Raises Error when it can't serve."""
     outgoing = config.outgoing
-    descriptors = raise_descriptor_limit()
+    check_mark(outgoing.mark)
     hosts = HostAddresses()
-    resolver = Resolver(config.dns.servers)
-    clients = ClientRules(config.incoming.allow_from or ())
+    resolver = Resolver(config.dns.servers, parts.metrics)
     sessions = Sessions(
-        clients=clients,
+        clients=ClientRules(config.incoming.allow_from or ()),
         users=Users(config.auth.users_file) if config.auth.users_file else None,
         users_required=config.auth.required,
         rules=AccessRules.from_lists(
@@ -43,22 +46,8 @@ async def serve(config: Config, sink: Log) -> None:
         resolver=resolver,
         egress=EgressPool(outgoing.addresses, outgoing.iface, outgoing.mark),
         hosts=hosts,
-        pipes=PipePool(most_pipes(descriptors)),
+        pipes=PipePool(most_pipes(parts.descriptors)),
         timeouts=config.timeouts,
-        access_log=AccessLog(sink),
+        access_log=AccessLog(parts.log, parts.metrics),
     )
-    reactor = Reactor()
-    service = Service(
-        reactor, most=most_connections(descriptors), stop_within=config.timeouts.stop, reopen_log=sink.reopen
-    )
-    check_mark(outgoing.mark)
-    sockets = listen_all(config.incoming.listen)
-    if clients.is_default:
-        log.info("allow_from is not set: only clients on loopback, private and link-local networks are admitted")
-    if outgoing.dnsbl_domain:
-        log.warning("dnsbl_domain is set, and not looked at by this version: listed addresses are used")
-    for address in outgoing.addresses:
-        if not hosts.is_local(address):
-            fields = {"address": str(address)}
-            log.warning("an egress address is not on this host: not used until it is", extra={"fields": fields})
-    await service.run(sockets, sessions.serve, hosts.watch, resolver.run)
+    return Built(sessions.serve, (hosts.watch, resolver.run))

@@ -13,6 +13,7 @@ import trio
 from usocksd.errors import DialError, Error
 from usocksd.runtime.endpoint import DeadlineExpired, Endpoint, PeerReset
 from usocksd.runtime.hostport import join_port
+from usocksd.runtime.options import set_options
 from usocksd.runtime.reactor import Reactor
 
 # ip(7), since Linux 4.2: choose the port at connect, not at bind. With it ports run out per destination address and
@@ -94,10 +95,7 @@ def _start(reactor: Reactor, target: Target) -> Endpoint:
     except OSError as error:
         raise DialError(error.errno or errno.EIO, str(target), step) from None
     try:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        # The urgent byte stays in the stream, where it is not lost.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+        set_options(sock)
         if target.mark is not None:
             step = f"mark {target.mark:#x} for"
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, target.mark)

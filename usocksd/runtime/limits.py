@@ -1,9 +1,11 @@
-"""The process's share of file descriptors, and how many connections fit into it."""
+"""How many connections: what the descriptors allow, and what the configuration allows over all workers."""
 
 from __future__ import annotations
 
+import mmap
 import os
 import resource
+from hashlib import blake2b
 from pathlib import Path
 
 # Kept back for what is not a connection: log file, epoll, resolver sockets, name and state files.
@@ -38,3 +40,70 @@ def most_connections(descriptors: int) -> int:
 def most_pipes(descriptors: int) -> int:
     """How many pipes, of two descriptors each, the share of `descriptors` that is theirs allows."""
     return descriptors // _FOR_PIPES // 2
+
+
+# Rows of the shared table: the first counts all connections, the others those of clients, by hash. Two clients that
+# share a row share the limit too; with so many rows that needs hundreds of clients at their limit at once.
+_ROWS = 1 << 14
+COLUMNS = 256
+"""One for each worker there can be at a time: of the present generation, of two that drain, and of one to come."""
+_CELL = 4
+_SIZE = _ROWS * COLUMNS * _CELL
+
+
+def make_table() -> int:
+    """A descriptor of the memory that all workers count in: a row a client, a column a worker."""
+    fd = os.memfd_create("connections", os.MFD_CLOEXEC)
+    os.ftruncate(fd, _SIZE)
+    return fd
+
+
+def clear_column(fd: int, column: int) -> None:
+    """A worker is gone, and with it what it counted."""
+    if not os.fstat(fd).st_blocks:
+        return  # nobody has ever counted: there are no limits
+    with mmap.mmap(fd, _SIZE) as memory, memoryview(memory).cast("i") as cells:
+        for at in range(column, _ROWS * COLUMNS, COLUMNS):
+            if cells[at]:
+                cells[at] = 0
+
+
+class Tally:
+    """Connections now, over all workers: each writes its own column, and sums up the row.
+
+    Without limits nothing is counted. (Two workers may let one too many in when they look at the same moment.)
+    """
+
+    def __init__(self, fd: int, column: int, *, most: int, per_client: int) -> None:
+        """`most` in all and `per_client` from one address; 0 is no limit."""
+        self._most = most
+        self._per_client = per_client
+        self._column = column
+        self._counts = bool(most or per_client)
+        if self._counts:
+            self._cells = memoryview(mmap.mmap(fd, _SIZE)).cast("i")
+
+    def row(self, client: str) -> int:
+        """Where this client, by its numeric address, is counted."""
+        if not self._counts:
+            return 0
+        return 1 + int.from_bytes(blake2b(client.encode(), digest_size=4).digest()) % (_ROWS - 1)
+
+    def exceeded(self, row: int) -> str | None:
+        """The limit that forbids one more connection of this row, if one does: its name in [limits]."""
+        if not self._counts:
+            return None
+        if self._most and self._sum(0) >= self._most:
+            return "connections"
+        if self._per_client and self._sum(row) >= self._per_client:
+            return "per_client"
+        return None
+
+    def add(self, row: int, number: int) -> None:
+        """So many connections more."""
+        if self._counts:
+            self._cells[row * COLUMNS + self._column] += number
+            self._cells[self._column] += number
+
+    def _sum(self, row: int) -> int:
+        return sum(self._cells[row * COLUMNS : (row + 1) * COLUMNS])

@@ -7,14 +7,14 @@ import logging
 import os
 import socket
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from math import inf
 from socket import SocketType
-from typing import Protocol
 
 from usocksd.errors import Error
 from usocksd.runtime.endpoint import Endpoint
 from usocksd.runtime.hostport import join_port
+from usocksd.runtime.options import set_options
 from usocksd.runtime.reactor import Reactor
 
 log = logging.getLogger(__name__)
@@ -23,8 +23,9 @@ log = logging.getLogger(__name__)
 _BACKLOG = 4096
 # At most so many accepts before the established connections get their turn again.
 _BATCH = 64
-# struct tcp_info: for a listening socket tcpi_unacked (an u32 at offset 24) is the length of its accept queue.
-_QUEUE_LENGTH = struct.Struct("=24xI")
+# struct tcp_info: for a listening socket tcpi_unacked (an u32 at offset 24) is the length of its accept queue, and
+# tcpi_sacked behind it the limit.
+_QUEUE = struct.Struct("=24xII")
 
 # What trio's documentation of serve_listeners argues for: out of descriptors or memory (EMFILE, ENFILE, ENOBUFS,
 # ENOMEM; ENOSPC when the user has too many epoll watches, epoll(7)), the connection stays in the queue, so wait a
@@ -64,25 +65,25 @@ class ListenError(Error):
         self.errno = number
 
 
-_NO_SUCH_FAMILY = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL})
+NO_SUCH_FAMILY = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL})
+"""The errno values of a ListenError on a host that lacks the address's family, or the address."""
 
 
-def listen(host: str, port: int, *, v6only: bool = True) -> socket.socket:
-    """Open a listening TCP socket on the numeric address `host`.
+def listen(host: str, port: int, *, reuse_port: bool = False) -> socket.socket:
+    """Open a listening TCP socket on the numeric address `host`; `reuse_port`: one of several on the same port.
 
-    Accepted sockets inherit: TCP_NODELAY (a proxy that waits for more to send only adds delay), SO_KEEPALIVE (dead
-    peers go away) and SO_OOBINLINE (the urgent byte is not lost). Raises ListenError.
+    Raises ListenError.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = None
     try:
         sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+        if reuse_port:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, v6only)
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        set_options(sock)
         sock.bind((host, port))
         sock.listen(_BACKLOG)
     except OSError as error:
@@ -90,44 +91,6 @@ def listen(host: str, port: int, *, v6only: bool = True) -> socket.socket:
             sock.close()
         raise ListenError(join_port(host, port), error.errno or errno.EIO) from None
     return sock
-
-
-class Address(Protocol):
-    """Where to listen, as the configurations say it."""
-
-    @property
-    def address(self) -> object: ...
-    @property
-    def port(self) -> int: ...
-    @property
-    def optional(self) -> bool: ...
-
-
-def listen_all(addresses: Iterable[Address]) -> list[socket.socket]:
-    """Open a listening socket on each. An optional one may fail, if the host lacks its family, as long as one works.
-
-    Raises ListenError; nothing stays open then.
-    """
-    sockets: list[socket.socket] = []
-    missing: ListenError | None = None
-    try:
-        for at in addresses:
-            try:
-                sockets.append(listen(str(at.address), at.port))
-            except ListenError as error:
-                if not (at.optional and error.errno in _NO_SUCH_FAMILY):
-                    raise
-                missing = error
-        if not sockets and missing is not None:
-            raise missing
-    except ListenError:
-        for sock in sockets:
-            sock.close()
-        raise
-    for sock in sockets:
-        host, port = sock.getsockname()[:2]
-        log.info("listening", extra={"fields": {"address": join_port(host, port)}})
-    return sockets
 
 
 class Listener:
@@ -176,7 +139,10 @@ class Listener:
             self._accepted(endpoint, address[0], address[1])
 
     def close(self) -> None:
-        """Accept no more."""
+        """Accept what has been waiting, and no more."""
+        for _ in range(queue_length(self._sock) // _BATCH + 1):
+            if not self.paused:
+                self.on_event(0)
         self._reactor.unregister(self._fd)
         self._sock.close()
 
@@ -204,5 +170,10 @@ class Listener:
 
 def queue_length(listener: socket.socket) -> int:
     """How many connections wait to be accepted."""
-    length: int = _QUEUE_LENGTH.unpack(listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 28))[0]
-    return length
+    return queue(listener)[0]
+
+
+def queue(listener: socket.socket) -> tuple[int, int]:
+    """How many connections wait to be accepted, and how many may."""
+    length, limit = _QUEUE.unpack(listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _QUEUE.size))
+    return length, limit

@@ -65,6 +65,8 @@ class Log:
             logger = logging.getLogger(name)
             logger.addHandler(self._handler)
             logger.propagate = False
+        self.configured = level
+        """The level that it was set up with."""
         self.set_level(level)
 
     @property
@@ -106,8 +108,9 @@ class Log:
         for name in LOGGERS:
             logger = logging.getLogger(name)
             logger.removeHandler(self._handler)
-            logger.propagate = True
-            logger.setLevel(logging.NOTSET)
+            if not logger.handlers:  # else another log has taken over
+                logger.propagate = True
+                logger.setLevel(logging.NOTSET)
         self._sink.close(timeout)
 
 

@@ -142,10 +142,10 @@ class Reactor:
         for handler in late:
             handler.on_deadline(now)
 
-    def interrupt_all(self, reason: BaseException) -> None:
-        """End everything that is registered, for the process's own reasons."""
+    def interrupt_all(self, reason: Callable[[], BaseException]) -> None:
+        """End everything that is registered, for the process's own reasons; each gets an exception of its own."""
         for handler in list(self.handlers.values()):
-            handler.interrupt(reason)
+            handler.interrupt(reason())
 
     def _turn(self) -> None:
         self.now = self.clock()

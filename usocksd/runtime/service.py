@@ -1,173 +1,206 @@
-"""The life of a daemon process: start, serve, reopen the log, stop gracefully or at once."""
+"""The connections of one worker: accepted, served, counted, and ended when it is time."""
 
 from __future__ import annotations
 
 import gc
+import heapq
 import logging
-import os
-import signal
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from math import inf
+from operator import attrgetter
+from typing import Any
 
 import trio
 
-from usocksd.errors import Error
+from usocksd.runtime.ending import Reason, Side
 from usocksd.runtime.endpoint import DeadlineExpired, Endpoint, PeerReset
+from usocksd.runtime.flow import Flow
 from usocksd.runtime.hostport import join_port
+from usocksd.runtime.limits import Tally
 from usocksd.runtime.listeners import Listener
+from usocksd.runtime.metrics import Metrics
 from usocksd.runtime.reactor import Reactor
+from usocksd.runtime.relay import Pair
 
 log = logging.getLogger(__name__)
 
 Session = Callable[[Endpoint, str, int], Awaitable[None]]
 """Serves one accepted connection: endpoint, the peer's numeric address and port."""
 
-_STOP_DELAY = "CANCELLATION_DELAY_SECONDS"
 # What a session that was told to stop still needs to write its record and close.
 _LAST_WORDS = 2.0
 # A connection makes no cycles, so there is little for the collector to find and much to look through.
 _COLLECT_AFTER = 50_000
+# At the descriptor limit so many of the connections that were silent longest make room, if that was long enough.
+_SHED_AT_ONCE = 32
+_SHED_AFTER = 60.0
+_SAY_AGAIN_AFTER = 10.0
 
 
 class Stopping(Exception):
     """The process is about to end, and with it this session."""
 
 
-def stop_delay() -> float:
-    """CANCELLATION_DELAY_SECONDS: how long to go on accepting after SIGTERM, in seconds; 0 if it is not set.
-
-    Raises Error for what is no number of seconds.
-    """
-    text = os.environ.get(_STOP_DELAY, "0")
-    try:
-        delay = float(text)
-    except ValueError:
-        delay = -1.0
-    if not 0 <= delay < float("inf"):
-        raise Error(f"environment: {_STOP_DELAY}={text!r}: expected a number of seconds, 0 or more")
-    return delay
-
-
 class Service:
-    """Runs sessions for what the listeners accept, until it is told to stop.
+    """Runs a session for each accepted connection, in the nursery `sessions`.
 
-    `most` is how many connections there may be at a time; while there are as many, none is accepted. `stop_within` is
-    how long a graceful stop lets connections go on, in seconds; `reopen_log` answers SIGUSR1.
+    `most` is how many the process has descriptors for; while there are as many, connections wait in the kernel's
+    queue, unless some that are idle can make room.
     """
 
-    def __init__(self, reactor: Reactor, *, most: int, stop_within: float, reopen_log: Callable[[], None]) -> None:
-        self.reactor = reactor
+    def __init__(
+        self,
+        reactor: Reactor,
+        session: Session,
+        sessions: trio.Nursery,
+        *,
+        most: int,
+        tally: Tally,
+        metrics: Metrics,
+    ) -> None:
         self.live = 0
         """Connections that are being served."""
-        self._stop_within = stop_within
-        self._stop_delay = stop_delay()
-        self._reopen_log = reopen_log
+        self.accepted = metrics.counter("connections_accepted_total", "Connections from clients")
+        self.most = most
+        self._reactor = reactor
+        self._session = session
+        self._sessions = sessions
+        self._tally = tally
+        self._listeners: list[Listener] = []
         self._empty: trio.Event | None = None
-        """While somebody waits for the last connection to end."""
-        self._sessions: trio.Nursery | None = None
-        self._most = most
+        self._turned_away = metrics.counters(
+            "connections_turned_away_total", "Accepted and closed at once, by the limit that said so", "limit"
+        )
+        for limit in ("connections", "per_client"):
+            self._turned_away.labels(limit)
+        self._shed = metrics.counter("connections_shed_total", "Idle connections ended to make room for new ones")
+        self._said = -inf
 
-    async def run(
-        self,
-        sockets: Sequence[socket.socket],
-        session: Session,
-        *background: Callable[..., Awaitable[object]],
-        started: Callable[[], None] = lambda: None,
-    ) -> None:
-        """Serve `sockets` until SIGTERM or SIGINT, and what is under way then until it is over or time is.
+    def listen(self, sockets: Iterable[socket.socket]) -> list[Listener]:
+        """Accept from these too; returns what `close` takes."""
+        listeners = [Listener(self._reactor, sock, self._accepted, room=self._has_room) for sock in sockets]
+        self._listeners += listeners
+        return listeners
 
-        `background` tasks are started before the first connection is accepted (they call `task_status.started()`),
-        and end with the service. `started` is called when connections are accepted.
-        """
-        async with trio.open_nursery() as base:
-            with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP) as signals:
-                await base.start(self.reactor.run)
-                for task in background:
-                    await base.start(task)
-                async with trio.open_nursery() as sessions:
-                    self._sessions = sessions
-                    listeners = [
-                        Listener(self.reactor, sock, self._accepted(session), room=self._has_room) for sock in sockets
-                    ]
-                    gc.collect()
-                    gc.freeze()
-                    gc.set_threshold(_COLLECT_AFTER)
-                    started()
-                    sessions.start_soon(self._until_stopped, signals, listeners)
-            base.cancel_scope.cancel()
-        log.info("stopped")
+    def close(self, listeners: Sequence[Listener]) -> None:
+        """Accept no more from these."""
+        for listener in listeners:
+            if listener in self._listeners:
+                self._listeners.remove(listener)
+                listener.close()
 
-    def _has_room(self) -> bool:
-        return self.live < self._most
+    @property
+    def paused(self) -> bool:
+        """Whether accepting waits for descriptors."""
+        return any(listener.paused for listener in self._listeners)
 
-    def _accepted(self, session: Session) -> Callable[[Endpoint, str, int], None]:
-        async def serve(endpoint: Endpoint, host: str, port: int) -> None:
-            try:
-                await session(endpoint, host, port)
-            except (OSError, DeadlineExpired, PeerReset, Stopping) as error:
-                log.debug("session ends", extra={"fields": {"error": str(error) or type(error).__name__}})
-            except Exception:
-                # A fault of ours in one session is no reason to end the others.
-                log.exception("session failed", extra={"fields": {"client_addr": join_port(host, port)}})
-            finally:
-                endpoint.close()
-                self.live -= 1
-                if not self.live and self._empty is not None:
-                    self._empty.set()
-
-        def accepted(endpoint: Endpoint, host: str, port: int) -> None:
-            assert self._sessions is not None
-            self.live += 1
-            self._sessions.start_soon(serve, endpoint, host, port, name="session")
-
-        return accepted
-
-    async def _until_stopped(self, signals: AsyncIterator[int], listeners: Sequence[Listener]) -> None:
-        async for number in signals:
-            if number == signal.SIGUSR1:
-                self._reopen_log()
-            elif number == signal.SIGHUP:
-                log.warning("SIGHUP: this version re-reads its configuration only when restarted")
-            else:
-                break
-        log.info("stopping", extra={"fields": {"signal": signal.Signals(number).name, "live": self.live}})
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._at_once_when_told_again, signals)
-            try:
-                await trio.sleep(self._stop_delay)
-            finally:
-                for listener in listeners:
-                    listener.close()
-            await self._drain()
-            nursery.cancel_scope.cancel()
-
-    async def _drain(self) -> None:
-        with trio.move_on_after(self._stop_within):
+    async def drain(self, within: float) -> None:
+        """Accept no more, let connections end, and end those that have not after `within` seconds."""
+        self.close(list(self._listeners))
+        with trio.move_on_after(within):
             await self._emptied()
         if self.live:
             log.warning("ending what is still connected", extra={"fields": {"live": self.live}})
-            await self._end_all()
-
-    async def _end_all(self) -> None:
-        self.reactor.interrupt_all(Stopping())
-        with trio.move_on_after(_LAST_WORDS):
-            await self._emptied()
-        assert self._sessions is not None
+            self._reactor.interrupt_all(Stopping)
+            with trio.move_on_after(_LAST_WORDS):
+                await self._emptied()
         self._sessions.cancel_scope.cancel()
+
+    def connections(self) -> list[dict[str, Any]]:
+        """The live ones, as their sessions describe them, with bytes and seconds."""
+        now = self._reactor.clock()
+        rows = (_describe(handler, now) for handler in self._reactor.handlers.values())
+        return [row for row in rows if row is not None]
+
+    def moving(self) -> tuple[int, int]:
+        """Bytes of the live connections, to the destinations and from there."""
+        pairs = self._pairs()
+        return sum(pair.up.count for pair in pairs), sum(pair.down.count for pair in pairs)
 
     async def _emptied(self) -> None:
         if self.live:
             self._empty = trio.Event()
             await self._empty.wait()
 
-    async def _at_once_when_told_again(self, signals: AsyncIterator[int]) -> None:
-        async for number in signals:
-            if number == signal.SIGUSR1:
-                self._reopen_log()
-            elif number in (signal.SIGTERM, signal.SIGINT):
-                log.warning("told to stop again: ending at once", extra={"fields": {"live": self.live}})
-                assert self._sessions is not None
-                self.reactor.interrupt_all(Stopping())
-                # One turn of the loop for the records of the relays that end here.
-                await trio.lowlevel.checkpoint()
-                self._sessions.cancel_scope.cancel()
+    def _pairs(self) -> list[Pair]:
+        """The relays, once each."""
+        flows = (handler for handler in self._reactor.handlers.values() if isinstance(handler, Flow))
+        return [flow.pair for flow in flows if flow is flow.pair.up and flow.pair.result is None]
+
+    def _has_room(self) -> bool:
+        if self.live < self.most:
+            return True
+        self._make_room()
+        return False  # those that were told to end need a moment for it
+
+    def _make_room(self) -> None:
+        before = self._reactor.now - _SHED_AFTER
+        idle = (pair for pair in self._pairs() if pair.active <= before)
+        for pair in heapq.nsmallest(_SHED_AT_ONCE, idle, key=attrgetter("active")):
+            self._shed.value += 1
+            pair.end(Reason.SHED, Side.PROXY)
+
+    def _accepted(self, endpoint: Endpoint, host: str, port: int) -> None:
+        row = self._tally.row(host)
+        limit = self._tally.exceeded(row)
+        if limit is not None:
+            self._turn_away(endpoint, host, port, limit)
+            return
+        self._tally.add(row, 1)
+        self.live += 1
+        self.accepted.value += 1
+        self._sessions.start_soon(self._serve, endpoint, host, port, row, name="session")
+
+    def _turn_away(self, endpoint: Endpoint, host: str, port: int, limit: str) -> None:
+        endpoint.reset()
+        turned_away = self._turned_away.labels(limit)
+        turned_away.value += 1
+        now = self._reactor.now
+        if now - self._said > _SAY_AGAIN_AFTER:  # a flood of connections shall not become one of records
+            self._said = now
+            fields = {"client_addr": join_port(host, port), "limit": limit, "turned_away": int(turned_away.value)}
+            log.warning("too many connections", extra={"fields": fields})
+
+    async def _serve(self, endpoint: Endpoint, host: str, port: int, row: int) -> None:
+        try:
+            await self._session(endpoint, host, port)
+        except (OSError, DeadlineExpired, PeerReset, Stopping) as error:
+            log.debug("session ends", extra={"fields": {"error": str(error) or type(error).__name__}})
+        except Exception:
+            # A fault of ours in one session is no reason to end the others.
+            log.exception("session failed", extra={"fields": {"client_addr": join_port(host, port)}})
+        finally:
+            endpoint.close()
+            self._tally.add(row, -1)
+            self.live -= 1
+            if not self.live and self._empty is not None:
+                self._empty.set()
+
+
+def settle_memory() -> None:
+    """What is there now stays: the collector need not look at it again, nor often at all."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_COLLECT_AFTER)
+
+
+def _describe(handler: object, now: float) -> dict[str, Any] | None:
+    """One row of `connections`: the handler is the client's side of a connection, in its handshake or its relay."""
+    if isinstance(handler, Flow):
+        pair, about = handler.pair, handler.source.about
+        if handler is not pair.up or about is None:
+            return None
+        moved = {
+            "state": "relay",
+            "idle": max(now - pair.active, 0.0),
+            "tx_bytes": pair.up.count,
+            "rx_bytes": pair.down.count,
+        }
+    elif isinstance(handler, Endpoint) and handler.about is not None:
+        about = handler.about
+        moved = {"state": "handshake", "idle": 0.0, "tx_bytes": 0, "rx_bytes": 0}
+    else:
+        return None
+    row: dict[str, Any] = about.describe()
+    return row | moved

@@ -317,7 +317,7 @@ async def test_interrupt_reaches_the_session_as_it_is(lab: Any, black_hole: Targ
         while len(lab.reactor.handlers) < 1 + several:
             await trio.lowlevel.checkpoint()
         await lab.settle()
-        lab.reactor.interrupt_all(Stop())
+        lab.reactor.interrupt_all(Stop)
     assert lab.reactor.handlers == {}
 
 

@@ -247,8 +247,8 @@ async def test_interrupt_raises_where_a_task_waits_and_only_there(lab: Any) -> N
     async with trio.open_nursery() as nursery:
         nursery.start_soon(receive)
         await lab.settle()
-        lab.reactor.interrupt_all(Stop())
-        lab.reactor.interrupt_all(Stop())
+        lab.reactor.interrupt_all(Stop)
+        lab.reactor.interrupt_all(Stop)
     await peer.send(b"still here")
     assert await busy.receive() == b"still here"
 
@@ -267,7 +267,7 @@ async def test_everything_in_the_same_turn(lab: Any, order: tuple[str, ...]) -> 
     actions = {
         "event": event,
         "deadline": lab.reactor.sweep,
-        "interrupt": lambda: lab.reactor.interrupt_all(PeerReset()),
+        "interrupt": lambda: lab.reactor.interrupt_all(PeerReset),
         "cancel": scope.cancel,
     }
 

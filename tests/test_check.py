@@ -1,0 +1,239 @@
+"""usocksd check and transocks check, as an operator, a unit and an editor run them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+from daemons import loopback
+from hypothesis import given
+from hypothesis import strategies as st
+
+import transocks.cli
+import usocksd.cli
+
+PROXY = 'proxy_url = "socks5://127.0.0.1:1080"\n'
+SAMPLES = Path(__file__).parents[1] / "deploy"
+
+
+def check(
+    name: str, *arguments: str | Path, prefix: Sequence[str] = (), **options: Any
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*prefix, sys.executable, "-m", name, *map(str, arguments)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        **options,
+    )
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "daemon.toml"
+
+
+@pytest.mark.parametrize("name", ["usocksd", "transocks"])
+def test_the_sample_is_well(name: str) -> None:
+    done = check(name, "check", "--strict", SAMPLES / f"{name}.toml")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[0] == f"{SAMPLES / name}.toml: 0 faults, 0 warnings"
+    shown = dict(line.split(maxsplit=1) for line in lines[1:])
+    assert shown["timeouts.idle"] == "3600 s"
+    assert shown["limits.per_client"] == "no limit of its own"
+    assert shown["control"] == f"/run/{name}/control.sock"
+    assert int(shown["workers"]) == len(os.sched_getaffinity(0))
+    assert int(shown["limits.connections_by_descriptors"]) > 0
+
+
+def test_every_fault_has_its_line(file: Path) -> None:
+    file.write_text('[incoming]\nport = 70000\n\nprot = 1\n[outgoing]\ndeny_sites = [\n  "ok.example",\n  "a b",\n]\n')
+    done = check("usocksd", "check", file)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        f"{file}:2: error: incoming.port: 70000: expected an integer from 0 to 65535",
+        f"{file}:4: error: incoming.prot: unknown key, did you mean port?",
+        f'{file}:8: error: outgoing.deny_sites[1]: "a b": expected a host, ".domain", an address, a network or "" for'
+        " requests without a name",
+    ]
+    assert done.stdout == f"{file}: 3 faults, 0 warnings\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"[incoming\nport = 1", ":1:10: error: not TOML: "),
+        (b"[incoming]\nport = ", ":2:8: error: not TOML: "),
+        (b"\n\n# \xff", ":3: error: byte 0xff: expected UTF-8\n"),
+        (None, ":1: error: file: can't be read: No such file or directory\n"),
+    ],
+)
+def test_what_is_not_toml(file: Path, content: bytes | None, said: str) -> None:
+    if content is not None:
+        file.write_bytes(content)
+    done = check("usocksd", "check", "-q", file)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"{file}{said}")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_missing_key_is_on_the_first_line(file: Path) -> None:
+    file.write_text("\n\n[log]\n")
+    done = check("transocks", "check", "-q", "-f", file)
+    assert done.stderr.startswith(f"{file}:1: error: proxy_url: missing: expected socks5://")
+    assert done.returncode == 1
+
+
+def test_the_users_belong_to_it(file: Path, tmp_path: Path) -> None:
+    users = tmp_path / "users"
+    users.write_text("\nme:in-the-clear\n$2y$05$onlyahash\n")
+    users.chmod(0o640)
+    file.write_text(f'workers = 64\n[auth]\nusers_file = "{users}"')
+    done = check("usocksd", "check", "-q", file)
+    assert done.returncode == 1
+    first, second, third = done.stderr.splitlines()
+    assert first.startswith(f"{users}:2: error: 'me': expected a bcrypt hash")
+    assert second.startswith(f"{users}:3: error: expected")
+    assert third.startswith(f"{file}:1: warning: workers: 64: ")
+    assert "clear" not in done.stderr
+    assert "onlyahash" not in done.stderr
+
+
+def test_warnings_are_faults_if_strict(file: Path) -> None:
+    file.write_text(f"{PROXY}[timeouts]\n# first\nhandshake = 5000\n")
+    for arguments, status in (((), 0), (("--strict",), 1)):
+        done = check("transocks", "check", *arguments, file)
+        assert done.returncode == status
+        assert done.stderr.startswith(f"{file}:4: warning: timeouts.handshake: 5000: ")
+        assert done.stdout.startswith(f"{file}: 0 faults, 1 warnings\n  listen ")
+
+
+def test_json(file: Path) -> None:
+    file.write_text('control = ""\nworkers = 3\n[incoming]\nport = 5\naddresses = ["192.0.2.77"]\nmetrics_port = 0\n')
+    done = check("usocksd", "check", "--json", file)
+    assert (done.returncode, done.stderr) == (0, "")
+    answer = json.loads(done.stdout)
+    assert (answer["file"], answer["ok"], answer["faults"]) == (str(file), True, [])
+    assert {
+        "file": str(file),
+        "line": 5,
+        "column": None,
+        "key": "incoming.addresses[0]",
+        "value": "192.0.2.77",
+    }.items() <= answer["warnings"][-1].items()
+    settings = answer["settings"]
+    assert settings["listen"] == ["192.0.2.77:5"]
+    assert (settings["metrics"], settings["control"], settings["workers"]) == (None, None, 3)
+    assert settings["timeouts.connect"] == 30
+
+    file.write_text("port = 5\n\n=")
+    done = check("usocksd", "check", "--json", file)
+    assert (done.returncode, done.stderr) == (1, "")
+    answer = json.loads(done.stdout)
+    assert (answer["ok"], answer["warnings"], answer["settings"]) == (False, [], None)
+    (fault,) = answer["faults"]
+    assert (fault["line"], fault["column"], fault["key"]) == (3, 1, "")
+
+
+def test_nothing_is_touched_and_what_is_in_use_does_not_matter(file: Path, tmp_path: Path) -> None:
+    with loopback() as taken:
+        port = taken.getsockname()[1]
+        file.write_text(
+            f'control = "{tmp_path}/control.sock"\n[incoming]\nport = {port}\naddresses = ["127.0.0.1"]\n'
+            f'[log]\nfilename = "{tmp_path}/daemon.log"\n'
+        )
+        done = check("usocksd", "check", "--strict", file)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_what_this_process_may_not_do(file: Path, tmp_path: Path) -> None:
+    """As somebody else than root: no marks, no files in directories that are not ours, few descriptors."""
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    (closed / "old.log").touch(0o400)
+    closed.chmod(0o555)
+    file.write_text(
+        f'{PROXY}mark = 1\ncontrol = "{closed}/control.sock"\nworkers = 1\n[limits]\nconnections = 5000\n'
+        f'[log]\nfilename = "{closed}/new.log"\n'
+    )
+    powerless = ("setpriv", "--bounding-set=-all", "--inh-caps=-all") if os.geteuid() == 0 else ()
+    prefix = (*powerless, "prlimit", "--nofile=1024:1024")
+    done = check("transocks", "check", "-q", file, prefix=prefix)
+    keys = [line.split(": ")[2] for line in done.stderr.splitlines()]
+    assert keys == ["mark", "control", "limits.connections", "log.filename"], done.stderr
+    assert "1 x 1024 file descriptors" in done.stderr
+    file.write_text(f'{PROXY}[log]\nfilename = "{closed}/old.log"\n')
+    assert "may not write it" in check("transocks", "check", "-q", file, prefix=prefix).stderr
+
+
+def test_which_file(file: Path, tmp_path: Path) -> None:
+    good, bad = tmp_path / "good.toml", tmp_path / "bad.toml"
+    good.write_text(PROXY)
+    bad.write_text("")
+    assert check("transocks", "-f", good, "check").returncode == 0
+    assert check("transocks", "-f", bad, "check").returncode == 1
+    assert check("transocks", "-f", bad, "check", good).returncode == 0
+    assert check("transocks", "check", "--nonsense").returncode == 2
+    usage = check("usocksd", "check", "--help").stdout
+    assert "FILE:LINE: warning: KEY: VALUE:" in usage
+    assert "/etc/usocksd.toml" in usage
+
+
+def test_it_takes_no_time(file: Path) -> None:
+    """An editor runs it with every save: as fast as Python starts and loads, which is checked with much to spare."""
+    sites = ", ".join(f'"host{number}.example"' for number in range(10_000))
+    file.write_text(f"[outgoing]\ndeny_sites = [{sites}]\n")
+    started = time.monotonic()
+    assert check("usocksd", "check", file).returncode == 0
+    assert time.monotonic() - started < 10
+
+
+# Secrets
+
+
+def output(main: Any, *arguments: str) -> str:
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        main(arguments)
+    return said.getvalue()
+
+
+@given(
+    password=st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), max_size=20).map("s3cret{}".format),
+    before=st.sampled_from(["socks5://me:", "http://me:", "htp://me:", "me:", "http://m@e:", ""]),
+    after=st.sampled_from(["@127.0.0.1:1081", "@proxy", "@", ":1", "@h:99999", "@h:1/x", ""]),
+    quoted=st.booleans(),
+    rest=st.sampled_from(["", "x = 1", "[timeouts]\nidle = 0", "[log", "proxy_url = 1", "workers = 64"]),
+)
+def test_no_output_has_the_password(
+    tmp_path_factory: pytest.TempPathFactory, password: str, before: str, after: str, quoted: bool, rest: str
+) -> None:
+    file = tmp_path_factory.getbasetemp() / "secret.toml"
+    url = before + (quote(password, safe="") if quoted else password) + after
+    file.write_text(f"proxy_url = {json.dumps(url, ensure_ascii=False)}\n{rest}\n", encoding="utf-8")
+    for arguments in (["check"], ["check", "--json"], ["check", "-q", "--strict"]):
+        assert "s3cret" not in output(transocks.cli.main, *arguments, str(file))
+
+
+@given(st.text(st.characters(codec="utf-8"), max_size=200))
+def test_any_text_is_checked(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    """What a file says comes out on one line a fault, whatever it is, and is no bug of ours."""
+    file = tmp_path_factory.getbasetemp() / "any.toml"
+    file.write_text(f"[incoming]\nport = {text}", encoding="utf-8")
+    for line in output(usocksd.cli.main, "check", "-q", str(file)).splitlines():
+        assert re.match(rf"{re.escape(str(file))}:\d+:", line)

@@ -1,0 +1,28 @@
+"""usocksd check FILE: every fault and every warning of a configuration. See usocksd/runtime/verbs/check.py."""
+
+from __future__ import annotations
+
+import argparse
+
+from usocksd.config import Config
+from usocksd.errors import ConfigError
+from usocksd.runtime.verbs import check
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add this verb to the command line."""
+    check.add_parser(subparsers, check.Checked("usocksd", Config, "/etc/usocksd.toml", False, _examine))
+
+
+def _examine(config: Config, source: str | None) -> check.Examined:
+    # Not for the command lines of other verbs: trio and what it needs take a tenth of a second to load.
+    from usocksd.auth import Users  # noqa: PLC0415
+    from usocksd.lint import lint  # noqa: PLC0415
+
+    error = None
+    if config.auth.users_file is not None:
+        try:
+            Users(config.auth.users_file)
+        except ConfigError as exc:
+            error = exc
+    return check.Examined(config.common(), lint(config, source), error)

@@ -1,0 +1,21 @@
+"""The options of every proxied TCP connection, on either side. Accepted sockets inherit them from their listener."""
+
+from __future__ import annotations
+
+import socket
+
+# A peer that is silent for five minutes is asked, and taken for dead when it answers none of six probes in a minute.
+_KEEPALIVE = ((socket.TCP_KEEPIDLE, 300), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 6))
+
+
+def set_options(sock: socket.SocketType) -> None:
+    """TCP_NODELAY (a proxy that waits for more to send only adds delay), SO_KEEPALIVE so that dead peers go away, and
+    SO_OOBINLINE (the urgent byte is not lost).
+
+    Not TCP_USER_TIMEOUT: it would also end connections to a peer that lives and has closed its window.
+    """
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in _KEEPALIVE:
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)

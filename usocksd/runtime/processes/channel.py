@@ -1,0 +1,87 @@
+"""Messages between master and worker: JSON objects, file descriptors alongside, over a Unix stream socket."""
+
+from __future__ import annotations
+
+import array
+import json
+import os
+import socket
+import struct
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import trio
+
+Message: TypeAlias = dict[str, Any]
+
+_HEAD = struct.Struct("!IH")  # length of the JSON text, number of descriptors
+_RECEIVE_SIZE = 64 * 1024
+# SCM_MAX_FD of unix(7): so many fit into one message of the kernel.
+_MOST_FDS = 253
+
+
+class Channel:
+    """One end. Both sides are this program, so what arrives is well-formed, and the end is an end.
+
+    Sending waits for room, one message at a time; receiving is for one task.
+    """
+
+    def __init__(self, sock: trio.socket.SocketType, unread: bytes = b"") -> None:
+        self._sock = sock
+        self._sending = trio.Lock()
+        self._buffer = bytearray(unread)
+        self._fds: deque[int] = deque()
+
+    async def send(self, message: Message, fds: Sequence[int] = ()) -> None:
+        """Send a message; the other side gets duplicates of `fds`. Raises OSError when it is gone."""
+        assert len(fds) <= _MOST_FDS
+        text = json.dumps(message, separators=(",", ":")).encode()
+        data = memoryview(_HEAD.pack(len(text), len(fds)) + text)
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        async with self._sending:
+            # The descriptors travel with the first bytes.
+            data = data[await self._sock.sendmsg([data], rights) :]
+            while data:
+                data = data[await self._sock.send(data) :]
+
+    async def receive(self) -> tuple[Message, list[int]] | None:
+        """The next message and its descriptors, which are the caller's to close; None when the other side is gone."""
+        while True:
+            if len(self._buffer) >= _HEAD.size:
+                size, fds = _HEAD.unpack_from(self._buffer)
+                end = _HEAD.size + size
+                if len(self._buffer) >= end and len(self._fds) >= fds:
+                    message: Message = json.loads(self._buffer[_HEAD.size : end])
+                    del self._buffer[:end]
+                    return message, [self._fds.popleft() for _ in range(fds)]
+            try:
+                data, rights, _, _ = await self._sock.recvmsg(_RECEIVE_SIZE, socket.CMSG_SPACE(_MOST_FDS * 4))
+            except ConnectionResetError:
+                return None
+            if not data:
+                return None
+            self._buffer += data
+            for _, _, raw in rights:
+                received = array.array("i")
+                received.frombytes(raw[: len(raw) - len(raw) % received.itemsize])
+                self._fds.extend(received)
+
+    def fileno(self) -> int:
+        """The socket's descriptor."""
+        return self._sock.fileno()
+
+    def unread(self) -> bytes:
+        """What has arrived of a message that is not complete."""
+        return bytes(self._buffer)
+
+    @property
+    def sending(self) -> bool:
+        """Whether a part of a message is yet to be sent."""
+        return self._sending.locked()
+
+    def close(self) -> None:
+        """Close this end, and what came along and nobody took."""
+        self._sock.close()
+        while self._fds:
+            os.close(self._fds.popleft())

@@ -1,0 +1,363 @@
+"""The workers of all generations: started, watched, replaced, and let go.
+
+A worker that dies or hangs is replaced; until the new one is ready, another one serves its slot as well.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import attrs
+import trio
+
+from usocksd.errors import Error
+from usocksd.runtime.limits import COLUMNS, clear_column, make_table
+from usocksd.runtime.listeners import queue_length
+from usocksd.runtime.metrics import Metrics, Snapshot, lasting, total
+from usocksd.runtime.processes.plan import Plan
+from usocksd.runtime.processes.slots import Slots
+from usocksd.runtime.processes.worker_process import State, WorkerProcess
+from usocksd.runtime.settings import LogConfig
+
+log = logging.getLogger(__name__)
+
+# So long may a generation take to become ready, in seconds: a cold cache and a million rules.
+_READY_WITHIN = 60.0
+# Silent for so long, a worker's slot is served by another as well; and then it is taken for hung.
+_SUSPECT_AFTER = 2.0
+_HUNG_AFTER = 10.0
+_LOOK_EVERY = 0.5
+# A worker that dies is replaced at once, one that dies again soon ever more slowly; but while nobody serves, soon.
+_BACKOFF = (0.0, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0)
+_BACKOFF_ALONE = 0.5
+_STEADY_AFTER = 5.0
+# What a worker has for its last words when its connections are ended, before it is killed.
+_LAST_WORDS = 5.0
+# A surplus socket is closed when nobody has waited in it for so long: longer than a handshake takes.
+_QUIET = 2.0
+
+
+@attrs.frozen
+class Generation:
+    """A configuration that is or was in force, and what its workers are told."""
+
+    number: int
+    text: str
+    source: str
+    plan: Plan
+    log: dict[str, str | None]
+    """As usocksd.runtime.log.setup takes it"""
+    since: float
+    """Seconds since the epoch"""
+
+    def as_json(self) -> dict[str, Any]:
+        """For the program that this process is about to become."""
+        return {**attrs.asdict(self, recurse=False), "plan": self.plan.as_json()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Generation:
+        """From the program that this process was."""
+        return cls(**{**values, "plan": Plan.from_json(values["plan"])})
+
+
+@attrs.frozen
+class Candidate:
+    """A generation that is ready to serve, and not in force yet."""
+
+    generation: Generation
+    workers: list[WorkerProcess]
+
+
+class Crew:
+    """Every worker there is, in the order in which they were started."""
+
+    def __init__(self, nursery: trio.Nursery, slots: Slots, metrics: Metrics, table: int | None = None) -> None:
+        self.workers: list[WorkerProcess] = []
+        self.generation: Generation | None = None
+        """The one in force."""
+        self.retired: Snapshot = {}
+        """What ended workers counted."""
+        self.table = make_table() if table is None else table
+        self.stopping = False
+        self.level: str | None = None
+        """The log level that an operator has set, until the next reload."""
+        self.changed = trio.Event()
+        """Set, and a new one put in its place, when a worker has ended."""
+        self._nursery = nursery
+        self._slots = slots
+        self._adopters: dict[int, WorkerProcess] = {}
+        self._covering = trio.Lock()
+        self._failures: defaultdict[int, int] = defaultdict(int)
+        self._born: dict[int, float] = {}
+        self._restarts = metrics.counters("worker_restarts_total", "Workers that were replaced, by cause", "cause")
+        for cause in ("exit", "signal", "hung"):
+            self._restarts.labels(cause)
+
+    # A generation comes, and its predecessors go
+
+    async def prepare(
+        self, number: int, text: str, source: str, log_order: Callable[[LogConfig], dict[str, str | None]]
+    ) -> Candidate:
+        """Start the workers of a new configuration; returns when all are ready, and have connections already.
+
+        Raises ConfigError with every fault, or Error; then nothing has changed.
+        """
+        workers: list[WorkerProcess] = []
+        try:
+            with trio.fail_after(_READY_WITHIN):
+                workers.append(self._start(number, 0))
+                plan = await workers[0].plan(text, source)
+                generation = Generation(number, text, source, plan, log_order(plan.log), time.time())
+                self._slots.open(plan.listen, plan.workers)
+                workers += [self._start(number, slot) for slot in range(1, plan.workers)]
+                await self._serve_all(generation, workers)
+        except BaseException as error:
+            self._give_up(workers)
+            if isinstance(error, trio.TooSlowError):
+                raise Error(f"the workers were not ready within {_READY_WITHIN:.0f} s") from None
+            raise
+        return Candidate(generation, workers)
+
+    def dismiss(self, candidate: Candidate) -> None:
+        """It is not to be in force after all."""
+        self._give_up(candidate.workers)
+
+    def _give_up(self, workers: Sequence[WorkerProcess]) -> None:
+        self._slots.restore()
+        for worker in workers:
+            worker.kill()
+            self._nursery.start_soon(self._bury, worker)
+
+    async def commit(self, candidate: Candidate) -> None:
+        """From now on this one is in force. Older ones drain."""
+        generation = self.generation = candidate.generation
+        self.level = None
+        self._adopters.clear()  # those were workers of the generation before
+        self._failures.clear()
+        for worker in candidate.workers:
+            self._nursery.start_soon(self._watch, worker)
+        surplus = self._slots.release(generation.plan.listen, generation.plan.workers)
+        if surplus:
+            self._nursery.start_soon(self._empty, surplus, candidate.workers[0])
+        older = [worker for worker in self.workers if worker.generation < generation.number]
+        await self.drain([worker for worker in older if worker.state is not State.DRAINING], generation.plan.drain)
+
+    async def drain(self, workers: Sequence[WorkerProcess], within: float) -> None:
+        """These accept no more, and end what is left in `within` seconds."""
+        for worker in list(workers):
+            if worker.state is State.STARTING:
+                worker.kill()
+            else:
+                worker.state = State.DRAINING
+                await worker.send({"type": "drain", "within": within})
+
+    async def stop(self, within: float) -> None:
+        """End all workers; returns when they have."""
+        self.stopping = True
+        with trio.move_on_after(within + _LAST_WORDS):
+            await self.drain(self.workers, within)
+            while self.workers:
+                await self.changed.wait()
+        for worker in self.workers:
+            worker.kill()
+
+    @property
+    def draining(self) -> list[int]:
+        """The numbers of the generations that drain, the oldest first."""
+        return sorted({worker.generation for worker in self.workers if worker.state is State.DRAINING})
+
+    def of(self, generation: int) -> list[WorkerProcess]:
+        """The workers of a generation."""
+        return [worker for worker in self.workers if worker.generation == generation]
+
+    @property
+    def serving(self) -> list[WorkerProcess]:
+        """The workers that accept connections, as far as one knows."""
+        number = self.generation.number if self.generation else 0
+        return [worker for worker in self.of(number) if worker.state is State.SERVING]
+
+    # A worker's life
+
+    def reap(self) -> None:
+        """Take the exit status of children that have ended: of all, since this may be the first process of a container."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if not pid:
+                return
+            for worker in self.workers:
+                if worker.pid == pid:
+                    worker.exit_status = os.waitstatus_to_exitcode(status)
+                    worker.exited.set()
+
+    async def look_after(self) -> None:
+        """Find those that hang."""
+        last = trio.current_time()
+        while True:
+            await trio.sleep(_LOOK_EVERY)
+            self.reap()
+            last, before = trio.current_time(), last
+            if last - before > _SUSPECT_AFTER:
+                continue  # it was this process that slept
+            for worker in self.workers:
+                silent = last - worker.seen
+                if worker.state is State.STARTING or silent < _SUSPECT_AFTER:
+                    continue
+                if worker.state is State.SERVING:
+                    worker.state = State.SUSPECTED
+                    log.warning("a worker is silent", extra={"fields": {"pid": worker.pid, "slot": worker.slot}})
+                    self._nursery.start_soon(self._cover)
+                if silent > _HUNG_AFTER and not worker.hung:
+                    worker.hung = True
+                    log.error("a worker hangs, ending it", extra={"fields": {"pid": worker.pid, "live": worker.live}})
+                    worker.kill()
+
+    def take_over(self, worker: WorkerProcess) -> None:
+        """Go on with a worker that an earlier version of this process has started."""
+        self.workers.append(worker)
+        self._nursery.start_soon(self._watch, worker)
+
+    def _start(self, generation: int, slot: int) -> WorkerProcess:
+        taken = {worker.column for worker in self.workers}
+        column = next((column for column in range(COLUMNS) if column not in taken), None)
+        if column is None:
+            raise Error("too many workers at a time: wait until older ones have drained")
+        worker = WorkerProcess.start(generation, slot, column)
+        self.workers.append(worker)
+        self._born[worker.pid] = trio.current_time()
+        return worker
+
+    async def _serve_all(self, generation: Generation, workers: Sequence[WorkerProcess]) -> None:
+        """Raises the first error of any."""
+        errors: list[Error] = []
+
+        async def serve(worker: WorkerProcess, *, configured: bool) -> None:
+            try:
+                await self._serve(generation, worker, configured=configured)
+            except Error as error:
+                errors.append(error)
+                nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            for worker in workers:
+                nursery.start_soon(partial(serve, worker, configured=worker is workers[0]))
+        if errors:
+            raise errors[0]
+
+    async def _serve(self, generation: Generation, worker: WorkerProcess, *, configured: bool = False) -> None:
+        plan = generation.plan
+        if not configured:
+            await worker.configure(generation.text, generation.source)
+        order = {
+            "log": generation.log | ({"level": self.level} if self.level else {}),
+            "ports": sorted({port for _, port in self._slots.names}),
+            "connections": plan.connections,
+            "per_client": plan.per_client,
+            "stop": plan.stop,
+        }
+        await worker.serve(order, [*self._slots.of(worker.slot, plan.listen), self.table])
+
+    async def _watch(self, worker: WorkerProcess) -> None:
+        async for _ in worker.listen():
+            if worker.state is State.SUSPECTED:
+                worker.state = State.SERVING
+                await self._cover()
+        await self._bury(worker)
+        generation = self.generation
+        expected = worker.state is State.DRAINING
+        fields = {"pid": worker.pid, "generation": worker.generation, "exit_status": worker.exit_status}
+        if expected and worker.exit_status == 0:
+            log.log(logging.DEBUG if self.stopping else logging.INFO, "a worker has drained", extra={"fields": fields})
+        else:
+            log.error("a worker ended", extra={"fields": {**fields, "live": worker.live}})
+        if expected or self.stopping or generation is None or worker.generation != generation.number:
+            return
+        cause = "hung" if worker.hung else "signal" if (worker.exit_status or 0) < 0 else "exit"
+        self._restarts.labels(cause).value += 1
+        await self._replace(generation, worker)
+
+    async def _bury(self, worker: WorkerProcess) -> None:
+        """It has closed its channel, or was killed: see it end, and keep what it counted."""
+        with trio.move_on_after(_LAST_WORDS):
+            await worker.exited.wait()
+        worker.kill()
+        await worker.exited.wait()
+        worker.channel.close()
+        self.retired = total([self.retired, lasting(worker.metrics)])
+        self.workers.remove(worker)
+        clear_column(self.table, worker.column)
+        event, self.changed = self.changed, trio.Event()
+        event.set()
+
+    async def _replace(self, generation: Generation, dead: WorkerProcess) -> None:
+        slot = dead.slot
+        await self._cover()
+        if trio.current_time() - self._born.pop(dead.pid, 0.0) > _STEADY_AFTER:
+            self._failures[slot] = 0
+        while True:
+            delay = _BACKOFF[min(self._failures[slot], len(_BACKOFF) - 1)]
+            await trio.sleep(delay if self.serving else min(delay, _BACKOFF_ALONE))
+            if self.stopping or self.generation is not generation:
+                return
+            self._failures[slot] += 1
+            try:
+                worker = self._start(generation.number, slot)
+            except Error as error:
+                log.error("a worker can't be replaced", extra={"fields": {"error": str(error)}})
+                continue
+            try:
+                with trio.fail_after(_READY_WITHIN):
+                    await self._serve(generation, worker)
+            except (Error, trio.TooSlowError) as error:
+                log.error("a worker can't be replaced", extra={"fields": {"error": str(error) or "not ready in time"}})
+                worker.kill()
+                await self._bury(worker)
+                continue
+            break
+        self._nursery.start_soon(self._watch, worker)
+        if self.stopping or self.generation is not generation:
+            await self.drain([worker], 0.0)
+            return
+        log.info("a worker was replaced", extra={"fields": {"pid": worker.pid, "slot": slot}})
+        await self._cover()
+
+    async def _cover(self) -> None:
+        """Every slot is served: by its own worker, or by another that has adopted it until its own is there."""
+        async with self._covering:
+            generation = self.generation
+            if generation is None or self._slots.inherited:
+                return
+            serving = {worker.slot: worker for worker in self.serving}
+            for slot in range(generation.plan.workers):
+                adopter = self._adopters.get(slot)
+                if slot in serving:
+                    if adopter is not None:
+                        del self._adopters[slot]
+                        await adopter.send({"type": "release", "id": slot})
+                elif serving and (adopter is None or adopter not in serving.values()):
+                    adopter = self._adopters[slot] = min(serving.values(), key=lambda worker: worker.live)
+                    fds = self._slots.of(slot, generation.plan.listen)
+                    await adopter.send({"type": "adopt", "id": slot}, fds)
+
+    async def _empty(self, surplus: Sequence[Any], worker: WorkerProcess) -> None:
+        """Have what waits in these sockets accepted, then close them: closed at once, they would reset it."""
+        number = -surplus[0].fileno()
+        await worker.send({"type": "adopt", "id": number}, [sock.fileno() for sock in surplus])
+        quiet = 0.0
+        # Bounded, for where nothing keeps new connections away from a dropped address (see slots.py).
+        with trio.move_on_after(_QUIET * 5):
+            while quiet < _QUIET:
+                await trio.sleep(_QUIET / 10)
+                quiet = 0.0 if any(map(queue_length, surplus)) else quiet + _QUIET / 10
+        await worker.send({"type": "release", "id": number})
+        for sock in surplus:
+            sock.close()
+        self._slots.settle()

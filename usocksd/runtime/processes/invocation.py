@@ -1,0 +1,80 @@
+"""What the command line said, and the log that follows from it and the configuration together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import attrs
+
+from usocksd.errors import Error
+from usocksd.runtime.log import Log, setup
+from usocksd.runtime.settings import LogConfig
+
+LogOrder = dict[str, str | None]
+"""Arguments for usocksd.runtime.log.setup, of a process that has the topic already"""
+
+
+@attrs.frozen
+class Invocation:
+    """A daemon's command line. Its flags win over [log] of the configuration."""
+
+    name: str
+    read: Callable[[], tuple[str, str]]
+    """Gives the text of the configuration, and where it is from. Raises Error."""
+    logfile: str | None
+    loglevel: str | None
+    logformat: str | None
+
+    def log_order(self, config: LogConfig) -> LogOrder:
+        """How the processes are to log."""
+        return {
+            "filename": self.logfile or config.filename,
+            "level": self.loglevel or config.level,
+            "format": self.logformat or config.format,
+        }
+
+
+class MasterLog:
+    """The master's own log, which a reload may put elsewhere: opened first, and the old one closed when all is well."""
+
+    def __init__(self, invocation: Invocation) -> None:
+        self._invocation = invocation
+        # Before there is one as configured, what goes wrong is told on stderr, in the form that was asked for.
+        self.current = setup(invocation.name, None, invocation.loglevel, invocation.logformat)
+        self._order: LogOrder | None = None
+        self._coming: tuple[Log, LogOrder] | None = None
+
+    def prepare(self, config: LogConfig) -> LogOrder:
+        """Open the log of a configuration that is to come. Raises Error when that can't be done."""
+        order = self._invocation.log_order(config)
+        if order != self._order:
+            if self._order is None:
+                self.current.close()  # stderr it may be again, and each record shall be there once
+            try:
+                self._coming = setup(self._invocation.name, **order), order
+            except OSError as error:
+                if self._order is None:
+                    self.current = setup(self._invocation.name, None, order["level"], order["format"])
+                raise Error(f"can't open the log file {order['filename']}: {error.strerror}") from None
+            if self._order is None:
+                self.commit()
+        return order
+
+    def commit(self) -> None:
+        """That configuration is in force."""
+        if self._coming is not None:
+            self.current.close()
+            (self.current, self._order), self._coming = self._coming, None
+        self.current.set_level(self.current.configured)
+
+    def reopen(self) -> None:
+        """Open the one in force again, after it was closed."""
+        assert self._order is not None
+        self.current = setup(self._invocation.name, **self._order)
+
+    def drop(self) -> None:
+        """It will not be."""
+        if self._coming is not None:
+            self._coming[0].close()
+            self._coming = None
+            self.current.set_level(self.current.level)

@@ -1,0 +1,68 @@
+"""What systemd is told, and what it hands over (sd_notify(3), sd_listen_fds(3)); without systemd, nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+
+_FIRST_FD = 3
+
+
+class Notifier:
+    """Sends states to the service manager that started this process, if one did."""
+
+    def __init__(self) -> None:
+        address = os.environ.pop("NOTIFY_SOCKET", "")
+        self._address = "\0" + address[1:] if address.startswith("@") else address
+        watchdog = os.environ.pop("WATCHDOG_USEC", "")
+        ours = os.environ.pop("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+        self.watchdog: float | None = int(watchdog) / 1e6 if watchdog.isdigit() and ours else None
+        """Seconds within which a sign of life is wanted."""
+
+    def ready(self, status: str) -> None:
+        self._send("READY=1", f"STATUS={status}")
+
+    def reloading(self) -> None:
+        self._send("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
+
+    def stopping(self, status: str) -> None:
+        self._send("STOPPING=1", f"STATUS={status}")
+
+    def status(self, status: str) -> None:
+        self._send(f"STATUS={status}")
+
+    def alive(self) -> None:
+        self._send("WATCHDOG=1")
+
+    def environment(self) -> dict[str, str]:
+        """What a new version of this process needs to go on telling."""
+        found = {}
+        if self._address:
+            found["NOTIFY_SOCKET"] = "@" + self._address[1:] if self._address[0] == "\0" else self._address
+        if self.watchdog is not None:
+            found["WATCHDOG_USEC"] = str(int(self.watchdog * 1e6))
+        return found
+
+    def _send(self, *lines: str) -> None:
+        if not self._address:
+            return
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+            with contextlib.suppress(OSError):  # a manager that does not listen is not worth failing for
+                sock.sendto("\n".join(lines).encode(), self._address)
+
+
+def inherited_sockets() -> list[socket.socket]:
+    """The listening TCP sockets of socket activation (LISTEN_FDS), if they are meant for this process."""
+    pid, count = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "")
+    os.environ.pop("LISTEN_FDNAMES", None)
+    if pid != str(os.getpid()) or not count.isdigit():
+        return []
+    sockets = []
+    for fd in range(_FIRST_FD, _FIRST_FD + int(count)):
+        os.set_inheritable(fd, False)
+        sock = socket.socket(fileno=fd)
+        sock.setblocking(False)
+        sockets.append(sock)
+    return sockets

@@ -1,0 +1,155 @@
+"""What a master needs to know of a configuration. Workers read the configuration itself; the master reads only this.
+
+So a new version of the program, with settings that the running master has never heard of, can be reloaded into, and
+the master needs nothing of what a daemon is made of.
+"""
+
+from __future__ import annotations
+
+import os
+import pkgutil
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import attrs
+
+from usocksd.runtime.common import Common
+from usocksd.runtime.endpoint import Endpoint
+from usocksd.runtime.log import Log
+from usocksd.runtime.metrics import Metrics
+from usocksd.runtime.reactor import Reactor
+from usocksd.runtime.settings import LogConfig
+
+C = TypeVar("C")
+
+Session = Callable[[Endpoint, str, int], Awaitable[None]]
+"""Serves one accepted connection: endpoint, the peer's numeric address and port."""
+
+
+HANDOVER = 1
+"""The format of what a master passes on to a newer version of itself; a number for each change of it."""
+
+
+class Address(NamedTuple):
+    """Where to listen; an optional one may be missing (a family that the host lacks), if another is there."""
+
+    host: str
+    port: int
+    optional: bool = False
+
+
+class Metering(NamedTuple):
+    """Where the metrics endpoint is. `required`: somebody asked for just this port, so not having it is an error."""
+
+    host: str
+    port: int
+    required: bool
+
+
+@attrs.frozen(kw_only=True)
+class Plan:
+    """One configuration, as the master sees it."""
+
+    version: str
+    """of the program that has read it"""
+    listen: tuple[Address, ...]
+    workers: int
+    log: LogConfig
+    metrics: Metering | None
+    control: str | None
+    """Path of the control socket"""
+    drain: float
+    """Seconds that connections may go on after a reload"""
+    stop: float
+    """Seconds that connections may go on when the daemon stops"""
+    connections: int
+    """At most so many in all, 0 for as many as there are descriptors"""
+    per_client: int
+    """At most so many from one client address, 0 for any number"""
+    warnings: tuple[str, ...] = ()
+    """What is no fault, and yet not what an operator would want"""
+
+    def as_json(self) -> dict[str, Any]:
+        """As a message carries it."""
+        return attrs.asdict(self, recurse=False) | {"log": attrs.asdict(self.log)}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Plan:
+        """From a message, of this version or a later one: what is not known here is left out."""
+        known = {field.name: values[field.name] for field in attrs.fields(cls) if field.name in values}
+        metrics = known["metrics"]
+        known |= {
+            "listen": tuple(Address(*address) for address in known["listen"]),
+            "log": LogConfig(**known["log"]),
+            "metrics": None if metrics is None else Metering(*metrics),
+            "warnings": tuple(known["warnings"]),
+        }
+        return cls(**known)
+
+
+def make_plan(common: Common, *, version: str, warnings: Sequence[str]) -> Plan:
+    """The plan of a configuration, read by this `version` of the program."""
+    port = common.metrics_default if common.metrics_port is None else common.metrics_port
+    required = common.metrics_port is not None
+    return Plan(
+        version=version,
+        listen=tuple(Address(str(at.address), at.port, at.optional) for _, at in common.listen),
+        workers=common.workers or len(os.sched_getaffinity(0)),
+        log=common.log,
+        metrics=Metering(str(common.metrics_address), port, required) if port else None,
+        control=common.control,
+        drain=common.timeouts.drain,
+        stop=common.timeouts.stop,
+        connections=common.limits.connections,
+        per_client=common.limits.per_client,
+        warnings=tuple(warnings),
+    )
+
+
+class Parts(NamedTuple):
+    """What a worker gives to the daemon that it runs."""
+
+    log: Log
+    reactor: Reactor
+    metrics: Metrics
+    ports: frozenset[int]
+    """The ports that are listened on"""
+    descriptors: int
+    """How many open files the process may have"""
+    connections: int
+    """How many connections fit into them"""
+
+
+class Built(NamedTuple):
+    """A daemon, ready to serve."""
+
+    session: Session
+    background: tuple[Callable[..., Awaitable[object]], ...] = ()
+    """Tasks started before the first connection is accepted; they say `task_status.started()`."""
+    close: Callable[[], None] = lambda: None
+    """When everything is over."""
+
+
+@attrs.frozen
+class Daemon(Generic[C]):
+    """One of the two daemons, as everything that is common to both sees it.
+
+    `plan` and `build` are "module:function": only workers load what is behind them.
+    """
+
+    name: str
+    config: type[C]
+    _plan: str
+    """(config) -> Plan"""
+    _build: str
+    """(config, parts) -> Built. Raises Error when that can't be done."""
+
+    def plan(self, config: C) -> Plan:
+        """What the master needs to know."""
+        plan: Plan = pkgutil.resolve_name(self._plan)(config)
+        return plan
+
+    def build(self, config: C, parts: Parts) -> Built:
+        """Put the daemon together. Raises Error."""
+        built: Built = pkgutil.resolve_name(self._build)(config, parts)
+        return built

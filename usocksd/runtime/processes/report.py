@@ -1,0 +1,211 @@
+"""What the daemon says of itself: the answer to `status`, the master's metrics, health, and a line for systemd."""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from usocksd import __version__
+from usocksd.errors import ConfigError, Error
+from usocksd.runtime.metrics import Metrics, Snapshot, total
+from usocksd.runtime.processes.crew import Crew, Generation
+from usocksd.runtime.processes.invocation import MasterLog
+from usocksd.runtime.processes.slots import Slots, place_names
+from usocksd.runtime.processes.worker_process import State, WorkerProcess
+
+# Rates are those of so many seconds.
+_RATES_OVER = 0.5
+_RATES = ("connections", "tx_bytes", "rx_bytes")
+# A worker that hangs is not waited for.
+_ANSWER_WITHIN = 1.0
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+class Report:
+    """Knows what there is to tell; `started` is in seconds since the epoch."""
+
+    def __init__(
+        self, name: str, crew: Crew, slots: Slots, metrics: Metrics, *, log: MasterLog, started: float
+    ) -> None:
+        self.name = name
+        self.started = started
+        self.draining = False
+        """The daemon stops."""
+        self.reloading = False
+        self.last_reload: dict[str, Any] | None = None
+        self.metrics_address: str | None = None
+        self._log = log
+        self._crew = crew
+        self._slots = slots
+        self._metrics = metrics
+        metrics.gauges("build_info", "The version of the master", "version").labels(__version__).value = 1
+        self._reloads = metrics.counters("reloads_total", "Tries to reload the configuration", "result")
+        for result in ("ok", "failed"):
+            self._reloads.labels(result)
+        self._last_ok = metrics.gauge("config_last_reload_successful", "Whether the last reload or the start went well")
+        self._last_ok.value = 1
+        self._loaded = metrics.gauge(
+            "config_last_reload_success_timestamp_seconds", "When the configuration in force was loaded"
+        )
+        self._generation = metrics.gauge("config_generation", "How many configurations have been in force")
+        self._workers = metrics.gauges("workers", "Worker processes", "state")
+        for state in State:
+            self._workers.labels(state.value)
+        self._queue = metrics.gauge("accept_queue_length", "Connections that wait to be accepted")
+        self._queue_limit = metrics.gauge("accept_queue_limit", "Connections that may wait to be accepted")
+        self._own_dropped = metrics.counter("log_records_dropped_total", "Log records that were never written")
+
+    def reloaded(self, error: Error | None) -> None:
+        """A reload is over."""
+        faults = [str(fault) for fault in error.faults] if isinstance(error, ConfigError) else [str(error)]
+        self.last_reload = {"at": _text(time.time()), "ok": error is None, "faults": faults if error else []}
+        self._reloads.labels("failed" if error else "ok").value += 1
+        self._last_ok.value = 0 if error else 1
+
+    @property
+    def live(self) -> int:
+        """Connections, those that drain included."""
+        return sum(worker.live for worker in self._crew.workers)
+
+    async def live_now(self) -> int:
+        """Connections, asked for: `live` may be half a second old."""
+        return int((await self._measure())["live"])
+
+    @property
+    def health(self) -> str:
+        """ready, draining or broken"""
+        if self.draining:
+            return "draining"
+        return "ready" if self._crew.serving else "broken"
+
+    @property
+    def line(self) -> str:
+        """For the service manager."""
+        crew = self._crew
+        number = crew.generation.number if crew.generation else 0
+        drain = f", generations that drain: {', '.join(map(str, crew.draining))}" if crew.draining else ""
+        return f"{self.health}: generation {number}, {len(crew.serving)} workers, {self.live} connections{drain}"
+
+    def collect(self) -> Snapshot:
+        """All metrics, of this process and its workers, those that have ended included."""
+        crew = self._crew
+        if crew.generation is not None:
+            self._generation.value = crew.generation.number
+            self._loaded.value = crew.generation.since
+        for state in State:
+            self._workers.labels(state.value).value = sum(worker.state is state for worker in crew.workers)
+        self._queue.value, self._queue_limit.value = self._slots.queues()
+        self._own_dropped.value = self._log.current.dropped
+        return total([crew.retired, *(worker.metrics for worker in crew.workers), self._metrics.snapshot()])
+
+    async def status(self) -> dict[str, Any]:
+        """The answer to the verb `status`."""
+        crew = self._crew
+        generation = crew.generation
+        assert generation is not None
+        before, started = await self._measure(), trio.current_time()
+        await trio.sleep(_RATES_OVER)
+        after, ended = await self._measure(), trio.current_time()
+        snapshot = self.collect()
+        return {
+            "name": self.name,
+            "version": __version__,
+            "pid": os.getpid(),
+            "uptime": time.time() - self.started,
+            "state": "reloading" if self.reloading else self.health,
+            "config": {
+                "file": generation.source,
+                "generation": generation.number,
+                "since": _text(generation.since),
+                "last_reload": self.last_reload,
+            },
+            "listening": place_names(self._slots),
+            "metrics": self.metrics_address,
+            "log": {
+                "level": self._log.current.level.name.lower(),
+                "dropped": self._count(snapshot, "log_records_dropped_total"),
+            },
+            "connections": {
+                "live": self.live,
+                "total": self._count(snapshot, "connections_accepted_total"),
+                "limit": generation.plan.connections,
+                "per_client": generation.plan.per_client,
+                "shed": self._count(snapshot, "connections_shed_total"),
+                "turned_away": self._count(snapshot, "connections_turned_away_total"),
+            },
+            "rates": {key: max(after[key] - before[key], 0) / (ended - started) for key in _RATES},
+            "waiting": self._slots.queues()[0],
+            "generations": [self._generation_row(number, generation) for number in self._numbers()],
+            "daemon": {},
+        }
+
+    async def connections(self) -> dict[str, Any]:
+        """The answer to the verb `connections`."""
+        return {"connections": await self._ask("connections")}
+
+    def _numbers(self) -> list[int]:
+        return sorted({worker.generation for worker in self._crew.workers}, reverse=True)
+
+    def _generation_row(self, number: int, current: Generation) -> dict[str, Any]:
+        state = "serving" if number == current.number else "draining" if number < current.number else "starting"
+        return {
+            "generation": number,
+            "state": state,
+            "workers": [_worker_row(worker) for worker in self._crew.of(number)],
+        }
+
+    async def _measure(self) -> dict[str, float]:
+        rows = await self._ask("measure")
+        return {key: sum(row[key] for row in rows) for key in (*_RATES, "live")}
+
+    async def _ask(self, question: str) -> list[Any]:
+        """The answers of all workers that answer."""
+        rows: list[Any] = []
+
+        async def ask(worker: WorkerProcess) -> None:
+            with trio.move_on_after(_ANSWER_WITHIN):
+                rows.extend(await worker.ask(question))
+
+        async with trio.open_nursery() as nursery:
+            for worker in self._crew.workers:
+                if worker.state is not State.STARTING:
+                    nursery.start_soon(ask, worker)
+        return rows
+
+    def _count(self, snapshot: Snapshot, name: str) -> int:
+        metric = snapshot.get(f"{self.name}_{name}", {"values": ()})
+        return int(sum(numbers[0] for _, numbers in metric["values"]))
+
+
+def _worker_row(worker: WorkerProcess) -> dict[str, Any]:
+    alive = worker.alive
+    return {
+        "pid": worker.pid,
+        "slot": worker.slot,
+        "state": worker.state.value,
+        "version": worker.version,
+        "live": worker.live,
+        "most": alive.get("most", 0),
+        "paused": alive.get("paused", False),
+        "descriptors": alive.get("descriptors", {"open": 0, "limit": 0}),
+        "rss": _rss(worker.pid),
+        "cpu": alive.get("cpu", 0.0),
+        "silent": max(trio.current_time() - worker.seen, 0.0),
+    }
+
+
+def _rss(pid: int) -> int:
+    """Resident memory in bytes, 0 for a process that is gone (proc_pid_statm(5))."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) * _PAGE
+    except (OSError, IndexError):
+        return 0
+
+
+def _text(when: float) -> str:
+    return datetime.fromtimestamp(when, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")

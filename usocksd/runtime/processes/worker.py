@@ -1,0 +1,239 @@
+"""A worker: reads the configuration that its master sends, serves the sockets that it hands over, and reports.
+
+configure -> plan or faults;  serve -> ready;  then `alive` twice a second, until `drain` or the master's end
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import resource
+import signal
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+import trio
+
+from usocksd import __version__
+from usocksd.errors import ConfigError, Error, Fault
+from usocksd.runtime import config as configuration
+from usocksd.runtime.limits import Tally, most_connections, raise_descriptor_limit
+from usocksd.runtime.listeners import Listener
+from usocksd.runtime.log import Log, parse_level, setup
+from usocksd.runtime.metrics import Metrics
+from usocksd.runtime.processes.channel import Channel, Message
+from usocksd.runtime.processes.plan import HANDOVER, Built, Daemon, Parts
+from usocksd.runtime.reactor import Reactor
+from usocksd.runtime.service import Service, settle_memory
+
+log = logging.getLogger(__name__)
+
+CHANNEL = "TRANSOCKS_CHANNEL"
+"""In the environment of a worker: the descriptor of its end of the channel. The command line is the master's."""
+
+HEARTBEAT = 0.5
+"""Seconds between signs of life."""
+
+# Descriptors are counted at every so many of them: 20,000 take some milliseconds.
+_COUNT_EVERY = 4
+# So many connections are listed in one message.
+_LISTED_AT_ONCE = 256
+
+
+def main(daemon: Daemon[Any], fd: int) -> int:
+    """The worker process. Returns the exit status."""
+    # What the terminal or a service manager sends to all is for the master, which tells us.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    trio.run(_run, daemon, fd)
+    return 0
+
+
+async def _run(daemon: Daemon[Any], fd: int) -> None:
+    channel = Channel(trio.socket.from_stdlib_socket(socket.socket(fileno=fd)))
+    with contextlib.closing(channel):
+        config = await _configure(daemon, channel)
+        received = None if config is None else await channel.receive()
+        if received is None:
+            return
+        order, fds = received
+        # The log is open before anything can go wrong that is worth a record.
+        try:
+            sink = setup(daemon.name, **order["log"])
+        except OSError as error:
+            complaint = Error(f"can't open the log file {order['log']['filename']}: {error.strerror}")
+            await _answer_faults(channel, complaint)
+            return
+        try:
+            await Worker(daemon, channel, sink, order, fds).run(config)
+        except Error as error:
+            await _answer_faults(channel, error)
+        except OSError:
+            log.warning("the master is gone")
+        except Exception:
+            log.critical("internal error", exc_info=True)
+            raise
+        finally:
+            sink.close()
+
+
+async def _configure(daemon: Daemon[Any], channel: Channel) -> Any | None:
+    """The configuration, which the master has been told about; None when there is none to serve by."""
+    received = await channel.receive()
+    if received is None:
+        return None
+    order, _ = received
+    try:
+        config = configuration.parse(daemon.config, order["text"], order["source"])
+        # One worker's answer is enough for the master, and the warnings in it take their time.
+        plan = daemon.plan(config).as_json() if order["plan"] else None
+    except Error as error:
+        await _answer_faults(channel, error)
+        return None
+    await channel.send({"type": "plan", "plan": plan})
+    return config
+
+
+async def _answer_faults(channel: Channel, error: Error) -> None:
+    source: str = ""
+    faults: tuple[Fault, ...] = (Fault("", "", str(error)),)
+    if isinstance(error, ConfigError):
+        source, faults = error.source, error.faults
+    rows = [[fault.path, fault.value, fault.expected] for fault in faults]
+    with contextlib.suppress(OSError):
+        await channel.send({"type": "faults", "source": source, "faults": rows})
+
+
+class Worker:
+    """One worker from its first connection to its last."""
+
+    def __init__(self, daemon: Daemon[Any], channel: Channel, sink: Log, order: Message, fds: Sequence[int]) -> None:
+        self._channel = channel
+        self._sink = sink
+        self._order = order
+        *listeners, self._table = fds
+        self._sockets = [_adopt(fd) for fd in listeners]
+        self._adopted: dict[int, list[Listener]] = {}
+        self._reactor = Reactor()
+        self._metrics = Metrics(daemon.name)
+        self._daemon = daemon
+        self._draining = False
+        self._beats = 0
+        self._limit = raise_descriptor_limit()
+        dropped = self._metrics.counter("log_records_dropped_total", "Log records that were never written")
+        descriptors = self._metrics.gauge("descriptors_open", "Open files")
+        self._metrics.gauge("descriptors_limit", "Open files that the processes may have").value = self._limit
+        headroom = self._metrics.minimum(
+            "descriptors_headroom", "Share of its open files that the worker with the fewest left has left"
+        )
+        self._gauges = (dropped, descriptors, headroom)
+
+    async def run(self, config: Any) -> None:
+        """Serve until told to drain, or the master is gone, and then until the connections are.
+
+        Raises Error when the daemon can't be put together.
+        """
+        order = self._order
+        tally = Tally(self._table, order["column"], most=order["connections"], per_client=order["per_client"])
+        most = most_connections(self._limit)
+        parts = Parts(self._sink, self._reactor, self._metrics, frozenset(order["ports"]), self._limit, most)
+        built: Built = self._daemon.build(config, parts)
+        with contextlib.closing(built):
+            async with trio.open_nursery() as base:
+                await base.start(self._reactor.run)
+                for task in built.background:
+                    await base.start(task)
+                # Lives as long as there is something to serve: a drain is what ends it.
+                async with trio.open_nursery() as sessions:
+                    self._service = Service(
+                        self._reactor, built.session, sessions, most=most, tally=tally, metrics=self._metrics
+                    )
+                    self._service.listen(self._sockets)
+                    settle_memory()
+                    await self._channel.send({"type": "ready", "version": __version__, "handover": HANDOVER})
+                    base.start_soon(self._report)
+                    sessions.start_soon(self._obey)
+                await self._send(self._alive() | {"type": "ended"})
+                base.cancel_scope.cancel()
+
+    async def _obey(self) -> None:
+        """What the master says."""
+        async with trio.open_nursery() as orders:
+            while (received := await self._channel.receive()) is not None:
+                order, fds = received
+                match order["type"]:
+                    case "drain":
+                        # Said again with less time, that counts.
+                        self._draining = True
+                        orders.start_soon(self._service.drain, order["within"])
+                    case "adopt":
+                        self._adopted[order["id"]] = self._service.listen(map(_adopt, fds))
+                    case "release":
+                        self._service.close(self._adopted.pop(order["id"], []))
+                    case "reopen":
+                        self._sink.reopen()
+                    case "level":
+                        self._sink.set_level(parse_level(order["level"]))
+                    case "measure":
+                        await self._send({"type": "answer", "id": order["id"], "rows": [self._measure()], "last": True})
+                    case "connections":
+                        await self._list(order["id"])
+            # The master's end: nobody would tell us anything any more.
+            log.warning("the master is gone, draining")
+            self._draining = True
+            await self._service.drain(self._order["stop"])
+
+    async def _report(self) -> None:
+        while True:
+            await self._send(self._alive() | {"type": "alive"})
+            await trio.sleep(HEARTBEAT)
+
+    def _alive(self) -> Message:
+        service = self._service
+        dropped, descriptors, headroom = self._gauges
+        dropped.value = self._sink.dropped
+        if self._beats % _COUNT_EVERY == 0:
+            descriptors.value = len(os.listdir("/proc/self/fd"))
+            headroom.value = 1 - descriptors.value / self._limit
+        self._beats += 1
+        return {
+            "live": service.live,
+            "most": service.most,
+            "paused": service.paused,
+            "draining": self._draining,
+            "descriptors": {"open": descriptors.value, "limit": self._limit},
+            "cpu": sum(resource.getrusage(resource.RUSAGE_SELF)[:2]),
+            "dropped": self._sink.dropped,
+            "metrics": self._metrics.snapshot(),
+        }
+
+    def _measure(self) -> dict[str, float]:
+        """What the rates are made of: connections, and bytes each way, so far."""
+        moved = self._service.moving()
+        ended = (self._metrics.observed(f"proxy_{way}_bytes") for way in ("tx", "rx"))
+        tx_bytes, rx_bytes = (now + before for now, before in zip(moved, ended, strict=True))
+        return {
+            "live": self._service.live,
+            "connections": self._service.accepted.value,
+            "tx_bytes": tx_bytes,
+            "rx_bytes": rx_bytes,
+        }
+
+    async def _list(self, number: int) -> None:
+        rows = [row | {"worker": os.getpid()} for row in self._service.connections()]
+        for start in range(0, max(len(rows), 1), _LISTED_AT_ONCE):
+            part = rows[start : start + _LISTED_AT_ONCE]
+            last = start + _LISTED_AT_ONCE >= len(rows)
+            await self._send({"type": "answer", "id": number, "rows": part, "last": last})
+
+    async def _send(self, message: Message) -> None:
+        with contextlib.suppress(OSError):  # the master is gone, which `_obey` sees too
+            await self._channel.send(message)
+
+
+def _adopt(fd: int) -> socket.socket:
+    sock = socket.socket(fileno=fd)
+    sock.setblocking(False)
+    return sock

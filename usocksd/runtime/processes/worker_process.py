@@ -1,0 +1,176 @@
+"""One worker as the master sees it: started, told, listened to."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Sequence
+from enum import Enum
+from typing import Any
+
+import trio
+
+from usocksd.errors import ConfigError, Error, Fault
+from usocksd.runtime.metrics import Snapshot
+from usocksd.runtime.processes.channel import Channel, Message
+from usocksd.runtime.processes.plan import Plan
+from usocksd.runtime.processes.worker import CHANNEL
+
+_numbers = itertools.count(1)
+
+
+class State(Enum):
+    """Where a worker is in its life."""
+
+    STARTING = "starting"
+    SERVING = "serving"
+    SUSPECTED = "suspected"
+    """It is silent, and another worker serves its slot as well."""
+    DRAINING = "draining"
+
+
+class WorkerEnded(Error):
+    """A worker ended before it was ready."""
+
+
+class WorkerProcess:
+    """The master's side of one worker. `slot` is which listening sockets are its own, `column` where it counts."""
+
+    def __init__(self, generation: int, slot: int, column: int, pid: int, channel: Channel) -> None:
+        self.generation = generation
+        self.slot = slot
+        self.column = column
+        self.pid = pid
+        self.channel = channel
+        self.state = State.STARTING
+        self.version = ""
+        self.handover = 0
+        """The format in which its version takes over from another master."""
+        self.alive: Message = {}
+        """What it last said of itself."""
+        self.seen = trio.current_time()
+        """When that was."""
+        self.exit_status: int | None = None
+        """As subprocess.Popen.returncode has it."""
+        self.exited = trio.Event()
+        self.hung = False
+        """It was killed for its silence."""
+        self._ended = False
+        self._questions: dict[int, trio.MemorySendChannel[list[Any]]] = {}
+
+    @classmethod
+    def start(cls, generation: int, slot: int, column: int) -> WorkerProcess:
+        """Start one by exec, with this process's own command line: the program that is installed now.
+
+        Raises Error when the system has no room for one more process.
+        """
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs:
+                process = subprocess.Popen(
+                    [sys.executable, *sys.orig_argv[1:]],
+                    env={**os.environ, CHANNEL: str(theirs.fileno())},
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                )
+        except OSError as error:
+            ours.close()
+            raise Error(f"can't start a worker: {error.strerror}") from None
+        # The master waits for all its children itself, also for those that an earlier version of it has started.
+        process.returncode = 0
+        return cls(generation, slot, column, process.pid, Channel(trio.socket.from_stdlib_socket(ours)))
+
+    @property
+    def live(self) -> int:
+        """Connections that it serves."""
+        count: int = self.alive.get("live", 0)
+        return count
+
+    @property
+    def metrics(self) -> Snapshot:
+        """What it last counted."""
+        snapshot: Snapshot = self.alive.get("metrics", {})
+        return snapshot
+
+    async def plan(self, text: str, source: str) -> Plan:
+        """Have it read a configuration, and say what is in it. Raises ConfigError with every fault, WorkerEnded."""
+        await self.send({"type": "configure", "text": text, "source": source, "plan": True})
+        return Plan.from_json((await self._expect("plan"))["plan"])
+
+    async def configure(self, text: str, source: str) -> None:
+        """Have it read a configuration. Raises as `plan` does."""
+        await self.send({"type": "configure", "text": text, "source": source, "plan": False})
+        await self._expect("plan")
+
+    async def serve(self, order: dict[str, Any], fds: Sequence[int]) -> None:
+        """Have it serve; returns when it does. Raises Error with what it says is wrong, WorkerEnded."""
+        await self.send({"type": "serve", **order, "column": self.column}, fds)
+        ready = await self._expect("ready")
+        self.version, self.handover = ready["version"], ready["handover"]
+        self.state = State.SERVING
+        self.seen = trio.current_time()
+
+    async def send(self, message: Message, fds: Sequence[int] = ()) -> None:
+        """Tell it something; if it is gone, so be it: whoever listens to it finds out."""
+        with contextlib.suppress(OSError):
+            await self.channel.send(message, fds)
+
+    async def ask(self, question: str) -> list[Any]:
+        """Its answer to a question of one word, as rows; fewer or none if it ends meanwhile."""
+        number = next(_numbers)
+        sender, receiver = trio.open_memory_channel[list[Any]](math.inf)
+        self._questions[number] = sender
+        if self._ended:
+            sender.close()
+        try:
+            await self.send({"type": question, "id": number})
+            return [row async for rows in receiver for row in rows]
+        finally:
+            self._questions.pop(number, None)
+
+    async def listen(self) -> AsyncIterator[Message]:
+        """Take note of what it says, until its end; yields its signs of life."""
+        while (received := await self.channel.receive()) is not None:
+            message, _ = received
+            self.seen = trio.current_time()
+            match message["type"]:
+                case "answer":
+                    self._answered(message)
+                case "alive" | "ended":
+                    self.alive = message
+                    yield message
+        self._ended = True
+        for sender in self._questions.values():
+            sender.close()
+
+    def kill(self) -> None:
+        """End it at once."""
+        if self.exit_status is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+
+    def _answered(self, message: Message) -> None:
+        sender = self._questions.get(message["id"])
+        if sender is None:
+            return
+        sender.send_nowait(message["rows"])
+        if message["last"]:
+            sender.close()
+
+    async def _expect(self, kind: str) -> Message:
+        while (received := await self.channel.receive()) is not None:
+            message, _ = received
+            if message["type"] == kind:
+                return message
+            if message["type"] == "faults":
+                faults = [Fault(*fault) for fault in message["faults"]]
+                if message["source"]:
+                    raise ConfigError(message["source"], faults)
+                raise Error(faults[0].expected)
+        raise WorkerEnded(f"a worker (pid {self.pid}) ended before it was ready")

@@ -1,0 +1,125 @@
+"""NAME connections: the live ones, as a table, or like top."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+from usocksd.runtime.verbs.client import Client, print_json
+from usocksd.runtime.verbs.selection import Connection, select
+from usocksd.runtime.verbs.show import Column, cell, duration, make_console, make_table, plain_table, rate, size
+
+SAMPLE = 0.5
+"""Seconds over which rates are taken."""
+
+# Heading, and whether it holds numbers. The requested name, and what only one of the daemons has, go in between.
+_FIRST = (("client", False), ("destination", False))
+_OPTIONAL = ("name", "user", "rule", "egress", "upstream")
+_LAST = (
+    ("state", False),
+    ("age", True),
+    ("idle", True),
+    ("tx", True),
+    ("rx", True),
+    ("tx/s", True),
+    ("rx/s", True),
+    ("worker", True),
+)
+
+
+def run(client: Client, args: argparse.Namespace) -> None:
+    """Ask, and print: once, or until Ctrl-C."""
+    samples = _samples(client, args.watch)
+    console = make_console()
+    if args.watch is None:
+        _print(next(samples), args, console)
+        return
+    with contextlib.suppress(KeyboardInterrupt):  # which is how this is to end
+        if args.json or not console.is_terminal:
+            for answer in samples:
+                _print(answer, args, console)
+        else:
+            with Live(console=console, screen=True, auto_refresh=False) as live:
+                for answer in samples:
+                    live.update(_render(answer, args, console.height), refresh=True)
+
+
+def _samples(client: Client, every: float | None) -> Iterator[dict[str, Any]]:
+    """Answers with rates, the first after SAMPLE seconds, the others `every` so many."""
+    before, taken = client.ask("connections"), time.monotonic()
+    wait = SAMPLE
+    while True:
+        time.sleep(max(taken + wait - time.monotonic(), 0.0))
+        answer, now = client.ask("connections"), time.monotonic()
+        _add_rates(answer, before, now - taken)
+        yield answer
+        before, taken, wait = answer, now, every or SAMPLE
+
+
+def _add_rates(answer: dict[str, Any], before: dict[str, Any], seconds: float) -> None:
+    earlier = {(connection["worker"], connection["id"]): connection for connection in before["connections"]}
+    for connection in answer["connections"]:
+        # One that was not there has moved all its bytes since.
+        then = earlier.get((connection["worker"], connection["id"]), {"tx_bytes": 0, "rx_bytes": 0})
+        for way in ("tx", "rx"):
+            connection[f"{way}_rate"] = round((connection[f"{way}_bytes"] - then[f"{way}_bytes"]) / seconds, 1)
+
+
+def _print(answer: dict[str, Any], args: argparse.Namespace, console: Console) -> None:
+    if args.json:
+        print_json(answer | {"connections": select(answer["connections"], args)[: args.limit]})
+        return
+    title, columns, rows = _tabulate(answer, args)
+    print(title)
+    if console.is_terminal:
+        console.print(make_table(columns, rows))
+    else:
+        print("\n".join(plain_table(columns, rows)))
+    if args.watch:
+        print(flush=True)
+
+
+def _render(answer: dict[str, Any], args: argparse.Namespace, room: int) -> Group:
+    """The table below its title, in `room` lines."""
+    title, columns, rows = _tabulate(answer, args, room - 2)
+    return Group(Text(title, no_wrap=True), make_table(columns, rows))
+
+
+def _tabulate(
+    answer: dict[str, Any], args: argparse.Namespace, room: int | None = None
+) -> tuple[str, list[Column], list[list[Text]]]:
+    """Title, columns and at most `room` rows."""
+    everything = answer["connections"]
+    found = select(everything, args)
+    shown = found[: args.limit][:room]
+    tx, rx = (sum(connection[f"{way}_rate"] for connection in found) for way in ("tx", "rx"))
+    title = f"{time.strftime('%H:%M:%S')}  " if args.watch else ""
+    title += f"{len(found)} of {len(everything)}" if args.filters else str(len(found))
+    title += f" connections, tx {rate(tx)}, rx {rate(rx)}"
+    title += f"; {len(shown)} shown" if len(shown) < len(found) else ""
+    optional = [key for key in _OPTIONAL if any(connection.get(key) is not None for connection in shown)]
+    columns = [*_FIRST, *((key, False) for key in optional), *_LAST]
+    return title, columns, [_row(connection, optional) for connection in shown]
+
+
+def _row(connection: Connection, optional: Sequence[str]) -> list[Text]:
+    return [
+        cell(connection["client"]),
+        cell(connection["destination"]),
+        *(cell(connection.get(key)) for key in optional),
+        cell(connection["state"]),
+        cell(duration(connection["age"])),
+        cell(duration(connection["idle"])),
+        cell(size(connection["tx_bytes"])),
+        cell(size(connection["rx_bytes"])),
+        cell(rate(connection["tx_rate"])),
+        cell(rate(connection["rx_rate"])),
+        cell(connection["worker"]),
+    ]

@@ -1,0 +1,86 @@
+"""The command lines of the verbs. What is behind them is loaded when it is run: a daemon has no use for tables."""
+
+from __future__ import annotations
+
+import argparse
+import pkgutil
+from typing import TypeAlias
+
+from usocksd.runtime.log import LEVELS
+from usocksd.runtime.verbs import selection
+from usocksd.runtime.verbs.client import Operated, run_verb
+
+Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def add_parsers(subparsers: Subparsers, daemon: Operated) -> None:
+    """Add all verbs to a command line that has an option -f, the configuration file."""
+    _add(
+        subparsers,
+        daemon,
+        "status",
+        help="tell what the running daemon does",
+        description="Tell what the running daemon does: its configuration and what came of the last reload, where it"
+        " listens, its connections and their rates over the last seconds, and how each worker is.",
+    )
+    connections = _add(
+        subparsers,
+        daemon,
+        "connections",
+        help="list the live connections",
+        description="List the live connections, with their rates over half a second. tx is towards the destination.",
+    )
+    selection.add_options(connections, daemon.columns)
+    connections.add_argument(
+        "--watch",
+        nargs="?",
+        type=selection.parse_interval,
+        const=2.0,
+        metavar="SECONDS",
+        help="show them again every SECONDS (2), until Ctrl-C; rates are over that time",
+    )
+    _add(
+        subparsers,
+        daemon,
+        "reload",
+        help="read the configuration again",
+        description="Read the configuration again, as SIGHUP does, and wait until the new one serves; connections"
+        " that there are go on. If it is bad, say all that is wrong: the daemon goes on with the old one. Exit"
+        " status: 0 if the new configuration serves, else 1.",
+    )
+    _add(
+        subparsers,
+        daemon,
+        "drain",
+        help="stop gracefully",
+        description="Stop gracefully, as SIGTERM does: accept no more connections, and end when those that there are"
+        " have ended, or after [timeouts] stop. This does not wait for that.",
+    )
+    level = _add(
+        subparsers,
+        daemon,
+        "log-level",
+        help="tell or change the log level",
+        description="Tell which records are written: those of this level and worse. With LEVEL, change it in all"
+        " processes, until the daemon reloads or ends.",
+    )
+    level.add_argument("level", nargs="?", choices=list(LEVELS), metavar="LEVEL", help=", ".join(LEVELS))
+
+
+def _add(
+    subparsers: Subparsers, daemon: Operated, verb: str, *, help: str, description: str
+) -> argparse.ArgumentParser:
+    def run(args: argparse.Namespace) -> int:
+        return run_verb(daemon, verb, pkgutil.resolve_name(f"{__package__}.{verb.replace('-', '_')}:run"), args)
+
+    parser = subparsers.add_parser(verb, help=help, description=description, allow_abbrev=False)
+    parser.add_argument(
+        "--control",
+        metavar="PATH",
+        help=f"control socket of the daemon (default: as its configuration says, or {daemon.control})",
+    )
+    # The same option as before the verb: here it must not set a default over that one.
+    parser.add_argument("-f", metavar="CONFIG", default=argparse.SUPPRESS, help="configuration file of the daemon")
+    parser.add_argument("--json", action="store_true", help="print the daemon's answer: one JSON object on one line")
+    parser.set_defaults(run=run)
+    return parser

@@ -1,0 +1,102 @@
+"""NAME status: what the daemon does, and how its workers are."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+
+from rich.table import Table
+from rich.text import Text
+
+from usocksd.runtime.verbs.client import Answer, Client, print_json
+from usocksd.runtime.verbs.show import cell, duration, make_console, make_table, put, rate, size
+
+_HEALTHY = {"ready", "reloading"}
+_COLUMNS = (
+    ("generation", False),
+    ("worker", True),
+    ("slot", True),
+    ("state", False),
+    ("version", False),
+    ("connections", True),
+    ("files", True),
+    ("memory", True),
+    ("cpu", True),
+    ("silent", True),
+)
+
+
+def run(client: Client, args: argparse.Namespace) -> None:
+    """Ask, and print."""
+    answer = client.ask("status")
+    if args.json:
+        print_json(answer)
+        return
+    console = make_console()
+    put(console, _summary(answer))
+    if answer["generations"]:
+        put(console)
+        put(console, make_table(_COLUMNS, _workers(answer)))
+
+
+def _summary(answer: Answer) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for label, text, bad in _facts(answer):
+        table.add_row(cell(label, "bold") if label else "", cell(text, "bold red" if bad else ""))
+    return table
+
+
+def _facts(answer: Answer) -> Iterator[tuple[str, str, bool]]:
+    """Label, text, and whether somebody should look at it."""
+    state, up = answer["state"], duration(answer["uptime"])
+    yield answer["name"], f"{state}, version {answer['version']}, pid {answer['pid']}, up {up}", state not in _HEALTHY
+    config = answer["config"]
+    yield (
+        "configuration",
+        f"{config['file'] or 'no file'}, generation {config['generation']} since {config['since']}",
+        False,
+    )
+    if (last := config["last_reload"]) is not None:
+        yield "last reload", f"{last['at']}, {'done' if last['ok'] else 'refused:'}", not last["ok"]
+        for fault in last["faults"]:
+            yield "", fault, True
+    yield "listening", ", ".join(answer["listening"]) or "nowhere", not answer["listening"]
+    yield "metrics", answer["metrics"] or "nowhere", False
+    dropped = answer["log"]["dropped"]
+    yield "log", f"level {answer['log']['level']}, {_records(dropped)} dropped", bool(dropped)
+    connections = answer["connections"]
+    limits = [f"limit {connections['limit']}"] if connections["limit"] else []
+    limits += [f"limit per client {connections['per_client']}"] if connections["per_client"] else []
+    yield "connections", ", ".join([f"{connections['live']} live", f"{connections['total']} in all", *limits]), False
+    lost = connections["shed"] + connections["turned_away"]
+    yield "under pressure", f"{connections['shed']} shed, {connections['turned_away']} turned away", bool(lost)
+    yield "waiting", f"{answer['waiting']} to be accepted", False
+    rates = answer["rates"]
+    yield (
+        "rates",
+        f"{rates['connections']:.1f} connections/s, tx {rate(rates['tx_bytes'])}, rx {rate(rates['rx_bytes'])}",
+        False,
+    )
+
+
+def _records(count: int) -> str:
+    return f"{count} record{'' if count == 1 else 's'}"
+
+
+def _workers(answer: Answer) -> Iterator[list[Text]]:
+    for generation in answer["generations"]:
+        for worker in generation["workers"]:
+            state = worker["state"] + (", paused" if worker["paused"] else "")
+            files = worker["descriptors"]
+            yield [
+                cell(f"{generation['generation']} {generation['state']}"),
+                cell(worker["pid"]),
+                cell(worker["slot"]),
+                cell(state, "bold red" if worker["state"] == "suspected" or worker["paused"] else ""),
+                cell(worker["version"]),
+                cell(f"{worker['live']} of {worker['most']}"),
+                cell(f"{files['open']} of {files['limit']}"),
+                cell(size(worker["rss"])),
+                cell(duration(worker["cpu"])),
+                cell(duration(worker["silent"])),
+            ]

@@ -40,6 +40,8 @@ _MOST_DRAINING = 2
 _PATIENCE = 30.0
 # When the daemon stops, so long may what waits to be accepted take, in seconds.
 _EMPTY_WITHIN = 1.0
+# What a stop may take besides what its limits say.
+_MARGIN = 10.0
 # The service manager hears the state so often, in seconds, when it has changed.
 _STATUS_EVERY = 5.0
 # The verb that asked for a reload has its answer by then, and the master may become another program.
@@ -179,7 +181,7 @@ class Master:
             return
         report.draining = True
         self._stop_wanted = again = trio.Event()
-        self._notifier.stopping(report.line)
+        self._notifier.stopping(report.line, self._stop_delay + generation.plan.stop + _MARGIN)
         log.info("stopping", extra={"fields": {"cause": self._stop_cause, "live": await report.live_now()}})
         async with trio.open_nursery() as nursery:
 

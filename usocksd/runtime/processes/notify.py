@@ -27,8 +27,9 @@ class Notifier:
     def reloading(self) -> None:
         self._send("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
 
-    def stopping(self, status: str) -> None:
-        self._send("STOPPING=1", f"STATUS={status}")
+    def stopping(self, status: str, within: float) -> None:
+        """`within`: how many seconds it may take, so that the manager does not lose patience before."""
+        self._send("STOPPING=1", f"EXTEND_TIMEOUT_USEC={int(within * 1e6)}", f"STATUS={status}")
 
     def status(self, status: str) -> None:
         self._send(f"STATUS={status}")

@@ -29,7 +29,7 @@ Session = Callable[[Endpoint, str, int], Awaitable[None]]
 """Serves one accepted connection: endpoint, the peer's numeric address and port."""
 
 # What a session that was told to stop still needs to write its record and close.
-_LAST_WORDS = 2.0
+_LAST_WORDS = 0.5
 # A connection makes no cycles, so there is little for the collector to find and much to look through.
 _COLLECT_AFTER = 50_000
 # At the descriptor limit so many of the connections that were silent longest make room, if that was long enough.

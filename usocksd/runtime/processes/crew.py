@@ -104,7 +104,7 @@ class Crew:
     async def prepare(
         self, number: int, text: str, source: str, log_order: Callable[[LogConfig], dict[str, str | None]]
     ) -> Candidate:
-        """Start the workers of a new configuration; returns when all are ready, and have connections already.
+        """Start the workers of a new configuration; returns when all are ready. None has accepted anything yet.
 
         Raises ConfigError with every fault, or Error; then nothing has changed.
         """
@@ -141,6 +141,7 @@ class Crew:
         self._adopters.clear()  # those were workers of the generation before
         self._failures.clear()
         for worker in candidate.workers:
+            await worker.accept()
             self._nursery.start_soon(self._watch, worker)
         surplus = self._slots.release(generation.plan.listen, generation.plan.workers)
         if surplus:
@@ -151,7 +152,7 @@ class Crew:
     async def drain(self, workers: Sequence[WorkerProcess], within: float) -> None:
         """These accept no more, and end what is left in `within` seconds."""
         for worker in list(workers):
-            if worker.state is State.STARTING:
+            if worker.coming:
                 worker.kill()
             else:
                 worker.state = State.DRAINING
@@ -185,7 +186,7 @@ class Crew:
     # A worker's life
 
     def reap(self) -> None:
-        """Take the exit status of children that have ended: of all, since this may be the first process of a container."""
+        """Take the exit status of every child that has ended: this may be the first process of a container."""
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -209,7 +210,7 @@ class Crew:
                 continue  # it was this process that slept
             for worker in self.workers:
                 silent = last - worker.seen
-                if worker.state is State.STARTING or silent < _SUSPECT_AFTER:
+                if worker.coming or silent < _SUSPECT_AFTER:
                     continue
                 if worker.state is State.SERVING:
                     worker.state = State.SUSPECTED
@@ -326,6 +327,7 @@ class Crew:
         if self.stopping or self.generation is not generation:
             await self.drain([worker], 0.0)
             return
+        await worker.accept()
         log.info("a worker was replaced", extra={"fields": {"pid": worker.pid, "slot": slot}})
         await self._cover()
 

@@ -30,7 +30,6 @@ from usocksd.runtime.processes.notify import Notifier, inherited_sockets
 from usocksd.runtime.processes.plan import HANDOVER, Metering
 from usocksd.runtime.processes.report import Report
 from usocksd.runtime.processes.slots import Slots, check_inherited, place_names, restore_socket
-from usocksd.runtime.processes.worker_process import State
 
 log = logging.getLogger(__name__)
 
@@ -197,7 +196,7 @@ class Master:
             nursery.start_soon(crew.stop, generation.plan.stop)
             # The workers take what is waiting, and close their ends.
             with trio.move_on_after(_EMPTY_WITHIN if refused else _EMPTY_WITHIN / 10):
-                while not self._slots.inherited and self._slots.queues()[0]:
+                while not self._slots.inherited and self._slots.queues()[0]:  # noqa: ASYNC110 - the kernel's queue
                     await trio.sleep(0.01)
             self._slots.close()
             while crew.workers:
@@ -396,7 +395,7 @@ class Master:
             return
         while True:
             await trio.sleep(_ANSWERED_AFTER)
-            if not any(worker.state is State.STARTING or worker.channel.sending for worker in self._crew.workers):
+            if not any(worker.coming or worker.channel.sending for worker in self._crew.workers):
                 break
         version = newer[0].version
         log.info("becoming the version of the workers", extra={"fields": {"from": __version__, "to": version}})

@@ -173,7 +173,7 @@ class Report:
 
         async with trio.open_nursery() as nursery:
             for worker in self._crew.workers:
-                if worker.state is not State.STARTING:
+                if not worker.coming:
                     nursery.start_soon(ask, worker)
         return rows
 

@@ -134,7 +134,8 @@ class Slots:
 
         What waits in inherited sockets stays there for the next start.
         """
-        return all([_refuse(sock) for group in self._groups.values() for sock in group])
+        refused = [_refuse(sock) for group in self._groups.values() for sock in group]
+        return all(refused)
 
     @property
     def names(self) -> list[tuple[str, int]]:

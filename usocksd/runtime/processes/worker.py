@@ -1,6 +1,6 @@
 """A worker: reads the configuration that its master sends, serves the sockets that it hands over, and reports.
 
-configure -> plan or faults;  serve -> ready;  then `alive` twice a second, until `drain` or the master's end
+configure -> plan or faults;  serve -> ready;  accept;  then `alive` twice a second, until `drain` or the master's end
 """
 
 from __future__ import annotations
@@ -150,7 +150,6 @@ class Worker:
                     self._service = Service(
                         self._reactor, built.session, sessions, most=most, tally=tally, metrics=self._metrics
                     )
-                    self._service.listen(self._sockets)
                     settle_memory()
                     await self._channel.send({"type": "ready", "version": __version__, "handover": HANDOVER})
                     base.start_soon(self._report)
@@ -164,6 +163,8 @@ class Worker:
             while (received := await self._channel.receive()) is not None:
                 order, fds = received
                 match order["type"]:
+                    case "accept":
+                        self._service.listen(self._sockets)
                     case "drain":
                         # Said again with less time, that counts.
                         self._draining = True

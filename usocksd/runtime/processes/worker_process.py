@@ -29,6 +29,8 @@ class State(Enum):
     """Where a worker is in its life."""
 
     STARTING = "starting"
+    READY = "ready"
+    """It could serve, and is not told to."""
     SERVING = "serving"
     SUSPECTED = "suspected"
     """It is silent, and another worker serves its slot as well."""
@@ -87,6 +89,11 @@ class WorkerProcess:
         return cls(generation, slot, column, process.pid, Channel(trio.socket.from_stdlib_socket(ours)))
 
     @property
+    def coming(self) -> bool:
+        """Whether it is yet to be told to accept connections; until then nobody listens to its reports."""
+        return self.state in (State.STARTING, State.READY)
+
+    @property
     def live(self) -> int:
         """Connections that it serves."""
         count: int = self.alive.get("live", 0)
@@ -109,12 +116,18 @@ class WorkerProcess:
         await self._expect("plan")
 
     async def serve(self, order: dict[str, Any], fds: Sequence[int]) -> None:
-        """Have it serve; returns when it does. Raises Error with what it says is wrong, WorkerEnded."""
+        """Have it make ready to serve; returns when it is. Raises Error with what it says is wrong, WorkerEnded."""
         await self.send({"type": "serve", **order, "column": self.column}, fds)
         ready = await self._expect("ready")
         self.version, self.handover = ready["version"], ready["handover"]
+        self.state = State.READY
+        self.seen = trio.current_time()
+
+    async def accept(self) -> None:
+        """Have it accept connections."""
         self.state = State.SERVING
         self.seen = trio.current_time()
+        await self.send({"type": "accept"})
 
     async def send(self, message: Message, fds: Sequence[int] = ()) -> None:
         """Tell it something; if it is gone, so be it: whoever listens to it finds out."""

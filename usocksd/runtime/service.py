@@ -126,7 +126,7 @@ class Service:
     def _pairs(self) -> list[Pair]:
         """The relays, once each."""
         flows = (handler for handler in self._reactor.handlers.values() if isinstance(handler, Flow))
-        return [flow.pair for flow in flows if flow is flow.pair.up and flow.pair.result is None]
+        return [flow.pair for flow in flows if flow is flow.pair.up]
 
     def _has_room(self) -> bool:
         if self.live < self.most:
@@ -136,7 +136,7 @@ class Service:
 
     def _make_room(self) -> None:
         before = self._reactor.now - _SHED_AFTER
-        idle = (pair for pair in self._pairs() if pair.active <= before)
+        idle = (pair for pair in self._pairs() if pair.active <= before and pair.result is None)
         for pair in heapq.nsmallest(_SHED_AT_ONCE, idle, key=attrgetter("active")):
             self._shed.value += 1
             pair.end(Reason.SHED, Side.PROXY)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -88,7 +89,9 @@ class Crew:
         self.level: str | None = None
         """The log level that an operator has set, until the next reload."""
         self.changed = trio.Event()
-        """Set, and a new one put in its place, when a worker has ended."""
+        """Set, and a new one put in its place, when a worker has ended, or `emptying` is over."""
+        self.emptying = False
+        """Sockets that nobody wants any more are still open, since there may be connections waiting in them."""
         self._nursery = nursery
         self._slots = slots
         self._adopters: dict[int, WorkerProcess] = {}
@@ -108,6 +111,9 @@ class Crew:
 
         Raises ConfigError with every fault, or Error; then nothing has changed.
         """
+        # Sockets that are still in their groups: nothing could be opened in their place, nor the others let go.
+        while self.emptying:
+            await self.changed.wait()
         workers: list[WorkerProcess] = []
         try:
             with trio.fail_after(_READY_WITHIN):
@@ -145,7 +151,8 @@ class Crew:
             self._nursery.start_soon(self._watch, worker)
         surplus = self._slots.release(generation.plan.listen, generation.plan.workers)
         if surplus:
-            self._nursery.start_soon(self._empty, surplus, candidate.workers[0])
+            self.emptying = True
+            self._nursery.start_soon(self._empty, surplus)
         older = [worker for worker in self.workers if worker.generation < generation.number]
         await self.drain([worker for worker in older if worker.state is not State.DRAINING], generation.plan.drain)
 
@@ -182,6 +189,11 @@ class Crew:
         """The workers that accept connections, as far as one knows."""
         number = self.generation.number if self.generation else 0
         return [worker for worker in self.of(number) if worker.state is State.SERVING]
+
+    @property
+    def ordered(self) -> list[WorkerProcess]:
+        """The workers that know how to serve, whether they are ready yet or not."""
+        return [worker for worker in self.workers if worker.ordered]
 
     # A worker's life
 
@@ -221,10 +233,14 @@ class Crew:
                     log.error("a worker hangs, ending it", extra={"fields": {"pid": worker.pid, "live": worker.live}})
                     worker.kill()
 
-    def take_over(self, worker: WorkerProcess) -> None:
-        """Go on with a worker that an earlier version of this process has started."""
-        self.workers.append(worker)
-        self._nursery.start_soon(self._watch, worker)
+    def take_over(self, generation: Generation, workers: Sequence[WorkerProcess]) -> None:
+        """Go on with what an earlier version of this process has started."""
+        self.generation = generation
+        self.workers += workers
+        for worker in workers:
+            self._nursery.start_soon(self._watch, worker)
+        for slot in set(range(generation.plan.workers)) - {worker.slot for worker in self.of(generation.number)}:
+            self._nursery.start_soon(self._replace, generation, slot)
 
     def _start(self, generation: int, slot: int) -> WorkerProcess:
         taken = {worker.column for worker in self.workers}
@@ -283,7 +299,9 @@ class Crew:
             return
         cause = "hung" if worker.hung else "signal" if (worker.exit_status or 0) < 0 else "exit"
         self._restarts.labels(cause).value += 1
-        await self._replace(generation, worker)
+        if trio.current_time() - self._born.pop(worker.pid, 0.0) > _STEADY_AFTER:
+            self._failures[worker.slot] = 0
+        await self._replace(generation, worker.slot)
 
     async def _bury(self, worker: WorkerProcess) -> None:
         """It has closed its channel, or was killed: see it end, and keep what it counted."""
@@ -295,14 +313,14 @@ class Crew:
         self.retired = total([self.retired, lasting(worker.metrics)])
         self.workers.remove(worker)
         clear_column(self.table, worker.column)
+        self._tell_change()
+
+    def _tell_change(self) -> None:
         event, self.changed = self.changed, trio.Event()
         event.set()
 
-    async def _replace(self, generation: Generation, dead: WorkerProcess) -> None:
-        slot = dead.slot
+    async def _replace(self, generation: Generation, slot: int) -> None:
         await self._cover()
-        if trio.current_time() - self._born.pop(dead.pid, 0.0) > _STEADY_AFTER:
-            self._failures[slot] = 0
         while True:
             delay = _BACKOFF[min(self._failures[slot], len(_BACKOFF) - 1)]
             await trio.sleep(delay if self.serving else min(delay, _BACKOFF_ALONE))
@@ -314,20 +332,21 @@ class Crew:
             except Error as error:
                 log.error("a worker can't be replaced", extra={"fields": {"error": str(error)}})
                 continue
+            failure = None
             try:
                 with trio.fail_after(_READY_WITHIN):
                     await self._serve(generation, worker)
             except (Error, trio.TooSlowError) as error:
-                log.error("a worker can't be replaced", extra={"fields": {"error": str(error) or "not ready in time"}})
-                worker.kill()
-                await self._bury(worker)
-                continue
-            break
-        self._nursery.start_soon(self._watch, worker)
-        if self.stopping or self.generation is not generation:
-            await self.drain([worker], 0.0)
-            return
+                failure = str(error) or "not ready in time"
+            wanted = not self.stopping and self.generation is generation
+            if wanted and failure is None:
+                break
+            if wanted:
+                log.error("a worker can't be replaced", extra={"fields": {"error": failure}})
+            worker.kill()
+            await self._bury(worker)
         await worker.accept()
+        self._nursery.start_soon(self._watch, worker)
         log.info("a worker was replaced", extra={"fields": {"pid": worker.pid, "slot": slot}})
         await self._cover()
 
@@ -349,17 +368,25 @@ class Crew:
                     fds = self._slots.of(slot, generation.plan.listen)
                     await adopter.send({"type": "adopt", "id": slot}, fds)
 
-    async def _empty(self, surplus: Sequence[Any], worker: WorkerProcess) -> None:
+    async def _empty(self, surplus: Sequence[socket.socket]) -> None:
         """Have what waits in these sockets accepted, then close them: closed at once, they would reset it."""
-        number = -surplus[0].fileno()
-        await worker.send({"type": "adopt", "id": number}, [sock.fileno() for sock in surplus])
+        adopters: list[WorkerProcess] = []
         quiet = 0.0
         # Bounded, for where nothing keeps new connections away from a dropped address (see slots.py).
         with trio.move_on_after(_QUIET * 5):
             while quiet < _QUIET:
+                serving = self.serving
+                if serving and not any(adopter in serving for adopter in adopters):
+                    adopters.append(serving[0])
+                    for sock in surplus:
+                        await serving[0].send({"type": "adopt", "id": -sock.fileno()}, [sock.fileno()])
                 await trio.sleep(_QUIET / 10)
                 quiet = 0.0 if any(map(queue_length, surplus)) else quiet + _QUIET / 10
-        await worker.send({"type": "release", "id": number})
+        for adopter in adopters:
+            for sock in surplus:
+                await adopter.send({"type": "release", "id": -sock.fileno()})
         for sock in surplus:
             sock.close()
         self._slots.settle()
+        self.emptying = False
+        self._tell_change()

@@ -78,6 +78,6 @@ def restore_worker(state: Mapping[str, Any]) -> WorkerProcess:
     sock = trio.socket.from_stdlib_socket(restore_socket(state["channel"]))
     channel = Channel(sock, base64.b64decode(state["received"]))
     worker = WorkerProcess(state["generation"], state["slot"], state["column"], state["pid"], channel)
-    worker.state = State(state["state"])
+    worker.state, worker.ordered = State(state["state"]), True
     worker.version, worker.handover, worker.alive = state["version"], state["handover"], state["alive"]
     return worker

@@ -146,7 +146,7 @@ class Master:
                 try:
                     exporter = self._exporter_for(candidate.generation.plan.metrics)
                 except Error:
-                    await self._crew.stop(0.0)
+                    self._crew.dismiss(candidate)
                     raise
                 await self._commit(candidate, exporter)
             else:
@@ -164,7 +164,7 @@ class Master:
                     self._crew.reap()
                 case signal.SIGUSR1:
                     self._log.current.reopen()
-                    for worker in list(self._crew.workers):
+                    for worker in self._crew.ordered:
                         await worker.send({"type": "reopen"})
                 case signal.SIGHUP:
                     self._reload_wanted.set()
@@ -293,10 +293,10 @@ class Master:
 
     def _exporter_for(self, metering: Metering | None) -> Exporter | None:
         """The present one if nothing has changed. Raises ListenError when the port that was asked for can't be had."""
-        if metering == self._metering and self._exporter is not None:
-            return self._exporter
         if metering is None:
             return None
+        if self._exporter is not None and self._metering is not None and metering[:2] == self._metering[:2]:
+            return self._exporter
         try:
             sock = listen(metering.host, metering.port)
         except ListenError as error:
@@ -367,7 +367,7 @@ class Master:
                 raise Error(str(error)) from None
             self._log.current.set_level(level)
             self._crew.level = str(wanted)
-            for worker in list(self._crew.workers):
+            for worker in self._crew.ordered:
                 await worker.send({"type": "level", "level": str(wanted)})
         return {"level": self._log.current.level.name.lower()}
 
@@ -395,7 +395,8 @@ class Master:
             return
         while True:
             await trio.sleep(_ANSWERED_AFTER)
-            if not any(worker.coming or worker.channel.sending for worker in self._crew.workers):
+            crew = self._crew
+            if not crew.emptying and not any(worker.coming or worker.channel.sending for worker in crew.workers):
                 break
         version = newer[0].version
         log.info("becoming the version of the workers", extra={"fields": {"from": __version__, "to": version}})
@@ -434,11 +435,10 @@ class Master:
         """Where the earlier version of this process has stopped."""
         crew, report = self._crew, self._report
         os.set_inheritable(crew.table, False)
-        generation = crew.generation = Generation.from_json(state["generation"])
+        generation = Generation.from_json(state["generation"])
         self._log.prepare(generation.plan.log)
         crew.retired, crew.level = state["retired"], state["level"]
-        for worker in state["workers"]:
-            crew.take_over(handover.restore_worker(worker))
+        crew.take_over(generation, [handover.restore_worker(worker) for worker in state["workers"]])
         if crew.level is not None:
             self._log.current.set_level(parse_level(crew.level))
         if state["metrics"] is not None:

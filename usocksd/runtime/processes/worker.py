@@ -33,10 +33,13 @@ log = logging.getLogger(__name__)
 CHANNEL = "TRANSOCKS_CHANNEL"
 """In the environment of a worker: the descriptor of its end of the channel. The command line is the master's."""
 
+IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""What the terminal or a service manager sends to all is for the master, which tells us."""
+
 HEARTBEAT = 0.5
 """Seconds between signs of life."""
 
-# Descriptors are counted at every so many of them: 20,000 take some milliseconds.
+# Descriptors and bytes are counted at every so many of them: 10,000 connections take some milliseconds.
 _COUNT_EVERY = 4
 # So many connections are listed in one message.
 _LISTED_AT_ONCE = 256
@@ -44,8 +47,7 @@ _LISTED_AT_ONCE = 256
 
 def main(daemon: Daemon[Any], fd: int) -> int:
     """The worker process. Returns the exit status."""
-    # What the terminal or a service manager sends to all is for the master, which tells us.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+    for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
     trio.run(_run, daemon, fd)
     return 0
@@ -129,6 +131,10 @@ class Worker:
             "descriptors_headroom", "Share of its open files that the worker with the fewest left has left"
         )
         self._gauges = (dropped, descriptors, headroom)
+        relayed = self._metrics.counters(
+            "relayed_bytes_total", "Bytes relayed to destinations (tx) and from there (rx), as they go", "direction"
+        )
+        self._relayed = relayed.labels("tx"), relayed.labels("rx")
 
     async def run(self, config: Any) -> None:
         """Serve until told to drain, or the master is gone, and then until the connections are.
@@ -143,8 +149,13 @@ class Worker:
         with contextlib.closing(built):
             async with trio.open_nursery() as base:
                 await base.start(self._reactor.run)
-                for task in built.background:
-                    await base.start(task)
+                try:
+                    for task in built.background:
+                        await base.start(task)
+                except Error as error:
+                    await _answer_faults(self._channel, error)
+                    base.cancel_scope.cancel()
+                    return
                 # Lives as long as there is something to serve: a drain is what ends it.
                 async with trio.open_nursery() as sessions:
                     self._service = Service(
@@ -154,6 +165,7 @@ class Worker:
                     await self._channel.send({"type": "ready", "version": __version__, "handover": HANDOVER})
                     base.start_soon(self._report)
                     sessions.start_soon(self._obey)
+                self._beats = 0
                 await self._send(self._alive() | {"type": "ended"})
                 base.cancel_scope.cancel()
 
@@ -170,6 +182,8 @@ class Worker:
                         self._draining = True
                         orders.start_soon(self._service.drain, order["within"])
                     case "adopt":
+                        # A newer version of the master may not know that it has asked for this already.
+                        self._service.close(self._adopted.pop(order["id"], []))
                         self._adopted[order["id"]] = self._service.listen(map(_adopt, fds))
                     case "release":
                         self._service.close(self._adopted.pop(order["id"], []))
@@ -196,6 +210,8 @@ class Worker:
         dropped, descriptors, headroom = self._gauges
         dropped.value = self._sink.dropped
         if self._beats % _COUNT_EVERY == 0:
+            for counter, value in zip(self._relayed, self._bytes(), strict=True):
+                counter.value = value
             descriptors.value = len(os.listdir("/proc/self/fd"))
             headroom.value = 1 - descriptors.value / self._limit
         self._beats += 1
@@ -212,15 +228,18 @@ class Worker:
 
     def _measure(self) -> dict[str, float]:
         """What the rates are made of: connections, and bytes each way, so far."""
-        moved = self._service.moving()
-        ended = (self._metrics.observed(f"proxy_{way}_bytes") for way in ("tx", "rx"))
-        tx_bytes, rx_bytes = (now + before for now, before in zip(moved, ended, strict=True))
+        tx_bytes, rx_bytes = self._bytes()
         return {
             "live": self._service.live,
             "connections": self._service.accepted.value,
             "tx_bytes": tx_bytes,
             "rx_bytes": rx_bytes,
         }
+
+    def _bytes(self) -> tuple[float, float]:
+        """Relayed so far, each way, by the relays that have ended and those that go on."""
+        up, down = self._service.moving()
+        return up + self._metrics.observed("proxy_tx_bytes"), down + self._metrics.observed("proxy_rx_bytes")
 
     async def _list(self, number: int) -> None:
         rows = [row | {"worker": os.getpid()} for row in self._service.connections()]

@@ -20,7 +20,7 @@ from usocksd.errors import ConfigError, Error, Fault
 from usocksd.runtime.metrics import Snapshot
 from usocksd.runtime.processes.channel import Channel, Message
 from usocksd.runtime.processes.plan import Plan
-from usocksd.runtime.processes.worker import CHANNEL
+from usocksd.runtime.processes.worker import CHANNEL, IGNORED
 
 _numbers = itertools.count(1)
 
@@ -51,6 +51,8 @@ class WorkerProcess:
         self.pid = pid
         self.channel = channel
         self.state = State.STARTING
+        self.ordered = False
+        """It has been told how to serve: what it is told now, it does once it is ready."""
         self.version = ""
         self.handover = 0
         """The format in which its version takes over from another master."""
@@ -73,6 +75,8 @@ class WorkerProcess:
         Raises Error when the system has no room for one more process.
         """
         ours, theirs = socket.socketpair()
+        # It inherits the mask: until it ignores these signals, they would end it.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)
         try:
             with theirs:
                 process = subprocess.Popen(
@@ -84,6 +88,8 @@ class WorkerProcess:
         except OSError as error:
             ours.close()
             raise Error(f"can't start a worker: {error.strerror}") from None
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         # The master waits for all its children itself, also for those that an earlier version of it has started.
         process.returncode = 0
         return cls(generation, slot, column, process.pid, Channel(trio.socket.from_stdlib_socket(ours)))
@@ -117,6 +123,7 @@ class WorkerProcess:
 
     async def serve(self, order: dict[str, Any], fds: Sequence[int]) -> None:
         """Have it make ready to serve; returns when it is. Raises Error with what it says is wrong, WorkerEnded."""
+        self.ordered = True
         await self.send({"type": "serve", **order, "column": self.column}, fds)
         ready = await self._expect("ready")
         self.version, self.handover = ready["version"], ready["handover"]

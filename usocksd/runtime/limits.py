@@ -48,7 +48,8 @@ _ROWS = 1 << 14
 COLUMNS = 256
 """One for each worker there can be at a time: of the present generation, of two that drain, and of one to come."""
 _CELL = 4
-_SIZE = _ROWS * COLUMNS * _CELL
+_ROW = COLUMNS * _CELL
+_SIZE = _ROWS * _ROW
 
 
 def make_table() -> int:
@@ -59,13 +60,17 @@ def make_table() -> int:
 
 
 def clear_column(fd: int, column: int) -> None:
-    """A worker is gone, and with it what it counted."""
-    if not os.fstat(fd).st_blocks:
-        return  # nobody has ever counted: there are no limits
-    with mmap.mmap(fd, _SIZE) as memory, memoryview(memory).cast("i") as cells:
-        for at in range(column, _ROWS * COLUMNS, COLUMNS):
-            if cells[at]:
-                cells[at] = 0
+    """A worker is gone, and with it what it counted. Memory that nobody has written to stays unused."""
+    end = 0
+    while True:
+        try:
+            start = os.lseek(fd, end, os.SEEK_DATA)
+        except OSError:  # ENXIO: nothing but holes from here on
+            return
+        end = os.lseek(fd, start, os.SEEK_HOLE)
+        for at in range(start - start % _ROW + column * _CELL, end, _ROW):
+            if any(os.pread(fd, _CELL, at)):
+                os.pwrite(fd, bytes(_CELL), at)
 
 
 class Tally:

@@ -53,7 +53,10 @@ def parse_level(name: str) -> Severity:
 
 
 class Log:
-    """Owns the sink and the standard library's loggers of both packages, until it is closed. See `setup`."""
+    """Owns the sink and, once attached, the standard library's loggers of both packages, until it is closed.
+
+    See `setup`.
+    """
 
     def __init__(self, formatter: Formatter, sink: Sink, level: Severity) -> None:
         self.formatter = formatter
@@ -61,13 +64,17 @@ class Log:
         """Hands a finished record to the sink; see `Sink.append`."""
         self._sink = sink
         self._handler = Handler(formatter, sink)
+        self.configured = level
+        """The level that it was set up with."""
+        self._level = level
+
+    def attach(self) -> None:
+        """The standard library's records come here from now on."""
         for name in LOGGERS:
             logger = logging.getLogger(name)
             logger.addHandler(self._handler)
             logger.propagate = False
-        self.configured = level
-        """The level that it was set up with."""
-        self.set_level(level)
+        self.set_level(self._level)
 
     @property
     def level(self) -> Severity:
@@ -101,16 +108,20 @@ class Log:
         """Open the log file again (SIGUSR1); see `Sink.reopen`."""
         self._sink.reopen()
 
+    def detach(self) -> None:
+        """Give the loggers back; what is appended directly is still written."""
+        for name in LOGGERS:
+            logger = logging.getLogger(name)
+            logger.removeHandler(self._handler)
+            if not any(isinstance(handler, Handler) for handler in logger.handlers):  # else another has taken over
+                logger.propagate = True
+                logger.setLevel(logging.NOTSET)
+
     def close(self, timeout: float = 1.0) -> None:
         """Write what can be written within `timeout` seconds, and give the loggers back. It must be called
         before the process ends: without it the records of the last moments are lost.
         """
-        for name in LOGGERS:
-            logger = logging.getLogger(name)
-            logger.removeHandler(self._handler)
-            if not logger.handlers:  # else another log has taken over
-                logger.propagate = True
-                logger.setLevel(logging.NOTSET)
+        self.detach()
         self._sink.close(timeout)
 
 
@@ -146,7 +157,14 @@ def _severity(level: int) -> Severity:
 
 
 def setup(topic: str, filename: str | None, level: str | None, format: str | None) -> Log:
-    """Start logging as program `topic` to `filename`, or to stderr if that is None or empty.
+    """Start logging as program `topic`; see `open_log`."""
+    log = open_log(topic, filename, level, format)
+    log.attach()
+    return log
+
+
+def open_log(topic: str, filename: str | None, level: str | None, format: str | None) -> Log:
+    """The log of program `topic` to `filename`, or to stderr if that is None or empty; not attached yet.
 
     `level` and `format` are the names of the originals' flags; None or empty mean the environment's
     CYBOZU_LOG_LEVEL, or else info, and plain. A bad name there raises ValueError, but a bad CYBOZU_LOG_LEVEL

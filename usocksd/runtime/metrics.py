@@ -141,8 +141,9 @@ class Metrics:
         return self._add(name, help, Kind.HISTOGRAM, labels, family, bounds=list(bounds))
 
     def observed(self, name: str) -> float:
-        """The sum of what a histogram without labels has observed."""
-        total: float = self._families[f"{self._prefix}_{name}"].labels().dump()[-1]
+        """The sum of what a histogram without labels has observed; 0 if there is no such histogram."""
+        family = self._families.get(f"{self._prefix}_{name}")
+        total: float = 0.0 if family is None else family.labels().dump()[-1]
         return total
 
     def snapshot(self) -> Snapshot:
@@ -161,8 +162,8 @@ class Metrics:
         return family
 
 
-def total(snapshots: Iterable[Snapshot]) -> Snapshot:
-    """The sum of snapshots; `lasting` ones come first.
+def total(snapshots: Iterable[Snapshot], *, bounded: bool = False) -> Snapshot:
+    """The sum of snapshots; `lasting` ones come first. `bounded`: it has no more children than one of them may have.
 
     Of one name the latest description counts: a new version may have changed it. What can't be added to it, since its
     labels or bounds are others, starts anew.
@@ -175,7 +176,7 @@ def total(snapshots: Iterable[Snapshot]) -> Snapshot:
                 values = {}
             combine = min if metric["kind"] == Kind.MINIMUM.value else add
             for texts, numbers in metric["values"]:
-                labels = _key(tuple(texts), values, metric.get("most"))
+                labels = _key(tuple(texts), values, metric.get("most") if bounded else None)
                 so_far = values.get(labels)
                 values[labels] = list(numbers) if so_far is None else list(map(combine, so_far, numbers))
             sums[name] = (metric, values)

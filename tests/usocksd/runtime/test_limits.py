@@ -2,10 +2,13 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 import usocksd
-from usocksd.runtime.limits import most_connections, most_pipes
+from usocksd.runtime.limits import Tally, clear_column, make_table, most_connections, most_pipes
 
 ROOT = Path(usocksd.__file__).parents[1]
 
@@ -58,3 +61,64 @@ def test_what_is_open_already_does_not_fit_again() -> None:
 
 def test_at_least_one() -> None:
     assert most_connections(3) == 1
+
+
+# Limits over all workers
+
+
+@pytest.fixture
+def table() -> Iterator[int]:
+    fd = make_table()
+    yield fd
+    os.close(fd)
+
+
+def test_each_worker_sees_what_the_others_have(table: int) -> None:
+    one, two = (Tally(table, column, most=5, per_client=3) for column in (0, 255))
+    here, there = one.row("192.0.2.1"), one.row("2001:db8::1")
+    assert here != there
+    assert two.row("192.0.2.1") == here
+    one.add(here, 1)
+    two.add(here, 1)
+    assert one.exceeded(here) is None
+    one.add(here, 1)
+    for tally in (one, two):
+        assert tally.exceeded(here) == "per_client"
+        assert tally.exceeded(there) is None
+    two.add(there, 1)
+    one.add(there, 1)
+    assert one.exceeded(there) == two.exceeded(there) == "connections"
+    one.add(here, -1)
+    assert two.exceeded(here) is None
+
+
+def test_what_an_ended_worker_had_counts_no_more(table: int) -> None:
+    one, two = (Tally(table, column, most=2, per_client=2) for column in (0, 1))
+    row = one.row("192.0.2.1")
+    one.add(row, 1)
+    two.add(row, 1)
+    assert two.exceeded(row) == "connections"
+    clear_column(table, 0)
+    assert two.exceeded(row) is None
+    two.add(row, 1)
+    assert two.exceeded(row) == "connections"
+
+
+@pytest.mark.parametrize(("most", "per_client", "limit"), [(0, 2, "per_client"), (2, 0, "connections")])
+def test_one_limit_alone(table: int, most: int, per_client: int, limit: str) -> None:
+    tally = Tally(table, 0, most=most, per_client=per_client)
+    row = tally.row("192.0.2.1")
+    for _ in range(2):
+        assert tally.exceeded(row) is None
+        tally.add(row, 1)
+    assert tally.exceeded(row) == limit
+
+
+def test_without_limits_nothing_is_counted(table: int) -> None:
+    tally = Tally(table, 0, most=0, per_client=0)
+    row = tally.row("192.0.2.1")
+    tally.add(row, 1000)
+    assert tally.exceeded(row) is None
+    assert os.fstat(table).st_blocks == 0
+    clear_column(table, 0)
+    assert os.fstat(table).st_blocks == 0

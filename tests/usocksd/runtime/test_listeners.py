@@ -3,7 +3,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ import trio
 
 from usocksd.runtime import listeners as listeners_module
 from usocksd.runtime.endpoint import Endpoint
-from usocksd.runtime.listeners import Listener, ListenError, listen, listen_all, queue_length
+from usocksd.runtime.listeners import Listener, ListenError, listen, queue, queue_length
 
 LOGGER = "usocksd.runtime.listeners"
 
@@ -33,7 +33,8 @@ class Server:
         return clients
 
     def close(self) -> None:
-        self.listener.close()
+        if self.listener._sock.fileno() >= 0:
+            self.listener.close()
         for endpoint, _, _ in self.accepted:
             endpoint.close()
         for client in self._clients:
@@ -77,8 +78,27 @@ async def test_accepted_sockets_inherit_their_options(lab: Any, serve: Callable[
 def test_both_families_on_one_port() -> None:
     with listen("0.0.0.0", 0) as v4, listen("::", v4.getsockname()[1]) as v6:
         assert v6.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY) == 1
-    with listen("::", 0, v6only=False) as both:
-        assert both.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY) == 0
+
+
+def test_several_on_one_port(nothing_leaks: None) -> None:
+    """Of those who say so: with somebody else's port, none of it."""
+    with listen("127.0.0.1", 0, reuse_port=True) as first:
+        address = first.getsockname()
+        listen(*address, reuse_port=True).close()
+        with pytest.raises(ListenError, match="in use"):
+            listen(*address)
+    with listen("127.0.0.1", 0) as taken, pytest.raises(ListenError, match="in use"):
+        listen(*taken.getsockname(), reuse_port=True)
+
+
+def test_the_queue(nothing_leaks: None) -> None:
+    with listen("127.0.0.1", 0) as sock:
+        most = int(Path("/proc/sys/net/core/somaxconn").read_text(encoding="ascii"))
+        assert queue(sock) == (0, min(4096, most))
+        clients = [socket.create_connection(sock.getsockname()) for _ in range(3)]
+        assert queue(sock)[0] == queue_length(sock) == 3
+        for client in clients:
+            client.close()
 
 
 @pytest.mark.parametrize(("host", "place"), [("127.0.0.1", "127.0.0.1:{}"), ("::1", "[::1]:{}")])
@@ -100,27 +120,6 @@ def test_a_port_is_free_again_at_once(nothing_leaks: None) -> None:
         accepted.close()
         client.close()
     listen(*address).close()
-
-
-def at(address: str, port: int = 0, *, optional: bool = False) -> Any:
-    return SimpleNamespace(address=address, port=port, optional=optional)
-
-
-def test_optional_families(nothing_leaks: None, caplog: pytest.LogCaptureFixture) -> None:
-    # An address that the host lacks stands for a family that it lacks.
-    with caplog.at_level(logging.INFO, LOGGER):
-        (sock,) = listen_all([at("127.0.0.1", optional=True), at("2001:db8::1", optional=True)])
-    assert [record.fields["address"] for record in caplog.records] == [f"127.0.0.1:{sock.getsockname()[1]}"]
-    sock.close()
-    with pytest.raises(ListenError, match=r"\[2001:db8::1\]:1"):
-        listen_all([at("2001:db8::1", 1, optional=True)])
-    with pytest.raises(ListenError, match=r"\[2001:db8::1\]:1"):
-        listen_all([at("127.0.0.1"), at("2001:db8::1", 1)])
-
-
-def test_optional_excuses_no_port_that_is_taken(nothing_leaks: None) -> None:
-    with listen("127.0.0.1", 0) as taken, pytest.raises(ListenError, match="in use"):
-        listen_all([at("127.0.0.1"), at("127.0.0.1", taken.getsockname()[1], optional=True)])
 
 
 # Accepting
@@ -305,4 +304,16 @@ async def test_close_refuses_what_comes_later_and_keeps_what_was_accepted(
         server.connect()
     client.sendall(b"still here")
     assert await server.accepted[0][0].receive() == b"still here"
+
+
+async def test_close_accepts_all_that_waits(lab: Any) -> None:
+    """Also more than one batch: who closes the last socket resets what is left in its queue."""
+    sock = listen("127.0.0.1", 0)
+    clients = [socket.create_connection(sock.getsockname()) for _ in range(200)]
+    server = Server(lab, sock)
     server.listener.close()
+    assert len(server.accepted) == 200
+    server.close()
+    for client in clients:
+        assert client.recv(1) == b""
+        client.close()

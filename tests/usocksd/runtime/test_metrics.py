@@ -66,7 +66,7 @@ def test_a_sum_has_no_more_children_than_its_parts_may_have() -> None:
         family = metrics.counters("denied_total", "Denied", "rule", most=3)
         for number in range(3):
             family.labels(f"rule {number} of {generation}").value += 1
-        past = total([past, lasting(sent(metrics))])
+        past = total([past, lasting(sent(metrics))], bounded=True)
     found = values(past, "usocksd_denied_total")
     assert found == {**{(f"rule {number} of 0",): [1] for number in range(3)}, (OTHER,): [12]}
 

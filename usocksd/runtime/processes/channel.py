@@ -17,6 +17,8 @@ Message: TypeAlias = dict[str, Any]
 
 _HEAD = struct.Struct("!IH")  # length of the JSON text, number of descriptors
 _RECEIVE_SIZE = 64 * 1024
+# Seconds for the other side to take a message that it has begun to take.
+_REST_WITHIN = 5.0
 # SCM_MAX_FD of unix(7): so many fit into one message of the kernel.
 _MOST_FDS = 253
 
@@ -42,8 +44,13 @@ class Channel:
         async with self._sending:
             # The descriptors travel with the first bytes.
             data = data[await self._sock.sendmsg([data], rights) :]
-            while data:
-                data = data[await self._sock.send(data) :]
+            # What has begun must end, or the other side can't make out what follows.
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + _REST_WITHIN):
+                while data:
+                    data = data[await self._sock.send(data) :]
+            if data:
+                self.close()
+                raise BrokenPipeError("the other side does not read")
 
     async def receive(self) -> tuple[Message, list[int]] | None:
         """The next message and its descriptors, which are the caller's to close; None when the other side is gone."""
@@ -52,11 +59,15 @@ class Channel:
                 size, fds = _HEAD.unpack_from(self._buffer)
                 end = _HEAD.size + size
                 if len(self._buffer) >= end and len(self._fds) >= fds:
-                    message: Message = json.loads(self._buffer[_HEAD.size : end])
+                    try:
+                        message: Message = json.loads(self._buffer[_HEAD.size : end])
+                    except ValueError:
+                        return None  # torn: it ended in the middle of a message
                     del self._buffer[:end]
                     return message, [self._fds.popleft() for _ in range(fds)]
             try:
-                data, rights, _, _ = await self._sock.recvmsg(_RECEIVE_SIZE, socket.CMSG_SPACE(_MOST_FDS * 4))
+                room = socket.CMSG_SPACE(_MOST_FDS * 4)
+                data, rights, _, _ = await self._sock.recvmsg(_RECEIVE_SIZE, room, socket.MSG_CMSG_CLOEXEC)
             except ConnectionResetError:
                 return None
             if not data:

@@ -21,6 +21,7 @@ from usocksd.errors import Error
 from usocksd.runtime.limits import COLUMNS, clear_column, make_table
 from usocksd.runtime.listeners import queue_length
 from usocksd.runtime.metrics import Metrics, Snapshot, lasting, total
+from usocksd.runtime.processes.channel import Message
 from usocksd.runtime.processes.plan import Plan
 from usocksd.runtime.processes.slots import Slots
 from usocksd.runtime.processes.worker_process import State, WorkerProcess
@@ -40,6 +41,8 @@ _BACKOFF_ALONE = 0.5
 _STEADY_AFTER = 5.0
 # What a worker has for its last words when its connections are ended, before it is killed.
 _LAST_WORDS = 5.0
+# Their descriptors travel in one message (SCM_MAX_FD of unix(7)).
+_MOST_ADDRESSES = 200
 # A surplus socket is closed when nobody has waited in it for so long: longer than a handshake takes.
 _QUIET = 2.0
 
@@ -52,6 +55,8 @@ class Generation:
     text: str
     source: str
     plan: Plan
+    said: dict[str, Any]
+    """The plan as its worker has said it, with what only a later version knows"""
     log: dict[str, str | None]
     """As usocksd.runtime.log.setup takes it"""
     since: float
@@ -59,12 +64,12 @@ class Generation:
 
     def as_json(self) -> dict[str, Any]:
         """For the program that this process is about to become."""
-        return {**attrs.asdict(self, recurse=False), "plan": self.plan.as_json()}
+        return {key: value for key, value in attrs.asdict(self, recurse=False).items() if key != "plan"}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Generation:
         """From the program that this process was."""
-        return cls(**{**values, "plan": Plan.from_json(values["plan"])})
+        return cls(**values, plan=Plan.from_json(values["said"]))
 
 
 @attrs.frozen
@@ -111,20 +116,23 @@ class Crew:
 
         Raises ConfigError with every fault, or Error; then nothing has changed.
         """
-        # Sockets that are still in their groups: nothing could be opened in their place, nor the others let go.
-        while self.emptying:
-            await self.changed.wait()
         workers: list[WorkerProcess] = []
         try:
             with trio.fail_after(_READY_WITHIN):
+                # Sockets that are still in their groups: nothing could be opened in their place, nor the others let go.
+                while self.emptying:
+                    await self.changed.wait()
                 workers.append(self._start(number, 0))
-                plan = await workers[0].plan(text, source)
-                generation = Generation(number, text, source, plan, log_order(plan.log), time.time())
+                plan, said = await workers[0].plan(text, source)
+                if len(plan.listen) > _MOST_ADDRESSES:
+                    raise Error(f"too many listening addresses: {len(plan.listen)}, expected at most {_MOST_ADDRESSES}")
+                generation = Generation(number, text, source, plan, said, log_order(plan.log), time.time())
                 self._slots.open(plan.listen, plan.workers)
                 workers += [self._start(number, slot) for slot in range(1, plan.workers)]
                 await self._serve_all(generation, workers)
         except BaseException as error:
-            self._give_up(workers)
+            if workers:
+                self._give_up(workers)
             if isinstance(error, trio.TooSlowError):
                 raise Error(f"the workers were not ready within {_READY_WITHIN:.0f} s") from None
             raise
@@ -135,10 +143,19 @@ class Crew:
         self._give_up(candidate.workers)
 
     def _give_up(self, workers: Sequence[WorkerProcess]) -> None:
-        self._slots.restore()
         for worker in workers:
             worker.kill()
-            self._nursery.start_soon(self._bury, worker)
+        self.emptying = True
+        self._nursery.start_soon(self._take_back, workers)
+
+    async def _take_back(self, workers: Sequence[WorkerProcess]) -> None:
+        """Close what was opened for these, when they have: until then it is in its groups, to be kept from choice."""
+        async with trio.open_nursery() as nursery:
+            for worker in workers:
+                nursery.start_soon(self._bury, worker)
+        self._slots.restore()
+        self.emptying = False
+        self._tell_change()
 
     async def commit(self, candidate: Candidate) -> None:
         """From now on this one is in force. Older ones drain."""
@@ -158,12 +175,18 @@ class Crew:
 
     async def drain(self, workers: Sequence[WorkerProcess], within: float) -> None:
         """These accept no more, and end what is left in `within` seconds."""
-        for worker in list(workers):
+        for worker in workers:
             if worker.coming:
                 worker.kill()
             else:
                 worker.state = State.DRAINING
-                await worker.send({"type": "drain", "within": within})
+        await self.tell({"type": "drain", "within": within}, [worker for worker in workers if not worker.coming])
+
+    async def tell(self, message: Message, workers: Sequence[WorkerProcess] | None = None) -> None:
+        """Tell these, or all that know how to serve, at the same time: one that hangs does not hold up the others."""
+        async with trio.open_nursery() as nursery:
+            for worker in self.ordered if workers is None else workers:
+                nursery.start_soon(worker.send, message)
 
     async def stop(self, within: float) -> None:
         """End all workers; returns when they have."""
@@ -195,6 +218,17 @@ class Crew:
         """The workers that know how to serve, whether they are ready yet or not."""
         return [worker for worker in self.workers if worker.ordered]
 
+    @property
+    def settled(self) -> bool:
+        """Whether nobody is coming or going, and nothing is half said: what there is can be passed on."""
+        return not self.emptying and not any(
+            worker.coming or worker.channel.sending or worker.exit_status is not None for worker in self.workers
+        )
+
+    def filenos(self) -> list[int]:
+        """Every descriptor."""
+        return [self.table, *(worker.channel.fileno() for worker in self.workers)]
+
     # A worker's life
 
     def reap(self) -> None:
@@ -203,7 +237,11 @@ class Crew:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
             except ChildProcessError:
-                return
+                pid = status = 0
+                for worker in self.workers:
+                    if worker.exit_status is None:  # reaped, before this process became this version
+                        worker.exit_status = 0
+                        worker.exited.set()
             if not pid:
                 return
             for worker in self.workers:
@@ -274,8 +312,8 @@ class Crew:
         if not configured:
             await worker.configure(generation.text, generation.source)
         order = {
-            "log": generation.log | ({"level": self.level} if self.level else {}),
-            "ports": sorted({port for _, port in self._slots.names}),
+            "log": generation.log | ({"level": self.level} if self.level and generation is self.generation else {}),
+            "ports": self._slots.ports(plan.listen),
             "connections": plan.connections,
             "per_client": plan.per_client,
             "stop": plan.stop,
@@ -287,6 +325,7 @@ class Crew:
             if worker.state is State.SUSPECTED:
                 worker.state = State.SERVING
                 await self._cover()
+        born = self._born.get(worker.pid, 0.0)
         await self._bury(worker)
         generation = self.generation
         expected = worker.state is State.DRAINING
@@ -299,7 +338,7 @@ class Crew:
             return
         cause = "hung" if worker.hung else "signal" if (worker.exit_status or 0) < 0 else "exit"
         self._restarts.labels(cause).value += 1
-        if trio.current_time() - self._born.pop(worker.pid, 0.0) > _STEADY_AFTER:
+        if trio.current_time() - born > _STEADY_AFTER:
             self._failures[worker.slot] = 0
         await self._replace(generation, worker.slot)
 
@@ -310,8 +349,9 @@ class Crew:
         worker.kill()
         await worker.exited.wait()
         worker.channel.close()
-        self.retired = total([self.retired, lasting(worker.metrics)])
+        self.retired = total([self.retired, lasting(worker.metrics)], bounded=True)
         self.workers.remove(worker)
+        self._born.pop(worker.pid, None)
         clear_column(self.table, worker.column)
         self._tell_change()
 
@@ -385,6 +425,9 @@ class Crew:
         for adopter in adopters:
             for sock in surplus:
                 await adopter.send({"type": "release", "id": -sock.fileno()})
+            # An answer says that it has: until then they are in their groups, to be kept from choice.
+            with trio.move_on_after(_SUSPECT_AFTER):
+                await adopter.ask("measure")
         for sock in surplus:
             sock.close()
         self._slots.settle()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import attrs
 
 from usocksd.errors import Error
-from usocksd.runtime.log import Log, setup
+from usocksd.runtime.log import Log, open_log, setup
 from usocksd.runtime.settings import LogConfig
 
 LogOrder = dict[str, str | None]
@@ -43,38 +43,45 @@ class MasterLog:
         self.current = setup(invocation.name, None, invocation.loglevel, invocation.logformat)
         self._order: LogOrder | None = None
         self._coming: tuple[Log, LogOrder] | None = None
+        self._dropped = 0
 
     def prepare(self, config: LogConfig) -> LogOrder:
         """Open the log of a configuration that is to come. Raises Error when that can't be done."""
         order = self._invocation.log_order(config)
         if order != self._order:
-            if self._order is None:
-                self.current.close()  # stderr it may be again, and each record shall be there once
             try:
-                self._coming = setup(self._invocation.name, **order), order
+                self._coming = open_log(self._invocation.name, **order), order
             except OSError as error:
-                if self._order is None:
-                    self.current = setup(self._invocation.name, None, order["level"], order["format"])
                 raise Error(f"can't open the log file {order['filename']}: {error.strerror}") from None
-            if self._order is None:
-                self.commit()
+            if self._order is None and (early := self.commit()) is not None:
+                early.close()
         return order
 
-    def commit(self) -> None:
-        """That configuration is in force."""
+    def commit(self) -> Log | None:
+        """That configuration is in force. Returns the log before, for the caller to close; that may take a second."""
+        old = None
         if self._coming is not None:
-            self.current.close()
+            old = self.current
             (self.current, self._order), self._coming = self._coming, None
+            self.current.attach()
+            old.detach()
+            self._dropped += old.dropped
         self.current.set_level(self.current.configured)
-
-    def reopen(self) -> None:
-        """Open the one in force again, after it was closed."""
-        assert self._order is not None
-        self.current = setup(self._invocation.name, **self._order)
+        return old
 
     def drop(self) -> None:
         """It will not be."""
         if self._coming is not None:
             self._coming[0].close()
             self._coming = None
-            self.current.set_level(self.current.level)
+
+    @property
+    def dropped(self) -> int:
+        """How many records of the master were never written, whatever its log was."""
+        return self._dropped + self.current.dropped
+
+    def reopen(self) -> None:
+        """Open the one in force again, after it was closed."""
+        assert self._order is not None
+        self._dropped += self.current.dropped
+        self.current = setup(self._invocation.name, **self._order)

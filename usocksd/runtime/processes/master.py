@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import trio
@@ -18,18 +18,17 @@ import trio
 from usocksd import __version__
 from usocksd.errors import ConfigError, Error
 from usocksd.runtime.exporter import Exporter
-from usocksd.runtime.hostport import join_port
-from usocksd.runtime.listeners import ListenError, listen
+from usocksd.runtime.limits import raise_descriptor_limit
 from usocksd.runtime.log import parse_level
-from usocksd.runtime.metrics import Metrics, Snapshot, lasting, total
+from usocksd.runtime.metrics import Metrics, lasting, total
 from usocksd.runtime.processes import handover
-from usocksd.runtime.processes.control import ControlError, ControlSocket
 from usocksd.runtime.processes.crew import Candidate, Crew, Generation
+from usocksd.runtime.processes.doors import Doors
 from usocksd.runtime.processes.invocation import Invocation, MasterLog
 from usocksd.runtime.processes.notify import Notifier, inherited_sockets
-from usocksd.runtime.processes.plan import HANDOVER, Metering
+from usocksd.runtime.processes.plan import HANDOVER
 from usocksd.runtime.processes.report import Report
-from usocksd.runtime.processes.slots import Slots, check_inherited, place_names, restore_socket
+from usocksd.runtime.processes.slots import Slots, check_inherited, place_names
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +44,9 @@ _MARGIN = 10.0
 _STATUS_EVERY = 5.0
 # The verb that asked for a reload has its answer by then, and the master may become another program.
 _ANSWERED_AFTER = 0.5
+_HEARD_AFTER = 0.05
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD)
+_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD}
 
 
 def stop_delay() -> float:
@@ -122,40 +122,42 @@ class Master:
             self._slots = Slots(inherited)
         else:
             self._slots = Slots.take_over(state["slots"])
-        table = None if state is None else state["table"]
-        self._crew = Crew(nursery, self._slots, self._metrics, table)
+        raise_descriptor_limit()
+        self._crew = Crew(nursery, self._slots, self._metrics, None if state is None else state["table"])
         started = time.time() if state is None else state["started"]
         self._report = Report(invocation.name, self._crew, self._slots, self._metrics, log=own_log, started=started)
-        self._exporter: Exporter | None = None
-        self._metering: Metering | None = None
-        self._control: ControlSocket | None = None
-        self._control_scope = trio.CancelScope()
-        self._reload_wanted = trio.Event()
-        self._waiting: list[trio.MemorySendChannel[Error | None]] = []
+        handlers = {
+            "status": lambda _: self._report.status(),
+            "connections": lambda _: self._report.connections(),
+            "reload": self._on_reload,
+            "drain": self._on_drain,
+            "log-level": self._on_log_level,
+        }
+        self._doors = Doors(invocation.name, nursery, self._report, handlers)
         self._starting = trio.CancelScope()
         self._stop_wanted = trio.Event()
         self._stop_cause = ""
+        self._reload_wanted = trio.Event()
+        # Of the task that reloads: whoever stops the daemon cancels it, and waits until it is over.
+        self._reloads = trio.CancelScope()
+        self._reloads_over = trio.Event()
+        # Who asked for the next reload.
+        self._waiting: list[trio.MemorySendChannel[Error | None]] = []
 
     async def run(self, signals: AsyncIterator[int], state: dict[str, Any] | None) -> None:
         """Serve until told to stop. Raises Error when it can't start."""
         self._nursery.start_soon(self._obey, signals)
         with self._starting:
             if state is None:
-                text, source = self._invocation.read()
-                candidate = await self._crew.prepare(1, text, source, self._log.prepare)
-                try:
-                    exporter = self._exporter_for(candidate.generation.plan.metrics)
-                except Error:
-                    self._crew.dismiss(candidate)
-                    raise
-                await self._commit(candidate, exporter)
+                await self._bring_up(1)
             else:
                 self._go_on(state)
             self._nursery.start_soon(self._crew.look_after)
             self._nursery.start_soon(self._reload_when_wanted)
             self._nursery.start_soon(self._tell_manager)
             await self._stop_wanted.wait()
-        await self._stop()
+        if self._crew.generation is not None:  # else it was told so before it had begun
+            await self._stop(self._crew.generation)
 
     async def _obey(self, signals: AsyncIterator[int]) -> None:
         async for number in signals:
@@ -164,8 +166,7 @@ class Master:
                     self._crew.reap()
                 case signal.SIGUSR1:
                     self._log.current.reopen()
-                    for worker in self._crew.ordered:
-                        await worker.send({"type": "reopen"})
+                    await self._crew.tell({"type": "reopen"})
                 case signal.SIGHUP:
                     self._reload_wanted.set()
                 case _:
@@ -174,13 +175,13 @@ class Master:
                     if self._crew.generation is None:
                         self._starting.cancel()
 
-    async def _stop(self) -> None:
-        crew, report, generation = self._crew, self._report, self._crew.generation
-        if generation is None:  # it was told so before it had begun
-            return
+    async def _stop(self, generation: Generation) -> None:
+        crew, report = self._crew, self._report
         report.draining = True
         self._stop_wanted = again = trio.Event()
         self._notifier.stopping(report.line, self._stop_delay + generation.plan.stop + _MARGIN)
+        self._reloads.cancel()
+        await self._reloads_over.wait()
         log.info("stopping", extra={"fields": {"cause": self._stop_cause, "live": await report.live_now()}})
         async with trio.open_nursery() as nursery:
 
@@ -203,58 +204,75 @@ class Master:
                 await crew.changed.wait()
             nursery.cancel_scope.cancel()
         self._slots.close()
-        self._control_scope.cancel()
-        if self._control is not None:
-            self._control.close()
-        if self._exporter is not None:
-            self._exporter.close()
+        self._doors.close()
 
     # A new configuration
 
     async def _reload_when_wanted(self) -> None:
-        while True:
-            await self._reload_wanted.wait()
-            # Whoever asked until here is answered by what is read from here on.
-            self._reload_wanted = trio.Event()
-            waiting, self._waiting = self._waiting, []
-            failure: Error | None = None
-            self._report.reloading = True
-            self._notifier.reloading()
-            try:
-                await self._reload()
-            except Error as error:
-                failure = error
-                _complain(logging.ERROR, "reload failed", error)
-                log.error("nothing has changed: the configuration in force stays")
-            finally:
-                self._report.reloading = False
-            self._report.reloaded(failure)
-            self._notifier.ready(self._report.line)
-            for sender in waiting:
-                sender.send_nowait(failure)
-            if failure is None:
-                await self._become_newer()
+        with self._reloads:
+            while True:
+                await self._reload_wanted.wait()
+                # Whoever asked until here is answered by what is read from here on.
+                self._reload_wanted = trio.Event()
+                asked, self._waiting = self._waiting, []
+                failure: Error | None = Error("the daemon is stopping")
+                try:
+                    failure = await self._reload()
+                finally:
+                    _answer(asked, failure)
+                if failure is None:
+                    await self._become_newer()
+        _answer(self._waiting, Error("the daemon is stopping"))
+        self._reloads_over.set()
 
-    async def _reload(self) -> None:
-        """Raises Error, and then everything is as it was."""
-        crew = self._crew
-        assert crew.generation is not None
+    async def _reload(self) -> Error | None:
+        """Returns what went wrong; then everything is as it was."""
+        generation, report = self._crew.generation, self._report
+        assert generation is not None
+        failure = None
+        report.reloading = True
+        self._notifier.reloading()
         log.info("reloading")
-        text, source = self._invocation.read()
         try:
-            candidate = await crew.prepare(crew.generation.number + 1, text, source, self._log.prepare)
-            try:
-                exporter = self._exporter_for(candidate.generation.plan.metrics)
-            except Error:
-                crew.dismiss(candidate)
-                raise
-        except Error:
+            await self._bring_up(generation.number + 1)
+            log.info("reloaded", extra={"fields": {"generation": generation.number + 1}})
+        except Error as error:
+            failure = error
+            _complain(logging.ERROR, "reload failed", error)
+        except Exception as error:
+            failure = Error(f"internal error: {error}")
+            log.exception("reload failed")
+        finally:
+            report.reloading = False
+        if failure is not None:
+            log.error("nothing has changed: the configuration in force stays")
+        report.reloaded(failure)
+        self._notifier.ready(report.line)
+        return failure
+
+    async def _bring_up(self, number: int) -> None:
+        """Start a generation of what the configuration says now, and have it in force when it is ready.
+
+        Raises Error, or is cancelled; then everything is as it was.
+        """
+        # In a thread: what it is read from may keep us waiting (a FIFO).
+        text, source = await trio.to_thread.run_sync(self._invocation.read, abandon_on_cancel=True)
+        try:
+            candidate = await self._crew.prepare(number, text, source, self._log.prepare)
+        except BaseException:
             self._log.drop()
             raise
-        await self._let_drain()
-        before = place_names(self._slots)
-        await self._commit(candidate, exporter, before)
-        log.info("reloaded", extra={"fields": {"generation": candidate.generation.number}})
+        exporter = None
+        try:
+            exporter = self._doors.prepare(candidate.generation.plan.metrics)
+            await self._let_drain()
+        except BaseException:
+            self._log.drop()
+            self._doors.drop(exporter)
+            self._crew.dismiss(candidate)
+            raise
+        with trio.CancelScope(shield=True):
+            await self._commit(candidate, exporter)
 
     async def _let_drain(self) -> None:
         """One more generation is about to drain: the oldest must have ended if there would be too many."""
@@ -271,75 +289,23 @@ class Master:
             log.warning("ending the oldest generation", extra={"fields": {"generation": oldest, "live": live}})
             await crew.drain(left, 0.0)
 
-    async def _commit(self, candidate: Candidate, exporter: Exporter | None, before: list[str] | None = None) -> None:
-        """Let a generation that is ready be the one in force. `before`: the addresses that were listened on."""
+    async def _commit(self, candidate: Candidate, exporter: Exporter | None) -> None:
+        """Let a generation that is ready be the one in force."""
         plan = candidate.generation.plan
-        self._log.commit()
+        listened = set() if self._crew.generation is None else set(place_names(self._slots, opened=False))
+        old_log = self._log.commit()
         await self._crew.commit(candidate)
-        if exporter is not self._exporter and self._exporter is not None:
-            self._exporter.close()
-        self._exporter, self._metering = exporter, plan.metrics
-        self._report.metrics_address = None if exporter is None else join_port(*exporter.address)
-        if self._control is None or self._control.path != plan.control:
-            self._open_control(plan.control)
+        self._doors.commit(exporter, plan.metrics, plan.control)
         for warning in plan.warnings:
             log.warning(warning)
         for place in place_names(self._slots):
-            if place not in (before or ()):
+            if place not in listened:
                 log.info("listening", extra={"fields": {"address": place}})
         self._notifier.ready(self._report.line)
+        if old_log is not None:
+            await trio.to_thread.run_sync(old_log.close)
 
-    # Metrics and control
-
-    def _exporter_for(self, metering: Metering | None) -> Exporter | None:
-        """The present one if nothing has changed. Raises ListenError when the port that was asked for can't be had."""
-        if metering is None:
-            return None
-        if self._exporter is not None and self._metering is not None and metering[:2] == self._metering[:2]:
-            return self._exporter
-        try:
-            sock = listen(metering.host, metering.port)
-        except ListenError as error:
-            if metering.required:
-                raise
-            log.warning("no metrics endpoint", extra={"fields": {"error": str(error)}})
-            return None
-        return self._export(sock)
-
-    def _export(self, sock: Any) -> Exporter:
-        token = trio.lowlevel.current_trio_token()
-
-        def collect() -> Snapshot:
-            return trio.from_thread.run_sync(self._report.collect, trio_token=token)
-
-        return Exporter(sock, collect, lambda: self._report.health)
-
-    def _open_control(self, path: str | None) -> None:
-        if self._control is not None:
-            self._control.close()  # whoever has asked for this reload there is answered
-            self._control = None
-        if path is not None:
-            try:
-                self._serve_control(ControlSocket.open(path, self._invocation.name))
-            except ControlError as error:
-                log.warning("no control socket", extra={"fields": {"error": str(error)}})
-
-    def _serve_control(self, control: ControlSocket) -> None:
-        self._control = control
-        scope = self._control_scope = trio.CancelScope()
-        handlers = {
-            "status": lambda _: self._report.status(),
-            "connections": lambda _: self._report.connections(),
-            "reload": self._on_reload,
-            "drain": self._on_drain,
-            "log-level": self._on_log_level,
-        }
-
-        async def serve() -> None:
-            with scope:
-                await control.serve(handlers)
-
-        self._nursery.start_soon(serve)
+    # What operators ask for
 
     async def _on_reload(self, _: dict[str, Any]) -> dict[str, Any]:
         if self._report.draining:
@@ -354,8 +320,9 @@ class Master:
         return {"generation": self._crew.generation.number}
 
     async def _on_drain(self, _: dict[str, Any]) -> dict[str, Any]:
-        self._stop_cause = "drain"
-        self._stop_wanted.set()
+        if not self._report.draining:  # a second time does not mean "at once", as it does for signals
+            self._stop_cause = "drain"
+            self._stop_wanted.set()
         return {}
 
     async def _on_log_level(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -367,8 +334,7 @@ class Master:
                 raise Error(str(error)) from None
             self._log.current.set_level(level)
             self._crew.level = str(wanted)
-            for worker in self._crew.ordered:
-                await worker.send({"type": "level", "level": str(wanted)})
+            await self._crew.tell({"type": "level", "level": str(wanted)})
         return {"level": self._log.current.level.name.lower()}
 
     async def _tell_manager(self) -> None:
@@ -387,49 +353,55 @@ class Master:
 
     async def _become_newer(self) -> None:
         """If the workers are of another version than this process: that is the one that is installed now."""
-        newer = [worker for worker in self._crew.serving if worker.version != __version__]
+        crew = self._crew
+        newer = [worker for worker in crew.serving if worker.version != __version__]
         if not newer:
             return
         if any(worker.handover != HANDOVER for worker in newer):
             log.warning("the workers are of a newer version, which can't take over from this master: restart it")
             return
+        try:
+            await self._settle()
+            log.info(
+                "becoming the version of the workers",
+                extra={"fields": {"from": __version__, "to": newer[0].version}},
+            )
+            state = self._hand_over()
+            fds = [*self._slots.filenos(), *self._doors.filenos(), *crew.filenos()]
+            self._log.current.close()
+            try:
+                handover.become(state, fds, self._notifier.environment(), _SIGNALS)
+            except OSError as error:
+                self._log.reopen()
+                log.error("can't become the version of the workers", extra={"fields": {"error": str(error)}})
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+
+    async def _settle(self) -> None:
+        """Returns when there is nothing that could not be passed on, with signals held back for the new program."""
         while True:
             await trio.sleep(_ANSWERED_AFTER)
-            crew = self._crew
-            if not crew.emptying and not any(worker.coming or worker.channel.sending for worker in crew.workers):
-                break
-        version = newer[0].version
-        log.info("becoming the version of the workers", extra={"fields": {"from": __version__, "to": version}})
-        state, fds = self._hand_over()
-        self._log.current.close()
-        try:
-            handover.become(state, fds, self._notifier.environment(), _SIGNALS)
-        except OSError as error:
-            self._log.reopen()
-            log.error("can't become the version of the workers", extra={"fields": {"error": str(error)}})
+            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS - {signal.SIGCHLD})
+            # Those that had come before are heard now. One may say to stop, which cancels this.
+            await trio.sleep(_HEARD_AFTER)
+            if self._crew.settled:
+                return
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
-    def _hand_over(self) -> tuple[dict[str, Any], list[int]]:
-        crew, slots = self._crew, self._slots
+    def _hand_over(self) -> dict[str, Any]:
+        crew = self._crew
         assert crew.generation is not None
-        counted = total([crew.retired, lasting(self._metrics.snapshot())])
-        state = {
+        return {
             "started": self._report.started,
             "last_reload": self._report.last_reload,
-            "slots": slots.hand_over(),
+            "slots": self._slots.hand_over(),
+            "doors": self._doors.hand_over(),
             "table": crew.table,
             "generation": crew.generation.as_json(),
-            "retired": counted,
+            "retired": total([crew.retired, lasting(self._metrics.snapshot())], bounded=True),
             "level": crew.level,
             "workers": [handover.worker_state(worker) for worker in crew.workers],
-            "metrics": None if self._exporter is None else self._exporter.fileno(),
-            "metering": self._metering,
-            "control": None
-            if self._control is None
-            else [self._control.path, self._control.fileno(), *self._control.inode],
         }
-        fds = [*slots.filenos(), crew.table, *(worker.channel.fileno() for worker in crew.workers)]
-        fds += [holder.fileno() for holder in (self._exporter, self._control) if holder is not None]
-        return state, fds
 
     def _go_on(self, state: dict[str, Any]) -> None:
         """Where the earlier version of this process has stopped."""
@@ -441,13 +413,12 @@ class Master:
         crew.take_over(generation, [handover.restore_worker(worker) for worker in state["workers"]])
         if crew.level is not None:
             self._log.current.set_level(parse_level(crew.level))
-        if state["metrics"] is not None:
-            self._exporter = self._export(restore_socket(state["metrics"]))
-            report.metrics_address = join_port(*self._exporter.address)
-        self._metering = None if state["metering"] is None else Metering(*state["metering"])
-        if state["control"] is not None:
-            path, fd, *inode = state["control"]
-            self._serve_control(ControlSocket(path, restore_socket(fd), (inode[0], inode[1])))
+        self._doors.take_over(state["doors"])
         report.last_reload = state["last_reload"]
         log.info("this is the new version", extra={"fields": {"version": __version__}})
         self._notifier.ready(report.line)
+
+
+def _answer(asked: Sequence[trio.MemorySendChannel[Error | None]], failure: Error | None) -> None:
+    for sender in asked:
+        sender.send_nowait(failure)

@@ -8,6 +8,7 @@ import socket
 import time
 
 _FIRST_FD = 3
+_DATAGRAM = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
 
 
 class Notifier:
@@ -35,7 +36,8 @@ class Notifier:
         self._send(f"STATUS={status}")
 
     def alive(self) -> None:
-        self._send("WATCHDOG=1")
+        if self.watchdog is not None:
+            self._send("WATCHDOG=1")
 
     def environment(self) -> dict[str, str]:
         """What a new version of this process needs to go on telling."""
@@ -49,9 +51,9 @@ class Notifier:
     def _send(self, *lines: str) -> None:
         if not self._address:
             return
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-            with contextlib.suppress(OSError):  # a manager that does not listen is not worth failing for
-                sock.sendto("\n".join(lines).encode(), self._address)
+        # A manager that does not listen is not worth failing for, nor waiting.
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, _DATAGRAM) as sock:
+            sock.sendto("\n".join(lines).encode(), self._address)
 
 
 def inherited_sockets() -> list[socket.socket]:

@@ -75,16 +75,23 @@ class Plan:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Plan:
-        """From a message, of this version or a later one: what is not known here is left out."""
-        known = {field.name: values[field.name] for field in attrs.fields(cls) if field.name in values}
+        """From a message, of this version or a later one: what is not known here is left out.
+
+        Raises KeyError, TypeError or ValueError when that is not enough.
+        """
+        known = _known(cls, values)
         metrics = known["metrics"]
         known |= {
-            "listen": tuple(Address(*address) for address in known["listen"]),
-            "log": LogConfig(**known["log"]),
-            "metrics": None if metrics is None else Metering(*metrics),
+            "listen": tuple(Address(*address[: len(Address._fields)]) for address in known["listen"]),
+            "log": LogConfig(**_known(LogConfig, known["log"])),
+            "metrics": None if metrics is None else Metering(*metrics[: len(Metering._fields)]),
             "warnings": tuple(known["warnings"]),
         }
         return cls(**known)
+
+
+def _known(cls: type[Any], values: dict[str, Any]) -> dict[str, Any]:
+    return {field.name: values[field.name] for field in attrs.fields(cls) if field.name in values}
 
 
 def make_plan(common: Common, *, version: str, warnings: Sequence[str]) -> Plan:

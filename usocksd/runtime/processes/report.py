@@ -100,7 +100,7 @@ class Report:
         for state in State:
             self._workers.labels(state.value).value = sum(worker.state is state for worker in crew.workers)
         self._queue.value, self._queue_limit.value = self._slots.queues()
-        self._own_dropped.value = self._log.current.dropped
+        self._own_dropped.value = self._log.dropped
         return total([crew.retired, *(worker.metrics for worker in crew.workers), self._metrics.snapshot()])
 
     async def status(self) -> dict[str, Any]:
@@ -161,7 +161,7 @@ class Report:
 
     async def _measure(self) -> dict[str, float]:
         rows = await self._ask("measure")
-        return {key: sum(row[key] for row in rows) for key in (*_RATES, "live")}
+        return {key: sum(row.get(key, 0) for row in rows) for key in (*_RATES, "live")}
 
     async def _ask(self, question: str) -> list[Any]:
         """The answers of all workers that answer."""

@@ -137,11 +137,17 @@ class Slots:
         refused = [_refuse(sock) for group in self._groups.values() for sock in group]
         return all(refused)
 
-    @property
-    def names(self) -> list[tuple[str, int]]:
-        """The addresses that are listened on, with the ports that the kernel chose."""
+    def ports(self, addresses: Iterable[Address]) -> list[int]:
+        """The ports at these addresses, or of what is inherited."""
+        groups = (self._groups.get((address.host, address.port), ()) for address in addresses)
+        first = self.inherited or [group[0] for group in groups if group]
+        return sorted({sock.getsockname()[1] for sock in first})
+
+    def names(self, *, opened: bool = True) -> list[tuple[str, int]]:
+        """The addresses that are listened on, with the ports that the kernel chose; see `place_names`."""
+        fresh = set() if opened else {sock for _, sock in self._opened}
         first = self.inherited or [group[0] for group in self._groups.values()]
-        return [sock.getsockname()[:2] for sock in first]
+        return [sock.getsockname()[:2] for sock in first if sock not in fresh]
 
     def queues(self) -> tuple[int, int]:
         """How many connections wait to be accepted, and how many could, over all sockets."""
@@ -205,9 +211,9 @@ def check_inherited(sockets: Sequence[socket.socket]) -> None:
         set_options(sock)
 
 
-def place_names(slots: Slots) -> list[str]:
-    """The addresses that are listened on, as text."""
-    return [join_port(host, port) for host, port in slots.names]
+def place_names(slots: Slots, *, opened: bool = True) -> list[str]:
+    """The addresses that are listened on, as text; those of the last `open`, which may be taken back, if `opened`."""
+    return [join_port(host, port) for host, port in slots.names(opened=opened)]
 
 
 def restore_socket(fd: int) -> socket.socket:
@@ -219,15 +225,16 @@ def restore_socket(fd: int) -> socket.socket:
 
 
 def _steer(member: socket.socket, count: int) -> None:
-    """New connections of the member's group go to its first `count` sockets."""
-    _attach(member, _SO_ATTACH_REUSEPORT_CBPF, _LOAD_HASH + _INSTRUCTION.pack(_MODULO, 0, 0, count) + _RETURN)
+    """New connections of the member's group go to its first `count` sockets; where that can't be had, to all."""
+    with contextlib.suppress(OSError):
+        _attach(member, _SO_ATTACH_REUSEPORT_CBPF, _LOAD_HASH + _INSTRUCTION.pack(_MODULO, 0, 0, count) + _RETURN)
 
 
 def _refuse(sock: socket.socket) -> bool:
-    """Drop SYNs. Newer kernels want CAP_NET_ADMIN for a filter, even on one's own socket; without, False."""
+    """Drop SYNs. False if that can't be had: newer kernels want CAP_NET_ADMIN for a filter on one's own socket."""
     try:
         _attach(sock, _SO_ATTACH_FILTER, _REFUSE_SYN)
-    except PermissionError:
+    except OSError:
         return False
     return True
 

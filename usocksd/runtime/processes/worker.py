@@ -184,7 +184,12 @@ class Worker:
                     case "adopt":
                         # A newer version of the master may not know that it has asked for this already.
                         self._service.close(self._adopted.pop(order["id"], []))
-                        self._adopted[order["id"]] = self._service.listen(map(_adopt, fds))
+                        sockets = [_adopt(fd) for fd in fds]
+                        if self._draining:  # told so meanwhile
+                            for sock in sockets:
+                                sock.close()
+                        else:
+                            self._adopted[order["id"]] = self._service.listen(sockets)
                     case "release":
                         self._service.close(self._adopted.pop(order["id"], []))
                     case "reopen":
@@ -212,7 +217,10 @@ class Worker:
         if self._beats % _COUNT_EVERY == 0:
             for counter, value in zip(self._relayed, self._bytes(), strict=True):
                 counter.value = value
-            descriptors.value = len(os.listdir("/proc/self/fd"))
+            try:
+                descriptors.value = len(os.listdir("/proc/self/fd"))
+            except OSError:  # looking takes one more
+                descriptors.value = self._limit
             headroom.value = 1 - descriptors.value / self._limit
         self._beats += 1
         return {

@@ -16,6 +16,7 @@ from typing import Any
 
 import trio
 
+from usocksd import __version__
 from usocksd.errors import ConfigError, Error, Fault
 from usocksd.runtime.metrics import Snapshot
 from usocksd.runtime.processes.channel import Channel, Message
@@ -23,6 +24,8 @@ from usocksd.runtime.processes.plan import Plan
 from usocksd.runtime.processes.worker import CHANNEL, IGNORED
 
 _numbers = itertools.count(1)
+# A worker that reads nothing for so long, in seconds, is not waited for; it will be found to hang.
+_SEND_WITHIN = 2.0
 
 
 class State(Enum):
@@ -74,7 +77,10 @@ class WorkerProcess:
 
         Raises Error when the system has no room for one more process.
         """
-        ours, theirs = socket.socketpair()
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:
+            raise Error(f"can't start a worker: {error.strerror}") from None
         # It inherits the mask: until it ignores these signals, they would end it.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)
         try:
@@ -111,10 +117,18 @@ class WorkerProcess:
         snapshot: Snapshot = self.alive.get("metrics", {})
         return snapshot
 
-    async def plan(self, text: str, source: str) -> Plan:
-        """Have it read a configuration, and say what is in it. Raises ConfigError with every fault, WorkerEnded."""
+    async def plan(self, text: str, source: str) -> tuple[Plan, dict[str, Any]]:
+        """Have it read a configuration, and say what is in it: as the master knows it, and as the worker has said it.
+
+        Raises ConfigError with every fault, WorkerEnded, or Error when a newer version says what this can't make out.
+        """
         await self.send({"type": "configure", "text": text, "source": source, "plan": True})
-        return Plan.from_json((await self._expect("plan"))["plan"])
+        values = (await self._expect("plan"))["plan"]
+        try:
+            return Plan.from_json(values), values
+        except (KeyError, TypeError, ValueError):
+            version = values.get("version", "another")
+            raise Error(f"version {version} can't be reloaded into from {__version__}: restart the daemon") from None
 
     async def configure(self, text: str, source: str) -> None:
         """Have it read a configuration. Raises as `plan` does."""
@@ -126,7 +140,7 @@ class WorkerProcess:
         self.ordered = True
         await self.send({"type": "serve", **order, "column": self.column}, fds)
         ready = await self._expect("ready")
-        self.version, self.handover = ready["version"], ready["handover"]
+        self.version, self.handover = ready["version"], ready.get("handover", 0)
         self.state = State.READY
         self.seen = trio.current_time()
 
@@ -137,8 +151,8 @@ class WorkerProcess:
         await self.send({"type": "accept"})
 
     async def send(self, message: Message, fds: Sequence[int] = ()) -> None:
-        """Tell it something; if it is gone, so be it: whoever listens to it finds out."""
-        with contextlib.suppress(OSError):
+        """Tell it something; if it is gone, or does not read, so be it: whoever listens to it finds out."""
+        with contextlib.suppress(OSError), trio.move_on_after(_SEND_WITHIN):
             await self.channel.send(message, fds)
 
     async def ask(self, question: str) -> list[Any]:

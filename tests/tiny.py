@@ -1,0 +1,335 @@
+"""The tiny daemon as a process: started, signalled, asked and connected to. See tiny_daemon.py."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from socket import socket as Socket
+from typing import Any
+
+from daemons import PATIENCE, Log, Record, wait_until
+
+import usocksd
+
+ROOT = Path(usocksd.__file__).parents[1]
+PROGRAM = Path(__file__).with_name("tiny_daemon.py")
+
+CREW = "usocksd.runtime.processes.crew:"
+MASTER = "usocksd.runtime.processes.master:"
+REPORT = "usocksd.runtime.processes.report:"
+SERVICE = "usocksd.runtime.service:"
+
+# What an operator must not see when nothing is wrong.
+_TROUBLE = ("critical", "error")
+
+
+def _toml(values: Mapping[str, Any]) -> str:
+    """`values`, tables last."""
+    plain = {key: value for key, value in values.items() if not isinstance(value, dict)}
+    lines = [f"{key} = {json.dumps(value)}" for key, value in plain.items()]
+    for name, table in values.items():
+        if isinstance(table, dict):
+            lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
+    return "\n".join(lines) + "\n"
+
+
+class Tiny(Log):
+    """One tiny daemon in a folder of its own, with its clients. Leaving the context ends it and checks how it ends.
+
+    Settings are those of its configuration; `workers` 1, and a control socket in the folder.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: str,
+        environment: Mapping[str, str] | None = None,
+        patch: Mapping[str, Any] | None = None,
+        prefix: Sequence[str] = (),
+        pass_fds: Sequence[int] = (),
+        python: str = sys.executable,
+        root: Path = ROOT,
+        text: str | None = None,
+        logfile: Path | None = None,
+        **settings: Any,
+    ) -> None:
+        """`text`: the configuration as it is, in place of settings; `patch`: constants of the daemon."""
+        super().__init__(logfile or folder / "log")
+        self.folder = folder
+        self.config = folder / "config"
+        self.settings: dict[str, Any] = {
+            "control": str(folder / "control"),
+            "metrics_port": 0,
+            "log": {"filename": str(self.log), "format": "json", "level": "debug"},
+        }
+        self.expected: set[str] = set()
+        """Messages of errors that are the test's doing."""
+        if text is None:
+            self.write(**settings)
+        else:
+            self.config.write_text(text)
+        self._stack = ExitStack()
+        with (folder / "stderr").open("wb") as stderr:
+            self.process = subprocess.Popen(
+                [*prefix, python, "-W", "error", str(PROGRAM), "-f", str(self.config), *arguments],
+                stdin=subprocess.DEVNULL,
+                pass_fds=pass_fds,
+                stderr=stderr,
+                env={
+                    **os.environ,
+                    "PYTHONPATH": str(root),
+                    "TINY_FOLDER": str(folder),
+                    "TINY_PATCH": json.dumps({REPORT + "_RATES_OVER": 0.02, **(patch or {})}),
+                    **(environment or {}),
+                },
+            )
+        self.pid = self.process.pid
+        """Of the master."""
+
+    def __enter__(self) -> Tiny:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is not None:
+                print(*self.lines()[-40:], self.stderr(), sep="\n")
+                return
+            if self.process.poll() is None:
+                self.end()
+            trouble = [record for record in self.records() if record["severity"] in _TROUBLE or "traceback" in record]
+            trouble = [record for record in trouble if record["message"] not in self.expected]
+            assert not trouble, trouble
+        finally:
+            self._stack.close()
+            orphans = [] if self.process.poll() is not None else self.workers()
+            self.process.kill()
+            self.process.wait()
+            for pid in orphans:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    # Its life
+
+    def stderr(self) -> str:
+        """What it said there."""
+        return (self.folder / "stderr").read_text(encoding="utf-8")
+
+    def write(self, **settings: Any) -> None:
+        """Put these into its configuration, in addition to what is there."""
+        for key, value in settings.items():
+            old = self.settings.get(key)
+            self.settings[key] = {**old, **value} if isinstance(old, dict) else value
+        self.config.write_text(_toml({key: value for key, value in self.settings.items() if value is not None}))
+
+    def flag(self, name: str) -> Path:
+        """A file that makes its workers misbehave; there when it was touched."""
+        return self.folder / name
+
+    def held(self, where: str, count: int = 1) -> list[int]:
+        """Wait until so many workers hold where they were told to; their process ids."""
+        names = wait_until(
+            lambda: len(found := list(self.folder.glob(f"held-{where}-*"))) >= count and found, f"{count} held"
+        )
+        return [int(name.name.rpartition("-")[2]) for name in names or ()]
+
+    def ready(self) -> Tiny:
+        """Wait until it listens."""
+
+        def listening() -> bool:
+            assert self.process.poll() is None, f"it ended: {self.lines()} {self.stderr()}"
+            return bool(self.records("listening"))
+
+        wait_until(listening, lambda: f"it listens: {self.lines()} {self.stderr()}")
+        return self
+
+    def signal(self, number: signal.Signals) -> None:
+        """Signal the master."""
+        self.process.send_signal(number)
+
+    def end(self) -> None:
+        """End it in good order, at once."""
+        self.signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(0.3)
+        self.signal(signal.SIGTERM)  # what the test left connected is ended
+        assert self.ended() == 0
+
+    def ended(self) -> int:
+        """Wait for its end; the exit status."""
+        return self.process.wait(PATIENCE)
+
+    def refused(self) -> list[Record]:
+        """Wait for a start that fails; what stderr says, as records."""
+        assert self.ended() == 1, self.stderr()
+        self._stack.close()
+        found = [*self.stderr().splitlines(), *self.lines()]
+        return [json.loads(line) for line in found if line.startswith("{")]
+
+    def reload(self, **settings: Any) -> None:
+        """Reload, and wait until that is done."""
+        self.write(**settings)
+        before = self.generation()
+        self.signal(signal.SIGHUP)
+        wait_until(lambda: self.generation() > before, lambda: "reloaded: " + "\n".join(self.lines()[-20:]))
+
+    def generation(self) -> int:
+        """The number of the configuration in force, by the log."""
+        return max((int(record["generation"]) for record in self.records("reloaded")), default=1)
+
+    # Its processes
+
+    def workers(self) -> list[int]:
+        """Process ids of the workers there are, those that drain included."""
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text(encoding="ascii")
+        return [int(pid) for pid in children.split()]
+
+    def descriptors(self, pid: int | None = None) -> list[str]:
+        """What the master, or another process, has open."""
+        found = []
+        folder = f"/proc/{pid or self.pid}/fd"
+        for fd in os.listdir(folder):
+            with contextlib.suppress(FileNotFoundError):
+                found.append(os.readlink(f"{folder}/{fd}"))
+        return found
+
+    # Its operators
+
+    def ask(self, verb: str, **more: Any) -> Record:
+        """The answer of the control socket."""
+        with Socket(socket.AF_UNIX) as sock:
+            sock.settimeout(PATIENCE)
+            sock.connect(str(self.settings["control"]))
+            sock.sendall(json.dumps({"verb": verb, **more}).encode() + b"\n")
+            answer = b"".join(iter(lambda: sock.recv(1 << 16), b""))
+        found: Record = json.loads(answer)
+        return found
+
+    def rows(self) -> list[Record]:
+        """The workers, by status."""
+        return [row for generation in self.ask("status")["generations"] for row in generation["workers"]]
+
+    def metrics(self, port: int) -> dict[str, float]:
+        """What the metrics endpoint says."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE) as answer:
+            lines = answer.read().decode().splitlines()
+        return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
+
+    # Its clients
+
+    @property
+    def ports(self) -> list[int]:
+        """What it listens on, or has listened on, in the order of the log."""
+        return [int(record["address"].rpartition(":")[2]) for record in self.records("listening")]
+
+    @property
+    def port(self) -> int:
+        """The first of those."""
+        return self.ports[0]
+
+    def client(self, words: bytes = b"", *, port: int | None = None) -> Socket:
+        """A client; after "echo" and "relay" it has been answered."""
+        sock = self._stack.enter_context(socket.create_connection(("127.0.0.1", port or self.port), PATIENCE))
+        if words:
+            sock.sendall(words)
+            word = words.split()[0]
+            if word in (b"echo", b"relay"):
+                assert sock.recv(len(word), socket.MSG_WAITALL) == word
+        return sock
+
+    def who(self, sock: Socket | None = None) -> tuple[int, str, Socket]:
+        """A connection that stays, and who serves it: process and version."""
+        sock = sock or self.client()
+        sock.sendall(b"who")
+        line = b""
+        while not line.endswith(b"\n"):
+            data = sock.recv(100)
+            assert data, f"closed after {line!r}"
+            line += data
+        pid, version = line.decode().split()
+        return int(pid), version, sock
+
+    def one_each(self) -> dict[int, Socket]:
+        """A connection to each worker that serves."""
+        found: dict[int, Socket] = {}
+        rest = []
+        wanted = {row["pid"] for row in self.rows() if row["state"] == "serving"}
+        while set(found) < wanted:
+            pid, _, sock = self.who()
+            if pid in found:
+                rest.append(sock)
+            else:
+                found[pid] = sock
+        for sock in rest:
+            sock.close()
+        return found
+
+    def relayed(self) -> tuple[Socket, Socket]:
+        """A relayed connection: the client, and its destination."""
+        listener = self._stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        listener.settimeout(PATIENCE)
+        client = self.client(b"relay %d" % listener.getsockname()[1])
+        upstream = self._stack.enter_context(listener.accept()[0])
+        upstream.settimeout(PATIENCE)
+        return client, upstream
+
+    def wait_until_closed(self, port: int | None = None) -> None:
+        """Return when nobody listens there any more, or it refuses."""
+        place, state = f"0100007F:{port or self.port:04X}", "0A"
+        wait_until(
+            lambda: (
+                not any(
+                    line.split()[1:4:2] == [place, state] for line in Path("/proc/net/tcp").read_text().splitlines()
+                )
+            ),
+            "its port is closed",
+        )
+
+
+def lives(sock: Socket, text: bytes = b"still served") -> bool:
+    """Whether an echo still comes back."""
+    try:
+        sock.sendall(text)
+        return sock.recv(len(text), socket.MSG_WAITALL) == text
+    except OSError:
+        return False
+
+
+def is_over(sock: Socket) -> bool:
+    """Wait for its end, clean or not."""
+    try:
+        return sock.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
+def is_reset(sock: Socket) -> bool:
+    """Wait for its end: whether that was a reset."""
+    try:
+        return sock.recv(1) != b""
+    except ConnectionResetError:
+        return True
+
+
+def running(pid: int) -> bool:
+    """Whether this process is there and no zombie."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+def free_port() -> int:
+    """A port on 127.0.0.1 that nobody has."""
+    with Socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])

@@ -1,0 +1,177 @@
+"""A daemon that is as small as one can be, on the real master and workers: what the tests of the process model run.
+
+What a client sends first is what becomes of its connection: "echo", "who" (tells process and version, then echoes),
+"crash", "late" (a deadline passes), "busy" (waits for something that is no socket of ours), or "relay" and the port of
+what to relay to. The log tells of it.
+
+The environment tells what else: TINY_PATCH is a JSON object of constants ("module:name") and their values, and files in
+the folder TINY_FOLDER make workers misbehave: {hold,die}-{import,build}, fail-build, fail-task.
+"""
+
+# ruff: noqa: E402 - who is to die at its import does so before it imports much
+from __future__ import annotations
+
+import json
+import os
+import pkgutil
+import sys
+import time
+from math import inf
+from pathlib import Path
+from typing import Annotated, Any
+
+FOLDER = Path(os.environ["TINY_FOLDER"])
+
+
+def misbehave(where: str) -> None:
+    """Do what the files say, in workers."""
+    if (FOLDER / f"hold-{where}").exists():
+        (FOLDER / f"held-{where}-{os.getpid()}").touch()
+        while (FOLDER / f"hold-{where}").exists():
+            time.sleep(0.005)
+    if (FOLDER / f"die-{where}").exists():
+        os._exit(3)
+
+
+if "TRANSOCKS_CHANNEL" in os.environ and __name__ == "__main__":
+    misbehave("import")
+
+import logging
+import resource
+
+import attrs
+import trio
+
+from usocksd import __version__
+from usocksd.errors import Error
+from usocksd.runtime.common import Common
+from usocksd.runtime.dial import Target, dial
+from usocksd.runtime.ending import Limits
+from usocksd.runtime.endpoint import Endpoint
+from usocksd.runtime.limits import most_pipes
+from usocksd.runtime.metrics import BYTES
+from usocksd.runtime.pipes import PipePool
+from usocksd.runtime.processes.plan import Built, Daemon, Parts, Plan, make_plan
+from usocksd.runtime.program import Program
+from usocksd.runtime.relay import close_pair, relay
+from usocksd.runtime.settings import (
+    LOCALHOST,
+    LimitsConfig,
+    ListenAddress,
+    ListenIP,
+    ListenPort,
+    LogConfig,
+    SocketPath,
+    Timeouts,
+    Workers,
+    text,
+)
+
+log = logging.getLogger("usocksd.tiny")
+
+
+@attrs.frozen(kw_only=True)
+class Config:
+    log: LogConfig = attrs.field(factory=LogConfig)
+    timeouts: Timeouts = attrs.field(factory=Timeouts)
+    limits: LimitsConfig = attrs.field(factory=LimitsConfig)
+    workers: Workers | None = 1
+    control: SocketPath = None
+    addresses: tuple[ListenIP, ...] = (LOCALHOST[0],)
+    optional: bool = False
+    ports: tuple[ListenPort, ...] = (0,)
+    metrics_port: ListenPort | None = None
+    metrics_default: ListenPort = 0
+    warning: Annotated[str, text(str, "a text")] = ""
+
+
+def plan(config: Config) -> Plan:
+    listen = [ListenAddress(at, port, config.optional) for at in config.addresses for port in config.ports]
+    common = Common(
+        listen=tuple(("addresses", at) for at in listen),
+        metrics_prefix="",
+        metrics_port=config.metrics_port,
+        metrics_default=config.metrics_default,
+        metrics_address=LOCALHOST[0],
+        mark_key="mark",
+        mark=None,
+        log=config.log,
+        timeouts=config.timeouts,
+        limits=config.limits,
+        workers=config.workers,
+        control=config.control,
+        control_default=None,
+        more={},
+    )
+    return make_plan(common, version=__version__, warnings=[config.warning] if config.warning else [])
+
+
+def say(**fields: object) -> None:
+    log.info("tiny", extra={"fields": {"pid": os.getpid(), **fields}})
+
+
+def build(config: Config, parts: Parts) -> Built:
+    misbehave("build")
+    if (FOLDER / "fail-build").exists():
+        raise Error("can't build: the test says so")
+    pipes = PipePool(most_pipes(parts.descriptors))
+    for way in ("tx", "rx"):
+        parts.metrics.histogram(f"proxy_{way}_bytes", "What every daemon of ours counts", BYTES)
+    say(built=True, ports=sorted(parts.ports))
+
+    async def session(client: Endpoint, host: str, port: int) -> None:
+        say(session=port)
+        word, *rest = (await client.receive()).split() or [b""]
+        match word:
+            case b"":
+                return
+            case b"crash":
+                raise ZeroDivisionError("on purpose")
+            case b"late":
+                client.deadline = client.reactor.clock()
+                await client.receive()
+            case b"busy":
+                say(word="busy")
+                try:
+                    await trio.sleep_forever()
+                finally:
+                    say(ended="busy")
+            case b"relay":
+                client.deadline = inf
+                target = Target("127.0.0.1", int(rest[0]))
+                upstream, _ = await dial(client.reactor, [target], deadline=client.reactor.clock() + 10)
+                try:
+                    await client.send_all(word)
+                    result = await relay(client, upstream, pipes=pipes, limits=Limits())
+                    say(ended="relay", reason=result.reason.value, up=result.to_upstream)
+                    await close_pair(client, upstream, result)
+                finally:
+                    upstream.close()
+            case _:
+                await client.send_all(word if word == b"echo" else f"{os.getpid()} {__version__}\n".encode())
+                while data := await client.receive():
+                    await client.send_all(data)
+                say(ended="echo")
+
+    async def background(*, task_status: trio.TaskStatus[None]) -> None:
+        if (FOLDER / "fail-task").exists():
+            raise Error("can't start a task: the test says so")
+        say(background="begins")
+        task_status.started()
+        try:
+            await trio.sleep_forever()
+        finally:
+            say(background="ends")
+
+    return Built(session, (background,), lambda: say(closed=True))
+
+
+DAEMON: Daemon[Any] = Daemon("tiny", Config, plan="tiny_daemon:plan", build="tiny_daemon:build")
+
+if __name__ == "__main__":
+    for place, value in json.loads(os.environ.get("TINY_PATCH", "{}")).items():
+        module, _, name = place.partition(":")
+        setattr(pkgutil.resolve_name(module), name, value)
+    if limit := int(os.environ.get("TINY_DESCRIPTORS", "0")):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    sys.exit(Program(DAEMON, "tiny", default="/nonexistent", required=True).main())

@@ -1,0 +1,202 @@
+"""Workers that die or hang: replaced, and nobody but their own connections notices."""
+
+import os
+import signal
+from pathlib import Path
+
+from daemons import wait_until
+from tiny import CREW, Tiny, free_port, is_over, lives, running
+
+# A worker's silence, in seconds, that is suspicious, and that is its end.
+QUICKER = {CREW + "_SUSPECT_AFTER": 0.8, CREW + "_HUNG_AFTER": 2.0, CREW + "_LOOK_EVERY": 0.1}
+
+
+def states(tiny: Tiny) -> dict[int, str]:
+    return {row["pid"]: row["state"] for row in tiny.rows()}
+
+
+def settled(tiny: Tiny, count: int) -> None:
+    """Wait until so many workers serve, and no others are there."""
+    wait_until(lambda: sorted(states(tiny).values()) == ["serving"] * count, lambda: states(tiny))
+
+
+def connect_many(tiny: Tiny, count: int = 60) -> set[int]:
+    """Who answers that many new connections, one after the other."""
+    found = set()
+    for _ in range(count):
+        pid, _, sock = tiny.who()
+        found.add(pid)
+        sock.close()
+    return found
+
+
+def test_a_worker_that_is_killed(tmp_path: Path) -> None:
+    """Its slot is served by the other until the next one is ready; what it counted still counts."""
+    port = free_port()
+    with Tiny(tmp_path, workers=2, metrics_port=port).ready() as tiny:
+        tiny.expected.add("a worker ended")
+        held = tiny.one_each()
+        (dead, lost), (other, kept) = held.items()
+        accepted = "tiny_connections_accepted_total"
+        wait_until(lambda: tiny.metrics(port)[accepted] >= 2, "counted")
+        count = tiny.metrics(port)[accepted]
+        tiny.flag("hold-build").touch()
+        os.kill(dead, signal.SIGKILL)
+        assert is_over(lost)
+        (new,) = tiny.held("build")
+        assert connect_many(tiny) == {other}
+        assert lives(kept)
+        tiny.flag("hold-build").unlink()
+        settled(tiny, 2)
+        wait_until(lambda: connect_many(tiny, 10) == {other, new}, "both serve")
+        # The adopted slot is its own worker's again.
+        wait_until(lambda: listeners(tiny, other) == 1, "the adopted slot was released")
+        record = tiny.record("a worker ended")
+        assert (record["pid"], record["exit_status"]) == (dead, -signal.SIGKILL)
+        wait_until(lambda: tiny.metrics(port)[accepted] >= count + 60, "counted too")
+        assert tiny.metrics(port)['tiny_worker_restarts_total{cause="signal"}'] == 1
+
+
+def test_the_only_worker_is_killed(tmp_path: Path) -> None:
+    """Who connects meanwhile waits, and is served."""
+    with Tiny(tmp_path).ready() as tiny:
+        tiny.expected.add("a worker ended")
+        (dead,) = tiny.workers()
+        tiny.flag("hold-build").touch()
+        os.kill(dead, signal.SIGKILL)
+        (new,) = tiny.held("build")
+        clients = [tiny.client() for _ in range(100)]
+        tiny.flag("hold-build").unlink()
+        assert {tiny.who(client)[0] for client in clients} == {new}
+
+
+def test_a_worker_that_ends_by_itself(tmp_path: Path) -> None:
+    """Again and again: ever more slowly, and the other one serves all the time."""
+    patch = {CREW + "_BACKOFF": [0.0, 0.05, 0.1]}
+    with Tiny(tmp_path, workers=2, patch=patch).ready() as tiny:
+        tiny.expected |= {"a worker ended", "a worker can't be replaced"}
+        first, second = tiny.one_each()
+        tiny.flag("die-build").touch()
+        os.kill(first, signal.SIGKILL)
+        wait_until(lambda: len(tiny.records("a worker can't be replaced")) >= 2, "it dies and dies")
+        assert connect_many(tiny, 20) == {second}
+        tiny.flag("die-build").unlink()
+        tiny.record("a worker was replaced")
+        settled(tiny, 2)
+        wait_until(lambda: len(connect_many(tiny, 10)) == 2, "both serve")
+
+
+def test_a_worker_that_hangs(tmp_path: Path) -> None:
+    """Its slot is served by the other soon, and later it is replaced."""
+    port = free_port()
+    with Tiny(tmp_path, workers=2, patch=QUICKER, metrics_port=port).ready() as tiny:
+        tiny.expected |= {"a worker hangs, ending it", "a worker ended"}
+        hung, other = tiny.one_each()
+        os.kill(hung, signal.SIGSTOP)
+        # All of these are answered, and not only those that hash to the other slot.
+        clients = [tiny.client() for _ in range(20)]
+        assert {tiny.who(client)[0] for client in clients} == {other}
+        tiny.record("a worker is silent", pid=hung)
+        tiny.record("a worker was replaced")
+        assert not running(hung)
+        settled(tiny, 2)
+        assert tiny.metrics(port)['tiny_worker_restarts_total{cause="hung"}'] == 1
+
+
+def test_a_worker_that_only_seemed_to_hang(tmp_path: Path) -> None:
+    """It goes on, and has its slot for itself again."""
+    patch = QUICKER | {CREW + "_HUNG_AFTER": 60.0}
+    with Tiny(tmp_path, workers=2, patch=patch).ready() as tiny:
+        held = tiny.one_each()
+        slow, other = held
+        listening = listeners(tiny, other)
+        os.kill(slow, signal.SIGSTOP)
+        try:
+            tiny.record("a worker is silent", pid=slow)
+            wait_until(lambda: listeners(tiny, other) == 2 * listening, "the other one has adopted its slot")
+        finally:
+            os.kill(slow, signal.SIGCONT)
+        wait_until(lambda: listeners(tiny, other) == listening, "and given it back")
+        settled(tiny, 2)
+        assert set(states(tiny)) == {slow, other}
+        assert all(map(lives, held.values()))
+        wait_until(lambda: len(connect_many(tiny, 10)) == 2, "both serve")
+
+
+def test_an_adopter_that_dies_too(tmp_path: Path) -> None:
+    """Then a third one takes both slots."""
+    with Tiny(tmp_path, workers=3).ready() as tiny:
+        tiny.expected.add("a worker ended")
+        held = tiny.one_each()
+        first, second, third = held
+        tiny.flag("hold-build").touch()
+        os.kill(first, signal.SIGKILL)
+        tiny.held("build")
+        wait_until(lambda: max(listeners(tiny, second), listeners(tiny, third)) == 2, "one has adopted the slot")
+        adopter, last = (second, third) if listeners(tiny, second) == 2 else (third, second)
+        os.kill(adopter, signal.SIGKILL)
+        tiny.held("build", 2)
+        wait_until(lambda: listeners(tiny, last) == 3, "the last one has all slots")
+        assert connect_many(tiny, 20) == {last}
+        tiny.flag("hold-build").unlink()
+        settled(tiny, 3)
+        wait_until(lambda: listeners(tiny, last) == 1, "and only its own again")
+        assert lives(held[last])
+
+
+def test_a_master_that_hangs(tmp_path: Path) -> None:
+    """When it is back, it does not take its own silence for that of the workers."""
+    with Tiny(tmp_path, workers=2, patch=QUICKER).ready() as tiny:
+        held = tiny.one_each()
+        tiny.signal(signal.SIGSTOP)
+        try:
+            # Longer than a worker may be silent, by a clock of the workers'.
+            before = uptime()
+            wait_until(lambda: uptime() - before > 3.0, "three seconds are over")
+        finally:
+            tiny.signal(signal.SIGCONT)
+        settled(tiny, 2)
+        assert set(states(tiny)) == set(held)
+        assert all(map(lives, held.values()))
+
+
+def test_nothing_is_left_open(tmp_path: Path) -> None:
+    """The master's descriptors after reloads and kills are those that it had before; no zombies."""
+    with Tiny(tmp_path, workers=2, patch={CREW + "_BACKOFF": [0.0]}).ready() as tiny:
+        tiny.expected.add("a worker ended")
+        settled(tiny, 2)
+        # The thread that looks names up and the like come with the first reload.
+        tiny.reload()
+        settled(tiny, 2)
+        before = kinds(tiny.descriptors())
+        for _ in range(4):
+            tiny.reload()
+            settled(tiny, 2)
+            victim = tiny.workers()[0]
+            os.kill(victim, signal.SIGKILL)
+            wait_until(lambda: victim not in tiny.workers(), "it is gone")
+            settled(tiny, 2)
+        wait_until(lambda: kinds(tiny.descriptors()) == before, lambda: (before, kinds(tiny.descriptors())))
+        assert all(map(running, tiny.workers()))
+        assert len(tiny.workers()) == 2
+
+
+def listeners(tiny: Tiny, pid: int) -> int:
+    """How many listening TCP sockets a process has."""
+    lines = Path("/proc/net/tcp").read_text(encoding="ascii").splitlines()[1:]
+    inodes = {f"socket:[{line.split()[9]}]" for line in lines if line.split()[3] == "0A"}
+    return len(inodes & set(tiny.descriptors(pid)))
+
+
+def kinds(names: list[str]) -> dict[str, int]:
+    """How many descriptors of each kind."""
+    found: dict[str, int] = {}
+    for name in names:
+        kind = name.partition(":")[0]
+        found[kind] = found.get(kind, 0) + 1
+    return found
+
+
+def uptime() -> float:
+    """The time since the machine was started, in seconds."""
+    return float(Path("/proc/uptime").read_text(encoding="ascii").split()[0])

@@ -1,0 +1,189 @@
+"""A new version of the program, put underneath a daemon that runs: the same process, and everything goes on."""
+
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from daemons import wait_until
+from tiny import CREW, MASTER, ROOT, Tiny, free_port, lives, running
+
+SILENT = shutil.ignore_patterns("__pycache__")
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Path:
+    """A copy of the packages, to be changed."""
+    folder = tmp_path / "installed"
+    shutil.copytree(ROOT / "usocksd", folder / "usocksd", ignore=SILENT)
+    return folder
+
+
+def install(folder: Path, version: str) -> None:
+    """Put another version there."""
+    file = folder / "usocksd" / "__init__.py"
+    text = file.read_text(encoding="utf-8")
+    head, _, _ = text.partition("__version__")
+    fresh = file.with_suffix(".new")
+    fresh.write_text(f'{head}__version__ = "{version}"\n', encoding="utf-8")
+    fresh.replace(file)
+
+
+def is_now(tiny: Tiny, version: str) -> None:
+    """Wait until the master is of this version."""
+    wait_until(lambda: tiny.records("this is the new version", version=version), lambda: tiny.lines()[-10:])
+
+
+@pytest.fixture(autouse=True)
+def no_bytecode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files change within a second here, and bytecode goes by seconds."""
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+
+
+def test_a_new_version(tmp_path: Path, installed: Path) -> None:
+    metrics_port = free_port()
+    settings = {"workers": 2, "addresses": ["127.0.0.1", "::1"], "metrics_port": metrics_port}
+    with Tiny(tmp_path, root=installed, **settings).ready() as tiny:
+        tiny.expected.add("a worker ended")
+        held = tiny.one_each()
+        client, upstream = tiny.relayed()
+        tiny.ask("log-level", level="debug")
+        wait_until(lambda: tiny.metrics(metrics_port)["tiny_connections_accepted_total"] >= 3, "counted")
+        before, listening = tiny.metrics(metrics_port), tiny.ask("status")["listening"]
+        uptime = tiny.ask("status")["uptime"]
+        opened = len(tiny.descriptors())
+        control = (tmp_path / "control").stat().st_ino
+        install(installed, "99.1")
+        assert tiny.ask("reload") == {"ok": True, "generation": 2}
+        is_now(tiny, "99.1")
+        status = tiny.ask("status")
+        assert (status["version"], status["pid"]) == ("99.1", tiny.pid)
+        assert status["listening"] == listening
+        assert status["uptime"] > uptime
+        assert status["config"]["generation"] == 2
+        assert status["config"]["last_reload"]["ok"]
+        assert {row["version"] for row in status["generations"][0]["workers"]} == {"99.1"}
+        assert (tmp_path / "control").stat().st_ino == control
+        after = tiny.metrics(metrics_port)
+        fallen = [name for name in before if name.split("{")[0].endswith("_total") and after[name] < before[name]]
+        assert fallen == []
+        assert after['tiny_reloads_total{result="ok"}'] == 1
+        # Those that drain are well, and end in good order.
+        assert all(map(lives, held.values()))
+        client.sendall(b"on and on")
+        assert upstream.recv(9) == b"on and on"
+        for sock in (client, upstream, *held.values()):
+            sock.close()
+        wait_until(lambda: not any(map(running, held)), "the old ones are gone")
+        wait_until(lambda: len(tiny.records("a worker has drained", generation=1)) == 2, "and known to be")
+        # No more descriptors than before, and the new version can do what the old one could.
+        wait_until(lambda: len(tiny.descriptors()) <= opened, lambda: (opened, sorted(tiny.descriptors())))
+        victim = tiny.who()[0]
+        os.kill(victim, signal.SIGKILL)
+        tiny.record("a worker was replaced")
+        pid, version, sock = tiny.who()
+        assert version == "99.1"
+        tiny.reload(workers=1)
+        assert tiny.ask("status")["config"]["generation"] == 3
+        assert lives(sock)
+        assert tiny.who()[0] != pid
+        assert len(tiny.records("listening")) == 2
+
+
+def test_listens_all_the_time(tmp_path: Path, installed: Path) -> None:
+    """Twice, with clients that come and go, and a signal to stop that comes in between."""
+    with Tiny(tmp_path, root=installed, workers=2).ready() as tiny:
+        for version in ("99.1", "99.2"):
+            install(installed, version)
+            tiny.signal(signal.SIGHUP)
+            seen = set()
+            while not tiny.records("this is the new version", version=version):
+                _, by, sock = tiny.who()
+                seen.add(by)
+                assert lives(sock)
+                sock.close()
+            assert version in seen
+        for number in (signal.SIGHUP, signal.SIGUSR1):
+            tiny.signal(number)
+        install(installed, "99.3")
+        tiny.signal(signal.SIGHUP)
+        tiny.record("becoming the version of the workers", to="99.3")
+        tiny.signal(signal.SIGTERM)
+        assert tiny.ended() == 0
+        assert tiny.records("stopped")
+
+
+def test_a_new_version_that_does_not_work(tmp_path: Path, installed: Path) -> None:
+    with Tiny(tmp_path, root=installed).ready() as tiny:
+        tiny.expected |= {"reload failed", "nothing has changed: the configuration in force stays"}
+        good = (installed / "usocksd" / "__init__.py").read_text()
+        (installed / "usocksd" / "__init__.py").write_text("raise ImportError('half of it is missing')\n")
+        assert not tiny.ask("reload")["ok"]
+        assert lives(tiny.client(b"echo"))
+        (installed / "usocksd" / "__init__.py").write_text(good)
+        install(installed, "99.1")
+        assert tiny.ask("reload")["ok"]
+        is_now(tiny, "99.1")
+
+
+def test_no_program_any_more(tmp_path: Path) -> None:
+    """The interpreter is gone: neither workers nor a new master can be started, and the old ones go on."""
+    folder = tmp_path / "environment"
+    (folder / "bin").mkdir(parents=True)
+    shutil.copy(Path(sys.prefix) / "pyvenv.cfg", folder)
+    (folder / "lib").symlink_to(Path(sys.prefix) / "lib")
+    python = folder / "bin" / "python"
+    python.symlink_to(os.path.realpath(sys.executable))
+    with Tiny(tmp_path, python=str(python)).ready() as tiny:
+        tiny.expected |= {"reload failed", "nothing has changed: the configuration in force stays"}
+        client = tiny.client(b"echo")
+        python.unlink()
+        assert "can't start a worker" in tiny.ask("reload")["error"]
+        assert lives(client)
+        assert lives(tiny.client(b"echo"))
+        python.symlink_to(os.path.realpath(sys.executable))
+        assert tiny.ask("reload")["ok"]
+
+
+def test_no_program_just_then(tmp_path: Path, installed: Path) -> None:
+    """The workers of the new version have started, but the master can't follow: it stays what it is."""
+    folder = tmp_path / "environment"
+    (folder / "bin").mkdir(parents=True)
+    shutil.copy(Path(sys.prefix) / "pyvenv.cfg", folder)
+    (folder / "lib").symlink_to(Path(sys.prefix) / "lib")
+    python = folder / "bin" / "python"
+    python.symlink_to(os.path.realpath(sys.executable))
+    with Tiny(tmp_path, python=str(python), root=installed, metrics_port=free_port()).ready() as tiny:
+        tiny.expected.add("can't become the version of the workers")
+        install(installed, "99.1")
+        tiny.flag("hold-build").touch()
+        tiny.signal(signal.SIGHUP)
+        tiny.held("build")
+        python.unlink()
+        tiny.flag("hold-build").unlink()
+        tiny.record("can't become the version of the workers")
+        assert lives(tiny.client(b"echo"))
+        assert tiny.ask("status")["version"] != "99.1"
+        assert tiny.metrics(tiny.settings["metrics_port"])["tiny_config_generation"] == 2
+        python.symlink_to(os.path.realpath(sys.executable))
+        tiny.reload()
+        is_now(tiny, "99.1")
+
+
+def test_a_slot_without_a_worker_is_filled_by_the_new_version(tmp_path: Path, installed: Path) -> None:
+    """It died before, and the old master was about to replace it, but not at once."""
+    patch = {CREW + "_BACKOFF": [1.5], MASTER + "_ANSWERED_AFTER": 0.1}
+    with Tiny(tmp_path, root=installed, workers=2, patch=patch).ready() as tiny:
+        tiny.expected.add("a worker ended")
+        install(installed, "99.1")
+        tiny.signal(signal.SIGHUP)
+        wait_until(lambda: tiny.generation() == 2, "reloaded")
+        os.kill(tiny.who()[0], signal.SIGKILL)
+        tiny.record("a worker was replaced")
+        assert tiny.records("this is the new version")
+        messages = [record["message"] for record in tiny.records()]
+        assert messages.index("a worker ended") < messages.index("this is the new version")
+        assert messages.index("this is the new version") < messages.index("a worker was replaced")
+        wait_until(lambda: len({tiny.who()[0] for _ in range(10)}) == 2, "both serve")

@@ -1,0 +1,124 @@
+"""The two doors by which operators come in: the metrics endpoint and the control socket."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from typing import Any
+
+import trio
+
+from usocksd.runtime.exporter import Exporter
+from usocksd.runtime.hostport import join_port
+from usocksd.runtime.listeners import ListenError, listen
+from usocksd.runtime.metrics import Snapshot
+from usocksd.runtime.processes.control import ControlError, ControlSocket, Handlers
+from usocksd.runtime.processes.plan import Metering
+from usocksd.runtime.processes.report import Report
+from usocksd.runtime.processes.slots import restore_socket
+
+log = logging.getLogger(__name__)
+
+
+class Doors:
+    """Open and closed as the configuration in force says."""
+
+    def __init__(self, name: str, nursery: trio.Nursery, report: Report, handlers: Handlers) -> None:
+        self._name = name
+        self._nursery = nursery
+        self._report = report
+        self._handlers = handlers
+        self._exporter: Exporter | None = None
+        self._metering: Metering | None = None
+        self._control: ControlSocket | None = None
+        self._serving = trio.CancelScope()
+
+    def prepare(self, metering: Metering | None) -> Exporter | None:
+        """The metrics endpoint of a configuration to come: the present one if it is the same.
+
+        Raises ListenError when the port was asked for and can't be had.
+        """
+        if metering is None:
+            return None
+        if self._exporter is not None and self._metering is not None and metering[:2] == self._metering[:2]:
+            return self._exporter
+        try:
+            if self._exporter is None or self._exporter.address[1] != metering.port:
+                # As in slots.py: with SO_REUSEPORT alone, another instance's port would be shared unnoticed.
+                listen(metering.host, metering.port).close()
+            return self._export(listen(metering.host, metering.port, reuse_port=True))
+        except ListenError as error:
+            if metering.required:
+                raise
+            log.warning("no metrics endpoint", extra={"fields": {"error": str(error)}})
+            return None
+
+    def drop(self, exporter: Exporter | None) -> None:
+        """What `prepare` gave is not wanted after all."""
+        if exporter is not None and exporter is not self._exporter:
+            exporter.close()
+
+    def commit(self, exporter: Exporter | None, metering: Metering | None, control: str | None) -> None:
+        """That configuration is in force; `control` is the path of its control socket."""
+        old, self._exporter, self._metering = self._exporter, exporter, metering
+        self.drop(old)
+        self._report.metrics_address = None if exporter is None else join_port(*exporter.address)
+        if self._control is not None and self._control.path == control:
+            return
+        if self._control is not None:
+            self._control.close()  # whoever has asked for this reload there is answered
+            self._control = None
+        if control is not None:
+            try:
+                self._serve(ControlSocket.open(control, self._name))
+            except ControlError as error:
+                log.warning("no control socket", extra={"fields": {"error": str(error)}})
+
+    def close(self) -> None:
+        """The daemon has ended."""
+        self._serving.cancel()
+        if self._control is not None:
+            self._control.close()
+        if self._exporter is not None:
+            self._exporter.close()
+
+    def filenos(self) -> list[int]:
+        """Every descriptor."""
+        return [door.fileno() for door in (self._exporter, self._control) if door is not None]
+
+    def hand_over(self) -> dict[str, Any]:
+        """What `take_over` needs in the program that this process is about to become; as JSON values."""
+        control = self._control
+        return {
+            "metrics": None if self._exporter is None else self._exporter.fileno(),
+            "metering": self._metering,
+            "control": None if control is None else [control.path, control.fileno(), *control.inode],
+        }
+
+    def take_over(self, state: dict[str, Any]) -> None:
+        """Go on with the doors of the program that this process was."""
+        if state["metrics"] is not None:
+            self._exporter = self._export(restore_socket(state["metrics"]))
+            self._report.metrics_address = join_port(*self._exporter.address)
+        self._metering = None if state["metering"] is None else Metering(*state["metering"])
+        if state["control"] is not None:
+            path, fd, *inode = state["control"]
+            self._serve(ControlSocket(path, restore_socket(fd), (inode[0], inode[1])))
+
+    def _export(self, sock: socket.socket) -> Exporter:
+        token = trio.lowlevel.current_trio_token()
+
+        def collect() -> Snapshot:
+            return trio.from_thread.run_sync(self._report.collect, trio_token=token)
+
+        return Exporter(sock, collect, lambda: self._report.health)
+
+    def _serve(self, control: ControlSocket) -> None:
+        self._control = control
+        scope = self._serving = trio.CancelScope()
+
+        async def serve() -> None:
+            with scope:
+                await control.serve(self._handlers)
+
+        self._nursery.start_soon(serve)

@@ -25,8 +25,10 @@ PROGRAM = Path(__file__).with_name("tiny_daemon.py")
 
 CREW = "usocksd.runtime.processes.crew:"
 MASTER = "usocksd.runtime.processes.master:"
+PROCESS = "usocksd.runtime.processes.worker_process:"
 REPORT = "usocksd.runtime.processes.report:"
 SERVICE = "usocksd.runtime.service:"
+WORKER = "usocksd.runtime.processes.worker:"
 
 # What an operator must not see when nothing is wrong.
 _TROUBLE = ("critical", "error")
@@ -161,7 +163,8 @@ class Tiny(Log):
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(0.3)
         self.signal(signal.SIGTERM)  # what the test left connected is ended
-        assert self.ended() == 0
+        status = self.ended()
+        assert status == 0, f"ended with {status}: {self.stderr()}"
 
     def ended(self) -> int:
         """Wait for its end; the exit status."""

@@ -82,6 +82,7 @@ class Config:
     ports: tuple[ListenPort, ...] = (0,)
     metrics_port: ListenPort | None = None
     metrics_default: ListenPort = 0
+    metrics_address: ListenIP = LOCALHOST[0]
     warning: Annotated[str, text(str, "a text")] = ""
 
 
@@ -92,7 +93,7 @@ def plan(config: Config) -> Plan:
         metrics_prefix="",
         metrics_port=config.metrics_port,
         metrics_default=config.metrics_default,
-        metrics_address=LOCALHOST[0],
+        metrics_address=config.metrics_address,
         mark_key="mark",
         mark=None,
         log=config.log,
@@ -166,7 +167,8 @@ def build(config: Config, parts: Parts) -> Built:
     return Built(session, (background,), lambda: say(closed=True))
 
 
-DAEMON: Daemon[Any] = Daemon("tiny", Config, plan="tiny_daemon:plan", build="tiny_daemon:build")
+# As __main__: under PYTHONSAFEPATH the folder of a script is not on the path.
+DAEMON: Daemon[Any] = Daemon("tiny", Config, plan="__main__:plan", build="__main__:build")
 
 if __name__ == "__main__":
     for place, value in json.loads(os.environ.get("TINY_PATCH", "{}")).items():

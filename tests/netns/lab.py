@@ -248,18 +248,31 @@ class Lab:
                 *(f"addr add {address} dev {name}{' nodad' if ':' in address else ''}" for address in addresses),
                 f"link set {name} up",
             )
+        for host in (one, other):
+            self._wait_for_addresses(host)
+
+    def _wait_for_addresses(self, host: Host) -> None:
+        """Return when the host's IPv6 addresses can be bound: even with nodad, the kernel takes a moment for that."""
+        tentative = ["ip", "-6", "-oneline", "address", "show", "tentative"]
+        deadline = time.monotonic() + 10
+        while self._run("nsenter", f"--net=/run/netns/{host.name}", "--", *tentative):
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"the addresses of {host.name} stay tentative")
+            time.sleep(0.01)
 
     def etc(self, name: str, text: str) -> None:
         """Replace /etc/NAME (hosts, resolv.conf) for everything that runs in the lab from now on."""
         self.ask("etc", name, text)
 
-    def _run(self, *command: str, **options: Any) -> None:
-        """A command inside the lab's mount namespace, on no host."""
+    def _run(self, *command: str, **options: Any) -> str:
+        """A command inside the lab's mount namespace, on no host; returns what it says."""
         user = ["--user", "--preserve-credentials"] if self.rootless else []
         argv = ["nsenter", f"--target={self.agent_pid}", *user, "--mount", "--root", "--net", "--", *command]
         done = subprocess.run(argv, capture_output=True, text=True, check=False, **options)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}\n{options.get('input', '')}")
+        said: str = done.stdout
+        return said
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,20 @@ def test_a_sum_has_no_more_children_than_its_parts_may_have() -> None:
     assert found == {**{(f"rule {number} of 0",): [1] for number in range(3)}, (OTHER,): [12]}
 
 
+def test_a_sum_of_what_there_is_now_has_every_child() -> None:
+    """Of workers with different children, none falls when one more child comes, or whatever the order is."""
+    workers = []
+    for number, rules in enumerate((("one", "two", "three"), ("four",))):
+        metrics = Metrics("usocksd")
+        family = metrics.counters("denied_total", "Denied", "rule", most=3)
+        for rule in rules:
+            family.labels(rule).value += number + 1
+        workers.append(sent(metrics))
+    found = {("one",): [1], ("two",): [1], ("three",): [1], ("four",): [2]}
+    assert values(total(workers), "usocksd_denied_total") == found
+    assert values(total(workers[::-1]), "usocksd_denied_total") == found
+
+
 @given(st.lists(st.one_of(st.floats(0, 1e12), st.sampled_from(BYTES + SECONDS))), st.sampled_from([BYTES, SECONDS]))
 def test_a_histogram_counts_what_is_at_or_below_each_bound(observed: list[float], bounds: tuple[float, ...]) -> None:
     histogram = Histogram(bounds)

@@ -1,6 +1,7 @@
 """The connections of a worker, in a real daemon with real signals: how sessions fail, and how they end when it does."""
 
 import os
+import resource
 import signal
 import socket
 import time
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from daemons import reset, wait_until
-from tiny import MASTER, SERVICE, Tiny, free_port, is_over, is_reset, lives
+from tiny import MASTER, SERVICE, WORKER, Tiny, free_port, is_over, is_reset, lives
 
 from usocksd.errors import Error
 from usocksd.runtime.processes.master import stop_delay
@@ -43,6 +44,50 @@ def test_stops_at_once_when_nobody_is_connected(tmp_path: Path) -> None:
         tiny.record("tiny", ended="echo")
         tiny.signal(signal.SIGTERM)
         assert tiny.ended() == 0
+
+
+def test_a_reload_asked_for_while_it_stops(tmp_path: Path) -> None:
+    """Nothing is brought up again, and the end comes in time."""
+    with Tiny(tmp_path, timeouts={"stop": 1.0}, patch=HASTE).ready() as tiny:
+        client, workers = tiny.client(b"echo"), tiny.workers()
+        tiny.signal(signal.SIGTERM)
+        tiny.wait_until_closed()
+        tiny.signal(signal.SIGHUP)
+        answer = tiny.ask("reload")
+        assert (answer["ok"], answer["error"]) == (False, "the daemon is stopping")
+        assert tiny.workers() == workers
+        assert lives(client)
+        assert tiny.ended() == 0
+        assert is_over(client)
+        assert not tiny.records("reloading")
+
+
+def test_told_to_stop_until_it_has(tmp_path: Path) -> None:
+    """Up to its last moment: it ends in good order, and not by the signal."""
+    with Tiny(tmp_path).ready() as tiny:
+
+        def ended() -> bool:
+            tiny.signal(signal.SIGTERM)
+            return tiny.process.poll() is not None
+
+        tiny.reload()  # which leaves threads
+        wait_until(ended, "it ends")
+        assert tiny.ended() == 0
+        assert tiny.records("stopped")
+
+
+def test_drain_said_twice(tmp_path: Path) -> None:
+    """As a verb it does not mean "at once"."""
+    with Tiny(tmp_path).ready() as tiny:
+        client = tiny.client(b"echo")
+        assert tiny.ask("drain")["ok"]
+        tiny.record("stopping", cause="drain", live=1)
+        assert tiny.ask("drain")["ok"]
+        tiny.wait_until_closed()
+        assert lives(client)
+        client.close()
+        assert tiny.ended() == 0
+        assert not tiny.records("told to stop again: ending at once")
 
 
 def test_a_relay_finishes_while_it_drains(tmp_path: Path) -> None:
@@ -178,6 +223,26 @@ def test_at_the_descriptor_limit_others_wait_in_the_queue(tmp_path: Path) -> Non
         served[0].close()
         assert waiting.recv(4) == b"echo"
         assert len(tiny.records("accepting is paused")) == 1
+
+
+def test_a_worker_without_descriptors_lives_on(tmp_path: Path) -> None:
+    """It can't even look at what it has, and says so when it can again."""
+    with Tiny(tmp_path, patch={WORKER + "HEARTBEAT": 0.02}).ready() as tiny:
+        (worker,) = tiny.workers()
+        client = tiny.client(b"echo")
+        limits = resource.prlimit(worker, resource.RLIMIT_NOFILE)
+        resource.prlimit(worker, resource.RLIMIT_NOFILE, (1, limits[1]))
+
+        def opened() -> tuple[int, int]:
+            row = tiny.rows()[0]
+            return row["descriptors"]["open"], row["descriptors"]["limit"]
+
+        wait_until(lambda: len(set(opened())) == 1, "none is left")
+        assert lives(client)
+        resource.prlimit(worker, resource.RLIMIT_NOFILE, limits)
+        wait_until(lambda: len(set(opened())) == 2, "there are some again")
+        assert lives(client)
+        assert tiny.workers() == [worker]
 
 
 def test_at_the_descriptor_limit_those_idle_longest_make_room(tmp_path: Path) -> None:

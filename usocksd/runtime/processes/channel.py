@@ -17,7 +17,7 @@ Message: TypeAlias = dict[str, Any]
 
 _HEAD = struct.Struct("!IH")  # length of the JSON text, number of descriptors
 _RECEIVE_SIZE = 64 * 1024
-# Seconds for the other side to take a message that it has begun to take.
+# Seconds for the other side to take the rest of a message whose sender is cancelled.
 _REST_WITHIN = 5.0
 # SCM_MAX_FD of unix(7): so many fit into one message of the kernel.
 _MOST_FDS = 253
@@ -44,17 +44,21 @@ class Channel:
         async with self._sending:
             # The descriptors travel with the first bytes.
             data = data[await self._sock.sendmsg([data], rights) :]
-            # What has begun must end, or the other side can't make out what follows.
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + _REST_WITHIN):
+            try:
                 while data:
                     data = data[await self._sock.send(data) :]
-            if data:
-                self.close()
-                raise BrokenPipeError("the other side does not read")
+            except trio.Cancelled:
+                # What has begun must end, or the other side can't make out what follows.
+                with trio.CancelScope(shield=True, deadline=trio.current_time() + _REST_WITHIN):
+                    while data:
+                        data = data[await self._sock.send(data) :]
+                if data:
+                    self.close()
+                raise
 
     async def receive(self) -> tuple[Message, list[int]] | None:
-        """The next message and its descriptors, which are the caller's to close; None when the other side is gone."""
-        while True:
+        """The next message and its descriptors, which are the caller's to close; None when one of the sides is gone."""
+        while self._sock.fileno() >= 0:
             if len(self._buffer) >= _HEAD.size:
                 size, fds = _HEAD.unpack_from(self._buffer)
                 end = _HEAD.size + size
@@ -68,7 +72,7 @@ class Channel:
             try:
                 room = socket.CMSG_SPACE(_MOST_FDS * 4)
                 data, rights, _, _ = await self._sock.recvmsg(_RECEIVE_SIZE, room, socket.MSG_CMSG_CLOEXEC)
-            except ConnectionResetError:
+            except (ConnectionResetError, trio.ClosedResourceError):
                 return None
             if not data:
                 return None
@@ -77,6 +81,7 @@ class Channel:
                 received = array.array("i")
                 received.frombytes(raw[: len(raw) - len(raw) % received.itemsize])
                 self._fds.extend(received)
+        return None
 
     def fileno(self) -> int:
         """The socket's descriptor."""

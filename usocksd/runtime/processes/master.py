@@ -66,6 +66,11 @@ def stop_delay() -> float:
 
 def main(invocation: Invocation) -> int:
     """The master process. Returns the exit status."""
+    # Signals wait until there is somebody to hear them. When nobody is any more, told to stop once more while it ends,
+    # they do nothing: this is what trio puts back.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    for number in _SIGNALS:
+        signal.signal(number, lambda *_: None)
     own_log = MasterLog(invocation)
     try:
         return trio.run(_run, invocation, own_log)
@@ -73,6 +78,8 @@ def main(invocation: Invocation) -> int:
         log.critical("internal error", exc_info=True)
         return 1
     finally:
+        for number in _SIGNALS:  # else the interpreter, which ends too, puts back what they do by default
+            signal.signal(number, signal.SIG_IGN)
         own_log.current.close()
 
 
@@ -89,8 +96,6 @@ async def _run(invocation: Invocation, own_log: MasterLog) -> int:
                 return 1
             finally:
                 nursery.cancel_scope.cancel()
-        # Told to stop once more while it ends: it does.
-        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     log.info("stopped")
     return 0
 

@@ -122,7 +122,7 @@ class WorkerProcess:
 
         Raises ConfigError with every fault, WorkerEnded, or Error when a newer version says what this can't make out.
         """
-        await self.send({"type": "configure", "text": text, "source": source, "plan": True})
+        await self._order({"type": "configure", "text": text, "source": source, "plan": True})
         values = (await self._expect("plan"))["plan"]
         try:
             return Plan.from_json(values), values
@@ -132,13 +132,13 @@ class WorkerProcess:
 
     async def configure(self, text: str, source: str) -> None:
         """Have it read a configuration. Raises as `plan` does."""
-        await self.send({"type": "configure", "text": text, "source": source, "plan": False})
+        await self._order({"type": "configure", "text": text, "source": source, "plan": False})
         await self._expect("plan")
 
     async def serve(self, order: dict[str, Any], fds: Sequence[int]) -> None:
         """Have it make ready to serve; returns when it is. Raises Error with what it says is wrong, WorkerEnded."""
         self.ordered = True
-        await self.send({"type": "serve", **order, "column": self.column}, fds)
+        await self._order({"type": "serve", **order, "column": self.column}, fds)
         ready = await self._expect("ready")
         self.version, self.handover = ready["version"], ready.get("handover", 0)
         self.state = State.READY
@@ -196,6 +196,11 @@ class WorkerProcess:
         sender.send_nowait(message["rows"])
         if message["last"]:
             sender.close()
+
+    async def _order(self, message: Message, fds: Sequence[int] = ()) -> None:
+        """What the caller waits for: it may be long, and the worker may not read before it has started."""
+        with contextlib.suppress(OSError):
+            await self.channel.send(message, fds)
 
     async def _expect(self, kind: str) -> Message:
         while (received := await self.channel.receive()) is not None:

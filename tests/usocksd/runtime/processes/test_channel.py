@@ -96,6 +96,54 @@ async def test_half_a_message(nothing_leaks: None) -> None:
     channel.close()
 
 
+async def test_a_torn_message(nothing_leaks: None) -> None:
+    """The other side ended in the middle, and somebody went on: that is the end."""
+    left, right = socket.socketpair()
+    with left:
+        channel = Channel(trio.socket.from_stdlib_socket(right))
+        left.sendall(b"\0\0\0\x10\0\0" + b'{"half":' + b"\0\0\0\x02\0\0{}")
+        with trio.fail_after(5):
+            assert await channel.receive() is None
+        channel.close()
+
+
+async def test_a_sender_that_is_cancelled(pair: tuple[Channel, Channel]) -> None:
+    """What it has begun arrives whole, and so does what follows."""
+    ours, theirs = pair
+    large = {"text": "x" * 1_000_000}
+    scope = trio.CancelScope()
+
+    async def begin() -> None:
+        with scope:
+            await ours.send(large)
+
+    with trio.fail_after(5):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(begin)
+            await trio.testing.wait_all_tasks_blocked()
+            scope.cancel()
+            nursery.start_soon(ours.send, {"next": True})
+            assert await theirs.receive() == (large, [])
+            assert await theirs.receive() == ({"next": True}, [])
+    assert scope.cancelled_caught
+
+
+async def test_a_reader_that_takes_long(pair: tuple[Channel, Channel], mock_clock: trio.testing.MockClock) -> None:
+    """Nobody has said that it must be quick; once somebody does, that is the end of the channel."""
+    ours, theirs = pair
+    large = {"text": "x" * 1_000_000}
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ours.send, large)
+        await trio.testing.wait_all_tasks_blocked()
+        mock_clock.jump(3600)
+        assert await theirs.receive() == (large, [])
+    mock_clock.autojump_threshold = 0
+    with trio.move_on_after(1):
+        await ours.send(large)
+    assert await ours.receive() is None
+    assert await theirs.receive() is None
+
+
 async def test_going_on_where_another_has_stopped(nothing_leaks: None) -> None:
     """What had arrived of a message is passed on, the rest is still in the socket."""
     left, right = socket.socketpair()

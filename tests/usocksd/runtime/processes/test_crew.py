@@ -2,10 +2,24 @@
 
 import os
 import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+import trio
+import trio.testing
 from daemons import wait_until
-from tiny import CREW, Tiny, free_port, is_over, lives, running
+from tiny import CREW, PROCESS, REPORT, Tiny, free_port, is_over, lives, running
+
+from usocksd.runtime.metrics import Metrics
+from usocksd.runtime.processes.channel import Channel
+from usocksd.runtime.processes.crew import Crew
+from usocksd.runtime.processes.handover import restore_worker, worker_state
+from usocksd.runtime.processes.slots import Slots
+from usocksd.runtime.processes.worker_process import State, WorkerProcess
 
 # A worker's silence, in seconds, that is suspicious, and that is its end.
 QUICKER = {CREW + "_SUSPECT_AFTER": 0.8, CREW + "_HUNG_AFTER": 2.0, CREW + "_LOOK_EVERY": 0.1}
@@ -121,6 +135,79 @@ def test_a_worker_that_only_seemed_to_hang(tmp_path: Path) -> None:
         assert set(states(tiny)) == {slow, other}
         assert all(map(lives, held.values()))
         wait_until(lambda: len(connect_many(tiny, 10)) == 2, "both serve")
+
+
+def test_a_worker_that_does_not_read(tmp_path: Path) -> None:
+    """Stopped, and what it is told piles up: signals are for the others all the same."""
+    patch = {CREW + "_HUNG_AFTER": 60.0, PROCESS + "_SEND_WITHIN": 0.2, REPORT + "_ANSWER_WITHIN": 0.2}
+    with Tiny(tmp_path, workers=2, patch=patch).ready() as tiny:
+        stopped, other = tiny.one_each()
+        os.kill(stopped, signal.SIGSTOP)
+        try:
+            wait_until(lambda: takes_long(tiny), "its channel is full")
+            tiny.log.rename(tmp_path / "log.1")
+            tiny.signal(signal.SIGUSR1)
+            wait_until(lambda: str(tiny.log) in tiny.descriptors(other), "the other has opened its log again", 3.0)
+            tiny.signal(signal.SIGTERM)
+            tiny.record("stopping")
+            wait_until(lambda: listeners(tiny, other) == 0, "the other accepts no more", 3.0)
+        finally:
+            os.kill(stopped, signal.SIGCONT)
+
+
+def takes_long(tiny: Tiny) -> bool:
+    """Tell the workers something: whether that took as long as one waits for a worker."""
+    before = time.monotonic()
+    assert tiny.ask("log-level", level="info")["ok"]
+    return time.monotonic() - before > 0.2
+
+
+@pytest.fixture
+def ended() -> Iterator[int]:
+    """A child of this process that has ended, and that nobody has waited for."""
+    with subprocess.Popen(["true"]) as child:
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        yield child.pid
+
+
+async def test_what_can_t_be_passed_on_yet(nothing_leaks: None, ended: int) -> None:
+    """A worker that has ended, and is not buried: the next version of the master could not know its exit status."""
+    ours, theirs = socket.socketpair()
+    async with trio.open_nursery() as nursery:
+        crew = Crew(nursery, Slots(), Metrics("tiny"))
+        worker = WorkerProcess(1, 0, 0, ended, Channel(trio.socket.from_stdlib_socket(ours)))
+        worker.state = State.DRAINING
+        crew.workers.append(worker)
+        assert crew.settled
+        crew.reap()
+        assert worker.exit_status == 0
+        assert not crew.settled
+        # Passed on nevertheless, it has no child to wait for: it is gone.
+        heir = restore_worker(worker_state(worker) | {"channel": theirs.detach()})
+        crew.workers[:] = [heir]
+        crew.reap()
+        assert heir.exited.is_set()
+        worker.channel.close()
+        heir.channel.close()
+        os.close(crew.table)
+
+
+async def test_a_worker_that_takes_long_to_start(nothing_leaks: None, mock_clock: trio.testing.MockClock) -> None:
+    """It reads its configuration, which is more than fits into the channel, when it has; nobody minds."""
+    ours, theirs = (Channel(trio.socket.from_stdlib_socket(sock)) for sock in socket.socketpair())
+    text = "# more\n" * 300_000
+    worker = WorkerProcess(1, 0, 0, os.getpid(), ours)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(worker.configure, text, "file")
+        await trio.testing.wait_all_tasks_blocked()
+        mock_clock.jump(50)
+        await trio.testing.wait_all_tasks_blocked()
+        received = await theirs.receive()
+        assert received is not None
+        assert received[0]["text"] == text
+        await theirs.send({"type": "plan"})
+    ours.close()
+    theirs.close()
 
 
 def test_an_adopter_that_dies_too(tmp_path: Path) -> None:

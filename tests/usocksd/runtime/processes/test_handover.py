@@ -10,6 +10,7 @@ import pytest
 from daemons import wait_until
 from tiny import CREW, MASTER, ROOT, Tiny, free_port, lives, running
 
+PLAN = Path("usocksd", "runtime", "processes", "plan.py")
 SILENT = shutil.ignore_patterns("__pycache__")
 
 
@@ -21,8 +22,11 @@ def installed(tmp_path: Path) -> Path:
     return folder
 
 
-def install(folder: Path, version: str) -> None:
-    """Put another version there."""
+def install(folder: Path, version: str, plan: str = "") -> None:
+    """Put another version there, with `plan` added to its plan.py."""
+    if plan:
+        with (folder / PLAN).open("a", encoding="utf-8") as source:
+            source.write(plan)
     file = folder / "usocksd" / "__init__.py"
     text = file.read_text(encoding="utf-8")
     head, _, _ = text.partition("__version__")
@@ -113,6 +117,74 @@ def test_listens_all_the_time(tmp_path: Path, installed: Path) -> None:
         tiny.signal(signal.SIGTERM)
         assert tiny.ended() == 0
         assert tiny.records("stopped")
+
+
+def test_told_to_stop_right_after_a_reload_into_a_new_version(tmp_path: Path, installed: Path) -> None:
+    with Tiny(tmp_path, root=installed).ready() as tiny:
+        client = tiny.client(b"echo")
+        install(installed, "99.1")
+        tiny.signal(signal.SIGHUP)
+        wait_until(lambda: tiny.generation() == 2, "reloaded")
+        tiny.signal(signal.SIGTERM)
+        tiny.record("stopping")
+        tiny.wait_until_closed()
+        assert lives(client)
+        client.close()
+        assert tiny.ended() == 0
+
+
+def test_a_plan_that_says_more(tmp_path: Path, installed: Path) -> None:
+    """A later version's: what this one does not know is left to the later one."""
+    patch = {MASTER + "_ANSWERED_AFTER": 0.1}
+    with Tiny(tmp_path, root=installed, patch=patch, metrics_port=free_port()).ready() as tiny:
+        client = tiny.client(b"echo")
+        install(installed, "99.1", plan=_MORE)
+        assert tiny.ask("reload") == {"ok": True, "generation": 2}
+        is_now(tiny, "99.1")
+        assert tiny.ask("status")["version"] == "99.1"
+        assert lives(client)
+        assert tiny.who()[1] == "99.1"
+
+
+def test_a_plan_that_can_t_be_made_out(tmp_path: Path, installed: Path) -> None:
+    """An error of the reload, and everything is as before."""
+    with Tiny(tmp_path, root=installed).ready() as tiny:
+        tiny.expected |= {"reload failed", "nothing has changed: the configuration in force stays"}
+        (worker,) = tiny.workers()
+        good = (installed / PLAN).read_text(encoding="utf-8")
+        for plan in (_LESS, _OTHER):
+            (installed / PLAN).write_text(good, encoding="utf-8")
+            install(installed, "99.1", plan=plan)
+            answer = tiny.ask("reload")
+            assert not answer["ok"]
+            assert answer["error"].startswith("version 99.1 can't be reloaded into from ")
+            wait_until(lambda: tiny.workers() == [worker], "only the old one is left")
+            assert tiny.who()[0] == worker
+
+
+# What other versions might say, as an end of plan.py.
+_CHANGED = """
+_as_json = Plan.as_json
+
+
+def _changed(self: Plan) -> dict[str, Any]:
+    values = _as_json(self)
+    return values | {change}
+
+
+Plan.as_json = _changed
+"""
+_MORE = _CHANGED.replace(
+    "{change}",
+    """{
+        "pools": 3,
+        "log": values["log"] | {"rotate": "daily"},
+        "listen": [[*address, "backlog"] for address in values["listen"]],
+        "metrics": [*values["metrics"], "path"],
+    }""",
+)
+_LESS = _CHANGED.replace("values | {change}", '{key: value for key, value in values.items() if key != "listen"}')
+_OTHER = _CHANGED.replace("{change}", '{"listen": "everywhere", "log": None}')
 
 
 def test_a_new_version_that_does_not_work(tmp_path: Path, installed: Path) -> None:

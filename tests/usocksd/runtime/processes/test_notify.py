@@ -1,5 +1,6 @@
 """What a service manager is told, on a real socket of the kind that it has."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -76,6 +77,23 @@ def test_states(tmp_path: Path, manager: tuple[Manager, str]) -> None:
 def test_one_that_does_not_listen(tmp_path: Path) -> None:
     with Tiny(tmp_path, environment={"NOTIFY_SOCKET": str(tmp_path / "nobody")}).ready() as tiny:
         tiny.reload()
+
+
+def test_one_that_does_not_read(tmp_path: Path) -> None:
+    """Its queue is full: that holds up neither the start, nor a reload, nor the end."""
+    name = str(tmp_path / "notify")
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other,
+    ):
+        manager.bind(name)
+        other.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                other.sendto(b"STATUS=full", name)
+        with Tiny(tmp_path, environment={"NOTIFY_SOCKET": name, "WATCHDOG_USEC": "200000"}).ready() as tiny:
+            tiny.reload()
+            tiny.client(b"echo").close()
 
 
 def test_a_watchdog_of_somebody_else_s(tmp_path: Path) -> None:

@@ -197,6 +197,9 @@ def test_addresses_come_and_go(tmp_path: Path) -> None:
         # And it can be had again.
         tiny.reload(ports=[second, first])
         assert lives(tiny.client(b"echo", port=first))
+        # Workers know the ports of their own configuration, and no others.
+        built = [record["ports"] for record in tiny.records("tiny", built=True)]
+        assert built == [[first]] * 2 + [sorted((first, second))] * 2 + [[second]] * 2 + [sorted((first, second))] * 2
 
 
 def test_workers_come_and_go(tmp_path: Path) -> None:
@@ -269,6 +272,17 @@ def test_log_metrics_and_control_move(tmp_path: Path) -> None:
         tiny.log = log
 
 
+def test_metrics_at_another_address(tmp_path: Path) -> None:
+    """With the same port, that is: the old endpoint is no obstacle, there and back."""
+    port = free_port()
+    with Tiny(tmp_path, metrics_port=port).ready() as tiny:
+        for number, address in enumerate(("0.0.0.0", "127.0.0.1"), 2):
+            tiny.write(metrics_address=address)
+            assert tiny.ask("reload") == {"ok": True, "generation": number}
+            assert tiny.ask("status")["metrics"] == f"{address}:{port}"
+            assert tiny.metrics(port)["tiny_config_generation"] == number
+
+
 def test_the_level_that_an_operator_sets(tmp_path: Path) -> None:
     """In every process, also in those that come later; until the next reload."""
     with Tiny(tmp_path, workers=2, log={"level": "error"}) as tiny:
@@ -290,8 +304,12 @@ def test_the_level_that_an_operator_sets(tmp_path: Path) -> None:
             return said >= set(tiny.workers())
 
         wait_until(both, "both say what they do")
+        tiny.expected.add("session failed")
         assert tiny.ask("reload")["ok"]
         assert tiny.ask("log-level")["level"] == "error"
+        client = tiny.client(b"crash", port=port)
+        tiny.record("session failed")
+        assert not tiny.records("tiny", session=client.getsockname()[1])
 
 
 def test_reopening_the_log(tmp_path: Path) -> None:
@@ -370,6 +388,49 @@ def test_told_to_stop_during_a_reload(tmp_path: Path, where: str) -> None:
         client.close()
         assert tiny.ended() == 0
         wait_until(lambda: not any(map(running, workers)), "nobody is left")
+
+
+def test_told_to_stop_while_a_reload_waits(tmp_path: Path) -> None:
+    """For an older generation to drain: it waits no longer, and none of its workers is left."""
+    with Tiny(tmp_path, patch=QUICKER | {MASTER + "_PATIENCE": 60.0}).ready() as tiny:
+        clients = [tiny.client(b"echo")]
+        for _ in range(2):
+            tiny.reload()
+            clients.append(tiny.client(b"echo"))
+        workers = tiny.workers()
+        # Into another log, which is not in force yet: nothing is told twice.
+        tiny.write(log={"level": "info"})
+        tiny.signal(signal.SIGHUP)
+        tiny.record("the reload waits for an older generation to drain")
+        coming = set(tiny.workers()) - set(workers)
+        assert len(coming) == 1
+        tiny.signal(signal.SIGTERM)
+        tiny.record("stopping")
+        tiny.wait_until_closed()
+        wait_until(lambda: not any(map(running, coming)), "the one to come is gone")
+        assert all(map(lives, clients))
+        for client in clients:
+            client.close()
+        assert tiny.ended() == 0
+        assert tiny.generation() == 3
+        assert len(tiny.records("the reload waits for an older generation to drain")) == 1
+        assert len(tiny.records("reloading")) == 3
+
+
+def test_told_to_stop_while_the_configuration_keeps_it_waiting(tmp_path: Path) -> None:
+    """It is a FIFO, and nobody writes to it."""
+    with Tiny(tmp_path).ready() as tiny:
+        client = tiny.client(b"echo")
+        tiny.config.unlink()
+        os.mkfifo(tiny.config)
+        tiny.signal(signal.SIGHUP)
+        tiny.record("reloading")
+        assert tiny.ask("status")["state"] == "reloading"
+        tiny.signal(signal.SIGTERM)
+        tiny.record("stopping")
+        assert lives(client)
+        client.close()
+        assert tiny.ended() == 0
 
 
 def test_a_worker_that_dies_during_a_reload(tmp_path: Path) -> None:

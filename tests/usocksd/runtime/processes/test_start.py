@@ -62,7 +62,7 @@ def test_a_worker_that_dies(tmp_path: Path, where: str) -> None:
 
 def test_a_worker_that_never_gets_ready(tmp_path: Path) -> None:
     (tmp_path / "hold-build").touch()
-    tiny = Tiny(tmp_path, patch={CREW + "_READY_WITHIN": 0.7})
+    tiny = Tiny(tmp_path, *JSON, patch={CREW + "_READY_WITHIN": 0.7})
     assert faults(tiny) == ["the workers were not ready within 1 s"]
 
 
@@ -99,6 +99,19 @@ def test_a_metrics_port_that_is_taken(tmp_path: Path) -> None:
             assert tiny.record("no metrics endpoint")["severity"] == "warning"
             assert tiny.record("odd")["severity"] == "warning"
             assert tiny.ask("status")["metrics"] is None
+
+
+def test_too_many_addresses(tmp_path: Path) -> None:
+    """One clear error, at the start and at a reload."""
+    many = [f"127.0.1.{number}" for number in range(1, 202)]
+    told = "too many listening addresses: 201, expected at most 200"
+    assert faults(Tiny(tmp_path, *JSON, addresses=many)) == [told]
+    (tmp_path / "second").mkdir()
+    with Tiny(tmp_path / "second").ready() as tiny:
+        tiny.expected |= {"reload failed", "nothing has changed: the configuration in force stays"}
+        tiny.write(addresses=many)
+        assert tiny.ask("reload")["error"] == told
+        assert lives(tiny.client(b"echo"))
 
 
 def test_a_control_socket_that_is_taken(tmp_path: Path) -> None:

@@ -138,10 +138,11 @@ async def test_a_reader_that_takes_long(pair: tuple[Channel, Channel], mock_cloc
         mock_clock.jump(3600)
         assert await theirs.receive() == (large, [])
     mock_clock.autojump_threshold = 0
-    with trio.move_on_after(1):
-        await ours.send(large)
-    assert await ours.receive() is None
-    assert await theirs.receive() is None
+    with trio.fail_after(60):
+        with trio.move_on_after(1):
+            await ours.send(large)
+        assert await ours.receive() is None
+        assert await theirs.receive() is None
 
 
 async def test_going_on_where_another_has_stopped(nothing_leaks: None) -> None:

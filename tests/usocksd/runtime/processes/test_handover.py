@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from daemons import wait_until
-from tiny import CREW, MASTER, ROOT, Tiny, free_port, lives, running
+from tiny import CREW, MASTER, ROOT, Tiny, free_port, is_over, lives, running
 
 PLAN = Path("usocksd", "runtime", "processes", "plan.py")
 SILENT = shutil.ignore_patterns("__pycache__")
@@ -120,17 +120,18 @@ def test_listens_all_the_time(tmp_path: Path, installed: Path) -> None:
 
 
 def test_told_to_stop_right_after_a_reload_into_a_new_version(tmp_path: Path, installed: Path) -> None:
-    with Tiny(tmp_path, root=installed).ready() as tiny:
+    """The new version is not for this process any more; what is connected has its time, and no longer."""
+    with Tiny(tmp_path, root=installed, timeouts={"stop": 1.0}).ready() as tiny:
         client = tiny.client(b"echo")
         install(installed, "99.1")
         tiny.signal(signal.SIGHUP)
         wait_until(lambda: tiny.generation() == 2, "reloaded")
         tiny.signal(signal.SIGTERM)
-        tiny.record("stopping")
         tiny.wait_until_closed()
         assert lives(client)
-        client.close()
         assert tiny.ended() == 0
+        assert is_over(client)
+        assert tiny.records("ending what is still connected")
 
 
 def test_a_plan_that_says_more(tmp_path: Path, installed: Path) -> None:

@@ -129,7 +129,11 @@ class Metrics:
 
     def minimum(self, name: str, help: str) -> Counter:
         """A gauge of which the smallest of all workers is shown."""
-        return self._add(name, help, Kind.MINIMUM, (), Family(Counter)).labels()
+        return self.minimums(name, help).labels()
+
+    def minimums(self, name: str, help: str, *labels: str) -> Family[Counter]:
+        """Such a gauge for each value of `labels`."""
+        return self._add(name, help, Kind.MINIMUM, labels, Family(Counter))
 
     def histogram(self, name: str, help: str, bounds: Sequence[float]) -> Histogram:
         """A histogram without labels; `bounds` ascend, and the last bucket, for everything above, is not among them."""

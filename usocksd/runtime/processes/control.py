@@ -27,8 +27,10 @@ from usocksd.errors import ConfigError, Error
 log = logging.getLogger(__name__)
 
 Message: TypeAlias = dict[str, Any]
-Handlers: TypeAlias = Mapping[str, Callable[[Message], Awaitable[Message]]]
-"""By verb: gets the whole request, returns what the answer has besides "ok"."""
+Handler: TypeAlias = Callable[[Message], Awaitable[Message]]
+"""Gets the whole request, returns what the answer has besides "ok"."""
+Handlers: TypeAlias = Mapping[str, Handler]
+"""By verb"""
 
 MOST_CLIENTS: Final = 16
 MOST_BYTES: Final = 64 * 1024

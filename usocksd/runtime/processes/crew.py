@@ -93,6 +93,8 @@ class Crew:
         self.stopping = False
         self.level: str | None = None
         """The log level that an operator has set, until the next reload."""
+        self.shared: Any = None
+        """What the keeper has last shared with all workers, a JSON value; None if nothing yet."""
         self.changed = trio.Event()
         """Set, and a new one put in its place, when a worker has ended, or `emptying` is over."""
         self.emptying = False
@@ -317,14 +319,18 @@ class Crew:
             "connections": plan.connections,
             "per_client": plan.per_client,
             "stop": plan.stop,
+            "keeper": worker.slot == 0,
+            "shared": self.shared,
         }
         await worker.serve(order, [*self._slots.of(worker.slot, plan.listen), self.table])
 
     async def _watch(self, worker: WorkerProcess) -> None:
-        async for _ in worker.listen():
+        async for message in worker.listen():
             if worker.state is State.SUSPECTED:
                 worker.state = State.SERVING
                 await self._cover()
+            if message["type"] == "share":
+                await self._pass_on(worker, message["value"])
         born = self._born.get(worker.pid, 0.0)
         await self._bury(worker)
         generation = self.generation
@@ -341,6 +347,12 @@ class Crew:
         if trio.current_time() - born > _STEADY_AFTER:
             self._failures[worker.slot] = 0
         await self._replace(generation, worker.slot)
+
+    async def _pass_on(self, worker: WorkerProcess, value: Any) -> None:
+        """What the keeper shares, to all; it hears it too. The keeper is the worker of slot 0 of what is in force."""
+        if worker.slot == 0 and worker in self.serving:
+            self.shared = value
+            await self.tell({"type": "shared", "value": value})
 
     async def _bury(self, worker: WorkerProcess) -> None:
         """It has closed its channel, or was killed: see it end, and keep what it counted."""

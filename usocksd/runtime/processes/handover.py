@@ -69,6 +69,7 @@ def worker_state(worker: WorkerProcess) -> dict[str, Any]:
         "state": worker.state.value,
         "version": worker.version,
         "handover": worker.handover,
+        "verbs": worker.verbs,
         "alive": worker.alive,
     }
 
@@ -80,4 +81,5 @@ def restore_worker(state: Mapping[str, Any]) -> WorkerProcess:
     worker = WorkerProcess(state["generation"], state["slot"], state["column"], state["pid"], channel)
     worker.state, worker.ordered = State(state["state"]), True
     worker.version, worker.handover, worker.alive = state["version"], state["handover"], state["alive"]
+    worker.verbs = state.get("verbs", [])
     return worker

@@ -22,6 +22,7 @@ from usocksd.runtime.limits import raise_descriptor_limit
 from usocksd.runtime.log import parse_level
 from usocksd.runtime.metrics import Metrics, lasting, total
 from usocksd.runtime.processes import handover
+from usocksd.runtime.processes.control import Handler
 from usocksd.runtime.processes.crew import Candidate, Crew, Generation
 from usocksd.runtime.processes.doors import Doors
 from usocksd.runtime.processes.invocation import Invocation, MasterLog
@@ -42,6 +43,8 @@ _EMPTY_WITHIN = 1.0
 _MARGIN = 10.0
 # The service manager hears the state so often, in seconds, when it has changed.
 _STATUS_EVERY = 5.0
+# A worker has so long, in seconds, to answer a verb in its daemon's stead.
+_VERB_WITHIN = 60.0
 # The verb that asked for a reload has its answer by then, and the master may become another program.
 _ANSWERED_AFTER = 0.5
 _HEARD_AFTER = 0.05
@@ -131,14 +134,14 @@ class Master:
         self._crew = Crew(nursery, self._slots, self._metrics, None if state is None else state["table"])
         started = time.time() if state is None else state["started"]
         self._report = Report(invocation.name, self._crew, self._slots, self._metrics, log=own_log, started=started)
-        handlers = {
+        self._handlers: dict[str, Handler] = {
             "status": lambda _: self._report.status(),
             "connections": lambda _: self._report.connections(),
             "reload": self._on_reload,
             "drain": self._on_drain,
             "log-level": self._on_log_level,
         }
-        self._doors = Doors(invocation.name, nursery, self._report, handlers)
+        self._doors = Doors(invocation.name, nursery, self._report, self._handlers)
         self._starting = trio.CancelScope()
         self._stop_wanted = trio.Event()
         self._stop_cause = ""
@@ -300,6 +303,7 @@ class Master:
         listened = set() if self._crew.generation is None else set(place_names(self._slots, opened=False))
         old_log = self._log.commit()
         await self._crew.commit(candidate)
+        self._learn_verbs()
         self._doors.commit(exporter, plan.metrics, plan.control)
         for warning in plan.warnings:
             log.warning(warning)
@@ -311,6 +315,26 @@ class Master:
             await trio.to_thread.run_sync(old_log.close)
 
     # What operators ask for
+
+    def _learn_verbs(self) -> None:
+        """What the daemon answers itself; its workers have said so."""
+        for worker in self._crew.serving:
+            for verb in worker.verbs:
+                self._handlers.setdefault(verb, self._forward)
+
+    async def _forward(self, request: dict[str, Any]) -> dict[str, Any]:
+        """To a worker: that of the first slot, or the next one that serves."""
+        for worker in sorted(self._crew.serving, key=lambda worker: worker.slot):
+            try:
+                with trio.fail_after(_VERB_WITHIN):
+                    rows = await worker.ask("verb", request=request)
+            except trio.TooSlowError:
+                raise Error(f"no answer within {_VERB_WITHIN:.0f} s") from None
+            for row in rows:  # one, or none if the worker has ended meanwhile
+                if "error" in row:
+                    raise Error(row["error"])
+                return dict(row["answer"])
+        raise Error("no worker serves")
 
     async def _on_reload(self, _: dict[str, Any]) -> dict[str, Any]:
         if self._report.draining:
@@ -405,6 +429,7 @@ class Master:
             "generation": crew.generation.as_json(),
             "retired": total([crew.retired, lasting(self._metrics.snapshot())], bounded=True),
             "level": crew.level,
+            "shared": crew.shared,
             "workers": [handover.worker_state(worker) for worker in crew.workers],
         }
 
@@ -414,8 +439,9 @@ class Master:
         os.set_inheritable(crew.table, False)
         generation = Generation.from_json(state["generation"])
         self._log.prepare(generation.plan.log)
-        crew.retired, crew.level = state["retired"], state["level"]
+        crew.retired, crew.level, crew.shared = state["retired"], state["level"], state.get("shared")
         crew.take_over(generation, [handover.restore_worker(worker) for worker in state["workers"]])
+        self._learn_verbs()
         if crew.level is not None:
             self._log.current.set_level(parse_level(crew.level))
         self._doors.take_over(state["doors"])

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import pkgutil
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import attrs
@@ -125,6 +126,12 @@ class Parts(NamedTuple):
     """How many open files the process may have"""
     connections: int
     """How many connections fit into them"""
+    share: Callable[[Any], None]
+    """Hand a JSON value to the master, which passes it on to all workers, this one and those to come. Only the latest
+    counts, and only from what runs in `Built.keeping`."""
+    shared: Callable[[Callable[[Any], None]], None]
+    """Have a function called with what is shared: at once if there is something, and whenever it is shared again. It
+    may have been shared under another configuration."""
 
 
 class Built(NamedTuple):
@@ -135,6 +142,14 @@ class Built(NamedTuple):
     """Tasks started before the first connection is accepted; they say `task_status.started()`."""
     close: Callable[[], None] = lambda: None
     """When everything is over."""
+    keeping: tuple[Callable[[], Awaitable[object]], ...] = ()
+    """Tasks that one worker does for all, the keeper: from when it accepts connections until it drains or dies, and
+    then they begin in another one. What they find out they `Parts.share`."""
+    verbs: Mapping[str, Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]] = MappingProxyType({})
+    """What the daemon itself answers on the control socket: gets the whole request, returns the answer. Raises Error
+    when there is none. One worker is asked, so it is for what all know."""
+    status: Callable[[], dict[str, Any]] = dict
+    """What the answer to `status` has under "daemon": JSON values that are the same in all workers."""
 
 
 @attrs.frozen

@@ -141,12 +141,20 @@ class Report:
             "rates": {key: max(after[key] - before[key], 0) / (ended - started) for key in _RATES},
             "waiting": self._slots.queues()[0],
             "generations": [self._generation_row(number, generation) for number in self._numbers()],
-            "daemon": {},
+            "daemon": await self._of_daemon(),
         }
 
     async def connections(self) -> dict[str, Any]:
         """The answer to the verb `connections`."""
         return {"connections": await self._ask("connections")}
+
+    async def _of_daemon(self) -> dict[str, Any]:
+        """What the daemon says of itself: the first worker that serves, since all know the same."""
+        rows: list[Any] = []
+        if serving := self._crew.serving:
+            with trio.move_on_after(_ANSWER_WITHIN):
+                rows = await min(serving, key=lambda worker: worker.slot).ask("status")
+        return dict(rows[0]) if rows else {}
 
     def _numbers(self) -> list[int]:
         return sorted({worker.generation for worker in self._crew.workers}, reverse=True)

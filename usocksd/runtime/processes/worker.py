@@ -1,6 +1,7 @@
 """A worker: reads the configuration that its master sends, serves the sockets that it hands over, and reports.
 
-configure -> plan or faults;  serve -> ready;  accept;  then `alive` twice a second, until `drain` or the master's end
+configure -> plan or faults;  serve -> ready;  accept;  then `alive` twice a second, until `drain` or the master's end.
+What the keeper finds out for all goes as `share` to the master, and comes back to every worker as `shared`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import resource
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import trio
@@ -131,6 +132,14 @@ class Worker:
             "descriptors_headroom", "Share of its open files that the worker with the fewest left has left"
         )
         self._gauges = (dropped, descriptors, headroom)
+        # (A master of before there was anything to share says nothing of it.)
+        self._shared: list[Any] = [order["shared"]] if order.get("shared") is not None else []
+        """What was shared last, if anything"""
+        self._subscribers: list[Callable[[Any], None]] = []
+        self._to_share: list[Any] = []
+        """What this worker shares next, if anything"""
+        self._sharing = trio.Event()
+        self._keeping = trio.CancelScope()
         relayed = self._metrics.counters(
             "relayed_bytes_total", "Bytes relayed to destinations (tx) and from there (rx), as they go", "direction"
         )
@@ -144,8 +153,18 @@ class Worker:
         order = self._order
         tally = Tally(self._table, order["column"], most=order["connections"], per_client=order["per_client"])
         most = most_connections(self._limit)
-        parts = Parts(self._sink, self._reactor, self._metrics, frozenset(order["ports"]), self._limit, most)
+        parts = Parts(
+            self._sink,
+            self._reactor,
+            self._metrics,
+            frozenset(order["ports"]),
+            self._limit,
+            most,
+            share=self._share,
+            shared=self._subscribe,
+        )
         built: Built = self._daemon.build(config, parts)
+        self._built = built
         with contextlib.closing(built):
             async with trio.open_nursery() as base:
                 await base.start(self._reactor.run)
@@ -162,8 +181,10 @@ class Worker:
                         self._reactor, built.session, sessions, most=most, tally=tally, metrics=self._metrics
                     )
                     settle_memory()
-                    await self._channel.send({"type": "ready", "version": __version__, "handover": HANDOVER})
+                    ready = {"version": __version__, "handover": HANDOVER, "verbs": list(built.verbs)}
+                    await self._channel.send({"type": "ready", **ready})
                     base.start_soon(self._report)
+                    base.start_soon(self._send_shared)
                     sessions.start_soon(self._obey)
                 self._beats = 0
                 await self._send(self._alive() | {"type": "ended"})
@@ -177,33 +198,82 @@ class Worker:
                 match order["type"]:
                     case "accept":
                         self._service.listen(self._sockets)
+                        if self._order.get("keeper"):
+                            orders.start_soon(self._keep)
                     case "drain":
                         # Said again with less time, that counts.
                         self._draining = True
+                        self._keeping.cancel()
                         orders.start_soon(self._service.drain, order["within"])
                     case "adopt":
-                        # A newer version of the master may not know that it has asked for this already.
-                        self._service.close(self._adopted.pop(order["id"], []))
-                        sockets = [_adopt(fd) for fd in fds]
-                        if self._draining:  # told so meanwhile
-                            for sock in sockets:
-                                sock.close()
-                        else:
-                            self._adopted[order["id"]] = self._service.listen(sockets)
+                        self._adopt_more(order["id"], fds)
                     case "release":
                         self._service.close(self._adopted.pop(order["id"], []))
                     case "reopen":
                         self._sink.reopen()
                     case "level":
                         self._sink.set_level(parse_level(order["level"]))
-                    case "measure":
-                        await self._send({"type": "answer", "id": order["id"], "rows": [self._measure()], "last": True})
-                    case "connections":
-                        await self._list(order["id"])
+                    case "measure" | "connections" | "status" as question:
+                        await self._answer(question, order["id"])
+                    case "shared":
+                        self._shared = [order["value"]]
+                        for subscriber in self._subscribers:
+                            subscriber(order["value"])
+                    case "verb":
+                        orders.start_soon(self._answer_verb, order["id"], order["request"])
             # The master's end: nobody would tell us anything any more.
             log.warning("the master is gone, draining")
             self._draining = True
+            self._keeping.cancel()
             await self._service.drain(self._order["stop"])
+
+    def _adopt_more(self, number: int, fds: Sequence[int]) -> None:
+        """Accept from these too, until told to release them."""
+        # A newer version of the master may not know that it has asked for this already.
+        self._service.close(self._adopted.pop(number, []))
+        sockets = [_adopt(fd) for fd in fds]
+        if self._draining:  # told so meanwhile
+            for sock in sockets:
+                sock.close()
+        else:
+            self._adopted[number] = self._service.listen(sockets)
+
+    async def _keep(self) -> None:
+        with self._keeping:
+            async with trio.open_nursery() as tasks:
+                for task in self._built.keeping:
+                    tasks.start_soon(task)
+
+    def _share(self, value: Any) -> None:
+        self._to_share = [value]
+        self._sharing.set()
+
+    def _subscribe(self, subscriber: Callable[[Any], None]) -> None:
+        self._subscribers.append(subscriber)
+        for value in self._shared:
+            subscriber(value)
+
+    async def _send_shared(self) -> None:
+        while True:
+            await self._sharing.wait()
+            self._sharing = trio.Event()
+            (value,) = self._to_share
+            await self._send({"type": "share", "value": value})
+
+    async def _answer_verb(self, number: int, request: Message) -> None:
+        verb = request["verb"]
+        answer: Message
+        try:
+            handler = self._built.verbs.get(verb)
+            if handler is None:
+                raise Error(f"no such verb: {verb}")
+            answer = {"answer": await handler(request)}
+        except Error as error:
+            answer = {"error": str(error)}
+        except Exception:
+            log.exception("internal error", extra={"fields": {"verb": verb}})
+            answer = {"error": "internal error"}
+        await self._send({"type": "answer", "id": number, "rows": [answer], "last": True})
 
     async def _report(self) -> None:
         while True:
@@ -249,8 +319,14 @@ class Worker:
         up, down = self._service.moving()
         return up + self._metrics.observed("proxy_tx_bytes"), down + self._metrics.observed("proxy_rx_bytes")
 
-    async def _list(self, number: int) -> None:
-        rows = [row | {"worker": os.getpid()} for row in self._service.connections()]
+    async def _answer(self, question: str, number: int) -> None:
+        match question:
+            case "measure":
+                rows: list[Any] = [self._measure()]
+            case "status":
+                rows = [self._built.status()]
+            case _:
+                rows = [row | {"worker": os.getpid()} for row in self._service.connections()]
         for start in range(0, max(len(rows), 1), _LISTED_AT_ONCE):
             part = rows[start : start + _LISTED_AT_ONCE]
             last = start + _LISTED_AT_ONCE >= len(rows)

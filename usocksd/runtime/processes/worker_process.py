@@ -59,6 +59,8 @@ class WorkerProcess:
         self.version = ""
         self.handover = 0
         """The format in which its version takes over from another master."""
+        self.verbs: list[str] = []
+        """What its daemon answers on the control socket itself."""
         self.alive: Message = {}
         """What it last said of itself."""
         self.seen = trio.current_time()
@@ -141,6 +143,7 @@ class WorkerProcess:
         await self._order({"type": "serve", **order, "column": self.column}, fds)
         ready = await self._expect("ready")
         self.version, self.handover = ready["version"], ready.get("handover", 0)
+        self.verbs = ready.get("verbs", [])
         self.state = State.READY
         self.seen = trio.current_time()
 
@@ -155,21 +158,21 @@ class WorkerProcess:
         with contextlib.suppress(OSError), trio.move_on_after(_SEND_WITHIN):
             await self.channel.send(message, fds)
 
-    async def ask(self, question: str) -> list[Any]:
-        """Its answer to a question of one word, as rows; fewer or none if it ends meanwhile."""
+    async def ask(self, question: str, **details: object) -> list[Any]:
+        """Its answer to a question, as rows; fewer or none if it ends meanwhile."""
         number = next(_numbers)
         sender, receiver = trio.open_memory_channel[list[Any]](math.inf)
         self._questions[number] = sender
         if self._ended:
             sender.close()
         try:
-            await self.send({"type": question, "id": number})
+            await self.send({"type": question, "id": number, **details})
             return [row async for rows in receiver for row in rows]
         finally:
             self._questions.pop(number, None)
 
     async def listen(self) -> AsyncIterator[Message]:
-        """Take note of what it says, until its end; yields its signs of life."""
+        """Take note of what it says, until its end; yields its signs of life, and what it shares."""
         while (received := await self.channel.receive()) is not None:
             message, _ = received
             self.seen = trio.current_time()
@@ -178,6 +181,8 @@ class WorkerProcess:
                     self._answered(message)
                 case "alive" | "ended":
                     self.alive = message
+                    yield message
+                case "share":
                     yield message
         self._ended = True
         for sender in self._questions.values():

@@ -111,7 +111,7 @@ def run_verb(
         sys.stdout.reconfigure(errors="backslashreplace")
     prefix = f"{daemon.name} {verb}: "
     try:
-        run(Client(daemon.name, _find_control(daemon, args, prefix)), args)
+        run(Client(daemon.name, find_control(daemon, args, prefix)), args)
         sys.stdout.flush()
     except Error as error:
         if args.json and isinstance(error, Refused):
@@ -128,7 +128,11 @@ def run_verb(
     return 0
 
 
-def _find_control(daemon: Operated, args: argparse.Namespace, prefix: str) -> str:
+def find_control(daemon: Operated, args: argparse.Namespace, prefix: str) -> str:
+    """Where the control socket is: as --control says, or else the configuration. Raises VerbError if there is none.
+
+    What is wrong with the configuration is said behind `prefix` on stderr, and the default is taken.
+    """
     if args.control is not None:
         return str(args.control)
     # Only this one setting is looked at: an operator who asks for the status may have a bad file for a reason.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from typing import Any
 
 from rich.table import Table
 from rich.text import Text
@@ -11,6 +12,8 @@ from rich.text import Text
 from usocksd.runtime.verbs.client import Answer, Client, print_json
 from usocksd.runtime.verbs.show import cell, duration, make_console, make_table, put, rate, size
 
+# Of a pool with more addresses in trouble only so many are named.
+_MOST_NAMED = 4
 _HEALTHY = {"ready", "reloading"}
 _COLUMNS = (
     ("generation", False),
@@ -77,6 +80,25 @@ def _facts(answer: Answer) -> Iterator[tuple[str, str, bool]]:
         f"{rates['connections']:.1f} connections/s, tx {rate(rates['tx_bytes'])}, rx {rate(rates['rx_bytes'])}",
         False,
     )
+
+    for name, pool in answer["daemon"].get("pools", {}).items():
+        if pool["addresses"]:
+            yield f"egress {name}", *_egress(pool)
+
+
+def _egress(pool: dict[str, Any]) -> tuple[str, bool]:
+    """What a pool of egress addresses can't use, or has reason not to."""
+    addresses, local = pool["addresses"], pool["local"]
+    absent = [address for address in addresses if address not in local]
+    listed = [f"{address} ({', '.join(domains)})" for address, domains in pool["listed"].items()]
+    parts = [f"{len(addresses)} address{'' if len(addresses) == 1 else 'es'}"]
+    parts += [f"{what}: {_few(some)}" for what, some in (("not on this host", absent), ("listed", listed)) if some]
+    return "; ".join(parts), bool(absent or listed)
+
+
+def _few(texts: list[str]) -> str:
+    more = [] if len(texts) <= _MOST_NAMED else [f"{len(texts) - _MOST_NAMED} more"]
+    return ", ".join(texts[:_MOST_NAMED] + more)
 
 
 def _records(count: int) -> str:

@@ -94,6 +94,24 @@ def test_status_of_a_daemon_in_trouble(bench: Bench) -> None:
     assert "waiting         7 to be accepted" in lines
 
 
+def test_status_of_egress_pools(bench: Bench) -> None:
+    six = [f"198.51.100.{number}" for number in range(10, 16)]
+    pools = {
+        "default": {"addresses": [], "local": [], "listed": {}},
+        "well": {"addresses": six[:1], "local": six[:1], "listed": {}},
+        "partners": {"addresses": six, "local": six[5:], "listed": {six[5]: ["bl.example", "other.example"]}},
+    }
+    bench.start(status=STATUS | {"daemon": {"pools": pools}})
+    lines = bench.lines("status")
+    at = next(index for index, line in enumerate(lines) if line.startswith("rates"))
+    assert lines[at + 1 : at + 4] == [
+        "egress well      1 address",
+        "egress partners  6 addresses; not on this host: 198.51.100.10, 198.51.100.11, 198.51.100.12, 198.51.100.13, "
+        "1 more; listed: 198.51.100.15 (bl.example, other.example)",
+        "",
+    ]
+
+
 def test_reload(bench: Bench) -> None:
     bench.start(reload={"generation": 4})
     assert bench.lines("reload") == ["usocksd has reloaded: generation 4 serves"]

@@ -123,7 +123,7 @@ class Upstream:
         host = self._url.host
         if not isinstance(host, str):
             return (host,)
-        addresses = await self._resolver.resolve_for(client, host, deadline)
+        addresses = await self._resolver.search_for(client, host, deadline)
         self._learn(addresses)
         return addresses
 

@@ -1,11 +1,14 @@
-"""Names to addresses: /etc/hosts, a cache, and DNS by dnspython on trio.
+"""Names to addresses: /etc/hosts, a cache, and DNS by dnspython on trio, or the system's getaddrinfo.
 
 What this file keeps:
 
-1. `cached` is plain dictionaries; only what it does not know costs a task switch.
-2. Askers of one name share one query. It belongs to none of them: it goes on when one gives up, and ends when
+1. Nothing is asked for that the rules have not seen. `full_names` tells the names that a name may stand for by the
+   search domains of resolv.conf; everything else here takes a name for just itself.
+2. `cached` is plain dictionaries; only what it does not know costs a task switch.
+3. Askers of one name share one query. It belongs to none of them: it goes on when one gives up, and ends when
    the last one has gone.
-3. What can't be answered costs the asker its deadline and nobody else anything: no threads, no queue.
+4. What can't be answered costs the asker its deadline and nobody else anything: no threads, and a queue only where
+   sockets would run out. (getaddrinfo is threads and a queue, which is why it is not the default.)
 """
 
 from __future__ import annotations
@@ -14,14 +17,16 @@ import contextlib
 import itertools
 import logging
 import os
+import socket
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from io import StringIO
 from pathlib import Path
 
 import dns.asyncbackend
 import dns.asyncresolver
 import dns.exception
+import dns.name
 import dns.nameserver
 import dns.rdatatype
 import dns.resolver
@@ -44,15 +49,28 @@ _PARTIAL_TTL = 10.0  # one family answered, the other did not
 # RFC 8305 section 3: whoever has IPv4 addresses does not wait long for a server that drops AAAA queries.
 _RESOLUTION_DELAY = 0.2
 _MOST_NAMES = 10_000
+_LONGEST_NAME = 253
 _CHECK_FILES_EVERY = 1.0
+_MOST_NDOTS = 15  # resolv.conf(5)
+_SYSTEM_TTL = 5.0  # getaddrinfo(3) tells none
+_MOST_THREADS = 64  # that may wait in getaddrinfo at a time
 _EDNS_PAYLOAD = 1232  # what passes every path without fragments
-
-_LOCALHOST = (numeric_address("::1"), numeric_address("127.0.0.1"))
 
 NO_SUCH_NAME = "no such name"
 NO_ADDRESS = "no address"
 TIMED_OUT = "timed out"
 SERVERS_FAILED = "servers failed"
+ABSENT = frozenset({NO_SUCH_NAME, NO_ADDRESS})
+"""The causes that say: this name is none, so ask for the next one that it may stand for."""
+
+# getaddrinfo(3). What is not here, EAI_AGAIN above all, is a time-out or SERVFAIL: it does not tell which.
+_GAI_CAUSES = {
+    socket.EAI_NONAME: NO_SUCH_NAME,
+    socket.EAI_NODATA: NO_ADDRESS,
+    socket.EAI_ADDRFAMILY: NO_ADDRESS,
+}
+# What IDNA takes for the dot at the end (RFC 3490 section 3.1).
+_DOTS = (".", "\u3002", "\uff0e", "\uff61")
 
 
 @frozen
@@ -63,6 +81,9 @@ class _Entry:
     cause: str = ""
     ttl: float = 0.0
     expires: float = 0.0
+
+
+_LOCALHOST = _Entry((numeric_address("::1"), numeric_address("127.0.0.1")))
 
 
 @define(eq=False)
@@ -82,6 +103,8 @@ class Resolver:
         servers: Sequence[SocketAddress] | None,
         metrics: Metrics,
         *,
+        system: bool = False,
+        sockets: int = 1000,
         resolv_conf: Path = Path("/etc/resolv.conf"),
         hosts: Path = Path("/etc/hosts"),
         lifetime: float = 10.0,
@@ -89,9 +112,19 @@ class Resolver:
     ) -> None:
         """`servers` replace those of `resolv_conf`, whose search domains and options stay in force.
 
+        `system`: ask getaddrinfo(3), and with it whatever nsswitch.conf(5) names, instead of name servers. glibc is
+        told, for the whole process, to leave searching to us.
+
+        `sockets`: so many are open to name servers at a time, two for each name; further names wait.
         `lifetime`: seconds for one name, all its queries and servers together. Both files are read when they
         change, looked at once a second at most; a missing one is an empty one.
         """
+        self._threads = trio.CapacityLimiter(_MOST_THREADS) if system else None
+        if system:
+            # resolv.conf(5): replaces the search list, here by one that adds nothing to a name. A dot at the end of
+            # the name would say the same, but to DNS alone: /etc/hosts knows no name with one.
+            os.environ["LOCALDOMAIN"] = "."
+        self._sockets = trio.CapacityLimiter(sockets)
         self._servers = servers
         self._lifetime = lifetime
         self._clock = clock
@@ -112,6 +145,8 @@ class Resolver:
             for cause in ("", NO_SUCH_NAME, NO_ADDRESS, TIMED_OUT, SERVERS_FAILED)
         }
         self._dns = self._configured("")
+        self._search: tuple[str, ...] = ()
+        self._ndots = 1
         self._reread()
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -120,64 +155,108 @@ class Resolver:
             task_status.started()
             await trio.sleep_forever()
 
+    def full_names(self, text: str) -> tuple[str, ...]:
+        """The names that a host name as a client sent it may stand for, canonical, in the order in which to ask.
+
+        One, itself, if it ends in a dot, is in /etc/hosts or is `localhost`; otherwise the search domains of
+        resolv.conf(5) give it others: before it when it has fewer dots than `ndots`, and else behind it. The first
+        with an address is the one that is meant. Raises ValueError as `canonical_host` does.
+        """
+        host = canonical_host(text)
+        name = str(host)
+        if self._clock() >= self._next_check:
+            self._reread()
+        itself = text.endswith(_DOTS) or not isinstance(host, str) or name in self._hosts or _is_localhost(name)
+        if itself or not self._search:
+            return (name,)
+        others = [f"{name}.{domain}" for domain in self._search if len(name) + len(domain) < _LONGEST_NAME]
+        return (name, *others) if name.count(".") >= self._ndots else (*others, name)
+
     def cached(self, name: str) -> tuple[IPAddress, ...] | None:
         """The addresses of a name if they are known without asking anybody; None means: call `resolve`.
 
         In the order in which to try them. Takes names as `canonical_host` gives them fastest, and literals too.
         """
+        entry = self._known(name)
+        if entry is None:
+            return None
+        return entry.addresses or None
+
+    def _known(self, name: str) -> _Entry | None:
+        """What is known of a name without asking anybody, also that it has no address."""
         now = self._clock()
         if now >= self._next_check:
             self._reread()
         entry = self._cache.get(name)
         if entry is not None and entry.expires > now:
-            if not entry.addresses:
-                return None
             self._hits.value += 1
-            return entry.addresses
+            return entry
         try:
             host = canonical_host(name)
         except ValueError:
-            return None
+            return _Entry((), "not a host name")
         if not isinstance(host, str):
-            return (host,)
-        if host == "localhost" or host.endswith(".localhost"):
+            return _Entry((host,))
+        if host != name:
+            return self._known(host)
+        if _is_localhost(host):
             return _LOCALHOST  # RFC 6761 section 6.3: never asked, and both families whatever /etc/hosts has
-        return self._hosts.get(host) if host == name else self.cached(host)
+        listed = self._hosts.get(host) if self._threads is None else None
+        return None if listed is None else _Entry(listed)
 
     async def resolve(self, name: str) -> tuple[IPAddress, ...]:
         """The addresses of a name, in the order in which to try them: the families in turn, IPv6 first.
 
-        Give it a deadline with a cancel scope; it has its own too, the `lifetime`. Raises ResolveError with cause
-        "no such name", "no address", "timed out", "servers failed", or "not a host name".
+        Asks for this name and no other, whatever the search domains. Give it a deadline with a cancel scope; it has
+        its own too, the `lifetime`. Raises ResolveError with cause "no such name", "no address", "timed out",
+        "servers failed", or "not a host name".
         """
-        known = self.cached(name)
-        if known is not None:
-            return known
-        try:
-            host = str(canonical_host(name))
-        except ValueError:
-            raise ResolveError(name, "not a host name") from None
-        entry = self._cache.get(host)
-        if entry is None or entry.expires <= self._clock():
-            entry = await self._shared_query(host)
-        else:
-            self._hits.value += 1
+        entry = self._known(name) or await self._shared_query(str(canonical_host(name)))
         if not entry.addresses:
             raise ResolveError(name, entry.cause)
         return entry.addresses
 
+    async def search(self, text: str) -> tuple[IPAddress, ...]:
+        """The addresses of the first of `full_names` that has any. For names that no rule is to judge.
+
+        Raises ResolveError as `resolve` does.
+        """
+        return await self._first(text, self.resolve)
+
+    async def search_for(self, client: Endpoint, text: str, deadline: float) -> tuple[IPAddress, ...]:
+        """What `search` says, on behalf of a session. Raises as `resolve_for` does."""
+        return await self._first(text, lambda name: self.resolve_for(client, name, deadline))
+
+    async def _first(self, text: str, ask: Callable[[str], Awaitable[tuple[IPAddress, ...]]]) -> tuple[IPAddress, ...]:
+        try:
+            names = self.full_names(text)
+        except ValueError:
+            raise ResolveError(text, "not a host name") from None
+        cause = NO_SUCH_NAME
+        for name in names:
+            try:
+                return await ask(name)
+            except ResolveError as error:
+                if error.cause not in ABSENT:
+                    raise ResolveError(text, error.cause) from None
+                if error.cause == NO_ADDRESS:
+                    cause = NO_ADDRESS
+        raise ResolveError(text, cause)
+
     async def resolve_for(self, client: Endpoint, name: str, deadline: float) -> tuple[IPAddress, ...]:
-        """`cached` or `resolve` on behalf of a session, until `deadline` (on the reactor's clock).
+        """What `resolve` says, on behalf of a session, until `deadline` (on the reactor's clock).
 
         Raises ResolveError, also for a time-out, and PeerReset when `client` is gone meanwhile.
         """
-        addresses = self.cached(name)
-        if addresses is not None:
-            return addresses
+        entry = self._known(name)
+        if entry is not None:
+            if not entry.addresses:
+                raise ResolveError(name, entry.cause)
+            return entry.addresses
         try:
             return await client.meanwhile(deadline, self.resolve, name)
         except DeadlineExpired:
-            raise ResolveError(name, "timed out") from None
+            raise ResolveError(name, TIMED_OUT) from None
 
     async def _shared_query(self, host: str) -> _Entry:
         query = self._queries.get(host)
@@ -199,10 +278,25 @@ class Resolver:
 
     async def _answer(self, host: str, query: _Query) -> None:
         """The task of one query."""
+        try:
+            with query.scope:
+                if self._threads is None:
+                    await self._ask_servers(host, query)
+                else:
+                    await self._ask_system(host, query, self._threads)
+        except Exception:  # one name's fault, never that of the others
+            _logger.exception("resolver failed", extra={"fields": {"name": host}})
+            self._settle(host, query, _Entry((), SERVERS_FAILED, _FAILURE_TTL))
+        finally:
+            self._forget(host, query)
+            query.done.set()
+
+    async def _ask_servers(self, host: str, query: _Query) -> None:
         answers: list[_Entry] = []
 
         async def ask(kind: dns.rdatatype.RdataType) -> None:
-            answer = await self._ask(host, kind)
+            async with self._sockets:
+                answer = await self._ask(host, kind)
             answers.append(answer)
             if len(answers) == 2:
                 nursery.cancel_scope.cancel()  # the delay below, if it runs
@@ -211,21 +305,21 @@ class Resolver:
                 # The askers go on with this; AAAA may still come, for the next ones.
                 self._settle(host, query, _combine([answer, _Entry((), TIMED_OUT)]))
 
-        try:
-            with query.scope:
-                # dnspython's own limit goes by wall time, which may jump.
-                with trio.move_on_after(self._lifetime):
-                    async with trio.open_nursery() as nursery:
-                        nursery.start_soon(ask, dns.rdatatype.AAAA)
-                        nursery.start_soon(ask, dns.rdatatype.A)
-                missing = 2 - len(answers)
-                self._settle(host, query, _combine([*answers, *[_Entry((), TIMED_OUT)] * missing]))
-        except Exception:  # one name's fault, never that of the others
-            _logger.exception("resolver failed", extra={"fields": {"name": host}})
-            self._settle(host, query, _Entry((), SERVERS_FAILED, _FAILURE_TTL))
-        finally:
-            self._forget(host, query)
-            query.done.set()
+        # dnspython's own limit goes by wall time, which may jump.
+        with trio.move_on_after(self._lifetime):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(ask, dns.rdatatype.AAAA)
+                nursery.start_soon(ask, dns.rdatatype.A)
+        missing = 2 - len(answers)
+        self._settle(host, query, _combine([*answers, *[_Entry((), TIMED_OUT)] * missing]))
+
+    async def _ask_system(self, host: str, query: _Query, threads: trio.CapacityLimiter) -> None:
+        entry = _Entry((), TIMED_OUT, _FAILURE_TTL)
+        with trio.move_on_after(self._lifetime):
+            # A thread in getaddrinfo can't be stopped: nobody waits for it any more, and it keeps its place among
+            # `threads` until it is back.
+            entry = await trio.to_thread.run_sync(_getaddrinfo, host, abandon_on_cancel=True, limiter=threads)
+        self._settle(host, query, entry)
 
     def _settle(self, host: str, query: _Query, entry: _Entry) -> None:
         known = _Entry(entry.addresses, entry.cause, expires=self._clock() + entry.ttl)
@@ -246,10 +340,9 @@ class Resolver:
     async def _ask(self, host: str, kind: dns.rdatatype.RdataType) -> _Entry:
         try:
             answer = await self._dns.resolve(
-                host,
+                dns.name.from_text(host),
                 kind,
                 raise_on_no_answer=False,
-                search=True,
                 lifetime=self._lifetime,
                 backend=self._backend,
             )
@@ -277,6 +370,7 @@ class Resolver:
         if text is not None:
             try:
                 self._dns = self._configured(text)
+                self._search, self._ndots = _searching(self._dns)
             except (ValueError, dns.exception.DNSException) as error:
                 fields = {"file": str(self._resolv_conf.path), "error": str(error)}
                 _logger.error("resolver configuration ignored", extra={"fields": fields})
@@ -294,6 +388,32 @@ class Resolver:
             ]
         resolver.use_edns(0, 0, _EDNS_PAYLOAD)
         return resolver
+
+
+def _is_localhost(name: str) -> bool:
+    return name == "localhost" or name.endswith(".localhost")
+
+
+def _searching(configured: dns.asyncresolver.Resolver) -> tuple[tuple[str, ...], int]:
+    """The search domains, and the dots from which on a name is asked for as it is first."""
+    domains: list[str] = []
+    for domain in configured.search or [configured.domain]:
+        # The root adds nothing to a name; what is no host name can't be part of one.
+        with contextlib.suppress(ValueError):
+            domains.append(str(canonical_host(domain.to_text(omit_final_dot=True))))
+    ndots = 1 if configured.ndots is None else configured.ndots
+    return tuple(dict.fromkeys(domains)), min(max(ndots, 0), _MOST_NDOTS)
+
+
+def _getaddrinfo(host: str) -> _Entry:
+    """In a thread of its own. Blocks for as long as the system's configuration lets it."""
+    try:
+        # As bytes: Python would put a str through a codec of its own.
+        found = socket.getaddrinfo(host.encode("ascii"), None, type=socket.SOCK_STREAM)
+    except socket.gaierror as error:
+        cause = _GAI_CAUSES.get(error.errno or 0, SERVERS_FAILED)
+        return _Entry((), cause, _SYSTEM_TTL if cause in ABSENT else _FAILURE_TTL)
+    return _Entry(_in_turn(numeric_address(str(sockaddr[0])) for *_, sockaddr in found), "", _SYSTEM_TTL)
 
 
 def _combine(answers: Sequence[_Entry]) -> _Entry:

@@ -7,6 +7,7 @@ import subprocess
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from ipaddress import ip_address
+from itertools import pairwise
 from pathlib import Path
 
 import dns.flags
@@ -48,7 +49,9 @@ class Place:
         """Those of the last resolver."""
         self._nursery = nursery
 
-    async def resolver(self, *servers: SocketAddress, lifetime: float = 5.0, from_file: bool = False) -> Resolver:
+    async def resolver(
+        self, *servers: SocketAddress, lifetime: float = 5.0, from_file: bool = False, sockets: int = 1000
+    ) -> Resolver:
         self.metrics = Metrics("test")
         resolver = Resolver(
             None if from_file else servers,
@@ -57,6 +60,7 @@ class Place:
             hosts=self.hosts,
             lifetime=lifetime,
             clock=self.clock,
+            sockets=sockets,
         )
         await self._nursery.start(resolver.run)
         return resolver
@@ -99,6 +103,9 @@ class Server:
         self.released.set()
         self._udp, self._tcp = sockets_on_one_port()
         self.over_tcp = 0
+        self.before: Callable[[dns.message.Message, object], Awaitable[object]] | None = None
+        """Done before each answer."""
+        self.lies = 0
 
     async def serve(self, task_status: trio.TaskStatus[None]) -> None:
         with self._udp, self._tcp:
@@ -109,6 +116,9 @@ class Server:
                     wire, client = await self._udp.recvfrom(4096)
                     replies = self._replies(wire)
                     await self.released.wait()
+                    if self.before is not None:
+                        await self.before(dns.message.from_wire(wire), client)
+                        self.lies += 1
                     for reply in replies:
                         await self._udp.sendto(reply, client)
 
@@ -308,15 +318,114 @@ async def test_a_bad_resolv_conf_is_ignored(place: Place, start: Start, caplog: 
 
 async def test_search_domains(place: Place, start: Start) -> None:
     place.resolv_conf.write_text("search corp.test lab.test\noptions ndots:2\n")
-    server = await start(records({"www.lab.test": ["192.0.2.1"], "a.b": ["192.0.2.2"], "x.y.z": ["192.0.2.3"]}))
+    zone = {"www.lab.test": ["192.0.2.1"], "a.b": ["192.0.2.2"], "x.y.z": ["192.0.2.3"], "empty.corp.test": []}
+    server = await start(records(zone | {"empty.lab.test": ["192.0.2.4"], "none": []}))
     resolver = await place.resolver(server.endpoint)
-    assert await resolver.resolve("www") == addresses("192.0.2.1")
+    assert await resolver.search("www") == addresses("192.0.2.1")
     assert ("www.corp.test", "A") in server.asked
     assert ("www", "A") not in server.asked
-    assert await resolver.resolve("a.b") == addresses("192.0.2.2")
+    assert await resolver.search("a.b") == addresses("192.0.2.2")
     assert ("a.b.corp.test", "A") in server.asked
-    assert await resolver.resolve("x.y.z") == addresses("192.0.2.3")
+    assert await resolver.search("x.y.z") == addresses("192.0.2.3")
     assert ("x.y.z.corp.test", "A") not in server.asked
+    assert await resolver.search("empty") == addresses("192.0.2.4")
+    for text, cause in (("nowhere", "no such name"), ("none", "no address"), ("a b", "not a host name")):
+        with pytest.raises(ResolveError) as caught:
+            await resolver.search(text)
+        assert (caught.value.name, caught.value.cause) == (text, cause)
+    # What is asked for by its name is asked for by no other.
+    server.asked.clear()
+    assert await cause_of_failure(resolver, "www") == "no such name"
+    assert set(server.asked) == {("www", "A"), ("www", "AAAA")}
+
+
+async def test_a_failure_ends_the_search(place: Place, start: Start) -> None:
+    """Else a name would mean another host for as long as a server is in trouble."""
+    place.resolv_conf.write_text("search corp.test lab.test\n")
+
+    def answer(query: dns.message.Message) -> Sequence[dns.message.Message | bytes]:
+        if query.question[0].name.to_text().endswith(".corp.test."):
+            return refusal(query)
+        return records({"www.lab.test": ["203.0.113.66"]})(query)
+
+    server = await start(answer)
+    resolver = await place.resolver(server.endpoint)
+    with pytest.raises(ResolveError) as caught:
+        await resolver.search("www")
+    assert (caught.value.name, caught.value.cause) == ("www", "servers failed")
+
+
+async def test_both_families_are_of_one_name(place: Place, start: Start) -> None:
+    """Each searched for by itself, this name would be two hosts."""
+    place.resolv_conf.write_text("search corp.test lab.test\n")
+    truth = records({"www.corp.test": ["192.0.2.1"], "www.lab.test": ["203.0.113.66", "2001:db8::66"]})
+
+    def answer(query: dns.message.Message) -> Sequence[dns.message.Message | bytes]:
+        question = query.question[0]
+        # There are servers that say so of names which have no AAAA record.
+        if question.name.to_text() == "www.corp.test." and question.rdtype == dns.rdatatype.AAAA:
+            return refusal(query, dns.rcode.NXDOMAIN)
+        return truth(query)
+
+    server = await start(answer)
+    resolver = await place.resolver(server.endpoint)
+    assert await resolver.search("www") == addresses("192.0.2.1")
+
+
+@pytest.mark.parametrize(
+    ("resolv_conf", "text", "names"),
+    [
+        ("", "www", ["www"]),
+        ("search corp.test lab.test", "www", ["www.corp.test", "www.lab.test", "www"]),
+        ("search corp.test lab.test", "WWW", ["www.corp.test", "www.lab.test", "www"]),
+        ("search corp.test lab.test", "a.b", ["a.b", "a.b.corp.test", "a.b.lab.test"]),
+        ("search corp.test\noptions ndots:5", "a.b", ["a.b.corp.test", "a.b"]),
+        ("search corp.test\noptions ndots:0", "www", ["www", "www.corp.test"]),
+        (
+            "search corp.test\noptions ndots:99",
+            ".".join("a" * 16),
+            [".".join("a" * 16), ".".join("a" * 16) + ".corp.test"],
+        ),
+        ("domain corp.test", "www", ["www.corp.test", "www"]),
+        ("search one.test\nsearch two.test two.test", "www", ["www.two.test", "www"]),
+        ("search . a..b Bad!name Corp.TEST.", "www", ["www"]),
+        ("search . Bad!name Corp.TEST.", "www", ["www.corp.test", "www"]),
+        ("search corp.test", "www.", ["www"]),
+        ("search corp.test", "a.b.", ["a.b"]),
+        ("search corp.test", "www\u3002", ["www"]),
+        ("search corp.test", "www\uff0e", ["www"]),
+        ("search corp.test", "www\uff61", ["www"]),
+        ("search corp.test", "localhost", ["localhost"]),
+        ("search corp.test", "app.localhost", ["app.localhost"]),
+        ("search corp.test", "build", ["build"]),  # in the hosts file
+        ("search corp.test", "127.1", ["127.0.0.1"]),
+        ("search corp.test", "a" * 63, ["a" * 63 + ".corp.test", "a" * 63]),
+        (
+            "search corp.test",
+            ".".join(["a" * 61] * 4),
+            [".".join(["a" * 61] * 4)],
+        ),  # one with the domain would be too long
+    ],
+)
+async def test_the_names_that_a_name_may_stand_for(
+    place: Place, monkeypatch: pytest.MonkeyPatch, resolv_conf: str, text: str, names: list[str]
+) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: "host")
+    place.resolv_conf.write_text(f"nameserver 192.0.2.53\n{resolv_conf}\n")
+    place.hosts.write_text("192.0.2.9 build\n")
+    resolver = await place.resolver(from_file=True)
+    assert list(resolver.full_names(text)) == names
+
+
+async def test_the_domain_of_the_host_is_the_one_to_search(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: "host.corp.test")
+    resolver = await place.resolver(from_file=True)
+    assert resolver.full_names("www") == ("www.corp.test", "www")
+    place.resolv_conf.write_text("search lab.test\n")
+    place.clock.now += 1
+    assert resolver.full_names("www") == ("www.lab.test", "www")
+    with pytest.raises(ValueError, match="not a host name"):
+        resolver.full_names("a..b")
 
 
 async def test_askers_of_one_name_share_a_query_and_survive_each_other(place: Place, start: Start) -> None:
@@ -426,6 +535,72 @@ async def test_lies_about_the_question_are_not_believed(place: Place, start: Sta
         assert await resolver.resolve("www.test") == addresses("2001:db8::1", "192.0.2.1")
     else:
         assert await cause_of_failure(resolver, "www.test") == "timed out"
+
+
+async def test_an_answer_from_elsewhere_is_not_believed(place: Place, start: Start) -> None:
+    truth = records({"www.test": ["192.0.2.1", "2001:db8::1"]})
+    lie = records({"www.test": ["203.0.113.66", "2001:db8::66"]})
+    server = await start(truth)
+    with trio.socket.socket(type=socket.SOCK_DGRAM) as other:
+        await other.bind(("127.0.0.2", 0))  # another port is another address, too
+        server.before = lambda query, client: other.sendto(lie(query)[0].to_wire(), client)  # type: ignore[union-attr]
+        resolver = await place.resolver(server.endpoint)
+        assert await resolver.resolve("www.test") == addresses("2001:db8::1", "192.0.2.1")
+        assert server.lies == 2
+
+
+async def test_chains_and_loops_of_cnames(place: Place, start: Start) -> None:
+    """Followed as far as the answer goes: a recursive server puts the whole chain into it."""
+
+    def answer(query: dns.message.Message) -> list[dns.message.Message]:
+        question = query.question[0]
+        first, *_ = question.name.to_text().split(".")
+        links = {"chain": 10, "long": 30, "loop": 0, "self": 0, "open": 2}[first]
+        reply = dns.message.make_response(query)
+        names = [question.name.to_text(), *(f"{first}{n}.test." for n in range(links))]
+        if first == "loop":
+            names = ["loop.test.", "pool.test.", "loop.test."]
+        elif first == "self":
+            names = ["self.test.", "self.test."]
+        for name, target in pairwise(names):
+            reply.answer.append(dns.rrset.from_text(name, 60, "IN", "CNAME", target))
+        if first in {"chain", "long"}:
+            text = "192.0.2.1" if question.rdtype == dns.rdatatype.A else "2001:db8::1"
+            reply.answer.append(dns.rrset.from_text(names[-1], 60, "IN", question.rdtype, text))
+        return [reply]
+
+    server = await start(answer)
+    resolver = await place.resolver(server.endpoint)
+    assert await resolver.resolve("chain.test") == addresses("2001:db8::1", "192.0.2.1")
+    assert await cause_of_failure(resolver, "open.test") == "no address"
+    for endless in ("long.test", "loop.test", "self.test"):
+        assert await cause_of_failure(resolver, endless) == "servers failed"
+
+
+async def test_sockets_are_bounded_and_names_wait_for_them(place: Place, start: Start) -> None:
+    def answer(query: dns.message.Message) -> Sequence[dns.message.Message | bytes]:
+        dead = query.question[0].name.to_text().startswith("dead")
+        return [] if dead else records({"www.test": ["192.0.2.1", "2001:db8::1"]})(query)
+
+    server = await start(answer)
+    resolver = await place.resolver(server.endpoint, sockets=2)
+    before = len(os.listdir("/proc/self/fd"))
+    with trio.fail_after(2):  # the lifetime is 5 s
+        async with trio.open_nursery() as nursery:
+            scopes = [trio.CancelScope() for _ in range(20)]
+
+            async def ask(number: int) -> None:
+                with scopes[number]:
+                    await cause_of_failure(resolver, f"dead{number}.test")
+
+            for number in range(20):
+                nursery.start_soon(ask, number)
+            await server.got_query.wait()
+            await trio.testing.wait_all_tasks_blocked()
+            assert len(os.listdir("/proc/self/fd")) == before + 2
+            for scope in scopes:
+                scope.cancel()
+            assert len(await resolver.resolve("www.test")) == 2
 
 
 async def test_an_answer_about_another_name_is_no_answer(place: Place, start: Start) -> None:
@@ -551,4 +726,4 @@ async def test_dnsmasq(place: Place, dnsmasq: SocketAddress) -> None:
 async def test_dnsmasq_with_search_domains(place: Place, dnsmasq: SocketAddress) -> None:
     place.resolv_conf.write_text("search none.test test\n")
     resolver = await place.resolver(dnsmasq)
-    assert await resolver.resolve("www") == addresses("2001:db8::1", "192.0.2.1")
+    assert await resolver.search("www") == addresses("2001:db8::1", "192.0.2.1")

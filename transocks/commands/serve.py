@@ -12,7 +12,7 @@ from usocksd import __version__
 from usocksd.addresses import HostAddresses
 from usocksd.resolver import Resolver
 from usocksd.runtime.dial import check_mark
-from usocksd.runtime.limits import most_pipes
+from usocksd.runtime.limits import most_name_sockets, most_pipes
 from usocksd.runtime.pipes import PipePool
 from usocksd.runtime.processes.plan import Built, Parts, Plan, make_plan
 
@@ -26,7 +26,12 @@ def build(config: Config, parts: Parts) -> Built:
     """Put transocks together. Raises Error when it can't serve."""
     check_mark(config.mark)
     hosts = HostAddresses()
-    resolver = Resolver(config.dns.servers, parts.metrics)
+    resolver = Resolver(
+        config.dns.servers,
+        parts.metrics,
+        system=config.dns.resolver == "system",
+        sockets=most_name_sockets(parts.descriptors),
+    )
     upstream = Upstream(config.proxy_url, resolver=resolver, mark=config.mark, metrics=parts.metrics)
     guard = LoopGuard(
         listen_ports=parts.ports,

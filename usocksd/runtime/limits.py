@@ -8,12 +8,15 @@ import resource
 from hashlib import blake2b
 from pathlib import Path
 
-# Kept back for what is not a connection: log file, epoll, resolver sockets, name and state files.
+# Kept back for what is not a connection: log file, epoll, name and state files.
 _RESERVE = 48
 # A connection has two sockets.
 _PER_CONNECTION = 2
 # One descriptor of so many is for pipes, which bulk streams borrow; one that finds none left does without.
 _FOR_PIPES = 16
+# One of so many is for asking name servers, two for each name. Half of them is kept back: a session that waits for a
+# name does not use its second descriptor.
+_FOR_NAMES = 16
 
 
 def raise_descriptor_limit() -> int:
@@ -34,12 +37,18 @@ def most_connections(descriptors: int) -> int:
     What this process had open when it started (sockets that it inherited, say) is gone from them already.
     """
     open_now = len(os.listdir("/proc/self/fd"))
-    return max((descriptors - open_now - _RESERVE - 2 * most_pipes(descriptors)) // _PER_CONNECTION, 1)
+    kept = _RESERVE + 2 * most_pipes(descriptors) + most_name_sockets(descriptors) // 2
+    return max((descriptors - open_now - kept) // _PER_CONNECTION, 1)
 
 
 def most_pipes(descriptors: int) -> int:
     """How many pipes, of two descriptors each, the share of `descriptors` that is theirs allows."""
     return descriptors // _FOR_PIPES // 2
+
+
+def most_name_sockets(descriptors: int) -> int:
+    """How many sockets to name servers the share of `descriptors` that is theirs allows."""
+    return max(descriptors // _FOR_NAMES, 2)
 
 
 # Rows of the shared table: the first counts all connections, the others those of clients, by hash. Two clients that

@@ -213,13 +213,20 @@ ReadableFile = Annotated[Path, text(_readable_file, "the path of a readable file
 # Tables that both daemons have.
 
 
-def _one_of(names: Collection[str]) -> Parser:
-    def parse(value: str) -> str | None:
-        if value and value not in names:
+def one_of(names: Collection[str]) -> Parser:
+    """One of these strings."""
+
+    def parse(value: str) -> str:
+        if value not in names:
             raise ValueError
-        return value or None
+        return value
 
     return text(parse, "one of " + ", ".join(f'"{name}"' for name in names))
+
+
+def _one_of(names: Collection[str]) -> Parser:
+    """One of these strings, or "" for None."""
+    return text(lambda value: one_of(names).parse(value) if value else None, one_of(names).expected)
 
 
 @attrs.frozen(kw_only=True)
@@ -236,9 +243,15 @@ class LogConfig:
 
 @attrs.frozen(kw_only=True)
 class DnsConfig:
-    """[dns]. `servers` None: those of /etc/resolv.conf."""
+    """[dns]. `servers` None: those of /etc/resolv.conf. `resolver` "system": getaddrinfo(3) instead."""
 
     servers: tuple[DnsServer, ...] | None = attrs.field(default=None, converter=none_if_empty)
+    resolver: Annotated[str, one_of(("dns", "system"))] = "dns"
+
+    def __attrs_post_init__(self) -> None:
+        if self.resolver == "system" and self.servers is not None:
+            expected = 'expected "dns" beside servers, which the system is not told of'
+            raise Invalid(expected, shown='"system"', at="resolver")
 
 
 @attrs.frozen(kw_only=True)

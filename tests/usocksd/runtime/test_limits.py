@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 import usocksd
-from usocksd.runtime.limits import Tally, clear_column, make_table, most_connections, most_pipes
+from usocksd.runtime.limits import (
+    Tally,
+    clear_column,
+    make_table,
+    most_connections,
+    most_name_sockets,
+    most_pipes,
+)
 
 ROOT = Path(usocksd.__file__).parents[1]
 
@@ -46,8 +53,9 @@ def test_an_endless_hard_limit_means_the_kernel_s_own() -> None:
 
 def test_connections_that_fit() -> None:
     open_now = len(os.listdir("/proc/self/fd"))
-    assert most_connections(1600) == (1600 - open_now - 48 - 2 * 50) // 2
+    assert most_connections(1600) == (1600 - open_now - 48 - 2 * 50 - 50) // 2
     assert most_pipes(1600) == 50
+    assert most_name_sockets(1600) == 100
 
 
 def test_what_is_open_already_does_not_fit_again() -> None:

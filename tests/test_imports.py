@@ -18,7 +18,9 @@ PURE = (
     "usocksd.errors",
     "usocksd.acl",
     "usocksd.match",
+    "usocksd.sites",
     "usocksd.egress",
+    "usocksd.replay",
     "usocksd.replies",
     "transocks.http_connect",
 )

@@ -1,29 +1,34 @@
 """Who may come in and where they may go: ordered rules, the first match decides. Pure.
 
 A destination is judged twice: as the client asked for it (`decide_name`), and then each address that its name
-resolved to (`decide_address`). Both walk the same rules. A rule that allows a *name* says nothing about the
-addresses behind it: only a rule that allows the *address* lifts the built-in protection, or whoever owns a
-name below an allowed domain could point it at this host.
+resolved to, together with the name (`decide_address`). Both ask the same rules in the same order, and a rule matches
+if the client, the user, the port and the destination do. Behind a name it is enough that `to` has the name or the
+address; so a denied network is denied to an allowed name, and what denies all the rest does not deny the addresses
+of a name that a rule above it allows.
+
+A rule that allows a *name* says nothing about the addresses behind it: only a rule whose `to` has the *address*
+lifts the built-in protection, or whoever owns a name below an allowed domain could point it at this host. For
+protected addresses all other rules that allow do not match.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from ipaddress import IPv6Address
-from typing import NamedTuple
 
-from attrs import field, frozen
+from attrs import frozen
 
 from usocksd.match import (
     IPAddress,
     IPNetwork,
     NameSet,
     NetworkMap,
-    canonical_host,
     judged_addresses,
     numeric_address,
     parse_network,
 )
+from usocksd.sites import Prefix, SiteIndex, SiteList, parse_entry, prefix_of
 
 LOOPBACK = ("127.0.0.0/8", "::1/128")
 LINK_LOCAL = ("169.254.0.0/16", "fe80::/10")
@@ -55,208 +60,343 @@ PROTECTED: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 @frozen
 class Decision:
-    """Whether a destination is allowed, and the rule that decided as the admin knows it, for log records."""
+    """Whether a destination is allowed, the rule that decided as log records show it, and the pool to leave from."""
 
     allowed: bool
     rule: str
+    egress: str = "default"
 
 
 _DEFAULT = Decision(True, "default")
 
 
-class Destination(NamedTuple):
-    """What a rule is asked about: a name, or an address with all that it is judged as."""
-
-    port: int
-    name: str | None = None
-    addresses: tuple[IPAddress, ...] = ()
-    resolved: bool = False  # the address came from resolving a name that was judged already
-
-
-class Sites:
-    """Destinations of a list: "host", ".domain", an address, a network, "" for requests without a name."""
-
-    __slots__ = ("_nameless", "_names", "_networks")
-
-    def __init__(self, entries: Iterable[str]) -> None:
-        """Raises ValueError for the first entry that is none of these; `site_fault` checks one by one."""
-        self._names = NameSet()
-        self._nameless = False
-        networks: dict[IPNetwork, str] = {}
-        for entry in entries:
-            if entry == "":
-                self._nameless = True
-            elif (network := _site_network(entry)) is not None:
-                single = network.prefixlen == network.max_prefixlen
-                networks[network] = str(network.network_address if single else network)
-            else:
-                self._names.add(entry)
-        self._networks = NetworkMap(networks)
-
-    def match_name(self, name: str) -> str | None:
-        """The entry that has this canonical name."""
-        return self._names.match(name)
-
-    def match_address(self, addresses: Iterable[IPAddress]) -> str | None:
-        """The entry that has one of these addresses."""
-        for address in addresses:
-            entry = self._networks.match(address)
-            if entry is not None:
-                return entry
-        return None
-
-    def match(self, to: Destination) -> str | None:
-        """The entry that has this destination; "" only matches what the client sent as an address."""
-        if to.name is not None:
-            return self._names.match(to.name)
-        entry = self.match_address(to.addresses)
-        if entry is None and self._nameless and not to.resolved:
-            return ""
-        return entry
-
-
-def _site_network(entry: str) -> IPNetwork | None:
-    """The network that an entry means; None if it is a name. Raises ValueError if it is neither."""
-    if "/" in entry:
-        return parse_network(entry)
-    if entry.startswith("."):
-        return None
-    host = canonical_host(entry)
-    return None if isinstance(host, str) else parse_network(str(host))
-
-
-def site_fault(entry: str) -> str | None:
-    """What is wrong with an entry of a site list, or None."""
-    try:
-        Sites((entry,))
-    except ValueError:
-        hint = f' ("{entry[1:]}" for all names below it)' if entry.startswith("*.") else ""
-        return f'expected a host, ".domain", an address, a network or "" for requests without a name{hint}'
-    return None
-
-
-class _NotListed:
-    """Denies what a list of allowed sites has not. Resolved addresses stand behind a name that was listed."""
-
-    __slots__ = ("_sites",)
-
-    def __init__(self, sites: Sites) -> None:
-        self._sites = sites
-
-    def judge(self, to: Destination) -> Decision | None:
-        if to.resolved:
-            return None
-        # An address is in the list as itself only: what it embeds can forbid it but not permit it.
-        listed = Destination(to.port, to.name, to.addresses[:1])
-        return Decision(False, "allow_sites") if self._sites.match(listed) is None else None
-
-
-class _DenySites:
-    __slots__ = ("_sites",)
-
-    def __init__(self, sites: Sites) -> None:
-        self._sites = sites
-
-    def judge(self, to: Destination) -> Decision | None:
-        entry = self._sites.match(to)
-        return None if entry is None else Decision(False, f'deny_sites "{entry}"')
-
-
-class _DenyPorts:
-    __slots__ = ("_ports",)
-
-    def __init__(self, ports: Iterable[int]) -> None:
-        self._ports = frozenset(ports)
-
-    def judge(self, to: Destination) -> Decision | None:
-        return Decision(False, f"deny_ports {to.port}") if to.port in self._ports else None
-
-
-class _AllowSites:
-    __slots__ = ("_sites",)
-
-    def __init__(self, sites: Sites) -> None:
-        self._sites = sites
-
-    def judge(self, to: Destination) -> Decision | None:
-        # "" allows requests for addresses as such, no address in particular, and so lifts no protection.
-        name = to.name
-        entry = self._sites.match_address(to.addresses[:1]) if name is None else self._sites.match_name(name)
-        return None if entry is None else Decision(True, f'allow_sites "{entry}"')
-
-
-class _Protection:
-    __slots__ = ("_is_local", "_kinds")
-
-    def __init__(self, is_local: Callable[[IPAddress], bool]) -> None:
-        self._is_local = is_local
-        self._kinds = NetworkMap({parse_network(text): kind for kind, texts in PROTECTED for text in texts})
-
-    def judge(self, to: Destination) -> Decision | None:
-        for address in to.addresses:
-            kind = self._kinds.match(address)
-            if kind is not None:
-                return Decision(False, f"built-in: {kind}")
-            if self._is_local(address):
-                return Decision(False, "built-in: address of this host")
-        return None
-
-
-_Rule = _NotListed | _DenySites | _DenyPorts | _AllowSites | _Protection
-
-
 @frozen
-class AccessRules:
-    """The rules on destinations, in order. Cheap to ask, once a connection and once a resolved address."""
+class Step:
+    """What one rule said to a request: whether it decided, and why, in a short phrase."""
 
-    _rules: tuple[_Rule, ...] = field(alias="rules")
+    rule: str
+    matched: bool
+    why: str
+
+
+@frozen(kw_only=True)
+class Rule:
+    """One rule. What is None matches everything; a user is matched by who has authenticated only."""
+
+    name: str
+    allow: bool
+    clients: tuple[IPNetwork, ...] | None = None
+    users: frozenset[str] | None = None
+    to: tuple[SiteList, ...] | None = None
+    ports: tuple[tuple[int, int], ...] | None = None
+    """first and last of each range"""
+    egress: str = "default"
+    complement: bool = False
+    """whether it matches what `to` has not"""
+    entry: Callable[[str | None, Sequence[IPAddress], int], str] | None = None
+    """Of a list that stands for many rules, one an entry: the entry that has a name, an address or the port"""
+
+
+def rules_of_lists(allow_sites: Sequence[str], deny_sites: Sequence[str], deny_ports: Sequence[int]) -> list[Rule]:
+    """The lists of [outgoing] in the original's order: with allow_sites given, everything that it has not is denied;
+    then deny_sites; then deny_ports; then allow_sites allows.
+
+    Raises ValueError for an entry that has an `entry_fault`.
+    """
+    rules: list[Rule] = []
+    allowed = (SiteList(map(parse_entry, allow_sites)),)
+    denied = (SiteList(map(parse_entry, deny_sites)),)
+    if allow_sites:
+        rules.append(Rule(name="allow_sites", allow=False, to=allowed, complement=True))
+    if deny_sites:
+        rules.append(Rule(name="deny_sites", allow=False, to=denied, entry=_Written(deny_sites).entry))
+    if deny_ports:
+        ports = tuple((port, port) for port in deny_ports)
+        rules.append(Rule(name="deny_ports", allow=False, ports=ports, entry=lambda _, __, port: str(port)))
+    if allow_sites:
+        rules.append(Rule(name="allow_sites", allow=True, to=allowed, entry=_Written(allow_sites).entry))
+    return rules
+
+
+class AccessRules:
+    """The rules on destinations, in order. Cheap to ask, once a connection and once a resolved address.
+
+    Each rule is a bit, the first one the lowest. For each thing that is asked about there is a mask of the rules that
+    match it, and the lowest bit that all masks have in common is the rule that decides.
+    """
+
+    _MOST_REMEMBERED = 16384
+
+    def __init__(self, rules: Sequence[Rule], is_local: Callable[[IPAddress], bool]) -> None:
+        """`is_local` tells the addresses of this host."""
+        self._rules = tuple(rules)
+        self._is_local = is_local
+        self._protected = NetworkMap({parse_network(text): kind for kind, texts in PROTECTED for text in texts})
+        self._decisions = {1 << at: Decision(rule.allow, rule.name, rule.egress) for at, rule in enumerate(rules)}
+        self._entries = {1 << at: rule.entry for at, rule in enumerate(rules) if rule.entry is not None}
+
+        self._deny = _mask(not rule.allow for rule in rules)
+        self._complement = _mask(rule.complement for rule in rules)
+        self._anywhere = _mask(rule.to is None for rule in rules)
+        lists: dict[SiteList, int] = {}
+        for at, rule in enumerate(rules):
+            for sites in rule.to or ():
+                lists[sites] = lists.get(sites, 0) | 1 << at
+        self._sites = SiteIndex(list(lists.items()))
+        self._last_name = ""
+        self._last_mask = 0
+
+        self._anyone = _mask(rule.clients is None for rule in rules)
+        clients = [
+            (SiteList(map(prefix_of, rule.clients)), 1 << at)
+            for at, rule in enumerate(rules)
+            if rule.clients is not None
+        ]
+        self._clients = SiteIndex(clients)
+        self._any_user = _mask(rule.users is None for rule in rules)
+        self._users: dict[str, int] = {}
+        for at, rule in enumerate(rules):
+            for user in rule.users or ():
+                self._users[user] = self._users.get(user, self._any_user) | 1 << at
+        self._asks_who = any(rule.clients is not None or rule.users is not None for rule in rules)
+        self._remembered: dict[tuple[IPAddress, str | None], int] = {}
+
+        # Where ranges of ports begin, or others have just ended, and the mask from there on.
+        ranges = [range_ for rule in rules for range_ in rule.ports or ()]
+        self._cuts = sorted({0, *(first for first, _ in ranges), *(last + 1 for _, last in ranges)})
+        self._ports = [_mask(_has_port(rule, cut) for rule in rules) for cut in self._cuts]
 
     @classmethod
-    def from_lists(
+    def compile(
         cls,
+        rules: Sequence[Rule] = (),
         *,
         allow_sites: Sequence[str] = (),
         deny_sites: Sequence[str] = (),
         deny_ports: Sequence[int] = (),
         is_local: Callable[[IPAddress], bool],
     ) -> AccessRules:
-        """The lists of [outgoing] as rules, in the original's order: with allow_sites given, everything that
-        it has not is denied; then deny_sites; then deny_ports; and at the end the built-in protection.
+        """These rules in order, then the lists of [outgoing], and at the end the built-in protection.
 
-        `is_local` tells the addresses of this host. Raises ValueError for an entry that has a `site_fault`.
+        `is_local` tells the addresses of this host. Raises ValueError for an entry that has an `entry_fault`.
         """
-        rules: list[_Rule] = []
-        allowed = Sites(allow_sites)
-        if allow_sites:
-            rules.append(_NotListed(allowed))
-        if deny_sites:
-            rules.append(_DenySites(Sites(deny_sites)))
-        if deny_ports:
-            rules.append(_DenyPorts(deny_ports))
-        if allow_sites:
-            rules.append(_AllowSites(allowed))
-        rules.append(_Protection(is_local))
-        return cls(tuple(rules))
+        return cls((*rules, *rules_of_lists(allow_sites, deny_sites, deny_ports)), is_local)
 
-    def decide_name(self, host: IPAddress | str, port: int) -> Decision:
+    def decide_name(
+        self, client: IPAddress, user: str | None, host: IPAddress | str, port: int, *, sent: str | None = None
+    ) -> Decision:
         """The decision on what the client asked for, `host` being the result of `canonical_host`.
 
-        For an address this is the whole decision; behind a name each resolved address is yet to be judged.
+        For an address this is the whole decision; behind a name each resolved address is yet to be judged. `client` is
+        its address, IPv4-mapped ones as IPv4; `user` is who it has proved to be. `sent` is what it called `host`, if
+        that is a name that a search domain made of it: a rule that has either has the host.
         """
+        bit, kind = self._find(client, user, host, None, port, sent=sent)
+        return self._decision(bit, kind, host, None, port, sent=sent)
+
+    def decide_address(
+        self, client: IPAddress, user: str | None, name: str, ip: IPAddress, port: int, *, sent: str | None = None
+    ) -> Decision:
+        """The decision on an address that an allowed name resolved to, judged together with the name."""
+        bit, kind = self._find(client, user, name, ip, port, sent=sent)
+        return self._decision(bit, kind, name, ip, port, sent=sent)
+
+    def trace(
+        self,
+        client: IPAddress,
+        user: str | None,
+        host: IPAddress | str,
+        port: int,
+        *,
+        address: IPAddress | None = None,
+        sent: str | None = None,
+    ) -> list[Step]:
+        """What each rule said, up to the one that decided: the last step, and the only one with `matched`.
+
+        The arguments are those of decide_name, or with `address` those of decide_address. In no hurry.
+        """
+        bit, kind = self._find(client, user, host, address, port, sent=sent)
+        decision = self._decision(bit, kind, host, address, port, sent=sent)
+        name, ip = (host, address) if isinstance(host, str) else (None, host)
+        judged = () if ip is None else judged_addresses(ip)
+        steps = []
+        for at, rule in enumerate(self._rules):
+            shown = "to" if rule.entry is None and not rule.complement else rule.name
+            entry = self._entry(at, name, judged)
+            if entry is None and sent is not None:
+                entry = self._entry(at, sent, ())
+            if bit == 1 << at:
+                reasons = [
+                    *([] if rule.clients is None else [f"from has {client}"]),
+                    *([] if rule.users is None else [f"user is {user}"]),
+                    *([] if rule.to is None else [f"{shown} has {entry}" if entry else f"{shown} has it not"]),
+                    *([] if rule.ports is None else [f"port is {port}"]),
+                ]
+                steps.append(Step(decision.rule, True, ", ".join(reasons) or "it has no conditions"))
+                return steps
+            if rule.clients is not None and not any(client in network for network in rule.clients):
+                why = f"from has not {client}"
+            elif rule.users is not None and user not in rule.users:
+                why = f"user is {user or 'nobody'}"
+            elif not _has_port(rule, port):
+                why = f"port {port} not in {_show_ports(rule.ports or ())}"
+            elif rule.complement:
+                why = f"{shown} has {entry}"
+            elif rule.to is not None and entry is None:
+                why = f"{shown} has not {' or '.join(str(one) for one in (sent, name, ip) if one is not None)}"
+            else:
+                protection = self._kind(judged)
+                why = f"{ip} is protected ({protection}), which only an entry with the address lifts"
+            steps.append(Step(rule.name, False, why))
+        if kind is not None:
+            steps.append(Step(decision.rule, True, f"{ip} is protected ({kind})"))
+        else:
+            if ip is not None:
+                steps.append(Step("built-in", False, f"{ip} is not protected"))
+            steps.append(Step(decision.rule, True, "no rule has decided"))
+        return steps
+
+    # What a decision is made of.
+
+    def _find(
+        self,
+        client: IPAddress,
+        user: str | None,
+        host: IPAddress | str,
+        address: IPAddress | None,
+        port: int,
+        *,
+        sent: str | None,
+    ) -> tuple[int, str | None]:
+        """The bit of the rule that decides; 0 if none does, and then what the address is protected as, if it is."""
+        mask = self._ports[bisect_right(self._cuts, port) - 1]
+        if self._asks_who:
+            mask &= self._who(client, user)
         if isinstance(host, str):
-            return self._decide(Destination(port, host))
-        return self._decide(Destination(port, None, judged_addresses(host)))
+            if host != self._last_name:  # one request asks for a name and then for each of its addresses
+                self._last_name, self._last_mask = host, self._sites.of_name(host)
+            to = self._last_mask
+            if sent is not None:
+                to |= self._sites.of_name(sent)
+            if address is None:
+                mask &= (to | self._anywhere) ^ self._complement
+                return mask & -mask, None
+        else:
+            to, address = self._sites.nameless, host
+        judged = judged_addresses(address)
+        direct = self._sites.of_address(address)
+        to = (to | direct | self._anywhere) ^ self._complement
+        # An address is allowed as itself only: what it embeds can forbid it but not permit it.
+        for inner in judged[1:]:
+            to |= self._sites.of_address(inner) & self._deny & ~self._complement
+        mask &= to
+        bit = mask & -mask
+        if bit & (self._deny | direct):
+            return bit, None
+        kind = self._kind(judged)
+        if kind is not None:
+            mask &= self._deny | direct
+            bit = mask & -mask
+        return bit, None if bit else kind
 
-    def decide_address(self, ip: IPAddress, port: int) -> Decision:
-        """The decision on an address that an allowed name resolved to."""
-        return self._decide(Destination(port, None, judged_addresses(ip), True))
+    def _who(self, client: IPAddress, user: str | None) -> int:
+        """The rules that this client and user match."""
+        mask = self._remembered.get((client, user))
+        if mask is None:
+            if len(self._remembered) >= self._MOST_REMEMBERED:
+                self._remembered.clear()
+            users = self._any_user if user is None else self._users.get(user, self._any_user)
+            mask = self._remembered[client, user] = (self._clients.of_address(client) | self._anyone) & users
+        return mask
 
-    def _decide(self, to: Destination) -> Decision:
-        for rule in self._rules:
-            decision = rule.judge(to)
-            if decision is not None:
-                return decision
-        return _DEFAULT
+    def _kind(self, judged: Iterable[IPAddress]) -> str | None:
+        """What one of these addresses is protected as."""
+        for address in judged:
+            kind = self._protected.match(address)
+            if kind is not None:
+                return kind
+            if self._is_local(address):
+                return "address of this host"
+        return None
+
+    def _decision(
+        self,
+        bit: int,
+        kind: str | None,
+        host: IPAddress | str,
+        address: IPAddress | None,
+        port: int,
+        *,
+        sent: str | None,
+    ) -> Decision:
+        """What `_find` has found, in words."""
+        if not bit:
+            return _DEFAULT if kind is None else Decision(False, f"built-in: {kind}")
+        decision = self._decisions[bit]
+        entry = self._entries.get(bit)
+        if entry is None:
+            return decision
+        name, ip = (host, address) if isinstance(host, str) else (None, host)
+        if sent is not None and self._sites.of_name(sent) & bit:
+            name = sent
+        judged = () if ip is None else judged_addresses(ip)
+        text = entry(name, judged[:1] if decision.allowed else judged, port)
+        return Decision(decision.allowed, f"{decision.rule} {text}", decision.egress)
+
+    def _entry(self, at: int, name: str | None, judged: Sequence[IPAddress]) -> str | None:
+        """The entry of this rule's `to` that has the address or the name, and the file that it is in."""
+        rule = self._rules[at]
+        for ip in judged[:1] if rule.allow or rule.complement else judged:
+            if self._sites.of_address(ip) & 1 << at:
+                for sites in rule.to or ():
+                    if (prefix := sites.find(ip)) is not None:
+                        return _show_entry(str(prefix), sites)
+        if name is not None and (entry := self._sites.entry_of(name, 1 << at)) is not None:
+            return _show_entry(entry, next(sites for sites in rule.to or () if sites.has(entry)))
+        if name is None and self._sites.nameless & 1 << at:
+            return _show_entry("", next(sites for sites in rule.to or () if sites.nameless))
+        return None
+
+
+def _mask(bits: Iterable[bool]) -> int:
+    """The first bit is the lowest."""
+    return sum(1 << at for at, bit in enumerate(bits) if bit)
+
+
+def _has_port(rule: Rule, port: int) -> bool:
+    return rule.ports is None or any(first <= port <= last for first, last in rule.ports)
+
+
+def _show_ports(ports: Sequence[tuple[int, int]], most: int = 6) -> str:
+    shown = [str(first) if first == last else f"{first}-{last}" for first, last in ports[:most]]
+    return ", ".join(shown) + (f" and {len(ports) - most} more" if len(ports) > most else "")
+
+
+def _show_entry(entry: str, sites: SiteList) -> str:
+    return f'"{entry}" ({sites.label})' if sites.label else f'"{entry}"'
+
+
+class _Written:
+    """The entries of a list of [outgoing] as the operator wrote them, to name them so in records."""
+
+    def __init__(self, entries: Iterable[str]) -> None:
+        self._names = NameSet()
+        networks: dict[IPNetwork, str] = {}
+        for text in entries:
+            entry = parse_entry(text)
+            if isinstance(entry, Prefix):
+                networks[parse_network(str(entry))] = str(entry)
+            elif entry:
+                self._names.add(text)
+        self._networks = NetworkMap(networks)
+
+    def entry(self, name: str | None, judged: Iterable[IPAddress], _port: int) -> str:
+        """The one that has an address or the name; else "", which has all requests for an address."""
+        for address in judged:
+            entry = self._networks.match(address)
+            if entry is not None:
+                return f'"{entry}"'
+        return f'"{"" if name is None else self._names.match(name) or ""}"'
 
 
 class ClientRules:

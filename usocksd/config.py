@@ -5,14 +5,18 @@ The tables [log], [incoming] and [outgoing] are those of the original usocksd, w
 
 from __future__ import annotations
 
-from typing import Annotated
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any
 
 import attrs
 
-from usocksd.acl import DEFAULT_CLIENTS, site_fault
-from usocksd.match import IPNetwork, canonical_host, parse_network
+from usocksd.acl import DEFAULT_CLIENTS, AccessRules, Rule
+from usocksd.errors import ConfigError
+from usocksd.lists import read_list
+from usocksd.match import IPAddress, IPNetwork, canonical_host, parse_network
 from usocksd.runtime.common import Common
-from usocksd.runtime.config import Distinct, Invalid
+from usocksd.runtime.config import KEY, Distinct, Invalid, Parser, loading, show
 from usocksd.runtime.settings import (
     ANY_ADDRESS,
     LOCALHOST,
@@ -31,29 +35,114 @@ from usocksd.runtime.settings import (
     Workers,
     check_distinct_address,
     none_if_empty,
+    one_of,
     text,
 )
+from usocksd.sites import SiteList, entry_fault, parse_entry
+
+_FILE = "file:"
 
 
 def _site(value: str) -> str:
     """An entry of a site list, as the operator wrote it: the log names rules by this text."""
-    fault = site_fault(value)
+    fault = entry_fault(value)
     if fault is not None:
         raise Invalid(fault)
     return value
 
 
-def _dnsbl_domain(value: str) -> str | None:
-    if value == "":  # how the original's configuration says none
-        return None
+def _domain(value: str) -> str:
     host = canonical_host(value)
     if not isinstance(host, str):
         raise ValueError
     return host
 
 
+def _destination(value: str) -> str | SiteList:
+    """An entry as the operator wrote it, or the entries of the file that it names."""
+    return _list_file(value) if value.startswith(_FILE) else _site(value)
+
+
+def _list_file(value: str) -> SiteList:
+    load = loading()
+    path = load.folder / value.removeprefix(_FILE)
+    if path not in load.files:
+        try:
+            load.files[path] = read_list(path, value)
+        except ConfigError as error:
+            problems = (str(fault).removeprefix("file: ") for fault in error.faults)
+            faults = [Invalid(f"{path}: {problem}", shown=show(value)) for problem in problems]
+        else:
+            faults = []
+        if faults:  # outside of the except block, as in runtime/config.py
+            raise ExceptionGroup("a list", faults)
+    sites: SiteList = load.files[path]
+    return sites
+
+
+def _dnsbl_domain(value: str) -> str | None:
+    return _domain(value) if value else None  # "" is how the original's configuration says none
+
+
+def _user(value: str) -> str:
+    if not value or ":" in value or not value.isprintable():  # as in a users file
+        raise ValueError
+    return value
+
+
+def _table(value: object) -> dict[str, Any]:
+    """A table as TOML has it; none if it is something else, which is a fault of its own."""
+    return value if isinstance(value, dict) else {}
+
+
+def _ports(value: object) -> tuple[int, int]:
+    """First and last port."""
+    if isinstance(value, str):
+        match = re.fullmatch(r"([0-9]{1,5})-([0-9]{1,5})", value)
+        if match is None:
+            raise ValueError
+        first, last = int(match[1]), int(match[2])
+    elif type(value) is int:
+        first = last = value
+    else:
+        raise ValueError
+    if not 0 <= first <= last <= 65535:
+        raise ValueError
+    return first, last
+
+
+def _rule_name(value: str) -> str:
+    if not value.isprintable() or not 0 < len(value) <= 100 or value != value.strip():
+        raise ValueError
+    if _BUILT_IN_NAME.match(value):
+        raise Invalid("is what log records call a rule that is built in, expected another name")
+    return value
+
+
+def _pool_name(value: str) -> str:
+    if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", value) is None:
+        raise ValueError
+    return value
+
+
+# What the records and metrics say where no [[rule]] decided, and what those without a name are called.
+_BUILT_IN_NAME = re.compile(
+    r"(?:default|other|rule \d+|(?:allow_from|allow_sites|deny_sites|deny_ports|built-in)\b.*)$"
+)
+
 Site = Annotated[str, text(_site, 'a host or a domain, as in "www.example.com" or ".example.com"')]
+Destination = Annotated[
+    str | SiteList,
+    text(_destination, 'a host, ".domain", an address, a network, or a file of these as in "file:blocked.txt"'),
+]
 Network = Annotated[IPNetwork, text(parse_network, 'a network or an IP address, as in "10.0.0.0/8" or "192.0.2.1"')]
+
+
+Ports = Annotated[tuple[int, int], Parser(_ports, 'a port or a range, as in 25 or "6000-6100", from 0 to 65535')]
+RuleName = Annotated[str, text(_rule_name, "a name of 1 to 100 printable characters")]
+User = Annotated[str, text(_user, "the name of a user")]
+PoolName = Annotated[str, text(_pool_name, 'a name of at most 64 letters, digits, "-" and "_"')]
+Domain = Annotated[str, text(_domain, 'a domain, as in "dnsbl.example.org"')]
 
 
 @attrs.frozen(kw_only=True)
@@ -92,8 +181,59 @@ class Outgoing:
     iface: Interface = None
     addresses: tuple[HostIP, ...] = ()
     dnsbl_domain: Annotated[str | None, text(_dnsbl_domain, 'a domain, as in "dnsbl.example.org"')] = None
-    """Accepted so that the original's files load. Nothing reads it until DNSBL lookups are there."""
     mark: Mark | None = None
+
+
+@attrs.frozen(kw_only=True)
+class RuleConfig:
+    """[[rule]]: who may go where, and from which pool. What is None holds for all."""
+
+    name: RuleName | None = None
+    """None: "rule N", counted from 1"""
+    action: Annotated[str, one_of(("allow", "deny"))]
+    from_: tuple[Network, ...] | None = attrs.field(default=None, metadata={KEY: "from"})
+    user: tuple[User, ...] | None = None
+    to: tuple[Destination, ...] | None = None
+    ports: tuple[Ports, ...] | None = None
+    """first and last of each range"""
+    egress: str | None = None
+    """None: "default" """
+
+    def __attrs_post_init__(self) -> None:
+        faults = [
+            Invalid(f"expected at least one, or no such key if the rule holds for any {what}", shown="[]", at=key)
+            for key, value, what in (
+                ("from", self.from_, "client"),
+                ("user", self.user, "user or none"),
+                ("to", self.to, "destination"),
+                ("ports", self.ports, "port"),
+            )
+            if value == ()
+        ]
+        if self.egress is not None and self.action == "deny":
+            faults.append(Invalid('expected only beside action = "allow"', shown=show(self.egress), at="egress"))
+        if faults:
+            raise ExceptionGroup("a rule", faults)
+
+    def destinations(self) -> tuple[SiteList, ...] | None:
+        """Those that stand in the rule itself, and those of each file."""
+        if self.to is None:
+            return None
+        files = dict.fromkeys(entry for entry in self.to if isinstance(entry, SiteList))
+        own = [parse_entry(entry) for entry in self.to if isinstance(entry, str)]
+        return (*([SiteList(own)] if own else []), *files)
+
+
+@attrs.frozen(kw_only=True)
+class PoolConfig:
+    """[egress.NAME]: where connections leave from. Without addresses the kernel chooses one."""
+
+    addresses: tuple[HostIP, ...] = ()
+    iface: Interface = None
+    mark: Mark | None = None
+    sticky: Annotated[str, one_of(("client+destination", "client"))] = "client+destination"
+    dnsbl_domains: tuple[Domain, ...] = ()
+    when_all_listed: Annotated[str, one_of(("use", "refuse"))] = "use"
 
 
 @attrs.frozen(kw_only=True)
@@ -119,6 +259,8 @@ class Config:
     log: LogConfig = attrs.field(factory=LogConfig)
     incoming: Incoming = attrs.field(factory=Incoming)
     outgoing: Outgoing = attrs.field(factory=Outgoing)
+    rule: tuple[RuleConfig, ...] = ()
+    egress: Mapping[PoolName, PoolConfig] = attrs.field(factory=dict)
     auth: Auth = attrs.field(factory=Auth)
     dns: DnsConfig = attrs.field(factory=DnsConfig)
     timeouts: Timeouts = attrs.field(factory=Timeouts)
@@ -127,6 +269,65 @@ class Config:
     """None: one for each CPU that this process may use"""
     control: SocketPath = "/run/usocksd/control.sock"
     """None: no control socket"""
+
+    @staticmethod
+    def check_table(table: dict[str, Any]) -> Iterator[Invalid]:
+        """What rules and pools say of each other, whatever else is wrong with them."""
+        pools, outgoing = (_table(table.get(key)) for key in ("egress", "outgoing"))
+        known = ["default", *(name for name in pools if name != "default")]
+        first: dict[str, int] = {}
+        rules = table.get("rule")
+        for index, rule in enumerate(map(_table, rules if isinstance(rules, list) else ())):
+            name, pool = rule.get("name"), rule.get("egress")
+            if isinstance(name, str) and first.setdefault(name, index) != index:
+                also = f"is the name of rule[{first[name]}] too, expected another"
+                yield Invalid(also, shown=show(name), at=f"rule[{index}].name")
+            if isinstance(pool, str) and pool not in known:
+                expected = f"no such pool: expected one of {', '.join(map(show, known))}"
+                yield Invalid(expected, shown=show(pool), at=f"rule[{index}].egress")
+        for key in ("addresses", "iface", "mark", "dnsbl_domain") if "default" in pools else ():
+            if outgoing.get(key) not in (None, [], ""):
+                expected = "expected here or in [egress.default], which is the same pool"
+                yield Invalid(expected, shown="", at=f"outgoing.{key}")
+
+    def pools(self) -> dict[str, PoolConfig]:
+        """All pools by name. "default" is there always, and is [outgoing]'s unless [egress.default] is there."""
+        outgoing = self.outgoing
+        of_outgoing = PoolConfig(
+            addresses=outgoing.addresses,
+            iface=outgoing.iface,
+            mark=outgoing.mark,
+            dnsbl_domains=() if outgoing.dnsbl_domain is None else (outgoing.dnsbl_domain,),
+        )
+        return {"default": of_outgoing, **self.egress}
+
+    def rules(self) -> list[Rule]:
+        """[[rule]], as the evaluator takes them."""
+        return [
+            Rule(
+                name=rule.name or f"rule {number}",
+                allow=rule.action == "allow",
+                clients=rule.from_,
+                users=None if rule.user is None else frozenset(rule.user),
+                to=rule.destinations(),
+                ports=rule.ports,
+                egress=rule.egress or "default",
+            )
+            for number, rule in enumerate(self.rule, 1)
+        ]
+
+    def access_rules(self, is_local: Callable[[IPAddress], bool]) -> AccessRules:
+        """[[rule]] and the lists of [outgoing], to be asked. `is_local` tells the addresses of this host.
+
+        A million entries take some seconds.
+        """
+        return AccessRules.compile(
+            self.rules(),
+            allow_sites=self.outgoing.allow_sites,
+            deny_sites=self.outgoing.deny_sites,
+            deny_ports=self.outgoing.deny_ports,
+            is_local=is_local,
+        )
 
     def common(self) -> Common:
         """The settings that transocks has too."""
@@ -152,9 +353,11 @@ class Config:
             more={
                 "incoming.allow_from": allow_from,
                 "outgoing.addresses": tuple(map(str, self.outgoing.addresses)),
+                "rule": len(self.rule),
+                "egress": tuple(self.egress),
                 "auth.required": self.auth.required,
             },
         )
 
 
-__all__ = ["Auth", "Config", "Incoming", "Outgoing"]
+__all__ = ["Auth", "Config", "Incoming", "Outgoing", "PoolConfig", "RuleConfig"]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from ipaddress import IPv4Network, IPv6Network, collapse_addresses
 
+from usocksd.acl import DEFAULT_CLIENTS, Rule, rules_of_lists
 from usocksd.addresses import HostAddresses
-from usocksd.config import Config
-from usocksd.errors import Fault
+from usocksd.auth import Users
+from usocksd.config import Config, PoolConfig
+from usocksd.errors import ConfigError, Fault
 from usocksd.match import IPNetwork, NameSet, NetworkMap, canonical_host, parse_network
 from usocksd.runtime.config import show
-from usocksd.runtime.lint import Host, first_few, lint_common, readable_by_all
+from usocksd.runtime.lint import Host, first_few, lint_common, lint_mark, readable_by_all
+from usocksd.sites import SiteIndex, SiteList, prefix_of
 
 
 def warnings(config: Config, source: str | None = None) -> list[str]:
@@ -31,7 +35,9 @@ def lint(config: Config, source: str | None = None) -> list[Fault]:
         *lint_common(config.common(), host),
         *_open_proxy(config),
         *first_few(_covered_networks("incoming.allow_from", config.incoming.allow_from or ())),
-        *_egress(config, host),
+        *_rules(config),
+        *_covered_rules(config),
+        *_pools(config, host),
         *_sites(outgoing.allow_sites, outgoing.deny_sites),
         *_ports(outgoing.deny_ports),
         *_users(config),
@@ -84,31 +90,153 @@ def _covered(networks: Sequence[IPNetwork]) -> dict[int, int]:
     return covered
 
 
-# [outgoing]
+# [[rule]]
 
 
-def _egress(config: Config, host: Host) -> Iterator[Fault]:
+def _rules(config: Config) -> Iterator[Fault]:
+    known = None
+    if config.auth.users_file is not None:
+        with contextlib.suppress(ConfigError):  # which is a fault of its own
+            known = Users(config.auth.users_file).names
+    admitted = [*(config.incoming.allow_from or map(parse_network, DEFAULT_CLIENTS))]
+    for at, rule in enumerate(config.rule):
+        key = f"rule[{at}]"
+        if rule.from_ is not None:
+            yield from first_few(_covered_networks(f"{key}.from", rule.from_))
+            if not any(
+                one.version == other.version and one.overlaps(other) for one in rule.from_ for other in admitted
+            ):
+                shown = show([str(network) for network in rule.from_])
+                yield Fault(f"{key}.from", shown, "incoming.allow_from admits no such client: add them there")
+        if rule.user is not None and config.auth.users_file is None:
+            yield Fault(f"{key}.user", show(list(rule.user)), "matches nobody: expected auth.users_file to name users")
+        for index, user in enumerate(rule.user or ()):
+            if known is not None and user not in known:
+                yield Fault(f"{key}.user[{index}]", show(user), f"no user of {config.auth.users_file}: add it there")
+        own = {index: entry for index, entry in enumerate(rule.to or ()) if isinstance(entry, str)}
+        indices = list(own)
+        listed = _List(f"{key}.to", list(own.values()))
+        for found, problem in sorted(_covered_sites(listed)):
+            yield Fault(f"{key}.to[{indices[found]}]", show(own[indices[found]]), problem)
+        for index, entry in enumerate(rule.to or ()):
+            if isinstance(entry, SiteList) and not len(entry):
+                yield Fault(f"{key}.to[{index}]", show(entry.label), "has no entries: expected one a line")
+
+
+def _covered_rules(config: Config) -> Iterator[Fault]:
+    """Rules that never decide, since one above has all that they have. (Not those that several above share.)"""
     outgoing = config.outgoing
-    for index, address in enumerate(outgoing.addresses):
-        key = f"outgoing.addresses[{index}]"
+    rules = config.rules()
+    keys = [f"rule[{at}]" for at in range(len(rules))]
+    for rule in rules_of_lists(outgoing.allow_sites, outgoing.deny_sites, outgoing.deny_ports):
+        rules.append(rule)
+        keys.append(f"outgoing.{rule.name}")
+    above = len(config.rule)
+    destinations = SiteIndex([(sites, 1 << at) for at, rule in enumerate(rules[:above]) for sites in rule.to or ()])
+    told: set[str] = set()
+    for at, rule in enumerate(rules):
+        lifts_later = any(map(_lifts, rules[at + 1 :]))
+        covering = 0
+        for other, earlier in enumerate(rules[: min(at, above)]):
+            if _same_who(earlier, rule) and not (earlier.allow and _allows_less(earlier, rule, lifts_later)):
+                covering |= 1 << other
+        everywhere = covering & sum(1 << other for other, earlier in enumerate(rules[:above]) if earlier.to is None)
+        if rule.to is None or rule.complement:
+            covering = everywhere
+        else:
+            for sites in rule.to:
+                for entry in sites.entries():
+                    covering &= everywhere | destinations.covering(entry)
+                    if not covering:
+                        break
+        if covering and keys[at] not in told:
+            told.add(keys[at])
+            by = (covering & -covering).bit_length() - 1
+            yield Fault(
+                keys[at],
+                show(rule.name) if at < above else "",
+                f"never decides, since rule[{by}] {show(rules[by].name)} above has all of it: remove it, or move it up",
+            )
+
+
+def _same_who(earlier: Rule, rule: Rule) -> bool:
+    """Whether one rule has all clients, users and ports of another."""
+    if earlier.users is not None and (rule.users is None or not rule.users <= earlier.users):
+        return False
+    if earlier.ports is not None and not _has_ports(earlier.ports, rule.ports or ((0, 65535),)):
+        return False
+    if earlier.clients is not None:
+        if rule.clients is None:
+            return False
+        clients = SiteIndex([(SiteList(map(prefix_of, earlier.clients)), 1)])
+        return all(clients.covering(prefix_of(network)) for network in rule.clients)
+    return True
+
+
+def _has_ports(ranges: Sequence[tuple[int, int]], wanted: Sequence[tuple[int, int]]) -> bool:
+    """Whether these ranges have all ports of those."""
+    for port, last in wanted:
+        missing = port
+        for first, end in sorted(ranges):
+            if first <= missing:
+                missing = max(missing, end + 1)
+        if missing <= last:
+            return False
+    return True
+
+
+def _allows_less(earlier: Rule, rule: Rule, lifts_later: bool) -> bool:
+    """Whether one that allows leaves protected addresses to the other.
+
+    (Of networks that both have, what the first leaves are IPv6 addresses that embed IPv4 ones: nothing to keep a
+    rule for.)
+    """
+    if rule.allow:
+        return earlier.to is None and _lifts(rule)
+    return lifts_later
+
+
+def _lifts(rule: Rule) -> bool:
+    """Whether it may lift the protection of addresses."""
+    return rule.allow and any(len(sites.prefixes(4)) or len(sites.prefixes(6)) for sites in rule.to or ())
+
+
+# [outgoing] and [egress]
+
+
+def _pools(config: Config, host: Host) -> Iterator[Fault]:
+    pools = config.pools()
+    yield from _pool("egress.default" if "default" in config.egress else "outgoing", pools["default"], host)
+    used = {"default", *(rule.egress for rule in config.rule)}
+    for name, pool in config.egress.items():
+        key = f"egress.{name}"
+        if name not in used:
+            yield Fault(key, "", f'no rule uses it: expected a rule with egress = "{name}"')
+        yield from lint_mark(f"{key}.mark", pool.mark, host)
+        if name != "default":
+            yield from _pool(key, pool, host)
+        if pool == PoolConfig():
+            yield Fault(key, "", 'does what the kernel does anyway: expected "addresses", "iface" or "mark"')
+        elif pool.dnsbl_domains and not pool.addresses:
+            domains = show(list(pool.dnsbl_domains))
+            yield Fault(f"{key}.dnsbl_domains", domains, "never asked: expected addresses in this pool to ask about")
+
+
+def _pool(table: str, pool: PoolConfig, host: Host) -> Iterator[Fault]:
+    for index, address in enumerate(pool.addresses):
+        key = f"{table}.addresses[{index}]"
         # With ip_nonlocal_bind the kernel would take it, and no answer would ever come back.
         if not host.has(address):
             yield Fault(
                 key, str(address), "not an address of this host, so not used until it is: add it to an interface"
             )
-        if address in outgoing.addresses[:index]:
+        if address in pool.addresses[:index]:
             yield Fault(key, str(address), "is in this list already: remove it")
-    if outgoing.iface is not None and outgoing.iface not in host.interfaces:
+    if pool.iface is not None and pool.iface not in host.interfaces:
         yield Fault(
-            "outgoing.iface",
-            show(outgoing.iface),
+            f"{table}.iface",
+            show(pool.iface),
             f"this host has no such interface, so nothing can be dialled: expected one of {', '.join(host.interfaces)}",
-        )
-    if outgoing.dnsbl_domain is not None:
-        yield Fault(
-            "outgoing.dnsbl_domain",
-            show(outgoing.dnsbl_domain),
-            "not looked at by this version, so addresses that it lists are used: leave them out of outgoing.addresses",
         )
 
 
@@ -124,7 +252,7 @@ class _List:
     """A list of sites, sorted into what its entries mean. Entries are known by their index."""
 
     def __init__(self, key: str, entries: Sequence[str]) -> None:
-        self.key = f"outgoing.{key}"
+        self.key = key
         self.entries = entries
         self.names: dict[int, str] = {}
         """canonical; ".name" for those below it"""
@@ -167,7 +295,7 @@ def _meaning(entry: str) -> str | IPNetwork:
 
 
 def _sites(allow_sites: Sequence[str], deny_sites: Sequence[str]) -> Iterator[Fault]:
-    allow, deny = _List("allow_sites", allow_sites), _List("deny_sites", deny_sites)
+    allow, deny = _List("outgoing.allow_sites", allow_sites), _List("outgoing.deny_sites", deny_sites)
     idle = {listed.key: dict(_covered_sites(listed)) for listed in (allow, deny)}
     for listed in (allow, deny):
         yield from first_few(listed.fault(*found) for found in sorted(idle[listed.key].items()))

@@ -2,27 +2,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from typing import Any
 
+import attrs
 import pytest
+from attrs import frozen
 from hypothesis import given
 from hypothesis import strategies as st
 
-from usocksd.acl import PROTECTED, AccessRules, ClientRules, Decision, site_fault
+from usocksd.acl import PROTECTED, AccessRules, ClientRules, Decision, Rule, Step
 from usocksd.match import IPAddress, canonical_host, judged_addresses, parse_network
+from usocksd.sites import SiteList, entry_fault, parse_entry
 
+CLIENT = IPv4Address("10.9.9.9")
 OWN = frozenset({IPv4Address("198.51.100.1"), IPv6Address("2001:db8::1")})
 
 
 def rules(
     allow_sites: Sequence[str] = (), deny_sites: Sequence[str] = (), deny_ports: Sequence[int] = ()
 ) -> AccessRules:
-    return AccessRules.from_lists(
+    return AccessRules.compile(
         allow_sites=allow_sites, deny_sites=deny_sites, deny_ports=deny_ports, is_local=OWN.__contains__
     )
 
 
 def asked(access: AccessRules, host: str, port: int = 443) -> Decision:
-    return access.decide_name(canonical_host(host), port)
+    return access.decide_name(CLIENT, None, canonical_host(host), port)
 
 
 def test_the_original_test_configuration() -> None:
@@ -45,7 +50,9 @@ def test_without_lists_everything_but_the_protected_is_allowed() -> None:
     assert asked(access, "www.example.com") == Decision(True, "default")
     assert asked(access, "203.0.113.1") == Decision(True, "default")
     assert asked(access, "10.0.0.1") == Decision(True, "default")
-    assert access.decide_address(IPv4Address("203.0.113.1"), 443) == Decision(True, "default")
+    assert access.decide_address(CLIENT, None, "www.example.com", IPv4Address("203.0.113.1"), 443) == Decision(
+        True, "default"
+    )
 
 
 def test_the_empty_entry_is_requests_without_a_name() -> None:
@@ -54,7 +61,7 @@ def test_the_empty_entry_is_requests_without_a_name() -> None:
         assert asked(access, host) == Decision(False, 'deny_sites ""')
     assert asked(access, "www.example.com").allowed
     # what a name resolved to was not sent as an address
-    assert access.decide_address(IPv4Address("203.0.113.1"), 443).allowed
+    assert access.decide_address(CLIENT, None, "www.example.com", IPv4Address("203.0.113.1"), 443).allowed
     only_addresses = rules(allow_sites=[""])
     assert asked(only_addresses, "203.0.113.1").allowed
     assert not asked(only_addresses, "www.example.com").allowed
@@ -106,10 +113,17 @@ def test_what_is_no_host_does_not_reach_the_rules(spelling: str) -> None:
 
 def test_resolved_addresses_meet_the_address_entries() -> None:
     for text in ("203.0.113.7", "192.0.2.1", "64:ff9b::192.0.2.1", "2001:db8:bad::1", "::ffff:192.0.2.1"):
-        assert not DENIED.decide_address(ip_address(text), 443).allowed
-    assert DENIED.decide_address(IPv4Address("203.0.113.8"), 443).allowed
-    assert DENIED.decide_address(IPv4Address("192.0.2.1"), 443).rule == 'deny_sites "192.0.2.0/24"'
-    assert not rules(deny_ports=[25]).decide_address(IPv4Address("203.0.113.8"), 25).allowed
+        assert not DENIED.decide_address(CLIENT, None, "other.example", ip_address(text), 443).allowed
+    assert DENIED.decide_address(CLIENT, None, "other.example", IPv4Address("203.0.113.8"), 443).allowed
+    assert (
+        DENIED.decide_address(CLIENT, None, "other.example", IPv4Address("192.0.2.1"), 443).rule
+        == 'deny_sites "192.0.2.0/24"'
+    )
+    assert (
+        not rules(deny_ports=[25])
+        .decide_address(CLIENT, None, "www.example.com", IPv4Address("203.0.113.8"), 25)
+        .allowed
+    )
 
 
 PROTECTED_SPELLINGS = {
@@ -142,8 +156,8 @@ PROTECTED_SPELLINGS = {
 def test_protected_addresses_are_denied_however_they_are_reached(kind: str, text: str) -> None:
     host = canonical_host(text)
     assert not isinstance(host, str)
-    assert rules().decide_name(host, 80) == Decision(False, f"built-in: {kind}")
-    assert rules().decide_address(host, 80) == Decision(False, f"built-in: {kind}")
+    assert rules().decide_name(CLIENT, None, host, 80) == Decision(False, f"built-in: {kind}")
+    assert rules().decide_address(CLIENT, None, "www.example.com", host, 80) == Decision(False, f"built-in: {kind}")
 
 
 def test_a_rule_for_the_address_lifts_the_protection_and_one_for_a_name_does_not() -> None:
@@ -151,13 +165,13 @@ def test_a_rule_for_the_address_lifts_the_protection_and_one_for_a_name_does_not
     by_address = rules(allow_sites=["127.0.0.0/8", "198.51.100.1", ".example.com"])
     assert asked(by_address, "127.0.0.1") == Decision(True, 'allow_sites "127.0.0.0/8"')
     assert asked(by_address, "198.51.100.1") == Decision(True, 'allow_sites "198.51.100.1"')
-    assert by_address.decide_address(loopback, 80).allowed
-    assert not by_address.decide_address(IPv4Address("169.254.169.254"), 80).allowed
+    assert by_address.decide_address(CLIENT, None, "www.example.com", loopback, 80).allowed
+    assert not by_address.decide_address(CLIENT, None, "www.example.com", IPv4Address("169.254.169.254"), 80).allowed
     # reached through a prefix that embeds it, it is another address and not the one allowed
     assert not asked(by_address, "64:ff9b::127.0.0.1").allowed
     by_name = rules(allow_sites=["localhost", ".example.com"])
     assert asked(by_name, "localhost").allowed
-    assert not by_name.decide_address(loopback, 80).allowed
+    assert not by_name.decide_address(CLIENT, None, "www.example.com", loopback, 80).allowed
     # and a denial still comes first
     both = rules(allow_sites=["127.0.0.1"], deny_sites=["127.0.0.0/8"])
     assert not asked(both, "127.0.0.1").allowed
@@ -165,7 +179,7 @@ def test_a_rule_for_the_address_lifts_the_protection_and_one_for_a_name_does_not
 
 @pytest.mark.parametrize("entry", ["*.example.com", ".10.0.0.1", "10.0.0.0/33", "a b", ".", "..", "a..b"])
 def test_an_entry_that_could_never_match_is_a_fault(entry: str) -> None:
-    assert site_fault(entry) is not None
+    assert entry_fault(entry) is not None
     with pytest.raises(ValueError):  # noqa: PT011
         rules(deny_sites=[entry])
 
@@ -174,15 +188,175 @@ def test_an_entry_that_could_never_match_is_a_fault(entry: str) -> None:
     "entry", ["www.example.com", ".com", "", "10.0.0.1", "0x7f.1", "[::1]", "10.0.0.0/8", "ü.example"]
 )
 def test_what_an_entry_can_be(entry: str) -> None:
-    assert site_fault(entry) is None
+    assert entry_fault(entry) is None
     rules(deny_sites=[entry])
 
 
 def test_the_fault_of_a_wildcard_says_what_to_write() -> None:
-    assert '".example.com" for all names below it' in str(site_fault("*.example.com"))
+    assert '".example.com" for all names below it' in str(entry_fault("*.example.com"))
 
 
-# --- the fast evaluator against the plain meaning of the lists ---
+# --- [[rule]] ---
+
+
+def rule(action: str, *to: str, name: str = "a rule", **conditions: Any) -> Rule:
+    sites = (SiteList(map(parse_entry, to)),) if to else None
+    return Rule(name=name, allow=action == "allow", to=sites, **conditions)
+
+
+def ordered(*written: Rule, **lists: Sequence[Any]) -> AccessRules:
+    return AccessRules.compile(written, is_local=OWN.__contains__, **lists)
+
+
+def resolved(access: AccessRules, name: str, address: str, port: int = 443) -> Decision:
+    return access.decide_address(CLIENT, None, name, ip_address(address), port)
+
+
+def test_the_first_match_decides() -> None:
+    access = ordered(
+        rule("deny", "www.example.com", name="one"),
+        rule("allow", ".example.com", name="two"),
+        rule("deny", name="rest"),
+    )
+    assert asked(access, "www.example.com") == Decision(False, "one")
+    assert asked(access, "mail.example.com") == Decision(True, "two")
+    assert asked(access, "example.com") == Decision(False, "rest")
+
+
+def test_all_conditions_of_a_rule_have_to_match() -> None:
+    access = ordered(
+        rule(
+            "deny",
+            ".example.com",
+            name="mail",
+            clients=(parse_network("10.1.0.0/16"), parse_network("2001:db8::/32")),
+            users=frozenset(["ci"]),
+            ports=((25, 25), (6000, 6100)),
+        )
+    )
+    for client, user, host, port, allowed in (
+        ("10.1.2.3", "ci", "a.example.com", 25, False),
+        ("10.1.2.3", "ci", "a.example.com", 6000, False),
+        ("10.1.2.3", "ci", "a.example.com", 6100, False),
+        ("2001:db8::7", "ci", "a.example.com", 6050, False),
+        ("10.2.0.0", "ci", "a.example.com", 25, True),
+        ("2001:db9::", "ci", "a.example.com", 25, True),
+        ("10.1.2.3", None, "a.example.com", 25, True),
+        ("10.1.2.3", "CI", "a.example.com", 25, True),
+        ("10.1.2.3", "ci", "example.com", 25, True),
+        ("10.1.2.3", "ci", "a.example.com", 24, True),
+        ("10.1.2.3", "ci", "a.example.com", 26, True),
+        ("10.1.2.3", "ci", "a.example.com", 5999, True),
+        ("10.1.2.3", "ci", "a.example.com", 6101, True),
+    ):
+        decision = access.decide_name(ip_address(client), user, host, port)
+        assert decision == (Decision(True, "default") if allowed else Decision(False, "mail"))
+
+
+def test_a_denied_network_is_denied_to_a_name_that_a_rule_below_allows() -> None:
+    access = ordered(rule("deny", "203.0.113.0/24", name="net"), rule("allow", ".example.com"), rule("deny"))
+    assert asked(access, "a.example.com").allowed
+    assert resolved(access, "a.example.com", "203.0.113.9") == Decision(False, "net")
+    assert resolved(access, "a.example.com", "64:ff9b::203.0.113.9") == Decision(False, "net")
+    assert resolved(access, "a.example.com", "203.0.114.9").allowed
+
+
+def test_what_denies_the_rest_leaves_the_addresses_of_an_allowed_name_alone() -> None:
+    access = ordered(rule("allow", ".example.com", name="ours", egress="partners"), rule("deny", name="the rest"))
+    assert resolved(access, "a.example.com", "203.0.113.9") == Decision(True, "ours", "partners")
+    assert asked(access, "203.0.113.9") == Decision(False, "the rest")
+    assert resolved(access, "a.example.org", "203.0.113.9") == Decision(False, "the rest")
+
+
+def test_only_an_entry_with_the_address_lifts_the_protection() -> None:
+    by_name = ordered(rule("allow", ".example.com"), rule("allow", "", name="addresses"), rule("allow", name="all"))
+    for address in ("127.0.0.1", "198.51.100.1", "169.254.169.254", "64:ff9b::7f00:1"):
+        assert not resolved(by_name, "a.example.com", address).allowed
+        assert asked(by_name, address).rule.startswith("built-in: ")
+    by_address = ordered(rule("allow", ".example.com", name="name"), rule("allow", "127.0.0.0/8", name="address"))
+    assert resolved(by_address, "a.example.com", "127.0.0.1") == Decision(True, "address")
+    assert asked(by_address, "127.0.0.1") == Decision(True, "address")
+    assert not asked(by_address, "64:ff9b::7f00:1").allowed  # is another address, that leads there
+    # A rule above that denies comes first all the same, and one below that allows a name comes never.
+    assert not resolved(ordered(rule("deny", "127.0.0.1"), rule("allow", "127.0.0.0/8")), "a.b", "127.0.0.1").allowed
+
+
+def test_rules_come_before_the_lists() -> None:
+    access = ordered(
+        rule("allow", "a.example", "127.0.0.1", name="first"),
+        rule("deny", "b.example", name="second"),
+        allow_sites=["b.example", "c.example"],
+        deny_sites=["a.example"],
+    )
+    assert asked(access, "a.example") == Decision(True, "first")
+    assert resolved(access, "a.example", "203.0.113.9") == Decision(True, "first")
+    assert resolved(access, "a.example", "::1") == Decision(False, "allow_sites")
+    assert asked(access, "127.0.0.1") == Decision(True, "first")
+    assert asked(access, "b.example") == Decision(False, "second")
+    assert asked(access, "c.example") == Decision(True, 'allow_sites "c.example"')
+    assert asked(access, "d.example") == Decision(False, "allow_sites")
+
+
+def test_what_a_search_domain_has_made_of_a_name_is_judged_as_both() -> None:
+    access = ordered(rule("deny", "intranet", name="short"), rule("deny", ".corp.example", name="long"))
+    assert access.decide_name(CLIENT, None, "intranet.lab.example", 443, sent="intranet").rule == "short"
+    assert access.decide_name(CLIENT, None, "wiki.corp.example", 443, sent="wiki").rule == "long"
+    address = IPv4Address("203.0.113.1")
+    assert access.decide_address(CLIENT, None, "intranet.lab.example", address, 443, sent="intranet").rule == "short"
+    assert access.decide_address(CLIENT, None, "wiki.lab.example", address, 443, sent="wiki").allowed
+
+
+def test_every_rule_says_why_not() -> None:
+    blocked = SiteList(map(parse_entry, [".example.org", "203.0.113.0/24"]), "file:blocked.txt")
+    access = ordered(
+        rule("deny", name="from", clients=(parse_network("10.1.0.0/16"),)),
+        rule("deny", name="user", users=frozenset(["ci"])),
+        rule("deny", name="ports", ports=((25, 25), (6000, 6100))),
+        rule("deny", "www.example.com", name="to"),
+        rule("allow", name="protected"),
+        Rule(name="list", allow=False, to=(blocked,), clients=(parse_network("10.9.0.0/16"),), ports=((443, 443),)),
+    )
+    misses = [
+        Step("from", False, "from has not 10.9.9.9"),
+        Step("user", False, "user is nobody"),
+        Step("ports", False, "port 443 not in 25, 6000-6100"),
+    ]
+    assert access.trace(CLIENT, None, "a.example.org", 443) == [
+        *misses,
+        Step("to", False, "to has not a.example.org"),
+        Step("protected", True, "it has no conditions"),
+    ]
+    assert access.trace(CLIENT, None, "a.example.org", 443, address=IPv4Address("127.0.0.1")) == [
+        *misses,
+        Step("to", False, "to has not a.example.org or 127.0.0.1"),
+        Step("protected", False, "127.0.0.1 is protected (loopback), which only an entry with the address lifts"),
+        Step("list", True, 'from has 10.9.9.9, to has ".example.org" (file:blocked.txt), port is 443'),
+    ]
+    assert access.trace(CLIENT, None, IPv4Address("127.0.0.1"), 443)[-1] == Step(
+        "built-in: loopback", True, "127.0.0.1 is protected (loopback)"
+    )
+
+
+def test_the_lists_say_why_not() -> None:
+    access = rules(allow_sites=[".example.com", ""], deny_sites=["BAD.example.com"], deny_ports=[*range(20, 28)])
+    assert access.trace(CLIENT, None, "www.example.com", 443) == [
+        Step("allow_sites", False, 'allow_sites has ".example.com"'),
+        Step("deny_sites", False, "deny_sites has not www.example.com"),
+        Step("deny_ports", False, "port 443 not in 20, 21, 22, 23, 24, 25 and 2 more"),
+        Step('allow_sites ".example.com"', True, 'allow_sites has ".example.com"'),
+    ]
+    assert access.trace(CLIENT, None, "bad.example.com", 443)[-1] == Step(
+        'deny_sites "BAD.example.com"', True, 'deny_sites has "bad.example.com"'
+    )
+    assert access.trace(CLIENT, None, "x", 443) == [Step("allow_sites", True, "allow_sites has it not")]
+    assert access.trace(CLIENT, None, IPv4Address("203.0.113.1"), 25)[-1] == Step("deny_ports 25", True, "port is 25")
+    assert rules().trace(CLIENT, None, IPv4Address("203.0.113.1"), 25) == [
+        Step("built-in", False, "203.0.113.1 is not protected"),
+        Step("default", True, "no rule has decided"),
+    ]
+
+
+# --- the evaluator against a walk over the rules, one condition after the other ---
 
 NAMES = st.lists(st.sampled_from(["a", "b", "example", "com"]), min_size=1, max_size=4).map(".".join)
 ADDRESSES = st.sampled_from(
@@ -191,68 +365,166 @@ ADDRESSES = st.sampled_from(
         "192.0.2.77",
         "203.0.113.9",
         "127.0.0.1",
+        "127.0.0.2",
+        "198.51.100.1",
+        "2001:db8::1",
         "2001:db8:1::1",
         "64:ff9b::c000:201",
+        "64:ff9b::7f00:1",
         "2002:c000:201::",
+        "::1",
     ]
 )
-NETWORKS = st.sampled_from(["192.0.2.0/24", "192.0.2.64/26", "0.0.0.0/0", "::/0", "2001:db8::/32", "127.0.0.1"])
-ENTRIES = st.lists(NAMES | NAMES.map(".".__add__) | ADDRESSES | NETWORKS | st.just(""), max_size=6)
+NETWORKS = st.sampled_from(
+    [
+        "192.0.2.0/24",
+        "192.0.2.64/26",
+        "0.0.0.0/0",
+        "::/0",
+        "2001:db8::/32",
+        "127.0.0.0/8",
+        "64:ff9b::/96",
+        "198.51.100.1/32",
+    ]
+)
+ENTRY = NAMES | NAMES.map(".".__add__) | ADDRESSES | NETWORKS | st.just("")
+ENTRIES = st.lists(ENTRY, max_size=5)
+CLIENTS = ["10.1.0.1", "10.2.0.1", "2001:db8:c::1"]
+USERS = [None, "ci", "bob"]
+PORTS = [0, 25, 80, 443, 65535]
 
 
-def naive_match(entries: Sequence[str], name: str | None, addresses: Sequence[IPAddress], resolved: bool) -> bool:
-    for entry in entries:
-        if entry == "":
-            hit = name is None and not resolved
-        elif "/" in entry or not isinstance(canonical_host(entry.lstrip(".")), str):
-            hit = any(address in ip_network(entry) for address in addresses)
-        elif entry.startswith("."):
-            hit = name is not None and name.endswith(entry)
-        else:
-            hit = name == entry
-        if hit:
-            return True
-    return False
+@frozen
+class Written:
+    """A rule as plain text, which the walk reads."""
+
+    allow: bool
+    clients: list[str] | None
+    users: list[str] | None
+    to: list[str] | None
+    in_file: list[str]
+    ports: list[tuple[int, int]] | None
+    opposite: bool = False
+
+    def compiled(self, name: str) -> Rule:
+        lists = (self.to, self.in_file)
+        return Rule(
+            name=name,
+            allow=self.allow,
+            clients=None if self.clients is None else tuple(map(parse_network, self.clients)),
+            users=None if self.users is None else frozenset(self.users),
+            to=None if self.to is None else tuple(SiteList(map(parse_entry, entries or ())) for entries in lists),
+            ports=None if self.ports is None else tuple(self.ports),
+            egress=f"pool of {name}",
+        )
+
+    def matches(self, client: str, user: str | None, name: str | None, ip: IPAddress | None, port: int) -> bool:
+        if self.clients is not None and not any(ip_address(client) in ip_network(network) for network in self.clients):
+            return False
+        if self.users is not None and user not in self.users:
+            return False
+        if self.ports is not None and not any(port in range(first, last + 1) for first, last in self.ports):
+            return False
+        reached = () if ip is None else judged_addresses(ip)
+        allows_itself_only = self.allow or self.opposite
+        by_address = by_name = False
+        for entry in [*(self.to or ()), *self.in_file]:
+            meant = entry.removeprefix(".")
+            if entry == "":
+                by_name |= name is None
+            elif "/" in entry or not isinstance(canonical_host(meant), str):
+                by_address |= any(at in ip_network(entry) for at in (reached[:1] if allows_itself_only else reached))
+            elif entry.startswith("."):
+                by_name |= name is not None and name.endswith(entry)
+            else:
+                by_name |= name == entry
+        if self.opposite:
+            return not by_address and not by_name
+        if self.allow and not by_address and is_protected(reached):
+            return False
+        return self.to is None or by_address or by_name
 
 
-def naive(
-    allow: Sequence[str],
-    deny: Sequence[str],
-    ports: Sequence[int],
-    host: IPAddress | str,
-    port: int,
-    resolved: bool,
-) -> bool:
-    name = host if isinstance(host, str) else None
-    address = () if isinstance(host, str) else (host,)
-    judged = () if isinstance(host, str) else judged_addresses(host)
-    if allow and not resolved and not naive_match(allow, name, address, resolved):
-        return False
-    if naive_match(deny, name, judged, resolved) or port in ports:
-        return False
-    if naive_match([entry for entry in allow if entry], name, address, resolved):
-        return True
-    protected = [ip_network(text) for _, texts in PROTECTED for text in texts]
-    return not any(ip in OWN or any(ip in network for network in protected) for ip in judged)
+def is_protected(addresses: Sequence[IPAddress]) -> bool:
+    networks = [ip_network(text) for _, texts in PROTECTED for text in texts]
+    return any(ip in OWN or any(ip in network for network in networks) for ip in addresses)
+
+
+RULE = st.builds(
+    Written,
+    allow=st.booleans(),
+    clients=st.none() | st.lists(st.sampled_from(["10.1.0.0/16", "10.0.0.0/8", "2001:db8::/32"]), min_size=1),
+    users=st.none() | st.lists(st.sampled_from(["ci", "bob"]), min_size=1),
+    to=st.none() | st.lists(ENTRY, min_size=1, max_size=4),
+    in_file=st.just([]) | ENTRIES,
+    ports=st.none() | st.lists(st.sampled_from([(25, 25), (0, 24), (80, 443), (26, 65535)]), min_size=1),
+)
 
 
 @given(
+    st.lists(RULE, max_size=6),
     ENTRIES,
     ENTRIES,
     st.lists(st.sampled_from([25, 80])),
+    st.sampled_from(CLIENTS),
+    st.sampled_from(USERS),
     NAMES | ADDRESSES,
-    st.sampled_from([25, 443]),
-    st.booleans(),
+    st.none() | ADDRESSES,
+    st.sampled_from(PORTS),
 )
-def test_agrees_with_a_naive_walk(
-    allow: list[str], deny: list[str], ports: list[int], text: str, port: int, resolved: bool
+def test_agrees_with_a_walk_over_the_rules(
+    written: list[Written],
+    allow_sites: list[str],
+    deny_sites: list[str],
+    deny_ports: list[int],
+    client: str,
+    user: str | None,
+    host: str,
+    address: str | None,
+    port: int,
 ) -> None:
-    access = rules(allow, deny, ports)
-    host = canonical_host(text)
-    if resolved and not isinstance(host, str):
-        assert access.decide_address(host, port).allowed == naive(allow, deny, ports, host, port, True)
+    written = [attrs.evolve(one, in_file=[] if one.to is None else one.in_file) for one in written]
+    access = ordered(
+        *(one.compiled(f"r{at}") for at, one in enumerate(written)),
+        allow_sites=allow_sites,
+        deny_sites=deny_sites,
+        deny_ports=deny_ports,
+    )
+
+    def of_list(entries: list[str], **changes: Any) -> Written:
+        return attrs.evolve(Written(False, None, None, entries, [], None), **changes)
+
+    walked = [
+        *((f"r{at}", one) for at, one in enumerate(written)),
+        *([("allow_sites", of_list(allow_sites, opposite=True))] if allow_sites else []),
+        *([("deny_sites", of_list(deny_sites))] if deny_sites else []),
+        *([("deny_ports", Written(False, None, None, None, [], [(p, p) for p in deny_ports]))] if deny_ports else []),
+        *([("allow_sites", of_list(allow_sites, allow=True))] if allow_sites else []),
+    ]
+    asked_for = canonical_host(host)
+    name = asked_for if isinstance(asked_for, str) else None
+    ip = ip_address(address) if name is not None and address is not None else None
+    if isinstance(asked_for, str) and ip is not None:
+        decision = access.decide_address(ip_address(client), user, asked_for, ip, port)
     else:
-        assert access.decide_name(host, port).allowed == naive(allow, deny, ports, host, port, False)
+        decision = access.decide_name(ip_address(client), user, asked_for, port)
+    judged = ip if isinstance(asked_for, str) else asked_for
+    steps = access.trace(ip_address(client), user, asked_for, port, address=ip)
+
+    for at, (rule_name, one) in enumerate(walked):
+        if one.matches(client, user, name, judged, port):
+            assert decision.allowed == one.allow
+            assert decision.rule.split(" ")[0] == rule_name
+            assert decision.egress == (f"pool of {rule_name}" if rule_name[0] == "r" else "default")
+            assert len(steps) == at + 1
+            break
+    else:
+        guarded = judged is not None and is_protected(judged_addresses(judged))
+        assert decision.allowed == (not guarded)
+        assert decision.rule.startswith("built-in: " if guarded else "default")
+    assert (steps[-1].rule, steps[-1].matched) == (decision.rule, True)
+    assert not any(step.matched for step in steps[:-1])
+    assert all(step.why for step in steps)
 
 
 # --- clients ---

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Mapping
 from ipaddress import ip_address, ip_network
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import attrs
 import pytest
 
-from usocksd.config import Auth, Config
+from usocksd.config import Auth, Config, PoolConfig
 from usocksd.errors import ConfigError
-from usocksd.runtime.config import Invalid, load, parse
+from usocksd.runtime.config import KEY, Invalid, load, parse
 
 DATA = Path(__file__).parent / "data"
 SAMPLE = Path(__file__).parents[2] / "deploy" / "usocksd.toml"
@@ -57,7 +58,8 @@ def test_the_bad_ones_of_the_original_are_refused_by_key() -> None:
     with pytest.raises(ConfigError) as caught:
         load(Config, DATA / "original-bad-key.toml")
     assert [str(fault) for fault in caught.value.faults] == [
-        "hoge: unknown key, expected one of log, incoming, outgoing, auth, dns, timeouts, limits, workers, control"
+        "hoge: unknown key, expected one of log, incoming, outgoing, rule, egress, auth, dns, timeouts, limits, workers,"
+        " control"
     ]
     with pytest.raises(ConfigError) as caught:
         load(Config, DATA / "original-bad-type.toml")
@@ -195,23 +197,189 @@ def test_auth(tmp_path: Path) -> None:
         Auth(required=True)
 
 
+# [[rule]] and [egress]
+
+
+def test_a_rule_as_typed_values() -> None:
+    config = parse(
+        Config,
+        """
+        [[rule]]
+        name = "build hosts: no mail"
+        action = "deny"
+        from = ["10.1.2.3/16", "2001:db8::/32"]
+        user = ["ci"]
+        to = ["WWW.example.com", ".example.org", "203.0.113.0/24"]
+        ports = [25, "6000-6100"]
+
+        [[rule]]
+        action = "allow"
+        egress = "partners"
+
+        [egress.partners]
+        addresses = ["198.51.100.10", "2001:db8::10"]
+        iface = "eth1"
+        mark = 16
+        sticky = "client"
+        dnsbl_domains = ["DNSBL.example.net."]
+        when_all_listed = "refuse"
+        """,
+        "usocksd.toml",
+    )
+    first, second = config.rules()
+    assert (first.name, first.allow, first.users) == ("build hosts: no mail", False, frozenset({"ci"}))
+    assert first.clients == (ip_network("10.1.0.0/16"), ip_network("2001:db8::/32"))
+    assert first.ports == ((25, 25), (6000, 6100))
+    assert first.to is not None
+    assert sorted(str(entry) for entry in first.to[0].entries()) == [
+        ".example.org",
+        "203.0.113.0/24",
+        "www.example.com",
+    ]
+    assert (second.name, second.allow, second.egress) == ("rule 2", True, "partners")
+    assert second.clients is second.users is second.to is second.ports is None
+    assert config.egress["partners"] == PoolConfig(
+        addresses=(ip_address("198.51.100.10"), ip_address("2001:db8::10")),
+        iface="eth1",
+        mark=16,
+        sticky="client",
+        dnsbl_domains=("dnsbl.example.net",),
+        when_all_listed="refuse",
+    )
+
+
+def test_every_fault_of_rules_and_pools() -> None:
+    found = faults(
+        """
+        [[rule]]
+        action = "permit"
+        form = ["10.0.0.0/8"]
+        [[rule]]
+        name = "rule 7"
+        [[rule]]
+        name = " x"
+        action = "deny"
+        from = ["10.0.0.0/33", "ten"]
+        user = ["", "a:b"]
+        to = ["*.example.com", "file:/nonexistent/list.txt", "ok"]
+        ports = [65536, "9-8", "1-65536", "-5", true, "80"]
+        egress = "x y"
+        [[rule]]
+        action = "deny"
+        from = []
+        to = []
+        egress = "pool"
+        [egress."a b"]
+        adresses = []
+        [egress.pool]
+        addresses = ["0.0.0.0"]
+        sticky = "both"
+        when_all_listed = ""
+        dnsbl_domains = ["10.0.0.1"]
+        """
+    )
+    assert [fault.partition(": ")[0] for fault in found] == [
+        "rule[0].action",
+        "rule[0].form",
+        "rule[1].name",
+        "rule[1].action",
+        "rule[2].name",
+        "rule[2].from[0]",
+        "rule[2].from[1]",
+        "rule[2].user[0]",
+        "rule[2].user[1]",
+        "rule[2].to[0]",
+        "rule[2].to[1]",
+        *(f"rule[2].ports[{at}]" for at in range(6)),
+        "rule[3].from",
+        "rule[3].to",
+        "rule[3].egress",
+        'egress."a b"',
+        'egress."a b".adresses',
+        "egress.pool.addresses[0]",
+        "egress.pool.sticky",
+        "egress.pool.dnsbl_domains[0]",
+        "egress.pool.when_all_listed",
+        "rule[2].egress",
+    ]
+    assert "rule[0].form: unknown key, did you mean from?" in found
+    assert 'rule[1].action: missing: expected one of "allow", "deny"' in found
+    assert "rule[3].to: []: expected at least one, or no such key if the rule holds for any destination" in found
+
+
+def test_what_rules_and_pools_say_of_each_other() -> None:
+    assert faults(
+        """
+        [outgoing]
+        mark = 0
+        addresses = ["192.0.2.1"]
+        [egress.default]
+        [egress.partners]
+        [[rule]]
+        name = "x"
+        action = "allow"
+        egress = "partner"
+        [[rule]]
+        name = "x"
+        action = "allow"
+        egress = "default"
+        """
+    ) == [
+        'rule[0].egress: "partner": no such pool: expected one of "default", "partners"',
+        'rule[1].name: "x": is the name of rule[0] too, expected another',
+        "outgoing.addresses: expected here or in [egress.default], which is the same pool",
+        "outgoing.mark: expected here or in [egress.default], which is the same pool",
+    ]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["default", "other", "rule 12", "allow_from", "allow_sites", 'deny_sites "x"', "deny_ports 25", "built-in: x"],
+)
+def test_names_that_records_have_a_use_for_already(name: str) -> None:
+    assert "built in" in faults(f"[[rule]]\nname = '{name}'\naction = 'deny'")[0]
+
+
+@pytest.mark.parametrize("name", ["", " ", "a ", "a\\nb", "x" * 101])
+def test_names_that_can_not_be_shown(name: str) -> None:
+    assert "1 to 100 printable" in faults(f'[[rule]]\nname = "{name}"\naction = "deny"')[0]
+
+
+def test_the_default_pool_is_the_one_of_outgoing() -> None:
+    outgoing = '[outgoing]\naddresses = ["192.0.2.1"]\niface = "eth0"\nmark = 7\ndnsbl_domain = "dnsbl.example"\n'
+    assert parse(Config, outgoing, "").pools() == {
+        "default": PoolConfig(
+            addresses=(ip_address("192.0.2.1"),), iface="eth0", mark=7, dnsbl_domains=("dnsbl.example",)
+        )
+    }
+    assert parse(Config, "", "").pools() == {"default": PoolConfig()}
+    own = parse(Config, '[egress.default]\nsticky = "client"\n[egress.other]\n', "").pools()
+    assert own == {"default": PoolConfig(sticky="client"), "other": PoolConfig()}
+
+
 # The sample.
 
 
-def keys(table: dict[str, object], prefix: str = "") -> set[str]:
-    return {
-        key
-        for name, value in table.items()
-        for key in (keys(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name})
-    }
+def keys(table: dict[str, Any], prefix: str = "") -> set[str]:
+    found: set[str] = set()
+    for name, value in table.items():
+        inner = value[0] if isinstance(value, list) and value and isinstance(value[0], dict) else value
+        found |= keys(inner, f"{prefix}{name}.") if isinstance(inner, dict) else {prefix + name}
+    return found
 
 
 def settings(cls: type[Any], prefix: str = "") -> set[str]:
-    return {
-        key
-        for field in attrs.fields(attrs.resolve_types(cls))
-        for key in (settings(field.type, f"{prefix}{field.name}.") if attrs.has(field.type) else {prefix + field.name})
-    }
+    found: set[str] = set()
+    for field in attrs.fields(attrs.resolve_types(cls)):
+        key = f"{prefix}{field.metadata.get(KEY, field.name)}"
+        args = get_args(field.type)
+        if get_origin(field.type) is Mapping:
+            found |= settings(args[1], f"{key}.partners.")
+        elif get_origin(field.type) is tuple and attrs.has(args[0]):
+            found |= settings(args[0], f"{key}.")
+        else:
+            found |= settings(field.type, f"{key}.") if attrs.has(field.type) else {key}
+    return found
 
 
 def test_the_sample_is_the_default() -> None:
@@ -221,10 +389,11 @@ def test_the_sample_is_the_default() -> None:
 def test_the_sample_shows_every_setting_and_its_default(tmp_path: Path) -> None:
     users = tmp_path / "users"
     users.touch()
-    shown = re.sub(r"^#(?=\w+ = )", "", SAMPLE.read_text(), flags=re.MULTILINE)
+    shown = re.sub(r"^#(?=\w+ = |\[)", "", SAMPLE.read_text(), flags=re.MULTILINE)
+    (tmp_path / "blocked.txt").touch()
     shown = shown.replace("/etc/usocksd.users", str(users))
     assert keys(tomllib.loads(shown)) == settings(Config)
-    config, default = parse(Config, shown, "usocksd.toml"), Config()
+    config, default = parse(Config, shown, str(tmp_path / "usocksd.toml")), Config()
     assert (config.timeouts, config.limits, config.control) == (default.timeouts, default.limits, default.control)
     assert (config.log.level, config.log.format) == ("info", "plain")
     assert attrs.evolve(config.incoming, addresses=None, allow_from=None, metrics_port=None) == default.incoming

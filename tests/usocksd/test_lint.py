@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import re
 import socket
+from collections.abc import Sequence
 from ipaddress import ip_address
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import attrs
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from usocksd.acl import AccessRules
@@ -19,8 +21,10 @@ from usocksd.config import Config
 from usocksd.errors import Fault
 from usocksd.lint import lint, warnings
 from usocksd.match import canonical_host
-from usocksd.runtime.config import parse
+from usocksd.runtime.config import parse, structure
 from usocksd.runtime.lint import Host, connections_of_descriptors, lint_common
+
+CLIENT = "10.9.9.9"
 
 
 def found(toml: str) -> list[tuple[str, str]]:
@@ -117,14 +121,33 @@ def test_egress() -> None:
         addresses = ["192.0.2.77", "127.0.0.1", "192.0.2.77"]
         iface = "nosuchif0"
         dnsbl_domain = "dnsbl.example.org"
+        [egress.unused]
+        addresses = ["192.0.2.78"]
+        mark = 5
+        [egress.none]
+        [egress.nobody]
+        iface = "nosuchif1"
+        dnsbl_domains = ["dnsbl.example.net"]
+        [[rule]]
+        action = "allow"
+        egress = "none"
+        [[rule]]
+        action = "allow"
+        ports = [1]
+        egress = "nobody"
         """
-    assert found(toml) == [
+    assert [fault for fault in found(toml) if "mark" not in fault[0] and "rule" not in fault[0]] == [
         ("outgoing.addresses[0]", "192.0.2.77"),
         ("outgoing.addresses[2]", "192.0.2.77"),
         ("outgoing.addresses[2]", "192.0.2.77"),
         ("outgoing.iface", '"nosuchif0"'),
-        ("outgoing.dnsbl_domain", '"dnsbl.example.org"'),
+        ("egress.unused", ""),
+        ("egress.unused.addresses[0]", "192.0.2.78"),
+        ("egress.none", ""),
+        ("egress.nobody.iface", '"nosuchif1"'),
+        ("egress.nobody.dnsbl_domains", '["dnsbl.example.net"]'),
     ]
+    assert found('[egress.default]\naddresses = ["192.0.2.77"]') == [("egress.default.addresses[0]", "192.0.2.77")]
     assert found('[outgoing]\niface = "lo"') == []
 
 
@@ -355,12 +378,147 @@ def test_an_entry_without_which_nothing_would_change_is_told_if_it_is_a_name(all
 
 
 def decisions(allow: list[str], deny: list[str]) -> list[bool]:
-    rules = AccessRules.from_lists(allow_sites=allow, deny_sites=deny, is_local=lambda _: False)
-    hosts = [*(f"w.{name}" for name in NAMES), *NAMES, "a", "b", "w.a", *NUMERIC]
-    named = [rules.decide_name(canonical_host(name), 80).allowed for name in hosts]
-    # Addresses that names resolve to are asked about where a name is allowed.
-    resolves = any(rules.decide_name(name, 80).allowed for name in hosts if name not in NUMERIC)
-    return named + [resolves and rules.decide_address(ip_address(address), 80).allowed for address in ADDRESSES]
+    rules = AccessRules.compile(allow_sites=allow, deny_sites=deny, is_local=lambda _: False)
+    names = [*(f"w.{name}" for name in NAMES), *NAMES, "a", "b", "w.a"]
+    return all_decisions(rules, [CLIENT], [None], [*names, *NUMERIC], ADDRESSES, [80])
+
+
+def all_decisions(
+    rules: AccessRules,
+    clients: Sequence[str],
+    users: Sequence[str | None],
+    hosts: Sequence[str],
+    addresses: Sequence[str],
+    ports: Sequence[int],
+) -> list[bool]:
+    """Of every request for one of these hosts and of every address that a name which is allowed may resolve to."""
+    allowed = []
+    for client, user, port, text in product(map(ip_address, clients), users, ports, hosts):
+        host = canonical_host(text)
+        allowed.append(rules.decide_name(client, user, host, port).allowed)
+        if isinstance(host, str):
+            allowed += [
+                allowed[-1] and rules.decide_address(client, user, host, ip_address(address), port).allowed
+                for address in addresses
+            ]
+    return allowed
+
+
+# Rules
+
+RULE_ENTRIES = [
+    "", "a", ".a", "x.a", ".x.a", "10.0.0.0/8", "10.1.0.0/16", "10.1.0.1", "0.0.0.0/0", "127.0.0.1", "127.0.0.0/8", "::/0",
+]  # fmt: skip
+RULE = st.fixed_dictionaries(
+    {"action": st.sampled_from(["allow", "deny"])},
+    optional={
+        "from": st.lists(
+            st.sampled_from(["10.0.0.0/8", "10.9.0.0/16", "10.128.0.0/9", "10.0.0.0/9", "::/0"]), min_size=1
+        ),
+        "user": st.lists(st.sampled_from(["ci", "bob"]), min_size=1),
+        "to": st.lists(st.sampled_from(RULE_ENTRIES), min_size=1, max_size=3),
+        "ports": st.lists(st.sampled_from([25, "20-30", "0-24", "25-65535", 443]), min_size=1, max_size=3),
+    },
+)
+
+
+@settings(max_examples=200)
+@given(st.lists(RULE, max_size=4), LIST, LIST)
+def test_a_rule_that_is_said_to_decide_nothing_can_go_and_nothing_changes(
+    rules: list[dict[str, Any]], allow: list[str], deny: list[str]
+) -> None:
+    toml = {"rule": rules, "outgoing": {"allow_sites": allow, "deny_sites": deny, "deny_ports": [25]}}
+    before = of_all(toml)
+    for fault in lint(structure(Config, toml, "")):
+        if "never decides" in fault.expected:
+            match = re.fullmatch(r"rule\[(\d+)\]|outgoing\.(\w+)", fault.path)
+            assert match is not None
+            shorter = {"rule": list(rules), "outgoing": dict(toml["outgoing"])}
+            if match[1] is None:
+                del shorter["outgoing"][match[2]]
+            else:
+                del shorter["rule"][int(match[1])]
+            assert of_all(shorter) == before, fault
+
+
+def of_all(toml: dict[str, Any]) -> list[bool]:
+    rules = structure(Config, toml, "").access_rules(lambda _: False)
+    hosts = ["a", "x.a", "y.x.a", "b", "10.1.0.1", "10.2.0.1", "192.0.2.1", "127.0.0.1", "2001:db8::1", "::1"]
+    clients, users = ["10.9.0.1", "10.200.0.1", "192.0.2.1", "2001:db8::5"], [None, "ci", "bob"]
+    return all_decisions(rules, clients, users, hosts, hosts[4:], [24, 25, 443])
+
+
+def covered(*rules: str, more: str = "") -> list[str]:
+    """Which rule each rule is said to be covered by, as "2 by 0" """
+    toml = "".join(f"[[rule]]\n{rule}\n" for rule in rules) + more
+    return [
+        f"{fault.path.removeprefix('rule')} by {match[1]}"
+        for fault in lint(parse(Config, toml, ""))
+        if (match := re.match(r"never decides, since rule\[(\d+)\]", fault.expected))
+    ]
+
+
+ALLOW, DENY = 'action = "allow"\n', 'action = "deny"\n'
+
+
+@pytest.mark.parametrize(
+    ("rules", "said"),
+    [
+        ([ALLOW, DENY], ["[1] by 0"]),
+        ([DENY, ALLOW + 'to = ["127.0.0.1"]'], ["[1] by 0"]),
+        ([ALLOW, ALLOW + 'to = ["127.0.0.1"]'], []),  # lifts the protection
+        ([ALLOW + 'to = ["127.0.0.0/8"]', ALLOW + 'to = ["127.0.0.1"]'], ["[1] by 0"]),
+        # Without the second, the third would lift it.
+        ([ALLOW, DENY, ALLOW + 'to = ["127.0.0.1"]'], ["[2] by 1"]),
+        ([ALLOW + 'to = [".a"]', DENY + 'to = ["x.a", ".y.a"]'], ["[1] by 0"]),
+        ([ALLOW + 'to = [".a"]', DENY + 'to = ["x.a", "a"]'], []),
+        ([DENY + 'to = ["10.0.0.0/9", "10.128.0.0/9"]', DENY + 'to = ["10.0.0.0/8"]'], ["[1] by 0"]),
+        ([DENY + 'to = ["10.0.0.0/9"]', DENY + 'to = ["10.0.0.0/8"]'], []),
+        ([DENY + 'from = ["10.0.0.0/8"]', DENY + 'from = ["10.1.0.0/16"]'], ["[1] by 0"]),
+        ([DENY + 'from = ["10.0.0.0/8"]', DENY], []),
+        ([DENY + 'user = ["ci"]', DENY + 'user = ["ci", "bob"]'], []),
+        ([DENY + 'user = ["ci", "bob"]', DENY + 'user = ["ci"]'], ["[1] by 0"]),
+        ([DENY + 'ports = ["1-20", "21-30"]', DENY + 'ports = ["15-25"]'], ["[1] by 0"]),
+        ([DENY + 'ports = ["1-20"]', DENY + 'ports = ["15-25"]'], []),
+        ([DENY + "ports = [1]", DENY, DENY + "ports = [2]"], ["[2] by 1"]),
+    ],
+)
+def test_rules_that_one_above_covers(rules: list[str], said: list[str]) -> None:
+    assert covered(*rules) == said
+
+
+def test_lists_that_a_rule_above_covers() -> None:
+    lists = '[outgoing]\nallow_sites = ["a"]\ndeny_sites = ["b"]\ndeny_ports = [25]\n'
+    assert covered(DENY, more=lists) == [f"outgoing.{key} by 0" for key in ("allow_sites", "deny_sites", "deny_ports")]
+    assert covered(ALLOW + 'to = ["b"]', more=lists) == ["outgoing.deny_sites by 0"]
+    assert covered(ALLOW + "ports = [25]", more=lists) == ["outgoing.deny_ports by 0"]
+
+
+def test_what_no_request_is(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("# nothing yet\n")
+    users = tmp_path / "users"
+    users.write_text("bob:$2y$05$" + "a" * 53 + "\n")
+    users.chmod(0o600)
+    rule = f"""
+        [[rule]]
+        action = "deny"
+        from = ["203.0.113.0/24", "203.0.113.7"]
+        user = ["bob", "alcie"]
+        to = ["x.a", "file:{tmp_path}/empty.txt", ".a", "X.a"]
+        """
+    assert found(rule) == [
+        ("rule[0].from[1]", '"203.0.113.7/32"'),
+        ("rule[0].from", '["203.0.113.0/24", "203.0.113.7/32"]'),
+        ("rule[0].user", '["bob", "alcie"]'),
+        ("rule[0].to[0]", '"x.a"'),
+        ("rule[0].to[3]", '"X.a"'),
+        ("rule[0].to[1]", f'"file:{tmp_path}/empty.txt"'),
+    ]
+    with_users = found(f'{rule}[auth]\nusers_file = "{users}"\n[incoming]\nallow_from = ["203.0.113.0/28"]')
+    assert [fault for fault in with_users if "to[" not in fault[0]] == [
+        ("rule[0].from[1]", '"203.0.113.7/32"'),
+        ("rule[0].user[1]", '"alcie"'),
+    ]
 
 
 def test_ports() -> None:

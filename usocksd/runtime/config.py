@@ -4,7 +4,8 @@ The rules that this file keeps:
 
 1. A fault is found while the value is structured, not in attrs validators: those run when the class is made,
    and the first one to raise hides the faults of its neighbours. (What concerns several keys of one table
-   stands in its `__attrs_post_init__`, which may raise `Invalid` with `at` naming the key.)
+   stands in its `__attrs_post_init__`, which may raise `Invalid` with `at` naming the key; what must be told
+   even if some of it is wrong for itself, in its `check_table`.)
 2. Nothing is coerced. cattrs' stock hooks turn true into port 1, 80.9 into 80 and "abc" into a list of
    characters.
 3. A value that is shown never shows credentials: whatever stands before an "@" is hidden, and the value of a
@@ -21,8 +22,11 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Any, TypeVar, get_args, get_origin
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Any, Final, TypeVar, get_args, get_origin
 
 import attrs
 from cattrs import (
@@ -33,11 +37,16 @@ from cattrs import (
     IterableValidationError,
 )
 from cattrs.errors import AttributeValidationNote, IterableValidationNote
-from cattrs.gen import make_dict_structure_fn
+from cattrs.gen import make_dict_structure_fn, override
 
 from usocksd.errors import ConfigError, Fault
 
 T = TypeVar("T")
+
+KEY: Final = "key"
+"""In the metadata of a field: the key that stands for it in the file, where that is no name in Python ("from")."""
+
+_loading: ContextVar[Loading] = ContextVar("loading")
 
 _SHOWN_MAX = 80  # characters of a value that a fault shows
 
@@ -99,6 +108,21 @@ class SecretStr:
         return hash(self._value)
 
 
+@attrs.frozen
+class Loading:
+    """What a parser may have to know of the load that it is part of."""
+
+    folder: Path
+    """of the configuration: what paths in it are relative to"""
+    files: dict[Path, Any]
+    """other files, as far as they have been read: those that are named twice are read once"""
+
+
+def loading() -> Loading:
+    """The load that is going on."""
+    return _loading.get()
+
+
 def load(cls: type[T], path: str | os.PathLike[str]) -> T:
     """Read the TOML file `path` as a `cls`. Raises ConfigError with every fault, or that it can't be read."""
     return parse(cls, read(path), os.fspath(path))
@@ -122,7 +146,7 @@ def read(path: str | os.PathLike[str]) -> str:
 
 
 def parse(cls: type[T], text: str, source: str) -> T:
-    """Read TOML `text` as a `cls`, an attrs class. `source` names the text in errors. Raises ConfigError."""
+    """Read TOML `text` as a `cls`, an attrs class. `source` is the file that it is from. Raises ConfigError."""
     # The error is raised outside of the except blocks, else its context carries the values that it hides.
     try:
         table, faults = tomllib.loads(text), []
@@ -136,11 +160,14 @@ def parse(cls: type[T], text: str, source: str) -> T:
 
 
 def structure(cls: type[T], table: object, source: str) -> T:
-    """What `tomllib` has made of a text, as a `cls`. Raises ConfigError."""
+    """What `tomllib` has made of the text of the file `source`, as a `cls`. Raises ConfigError."""
+    token = _loading.set(Loading(Path(source).parent, {}))
     try:
         return _converter.structure(table, cls)
     except (BaseValidationError, Invalid) as exc:
         faults = list(_faults(exc, ""))
+    finally:
+        _loading.reset(token)
     raise ConfigError(source, faults)
 
 
@@ -224,13 +251,54 @@ def _tuple_hook(
     return structure
 
 
+def _structure_mapping(type_: Any, converter: Converter) -> Callable[[Any, Any], Any]:
+    """Tables by name, [egress.NAME]: the operator chooses the names, of those that the key's type lets through."""
+    key_type, item_type = get_args(type_)
+
+    def structure(value: Any, _: Any) -> Any:
+        if type(value) is not dict:
+            raise Invalid("expected a table", shown=show(value))
+        items: dict[Any, Any] = {}
+        errors: list[Exception] = []
+        for name, found in value.items():
+            parts = []
+            for part, part_type in ((name, key_type), (found, item_type)):
+                try:
+                    parts.append(converter.structure(part, part_type))
+                except (BaseValidationError, Invalid) as exc:
+                    exc.__notes__ = [AttributeValidationNote("", _quoted(name), part_type)]
+                    errors.append(exc)
+            if len(parts) == 2:
+                items[parts[0]] = parts[1]
+        if errors:
+            raise ClassValidationError("tables", errors, dict)
+        return MappingProxyType(items)
+
+    return structure
+
+
 def _structure_table(cls: Any, converter: Converter) -> Callable[[Any, Any], Any]:
-    fill = make_dict_structure_fn(cls, converter, _cattrs_forbid_extra_keys=True, _cattrs_detailed_validation=True)
+    renamed: dict[str, Any] = {
+        field.name: override(rename=_key(field)) for field in attrs.fields(cls) if _key(field) != field.name
+    }
+    fill = make_dict_structure_fn(
+        cls, converter, _cattrs_forbid_extra_keys=True, _cattrs_detailed_validation=True, **renamed
+    )
+
+    # check_table(table) -> Iterator[Invalid]: as TOML has the table, so anything may be of any type.
+    check = getattr(cls, "check_table", None)
 
     def structure(value: Any, type_: Any) -> Any:
         if type(value) is not dict:
             raise Invalid("expected a table", shown=show(value))
-        return fill(value, type_)
+        errors: list[Exception] = [] if check is None else list(check(value))
+        try:
+            filled = fill(value, type_)
+        except ClassValidationError as exc:
+            errors = [*exc.exceptions, *errors]
+        if errors:
+            raise ClassValidationError("a table", errors, cls)
+        return filled
 
     return structure
 
@@ -251,6 +319,16 @@ def _is_tuple(type_: Any) -> bool:
     return get_origin(type_) is tuple
 
 
+def _is_mapping(type_: Any) -> bool:
+    return get_origin(type_) is Mapping
+
+
+def _key(field: attrs.Attribute[Any]) -> str:
+    """The key that stands for this field in the file: its name, unless that is a word of Python ("from")."""
+    key: str = field.metadata.get(KEY, field.name)
+    return key
+
+
 def _is_annotated(type_: Any) -> bool:
     return get_origin(type_) is Annotated
 
@@ -261,6 +339,7 @@ def _make_converter() -> Converter:
         converter.register_structure_hook(type_, _plain_hook(type_, expected))
     converter.register_structure_hook_factory(attrs.has, _structure_table)
     converter.register_structure_hook_factory(_is_tuple, _structure_tuple)
+    converter.register_structure_hook_factory(_is_mapping, _structure_mapping)
     converter.register_structure_hook_factory(_is_annotated, _structure_annotated)
     return converter
 
@@ -277,13 +356,13 @@ def _faults(exc: BaseException, path: str) -> Iterator[Fault]:
         case Invalid():
             yield Fault(_join(path, exc.at), exc.shown or "", exc.expected)
         case ForbiddenExtraKeysError():
-            known = [field.name for field in attrs.fields(exc.cl)]
+            known = [_key(field) for field in attrs.fields(exc.cl)]
             for key in sorted(exc.extra_fields):
                 yield Fault(_join(path, _quoted(key)), "", _unknown(key, known))
         case ClassValidationError() | IterableValidationError():
             noted, bare = exc.group_exceptions()
             for inner, note in noted:
-                key = note.name if isinstance(note, AttributeValidationNote) else f"[{note.index}]"
+                key = f"[{note.index}]" if isinstance(note, IterableValidationNote) else _key_of(exc.cl, note.name)
                 if isinstance(inner, KeyError):
                     yield Fault(_join(path, key), "", f"missing: {_expected(note.type)}")
                 else:
@@ -299,6 +378,10 @@ def _faults(exc: BaseException, path: str) -> Iterator[Fault]:
 
 def _join(path: str, key: str) -> str:
     return f"{path}.{key}" if path and key and not key.startswith("[") else path + key
+
+
+def _key_of(cls: Any, name: str) -> str:
+    return _key(getattr(attrs.fields(cls), name)) if attrs.has(cls) else name
 
 
 def _quoted(key: str) -> str:

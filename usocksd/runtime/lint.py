@@ -83,7 +83,7 @@ def lint_common(common: Common, host: Host) -> Iterator[Fault]:
         if not listen.optional:
             yield from _address(key, listen.address, host)
     yield from _metrics(common, host)
-    yield from _mark(common, host)
+    yield from lint_mark(common.mark_key, common.mark, host)
     yield from _workers(common, host)
     yield from _limits(common, host)
     yield from _timeouts(common.timeouts)
@@ -131,11 +131,12 @@ def _overlap(one: IPAddress, other: IPAddress) -> bool:
     return one.version == other.version and (one == other or one.is_unspecified or other.is_unspecified)
 
 
-def _mark(common: Common, host: Host) -> Iterator[Fault]:
-    if common.mark is not None and not host.may_mark:
+def lint_mark(key: str, mark: int | None, host: Host) -> Iterator[Fault]:
+    """Whether connections can be marked so."""
+    if mark is not None and not host.may_mark:
         yield Fault(
-            common.mark_key,
-            f"{common.mark:#x}",
+            key,
+            f"{mark:#x}",
             f"{_user()} may not set marks here: the daemon does not start without CAP_NET_ADMIN",
         )
 

@@ -1,7 +1,7 @@
 """Where in a TOML text a key stands: tomllib tells lines for syntax errors only. Pure.
 
-A light scan, for texts that tomllib has taken: it knows tables, dotted and quoted keys and flat lists over many
-lines, and not what looks like a key inside a multi-line string. The line is for an editor to go to.
+A light scan, for texts that tomllib has taken: it knows tables, arrays of tables, dotted and quoted keys and flat
+lists over many lines, and not what looks like a key inside a multi-line string. The line is for an editor to go to.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from bisect import bisect_left
 
 _PART = r"""(?:[\w-]+|"[^"\n]*"|'[^'\n]*')"""
 _KEYS = rf"{_PART}(?:[ \t]*\.[ \t]*{_PART})*"
-_PLACE = re.compile(rf"^[ \t]*(?:\[+[ \t]*(?P<table>{_KEYS})[ \t]*\]|(?P<key>{_KEYS})[ \t]*=)", re.MULTILINE)
+_PLACE = re.compile(rf"^[ \t]*(?:(?P<open>\[+)[ \t]*(?P<table>{_KEYS})[ \t]*\]|(?P<key>{_KEYS})[ \t]*=)", re.MULTILINE)
 _ITEM = re.compile(r"""#[^\n]*|(?P<item>"(?:\\.|[^"\\\n])*"|'[^'\n]*'|[^\s,\[\]"'#]+)|(?P<end>\])""")
 _PATH = re.compile(r"(.*?)(?:\[(\d+)\])?", re.DOTALL)
 
@@ -25,14 +25,19 @@ class Lines:
         self._ends: dict[str, int] = {}
         """where each key's "=" and each table's "]" is, by key path"""
         self._items: dict[str, list[int]] = {}
+        # How many tables each array has so far; a key path through one means its last.
+        numbers: dict[str, int] = {}
         table = ""
         for place in _PLACE.finditer(text):
             if place["table"] is None:
                 path = f"{table}.{_plain(place['key'])}" if table else _plain(place["key"])
             else:
-                path = table = _plain(place["table"])
+                path = _plain(place["table"])
+                if place["open"] == "[[":
+                    numbers[path] = numbers.get(path, -1) + 1
+                path = table = _numbered(path, numbers)
             self._ends.setdefault(path, place.end())
-            while path := path.rpartition(".")[0]:  # which may be there in no other way: [table.inner]
+            while path := _outer(path):  # which may be there in no other way: [table.inner]
                 self._ends.setdefault(path, place.end())
 
     def line_of(self, path: str) -> int:
@@ -42,9 +47,9 @@ class Lines:
         """
         match = _PATH.fullmatch(path)
         assert match is not None  # it takes any text
-        key, index = match[1], match[2]
+        key, index = (path, None) if path in self._ends else (match[1], match[2])
         while key and key not in self._ends:
-            key, index = key.rpartition(".")[0], None
+            key, index = _outer(key), None
         at = self._ends.get(key, 0)
         if index is not None and key:
             items = self._items_of(key)
@@ -61,6 +66,21 @@ class Lines:
                 if token["item"] is not None:
                     found.append(token.start())
         return self._items[key]
+
+
+def _numbered(path: str, numbers: dict[str, int]) -> str:
+    """The key path with a number for each array of tables that it goes through."""
+    place, plain = "", ""
+    for key in path.split("."):
+        place, plain = f"{place}.{key}".lstrip("."), f"{plain}.{key}".lstrip(".")
+        if plain in numbers:
+            place += f"[{numbers[plain]}]"
+    return place
+
+
+def _outer(path: str) -> str:
+    """What this key path is inside of: "rule" for "rule[2]", and "rule[2]" for "rule[2].to"."""
+    return path.rpartition("[")[0] if path.endswith("]") else path.rpartition(".")[0]
 
 
 def _plain(keys: str) -> str:

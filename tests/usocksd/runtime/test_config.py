@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import traceback
+from collections.abc import Mapping
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from usocksd.errors import ConfigError
-from usocksd.runtime.config import Distinct, Invalid, SecretStr, load, parse, show, structure
+from usocksd.runtime.config import KEY, Distinct, Invalid, SecretStr, load, loading, parse, show, structure
 from usocksd.runtime.settings import (
     DnsConfig,
     HostIP,
@@ -101,6 +102,47 @@ def test_values_are_typed() -> None:
     assert config.secret == SecretStr("long enough")
     assert config.inner == Inner(port=80, flag=True, limit=1.5)
     assert [entry.port for entry in config.entries] == [1, 2]
+
+
+@attrs.frozen(kw_only=True)
+class Tables:
+    from_: int = attrs.field(default=0, metadata={KEY: "from"})
+    by_name: Mapping[Annotated[str, text(str.upper, "any name")], Inner] = attrs.field(factory=dict)
+
+
+def test_tables_with_names_of_the_operators_choice_and_keys_that_python_has_a_use_for() -> None:
+    config = parse(Tables, "from = 3\n[by_name.a]\nport = 1\n[by_name.b]\nport = 2\n", "test.toml")
+    assert config.from_ == 3
+    assert {name: inner.port for name, inner in config.by_name.items()} == {"A": 1, "B": 2}
+    with pytest.raises(TypeError):
+        config.by_name["C"] = Inner(port=3)  # type: ignore[index]
+    found = faults('from = "x"\nform = 1\n[by_name."a b"]\nprot = 0\n[by_name.c]\nport = "1"\n', Tables)
+    assert [fault.partition(": ")[0] for fault in found] == [
+        "from",
+        'by_name."a b".port',
+        'by_name."a b".prot',
+        "by_name.c.port",
+        "form",
+    ]
+    assert "form: unknown key, did you mean from?" in found
+    assert faults("by_name = 1", Tables) == ["by_name: 1: expected a table"]
+    assert faults("[by_name]\nx = 1", Tables) == ["by_name.x: 1: expected a table"]
+
+
+def _beside(value: str) -> Path:
+    return loading().folder / value
+
+
+@attrs.frozen
+class Files:
+    file: Annotated[Path, text(_beside, "a path")]
+
+
+def test_parsers_know_the_folder_of_the_file(tmp_path: Path) -> None:
+    assert structure(Files, {"file": "x"}, f"{tmp_path}/test.toml").file == tmp_path / "x"
+    assert structure(Files, {"file": "x"}, "test.toml").file == Path("x")
+    with pytest.raises(LookupError):
+        loading()
 
 
 def test_a_configuration_is_frozen() -> None:
@@ -399,6 +441,14 @@ def test_dns_servers() -> None:
     ]
     assert config.servers[0] == SocketAddress(ip_address("192.0.2.53"), 53)
     assert parse(DnsConfig, "servers = []", "").servers is None
+
+
+def test_the_resolver() -> None:
+    assert parse(DnsConfig, "", "").resolver == "dns"
+    assert parse(DnsConfig, 'resolver = "system"\nservers = []', "").resolver == "system"
+    assert faults('resolver = "nss"', DnsConfig) == ['resolver: "nss": expected one of "dns", "system"']
+    (fault,) = faults('resolver = "system"\nservers = ["192.0.2.53"]', DnsConfig)
+    assert fault.startswith('resolver: "system": expected "dns" beside servers')
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,51 @@ x = "y = 1"
 """
 
 
+TABLES = """\
+[[rule]]
+name = "x"
+to = [ # all
+  "a",
+  "b",
+]
+[[rule]]
+[[rule]]
+to = ["c"]
+
+[rule.inner]
+y = 1
+[[rule.deep]]
+[[rule.deep]]
+z = 1
+[egress.partners]
+mark = 1
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "line"),
+    [
+        ("rule", 1),
+        ("rule[0]", 1),
+        ("rule[0].name", 2),
+        ("rule[0].to[1]", 5),
+        ("rule[0].action", 1),
+        ("rule[1]", 7),
+        ("rule[1].to[1]", 7),
+        ("rule[2].to", 9),
+        ("rule[2].inner.y", 12),
+        ("rule[2].deep", 13),
+        ("rule[2].deep[1].z", 15),
+        ("rule[9].to", 1),
+        ("egress", 16),
+        ("egress.partners.mark", 17),
+        ("egress.other", 16),
+    ],
+)
+def test_lines_of_arrays_of_tables(path: str, line: int) -> None:
+    assert Lines(TABLES).line_of(path) == line
+
+
 @pytest.mark.parametrize(
     ("path", "line"),
     [

@@ -1,0 +1,59 @@
+"""Files with long lists of destinations, "file:blocked.txt" in a rule: an entry a line, comments behind "#"."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from usocksd.errors import ConfigError, Fault
+from usocksd.runtime.config import show
+from usocksd.sites import Entry, SiteList, entry_fault, parse_entry
+
+_MOST_FAULTS = 10
+
+
+def read_list(path: Path, label: str) -> SiteList:
+    """What a file lists. `label` is what its entries are shown with.
+
+    A million entries take two seconds. Raises ConfigError when it can't be read, or with the lines that are no
+    entries, the first ten of them.
+    """
+    faults: list[Fault] = []
+    more = 0
+
+    def entries() -> Iterator[Entry]:
+        nonlocal more
+        for number, line in enumerate(file, 1):
+            text = line.partition(b"#")[0].strip().decode("utf-8", "backslashreplace")
+            if not text:
+                continue
+            try:
+                yield parse_entry(text)
+            except ValueError:
+                if len(faults) < _MOST_FAULTS:
+                    faults.append(Fault(f"line {number}", show(text), _fault(text)))
+                else:
+                    more += 1
+
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe may block, a device never end
+            raise ConfigError(str(path), [Fault("file", "", "expected a regular file")])
+        with path.open("rb") as file:
+            if file.peek(3).startswith(b"\xef\xbb\xbf"):  # a byte order mark is no fault, as in the configuration
+                file.seek(3)
+            sites = SiteList(entries(), label)
+    except (OSError, ValueError) as error:  # ValueError: NUL in the path
+        problem = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(str(path), [Fault("file", "", f"can't be read: {problem}")]) from None
+    if more:
+        faults.append(Fault("file", "", f"{more} more lines like these"))
+    if faults:
+        raise ConfigError(str(path), faults)
+    return sites
+
+
+def _fault(text: str) -> str:
+    if len(text.split()) > 1:
+        return "expected one entry a line"
+    return entry_fault(text) or ""

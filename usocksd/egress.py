@@ -1,18 +1,45 @@
 """The address that a connection leaves from. Pure.
 
-A client keeps its address towards a destination for as long as that address is usable: the choice depends on
-nothing but the two and the pool, not on the process, the time or what other clients do.
+A client keeps its address towards a destination (or, if its pool says so, towards all) for as long as that address is
+usable: the choice depends on nothing but client, destination and pool, not on the process, the time or what other
+clients do.
 """
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
-from attrs import frozen
+from attrs import Factory, evolve, field, frozen
 
 from usocksd.errors import NoEgress
 from usocksd.match import IPAddress, rendezvous
+
+DEFAULT = "default"
+"""The name of the pool that [outgoing] describes, for what no rule sends elsewhere."""
+
+_BY_VERSION = {4: socket.AF_INET, 6: socket.AF_INET6}
+_FAMILIES = {socket.AF_INET: "IPv4", socket.AF_INET6: "IPv6"}
+
+
+def _distinct(addresses: Iterable[IPAddress]) -> tuple[IPAddress, ...]:
+    return tuple(dict.fromkeys(addresses))
+
+
+@frozen
+class Pool:
+    """Source addresses, and the interface (SO_BINDTODEVICE) and SO_MARK that go along; all of them apply together.
+
+    Without addresses the kernel chooses one, and `iface` and `mark` apply all the same.
+    """
+
+    addresses: tuple[IPAddress, ...] = field(default=(), converter=_distinct)
+    iface: str | None = None
+    mark: int | None = None
+    sticky: str = "client+destination"
+    """What has to be the same for two connections to have the same address: that, or "client"."""
+    when_all_listed: str = "use"
+    """When all addresses of a family that are on this host are listed: "use" them all the same, or "refuse"."""
 
 
 @frozen
@@ -22,66 +49,105 @@ class Source:
     address: str | None = None
     iface: str | None = None
     mark: int | None = None
+    pool: str = DEFAULT
+    spare: tuple[str, ...] = ()
+    """The addresses that are next, in this order, when this one can't be used (it is out of ports, say)."""
 
 
-_BY_VERSION = {4: socket.AF_INET, 6: socket.AF_INET6}
+@frozen
+class Usable:
+    """What pools may be left from right now. Immutable: when something changes, there is another one."""
+
+    local: frozenset[IPAddress]
+    """The addresses of this host"""
+    listed: Mapping[str, frozenset[IPAddress]] = Factory(dict)
+    """By pool: those of its addresses that a DNSBL lists"""
 
 
-class EgressPool:
-    """Source addresses with the interface and mark that go along; all of them apply together."""
+class EgressPools:
+    """All pools, by name."""
+
+    def __init__(self, pools: Mapping[str, Pool]) -> None:
+        """There is a default pool in any case: if it is not among these, the kernel chooses."""
+        self._pools = {name: _Ranked(name, pool) for name, pool in ({DEFAULT: Pool()} | dict(pools)).items()}
+
+    def pick(
+        self, pool: str, client: IPAddress, destination: str, family: socket.AddressFamily, usable: Usable
+    ) -> Source:
+        """The source for this client's connections to this destination (its canonical name, or address).
+
+        `family` is that of the address to be dialled. Pass the same `usable` as long as nothing has changed. Raises
+        NoEgress if the pool has addresses but none of this family is usable.
+        """
+        return self._pools[pool].first(client, destination, family, usable)
+
+    def ranking(
+        self, pool: str, client: IPAddress, destination: str, family: socket.AddressFamily, usable: Usable
+    ) -> list[Source]:
+        """All usable sources, the one that `pick` gives first. Raises NoEgress as there."""
+        source = self.pick(pool, client, destination, family, usable)
+        spare = source.spare
+        return [source, *(evolve(source, address=next_, spare=spare[at:]) for at, next_ in enumerate(spare, 1))]
+
+
+class _Ranked:
+    """One pool, with what has been worked out of it for one state of the world."""
 
     _MOST_REMEMBERED = 8192
 
-    def __init__(self, addresses: Iterable[IPAddress] = (), iface: str | None = None, mark: int | None = None) -> None:
-        """Without addresses the kernel chooses one; `iface` and `mark` apply all the same."""
-        self.addresses = tuple(dict.fromkeys(addresses))
-        self._iface = iface
-        self._mark = mark
-        self._kernels_choice = Source(None, iface, mark)
-        self._usable: frozenset[IPAddress] | None = None
-        self._pools: dict[int, list[IPAddress]] = {}  # by address family
-        self._remembered: dict[tuple[IPAddress, str, int], Source] = {}
+    def __init__(self, name: str, pool: Pool) -> None:
+        self._name = name
+        self._pool = pool
+        self._by_client = pool.sticky == "client"
+        self._kernels_choice = None if pool.addresses else Source(None, pool.iface, pool.mark, name)
+        self._usable: Usable | None = None
+        self._of: dict[socket.AddressFamily, tuple[IPAddress, ...]] = {}
+        self._remembered: dict[tuple[IPAddress, str, socket.AddressFamily], Source] = {}
 
-    def pick(
-        self,
-        client: IPAddress,
-        destination: str,
-        family: socket.AddressFamily,
-        usable: frozenset[IPAddress],
-    ) -> Source:
-        """The source for this client's connections to this destination (the host as the client asked for it).
-
-        `family` is that of the address to be dialled, `usable` are the addresses that may be used right now:
-        pass the same object as long as they are the same. Raises NoEgress if the pool has addresses but none
-        of this family is usable.
-        """
-        if not self.addresses:
+    def first(self, client: IPAddress, destination: str, family: socket.AddressFamily, usable: Usable) -> Source:
+        if self._kernels_choice is not None:
             return self._kernels_choice
         if usable is not self._usable:
             self._refresh(usable)
+        if self._by_client:
+            destination = ""
         key = (client, destination, family)
         source = self._remembered.get(key)
         if source is None:
-            ranking = self._ranking(client, destination, family)
-            if not ranking:
-                raise NoEgress(f"no usable egress address for {'IPv4' if family == socket.AF_INET else 'IPv6'}")
             if len(self._remembered) >= self._MOST_REMEMBERED:
                 self._remembered.clear()
-            source = self._remembered[key] = Source(str(ranking[0]), self._iface, self._mark)
+            source = self._remembered[key] = self._choose(client, destination, family, usable)
         return source
 
-    def _ranking(self, client: IPAddress, destination: str, family: socket.AddressFamily) -> list[IPAddress]:
+    def _choose(self, client: IPAddress, destination: str, family: socket.AddressFamily, usable: Usable) -> Source:
+        candidates = self._of.get(family, ())
+        if not candidates:
+            raise NoEgress(self._why_none(family, usable))
         # The version byte tells how long the client's packed form is, so no two keys coincide.
         key = bytes((client.version,)) + client.packed + destination.encode()
-        return rendezvous(key, self._pools.get(family, ()), _packed)
+        address, *spare = map(str, rendezvous(key, candidates, _packed))
+        return Source(address, self._pool.iface, self._pool.mark, self._name, tuple(spare))
 
-    def _refresh(self, usable: frozenset[IPAddress]) -> None:
+    def _refresh(self, usable: Usable) -> None:
         self._usable = usable
         self._remembered.clear()
-        self._pools = {}
-        for address in self.addresses:
-            if address in usable:
-                self._pools.setdefault(_BY_VERSION[address.version], []).append(address)
+        self._of = {}
+        listed = usable.listed.get(self._name, frozenset())
+        for version, family in _BY_VERSION.items():
+            here = [a for a in self._pool.addresses if a.version == version and a in usable.local]
+            clean = [address for address in here if address not in listed]
+            if not clean and self._pool.when_all_listed == "use":
+                clean = here
+            self._of[family] = tuple(clean)
+
+    def _why_none(self, family: socket.AddressFamily, usable: Usable) -> str:
+        text = f'no usable egress address for {_FAMILIES[family]} in pool "{self._name}"'
+        ours = [address for address in self._pool.addresses if _BY_VERSION[address.version] == family]
+        if not ours:
+            return f"{text}: it has none"
+        listed = sum(address in usable.local for address in ours)
+        reasons = [f"{count} {what}" for count, what in ((len(ours) - listed, "not on this host"), (listed, "listed"))]
+        return f"{text}: {', '.join(reason for reason in reasons if not reason.startswith('0 '))}"
 
 
 def _packed(address: IPAddress) -> bytes:

@@ -46,6 +46,22 @@ class DialError(Error):
         self.step = step
 
 
+class OutOfPorts(DialError):
+    """Every address to leave from has used up its ports towards this destination address and port (EADDRNOTAVAIL).
+
+    `sources` are those addresses, none for the kernel's choice; `time_wait` is how many connections of this host are
+    over and keep their ports for a minute (TIME_WAIT), if that is known.
+    """
+
+    def __init__(self, address: str, sources: Sequence[str] = (), time_wait: int | None = None) -> None:
+        super().__init__(_errno.EADDRNOTAVAIL, address)
+        where = ", ".join(sources[:3]) + (f" and {len(sources) - 3} more" if len(sources) > 3 else "")
+        waiting = "" if time_wait is None else f"; {time_wait} connections of this host are in TIME_WAIT"
+        self.args = (f"out of ports towards {address} on {where or 'this host'} (EADDRNOTAVAIL){waiting}",)
+        self.sources = tuple(sources)
+        self.time_wait = time_wait
+
+
 class ResolveError(Error):
     """A name has no address, or nobody told us in time; `cause` says which in a word or two."""
 

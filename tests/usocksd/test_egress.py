@@ -1,65 +1,118 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from ipaddress import IPv4Address, ip_address
 from socket import AF_INET, AF_INET6
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from usocksd.egress import EgressPool, Source
+from usocksd import egress
+from usocksd.egress import EgressPools, Pool, Source, Usable
 from usocksd.errors import NoEgress
 from usocksd.match import IPAddress
 
 TEN = [ip_address(f"198.51.100.{n}") for n in range(10, 20)]
 BOTH = [*TEN, ip_address("2001:db8::10"), ip_address("2001:db8::11")]
 CLIENT = ip_address("10.0.0.1")
+NOTHING = Usable(frozenset())
+
+
+def pools(addresses: Iterable[IPAddress] = (), **more: Any) -> EgressPools:
+    """One pool with these addresses, the default one."""
+    return EgressPools({"default": Pool(tuple(addresses), **more)})
+
+
+def here(*addresses: IPAddress, listed: Sequence[IPAddress] = ()) -> Usable:
+    """What is usable on a host with these addresses, some of them listed for the default pool."""
+    return Usable(frozenset(addresses), {"default": frozenset(listed)} if listed else {})
 
 
 def test_without_addresses_the_kernel_chooses() -> None:
-    nothing: frozenset[IPAddress] = frozenset()
-    assert EgressPool().pick(CLIENT, "www.example.com", AF_INET, nothing) == Source(None, None, None)
-    assert EgressPool(iface="eth1", mark=16).pick(CLIENT, "x", AF_INET6, nothing) == Source(None, "eth1", 16)
+    assert EgressPools({}).pick("default", CLIENT, "www.example.com", AF_INET, NOTHING) == Source()
+    pool = pools(iface="eth1", mark=16)
+    assert pool.pick("default", CLIENT, "x", AF_INET6, NOTHING) == Source(None, "eth1", 16)
+    assert pool.ranking("default", CLIENT, "x", AF_INET6, NOTHING) == [Source(None, "eth1", 16)]
 
 
 def test_interface_and_mark_apply_together_with_the_address() -> None:
-    pool = EgressPool(TEN[:1], iface="eth1", mark=16)
-    assert pool.pick(CLIENT, "x", AF_INET, frozenset(TEN)) == Source("198.51.100.10", "eth1", 16)
+    pool = pools(TEN[:1], iface="eth1", mark=16)
+    assert pool.pick("default", CLIENT, "x", AF_INET, here(*TEN)) == Source("198.51.100.10", "eth1", 16)
+
+
+def test_the_pool_is_the_one_that_was_asked_for() -> None:
+    two = EgressPools({"default": Pool((TEN[0],)), "partners": Pool((TEN[1],), mark=7)})
+    assert two.pick("default", CLIENT, "x", AF_INET, here(*TEN)) == Source(str(TEN[0]))
+    assert two.pick("partners", CLIENT, "x", AF_INET, here(*TEN)) == Source(str(TEN[1]), None, 7, "partners")
+    listed = Usable(frozenset(TEN), {"partners": frozenset(TEN[:1])})
+    assert two.pick("default", CLIENT, "x", AF_INET, listed).address == str(TEN[0]), "listed for another pool"
 
 
 def test_the_address_is_usable_and_of_the_destinations_family() -> None:
-    pool = EgressPool(BOTH)
-    usable = frozenset(BOTH)
+    pool, everything = pools(BOTH), here(*BOTH)
+    only = here(TEN[3], ip_address("198.51.100.99"))
     for n in range(50):
-        assert ip_address(str(pool.pick(CLIENT, f"{n}", AF_INET, usable).address)) in TEN
-        assert ip_address(str(pool.pick(CLIENT, f"{n}", AF_INET6, usable).address)) in BOTH[10:]
-        only = pool.pick(CLIENT, f"{n}", AF_INET, frozenset({TEN[3], ip_address("198.51.100.99")}))
-        assert only.address == str(TEN[3])
+        assert ip_address(str(pool.pick("default", CLIENT, f"{n}", AF_INET, everything).address)) in TEN
+        assert ip_address(str(pool.pick("default", CLIENT, f"{n}", AF_INET6, everything).address)) in BOTH[10:]
+        assert pool.pick("default", CLIENT, f"{n}", AF_INET, only) == Source(str(TEN[3]))
 
 
 def test_no_usable_address_of_the_family_is_an_error() -> None:
-    pool = EgressPool(TEN, iface="eth1")
-    with pytest.raises(NoEgress, match="IPv6"):
-        pool.pick(CLIENT, "x", AF_INET6, frozenset(BOTH))
-    with pytest.raises(NoEgress, match="IPv4"):
-        pool.pick(CLIENT, "x", AF_INET, frozenset())
-    assert pool.pick(CLIENT, "x", AF_INET, frozenset(TEN)).address  # and it recovers
+    pool = pools(TEN[:2], iface="eth1")
+    with pytest.raises(NoEgress, match=r'for IPv6 in pool "default": it has none$'):
+        pool.pick("default", CLIENT, "x", AF_INET6, here(*BOTH))
+    with pytest.raises(NoEgress, match=r'for IPv4 in pool "default": 2 not on this host$'):
+        pool.pick("default", CLIENT, "x", AF_INET, NOTHING)
+    with pytest.raises(NoEgress):
+        pool.ranking("default", CLIENT, "x", AF_INET, NOTHING)
+    assert pool.pick("default", CLIENT, "x", AF_INET, here(*TEN)).address  # and it recovers
+
+
+def test_listed_addresses_are_left_out_while_there_are_others() -> None:
+    pool = pools(TEN[:3])
+    one_clean = here(*TEN, listed=TEN[:2])
+    assert {pool.pick("default", CLIENT, f"{n}", AF_INET, one_clean).address for n in range(50)} == {str(TEN[2])}
+    all_listed = here(*TEN, listed=TEN[:3])
+    assert len({pool.pick("default", CLIENT, f"{n}", AF_INET, all_listed).address for n in range(50)}) == 3
+    # The clean one is gone: those that are here count.
+    clean_one_gone = here(*TEN[:2], listed=TEN[:2])
+    assert pool.pick("default", CLIENT, "x", AF_INET, clean_one_gone).address in {str(TEN[0]), str(TEN[1])}
+
+
+def test_all_listed_is_an_error_if_the_pool_says_so() -> None:
+    pool = pools(BOTH[9:], when_all_listed="refuse")
+    usable = here(TEN[9], BOTH[10], listed=[TEN[9]])
+    with pytest.raises(NoEgress, match='no usable egress address for IPv4 in pool "default": 1 listed'):
+        pool.pick("default", CLIENT, "x", AF_INET, usable)
+    assert pool.pick("default", CLIENT, "x", AF_INET6, usable).address == str(BOTH[10]), "families are judged apart"
+    pool = pools(TEN[:2], when_all_listed="refuse")
+    with pytest.raises(NoEgress, match="1 not on this host, 1 listed"):
+        pool.pick("default", CLIENT, "x", AF_INET, here(TEN[0], listed=[TEN[0]]))
 
 
 def test_removing_one_of_ten_moves_only_its_own_clients() -> None:
-    pool = EgressPool(TEN)
-    everything, without = frozenset(TEN), frozenset(TEN[:4] + TEN[5:])
+    pool = pools(TEN)
+    everything, without = here(*TEN), here(*TEN[:4], *TEN[5:])
     clients = [IPv4Address(0x0A000000 + n) for n in range(10_000)]
-    before = [pool.pick(client, "www.example.com", AF_INET, everything).address for client in clients]
-    after = [pool.pick(client, "www.example.com", AF_INET, without).address for client in clients]
-    moved = [old for old, new in zip(before, after, strict=True) if old != new]
-    assert set(moved) == {str(TEN[4])}
+
+    def choices(usable: Usable) -> list[str | None]:
+        return [pool.pick("default", client, "www.example.com", AF_INET, usable).address for client in clients]
+
+    before, after = choices(everything), choices(without)
+    moved = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
+    assert {old for old, _ in moved} == {str(TEN[4])}
     assert len(moved) == before.count(str(TEN[4]))
-    assert 800 <= len(moved) <= 1200
-    again = [pool.pick(client, "www.example.com", AF_INET, everything).address for client in clients]
-    assert again == before
+    assert 900 <= len(moved) <= 1100
+    # They spread over all that is left, and come back.
+    assert {new for _, new in moved} == {str(address) for address in TEN} - {str(TEN[4])}
+    assert choices(everything) == before
+    # A listing is no other than an absence.
+    assert choices(here(*TEN, listed=[TEN[4]])) == after
 
 
 @given(
@@ -71,35 +124,52 @@ def test_removing_one_of_ten_moves_only_its_own_clients() -> None:
 def test_an_address_that_goes_moves_nobody_elses_clients(
     addresses: list[IPAddress], client: IPAddress, destination: str, data: st.DataObject
 ) -> None:
-    pool = EgressPool(addresses)
-    before = pool.pick(client, destination, AF_INET, frozenset(addresses))
-    gone = data.draw(st.sampled_from([a for a in addresses if str(a) != before.address]))
-    assert pool.pick(client, destination, AF_INET, frozenset(addresses) - {gone}) == before
-    assert EgressPool(reversed(addresses)).pick(client, destination, AF_INET, frozenset(addresses)) == before
+    pool = pools(addresses)
+    before = pool.ranking("default", client, destination, AF_INET, here(*addresses))
+    assert pool.pick("default", client, destination, AF_INET, here(*addresses)) == before[0]
+    order = [source.address for source in before]
+    assert sorted(map(str, order)) == sorted(map(str, addresses))
+    for at, source in enumerate(before):
+        assert list(source.spare) == order[at + 1 :]
+    gone = data.draw(st.sampled_from(addresses))
+    after = pool.ranking("default", client, destination, AF_INET, here(*set(addresses) - {gone}))
+    assert [source.address for source in after] == [address for address in order if address != str(gone)]
+    again = pools(reversed(addresses)).ranking("default", client, destination, AF_INET, here(*addresses))
+    assert again == before
 
 
 def test_the_choice_depends_on_client_and_destination() -> None:
-    pool = EgressPool(TEN)
-    usable = frozenset(TEN)
-    assert len({pool.pick(CLIENT, f"{n}.example", AF_INET, usable) for n in range(200)}) == 10
-    assert len({pool.pick(ip_address(f"2001:db8::{n}"), "x", AF_INET, usable) for n in range(200)}) == 10
+    pool, usable = pools(TEN), here(*TEN)
+    assert len({pool.pick("default", CLIENT, f"{n}.example", AF_INET, usable).address for n in range(200)}) == 10
+    clients = [ip_address(f"2001:db8::{n}") for n in range(200)]
+    assert len({pool.pick("default", client, "x", AF_INET, usable).address for client in clients}) == 10
+
+
+def test_or_on_the_client_alone() -> None:
+    pool, usable = pools(TEN, sticky="client"), here(*TEN)
+    assert len({pool.pick("default", CLIENT, f"{n}.example", AF_INET, usable) for n in range(200)}) == 1
+    clients = [ip_address(f"2001:db8::{n}") for n in range(200)]
+    assert len({pool.pick("default", client, "x", AF_INET, usable).address for client in clients}) == 10
 
 
 def test_the_choice_survives_a_restart() -> None:
     program = (
-        "from ipaddress import ip_address as a; from socket import AF_INET\n"
-        "from usocksd.egress import EgressPool\n"
-        "ten = [a(f'198.51.100.{n}') for n in range(10, 20)]; pool = EgressPool(ten)\n"
-        "print(*(pool.pick(a('10.0.0.1'), f'{n}', AF_INET, frozenset(ten)).address for n in range(20)))"
+        "import json; from ipaddress import ip_address as a; from socket import AF_INET\n"
+        "from usocksd.egress import EgressPools, Pool, Usable\n"
+        "ten = [a(f'198.51.100.{n}') for n in range(10, 20)]\n"
+        "pools = EgressPools({'default': Pool(ten)}); usable = Usable(frozenset(ten))\n"
+        "pick = lambda n: pools.pick('default', a('10.0.0.1'), f'{n}', AF_INET, usable)\n"
+        "print(json.dumps([[pick(n).address, *pick(n).spare] for n in range(20)]))"
     )
     output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    pool, usable = EgressPool(TEN), frozenset(TEN)
-    assert output.split() == [pool.pick(CLIENT, f"{n}", AF_INET, usable).address for n in range(20)]
+    pool, usable = pools(TEN), here(*TEN)
+    mine = [pool.pick("default", CLIENT, f"{n}", AF_INET, usable) for n in range(20)]
+    assert json.loads(output) == [[source.address, *source.spare] for source in mine]
 
 
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(EgressPool, "_MOST_REMEMBERED", 10)
-    pool, usable = EgressPool(TEN), frozenset(TEN)
+    monkeypatch.setattr(egress._Ranked, "_MOST_REMEMBERED", 10)
+    pool, usable = pools(TEN), here(*TEN)
     for n in range(100):
-        pool.pick(CLIENT, f"{n}", AF_INET, usable)
-    assert len(pool._remembered) <= 10
+        pool.pick("default", CLIENT, f"{n}", AF_INET, usable)
+    assert len(pool._pools["default"]._remembered) <= 10

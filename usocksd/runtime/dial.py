@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import trio
 
-from usocksd.errors import DialError, Error
+from usocksd.errors import DialError, Error, OutOfPorts
 from usocksd.runtime.endpoint import DeadlineExpired, Endpoint, PeerReset
 from usocksd.runtime.hostport import join_port
 from usocksd.runtime.options import set_options
@@ -22,6 +22,10 @@ _IP_BIND_ADDRESS_NO_PORT = 24
 _STREAM = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
 # RFC 8305, section 5: how long one attempt is given before the next address is tried beside it, in seconds.
 _ATTEMPT_DELAY = 0.25
+# So long, in seconds, a source that was out of ports for a destination is not the first to be asked again: the kernel
+# looks at each of the 28,000 ports before it says so, which takes 2 ms of this process.
+_SPENT_FOR = 1.0
+_MOST_SPENT = 4096
 
 
 class Target(NamedTuple):
@@ -33,6 +37,8 @@ class Target(NamedTuple):
     source: str | None = None
     iface: str | None = None
     mark: int | None = None
+    spare: tuple[str, ...] = ()
+    """What to leave from when `source` has no port left for this destination, or is not on this host any more."""
 
     def __str__(self) -> str:
         return join_port(self.host, self.port)
@@ -55,7 +61,8 @@ async def dial(
     """Connect to the first of `targets` that answers: happy eyeballs (RFC 8305) when there is more than one.
 
     `deadline` is on the reactor's clock. If `client` is reset meanwhile, nobody waits for this connection any more:
-    PeerReset. Raises DialError with the errno of the attempt that failed first (ETIMEDOUT for the deadline).
+    PeerReset. Raises DialError with the errno of the attempt that failed first (ETIMEDOUT for the deadline); OutOfPorts
+    if that was for want of ports on every address to leave from.
     """
     if client is not None:
         client.check_peer()
@@ -86,8 +93,43 @@ async def _connect(reactor: Reactor, target: Target, deadline: float, client: En
     return endpoint
 
 
+# When a source that had no port left for a destination is to be asked again, on the reactor's clock.
+_spent: dict[tuple[str | None, str, int], float] = {}
+
+
 def _start(reactor: Reactor, target: Target) -> Endpoint:
-    """Everything up to a connect(2) in progress."""
+    """Everything up to a connect(2) in progress, from the first source that can be used."""
+    failure: DialError | None = None
+    for source in _promising(target, reactor.clock()):
+        try:
+            return _start_from(reactor, target, source)
+        except DialError as error:
+            # Out of ports, or not on this host any more. With whatever else it is another source would not help.
+            if error.errno != errno.EADDRNOTAVAIL:
+                raise
+            failure = error
+            if isinstance(error, OutOfPorts) and target.spare:
+                if len(_spent) >= _MOST_SPENT:
+                    _spent.clear()
+                _spent[source, target.host, target.port] = reactor.clock() + _SPENT_FOR
+    assert failure is not None
+    if isinstance(failure, OutOfPorts):
+        sources = () if target.source is None else (target.source, *target.spare)
+        raise OutOfPorts(str(target), sources, _in_time_wait())
+    raise failure
+
+
+def _promising(target: Target, now: float) -> Sequence[str | None]:
+    """The sources worth trying, in order: the preferred one if no other is, since it may have a port again by now."""
+    if not target.spare:
+        return (target.source,)
+    sources = (target.source, *target.spare)
+    if not _spent:
+        return sources
+    return [each for each in sources if _spent.get((each, target.host, target.port), now) <= now] or sources[:1]
+
+
+def _start_from(reactor: Reactor, target: Target, source: str | None) -> Endpoint:
     v6 = ":" in target.host
     step = "socket"
     try:
@@ -102,12 +144,15 @@ def _start(reactor: Reactor, target: Target) -> Endpoint:
         if target.iface is not None:
             step = f"interface {target.iface} for"
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, target.iface.encode() + b"\0")
-        if target.source is not None:
-            step = f"bind {target.source} for"
+        if source is not None:
+            step = f"bind {source} for"
             sock.setsockopt(socket.IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT, 1)
-            sock.bind((target.source, 0))
+            sock.bind((source, 0))
         step = "connect"
         code = sock.connect_ex((target.host, target.port))
+        if code == errno.EADDRNOTAVAIL and (source is not None or not v6):
+            # (For IPv6 without a source it may be that this host has no address to leave from.)
+            raise OutOfPorts(str(target))
         if code not in (0, errno.EINPROGRESS):
             raise DialError(code, str(target), step)
         return Endpoint(reactor, sock, connecting=True)
@@ -117,6 +162,16 @@ def _start(reactor: Reactor, target: Target) -> Endpoint:
     except BaseException:
         sock.close()
         raise
+
+
+def _in_time_wait() -> int | None:
+    """How many connections of this host are in TIME_WAIT, and keep their ports; None where nobody tells."""
+    try:
+        with open("/proc/net/sockstat", encoding="ascii") as file:
+            words = file.read().partition("TCP:")[2].split()
+        return int(words[words.index("tw") + 1])
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 async def _race(

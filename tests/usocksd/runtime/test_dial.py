@@ -157,20 +157,22 @@ IN_A_NAMESPACE = """
     ip("route", "add", "unreachable", "10.9.9.9")
     ip("route", "add", "prohibit", "10.9.9.8")
     Path("/proc/sys/net/ipv4/ip_local_port_range").write_text("40000 40000")
+    Path("/proc/sys/net/ipv4/tcp_tw_reuse").write_text("0")
     listeners = [socket.create_server(("10.1.1.1", port)) for port in (1001, 1002)]
 
     async def main():
-        reactor = Reactor()
-        said, opened = {}, []
+        now = [1000.0]
+        reactor = Reactor(clock=lambda: now[0])
+        said, opened = {}, {}
 
         async def attempt(name, host, port, **more):
             try:
                 endpoint, _ = await dial(reactor, [Target(host, port, **more)], deadline=reactor.clock() + 5)
             except DialError as error:
-                said[name] = [error.errno, error.step]
+                said[name] = [error.errno, error.step, type(error).__name__, str(error)]
             else:
-                said[name] = endpoint.sock.getsockname()[1]
-                opened.append(endpoint)
+                said[name] = endpoint.sock.getsockname()
+                opened[name] = endpoint
 
         async with trio.open_nursery() as nursery:
             await nursery.start(reactor.run)
@@ -182,6 +184,31 @@ IN_A_NAMESPACE = """
             await attempt("forbidden", "10.9.9.8", 1)
             await attempt("marked", "10.1.1.1", 1001, source="127.0.0.1", mark=7)
             await attempt("device", "10.1.1.1", 1002, source="127.0.0.1", iface="lo")
+            # Several sources, with a port each.
+            three = {"source": "127.0.0.11", "spare": ("127.0.0.12", "127.0.0.13")}
+            for name in ("first", "second", "third", "fourth"):
+                await attempt(name, "10.1.1.1", 1001, **three)
+            await attempt("elsewhere", "10.1.1.1", 1002, **three)
+            opened["first"].reset()
+            await attempt("preferred is free", "10.1.1.1", 1001, **three)
+            opened["third"].reset()
+            await attempt("third is free, and not asked yet", "10.1.1.1", 1001, **three)
+            now[0] += 1.5
+            await attempt("third is free", "10.1.1.1", 1001, **three)
+            await attempt("gone", "10.1.1.1", 1002, source="192.0.2.7", spare=("192.0.2.8", "127.0.0.14"))
+            await attempt("all gone", "10.1.1.1", 1002, source="192.0.2.7", spare=("192.0.2.8",))
+            # The one who closes first has TIME_WAIT.
+            await attempt("short", "10.1.1.1", 1001, source="127.0.0.15")
+            listeners[0].setblocking(False)
+            accepted = {}
+            while "127.0.0.15" not in accepted:
+                sock, (peer, _) = listeners[0].accept()
+                accepted[peer] = sock
+            opened["short"].sock.shutdown(socket.SHUT_WR)
+            accepted["127.0.0.15"].close()
+            assert await opened["short"].receive() == b""
+            opened["short"].close()
+            await attempt("time wait", "10.1.1.1", 1001, source="127.0.0.15")
             nursery.cancel_scope.cancel()
         print(json.dumps(said))
 
@@ -206,12 +233,26 @@ def test_ports_and_routes_in_a_namespace_of_its_own() -> None:
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     # One port for both: the kernel chose it when it knew both ends.
-    assert (said["one"], said["two"]) == (40000, 40000)
-    assert said["out of ports"] == [errno.EADDRNOTAVAIL, "connect"]
-    assert said["no network"] == [errno.ENETUNREACH, "connect"]
-    assert said["no host"] == [errno.EHOSTUNREACH, "connect"]
-    assert said["forbidden"] == [errno.EACCES, "connect"]
-    assert (said["marked"], said["device"]) == (40000, 40000)
+    assert said["one"] == said["two"] == ["10.1.1.1", 40000]
+    out_of_ports = [errno.EADDRNOTAVAIL, "connect", "OutOfPorts"]
+    where = "out of ports towards 10.1.1.1:1001 on"
+    rest = "(EADDRNOTAVAIL); 0 connections of this host are in TIME_WAIT"
+    assert said["out of ports"] == [*out_of_ports, f"{where} 10.1.1.1 {rest}"]
+    assert said["no network"][:3] == [errno.ENETUNREACH, "connect", "DialError"]
+    assert said["no host"][:3] == [errno.EHOSTUNREACH, "connect", "DialError"]
+    assert said["forbidden"][:3] == [errno.EACCES, "connect", "DialError"]
+    assert said["marked"] == said["device"] == ["127.0.0.1", 40000]
+    assert [said[name][0] for name in ("first", "second", "third")] == ["127.0.0.11", "127.0.0.12", "127.0.0.13"]
+    assert said["fourth"] == [*out_of_ports, f"{where} 127.0.0.11, 127.0.0.12, 127.0.0.13 {rest}"]
+    assert said["elsewhere"] == ["127.0.0.11", 40000]
+    # While none is known to have a port only the preferred one is asked: each costs the kernel a look at every port.
+    assert said["preferred is free"] == ["127.0.0.11", 40000]
+    assert said["third is free, and not asked yet"][2] == "OutOfPorts"
+    assert said["third is free"] == ["127.0.0.13", 40000]
+    assert said["gone"] == ["127.0.0.14", 40000]
+    assert said["all gone"][:3] == [errno.EADDRNOTAVAIL, "bind 192.0.2.8 for", "DialError"]
+    # (Without net.ipv4.tcp_tw_reuse; 2, the default, means loopback.)
+    assert said["time wait"][2:] == ["OutOfPorts", f"{where} 127.0.0.15 {rest.replace('0 conn', '1 conn')}"]
 
 
 # Several addresses

@@ -1,0 +1,459 @@
+"""Where connections leave from, with addresses that come and go, ports that run out, and a block list in DNS."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from ipaddress import IPv4Address, IPv6Address
+from pathlib import Path
+from socket import socket as Socket
+from typing import Any
+
+import daemons
+import lab
+import pytest
+from daemons import GRANTED, Daemon, Served, socks5, wait_until
+
+WEB = {4: lab.WEB_V4, 6: lab.WEB_V6}
+POOL = {4: lab.PROXY_V4, 6: lab.PROXY_V6}
+GENERAL_FAILURE, NETWORK_UNREACHABLE = 1, 3
+IP_BIND_ADDRESS_NO_PORT = 24
+ETH_P_ALL = 0x0003
+
+CONFIG = """
+{top}
+[incoming]
+port = 1080
+addresses = ["127.0.0.1"]
+metrics_port = 9100
+[outgoing]
+addresses = {addresses}
+[timeouts]
+connect = 3
+"""
+
+
+def usocksd(net: lab.Net, folder: Path, *addresses: str, top: str = "", more: str = "") -> Daemon:
+    config = CONFIG.format(top=top, addresses=json.dumps(addresses)) + more
+    return Daemon("usocksd", config, folder, popen=net.proxy.popen)
+
+
+def connected(net: lab.Net, client: str) -> Socket:
+    """A connection to the daemon from this address of loopback."""
+    sock = net.proxy.socket()
+    sock.settimeout(daemons.PATIENCE)
+    sock.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
+    sock.bind((client, 0))
+    sock.connect(("127.0.0.1", 1080))
+    return sock
+
+
+def ask(net: lab.Net, client: str, host: str, port: int) -> tuple[int, str]:
+    """The reply to one request, and the address that the connection leaves from."""
+    with connected(net, client) as sock:
+        reply, bound, _ = socks5(sock, host, port)
+        return reply, bound
+
+
+def metric(net: lab.Net, line: str) -> float | None:
+    """The value of a metric, by its name and labels as they are rendered."""
+    with net.proxy.socket() as sock:
+        sock.connect(("127.0.0.1", 9100))
+        sock.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        for each in daemons.receive_all(sock).decode().splitlines():
+            if each.startswith(line):
+                return float(each.removeprefix(line))
+    return None
+
+
+# ---- addresses that come and go
+
+
+class Sniffer(contextlib.AbstractContextManager["Sniffer"]):
+    """Sees each SYN that arrives at a host for a port, with its time: retries, and what is never answered, too."""
+
+    def __init__(self, host: lab.Host, port: int) -> None:
+        self.seen: list[tuple[float, str]] = []
+        self._port = port
+        self._sock = host.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ETH_P_ALL))
+        self._sock.settimeout(0.1)
+        self._done = False
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._done:
+            try:
+                packet, (_, _, kind, *_) = self._sock.recvfrom(65536)
+            except TimeoutError:
+                continue
+            if kind == socket.PACKET_OUTGOING or not packet:
+                continue
+            source: IPv4Address | IPv6Address
+            if packet[0] >> 4 == 4:
+                protocol, source, tcp = packet[9], IPv4Address(packet[12:16]), packet[(packet[0] & 15) * 4 :]
+            else:
+                protocol, source, tcp = packet[6], IPv6Address(packet[8:24]), packet[40:]
+            if protocol == socket.IPPROTO_TCP and int.from_bytes(tcp[2:4]) == self._port and tcp[13] & 0x12 == 0x02:
+                self.seen.append((time.monotonic(), str(source)))
+
+    def __exit__(self, *_: object) -> None:
+        self._done = True
+        self._thread.join()
+        self._sock.close()
+
+
+class Load(contextlib.AbstractContextManager["Load"]):
+    """Clients that connect again and again, from many addresses, so that all egress addresses have some."""
+
+    def __init__(self, net: lab.Net, host: str, port: int) -> None:
+        self.done: list[tuple[float, int, str]] = []
+        """When each was begun, its reply, and where it left from."""
+        self._where = net, host, port
+        self._stopped = False
+        self._threads = [threading.Thread(target=self._run, args=(number,)) for number in range(3)]
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self, number: int) -> None:
+        net, host, port = self._where
+        turn = 0
+        while not self._stopped:
+            turn += 1
+            began = time.monotonic()
+            try:
+                reply, bound = ask(net, f"127.0.{number + 1}.{turn % 200 + 1}", host, port)
+            except OSError as error:
+                reply, bound = -1, str(error)
+            self.done.append((began, reply, bound))
+
+    def until(self, condition: Any, what: str) -> None:
+        """Wait until a connection is like this."""
+        wait_until(lambda: any(condition(*each) for each in self.done[-100:]), what)
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped = True
+        for thread in self._threads:
+            thread.join()
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_an_address_goes_under_load_and_comes_back(host_net: lab.Net, tmp_path: Path, version: int) -> None:
+    net, pool, bits = host_net, POOL[version], 24 if version == 4 else 64
+    flags = ["nodad"] if version == 6 else []
+    gone = pool[1]
+    # Where bind succeeds on absent addresses too, the list of addresses alone tells.
+    net.proxy.sysctl(f"net.ipv{version}.ip_nonlocal_bind", 1)
+    with (
+        Served(net.outside.listen(WEB[version], 80), daemons.echo),
+        usocksd(net, tmp_path, *pool, top="workers = 2") as server,
+        Sniffer(net.outside, 80) as sniffer,
+    ):
+        server.ready()
+        with Load(net, WEB[version], 80) as load:
+            load.until(lambda _, reply, bound: (reply, bound) == (GRANTED, gone), "all are used")
+            net.proxy.run("ip", "addr", "del", f"{gone}/{bits}", "dev", "eth0")
+            removed = time.monotonic()
+            load.until(lambda began, *_: began > removed + 2, "life goes on")
+            put_back = time.monotonic()
+            net.proxy.run("ip", "addr", "add", f"{gone}/{bits}", "dev", "eth0", *flags)
+            back = time.monotonic()
+            load.until(lambda began, reply, bound: began > back and bound == gone, "it is used again")
+            again = next(began for began, _, bound in load.done if began > back and bound == gone)
+            assert again < back + 1
+            load.until(lambda began, *_: began > back + 1, "life goes on")
+        assert len(server.records("addresses of this host changed", removed=[gone])) == 2  # workers
+    # From a second after, at the latest, all is well; and nothing has ever left from anywhere else.
+    later = [(reply, bound) for began, reply, bound in load.done if removed + 1 < began < put_back]
+    assert len(later) > 20
+    assert Counter(reply for reply, _ in later) == {GRANTED: len(later)}
+    assert {bound for _, bound in later} == {pool[0], pool[2]}
+    assert all(reply == GRANTED for began, reply, _ in load.done if began < removed - 0.1 or began > back + 1)
+    assert {source for _, source in sniffer.seen} == set(pool)
+    assert {source for when, source in sniffer.seen if removed + 1 < when < put_back} == {pool[0], pool[2]}
+    assert len(sniffer.seen) >= len([each for each in load.done if each[1] == GRANTED])
+
+
+def test_with_no_address_left_nothing_leaves(host_net: lab.Net, tmp_path: Path) -> None:
+    net = host_net
+    with (
+        Served(net.outside.listen(WEB[4], 80), daemons.echo),
+        usocksd(net, tmp_path, lab.PROXY_V4[1]) as server,
+        Sniffer(net.outside, 80) as sniffer,
+    ):
+        server.ready()
+        assert ask(net, "127.0.0.1", WEB[4], 80) == (GRANTED, lab.PROXY_V4[1])
+        net.proxy.run("ip", "addr", "del", f"{lab.PROXY_V4[1]}/24", "dev", "eth0")
+        server.record("addresses of this host changed")
+        assert ask(net, "127.0.0.1", WEB[4], 80)[0] == NETWORK_UNREACHABLE
+        error = 'no usable egress address for IPv4 in pool "default": 1 not on this host'
+        assert server.record("dial to destination failed")["error"] == error
+        # For IPv6 there is none to begin with.
+        assert ask(net, "127.0.0.1", WEB[6], 80)[0] == NETWORK_UNREACHABLE
+    assert {source for _, source in sniffer.seen} == {lab.PROXY_V4[1]}
+
+
+def test_the_same_address_from_every_worker_and_after_a_restart(host_net: lab.Net, tmp_path: Path) -> None:
+    net, clients = host_net, [f"127.0.0.{number}" for number in range(1, 13)]
+
+    def sources() -> dict[str, set[str]]:
+        """Where each client leaves from, over so many connections that all workers have some."""
+        return {client: {ask(net, client, WEB[4], 80)[1] for _ in range(8)} for client in clients}
+
+    with Served(net.outside.listen(WEB[4], 80), daemons.echo):
+        with usocksd(net, tmp_path, *lab.PROXY_V4, top="workers = 2") as server:
+            server.ready()
+            first = sources()
+            assert all(len(found) == 1 for found in first.values())
+            assert set().union(*first.values()) == set(lab.PROXY_V4)
+            server.signal(signal.SIGHUP)
+            server.record("reloaded")
+            assert sources() == first
+        server.log.unlink()
+        # The order in which they are configured says nothing.
+        with usocksd(net, tmp_path, *reversed(lab.PROXY_V4), top="workers = 2") as server:
+            server.ready()
+            assert sources() == first
+
+
+# ---- ports that run out
+
+
+@contextlib.contextmanager
+def queue(net: lab.Net) -> Iterator[Socket]:
+    """A listener at the destination that takes no connection from its queue, so that all stay open."""
+    with net.outside.listen(WEB[4], 80, backlog=4000) as listener:
+        yield listener
+
+
+def peers(listener: Socket, count: int) -> Counter[str]:
+    """Who is in its queue; takes them out and ends them."""
+    found: Counter[str] = Counter()
+    for _ in range(count):
+        sock, (host, _) = listener.accept()
+        sock.close()
+        found[host] += 1
+    return found
+
+
+@pytest.mark.parametrize("addresses", [1, 2])
+def test_1500_connections_to_one_destination(host_net: lab.Net, tmp_path: Path, addresses: int) -> None:
+    net, pool = host_net, lab.PROXY_V4[1 : 1 + addresses]
+    net.proxy.sysctl("net.ipv4.ip_local_port_range", "40000 40999")
+    with queue(net) as listener, usocksd(net, tmp_path, *pool) as server, contextlib.ExitStack() as clients:
+        server.ready()
+        replies: Counter[int] = Counter()
+        for number in range(1500):
+            client = clients.enter_context(connected(net, f"127.0.0.{number // 500 + 1}"))
+            replies[socks5(client, WEB[4], 80)[0]] += 1
+        if addresses == 2:
+            assert replies == {GRANTED: 1500}
+            found = peers(listener, 1500)
+            assert set(found) == set(pool)
+            assert max(found.values()) <= 1000
+            return
+        # Exactly the excess fails.
+        assert replies == {GRANTED: 1000, GENERAL_FAILURE: 500}
+        assert peers(listener, 1000) == {pool[0]: 1000}
+        wait_until(lambda: len(server.records("dial to destination failed")) == 500, "the log has them all")
+        errors = {record["error"] for record in server.records("dial to destination failed")}
+        where = f"out of ports towards {WEB[4]}:80 on {pool[0]} (EADDRNOTAVAIL)"
+        assert errors == {f"{where}; 0 connections of this host are in TIME_WAIT"}
+        line = 'usocksd_dial_errors_total{cause="out_of_ports"} '
+        wait_until(lambda: metric(net, line) == 500.0, lambda: f"the metric counts them: {metric(net, line)}")
+
+
+def test_reconnecting_says_that_time_wait_has_the_ports(host_net: lab.Net, tmp_path: Path) -> None:
+    net = host_net
+    net.proxy.sysctl("net.ipv4.ip_local_port_range", "40000 40999")
+    with Served(net.outside.listen(WEB[4], 80), daemons.echo) as web, usocksd(net, tmp_path, lab.PROXY_V4[1]) as server:
+        server.ready()
+
+        def reconnect(number: int) -> int:
+            # The client ends first, and so do we towards the destination.
+            with connected(net, f"127.0.0.{number // 500 + 1}") as client:
+                reply = socks5(client, web.address[0], 80)[0]
+                client.shutdown(socket.SHUT_WR)
+                assert client.recv(1) == b""
+                return reply
+
+        replies = [reconnect(number) for number in range(1050)]
+        assert replies[:900] == [GRANTED] * 900
+        assert set(replies[900:]) == {GRANTED, GENERAL_FAILURE}
+        error = server.record("dial to destination failed")["error"]
+        what, _, rest = error.rpartition("; ")
+        assert what == f"out of ports towards {WEB[4]}:80 on {lab.PROXY_V4[1]} (EADDRNOTAVAIL)"
+        count, _, words = rest.partition(" ")
+        assert words == "connections of this host are in TIME_WAIT"
+        assert int(count) >= 1000
+        # What the operator's guide says to do about it. (A port is reused when it has been idle for a second.)
+        net.proxy.sysctl("net.ipv4.tcp_tw_reuse", 1)
+        numbers = iter(range(100_000))
+        wait_until(lambda: reconnect(next(numbers) % 5000) == GRANTED, "ports in TIME_WAIT serve again")
+
+
+# ---- block lists
+
+
+class Zone:
+    """dnsmasq on the outside host: a block list, which says when it has changed what it knows."""
+
+    def __init__(self, net: lab.Net, folder: Path) -> None:
+        self._net = net
+        self._hosts = folder / "zone"
+        self.put()
+
+    def start(self) -> None:
+        self._process = self._net.outside.popen(
+            "dnsmasq", "--no-daemon", "--conf-file=/dev/null", "--pid-file=", "--user=", "--bind-interfaces",
+            f"--listen-address={lab.NEXT_V4}", "--no-resolv", "--no-hosts", f"--addn-hosts={self._hosts}",
+            f"--auth-server=ns.bl.example,{lab.NEXT_V4}", "--auth-zone=bl.example", "--auth-ttl=1",
+            stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    def put(self, *listed: str) -> None:
+        """What is listed from now on."""
+        names = [IPv4Address(address).reverse_pointer.removesuffix("in-addr.arpa") for address in listed]
+        self._hosts.write_text("".join(f"127.0.0.2 {name}bl.example\n" for name in names))
+
+    def reread(self) -> None:
+        self._process.send_signal(signal.SIGHUP)
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._process.wait()
+
+
+ONE, TWO, THREE = lab.PROXY_V4
+LISTED = f"""
+workers = 2
+control = "{{control}}"
+[[rule]]
+action = "allow"
+ports = [81]
+egress = "strict"
+[egress.strict]
+addresses = ["{THREE}"]
+dnsbl_domains = ["bl.example"]
+when_all_listed = "refuse"
+[incoming]
+port = 1080
+addresses = ["127.0.0.1"]
+metrics_port = 9100
+[outgoing]
+addresses = ["{ONE}", "{TWO}"]
+dnsbl_domain = "bl.example"
+[dns]
+servers = ["{lab.NEXT_V4}"]
+"""
+
+
+class Listed(contextlib.AbstractContextManager["Listed"]):
+    """A daemon with two pools that a block list has a say in, and the list."""
+
+    def __init__(self, net: lab.Net, folder: Path) -> None:
+        if shutil.which("dnsmasq") is None:
+            pytest.skip("not installed: dnsmasq (Debian: dnsmasq-base)")
+        self._net = net
+        self._folder = folder
+        self._stack = contextlib.ExitStack()
+        for port in (80, 81):
+            self._stack.enter_context(Served(net.outside.listen(WEB[4], port), daemons.echo))
+        self.zone = Zone(net, folder)
+        self.zone.start()
+        config = LISTED.format(control=folder / "control.sock")
+        self.server = self._stack.enter_context(Daemon("usocksd", config, folder, popen=net.proxy.popen))
+
+    def __enter__(self) -> Listed:
+        self.server.ready()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._stack.__exit__(*exception)
+
+    def sources(self, port: int) -> set[tuple[int, str]]:
+        """Replies and where connections leave from, of many clients, whichever worker serves them."""
+        return {ask(self._net, f"127.0.1.{number}", WEB[4], port) for number in range(1, 41)}
+
+    def replies(self, port: int) -> set[int]:
+        return {reply for reply, _ in self.sources(port)}
+
+    def status(self) -> Any:
+        command = [sys.executable, "-m", "usocksd", "-f", str(self._folder / "usocksd.toml"), "status", "--json"]
+        return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    def listed(self) -> dict[str, list[str]]:
+        """What `status` says is listed, by pool."""
+        return {name: sorted(pool["listed"]) for name, pool in self.status()["daemon"]["pools"].items()}
+
+    def keeper(self) -> int:
+        """The worker of the first slot."""
+        workers = [worker for row in self.status()["generations"] for worker in row["workers"]]
+        (pid,) = [worker["pid"] for worker in workers if worker["slot"] == 0]
+        return int(pid)
+
+
+def test_a_block_list(host_net: lab.Net, tmp_path: Path) -> None:
+    with Listed(host_net, tmp_path) as world:
+        server, zone = world.server, world.zone
+        assert world.sources(80) == {(GRANTED, ONE), (GRANTED, TWO)}
+        assert world.sources(81) == {(GRANTED, THREE)}
+        # Seen within seconds, since the zone says that its answers are good for one.
+        zone.put(ONE)
+        zone.reread()
+        record = server.record("detect black-listed IP")
+        assert (record["_bad_ips"], record["domain"], record["severity"]) == ([ONE], "bl.example", "warning")
+        wait_until(lambda: world.sources(80) == {(GRANTED, TWO)}, "no worker leaves from it")
+        assert world.listed() == {"default": [ONE], "strict": []}
+        line = f'usocksd_egress_listed{{address="{ONE}",pool="default"}} '
+        wait_until(lambda: metric(host_net, line) == 1.0, lambda: f"the metric: {metric(host_net, line)}")
+        # Unlisted, and another one that is alone in its pool.
+        zone.put(THREE)
+        zone.reread()
+        server.record("detect black-listed IP", _bad_ips=[THREE])
+        wait_until(lambda: world.sources(80) == {(GRANTED, ONE), (GRANTED, TWO)}, "it is used again")
+        wait_until(lambda: world.replies(81) == {NETWORK_UNREACHABLE}, "this pool refuses")
+        wait_until(lambda: metric(host_net, line) == 0.0, lambda: f"the metric: {metric(host_net, line)}")
+        error = server.record("dial to destination failed", dest_port=81)["error"]
+        assert error == 'no usable egress address for IPv4 in pool "strict": 1 listed'
+
+
+def test_what_a_block_list_said_outlives_its_keeper(host_net: lab.Net, tmp_path: Path) -> None:
+    with Listed(host_net, tmp_path) as world:
+        server, zone = world.server, world.zone
+        zone.put(THREE)
+        zone.reread()
+        wait_until(lambda: world.replies(81) == {NETWORK_UNREACHABLE}, "this pool refuses")
+        zone.stop()
+        keeper, others = world.keeper(), set(server.workers())
+        os.kill(keeper, signal.SIGKILL)
+        server.record("a worker was replaced")
+        assert others - {keeper} < set(server.workers())
+        server.record("DNSBL does not answer: what is known stays")
+        assert world.listed() == {"default": [], "strict": [THREE]}
+        assert world.replies(81) == {NETWORK_UNREACHABLE}
+        # Nor does a reload forget it.
+        server.signal(signal.SIGHUP)
+        server.record("reloaded", generation=2)
+        assert world.replies(81) == {NETWORK_UNREACHABLE}
+        wait_until(
+            lambda: len(server.records("DNSBL does not answer: what is known stays")) == 2, "the new keeper asks"
+        )
+        assert world.replies(81) == {NETWORK_UNREACHABLE}
+        # A keeper that starts asks at once, and is heard.
+        zone.put()
+        zone.start()
+        server.signal(signal.SIGHUP)
+        server.record("no longer black-listed", removed=[THREE])
+        wait_until(lambda: world.sources(81) == {(GRANTED, THREE)}, "it is used again")
+        assert len(server.records("detect black-listed IP")) == 1

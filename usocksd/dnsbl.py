@@ -1,0 +1,298 @@
+"""Which egress addresses are on DNS block lists (RFC 5782), and so which ones may be left from.
+
+One worker, the keeper, runs `Lookups` and shares what it finds. Every worker has `Listings`, which takes that in, and
+knows what is usable right now. `Listing` is what travels between them.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import dns.asyncbackend
+import dns.asyncresolver
+import dns.exception
+import dns.message
+import dns.name
+import dns.nameserver
+import dns.rdatatype
+import dns.resolver
+import dns.reversename
+import trio
+
+from usocksd.addresses import HostAddresses
+from usocksd.egress import Pool, Usable
+from usocksd.match import IPAddress, numeric_address
+from usocksd.runtime.metrics import Metrics
+from usocksd.runtime.settings import SocketAddress
+
+_logger = logging.getLogger("usocksd.dnsbl")
+
+# What an answer must be in to be a listing, and where lists say that they won't answer: who asks too much, or through
+# an open resolver, must not take that for a listing (https://www.spamhaus.org/faqs/dnsbl-usage/).
+_LISTED = IPv4Network("127.0.0.0/8")
+_ERRORS = IPv4Network("127.255.255.0/24")
+
+# Seconds. Between two questions about one address lie these at least and at most, whatever the TTL says.
+_SHORTEST, _LONGEST = 5.0, 3600.0
+_NEGATIVE_WITHOUT_SOA = 300.0
+_AFTER_FAILURE = 30.0
+_LIFETIME = 5.0
+_AT_ONCE = 16
+
+
+class Listing(NamedTuple):
+    """An address, and the domain of a list that it is (or may be) on."""
+
+    address: IPAddress
+    domain: str
+
+
+def query_name(listing: Listing) -> dns.name.Name:
+    """The name to ask for: octets, or nibbles, in reverse and the domain behind them (RFC 5782 sections 2.1, 2.4)."""
+    origin = dns.name.from_text(listing.domain)
+    return dns.reversename.from_address(str(listing.address), v4_origin=origin, v6_origin=origin)
+
+
+def verdict(answers: Iterable[str]) -> bool | None:
+    """Whether these addresses, the answer to a query, mean "listed"; None if the list has refused to answer.
+
+    What is not in 127.0.0.0/8 is no listing: it comes from a domain that is no block list any more.
+    """
+    codes = [code for code in map(IPv4Address, answers) if code in _LISTED]
+    if any(code not in _ERRORS for code in codes):
+        return True
+    return None if codes else False
+
+
+class Listings:
+    """What is usable of all pools, and what is listed, as far as is known."""
+
+    def __init__(
+        self,
+        pools: Mapping[str, Pool],
+        domains: Mapping[str, Sequence[str]],
+        hosts: HostAddresses,
+        metrics: Metrics,
+    ) -> None:
+        """`domains`: those of the lists to ask, by pool."""
+        self._pools = pools
+        self._domains = domains
+        self._hosts = hosts
+        self.current: frozenset[Listing] = frozenset()
+        """All that is listed of what is asked about."""
+        self._usable = Usable(hosts.current)
+        # The same in all workers: the smallest of them is the value of each.
+        family = metrics.minimums("egress_listed", "Whether a DNSBL lists an egress address", "pool", "address")
+        self._gauges = {
+            (name, address): family.labels(name, str(address))
+            for name, pool in pools.items()
+            if domains.get(name)
+            for address in pool.addresses
+        }
+
+    @property
+    def questions(self) -> frozenset[Listing]:
+        """Everything to ask."""
+        return frozenset(
+            Listing(address, domain)
+            for name, pool in self._pools.items()
+            for domain in self._domains.get(name, ())
+            for address in pool.addresses
+        )
+
+    def take(self, found: Any) -> None:
+        """What the keeper shares, from `as_json`; perhaps under another configuration: what nobody asks is left out."""
+        self.current = self.questions & {Listing(numeric_address(address), domain) for address, domain in found}
+        listed = {name: frozenset(self._lists(name)) for name in self._pools}
+        self._usable = Usable(self._hosts.current, listed)
+        for (name, address), gauge in self._gauges.items():
+            gauge.value = int(address in listed[name])
+
+    def usable(self) -> Usable:
+        """What may be left from right now: the same object as long as nothing has changed."""
+        if self._usable.local is not self._hosts.current:
+            self._usable = Usable(self._hosts.current, self._usable.listed)
+        return self._usable
+
+    def status(self) -> dict[str, Any]:
+        """The pools as JSON values: their addresses, which of them are on this host, and which lists have which."""
+        local = self._hosts.current
+        return {
+            name: {
+                "addresses": list(map(str, pool.addresses)),
+                "local": [str(address) for address in pool.addresses if address in local],
+                "listed": {str(address): domains for address, domains in self._lists(name).items()},
+                "iface": pool.iface,
+                "mark": pool.mark,
+            }
+            for name, pool in self._pools.items()
+        }
+
+    def _lists(self, pool: str) -> dict[IPAddress, list[str]]:
+        """The listed addresses of a pool, and the lists that they are on."""
+        found: dict[IPAddress, list[str]] = {}
+        for address in self._pools[pool].addresses:
+            for domain in self._domains.get(pool, ()):
+                if Listing(address, domain) in self.current:
+                    found.setdefault(address, []).append(domain)
+        return found
+
+
+def as_json(listings: Collection[Listing]) -> list[list[str]]:
+    """As `Listings.take` takes it."""
+    return sorted([str(address), domain] for address, domain in listings)
+
+
+class Lookups:
+    """Asks the lists, again and again, and shares each change."""
+
+    def __init__(
+        self,
+        listings: Listings,
+        share: Callable[[Any], None],
+        servers: Sequence[SocketAddress] | None,
+        metrics: Metrics,
+        *,
+        resolv_conf: Path = Path("/etc/resolv.conf"),
+        shortest: float = _SHORTEST,
+        after_failure: float = _AFTER_FAILURE,
+        lifetime: float = _LIFETIME,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`servers` None: those of `resolv_conf`. The times are in seconds: between two questions about one address at
+        least, until the next one when there was no answer, and for an answer.
+        """
+        self._listings = listings
+        self._share = share
+        self._servers = servers
+        self._resolv_conf = resolv_conf
+        self._shortest = shortest
+        self._after_failure = after_failure
+        self._lifetime = lifetime
+        self._clock = clock
+        self._listed: set[Listing] = set()
+        self._unanswered: dict[Listing, str] = {}
+        self._limiter = trio.CapacityLimiter(_AT_ONCE)
+        self._backend = dns.asyncbackend.get_backend("trio")
+        lookups = metrics.counters("dnsbl_lookups_total", "Questions to DNSBLs about egress addresses", "result")
+        self._counters = {
+            result: lookups.labels(label) for result, label in ((True, "listed"), (False, "clean"), (None, "failed"))
+        }
+
+    async def run(self) -> None:
+        """Until cancelled. What is known by then stays known until an answer says otherwise."""
+        self._listed = set(self._listings.current)
+        by_domain: dict[str, dict[Listing, float]] = {}
+        for question in self._listings.questions:
+            by_domain.setdefault(question.domain, {})[question] = self._clock()
+        async with trio.open_nursery() as nursery:
+            for domain, due in by_domain.items():
+                # Each at its own pace: one that is dead holds up no other.
+                nursery.start_soon(self._follow, domain, due)
+
+    async def once(self) -> dict[Listing, str]:
+        """Ask everything one time, and share it. Returns what there was no answer to, and why."""
+        due = dict.fromkeys(self._listings.questions, 0.0)
+        resolver = self._configured()
+        async with trio.open_nursery() as nursery:
+            for question in due:
+                nursery.start_soon(self._ask, resolver, question, due)
+        self._share(as_json(self._listed))
+        return dict(self._unanswered)
+
+    async def _follow(self, domain: str, due: dict[Listing, float]) -> None:
+        """`due`: when to ask what."""
+        while True:
+            now = self._clock()
+            resolver = self._configured()
+            before = frozenset(self._listed)
+            failed = any(each.domain == domain for each in self._unanswered)
+            async with trio.open_nursery() as nursery:
+                for question, when in due.items():
+                    if when <= now:
+                        nursery.start_soon(self._ask, resolver, question, due)
+            self._tell(domain, before, failed=failed)
+            await trio.sleep(max(min(due.values()) - self._clock(), self._shortest))
+
+    async def _ask(self, resolver: dns.asyncresolver.Resolver, question: Listing, due: dict[Listing, float]) -> None:
+        self._unanswered.pop(question, None)
+        async with self._limiter:
+            try:
+                # dnspython's own limit goes by wall time, which may jump.
+                with trio.fail_after(self._lifetime):
+                    answers, ttl = await self._answers(resolver, query_name(question))
+            except (dns.exception.DNSException, trio.TooSlowError) as error:
+                listed, ttl = None, self._after_failure
+                self._unanswered[question] = str(error) or "timed out"
+            else:
+                listed = verdict(answers)
+                if listed is None:
+                    self._unanswered[question] = f"answers {', '.join(answers)}"
+        self._counters[listed].value += 1
+        if listed:
+            self._listed.add(question)
+        elif listed is not None:
+            self._listed.discard(question)
+        due[question] = self._clock() + min(max(ttl, self._shortest), _LONGEST)
+
+    async def _answers(self, resolver: dns.asyncresolver.Resolver, name: dns.name.Name) -> tuple[list[str], float]:
+        """Addresses and TTL. Raises DNSException."""
+        try:
+            answer = await resolver.resolve(
+                name,
+                dns.rdatatype.A,
+                raise_on_no_answer=False,
+                search=False,
+                lifetime=self._lifetime,
+                backend=self._backend,
+            )
+        except dns.resolver.NXDOMAIN as error:
+            return [], min(map(_negative_ttl, error.responses().values()))  # type: ignore[no-untyped-call]
+        if answer.rrset is None:
+            return [], _negative_ttl(answer.response)
+        return [record.address for record in answer.rrset], answer.chaining_result.minimum_ttl
+
+    def _tell(self, domain: str, before: frozenset[Listing], *, failed: bool) -> None:
+        """What a round of questions to one list has changed; `failed`: whether one had failed before."""
+        failures = [error for question, error in self._unanswered.items() if question.domain == domain]
+        if failures and not failed:
+            said = {"domain": domain, "error": failures[0]}
+            _logger.warning("DNSBL does not answer: what is known stays", extra={"fields": said})
+        elif failed and not failures:
+            _logger.info("DNSBL answers again", extra={"fields": {"domain": domain}})
+        added = [str(each.address) for each in self._listed - before if each.domain == domain]
+        removed = [str(each.address) for each in before - self._listed if each.domain == domain]
+        if not added and not removed:
+            return
+        self._share(as_json(self._listed))
+        fields: dict[str, Any] = {"domain": domain, "added": sorted(added), "removed": sorted(removed)}
+        if added:
+            fields["_bad_ips"] = sorted({str(each.address) for each in self._listed})
+            _logger.warning("detect black-listed IP", extra={"fields": fields})
+        else:
+            _logger.info("no longer black-listed", extra={"fields": fields})
+
+    def _configured(self) -> dns.asyncresolver.Resolver:
+        """Made for each round, since resolv.conf may have changed."""
+        resolver = dns.asyncresolver.Resolver(configure=False)
+        if self._servers is not None:
+            resolver.nameservers = [
+                dns.nameserver.Do53Nameserver(str(server.address), server.port) for server in self._servers
+            ]
+        else:
+            try:
+                resolver.read_resolv_conf(str(self._resolv_conf))
+            except (dns.resolver.NoResolverConfiguration, ValueError):
+                resolver.nameservers = ["127.0.0.1"]  # resolv.conf(5)
+        return resolver
+
+
+def _negative_ttl(response: dns.message.Message) -> float:
+    """How long what is not there stays so (RFC 2308 section 5)."""
+    ttl = response.resolve_chaining().minimum_ttl  # type: ignore[attr-defined]
+    return ttl if any(rrset.rdtype == dns.rdatatype.SOA for rrset in response.authority) else _NEGATIVE_WITHOUT_SOA

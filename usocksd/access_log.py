@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from usocksd.acl import Decision
 from usocksd.errors import CommandNotSupported, Denied, Error
 from usocksd.runtime.access import AccessRecords, Connection, pair_member
 from usocksd.runtime.dial import Target
@@ -26,7 +27,10 @@ _KEYS = (
     "src_addr",
     "user",
     "rule",
+    "pool",
 )
+# What `usocksd diff` needs to decide again, once a connection: the end's record does without it.
+_AT_START = ("dest_name", "candidates")
 _COMMANDS = {command: command.name.lower() for command in Command}
 _PROTOCOLS = {Version.SOCKS4: "SOCKS4/4a", Version.SOCKS5: "SOCKS5"}
 
@@ -74,7 +78,7 @@ class AccessLog(AccessRecords):
     """Starts the records of each connection."""
 
     def __init__(self, log: Log, metrics: Metrics) -> None:
-        super().__init__(log, _KEYS, logging.getLogger(__name__), metrics)
+        super().__init__(log, _KEYS, logging.getLogger(__name__), metrics, at_start=_AT_START)
         connections = metrics.counters(
             "connections_total", "Client connections, by how they began", "version", "status"
         )
@@ -105,7 +109,18 @@ class AccessLog(AccessRecords):
 class Access(Connection):
     """The records of one connection. The session fills in what it learns."""
 
-    __slots__ = ("_destination", "_local", "_request", "_version", "rule", "tried_user", "user")
+    __slots__ = (
+        "_destination",
+        "_local",
+        "_request",
+        "_version",
+        "candidates",
+        "name",
+        "pool",
+        "rule",
+        "tried_user",
+        "user",
+    )
 
     _records: AccessLog
 
@@ -122,6 +137,12 @@ class Access(Connection):
         """Who it could not prove to be."""
         self.rule: str | None = None
         """The rule that decided."""
+        self.pool: str | None = None
+        """The egress pool that an allowed connection leaves from."""
+        self.name: str | None = None
+        """The name that was resolved, or denied: the requested one in canonical form, or with a search domain."""
+        self.candidates: list[tuple[str, Decision]] | None = None
+        """What was decided on each address that the requested name resolved to; None if none was asked for."""
 
     def authenticated(self, user: str | None) -> None:
         """The client's user name and password are accepted: as those of `user`, or unseen."""
@@ -145,7 +166,15 @@ class Access(Connection):
         self._source = join_port(bound[0], bound[1])
         assert self._version is not None
         self._records.granted[self._version].value += 1
-        self._begin()
+        candidates = self.candidates
+        if candidates is None:
+            self._begin(None, None)
+            return
+        for address, decision in candidates:
+            if address == target.host:
+                self.rule, self.pool = decision.rule, decision.egress
+                break
+        self._begin(self.name, _texts(candidates))
 
     def client_denied(self) -> None:
         """The client's address may not use this server."""
@@ -174,14 +203,18 @@ class Access(Connection):
 
     def _gave_up(self, server: Server, status: str, cause: str) -> None:
         self._count(server.version, status)
-        self._event(logging.INFO, "handshake failed", error=cause)
+        self._event(logging.INFO, "handshake failed", **self._resolved(), error=cause)
+
+    def _resolved(self) -> dict[str, object]:
+        more: dict[str, object] = {} if self.name is None else {"dest_name": self.name}
+        return more if self.candidates is None else more | {"candidates": _texts(self.candidates)}
 
     def refused(self, error: Error, reply: Reply) -> None:
         """The client is told that it can't have what it asked for."""
         self._count(self._version, _STATUSES[reply] if self._version is Version.SOCKS5 else _REJECTED)
         match error:
             case Denied():
-                self.rule = error.rule
+                self.rule, self.pool = error.rule, None
                 self._records.denied.labels(error.rule).value += 1
                 message = "ruleset mismatch"
             case CommandNotSupported():
@@ -189,7 +222,7 @@ class Access(Connection):
             case _:
                 self._records.not_connected(error)
                 message = "dial to destination failed"
-        self._event(logging.ERROR, message, error=str(error))
+        self._event(logging.ERROR, message, **self._resolved(), error=str(error))
 
     def _count(self, version: Version | None, status: str) -> None:
         self._records.connections[version, status].value += 1
@@ -218,6 +251,7 @@ class Access(Connection):
             self._source,
             self.user,
             self.rule,
+            self.pool,
         )
 
     def _details(self) -> dict[str, Any]:
@@ -226,9 +260,18 @@ class Access(Connection):
             "name": self._request[2],
             "user": self.user,
             "rule": self.rule,
+            "pool": self.pool,
             "egress": self._source,
             "upstream": None,
         }
+
+
+def _texts(candidates: list[tuple[str, Decision]]) -> list[str]:
+    """["203.0.113.80 allowed default", "10.0.0.1 denied RULE"], which `usocksd.replay` reads."""
+    return [
+        f"{address} allowed {decision.rule}" if decision.allowed else f"{address} denied {decision.rule}"
+        for address, decision in candidates
+    ]
 
 
 K = TypeVar("K")

@@ -70,6 +70,11 @@ class Users:
         self._failures: dict[str, _Failures] = {}
         self._limiter = trio.CapacityLimiter(_THREADS)
 
+    @property
+    def names(self) -> frozenset[str]:
+        """Who the users are."""
+        return frozenset(name.decode() for name in self._hashes)
+
     async def verify(self, username: str, password: str, client: str) -> bool:
         """Whether this is the password of this user. A wrong one takes a second longer to say so.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from usocksd.commands import check
+from usocksd.commands import check, diff, explain
 from usocksd.config import Config
 from usocksd.runtime.processes.plan import Daemon
 from usocksd.runtime.program import Program
@@ -23,6 +23,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "A SOCKS server (4, 4a, 5) with access control and a choice of egress address.",
         default=OPERATED.config,
         required=False,
-        verbs=(check.add_parser, partial(add_parsers, daemon=OPERATED)),
+        verbs=(
+            check.add_parser,
+            partial(explain.add_parser, daemon=OPERATED),
+            diff.add_parser,
+            partial(add_parsers, daemon=OPERATED),
+        ),
     )
     return program.main(argv)

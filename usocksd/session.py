@@ -9,16 +9,16 @@ Each stage lives in the file of its name; only this one joins them.
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 
 from usocksd.access_log import Access, AccessLog
 from usocksd.acl import AccessRules, ClientRules
-from usocksd.addresses import HostAddresses
 from usocksd.auth import Users
-from usocksd.egress import EgressPool
+from usocksd.egress import EgressPools, Usable
 from usocksd.errors import CommandNotSupported, Denied, Error, NoEgress, ResolveError
-from usocksd.match import canonical_host, numeric_address
+from usocksd.match import IPAddress, canonical_host, numeric_address
 from usocksd.replies import reply_for
-from usocksd.resolver import Resolver
+from usocksd.resolver import ABSENT, NO_SUCH_NAME, Resolver
 from usocksd.runtime.dial import Target, dial
 from usocksd.runtime.ending import Limits
 from usocksd.runtime.endpoint import DeadlineExpired, Endpoint, PeerReset
@@ -54,8 +54,8 @@ class Sessions:
         users_required: bool,
         rules: AccessRules,
         resolver: Resolver,
-        egress: EgressPool,
-        hosts: HostAddresses,
+        egress: EgressPools,
+        usable: Callable[[], Usable],
         pipes: PipePool,
         timeouts: Timeouts,
         access_log: AccessLog,
@@ -73,7 +73,7 @@ class Sessions:
         self._rules = rules
         self._resolver = resolver
         self._egress = egress
-        self._hosts = hosts
+        self._usable = usable
         self._timeouts = timeouts
         self._limits = Limits(timeouts.idle, timeouts.half_closed)
         self._access_log = access_log
@@ -184,33 +184,68 @@ class Sessions:
             destination = canonical_host(request.host)
         except ValueError as error:
             raise ResolveError(request.host, str(error)) from None
-        decision = self._rules.decide_name(destination, port)
-        access.rule = decision.rule  # the one that let it through, if it gets through
-        if not decision.allowed:
-            raise Denied(decision.rule)
+        who = numeric_address(access.client_host)
         if not isinstance(destination, str):
+            decision = self._rules.decide_name(who, access.user, destination, port)
+            access.rule, access.pool = decision.rule, decision.egress
+            if not decision.allowed:
+                raise Denied(decision.rule)
             # (IPv4-mapped IPv6 is IPv4 from here on; an IPv4 address is in its one form already.)
             text = request.host if request.address_type is AddressType.IPV4 else str(destination)
-            return [self._target(text, port, request.host, access)]
+            return [self._target(text, port, text, decision.egress, access)]
         targets: list[Target] = []
-        problem: Error | None = None
-        for address in await self._resolver.resolve_for(client, destination, deadline):
-            decision = self._rules.decide_address(address, port)
+        denied: Error | None = None
+        unusable: Error | None = None
+        name, addresses = await self._resolve(request, destination, client, access, deadline)
+        sent = None if name == destination else destination
+        access.name = name
+        access.candidates = candidates = []
+        for address in addresses:
+            decision = self._rules.decide_address(who, access.user, name, address, port, sent=sent)
+            text = str(address)
+            candidates.append((text, decision))
             if not decision.allowed:
-                problem = Denied(decision.rule)
+                denied = denied or Denied(decision.rule)
                 continue
             try:
-                targets.append(self._target(str(address), port, destination, access))
+                targets.append(self._target(text, port, name, decision.egress, access))
             except NoEgress as error:
-                problem = problem or error
+                unusable = unusable or error
         if not targets:
-            raise problem or ResolveError(destination, "no address")
+            raise unusable or denied or ResolveError(name, "no address")
         return targets
 
-    def _target(self, address: str, port: int, destination: str, access: Access) -> Target:
+    async def _resolve(
+        self, request: Request, sent: str, client: Endpoint, access: Access, deadline: float
+    ) -> tuple[str, tuple[IPAddress, ...]]:
+        """The first of the names that the requested one, canonical as `sent`, may stand for which has addresses.
+
+        Each is judged before it is asked for; the denied ones are left out. Raises Denied, ResolveError.
+        """
+        who = numeric_address(access.client_host)
+        denied: Denied | None = None
+        absent: ResolveError | None = None
+        for name in self._resolver.full_names(request.host):
+            also = None if name == sent else sent
+            decision = self._rules.decide_name(who, access.user, name, request.port, sent=also)
+            if not decision.allowed:
+                if denied is None:
+                    denied = Denied(decision.rule)
+                    access.name = name
+                continue
+            access.rule, access.pool = decision.rule, decision.egress
+            try:
+                return name, await self._resolver.resolve_for(client, name, deadline)
+            except ResolveError as error:
+                if error.cause not in ABSENT:
+                    raise
+                absent = absent or error
+        raise denied or absent or ResolveError(request.host, NO_SUCH_NAME)
+
+    def _target(self, address: str, port: int, destination: str, pool: str, access: Access) -> Target:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        source = self._egress.pick(numeric_address(access.client_host), destination, family, self._hosts.current)
-        return Target(address, port, source.address, source.iface, source.mark)
+        source = self._egress.pick(pool, numeric_address(access.client_host), destination, family, self._usable())
+        return Target(address, port, source.address, source.iface, source.mark, source.spare)
 
     def _is_news(self, host: str) -> bool:
         """Whether this client speaks TLS to us for the first time: said once, not at every try."""

@@ -133,7 +133,27 @@ def test_the_next_address_of_a_name_serves(server: Daemon, client: Socket, desti
 
 def test_a_denied_address_of_a_name_is_left_out(server: Daemon, client: Socket, destination: Served) -> None:
     assert socks5(client, "partly.test", destination.port)[0] == GRANTED
-    assert server.record("proxy starts", client_addr=name_of(client))["dest_addr"].startswith("127.0.0.1:")
+    start = server.record("proxy starts", client_addr=name_of(client))
+    assert start["dest_addr"].startswith("127.0.0.1:")
+    # What a decision needs is in the record, once a connection.
+    assert (start["dest_name"], start["pool"]) == ("partly.test", "default")
+    assert sorted(start["candidates"]) == [
+        '127.0.0.1 allowed allow_sites "127.0.0.0/8"',
+        '127.0.0.66 denied deny_sites "127.0.0.66"',
+    ]
+    assert start["rule"] == 'allow_sites "127.0.0.0/8"'
+    client.close()
+    end = server.record("proxy ends", client_addr=start["client_addr"])
+    assert end["pool"] == "default"
+    assert "candidates" not in end
+
+
+def test_a_denied_name_is_recorded_with_what_was_decided_on_its_addresses(server: Daemon, client: Socket) -> None:
+    assert socks5(client, "Metadata.test", 80)[0] == 2
+    record = server.record("ruleset mismatch", client_addr=name_of(client))
+    assert record["candidates"] == ["169.254.169.254 denied built-in: link-local"]
+    assert (record["dest_host"], record["dest_name"]) == ("Metadata.test", "metadata.test")
+    assert "pool" not in record
 
 
 @pytest.mark.parametrize("pieces", ["one segment", "byte by byte"])
@@ -441,7 +461,7 @@ def test_the_egress_address_is_bound_and_its_absence_is_fatal(tmp_path: Path, de
                     assert socks5(client, f"{mapped}127.0.0.1", destination.port)[0] == expected, egress
                     if expected != GRANTED:
                         error = server.record("dial to destination failed", client_addr=name_of(client))["error"]
-                        assert error == "no usable egress address for IPv4"
+                        assert error.startswith('no usable egress address for IPv4 in pool "default": ')
             if expected != GRANTED:
                 assert len(destination.peers) == seen
         server.log.unlink()

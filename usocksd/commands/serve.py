@@ -6,15 +6,15 @@ import logging
 
 from usocksd import __version__
 from usocksd.access_log import AccessLog
-from usocksd.acl import AccessRules, ClientRules
 from usocksd.addresses import HostAddresses
-from usocksd.auth import Users
+from usocksd.commands.parts import make_egress, make_policy, make_users
 from usocksd.config import Config
-from usocksd.egress import EgressPool
+from usocksd.dnsbl import Lookups
+from usocksd.explain import Explainer
 from usocksd.lint import warnings
 from usocksd.resolver import Resolver
 from usocksd.runtime.dial import check_mark
-from usocksd.runtime.limits import most_pipes
+from usocksd.runtime.limits import most_name_sockets, most_pipes
 from usocksd.runtime.pipes import PipePool
 from usocksd.runtime.processes.plan import Built, Parts, Plan, make_plan
 from usocksd.session import Sessions
@@ -29,25 +29,37 @@ def plan(config: Config) -> Plan:
 
 def build(config: Config, parts: Parts) -> Built:
     """Put usocksd together. Raises Error when it can't serve."""
-    outgoing = config.outgoing
-    check_mark(outgoing.mark)
+    for pool in config.pools().values():
+        check_mark(pool.mark)
     hosts = HostAddresses()
-    resolver = Resolver(config.dns.servers, parts.metrics)
+    users = make_users(config)
+    policy = make_policy(config, users, hosts.is_local)
+    egress, listings = make_egress(config, hosts, parts.metrics)
+    parts.shared(listings.take)
+    lookups = Lookups(listings, parts.share, config.dns.servers, parts.metrics)
+    resolver = Resolver(
+        config.dns.servers,
+        parts.metrics,
+        system=config.dns.resolver == "system",
+        sockets=most_name_sockets(parts.descriptors),
+    )
     sessions = Sessions(
-        clients=ClientRules(config.incoming.allow_from or ()),
-        users=Users(config.auth.users_file) if config.auth.users_file else None,
-        users_required=config.auth.required,
-        rules=AccessRules.from_lists(
-            allow_sites=outgoing.allow_sites,
-            deny_sites=outgoing.deny_sites,
-            deny_ports=outgoing.deny_ports,
-            is_local=hosts.is_local,
-        ),
+        clients=policy.clients,
+        users=users,
+        users_required=policy.required,
+        rules=policy.rules,
         resolver=resolver,
-        egress=EgressPool(outgoing.addresses, outgoing.iface, outgoing.mark),
-        hosts=hosts,
+        egress=egress,
+        usable=listings.usable,
         pipes=PipePool(most_pipes(parts.descriptors)),
         timeouts=config.timeouts,
         access_log=AccessLog(parts.log, parts.metrics),
     )
-    return Built(sessions.serve, (hosts.watch, resolver.run))
+    explainer = Explainer(policy, resolver, egress, listings, config.timeouts.connect)
+    return Built(
+        sessions.serve,
+        (hosts.watch, resolver.run),
+        keeping=(lookups.run,),
+        verbs={"explain": explainer.explain},
+        status=lambda: {"pools": listings.status()},
+    )

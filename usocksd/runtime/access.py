@@ -37,14 +37,25 @@ _NO_SOURCE, _NO_EGRESS, _UNRESOLVED = "no_source_address", "no_egress", "unresol
 
 
 class AccessRecords:
-    """The records of a daemon whose every record carries `keys`, their values given as one tuple; and its metrics."""
+    """The records of a daemon whose every record carries `keys`, their values given as one tuple; and its metrics.
 
-    def __init__(self, log: Log, keys: Sequence[str], logger: logging.Logger, metrics: Metrics) -> None:
+    Those of a relay's start carry the keys `at_start` too.
+    """
+
+    def __init__(
+        self,
+        log: Log,
+        keys: Sequence[str],
+        logger: logging.Logger,
+        metrics: Metrics,
+        *,
+        at_start: Sequence[str] = (),
+    ) -> None:
         self.next_id = request_ids()
         self._log = log
         self._logger = logger
         self._keys = keys
-        self._starts = log.template(Severity.INFO, "proxy starts", _CONSTANTS, keys)
+        self._starts = log.template(Severity.INFO, "proxy starts", _CONSTANTS, (*keys, *at_start))
         at_end = (*keys, *_AT_END)
         self._ends = log.template(Severity.INFO, "proxy ends", _CONSTANTS, at_end)
         self._ends_with_error = log.template(Severity.ERROR, "proxy ends with an error", _CONSTANTS, at_end)
@@ -151,10 +162,10 @@ class Connection:
             "age": time.monotonic() - self._since,
         }
 
-    def _begin(self) -> None:
-        """The relay begins."""
+    def _begin(self, *at_start: object) -> None:
+        """The relay begins; `at_start` are the values of the keys that only its start has."""
         self._since = time.monotonic()
-        self._records.starts(self._values())
+        self._records.starts((*self._values(), *at_start))
 
     def _event(self, level: int, message: str, **more: object) -> None:
         self._records.event(level, message, self._values(), **more)

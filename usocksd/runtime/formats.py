@@ -110,6 +110,8 @@ class Formatter(ABC):
         form of their own, bytes are text, all else (exceptions, addresses, enums) is the text of its str().
         """
         match value:
+            case str():
+                text = self.quote(str.__str__(value))  # a StrEnum is its value
             case None:
                 text = "null"
             case bool() | int():
@@ -118,10 +120,10 @@ class Formatter(ABC):
                 text = self.number(value)
             case datetime():
                 text = self.time(value)
-            case Mapping():
-                text = self.mapping(value)
             case list() | tuple() | set() | frozenset():
                 text = self.sequence(value)
+            case Mapping():  # behind all that is cheaper to tell
+                text = self.mapping(value)
             case _:
                 text = self.quote(go_v(value))
         return text
@@ -188,7 +190,9 @@ class JSON(Formatter):
         return f"{{{','.join(items)}}}"
 
     def sequence(self, value: Iterable[object]) -> str:
-        return f"[{','.join(map(self.value, value))}]"
+        # Of strings mostly, in each connection's record: not by way of `value`, which takes twice as long.
+        quote, text = self.quote, self.value
+        return f"[{','.join([quote(item) if type(item) is str else text(item) for item in value])}]"
 
     def quote(self, text: str) -> str:
         return json_quote(text)

@@ -1,0 +1,308 @@
+"""usocksd explain: what would become of one request, and why. See docs/explain.md, and usocksd/explain.py."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+from usocksd.config import Config
+from usocksd.errors import ConfigError, Error
+from usocksd.match import numeric_address
+from usocksd.runtime import config as configuration
+from usocksd.runtime.hostport import join_port
+from usocksd.runtime.settings import split_port
+from usocksd.runtime.verbs.client import Client, Operated, find_control, visible
+
+Json = dict[str, Any]
+
+_ALLOWED, _REFUSED, _TROUBLE, _INTERRUPTED = 0, 1, 2, 130
+
+# Seconds for resolving, and for a daemon that does so.
+_RESOLVE_WITHIN, _ANSWER_WITHIN = 30.0, 60.0
+
+_DESCRIPTION = """\
+Tell what would become of a request: the rule that decides and why those before it do not match, the addresses of the
+name and the verdict on each, the egress pool, the address to leave from and the ones that are next, and which of the
+pool's can't be used. The name is really resolved, and block lists are asked. Nothing is connected.
+
+Judged are FILE on this host as it is now, or with --live the rules that the running daemon has in force, with its
+own resolver and what it knows of its egress addresses.
+
+Exit status: 0 if it would be connected, 1 if not (a rule denies it, the name has no address, there is no egress
+address), 2 for trouble (a faulty file, a wrong command line, no daemon)."""
+
+# What is shown without --verbose.
+_FEW_STEPS: Final = 4
+_MOST_NAMES: Final = 12
+_MOST_ADDRESSES: Final = 10
+_MOST_SOURCES: Final = 3
+
+
+class _Parser(argparse.ArgumentParser):
+    """Takes positional arguments before, between and behind options: FILE --from ADDRESS HOST:PORT."""
+
+    _intermixing = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._intermixing:
+            return super().parse_known_args(args, namespace)
+        self._intermixing = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._intermixing = False
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], daemon: Operated) -> None:
+    """Add this verb to a command line that has an option -f, the configuration."""
+    parser = subparsers.add_parser(
+        "explain",
+        help="tell what would become of a request, and why",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.__class__ = _Parser  # subparsers has one class for all that it makes
+    parser.add_argument("-f", metavar="CONFIG", default=argparse.SUPPRESS, help="the same as FILE")
+    parser.add_argument(
+        "--from", dest="client", metavar="ADDRESS", required=True, type=_parse_client, help="the client's address"
+    )
+    parser.add_argument("--user", metavar="USER", help="as whom it authenticates (default: not at all)")
+    parser.add_argument("--live", action="store_true", help="ask the running daemon instead of judging FILE")
+    parser.add_argument(
+        "--control",
+        metavar="PATH",
+        help=f"with --live: its control socket (default: as its configuration says, or {daemon.control})",
+    )
+    parser.add_argument("-v", "--verbose", action="store_true", help="show every rule, address and egress address")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, with everything")
+    parser.add_argument(
+        "file", nargs="?", metavar="FILE", help=f"the configuration (default: that of -f, or else {daemon.config})"
+    )
+    parser.add_argument(
+        "to", metavar="HOST:PORT", type=_parse_destination, help="where to, as a client writes it; [IPv6]:PORT"
+    )
+    parser.set_defaults(run=partial(_run, daemon))
+
+
+def _parse_client(text: str) -> str:
+    try:
+        return str(numeric_address(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected an IP address, not {text!r}") from None
+
+
+def _parse_destination(text: str) -> tuple[str, int]:
+    try:
+        host, port = split_port(text)
+    except ValueError:
+        port = None
+    if not port:
+        raise argparse.ArgumentTypeError(f"expected HOST:PORT or [IPv6]:PORT, not {text!r}")
+    return host, port
+
+
+def _run(daemon: Operated, args: argparse.Namespace) -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    host, port = args.to
+    request = {"client": args.client, "user": args.user, "host": host, "port": port}
+    try:
+        answer = _ask(daemon, args, request) if args.live else _judge(daemon, args, request)
+        if args.json:
+            print(json.dumps(answer), flush=True)
+        else:
+            print("\n".join(_as_text(answer, verbose=args.verbose)), flush=True)
+    except ConfigError as error:
+        trouble: Sequence[object] = [f"{error.source}: {fault}" for fault in error.faults]
+    except Error as error:
+        trouble = str(error).split("\n")
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    else:
+        return _ALLOWED if answer["verdict"] == "allowed" else _REFUSED
+    for line in trouble:
+        print(f"usocksd explain: {visible(line)}", file=sys.stderr)
+    return _TROUBLE
+
+
+def _ask(daemon: Operated, args: argparse.Namespace, request: Json) -> Json:
+    args.f = args.file or args.f
+    client = Client(daemon.name, find_control(daemon, args, "usocksd explain: "))
+    return client.ask("explain", timeout=_ANSWER_WITHIN, **request)
+
+
+def _judge(daemon: Operated, args: argparse.Namespace, request: Json) -> Json:
+    path: str | None = args.file or args.f
+    if path is None and not Path(daemon.config).exists():
+        config = configuration.structure(Config, {}, daemon.config)
+    else:
+        config = configuration.load(Config, path or daemon.config)
+    # Not for the command lines of other verbs: trio and what it needs take a tenth of a second to load.
+    import trio  # noqa: PLC0415
+
+    return trio.run(_explain, config, request)
+
+
+async def _explain(config: Config, request: Json) -> Json:
+    """The answer, by all that a daemon with this configuration would have."""
+    import trio  # noqa: PLC0415
+
+    from usocksd.addresses import HostAddresses  # noqa: PLC0415
+    from usocksd.commands.parts import make_egress, make_policy, make_users  # noqa: PLC0415
+    from usocksd.dnsbl import Lookups  # noqa: PLC0415
+    from usocksd.explain import Explainer  # noqa: PLC0415
+    from usocksd.resolver import Resolver  # noqa: PLC0415
+    from usocksd.runtime.metrics import Metrics  # noqa: PLC0415
+
+    metrics, hosts = Metrics("usocksd"), HostAddresses()
+    policy = make_policy(config, make_users(config), hosts.is_local)
+    resolver = Resolver(config.dns.servers, metrics, system=config.dns.resolver == "system")
+    egress, listings = make_egress(config, hosts, metrics)
+    lookups = Lookups(listings, listings.take, config.dns.servers, metrics)
+    explainer = Explainer(policy, resolver, egress, listings, min(config.timeouts.connect, _RESOLVE_WITHIN))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(resolver.run)
+        unanswered = await lookups.once()
+        answer = await explainer.explain(request)
+        nursery.cancel_scope.cancel()
+    for each, why in unanswered.items():
+        for pool in answer["pools"].values():
+            if str(each.address) in pool["addresses"]:
+                pool.setdefault("unanswered", {}).setdefault(str(each.address), {})[each.domain] = why
+    return answer
+
+
+# ---- for people
+
+
+def _as_text(answer: Json, *, verbose: bool) -> Iterator[str]:
+    yield visible(_headline(answer))
+    steps = answer["steps"]
+    if steps:
+        yield ""
+        absent = [name for name in answer["absent"] if name != answer["canonical"]]
+        before = f", since there is no {', no '.join(absent)}" if absent else ""
+        yield visible(f"rules on {answer['canonical']}{before}")
+        # Denied as such, or with all the addresses that its name has?
+        allowed = answer["verdict"] != "denied" or bool(answer["addresses"])
+        yield from _steps(steps, allowed=allowed, verbose=verbose)
+    resolved = answer["addresses"]
+    # An address that was asked for is what the rules above are about.
+    if resolved and (len(resolved) > 1 or resolved[0]["steps"] != steps):
+        yield ""
+        yield visible(f"addresses of {answer['canonical']}")
+        shown = resolved if verbose else resolved[:_MOST_ADDRESSES]
+        width = max(len(each["address"]) for each in shown)
+        for each in shown:
+            yield visible(f"  {each['address']:{width}}  {_verdict(each, verbose=verbose)}")
+            if verbose:
+                yield from _steps(each["steps"], allowed=each["allowed"], verbose=True, indent="      ")
+        yield from _more(len(resolved) - len(shown), "  ")
+    for name, pool in answer["pools"].items():
+        if pool["addresses"]:
+            yield ""
+            yield visible(f"pool {name}: {_traits(pool)}")
+            yield from _pool(pool, verbose=verbose)
+
+
+def _headline(answer: Json) -> str:
+    who = answer["client"] if answer["user"] is None else f"{answer['client']} ({answer['user']})"
+    text = f"{who} to {join_port(answer['host'], answer['port'])}: {answer['verdict']}"
+    if answer["rule"] is not None:
+        by = "" if answer["verdict"] != "unreachable" else ", allowed"
+        text += f"{by} by {answer['rule']}"
+    if answer["error"] is not None:
+        text += f": {answer['error']}"
+    source = next((each["sources"][0] for each in answer["addresses"] if each["sources"]), None)
+    if answer["verdict"] == "allowed":
+        text += f", pool {answer['pool']}, leaves from {source or 'what the kernel chooses'}"
+    return text
+
+
+def _steps(steps: Sequence[Json], *, allowed: bool, verbose: bool, indent: str = "  ") -> Iterator[str]:
+    """The rules that did not match, then the one that did, and whether it `allowed` the request."""
+    *others, last = steps
+    if verbose or len(others) <= _FEW_STEPS:
+        for step in others:
+            yield visible(f"{indent}{step['rule']}: does not match, {step['why']}")
+    else:
+        groups: dict[str, list[str]] = {}
+        for step in others:
+            # (The ports of each rule may be others.)
+            why = re.sub(r"^(port \d+ not in) .*", r"\1 its ports", step["why"])
+            groups.setdefault(why, []).append(step["rule"])
+        yield f"{indent}{len(others)} rules do not match:"
+        for why, names in sorted(groups.items(), key=lambda group: -len(group[1])):
+            more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+            line = visible(f"{why} ({len(names)}): {', '.join(names[:_MOST_NAMES])}{more}")
+            yield textwrap.fill(
+                line,
+                _width(),
+                initial_indent=f"{indent}  ",
+                subsequent_indent=f"{indent}    ",
+                break_on_hyphens=False,
+                break_long_words=False,
+            )
+    yield visible(f"{indent}{last['rule']}: {'allows' if allowed else 'denies'} it, {last['why']}")
+
+
+def _width() -> int:
+    return max(shutil.get_terminal_size((110, 40)).columns, 40)
+
+
+def _verdict(each: Json, *, verbose: bool) -> str:
+    """The verdict on a resolved address."""
+    if not each["allowed"]:
+        return f"denied by {each['rule']}: {each['steps'][-1]['why']}"
+    text = f"allowed by {each['rule']}, pool {each['pool']}"
+    if each["error"] is not None:
+        return f"{text}, but {each['error']}"
+    first, *others = each["sources"]
+    if first is None:
+        return text
+    text += f", from {first}"
+    shown = others if verbose else others[:_MOST_SOURCES]
+    if shown:
+        more = f" and {len(others) - len(shown)} more" if len(others) > len(shown) else ""
+        text += f", next {', '.join(shown)}{more}"
+    return text
+
+
+def _traits(pool: Json) -> str:
+    here = [address for address in pool["addresses"] if address in pool["local"] and address not in pool["listed"]]
+    traits = [f"{len(here)} of {len(pool['addresses'])} addresses here and not listed"]
+    traits += [f"{key} {pool[key]}" for key in ("iface", "mark") if pool[key] is not None]
+    return ", ".join(traits)
+
+
+def _pool(pool: Json, *, verbose: bool) -> Iterator[str]:
+    """The addresses of which there is something to say."""
+    lines = []
+    for address in pool["addresses"]:
+        state = []
+        if address not in pool["local"]:
+            state.append("not on this host")
+        if address in pool["listed"]:
+            state.append(f"listed by {', '.join(pool['listed'][address])}")
+        unanswered = pool.get("unanswered", {}).get(address, {})
+        state += [f"{domain} does not answer: {why}" for domain, why in unanswered.items()]
+        if state or verbose:
+            lines.append(visible(f"  {address}  {', '.join(state) or 'usable'}"))
+    shown = lines if verbose else lines[:_MOST_ADDRESSES]
+    yield from shown
+    yield from _more(len(lines) - len(shown), "  ")
+
+
+def _more(count: int, indent: str) -> Iterator[str]:
+    if count:
+        yield f"{indent}and {count} more (-v shows all)"

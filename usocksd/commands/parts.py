@@ -1,0 +1,41 @@
+"""What several verbs make of a configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from usocksd.acl import ClientRules
+from usocksd.addresses import HostAddresses
+from usocksd.auth import Users
+from usocksd.config import Config
+from usocksd.dnsbl import Listings
+from usocksd.egress import EgressPools, Pool
+from usocksd.match import IPAddress
+from usocksd.replay import Policy
+from usocksd.runtime.metrics import Metrics
+
+
+def make_users(config: Config) -> Users | None:
+    """Who can authenticate; None: nobody is asked to. Raises ConfigError for a bad users file."""
+    return Users(config.auth.users_file) if config.auth.users_file else None
+
+
+def make_policy(config: Config, users: Users | None, is_local: Callable[[IPAddress], bool]) -> Policy:
+    """All that decides about requests. `is_local` tells this host's addresses. A million entries take seconds."""
+    return Policy(
+        ClientRules(config.incoming.allow_from or ()),
+        config.access_rules(is_local),
+        None if users is None else users.names,
+        config.auth.required,
+    )
+
+
+def make_egress(config: Config, hosts: HostAddresses, metrics: Metrics) -> tuple[EgressPools, Listings]:
+    """The pools, and what can be left from."""
+    configured = config.pools()
+    pools = {
+        name: Pool(pool.addresses, pool.iface, pool.mark, pool.sticky, pool.when_all_listed)
+        for name, pool in configured.items()
+    }
+    domains = {name: pool.dnsbl_domains for name, pool in configured.items()}
+    return EgressPools(pools), Listings(pools, domains, hosts, metrics)

@@ -30,7 +30,7 @@ from transocks.upstream import Upstream
 from usocksd.acl import AccessRules, ClientRules
 from usocksd.addresses import HostAddresses
 from usocksd.auth import Users
-from usocksd.egress import EgressPool
+from usocksd.egress import EgressPools, Pool, Usable
 from usocksd.resolver import Resolver
 from usocksd.runtime import log as logging
 from usocksd.runtime.access import pair_member
@@ -140,7 +140,7 @@ async def usocksd_running(
     allow_from: Sequence[str] = (),
     users: Path | None = None,
     dns: str = "127.0.0.1:53",
-    egress: EgressPool | None = None,
+    egress: EgressPools | None = None,
     listener: Socket | None = None,
     timeouts: Timeouts | None = None,
 ) -> AsyncIterator[Proxy]:
@@ -152,12 +152,12 @@ async def usocksd_running(
         clients=ClientRules(map(ip_network, allow_from)),
         users=Users(users) if users else None,
         users_required=users is not None,
-        rules=AccessRules.from_lists(
+        rules=AccessRules.compile(
             allow_sites=["127.0.0.0/8", "::1", ".test", ""], deny_sites=deny_sites, is_local=hosts.is_local
         ),
         resolver=resolver,
-        egress=egress or EgressPool(),
-        hosts=hosts,
+        egress=egress or EgressPools({}),
+        usable=lambda: Usable(hosts.current),
         pipes=PipePool(16),
         timeouts=timeouts or Timeouts(),
         access_log=usocksd.access_log.AccessLog(log, metrics),
@@ -346,7 +346,7 @@ SOCKS4_REQUEST = b"\x04\x01\x00\x50\x7f\x00\x00\x01me\x00"
 async def test_what_becomes_of_a_handshake(
     tmp_path: Path, handshake: Handshake, version: str, status: str, more: dict[str, tuple[str, ...]]
 ) -> None:
-    egress = EgressPool([parse_address("127.0.0.1")])
+    egress = EgressPools({"default": Pool((parse_address("127.0.0.1"),))})
     with NameServer({}) as dns:
         async with usocksd_running(tmp_path, deny_sites=["127.0.0.66"], egress=egress, dns=dns.address) as proxy:
             with connected(proxy) as client:
@@ -431,7 +431,7 @@ async def test_connections_tell_of_themselves(tmp_path: Path, destination: Serve
     async with usocksd_running(tmp_path, users=users) as proxy:
         with connected(proxy) as client:
             await proxy.until(proxy.connections, "it is accepted")
-            nothing = dict.fromkeys(("destination", "name", "user", "rule", "egress", "upstream"))
+            nothing = dict.fromkeys(("destination", "name", "user", "rule", "pool", "egress", "upstream"))
             (row,) = proxy.connections()
             assert row == {"id": row["id"], "client": name_of(client.getsockname()), **nothing, "age": row["age"]}
             client.sendall(b"\x05\x01\x02\x01\x05alice\x06secret" + request("127.1", destination.port, as_name=True))
@@ -448,6 +448,7 @@ async def test_connections_tell_of_themselves(tmp_path: Path, destination: Serve
                 "name": "127.1",
                 "user": "alice",
                 "rule": 'allow_sites "127.0.0.0/8"',
+                "pool": "default",
                 "egress": f"{bound}:{port}",
                 "upstream": None,
             }

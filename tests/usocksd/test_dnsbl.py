@@ -37,11 +37,15 @@ class Zone:
     def __init__(self, folder: Path) -> None:
         self._hosts = folder / "hosts"
         self._hosts.touch()
-        with socket.socket(type=socket.SOCK_DGRAM) as sock:
-            sock.bind(("127.0.0.1", 0))
-            self.port: int = sock.getsockname()[1]
+        self.port = 0
+        while not self.port:
+            with socket.socket(type=socket.SOCK_DGRAM) as sock:
+                sock.bind(("127.0.0.1", 0))
+                self.port = sock.getsockname()[1]
+            self.start()
+            if self._process.poll() is not None:  # somebody has this port for TCP
+                self.port = 0
         self.address = SocketAddress(ip_address("127.0.0.1"), self.port)
-        self.start()
 
     def start(self) -> None:
         self._process = subprocess.Popen(
@@ -53,7 +57,7 @@ class Zone:
             ],
             stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        wait_until(lambda: self.ask(f"ns.{DOMAIN}"), "dnsmasq answers")
+        wait_until(lambda: self._process.poll() is not None or self.ask(f"ns.{DOMAIN}"), "dnsmasq answers")
 
     def stop(self) -> None:
         self._process.terminate()

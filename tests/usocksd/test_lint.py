@@ -21,7 +21,7 @@ from usocksd.config import Config
 from usocksd.errors import Fault
 from usocksd.lint import lint, warnings
 from usocksd.match import canonical_host
-from usocksd.runtime.config import parse, structure
+from usocksd.runtime.config import parse, show, structure
 from usocksd.runtime.lint import Host, connections_of_descriptors, lint_common
 
 CLIENT = "10.9.9.9"
@@ -512,7 +512,7 @@ def test_what_no_request_is(tmp_path: Path) -> None:
         ("rule[0].user", '["bob", "alcie"]'),
         ("rule[0].to[0]", '"x.a"'),
         ("rule[0].to[3]", '"X.a"'),
-        ("rule[0].to[1]", f'"file:{tmp_path}/empty.txt"'),
+        ("rule[0].to[1]", show(f"file:{tmp_path}/empty.txt")),
     ]
     with_users = found(f'{rule}[auth]\nusers_file = "{users}"\n[incoming]\nallow_from = ["203.0.113.0/28"]')
     assert [fault for fault in with_users if "to[" not in fault[0]] == [

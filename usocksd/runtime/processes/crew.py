@@ -239,16 +239,19 @@ class Crew:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
             except ChildProcessError:
-                pid = status = 0
-                for worker in self.workers:
-                    if worker.exit_status is None:  # reaped, before this process became this version
-                        worker.exit_status = 0
-                        worker.exited.set()
+                break
             if not pid:
-                return
+                break
             for worker in self.workers:
                 if worker.pid == pid:
                     worker.exit_status = os.waitstatus_to_exitcode(status)
+                    worker.exited.set()
+        for worker in self.workers:
+            if worker.exit_status is None:
+                try:
+                    os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                except ChildProcessError:  # reaped already, before this process became this version
+                    worker.exit_status = 0
                     worker.exited.set()
 
     async def look_after(self) -> None:

@@ -193,13 +193,15 @@ class Daemon:
         said = self._stderr.read()
         self._stderr.close()
         assert (status, said) == (0, b"")
-        assert [record for record in self._seen if record["message"] not in _KNOWN] == []
+        unasked = [record for record in self._seen if record["message"] not in _KNOWN]
+        assert not unasked, unasked
 
 
 def htpasswd(path: Path) -> Path:
     """A file with the users, at a cost that takes no time."""
     users = {USER: PASSWORD, OTHER_USER: OTHER_PASSWORD}
     lines = [f"{user}:{bcrypt.hashpw(word.encode(), bcrypt.gensalt(4)).decode()}\n" for user, word in users.items()]
+    path.touch(mode=0o600)  # the daemon warns of a file that others may read
     path.write_text("".join(lines))
     return path
 

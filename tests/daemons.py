@@ -26,6 +26,7 @@ import dns.message
 import dns.name
 import dns.rcode
 import dns.rrset
+import trio
 
 T = TypeVar("T")
 Record = dict[str, Any]
@@ -77,6 +78,19 @@ class Log:
             lambda: self.records(message, **fields),
             lambda: f"the log says {message!r} {fields}, but: " + "\n".join(self.lines()[-20:]),
         )[-1]
+
+    async def until(self, condition: Callable[[], object], what: str) -> None:
+        """`wait_until`, in trio: for a daemon in this process."""
+        with trio.move_on_after(PATIENCE):
+            while not condition():
+                await trio.sleep(0.005)
+            return
+        raise AssertionError(f"never: {what}; " + "\n".join(self.lines()))
+
+    async def recorded(self, message: str, **fields: object) -> Record:
+        """`record`, in trio."""
+        await self.until(lambda: self.records(message, **fields), f"{message} {fields}")
+        return self.record(message, **fields)
 
 
 def settings(name: str, config: str) -> str:

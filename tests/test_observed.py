@@ -86,17 +86,6 @@ class Proxy(daemons.Log):
                 found.append(json.loads(json.dumps(about.describe())))
         return found
 
-    async def until(self, condition: Callable[[], object], what: str) -> None:
-        with trio.move_on_after(daemons.PATIENCE):
-            while not condition():
-                await trio.sleep(0.005)
-            return
-        raise AssertionError(f"never: {what}; " + "\n".join(self.lines()))
-
-    async def recorded(self, message: str, **fields: object) -> daemons.Record:
-        await self.until(lambda: self.records(message, **fields), f"{message} {fields}")
-        return self.record(message, **fields)
-
     async def over(self) -> None:
         await self.until(lambda: not self.live, "every session ends")
 

@@ -59,18 +59,6 @@ class Proxy(Log):
             raise
         return trio.SocketStream(sock)
 
-    async def until(self, condition: Callable[[], object], what: str) -> None:
-        """daemons.wait_until, in trio."""
-        with trio.move_on_after(daemons.PATIENCE):
-            while not condition():
-                await trio.sleep(0.005)
-            return
-        raise AssertionError(f"never: {what}; " + "\n".join(self.lines()))
-
-    async def recorded(self, message: str, **fields: object) -> daemons.Record:
-        await self.until(lambda: self.records(message, **fields), f"{message} {fields}")
-        return self.record(message, **fields)
-
 
 @asynccontextmanager
 async def running(

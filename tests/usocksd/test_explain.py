@@ -108,12 +108,6 @@ def dns() -> Iterator[NameServer]:
 
 
 @pytest.fixture(scope="module")
-def destination() -> Iterator[Served]:
-    with Served(daemons.loopback(), daemons.echo) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
 def server(dns: NameServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     folder = tmp_path_factory.mktemp("usocksd")
     with Daemon("usocksd", CONFIG.format(dns=dns.address, folder=folder), folder) as daemon:

@@ -51,12 +51,6 @@ def dns() -> Iterator[NameServer]:
 
 
 @pytest.fixture(scope="module")
-def destination() -> Iterator[Served]:
-    with Served(daemons.loopback(), daemons.echo) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
 def server(dns: NameServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     with Daemon("usocksd", CONFIG.format(dns=dns.address), tmp_path_factory.mktemp("usocksd")) as daemon:
         yield daemon.ready()

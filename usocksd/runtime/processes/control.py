@@ -127,7 +127,7 @@ class ControlSocket:
                 pid, uid, _ = _CREDENTIALS.unpack(
                     stream.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
                 )
-                answer: Message | None
+                answer: bytes | None
                 if uid not in (0, os.geteuid()):
                     answer = _refusal(f"permission denied: only root and user {os.geteuid()} may ask")
                 elif self._clients > MOST_CLIENTS:
@@ -137,15 +137,15 @@ class ControlSocket:
                 if answer is not None:
                     # Shielded, so that the verb that ends the daemon has its answer too.
                     with trio.CancelScope(shield=True, deadline=trio.current_time() + ANSWER_WITHIN):
-                        await stream.send_all(_encode(answer))
+                        await stream.send_all(answer)
         except (trio.BrokenResourceError, OSError):
             pass  # the client does not want to know
         finally:
             self._clients -= 1
 
 
-async def _answer(handlers: Handlers, stream: trio.SocketStream, pid: int, uid: int) -> Message | None:
-    """The answer to a client's request; None for one who never asks."""
+async def _answer(handlers: Handlers, stream: trio.SocketStream, pid: int, uid: int) -> bytes | None:
+    """The answer to a client's request, encoded; None for one who never asks."""
     line = b""
     with trio.move_on_after(REQUEST_WITHIN) as patience:
         line = await _receive_line(stream)
@@ -165,16 +165,14 @@ async def _answer(handlers: Handlers, stream: trio.SocketStream, pid: int, uid: 
         return _refusal(f"no such verb: expected one of {', '.join(handlers)}")
     log.debug("control request", extra={"fields": {"verb": verb, "pid": pid, "uid": uid}})
     try:
-        answer = {"ok": True, **await handler(request)}
-        _encode(answer)
+        return _encode({"ok": True, **await handler(request)})
     except ConfigError as error:
-        return _refusal(f"bad configuration {error.source}") | {"faults": [str(fault) for fault in error.faults]}
+        return _refusal(f"bad configuration {error.source}", faults=[str(fault) for fault in error.faults])
     except Error as error:
         return _refusal(str(error))
     except Exception:
         log.error("internal error", exc_info=True, extra={"fields": {"verb": verb}})
         return _refusal("internal error")
-    return answer
 
 
 async def _receive_line(stream: trio.SocketStream) -> bytes:
@@ -188,8 +186,8 @@ async def _receive_line(stream: trio.SocketStream) -> bytes:
     return bytes(data.partition(b"\n")[0])
 
 
-def _refusal(error: str) -> Message:
-    return {"ok": False, "error": error}
+def _refusal(error: str, **more: object) -> bytes:
+    return _encode({"ok": False, "error": error, **more})
 
 
 def _encode(answer: Message) -> bytes:

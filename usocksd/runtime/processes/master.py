@@ -160,6 +160,7 @@ class Master:
                 await self._bring_up(1)
             else:
                 self._go_on(state)
+            self._notifier.ready(self._report.line)
             self._nursery.start_soon(self._crew.look_after)
             self._nursery.start_soon(self._reload_when_wanted)
             self._nursery.start_soon(self._tell_manager)
@@ -310,7 +311,6 @@ class Master:
         for place in place_names(self._slots):
             if place not in listened:
                 log.info("listening", extra={"fields": {"address": place}})
-        self._notifier.ready(self._report.line)
         if old_log is not None:
             await trio.to_thread.run_sync(old_log.close)
 
@@ -447,7 +447,6 @@ class Master:
         self._doors.take_over(state["doors"])
         report.last_reload = state["last_reload"]
         log.info("this is the new version", extra={"fields": {"version": __version__}})
-        self._notifier.ready(report.line)
 
 
 def _answer(asked: Sequence[trio.MemorySendChannel[Error | None]], failure: Error | None) -> None:

@@ -15,16 +15,13 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import attrs
 
 from usocksd.runtime.common import Common
-from usocksd.runtime.endpoint import Endpoint
 from usocksd.runtime.log import Log
 from usocksd.runtime.metrics import Metrics
 from usocksd.runtime.reactor import Reactor
+from usocksd.runtime.service import Session
 from usocksd.runtime.settings import LogConfig
 
 C = TypeVar("C")
-
-Session = Callable[[Endpoint, str, int], Awaitable[None]]
-"""Serves one accepted connection: endpoint, the peer's numeric address and port."""
 
 
 HANDOVER = 1

@@ -297,10 +297,8 @@ class Worker:
             "live": service.live,
             "most": service.most,
             "paused": service.paused,
-            "draining": self._draining,
             "descriptors": {"open": descriptors.value, "limit": self._limit},
             "cpu": sum(resource.getrusage(resource.RUSAGE_SELF)[:2]),
-            "dropped": self._sink.dropped,
             "metrics": self._metrics.snapshot(),
         }
 

@@ -57,13 +57,15 @@ class Answer(NamedTuple):
 class Attempt:
     """One try to reach a destination through one upstream, as long as that has not answered the request."""
 
-    __slots__ = ("_client", "_replaceable", "left", "sent", "since")
+    __slots__ = ("_client", "_replaceable", "left", "pipelined", "sent", "since")
 
     def __init__(self, client: Endpoint, *, replaceable: bool) -> None:
         """`replaceable`: there is another upstream to try instead. `client` is whose session it is."""
         self.since = client.reactor.clock()
         self.sent = False
         """The upstream was sent what the client has said, and that may not be said to another."""
+        self.pipelined = False
+        """The upstream was told all at once, since it is known to take that."""
         self.left = False
         """Nobody waits for it any more: it ends as if the client were gone."""
         self._client = client

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from transocks.access_log import Access, AccessLog
 from transocks.original_dst import Destination, LoopGuard, original_destination
+from transocks.pool import UpstreamGroup
 from transocks.request import Request
-from transocks.upstream import Upstream
 from usocksd.errors import Error
 from usocksd.runtime.ending import Limits
 from usocksd.runtime.endpoint import Endpoint, PeerReset
@@ -23,7 +23,7 @@ class Sessions:
     """Everything that a session needs, and `serve`, which is one session."""
 
     def __init__(
-        self, *, guard: LoopGuard, upstream: Upstream, pipes: PipePool, timeouts: Timeouts, access_log: AccessLog
+        self, *, guard: LoopGuard, upstream: UpstreamGroup, pipes: PipePool, timeouts: Timeouts, access_log: AccessLog
     ) -> None:
         self._guard = guard
         self._upstream = upstream
@@ -49,7 +49,6 @@ class Sessions:
 
     async def _carry(self, client: Endpoint, request: Request, access: Access) -> None:
         """upstream dial + handshake -> relay -> record"""
-        access.to_upstream(self._upstream.name, self._upstream.scheme)
         tunnel = None
         try:
             tunnel = await self._upstream.connect(request, client, self._timeouts, access)

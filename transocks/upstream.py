@@ -16,7 +16,7 @@ from transocks.proxy_url import ProxyScheme, ProxyURL
 from transocks.request import Request
 from usocksd.errors import DialError, Error, ResolveError, UpstreamError
 from usocksd.match import IPAddress
-from usocksd.resolver import NO_SUCH_NAME, Resolver
+from usocksd.resolver import ABSENT, Resolver
 from usocksd.runtime.dial import Target, dial
 from usocksd.runtime.endpoint import DeadlineExpired, Endpoint, PeerReset
 from usocksd.runtime.metrics import SECONDS, Metrics
@@ -30,7 +30,6 @@ from usocksd.socks import (
     Probe,
     Probed,
     RequestRefused,
-    UpstreamFault,
     Version,
 )
 
@@ -122,18 +121,45 @@ class Upstream:
         Raises UpstreamError (it refused, or broke its protocol, or can't be asked this), Unanswered (see `attempt`),
         DialError (it can't be reached in time), ResolveError (its name is not known), PeerReset (`client` is gone).
         """
-        handshake = self._handshake(request)
-        pipelined = bool(self.state.pipelines)
+        reactor, state = self._reactor, self.state
+        pipelined = attempt.pipelined = bool(state.pipelines)
+        handshake = self._handshake(request, pipelined=pipelined)
+        if isinstance(self._url.host, str):
+            await self._resolve(client, deadline)
+        since = attempt.since = reactor.clock()
+        state.enter(attempt)
         try:
-            return await self._connect(handshake, request, client, timeouts, access, attempt, deadline)
-        except UpstreamError as error:
-            if isinstance(error, UpstreamFault) and pipelined:
-                # It is not what it was. Nothing that is unsure is said twice, so there may be no second try.
-                self.state.forget()
-                if not attempt.sent:
-                    handshake = self._handshake(request)
-                    return await self._connect(handshake, request, client, timeouts, access, attempt, deadline)
+            endpoint, target = await dial(reactor, self._targets, deadline=deadline, client=client)
+            try:
+                if attempt.left:  # in the moment in which it was connected
+                    raise PeerReset
+                endpoint.deadline = reactor.clock() + timeouts.connect + timeouts.handshake
+                client.on_reset = endpoint.give_up
+                access.connected(endpoint, target)
+                tunnel = await self._ask(endpoint, handshake, request, attempt)
+            except DeadlineExpired:
+                endpoint.close()
+                raise DialError(errno.ETIMEDOUT, str(target), WAITING) from None
+            except OSError as error:
+                endpoint.close()
+                raise DialError(error.errno or errno.EIO, str(target), "asking") from None
+            except BaseException:
+                endpoint.close()
+                raise
+            finally:
+                client.on_reset = None
+        except PeerReset:
+            if not attempt.left:
+                raise
+            self._failed.observe(reactor.clock() - since)
+            raise Unanswered(f"{self.name} was given up: {state.why or 'another program is there now'}") from None
+        except Error as error:
+            self._note(error, reactor.clock() - since)
             raise
+        finally:
+            state.waiting.pop(attempt, None)
+        self._ok.observe(reactor.clock() - since)
+        return tunnel
 
     async def probe(self, *, connect: float, answer: float, learn: bool) -> Answer:
         """See health.Probed."""
@@ -165,66 +191,19 @@ class Upstream:
             pipelines = bool(pipelines)
         return Answer(latency, ours, pipelines)
 
-    async def _connect(
-        self,
-        handshake: ClientRole,
-        request: Request,
-        client: Endpoint,
-        timeouts: Timeouts,
-        access: Progress,
-        attempt: Attempt,
-        deadline: float,
-    ) -> Tunnel:
-        reactor, state = self._reactor, self.state
-        if isinstance(self._url.host, str):
-            await self._resolve(client, deadline)
-        since = attempt.since = reactor.clock()
-        state.enter(attempt)
-        try:
-            try:
-                endpoint, target = await dial(reactor, self._targets, deadline=deadline, client=client)
-            except DialError as error:
-                if error.errno in _GONE:
-                    state.failed(str(error))
-                raise
-            try:
-                if attempt.left:  # in the moment in which it was connected
-                    raise PeerReset
-                endpoint.deadline = reactor.clock() + timeouts.connect + timeouts.handshake
-                client.on_reset = endpoint.give_up
-                access.connected(endpoint, target)
-                tunnel = await self._ask(endpoint, handshake, request, attempt)
-            except DeadlineExpired:
-                endpoint.close()
-                raise DialError(errno.ETIMEDOUT, str(target), WAITING) from None
-            except OSError as error:
-                endpoint.close()
-                raise DialError(error.errno or errno.EIO, str(target), "asking") from None
-            except BaseException:
-                endpoint.close()
-                raise
-            finally:
-                client.on_reset = None
-        except PeerReset:
-            if not attempt.left:
-                raise
-            self._failed.observe(reactor.clock() - since)
-            raise Unanswered(f"{self.name} does not answer: {state.why or 'it is another now'}") from None
-        except Error as error:
-            seconds = self._refused if isinstance(error, RequestRefused) else self._failed
-            seconds.observe(reactor.clock() - since)
-            if isinstance(error, AuthenticationFailed):
-                state.failed(str(error))
-            raise
-        finally:
-            state.waiting.pop(attempt, None)
-        self._ok.observe(reactor.clock() - since)
-        return tunnel
+    def _note(self, error: Error, seconds: float) -> None:
+        """An attempt ended so, after so long."""
+        (self._refused if isinstance(error, RequestRefused) else self._failed).observe(seconds)
+        match error:
+            case AuthenticationFailed():
+                self.state.failed(str(error))
+            case DialError(step="connect") if error.errno in _GONE:
+                self.state.failed(str(error))
 
     async def _ask(self, endpoint: Endpoint, handshake: ClientRole, request: Request, attempt: Attempt) -> Tunnel:
         state, reactor = self.state, self._reactor
         data, unsent = handshake.data_to_send(), request.first
-        if unsent and state.ours:
+        if unsent and attempt.pipelined and state.ours:
             # All in one segment. Should this proxy fail, another may be told only what is safe to repeat.
             attempt.sent = not request.repeatable
             data, unsent = data + unsent, b""
@@ -238,7 +217,7 @@ class Upstream:
             if data := handshake.data_to_send():
                 await endpoint.send_all(data)
 
-    def _handshake(self, request: Request) -> ClientRole:
+    def _handshake(self, request: Request, *, pipelined: bool) -> ClientRole:
         url = self._url
         host, port = request.destination
         if request.name is not None and url.scheme.takes_names:
@@ -250,7 +229,6 @@ class Upstream:
                 case ProxyScheme.SOCKS4A:
                     return Client(host, port, version=Version.SOCKS4, user_id=url.username or "")
                 case _:
-                    pipelined = bool(self.state.pipelines)
                     return Client(host, port, username=url.username, password=self._password, pipelined=pipelined)
         except ValueError as error:
             raise UpstreamError(str(error)) from None
@@ -277,20 +255,16 @@ class Upstream:
 
     async def _resolve(self, client: Endpoint, deadline: float) -> None:
         """See to it that there are addresses, those in force now if the name servers tell them in time."""
-        host, now = str(self._url.host), self._reactor.clock()
-        known = self._resolver.cached(host)
-        if known is None:
-            if now < self._stale_until:
-                return
-            within = min(deadline, now + _RESOLVE_WITHIN) if self._targets else deadline
-            try:
-                known = await self._resolver.search_for(client, host, within)
-            except ResolveError as error:
-                if not self._targets or error.cause == NO_SUCH_NAME:
-                    raise
-                self._stale_until = self._reactor.clock() + _STALE_FOR
-                return
-        self._learn(known)
+        now = self._reactor.clock()
+        if now < self._stale_until:
+            return
+        within = min(deadline, now + _RESOLVE_WITHIN) if self._targets else deadline
+        try:
+            self._learn(await self._resolver.search_for(client, str(self._url.host), within))
+        except ResolveError as error:
+            if not self._targets or error.cause in ABSENT:
+                raise
+            self._stale_until = self._reactor.clock() + _STALE_FOR
 
     def _learn(self, addresses: Sequence[IPAddress]) -> None:
         if addresses != self._resolved:

@@ -177,6 +177,7 @@ async def transocks_running(folder: Path, url: str) -> AsyncIterator[Proxy]:
         reactor=reactor,
         resolver=resolver,
         mark=None,
+        fast_open=False,
         direct=Direct(resolver=resolver, mark=None, is_local=hosts.is_local),
         share=lambda _: None,
         metrics=metrics,

@@ -155,6 +155,7 @@ class Upstreams:
         reactor: Reactor,
         resolver: Resolver,
         mark: int | None,
+        fast_open: bool,
         direct: Direct,
         share: Callable[[Any], None],
         metrics: Metrics,
@@ -162,7 +163,7 @@ class Upstreams:
         """`share`: see Health."""
         of_upstreams, of_groups = UpstreamMetrics(metrics), PoolMetrics(metrics)
         by_url = {
-            url: Upstream(url, reactor=reactor, resolver=resolver, mark=mark, metrics=of_upstreams)
+            url: Upstream(url, reactor=reactor, resolver=resolver, mark=mark, fast_open=fast_open, metrics=of_upstreams)
             for group in groups.values()
             for url in group.proxy_url
         }

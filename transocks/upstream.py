@@ -81,7 +81,14 @@ class Upstream:
     """One upstream proxy."""
 
     def __init__(
-        self, url: ProxyURL, *, reactor: Reactor, resolver: Resolver, mark: int | None, metrics: UpstreamMetrics
+        self,
+        url: ProxyURL,
+        *,
+        reactor: Reactor,
+        resolver: Resolver,
+        mark: int | None,
+        fast_open: bool,
+        metrics: UpstreamMetrics,
     ) -> None:
         self.name = str(url)
         """For log records: without user and password."""
@@ -95,6 +102,7 @@ class Upstream:
         self._reactor = reactor
         self._resolver = resolver
         self._mark = mark
+        self._fast_open = fast_open
         self._targets: Sequence[Target] = ()
         self._resolved: Sequence[IPAddress] = ()
         self._stale_until = -inf
@@ -169,7 +177,7 @@ class Upstream:
         with trio.move_on_after(connect) as scope:
             if isinstance(host, str):
                 self._learn(await self._resolver.search(host))
-            endpoint, target = await dial(self._reactor, self._targets, deadline=inf)
+            endpoint, target = await dial(self._reactor, self._plain_targets(), deadline=inf)
         if scope.cancelled_caught:
             raise _timed_out(scope, where, "connect")
         where = str(target)
@@ -204,8 +212,14 @@ class Upstream:
         state, reactor = self.state, self._reactor
         data, unsent = handshake.data_to_send(), request.first
         if unsent and attempt.pipelined and state.ours:
-            # All in one segment. Should this proxy fail, another may be told only what is safe to repeat.
-            attempt.sent = not request.repeatable
+            # All in one segment. Should this proxy fail, another may be told only what is safe to repeat; and so may
+            # this one, which gets twice what is on a SYN that got lost.
+            if not request.repeatable:
+                if endpoint.unproven:
+                    await endpoint.send_all(data)
+                    await endpoint.proven()
+                    data = b""
+                attempt.sent = True
             data, unsent = data + unsent, b""
         await endpoint.send_all(data)
         while True:
@@ -243,7 +257,7 @@ class Upstream:
         return (await _drive(endpoint, Probe(self._url.username, self._password))).ours
 
     async def _takes_pipelining(self) -> bool:
-        endpoint, _ = await dial(self._reactor, self._targets, deadline=inf)
+        endpoint, _ = await dial(self._reactor, self._plain_targets(), deadline=inf)
         try:
             probe = Probe(self._url.username, self._password, pipelined=True)
             first = await _drive(endpoint, probe)
@@ -252,6 +266,10 @@ class Upstream:
             return False
         finally:
             endpoint.close()
+
+    def _plain_targets(self) -> list[Target]:
+        """For probes, which are about the whole way: without Fast Open, which hides some of it."""
+        return [target._replace(fast_open=False) for target in self._targets]
 
     async def _resolve(self, client: Endpoint, deadline: float) -> None:
         """See to it that there are addresses, those in force now if the name servers tell them in time."""
@@ -270,7 +288,9 @@ class Upstream:
         if addresses != self._resolved:
             port = self._url.port
             self._resolved = addresses
-            self._targets = [Target(str(address), port, mark=self._mark) for address in addresses]
+            self._targets = [
+                Target(str(address), port, mark=self._mark, fast_open=self._fast_open) for address in addresses
+            ]
             self.addresses = frozenset(Destination(str(address), port) for address in addresses)
 
 

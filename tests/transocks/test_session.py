@@ -87,6 +87,7 @@ async def running(
         reactor=reactor,
         resolver=resolver,
         mark=None,
+        fast_open=False,
         direct=Direct(resolver=resolver, mark=None, is_local=hosts.is_local),
         share=lambda _: None,
         metrics=metrics,

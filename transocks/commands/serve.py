@@ -40,6 +40,7 @@ def build(config: Config, parts: Parts) -> Built:
         reactor=parts.reactor,
         resolver=resolver,
         mark=config.mark,
+        fast_open=config.fast_open,
         direct=direct,
         share=parts.share,
         metrics=parts.metrics,

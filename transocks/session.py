@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from transocks.access_log import Access, AccessLog
 from transocks.original_dst import Destination, LoopGuard, original_destination
+from transocks.request import Request
 from transocks.upstream import Upstream
 from usocksd.errors import Error
 from usocksd.runtime.ending import Limits
@@ -42,16 +43,16 @@ class Sessions:
             client.reset()
             return
         try:
-            await self._carry(client, destination, access)
+            await self._carry(client, Request(Destination(host, port), destination), access)
         finally:
             self._guard.leave(destination)
 
-    async def _carry(self, client: Endpoint, destination: Destination, access: Access) -> None:
+    async def _carry(self, client: Endpoint, request: Request, access: Access) -> None:
         """upstream dial + handshake -> relay -> record"""
         access.to_upstream(self._upstream.name, self._upstream.scheme)
         tunnel = None
         try:
-            tunnel = await self._upstream.connect(destination, client, self._timeouts, access)
+            tunnel = await self._upstream.connect(request, client, self._timeouts, access)
         except Error as error:
             access.refused(error)
         except PeerReset:
@@ -66,7 +67,13 @@ class Sessions:
         try:
             access.starts()
             result = await relay(
-                client, upstream, to_client=tunnel.early, pipes=self._pipes, limits=self._limits, record=access
+                client,
+                upstream,
+                to_upstream=tunnel.unsent,
+                to_client=tunnel.early,
+                pipes=self._pipes,
+                limits=self._limits,
+                record=access,
             )
             await close_pair(client, upstream, result)
         finally:

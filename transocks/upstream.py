@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 from transocks.config import ProxyScheme, ProxyURL
 from transocks.http_connect import HttpConnect
 from transocks.original_dst import Destination
+from transocks.request import Request
 from usocksd.errors import DialError, Error
 from usocksd.match import IPAddress
 from usocksd.resolver import Resolver
@@ -25,6 +26,8 @@ class Tunnel(NamedTuple):
     endpoint: Endpoint
     early: bytes
     """What the destination already said."""
+    unsent: bytes = b""
+    """Of Request.first, what is not sent yet: the relay has to begin with it."""
 
 
 class Connected(Protocol):
@@ -63,11 +66,9 @@ class Upstream:
         """Its addresses as far as they are known now."""
         return self._known
 
-    async def connect(
-        self, destination: Destination, client: Endpoint, timeouts: Timeouts, access: Connected
-    ) -> Tunnel:
-        """Reach `destination` through the proxy: `timeouts.connect` to reach it; for its answer as long again, since
-        it has to connect in turn, and `timeouts.handshake` for what it has to say itself. `access` is told of the
+    async def connect(self, request: Request, client: Endpoint, timeouts: Timeouts, access: Connected) -> Tunnel:
+        """Reach what `request` is for through the proxy: `timeouts.connect` to reach it; for its answer as long again,
+        since it has to connect in turn, and `timeouts.handshake` for what it has to say itself. `access` is told of the
         connection that was made to it, also when nothing comes of it.
 
         Raises UpstreamError (it refused, or broke its protocol), DialError (it can't be reached in time),
@@ -85,7 +86,8 @@ class Upstream:
             client.on_reset = endpoint.give_up
             try:
                 access.connected(endpoint, target)
-                tunnel = Tunnel(endpoint, await self._ask(endpoint, self._handshake(destination)))
+                early = await self._ask(endpoint, self._handshake(request.destination))
+                tunnel = Tunnel(endpoint, early, request.first)
             except DeadlineExpired:
                 endpoint.close()
                 raise DialError(errno.ETIMEDOUT, str(target), "waiting for the answer of") from None

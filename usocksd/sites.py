@@ -246,6 +246,28 @@ class SiteIndex:
         return self._names.match(entry.encode("ascii"))
 
 
+class PortIndex:
+    """Which rules have a port: a bit mask."""
+
+    __slots__ = ("_cuts", "_masks")
+
+    def __init__(self, rules: Sequence[Sequence[tuple[int, int]] | None]) -> None:
+        """The ranges of each rule, first and last port; None has all. The first rule is the lowest bit."""
+        ranges = [range_ for ports in rules for range_ in ports or ()]
+        # Where ranges begin, or others have just ended, and the mask from there on.
+        self._cuts = sorted({0, *(first for first, _ in ranges), *(last + 1 for _, last in ranges)})
+        self._masks = [sum(has_port(ports, cut) << at for at, ports in enumerate(rules)) for cut in self._cuts]
+
+    def match(self, port: int) -> int:
+        """The mask of a port."""
+        return self._masks[bisect_right(self._cuts, port) - 1]
+
+
+def has_port(ports: Sequence[tuple[int, int]] | None, port: int) -> bool:
+    """Whether one of these ranges has it; None has all."""
+    return ports is None or any(first <= port <= last for first, last in ports)
+
+
 def _keys(name: bytes) -> Iterator[bytes]:
     """The name, and the domains that it is below, each with its dot."""
     yield name

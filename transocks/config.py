@@ -5,11 +5,15 @@ from __future__ import annotations
 import enum
 import re
 import socket
-from typing import Annotated
+from collections.abc import Iterator
+from typing import Annotated, Any
 from urllib.parse import unquote
 
 import attrs
 
+from transocks.route_settings import NAME, NamesConfig, RouteConfig, check_routes
+from transocks.routes import DEFAULT, Routes
+from usocksd.conditions import as_table
 from usocksd.match import canonical_host
 from usocksd.runtime.common import Common
 from usocksd.runtime.config import Invalid, Parser, SecretStr, show
@@ -191,6 +195,8 @@ class Config:
     """`localhost` is both 127.0.0.1 and ::1, whatever the resolver says: REDIRECT goes to either."""
     mark: Mark | None = None
     """SO_MARK of the connections to the upstream, so that the firewall rules can exempt them"""
+    names: NamesConfig = attrs.field(factory=NamesConfig)
+    route: tuple[RouteConfig, ...] = ()
     log: LogConfig = attrs.field(factory=LogConfig)
     dns: DnsConfig = attrs.field(factory=DnsConfig)
     timeouts: Timeouts = attrs.field(factory=Timeouts)
@@ -202,6 +208,16 @@ class Config:
     """None: one for each CPU that this process may use"""
     control: SocketPath = "/run/transocks/control.sock"
     """None: no control socket"""
+
+    @staticmethod
+    def check_table(table: dict[str, Any]) -> Iterator[Invalid]:
+        """What routes say of each other and of groups, whatever else is wrong with them."""
+        return check_routes(table, [DEFAULT, *as_table(table.get("upstream"))])
+
+    def routes(self) -> Routes:
+        """[[route]], to be asked."""
+        routes = [route.route(number, self.names) for number, route in enumerate(self.route, 1)]
+        return Routes(routes, send_name=self.names.send == NAME)
 
     def common(self) -> Common:
         """The settings that usocksd has too."""

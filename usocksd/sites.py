@@ -221,6 +221,20 @@ class SiteIndex:
             if sites.nameless:
                 self.nameless |= mask
 
+    @classmethod
+    def of_rules(cls, rules: Sequence[Sequence[SiteList] | None]) -> SiteIndex:
+        """The lists of each rule, of which the first is the lowest bit; None has nothing here."""
+        lists: dict[SiteList, int] = {}
+        for at, rule in enumerate(rules):
+            for sites in rule or ():
+                lists[sites] = lists.get(sites, 0) | 1 << at
+        return cls(list(lists.items()))
+
+    @classmethod
+    def of_networks(cls, rules: Sequence[Sequence[IPNetwork] | None]) -> SiteIndex:
+        """The networks of each rule, alike."""
+        return cls.of_rules([None if rule is None else (SiteList(map(prefix_of, rule)),) for rule in rules])
+
     def of_name(self, name: str) -> int:
         """Which have this canonical name, themselves or as one below a domain."""
         return self._names.match(name.encode("ascii"))
@@ -246,6 +260,11 @@ class SiteIndex:
         return self._names.match(entry.encode("ascii"))
 
 
+def mask_of(rules: Iterable[bool]) -> int:
+    """Which of these rules it is true for: a bit mask."""
+    return sum(1 << at for at, bit in enumerate(rules) if bit)
+
+
 class PortIndex:
     """Which rules have a port: a bit mask."""
 
@@ -256,7 +275,7 @@ class PortIndex:
         ranges = [range_ for ports in rules for range_ in ports or ()]
         # Where ranges begin, or others have just ended, and the mask from there on.
         self._cuts = sorted({0, *(first for first, _ in ranges), *(last + 1 for _, last in ranges)})
-        self._masks = [sum(has_port(ports, cut) << at for at, ports in enumerate(rules)) for cut in self._cuts]
+        self._masks = [mask_of(has_port(ports, cut) for ports in rules) for cut in self._cuts]
 
     def match(self, port: int) -> int:
         """The mask of a port."""

@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from transocks.config import Config, ProxyScheme, ProxyURL, parse_proxy_url
+from transocks.route_settings import RouteConfig
 from usocksd.errors import ConfigError
-from usocksd.runtime.config import SecretStr, load, parse
+from usocksd.runtime.config import KEY, SecretStr, load, parse
 from usocksd.runtime.settings import DnsConfig, LogConfig
 
 SAMPLE = Path(__file__).parents[2] / "deploy" / "transocks.toml"
@@ -244,15 +245,18 @@ def test_the_sample_is_the_default() -> None:
     assert config == Config(proxy_url=parse_proxy_url("socks5://127.0.0.1:1080"))
 
 
-def test_the_sample_shows_every_setting_and_its_default() -> None:
-    shown = re.sub(r"^#(?=\w+ = )", "", SAMPLE.read_text(), flags=re.MULTILINE)
+def test_the_sample_shows_every_setting_and_its_default(tmp_path: Path) -> None:
+    shown = re.sub(r"^#(?=\w+ = |\[)", "", SAMPLE.read_text(), flags=re.MULTILINE)
     table = tomllib.loads(shown)
     assert set(table) == {field.name for field in attrs.fields(Config)}
     for field in attrs.fields(attrs.resolve_types(Config)):
         if isinstance(table[field.name], dict):
             assert set(table[field.name]) == {inner.name for inner in attrs.fields(field.type)}
-    config = parse(Config, shown, "transocks.toml")
+    (route,) = table["route"]
+    assert set(route) == {field.metadata.get(KEY, field.name) for field in attrs.fields(RouteConfig)}
+    (tmp_path / "partners.txt").touch()
+    config = parse(Config, shown, str(tmp_path / "transocks.toml"))
     assert (config.log.level, config.log.format) == ("info", "plain")
-    assert attrs.evolve(config, mark=None, workers=None, metrics_port=None, dns=DnsConfig(), log=LogConfig()) == Config(
-        proxy_url=config.proxy_url
-    )
+    assert attrs.evolve(
+        config, mark=None, workers=None, metrics_port=None, dns=DnsConfig(), log=LogConfig(), route=()
+    ) == Config(proxy_url=config.proxy_url)

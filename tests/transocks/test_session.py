@@ -10,7 +10,7 @@ import base64
 import re
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from socket import socket as Socket
@@ -23,7 +23,10 @@ from daemons import Daemon, Log, Served
 import transocks.session
 from transocks.access_log import AccessLog
 from transocks.config import parse_proxy_url
+from transocks.first_bytes import FirstBytes
 from transocks.original_dst import Destination, LoopGuard, NotRedirected
+from transocks.route_settings import NamesConfig
+from transocks.routes import Route, Routes
 from transocks.session import Sessions
 from transocks.upstream import Upstream
 from usocksd.addresses import HostAddresses
@@ -69,6 +72,8 @@ async def running(
     connect: float = 600,
     handshake: float = 600,
     most_per_destination: int = 1000,
+    names: NamesConfig | None = None,
+    routes: Sequence[Route] = (),
 ) -> AsyncIterator[Proxy]:
     log = logging.setup("transocks", str(folder / "log"), None, "json")
     listener = listen("127.0.0.1", 0)
@@ -86,12 +91,19 @@ async def running(
         most_per_destination=most_per_destination,
         own_users=("nobody-has-this",),
     )
+    names = NamesConfig() if names is None else names
+    first_bytes = FirstBytes(
+        wait=names.wait, size=names.size, skip_ports=names.skip_ports, skip_networks=names.skip_networks
+    )
     sessions = Sessions(
         guard=guard,
-        upstream=upstream,
+        first_bytes=first_bytes,
+        routes=Routes(routes, send_name=names.send == "name"),
+        ways={"default": upstream},
+        names=names,
         pipes=PipePool(16),
         timeouts=Timeouts(connect=connect, handshake=handshake),
-        access_log=AccessLog(log, metrics),
+        access_log=AccessLog(log, metrics, [route.name for route in routes]),
     )
 
     async def serve(endpoint: Endpoint, host: str, port: int) -> None:
@@ -111,6 +123,7 @@ async def running(
         async with trio.open_nursery() as nursery:
             await nursery.start(reactor.run)
             await nursery.start(resolver.run)
+            await nursery.start(first_bytes.run)
             accepting = Listener(reactor, listener, accepted, room=lambda: True)
             try:
                 yield proxy

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from transocks.access_log import AccessLog
 from transocks.config import Config
+from transocks.first_bytes import FirstBytes
 from transocks.lint import warnings
 from transocks.original_dst import LoopGuard
+from transocks.routes import DEFAULT
 from transocks.session import Sessions
 from transocks.upstream import Upstream
 from usocksd import __version__
@@ -40,11 +42,18 @@ def build(config: Config, parts: Parts) -> Built:
         # No destination takes it all: with none of the other checks in force, a loop ends at half the descriptors.
         most_per_destination=max(parts.connections // 2, 1),
     )
+    names, routes = config.names, config.routes()
+    first_bytes = FirstBytes(
+        wait=names.wait, size=names.size, skip_ports=names.skip_ports, skip_networks=names.skip_networks
+    )
     sessions = Sessions(
         guard=guard,
-        upstream=upstream,
+        first_bytes=first_bytes,
+        routes=routes,
+        ways={DEFAULT: upstream},
+        names=names,
         pipes=PipePool(most_pipes(parts.descriptors)),
         timeouts=config.timeouts,
-        access_log=AccessLog(parts.log, parts.metrics),
+        access_log=AccessLog(parts.log, parts.metrics, routes.names),
     )
-    return Built(sessions.serve, (hosts.watch, resolver.run), guard.close)
+    return Built(sessions.serve, (hosts.watch, resolver.run, first_bytes.run), guard.close)

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
-from transocks.config import ProxyScheme
 from transocks.original_dst import Destination, Loop, NotRedirected
+from transocks.proxy_url import ProxyScheme
 from transocks.routes import DEFAULT
 from transocks.sniff import Opening, Protocol
 from usocksd.errors import Denied, Error, UpstreamError
@@ -24,13 +24,21 @@ _KEYS = (
     "name",
     "name_from",
     "route",
+    "group",
     "upstream",
+    "tries",
     "src_addr",
     "upstream_addr",
 )
 
 # Label values.
-_VERSIONS = {ProxyScheme.SOCKS5: "SOCKS5", ProxyScheme.HTTP: "HTTP"}
+_VERSIONS: dict[ProxyScheme | None, str] = {
+    ProxyScheme.SOCKS5: "SOCKS5",
+    ProxyScheme.SOCKS5H: "SOCKS5",
+    ProxyScheme.SOCKS4A: "SOCKS4",
+    ProxyScheme.HTTP: "HTTP",
+    None: "direct",
+}
 _NO_UPSTREAM = "unknown"
 _NOT_REDIRECTED, _LOOP, _GONE = "not_redirected", "loop", "client_gone"
 _REJECTED = "rejected"
@@ -83,7 +91,17 @@ class AccessLog(AccessRecords):
 class Access(Connection):
     """The records of one connection. The session fills in what it learns."""
 
-    __slots__ = ("_name", "_name_from", "_proxy", "_route", "_upstream", "_version", "destination")
+    __slots__ = (
+        "_group",
+        "_name",
+        "_name_from",
+        "_proxy",
+        "_route",
+        "_tries",
+        "_upstream",
+        "_version",
+        "destination",
+    )
 
     _records: AccessLog
 
@@ -94,7 +112,9 @@ class Access(Connection):
         self._name: str | None = None
         self._name_from: str | None = None
         self._route: str | None = None
+        self._group: str | None = None
         self._upstream: str | None = None
+        self._tries = 0
         self._version = _NO_UPSTREAM
         self._proxy: str | None = None
 
@@ -108,17 +128,19 @@ class Access(Connection):
     def routed(self, route: str) -> None:
         """Which route it takes."""
         self._route = route
-        self._records.by_route[route].value += 1
 
     def unresolved(self, error: Error) -> None:
         """Its name leads nowhere, `error` says: the address is tried instead."""
         self._records.unresolved.value += 1
         self._event(logging.INFO, "name leads nowhere", error=str(error))
 
-    def to_upstream(self, name: str, scheme: ProxyScheme) -> None:
-        """Which proxy shall carry it there."""
-        self._upstream = name
+    def trying(self, group: str, upstream: str, scheme: ProxyScheme | None) -> None:
+        """This upstream of this group shall carry it there; scheme None: no upstream does."""
+        self._group = group
+        self._upstream = upstream
         self._version = _VERSIONS[scheme]
+        self._tries += 1
+        self._source = self._proxy = None
 
     def connected(self, endpoint: Endpoint, proxy: Target) -> None:
         """The proxy is connected, and will be asked. Both ends are what its records call us and itself."""
@@ -155,6 +177,8 @@ class Access(Connection):
         self._event(logging.INFO, "client is gone")
 
     def _count(self, status: str) -> None:
+        if self._route is not None:
+            self._records.by_route[self._route].value += 1
         self._records.connections.labels(self._version, status).value += 1
 
     def _values(self) -> tuple[object, ...]:
@@ -166,7 +190,9 @@ class Access(Connection):
             self._name,
             self._name_from,
             self._route,
+            self._group,
             self._upstream,
+            self._tries or None,
             self._source,
             self._proxy,
         )

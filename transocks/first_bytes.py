@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
 from typing import NamedTuple, NoReturn
 
 import trio
 
 from transocks.original_dst import Destination
+from transocks.route_settings import NamesConfig
 from transocks.sniff import OTHER, Opening, Sniffer
-from usocksd.match import IPNetwork, NetworkMap, numeric_address
+from usocksd.match import NetworkMap, numeric_address
 from usocksd.runtime.endpoint import DeadlineExpired, Endpoint, PeerReset
 
 
@@ -45,14 +45,12 @@ class FirstBytes:
     same time, so they end in the order in which they began: a queue and one task, `run`, do it for a tenth of that.
     """
 
-    def __init__(
-        self, *, wait: float, size: int, skip_ports: Iterable[tuple[int, int]], skip_networks: Iterable[IPNetwork]
-    ) -> None:
-        """`skip_ports`: first and last of each range."""
-        self._wait = wait
-        self._size = size
-        self._skip_ports = frozenset(port for first, last in skip_ports for port in range(first, last + 1))
-        self._skip_networks = NetworkMap(dict.fromkeys(skip_networks, True))
+    def __init__(self, names: NamesConfig) -> None:
+        self._sniff = names.sniff
+        self._wait = names.wait
+        self._size = names.size
+        self._skip_ports = frozenset(port for first, last in names.skip_ports for port in range(first, last + 1))
+        self._skip_networks = NetworkMap(dict.fromkeys(names.skip_networks, True))
         self._waits: deque[_Wait] = deque()
         self._some = trio.Event()
 
@@ -77,8 +75,10 @@ class FirstBytes:
 
         If the client ends its side meanwhile, that is left for the relay to see again.
         """
-        if destination.port in self._skip_ports or (
-            len(self._skip_networks) and self._skip_networks.match(numeric_address(destination.host))
+        if (
+            not self._sniff
+            or destination.port in self._skip_ports
+            or (len(self._skip_networks) and self._skip_networks.match(numeric_address(destination.host)))
         ):
             return NOTHING
         sniffer = Sniffer(destination.port)

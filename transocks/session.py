@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from transocks.access_log import Access, AccessLog
-from transocks.first_bytes import NOTHING, First, FirstBytes
+from transocks.direct import Direct
+from transocks.first_bytes import First, FirstBytes
 from transocks.original_dst import Destination, LoopGuard, original_destination
+from transocks.pool import UpstreamGroup
 from transocks.request import Request
 from transocks.route_settings import ADDRESS, NAME, NamesConfig
-from transocks.routes import DIRECT, REJECT, Routes
-from transocks.upstream import Tunnel, Upstream
+from transocks.routes import REJECT, Routes
+from transocks.upstream import Tunnel
 from usocksd.errors import Denied, Error, ResolveError
 from usocksd.match import numeric_address
 from usocksd.runtime.ending import Limits
@@ -40,7 +42,7 @@ class Sessions:
         guard: LoopGuard,
         first_bytes: FirstBytes,
         routes: Routes,
-        ways: Mapping[str, Upstream],
+        ways: Mapping[str, UpstreamGroup | Direct],
         names: NamesConfig,
         pipes: PipePool,
         timeouts: Timeouts,
@@ -51,7 +53,6 @@ class Sessions:
         self._first_bytes = first_bytes
         self._routes = routes
         self._ways = ways
-        self._sniff = names.sniff
         self._trust_outer = names.when_ech == NAME
         self._fall_back = names.when_unresolved == ADDRESS
         self._timeouts = timeouts
@@ -78,7 +79,7 @@ class Sessions:
         """first bytes, name -> route -> upstream dial + handshake -> relay -> record"""
         tunnel = None
         try:
-            first = await self._first_bytes.read(client, destination) if self._sniff else NOTHING
+            first = await self._first_bytes.read(client, destination)
             tunnel = await self._reach(client, source, destination, first, access)
         except Error as error:
             access.refused(error)
@@ -116,8 +117,7 @@ class Sessions:
         opening = first.opening
         request = Request(source, destination, None, first.data, opening.repeatable)
         name = opening.name if self._trust_outer or not opening.encrypted else None
-        if self._sniff:
-            access.sniffed(opening)
+        access.sniffed(opening)
         while True:
             decision = self._routes.decide(
                 numeric_address(source.host), numeric_address(destination.host), name, destination.port
@@ -126,20 +126,17 @@ class Sessions:
             if decision.via == REJECT:
                 raise Denied(decision.route)
             way = self._ways[decision.via]
-            access.to_upstream(way.name, way.scheme)
             asked = request._replace(name=name) if decision.by_name else request
             try:
                 return await way.connect(asked, client, self._timeouts, access)
             except (RequestRefused, ResolveError) as error:
                 # The route is looked for again too: one by name is only for what the name leads to.
-                if asked.name is None or not self._fall_back or not _leads_nowhere(error, decision.via):
+                if asked.name is None or not self._fall_back or not _leads_nowhere(error, asked.name):
                     raise
                 access.unresolved(error)
                 name = None
 
 
-def _leads_nowhere(error: Error, via: str) -> bool:
-    """Whether it says that there is no such host, and not that one is forbidden."""
-    if isinstance(error, RequestRefused):
-        return error.reply in _UNRESOLVED
-    return via == DIRECT  # else it is the proxy that has no address
+def _leads_nowhere(error: RequestRefused | ResolveError, name: str) -> bool:
+    """Whether it says that there is no such host; not that it is forbidden, nor that a proxy's own name is unknown."""
+    return error.reply in _UNRESOLVED if isinstance(error, RequestRefused) else error.name == name

@@ -15,6 +15,7 @@ from daemons import PATIENCE, loopback
 
 from transocks.first_bytes import NOTHING, First, FirstBytes
 from transocks.original_dst import Destination
+from transocks.route_settings import NamesConfig
 from transocks.sniff import OTHER, Opening, Protocol
 from usocksd.match import parse_network
 from usocksd.runtime.endpoint import Endpoint, PeerReset
@@ -37,8 +38,7 @@ def connected_pair() -> tuple[SocketType, Socket]:
 @asynccontextmanager
 async def reading(wait: float = LONG, **settings: object) -> AsyncIterator[tuple[FirstBytes, Socket, Endpoint]]:
     """The reader, the client's socket, and the endpoint of its session."""
-    options = {"size": 4096, "skip_ports": (), "skip_networks": ()} | settings
-    first_bytes = FirstBytes(wait=wait, **options)  # type: ignore[arg-type]
+    first_bytes = FirstBytes(NamesConfig(wait=wait, **settings))  # type: ignore[arg-type]
     reactor = Reactor()
     ours, theirs = connected_pair()
     ours.setblocking(False)

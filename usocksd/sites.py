@@ -250,6 +250,15 @@ class SiteIndex:
                 return key.decode("ascii")
         return None
 
+    def covering_all(self, lists: Iterable[SiteList], mask: int, everywhere: int) -> int:
+        """Of the rules of this mask, those that have all of these lists; the ones of `everywhere` do."""
+        for sites in lists:
+            for entry in sites.entries():
+                mask &= everywhere | self.covering(entry)
+                if not mask:
+                    return 0
+        return mask
+
     def covering(self, entry: Entry) -> int:
         """Which have everything that this entry stands for."""
         if isinstance(entry, Prefix):
@@ -258,6 +267,28 @@ class SiteIndex:
             return self.nameless
         # What begins with a dot is looked up as such: domains only.
         return self._names.match(entry.encode("ascii"))
+
+
+def has_ports(ranges: Sequence[tuple[int, int]] | None, wanted: Sequence[tuple[int, int]] | None) -> bool:
+    """Whether these ranges have all ports of those; None has all."""
+    if ranges is None:
+        return True
+    for port, last in ((0, 65535),) if wanted is None else wanted:
+        missing = port
+        for first, end in sorted(ranges):
+            if first <= missing:
+                missing = max(missing, end + 1)
+        if missing <= last:
+            return False
+    return True
+
+
+def has_networks(networks: Sequence[IPNetwork] | None, wanted: Sequence[IPNetwork] | None) -> bool:
+    """Whether these networks have all of those; None has all."""
+    if networks is None or wanted is None:
+        return networks is None
+    index = SiteIndex.of_networks([networks])
+    return all(index.covering(prefix_of(network)) for network in wanted)
 
 
 def mask_of(rules: Iterable[bool]) -> int:

@@ -91,19 +91,23 @@ class Sessions:
                 client.reset()
         if tunnel is None:
             return
-        upstream = tunnel.endpoint
+        upstream, early, unsent = tunnel
+        sent = len(first.data) - len(unsent)
+        del first, tunnel  # the relay lets go of the bytes when they are gone, and this frame should too
         try:
             access.starts()
-            result = await relay(
+            relaying = relay(
                 client,
                 upstream,
-                to_upstream=tunnel.unsent,
-                to_client=tunnel.early,
+                to_upstream=unsent,
+                sent=sent,
+                to_client=early,
                 pipes=self._pipes,
                 limits=self._limits,
                 record=access,
             )
-            await close_pair(client, upstream, result)
+            del early, unsent
+            await close_pair(client, upstream, await relaying)
         finally:
             upstream.close()
 

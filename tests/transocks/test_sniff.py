@@ -56,7 +56,7 @@ TLS = Opening(Protocol.TLS, "www.example.com", repeatable=True)
 @pytest.mark.parametrize("client", CORPUS)
 def test_hellos_of_real_clients(client: str) -> None:
     name = None if client == "openssl-no-name" else "www.example.com"
-    encrypted = client.startswith("chromium")
+    encrypted = client in ("chromium", "chromium-again")
     assert sniff(CORPUS[client]) == Opening(Protocol.TLS, name, encrypted, repeatable=True)
 
 

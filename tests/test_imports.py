@@ -23,8 +23,17 @@ PURE = (
     "usocksd.replay",
     "usocksd.replies",
     "transocks.http_connect",
+    "transocks.routes",
+    "transocks.sniff",
 )
-SHARED = ("usocksd.match", "usocksd.resolver", "usocksd.addresses", "usocksd.errors")
+SHARED = (
+    "usocksd.addresses",
+    "usocksd.conditions",
+    "usocksd.errors",
+    "usocksd.match",
+    "usocksd.resolver",
+    "usocksd.sites",
+)
 
 
 def modules() -> dict[str, set[str]]:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 import socket
 from collections.abc import Iterator, Mapping
-from typing import Annotated
+from typing import Annotated, Any
 
 import attrs
 
 from transocks.proxy_url import ProxyScheme, ProxyURL, ProxyURLs, parse_proxy_url
+from transocks.route_settings import NAME, NamesConfig, RouteConfig, check_routes
+from transocks.routes import DEFAULT, DIRECT, REJECT, Routes
+from usocksd.conditions import as_table
 from usocksd.match import canonical_host
 from usocksd.runtime.common import Common
 from usocksd.runtime.config import Invalid, Parser, show
@@ -97,11 +100,6 @@ def _lookup(name: str) -> list[IPAddress]:
 Listen = Annotated[tuple[ListenAddress, ...], Parser(_parse_listen, _LISTEN_EXPECTED)]
 
 
-DEFAULT = "default"
-"""The name of the group that `proxy_url` at the top is."""
-DIRECT, REJECT = "direct", "reject"
-"""What a route can say instead of a group."""
-
 FAILOVER, ROUND_ROBIN, STICKY = "failover", "round-robin", "sticky"
 
 
@@ -163,6 +161,8 @@ class Config:
     """SO_MARK of the connections to the upstream, so that the firewall rules can exempt them"""
     fast_open: bool = True
     """TCP Fast Open towards the upstream, where it takes part"""
+    names: NamesConfig = attrs.field(factory=NamesConfig)
+    route: tuple[RouteConfig, ...] = ()
     log: LogConfig = attrs.field(factory=LogConfig)
     dns: DnsConfig = attrs.field(factory=DnsConfig)
     timeouts: Timeouts = attrs.field(factory=Timeouts)
@@ -175,6 +175,11 @@ class Config:
     control: SocketPath = "/run/transocks/control.sock"
     """None: no control socket"""
 
+    @staticmethod
+    def check_table(table: dict[str, Any]) -> Iterator[Invalid]:
+        """What routes say of each other and of groups, whatever else is wrong with them."""
+        return check_routes(table, [DEFAULT, *as_table(table.get("upstream"))])
+
     def groups(self) -> dict[str, GroupConfig]:
         """All upstream groups by name, that of the top as "default"."""
         top = GroupConfig(proxy_url=self.proxy_url, policy=self.policy, when_all_down=self.when_all_down)
@@ -184,6 +189,11 @@ class Config:
         """The groups with the key path of the proxies of each."""
         for name, group in self.groups().items():
             yield "proxy_url" if name == DEFAULT else f"upstream.{name}.proxy_url", group
+
+    def routes(self) -> Routes:
+        """[[route]], to be asked."""
+        routes = [route.route(number, self.names) for number, route in enumerate(self.route, 1)]
+        return Routes(routes, send_name=self.names.send == NAME)
 
     def common(self) -> Common:
         """The settings that usocksd has too."""
@@ -205,4 +215,4 @@ class Config:
         )
 
 
-__all__ = ["Config", "ProxyScheme", "ProxyURL", "parse_proxy_url"]
+__all__ = ["DEFAULT", "DIRECT", "REJECT", "Config", "ProxyScheme", "ProxyURL", "parse_proxy_url"]

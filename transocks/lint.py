@@ -5,14 +5,16 @@ from __future__ import annotations
 import pwd
 from collections.abc import Iterator
 
-from transocks.config import DIRECT, FAILOVER, Config, GroupConfig
+from transocks.config import DEFAULT, DIRECT, FAILOVER, Config, GroupConfig
 from transocks.original_dst import OWN_USERS
 from transocks.proxy_url import ProxyURL
+from transocks.route_settings import NAME
 from usocksd.addresses import HostAddresses
 from usocksd.errors import Fault
 from usocksd.runtime.config import show
 from usocksd.runtime.lint import Host, lint_common, readable_by_all
 from usocksd.runtime.settings import LOCALHOST, IPAddress, ListenAddress
+from usocksd.sites import SiteIndex, has_networks, has_ports, mask_of
 
 
 def warnings(config: Config, source: str | None = None) -> list[str]:
@@ -33,6 +35,7 @@ def lint(config: Config, source: str | None = None) -> list[Fault]:
         *_password(config, source),
         *_groups(config),
         *_direct(config),
+        *_routes(config),
     ]
 
 
@@ -86,18 +89,22 @@ def _groups(config: Config) -> Iterator[Fault]:
             yield Fault(at, show(group.policy), "has no meaning for one proxy: remove it, or add proxies")
 
 
+_REDIRECTED_AGAIN = (
+    "direct connections are redirected again, unless the rules exempt them: expected a mark, or a user"
+    f" {OWN_USERS[0]} for the service"
+)
+
+
 def _direct(config: Config) -> Iterator[Fault]:
     """What goes out directly must not be redirected to us again."""
     if config.mark is not None or any(_exists(user) for user in OWN_USERS):
         return
     for key, group in config.keyed_groups():
         if group.when_all_down == DIRECT:
-            yield Fault(
-                key.replace("proxy_url", "when_all_down"),
-                show(DIRECT),
-                "direct connections are redirected again, unless the rules exempt them: expected a mark, or a user"
-                f" {OWN_USERS[0]} for the service",
-            )
+            yield Fault(key.replace("proxy_url", "when_all_down"), show(DIRECT), _REDIRECTED_AGAIN)
+    for at, route in enumerate(config.route):
+        if route.via == DIRECT:
+            yield Fault(f"route[{at}].via", show(DIRECT), _REDIRECTED_AGAIN)
 
 
 def _exists(user: str) -> bool:
@@ -106,3 +113,35 @@ def _exists(user: str) -> bool:
     except KeyError:
         return False
     return True
+
+
+def _routes(config: Config) -> Iterator[Fault]:
+    """Routes that never decide, or not by what they say; and groups to which none leads."""
+    routes = [route.route(number, config.names) for number, route in enumerate(config.route, 1)]
+    destinations = SiteIndex.of_rules([route.to for route in routes])
+    groups = config.groups()
+    for at, (route, written) in enumerate(zip(routes, config.route, strict=True)):
+        key = f"route[{at}]"
+        covering = mask_of(
+            has_ports(earlier.ports, route.ports) and has_networks(earlier.clients, route.clients)
+            for earlier in routes[:at]
+        )
+        everywhere = mask_of(earlier.to is None for earlier in routes[:at])
+        if route.to is None:
+            covering &= everywhere
+        else:
+            covering = destinations.covering_all(route.to, covering, everywhere)
+        if covering:
+            by = (covering & -covering).bit_length() - 1
+            name = show(written.name) if written.name else ""
+            above = f"route[{by}] {show(routes[by].name)}" if config.route[by].name else f"route[{by}]"
+            yield Fault(key, name, f"never decides, since {above} above has all of it: remove it, or move it up")
+        entries = [entry for sites in route.to or () for entry in sites.entries()]
+        if not config.names.sniff and entries and all(isinstance(entry, str) and entry for entry in entries):
+            yield Fault(f"{key}.to", "", "has names only, and names.sniff is false: it never decides")
+        if written.send == NAME and not any(url.scheme.takes_names for url in groups[route.via].proxy_url):
+            yield Fault(f"{key}.send", show(NAME), f"its proxies take addresses only: expected socks5h in {route.via}")
+    used = {DEFAULT, *(route.via for route in routes)}
+    for name in config.upstream:
+        if name not in used:
+            yield Fault(f"upstream.{name}", "", f'no route leads there: expected a route with via = "{name}"')

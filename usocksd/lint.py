@@ -15,7 +15,7 @@ from usocksd.errors import ConfigError, Fault
 from usocksd.match import IPNetwork, NameSet, NetworkMap, canonical_host, parse_network
 from usocksd.runtime.config import show
 from usocksd.runtime.lint import Host, first_few, lint_common, lint_mark, readable_by_all
-from usocksd.sites import SiteIndex, SiteList, prefix_of
+from usocksd.sites import SiteIndex, SiteList, has_networks, has_ports
 
 
 def warnings(config: Config, source: str | None = None) -> list[str]:
@@ -132,7 +132,7 @@ def _covered_rules(config: Config) -> Iterator[Fault]:
         rules.append(rule)
         keys.append(f"outgoing.{rule.name}")
     above = len(config.rule)
-    destinations = SiteIndex([(sites, 1 << at) for at, rule in enumerate(rules[:above]) for sites in rule.to or ()])
+    destinations = SiteIndex.of_rules([rule.to for rule in rules[:above]])
     told: set[str] = set()
     for at, rule in enumerate(rules):
         lifts_later = any(map(_lifts, rules[at + 1 :]))
@@ -144,11 +144,7 @@ def _covered_rules(config: Config) -> Iterator[Fault]:
         if rule.to is None or rule.complement:
             covering = everywhere
         else:
-            for sites in rule.to:
-                for entry in sites.entries():
-                    covering &= everywhere | destinations.covering(entry)
-                    if not covering:
-                        break
+            covering = destinations.covering_all(rule.to, covering, everywhere)
         if covering and keys[at] not in told:
             told.add(keys[at])
             by = (covering & -covering).bit_length() - 1
@@ -163,26 +159,7 @@ def _same_who(earlier: Rule, rule: Rule) -> bool:
     """Whether one rule has all clients, users and ports of another."""
     if earlier.users is not None and (rule.users is None or not rule.users <= earlier.users):
         return False
-    if earlier.ports is not None and not _has_ports(earlier.ports, rule.ports or ((0, 65535),)):
-        return False
-    if earlier.clients is not None:
-        if rule.clients is None:
-            return False
-        clients = SiteIndex([(SiteList(map(prefix_of, earlier.clients)), 1)])
-        return all(clients.covering(prefix_of(network)) for network in rule.clients)
-    return True
-
-
-def _has_ports(ranges: Sequence[tuple[int, int]], wanted: Sequence[tuple[int, int]]) -> bool:
-    """Whether these ranges have all ports of those."""
-    for port, last in wanted:
-        missing = port
-        for first, end in sorted(ranges):
-            if first <= missing:
-                missing = max(missing, end + 1)
-        if missing <= last:
-            return False
-    return True
+    return has_ports(earlier.ports, rule.ports) and has_networks(earlier.clients, rule.clients)
 
 
 def _allows_less(earlier: Rule, rule: Rule, lifts_later: bool) -> bool:

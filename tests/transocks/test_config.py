@@ -16,8 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from transocks.config import Config, GroupConfig, ProxyScheme, ProxyURL, parse_proxy_url
+from transocks.route_settings import RouteConfig
+from transocks.routes import Decision
 from usocksd.errors import ConfigError
-from usocksd.runtime.config import SecretStr, load, parse
+from usocksd.runtime.config import KEY, SecretStr, load, parse
 from usocksd.runtime.settings import DnsConfig, LogConfig
 
 SAMPLE = Path(__file__).parents[2] / "deploy" / "transocks.toml"
@@ -247,7 +249,7 @@ def test_the_sample_is_the_default() -> None:
     assert config == Config(proxy_url=(parse_proxy_url("socks5://127.0.0.1:1080"),))
 
 
-def test_the_sample_shows_every_setting_and_its_default() -> None:
+def test_the_sample_shows_every_setting_and_its_default(tmp_path: Path) -> None:
     shown = re.sub(r"^#(?=\w+ = |\[)", "", SAMPLE.read_text(), flags=re.MULTILINE)
     table = tomllib.loads(shown)
     assert set(table) == {field.name for field in attrs.fields(Config)}
@@ -256,9 +258,88 @@ def test_the_sample_shows_every_setting_and_its_default() -> None:
     for field in attrs.fields(attrs.resolve_types(Config)):
         if isinstance(table.get(field.name), dict):
             assert set(table[field.name]) == {inner.name for inner in attrs.fields(field.type)}
-    config = parse(Config, shown, "transocks.toml")
+    (route,) = table["route"]
+    assert set(route) == {field.metadata.get(KEY, field.name) for field in attrs.fields(RouteConfig)}
+    (tmp_path / "partners.txt").touch()
+    config = parse(Config, shown, str(tmp_path / "transocks.toml"))
     assert (config.log.level, config.log.format) == ("info", "plain")
     assert config.upstream["far"].when_all_down == "refuse"
     assert attrs.evolve(
-        config, upstream={}, mark=None, workers=None, metrics_port=None, dns=DnsConfig(), log=LogConfig()
+        config, upstream={}, route=(), mark=None, workers=None, metrics_port=None, dns=DnsConfig(), log=LogConfig()
     ) == Config(proxy_url=config.proxy_url)
+
+
+# [names] and [[route]]
+
+
+def test_names_and_routes() -> None:
+    config = parse(
+        Config,
+        PROXY
+        + """
+        [names]
+        wait = 0
+        skip_ports = [22, "6000-6100"]
+        skip_networks = ["10.0.0.0/8"]
+        [upstream.partners]
+        proxy_url = "socks5h://192.0.2.1"
+        [[route]]
+        to = [".partner.example"]
+        via = "partners"
+        send = "address"
+        [[route]]
+        name = "no mail"
+        from = ["192.168.0.0/16"]
+        ports = [25]
+        via = "reject"
+        """,
+        "transocks.toml",
+    )
+    assert config.names.skip_ports == ((22, 22), (6000, 6100))
+    assert config.routes().names == ["route 1", "no mail"]
+    client, web = ip_address("192.168.1.1"), ip_address("203.0.113.80")
+    assert config.routes().decide(client, web, "a.partner.example", 443) == Decision("route 1", "partners", False)
+    assert config.routes().decide(client, web, "a.example", 25) == Decision("no mail", "reject", True)
+
+
+def test_faults_of_names_and_routes() -> None:
+    found = faults(
+        PROXY
+        + """
+        [names]
+        sniff = "yes"
+        wait = -1
+        size = 100
+        skip_ports = ["ssh"]
+        skip_networks = ["example.com"]
+        send = "both"
+        when_unresolved = "direct"
+        when_ech = "refuse"
+        [[route]]
+        name = "a"
+        via = "partner"
+        [[route]]
+        name = "a"
+        via = "direct"
+        send = "name"
+        to = []
+        [[route]]
+        name = "route 7"
+        to = ["file:no-such-file"]
+        from = ["here"]
+        ports = [70000]
+        [[route]]
+        name = "default"
+        via = "default"
+        form = []
+        """
+    )
+    expected = [
+        "names.sniff", "names.wait", "names.size", "names.skip_ports[0]", "names.skip_networks[0]", "names.send",
+        "names.when_unresolved", "names.when_ech", "route[1].to", "route[1].send", "route[2].name", "route[2].to[0]",
+        "route[2].from[0]", "route[2].ports[0]", "route[2].via", "route[3].name", "route[3].form", "route[1].name",
+        "route[0].via",
+    ]  # fmt: skip
+    assert sorted(fault.partition(":")[0] for fault in found) == sorted(expected)
+    assert 'route[0].via: "partner": no such group: expected one of "default", "direct", "reject"' in found
+    assert 'route[1].name: "a": is the name of route[0] too, expected another' in found

@@ -63,3 +63,52 @@ def test_what_both_daemons_have_is_told_by_the_keys_of_this_one() -> None:
     assert keys(f'{PROXY}listen = ["localhost:1083"]\nmetrics_port = 1083') == ["metrics_port"]
     assert keys(f'{PROXY}metrics_address = "::1"\nmetrics_port = 0') == ["metrics_address"]
     assert keys(f"{PROXY}[timeouts]\nidle = 1\nhalf_closed = 1") == ["timeouts.handshake"]
+
+
+def test_routes_that_do_nothing() -> None:
+    routes = """
+        [upstream.used]
+        proxy_url = "socks5://192.0.2.2"
+        [upstream.unused]
+        proxy_url = "socks5h://192.0.2.3"
+        [[route]]
+        name = "all of it"
+        to = [".example.com", "203.0.113.0/24"]
+        via = "used"
+        [[route]]
+        to = ["www.example.com", "203.0.113.80"]
+        ports = [80]
+        via = "reject"
+        [[route]]
+        to = ["www.example.com", "203.0.114.80"]
+        via = "reject"
+        [[route]]
+        via = "used"
+        send = "name"
+        [[route]]
+        from = ["10.0.0.0/8"]
+        via = "default"
+    """
+    found = warnings(parse(Config, PROXY + routes, ""))
+    assert [warning.partition(", ")[0] for warning in found] == [
+        "route[1]: never decides",
+        'route[3].send: "name": its proxies take addresses only: expected socks5h in used',
+        "route[4]: never decides",
+        'upstream.unused: no route leads there: expected a route with via = "unused"',
+    ]
+    assert 'since route[0] "all of it" above' in found[0]
+    assert "since route[3] above" in found[2]
+
+
+def test_routes_by_name_that_nobody_looks_for() -> None:
+    route = '[[route]]\nto = ["a.example", ".b.example"]\nvia = "reject"\n'
+    assert keys(PROXY + route) == []
+    assert keys(f"{PROXY}{route}[names]\nsniff = false\n") == ["route[0].to"]
+
+
+def test_a_direct_route_without_anything_to_exempt_it_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    route = '[[route]]\nto = ["10.0.0.0/8"]\nvia = "direct"\n'
+    monkeypatch.setattr("transocks.lint.OWN_USERS", ("nobody-has-this",))
+    assert keys(PROXY + route) == ["route[0].via"]
+    monkeypatch.setattr("transocks.lint.OWN_USERS", ("root",))
+    assert keys(PROXY + route) == []

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from transocks.access_log import AccessLog
-from transocks.config import DEFAULT, Config
+from transocks.config import Config
 from transocks.direct import Direct
+from transocks.first_bytes import FirstBytes
 from transocks.lint import warnings
 from transocks.original_dst import LoopGuard
 from transocks.pool import Upstreams
+from transocks.routes import DIRECT
 from transocks.session import Sessions
 from usocksd import __version__
 from usocksd.addresses import HostAddresses
@@ -53,16 +55,21 @@ def build(config: Config, parts: Parts) -> Built:
         # No destination takes it all: with none of the other checks in force, a loop ends at half the descriptors.
         most_per_destination=max(parts.connections // 2, 1),
     )
+    routes = config.routes()
+    first_bytes = FirstBytes(config.names)
     sessions = Sessions(
         guard=guard,
-        upstream=upstreams.groups[DEFAULT],
+        first_bytes=first_bytes,
+        routes=routes,
+        ways={**upstreams.groups, DIRECT: direct},
+        names=config.names,
         pipes=PipePool(most_pipes(parts.descriptors)),
         timeouts=config.timeouts,
-        access_log=AccessLog(parts.log, parts.metrics),
+        access_log=AccessLog(parts.log, parts.metrics, routes.names),
     )
     return Built(
         sessions.serve,
-        (hosts.watch, resolver.run, upstreams.health.run),
+        (hosts.watch, resolver.run, upstreams.health.run, first_bytes.run),
         guard.close,
         keeping=(upstreams.health.keep,),
         status=lambda: {"upstreams": upstreams.status()},

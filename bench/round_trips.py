@@ -28,7 +28,7 @@ import lab
 SOCKS_PORT, REDIRECT_PORT = 1080, 1081
 READY_WITHIN = 20.0
 # Until a proxy has had a look at its upstream.
-SETTLE = 2.0
+SETTLE = 1.0
 
 
 def hello() -> bytes:
@@ -219,11 +219,14 @@ def main(argv: Sequence[str] | None = None, say: Callable[[str], None] = print) 
     parser = argparse.ArgumentParser(prog="python -m bench.round_trips", description=(__doc__ or "").split("\n\n")[1])
     parser.add_argument("--ms", type=float, default=100, help="the link's round trip, in milliseconds (100)")
     parser.add_argument("--tries", type=int, default=5, help="connections behind the first (5)")
+    parser.add_argument("--only", metavar="NAME", action="append", help="only this way (may be repeated)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(argv)
     results: dict[str, dict[str, list[float]]] = {}
     try:
         for way in WAYS:
+            if options.only and way.name not in options.only:
+                continue
             if reason := way.missing():
                 print(f"left out: {way.name}: {reason}", file=sys.stderr)
                 continue

@@ -13,12 +13,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 import lab
-from delay import DelayLine
+from delay import ROUND_TRIP, DelayLine
 
 T = TypeVar("T")
-
-ROUND_TRIP = 0.1
-"""Long beside what this machine takes for its own part, when it has other things to do too."""
 
 
 @pytest.fixture

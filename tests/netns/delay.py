@@ -19,6 +19,9 @@ import time
 from collections.abc import Callable
 from io import FileIO
 
+ROUND_TRIP = 0.1
+"""That of the tests, in seconds: long beside what a busy machine takes for its own part."""
+
 _LARGEST = 65536
 _SYN, _ACK = 2, 16
 _FAST_OPEN = 34  # the option's kind (RFC 7413, section 4.1.1)

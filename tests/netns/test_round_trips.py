@@ -15,9 +15,8 @@ import daemons
 import lab
 import pytest
 import trio
-from conftest import ROUND_TRIP
 from daemons import Daemon, Served
-from delay import DelayLine, opens_fast
+from delay import ROUND_TRIP, DelayLine, opens_fast
 
 from usocksd.errors import DialError
 from usocksd.runtime import dial as dial_module

@@ -22,6 +22,7 @@ from usocksd.errors import DialError
 from usocksd.runtime import dial as dial_module
 from usocksd.runtime import fast_open
 from usocksd.runtime.dial import Target, dial
+from usocksd.runtime.endpoint import DeadlineExpired
 from usocksd.runtime.reactor import Reactor
 from usocksd.socks import Client, Established
 
@@ -189,6 +190,22 @@ async def test_the_verdict_on_a_connect_comes_with_the_first_wait(
         await (endpoint.receive() if wait == "receive" else endpoint.proven())
     assert (caught.value.errno, caught.value.address, caught.value.step) == (cause, str(target), "connect")
     endpoint.close()
+
+
+async def test_who_answers_the_syn_and_says_nothing_is_late_and_not_unreachable(
+    reactor: Reactor, ask: Ask, net: lab.Net
+) -> None:
+    await ask(HELLO, fast=True)
+    with net.outside.listen(lab.NEXT_V4) as silent:
+        target = Target(*silent.getsockname(), fast_open=True)
+        endpoint, _ = await dial(reactor, [target], deadline=reactor.clock() + 1)
+        assert endpoint.unproven
+        await endpoint.send_all(b"\x05\x01\x00")
+        endpoint.deadline = reactor.clock() + 3 * ROUND_TRIP
+        with pytest.raises(DeadlineExpired):
+            await endpoint.receive()
+        assert not endpoint.unproven
+        endpoint.close()
 
 
 async def test_of_several_addresses_none_is_taken_unproven(reactor: Reactor, ask: Ask) -> None:

@@ -268,7 +268,8 @@ class Lab:
 
     def tun(self, host: Host, addresses: Sequence[str], *, name: str = "eth0") -> FileIO:
         """A TUN device of a host, up, with these addresses: what the host sends is read here, and what is written here
-        it receives, a packet at a time. Raises OSError where there is no /dev/net/tun for this user."""
+        it receives, a packet at a time. Raises OSError where there is no /dev/net/tun for this user.
+        """
         device = FileIO(self.ask("tun", host.name, name), "r+")
         self.ip(
             host,
@@ -314,8 +315,10 @@ def host_net() -> Iterator[Net]:
 
 @contextlib.contextmanager
 def delayed_net(round_trip: float) -> Iterator[tuple[Net, DelayLine]]:
-    """As host_net, with that delay (seconds, there and back) between client and outside. TCP Fast Open is allowed on
-    both. Raises OSError where this user may not have TUN devices."""
+    """As host_net, with that delay (seconds, there and back) between client and outside; TCP Fast Open allowed on both.
+
+    Raises OSError where this user may not have TUN devices.
+    """
     with Lab() as lab:
         client, outside = lab.host("client"), lab.host("outside")
         line = _uplink(lab, client, outside, delay=round_trip / 2)

@@ -115,6 +115,8 @@ def test_tls(data: bytes, found: Opening | None) -> None:
         (b"::1",),
         (b"[::1]",),
         (b"a..example",),
+        (b"localhost",),
+        (b"www.LocalHost.",),
         (b"a b.example",),
         (b"a\0.example",),
         (b"www.example.com:443",),

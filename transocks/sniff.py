@@ -233,4 +233,5 @@ def _name(raw: bytes) -> str | None:
         host = canonical_host(raw.decode("ascii"))
     except ValueError:
         return None
-    return host if isinstance(host, str) else None
+    # "localhost" is whoever resolves it (RFC 6761 section 6.3), so not where a redirected connection was going.
+    return host if isinstance(host, str) and not f".{host}".endswith(".localhost") else None

@@ -254,9 +254,9 @@ class SiteIndex:
         """Of the rules of this mask, those that have all of these lists; the ones of `everywhere` do."""
         for sites in lists:
             for entry in sites.entries():
+                if not mask & ~everywhere:
+                    return mask
                 mask &= everywhere | self.covering(entry)
-                if not mask:
-                    return 0
         return mask
 
     def covering(self, entry: Entry) -> int:

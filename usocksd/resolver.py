@@ -7,8 +7,8 @@ What this file keeps:
 2. `cached` is plain dictionaries; only what it does not know costs a task switch.
 3. Askers of one name share one query. It belongs to none of them: it goes on when one gives up, and ends when
    the last one has gone.
-4. What can't be answered costs the asker its deadline and nobody else anything: no threads, and a queue only where
-   sockets would run out. (getaddrinfo is threads and a queue, which is why it is not the default.)
+4. What can't be answered costs the asker its deadline and nobody else anything: no threads, and where sockets would
+   run out the newest goes first. (getaddrinfo is threads and a queue, which is why it is not the default.)
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from usocksd.name_servers import SERVERS_FAILED, TIMED_OUT, NameServers
 from usocksd.runtime.endpoint import DeadlineExpired, Endpoint
 from usocksd.runtime.metrics import SECONDS, Metrics
 from usocksd.runtime.settings import SocketAddress
+from usocksd.turns import Turns
 
 _logger = logging.getLogger("usocksd.resolver")
 
@@ -41,6 +42,8 @@ _PARTIAL_TTL = 10.0  # one family answered, the other did not
 # RFC 8305 section 3: whoever has addresses of one family does not wait long for a server that drops the other query.
 _RESOLUTION_DELAY = 0.2
 _MOST_NAMES = 10_000
+# Each is judged and recorded for every connection, and whoever owns the name says how many there are.
+_MOST_ADDRESSES = 256
 _LONGEST_NAME = 253
 _CHECK_FILES_EVERY = 1.0
 _SYSTEM_TTL = 5.0  # getaddrinfo(3) tells none
@@ -103,7 +106,7 @@ class Resolver:
         `system`: ask getaddrinfo(3), and with it whatever nsswitch.conf(5) names, instead of name servers. glibc is
         told, for the whole process, to leave searching to us.
 
-        `sockets`: so many are open to name servers at a time, two for each name; further names wait.
+        `sockets`: so many are open to name servers at a time, two for each name; further names wait, see turns.py.
         `lifetime`: seconds for one name, all its queries and servers together. Both files are read when they
         change, looked at once a second at most; a missing one is an empty one, and one that can't be read stays what
         it was.
@@ -113,7 +116,7 @@ class Resolver:
             # resolv.conf(5): replaces the search list, here by one that adds nothing to a name. A dot at the end of
             # the name would say the same, but to DNS alone: /etc/hosts knows no name with one.
             os.environ["LOCALDOMAIN"] = "."
-        self._sockets = trio.CapacityLimiter(sockets)
+        self._turns = Turns(max(sockets // 2, 1))
         self._lifetime = lifetime
         self._clock = clock
         self._servers = NameServers(servers, resolv_conf, lifetime=lifetime, clock=clock)
@@ -136,7 +139,7 @@ class Resolver:
         """Holds the queries; until cancelled, which ends those under way."""
         async with trio.open_nursery() as self._nursery:
             task_status.started()
-            await trio.sleep_forever()
+            await self._turns.run()
 
     def full_names(self, text: str) -> tuple[str, ...]:
         """The names that a host name as a client sent it may stand for, canonical, in the order in which to ask.
@@ -278,8 +281,7 @@ class Resolver:
         answers: list[_Entry] = []
 
         async def ask(kind: str) -> None:
-            async with self._sockets:
-                answer = await self._ask(host, kind)
+            answer = await self._ask(host, kind)
             answers.append(answer)
             if len(answers) == 2:
                 nursery.cancel_scope.cancel()  # the delay below, if it runs
@@ -290,7 +292,7 @@ class Resolver:
 
         # dnspython's own limit goes by wall time, which may jump.
         with trio.move_on_after(self._lifetime):
-            async with trio.open_nursery() as nursery:
+            async with self._turns.turn(), trio.open_nursery() as nursery:
                 nursery.start_soon(ask, "AAAA")
                 nursery.start_soon(ask, "A")
         missing = 2 - len(answers)
@@ -357,7 +359,7 @@ def _combine(answers: Sequence[_Entry]) -> _Entry:
     """One entry from those of both families; a family that failed makes it short-lived."""
     failures = [answer.cause for answer in answers if answer.cause in {TIMED_OUT, SERVERS_FAILED}]
     ttl = min((answer.ttl for answer in answers if answer.cause not in failures), default=_FAILURE_TTL)
-    addresses = in_turn(address for answer in answers for address in answer.addresses)
+    addresses = in_turn(address for answer in answers for address in answer.addresses)[:_MOST_ADDRESSES]
     if addresses:
         return _Entry(addresses, "", min(ttl, _PARTIAL_TTL) if failures else ttl)
     if failures:

@@ -726,6 +726,28 @@ async def test_sockets_are_bounded_and_names_wait_for_them(place: Place, start: 
             assert len(await resolver.resolve("www.test")) == 2
 
 
+async def test_names_that_nobody_answers_for_give_way(place: Place, start: Start) -> None:
+    """However many they are, and with much more time to live than anybody waits for an answer."""
+
+    def answer(query: dns.message.Message) -> Sequence[dns.message.Message | bytes]:
+        dead = query.question[0].name.to_text().startswith("dead")
+        return [] if dead else records({"www.test": ["192.0.2.1"], "web.test": ["192.0.2.2"]})(query)
+
+    server = await start(answer)
+    resolver = await place.resolver(server.endpoint, sockets=4, lifetime=60)
+    async with trio.open_nursery() as nursery:
+        for number in range(20):
+            nursery.start_soon(cause_of_failure, resolver, f"dead{number}.test")
+        await server.got_query.wait()
+        await trio.testing.wait_all_tasks_blocked()
+        with trio.fail_after(3):
+            assert await resolver.resolve("www.test") == addresses("192.0.2.1")
+            assert await resolver.resolve("web.test") == addresses("192.0.2.2")
+        nursery.cancel_scope.cancel()
+    await trio.testing.wait_all_tasks_blocked()
+    assert resolver._turns._free == 2
+
+
 async def test_an_answer_about_another_name_is_no_answer(place: Place, start: Start) -> None:
     def answer(query: dns.message.Message) -> list[dns.message.Message]:
         reply = dns.message.make_response(query)
@@ -771,6 +793,15 @@ async def test_the_cache_is_bounded(place: Place, start: Start, monkeypatch: pyt
     for n in range(10):
         await resolver.resolve(f"{n}.test.x")
     assert sorted(resolver._cache) == ["7.test.x", "8.test.x", "9.test.x"]
+
+
+async def test_of_very_many_addresses_some_are_taken(
+    place: Place, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(usocksd.resolver, "_MOST_ADDRESSES", 3)
+    server = await start(records({"www.test": ["192.0.2.1", "192.0.2.2", "2001:db8::1", "2001:db8::2"]}))
+    resolver = await place.resolver(server.endpoint)
+    assert await resolver.resolve("www.test") == addresses("2001:db8::1", "192.0.2.1", "2001:db8::2")
 
 
 async def test_a_fault_of_one_query_is_not_that_of_others(

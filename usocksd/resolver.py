@@ -66,7 +66,10 @@ _DOTS = (".", "\u3002", "\uff0e", "\uff61")
 
 @frozen
 class _Entry:
-    """What is known about a name: addresses, or why there are none. `ttl` from now, or the time when it ends."""
+    """What is known about a name: addresses, or why there are none. `ttl` from now, or the time when it ends.
+
+    A `ttl` of 0: nobody says how long.
+    """
 
     addresses: tuple[IPAddress, ...]
     cause: str = ""
@@ -328,9 +331,8 @@ class Resolver:
         except ResolveError as error:
             return _Entry((), error.cause)
         if found.addresses:
-            return _Entry(tuple(map(numeric_address, found.addresses)), "", _clamp(found.ttl, _LONGEST_TTL))
-        # What nobody says how long to keep is not to be kept (RFC 2308 section 5), or hardly.
-        ttl = _clamp(found.ttl, _LONGEST_NEGATIVE_TTL)
+            return _Entry(tuple(map(numeric_address, found.addresses)), "", _clamp(found.ttl or 0.0, _LONGEST_TTL))
+        ttl = 0.0 if found.ttl is None else _clamp(found.ttl, _LONGEST_NEGATIVE_TTL)
         return _Entry((), NO_ADDRESS if found.exists else NO_SUCH_NAME, ttl)
 
     def _reread(self) -> None:
@@ -358,15 +360,18 @@ def _getaddrinfo(host: str) -> _Entry:
 def _combine(answers: Sequence[_Entry]) -> _Entry:
     """One entry from those of both families; a family that failed makes it short-lived."""
     failures = [answer.cause for answer in answers if answer.cause in {TIMED_OUT, SERVERS_FAILED}]
-    ttl = min((answer.ttl for answer in answers if answer.cause not in failures), default=_FAILURE_TTL)
+    ttl = min((answer.ttl for answer in answers if answer.ttl), default=0.0)
     addresses = in_turn(address for answer in answers for address in answer.addresses)[:_MOST_ADDRESSES]
     if addresses:
-        return _Entry(addresses, "", min(ttl, _PARTIAL_TTL) if failures else ttl)
+        # That there is none of the other family is kept as long as these are, even if nobody vouches for it.
+        longest = _PARTIAL_TTL if failures else _LONGEST_TTL if all(a.ttl for a in answers) else _LONGEST_NEGATIVE_TTL
+        return _Entry(addresses, "", min(ttl, longest))
     if failures:
         return _Entry((), TIMED_OUT if TIMED_OUT in failures else SERVERS_FAILED, _FAILURE_TTL)
     nothing = all(answer.cause == NO_SUCH_NAME for answer in answers)
-    return _Entry((), NO_SUCH_NAME if nothing else NO_ADDRESS, ttl)
+    # An absence that nobody vouches for is not to be kept (RFC 2308 section 5), or hardly.
+    return _Entry((), NO_SUCH_NAME if nothing else NO_ADDRESS, ttl or _SHORTEST_TTL)
 
 
-def _clamp(ttl: float | None, longest: float) -> float:
-    return min(max(ttl or 0.0, _SHORTEST_TTL), longest)
+def _clamp(ttl: float, longest: float) -> float:
+    return min(max(ttl, _SHORTEST_TTL), longest)

@@ -276,6 +276,11 @@ async def test_an_absence_that_nobody_vouches_for_is_hardly_kept(place: Place, s
         place.clock.now += 6
         await cause_of_failure(resolver, name)
         assert server.asked[name, "A"] == 2
+    # Beside addresses it is: else names without IPv6 would be asked for all the time.
+    server.answer = records({"four.test": ["192.0.2.1"]})
+    await resolver.resolve("four.test")
+    place.clock.now += 59
+    assert resolver.cached("four.test")
 
 
 async def test_hosts_localhost_and_literals_are_never_asked_for(place: Place, start: Start) -> None:

@@ -191,6 +191,8 @@ class Config:
     """`localhost` is both 127.0.0.1 and ::1, whatever the resolver says: REDIRECT goes to either."""
     mark: Mark | None = None
     """SO_MARK of the connections to the upstream, so that the firewall rules can exempt them"""
+    fast_open: bool = True
+    """TCP Fast Open towards the upstream, where it takes part"""
     log: LogConfig = attrs.field(factory=LogConfig)
     dns: DnsConfig = attrs.field(factory=DnsConfig)
     timeouts: Timeouts = attrs.field(factory=Timeouts)

@@ -37,10 +37,13 @@ class Connected(Protocol):
 class Upstream:
     """One upstream proxy."""
 
-    def __init__(self, url: ProxyURL, *, resolver: Resolver, mark: int | None, metrics: Metrics) -> None:
+    def __init__(
+        self, url: ProxyURL, *, resolver: Resolver, mark: int | None, metrics: Metrics, fast_open: bool = False
+    ) -> None:
         self._url = url
         self._resolver = resolver
         self._mark = mark
+        self._fast_open = fast_open
         self._known: frozenset[Destination] = frozenset()
         self.name = str(url)
         """For log records: without user and password."""
@@ -76,7 +79,8 @@ class Upstream:
         reactor = client.reactor
         deadline = reactor.clock() + timeouts.connect
         targets = [
-            Target(str(address), self._url.port, mark=self._mark) for address in await self._resolve(deadline, client)
+            Target(str(address), self._url.port, mark=self._mark, fast_open=self._fast_open)
+            for address in await self._resolve(deadline, client)
         ]
         since = reactor.clock()
         try:

@@ -32,7 +32,9 @@ def build(config: Config, parts: Parts) -> Built:
         system=config.dns.resolver == "system",
         sockets=most_name_sockets(parts.descriptors),
     )
-    upstream = Upstream(config.proxy_url, resolver=resolver, mark=config.mark, metrics=parts.metrics)
+    upstream = Upstream(
+        config.proxy_url, resolver=resolver, mark=config.mark, metrics=parts.metrics, fast_open=config.fast_open
+    )
     guard = LoopGuard(
         listen_ports=parts.ports,
         hosts=hosts,

@@ -45,6 +45,9 @@ class Endpoint:
     `deadline` (on the reactor's clock) bounds every wait; past it the wait raises DeadlineExpired.
     """
 
+    unproven: bool = False
+    """connect(2) has returned, and the peer has not answered yet; see fast_open.py."""
+
     __slots__ = ("_task", "about", "deadline", "fd", "more", "on_reset", "reactor", "readable", "sock", "writable")
 
     def __init__(self, reactor: Reactor, sock: SocketType, *, connecting: bool = False) -> None:
@@ -95,6 +98,9 @@ class Endpoint:
         while not self.writable:
             await self._wait()
         return self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+
+    async def proven(self) -> None:
+        """Wait until the peer has answered to connect(2): it has, unless `unproven`."""
 
     async def finish(self, data: bytes, within: float) -> None:
         """Say a last word and let the peer read it: send, end our side, wait `within` seconds for its end, close.

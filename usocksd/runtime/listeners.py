@@ -13,6 +13,7 @@ from socket import SocketType
 
 from usocksd.errors import Error
 from usocksd.runtime.endpoint import Endpoint
+from usocksd.runtime.fast_open import accept_fast_open
 from usocksd.runtime.hostport import join_port
 from usocksd.runtime.options import set_options
 from usocksd.runtime.reactor import Reactor
@@ -84,6 +85,7 @@ def listen(host: str, port: int, *, reuse_port: bool = False) -> socket.socket:
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         set_options(sock)
+        accept_fast_open(sock)
         sock.bind((host, port))
         sock.listen(_BACKLOG)
     except OSError as error:

@@ -26,6 +26,7 @@ import transocks.session
 import usocksd.access_log
 import usocksd.session
 from transocks.direct import Direct
+from transocks.first_bytes import FirstBytes
 from transocks.original_dst import Destination, LoopGuard, NotRedirected
 from transocks.pool import Upstreams
 from usocksd.acl import AccessRules, ClientRules
@@ -171,6 +172,7 @@ async def transocks_running(folder: Path, url: str) -> AsyncIterator[Proxy]:
     metrics, hosts, reactor = Metrics("transocks"), HostAddresses(), Reactor()
     config = parse(transocks.config.Config, f'proxy_url = "{url}"', "transocks.toml")
     resolver = Resolver(None, metrics)
+    direct = Direct(resolver=resolver, mark=None, is_local=hosts.is_local)
     upstreams = Upstreams(
         config.groups(),
         config.health,
@@ -178,7 +180,7 @@ async def transocks_running(folder: Path, url: str) -> AsyncIterator[Proxy]:
         resolver=resolver,
         mark=None,
         fast_open=False,
-        direct=Direct(resolver=resolver, mark=None, is_local=hosts.is_local),
+        direct=direct,
         share=lambda _: None,
         metrics=metrics,
     )
@@ -191,16 +193,23 @@ async def transocks_running(folder: Path, url: str) -> AsyncIterator[Proxy]:
         most_per_destination=9,
         own_users=(),
     )
+    routes, first_bytes = config.routes(), FirstBytes(config.names)
     sessions = transocks.session.Sessions(
         guard=guard,
-        upstream=upstreams.groups["default"],
+        first_bytes=first_bytes,
+        routes=routes,
+        ways={**upstreams.groups, "direct": direct},
+        names=config.names,
         pipes=PipePool(16),
         timeouts=Timeouts(),
-        access_log=transocks.access_log.AccessLog(log, metrics),
+        access_log=transocks.access_log.AccessLog(log, metrics, routes.names),
     )
     try:
-        async with serving(proxy, listener, sessions.serve):
-            yield proxy
+        async with trio.open_nursery() as nursery:
+            await nursery.start(first_bytes.run)
+            async with serving(proxy, listener, sessions.serve):
+                yield proxy
+            nursery.cancel_scope.cancel()
     finally:
         guard.close()
         log.close()

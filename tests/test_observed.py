@@ -26,6 +26,7 @@ import transocks.session
 import usocksd.access_log
 import usocksd.session
 from transocks.direct import Direct
+from transocks.first_bytes import FirstBytes
 from transocks.original_dst import Destination, LoopGuard, NotRedirected
 from transocks.pool import Upstreams
 from usocksd.acl import AccessRules, ClientRules
@@ -191,16 +192,23 @@ async def transocks_running(folder: Path, url: str) -> AsyncIterator[Proxy]:
         most_per_destination=9,
         own_users=(),
     )
+    first_bytes = FirstBytes(config.names)
     sessions = transocks.session.Sessions(
         guard=guard,
-        upstream=upstreams.groups["default"],
+        first_bytes=first_bytes,
+        routes=config.routes(),
+        ways=upstreams.groups,
+        names=config.names,
         pipes=PipePool(16),
         timeouts=Timeouts(),
         access_log=transocks.access_log.AccessLog(log, metrics),
     )
     try:
-        async with serving(proxy, listener, sessions.serve):
-            yield proxy
+        async with trio.open_nursery() as nursery:
+            await nursery.start(first_bytes.run)
+            async with serving(proxy, listener, sessions.serve):
+                yield proxy
+            nursery.cancel_scope.cancel()
     finally:
         guard.close()
         log.close()

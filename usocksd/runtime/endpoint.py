@@ -89,8 +89,7 @@ class Endpoint:
         except BlockingIOError:
             self.readable = self.more = False
             return None
-        # The end can be read again and again, by whoever takes this endpoint over.
-        self.readable = not data or self.more or len(data) == _RECEIVE_SIZE
+        self.readable = self.more or len(data) == _RECEIVE_SIZE
         return data
 
     async def send_all(self, data: bytes) -> None:

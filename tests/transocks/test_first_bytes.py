@@ -121,10 +121,14 @@ async def test_waits_end_one_by_one() -> None:
             assert (await first_bytes.read(endpoints[number], WEB)).data == b""
             ended.append(trio.current_time() - began)
 
+        async def speak() -> None:
+            quick.sendall(REQUEST[10:])
+
         async with trio.open_nursery() as nursery:
             nursery.start_soon(read, 0)
             await trio.testing.wait_all_tasks_blocked()
-            quick.sendall(REQUEST)
+            quick.sendall(REQUEST[:10])
+            nursery.start_soon(speak)
             assert (await first_bytes.read(quick_endpoint, WEB)).opening == NAMED
             for number in (1, 2):
                 nursery.start_soon(read, number)

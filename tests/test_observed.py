@@ -172,6 +172,7 @@ async def transocks_running(folder: Path, url: str) -> AsyncIterator[Proxy]:
     metrics, hosts, reactor = Metrics("transocks"), HostAddresses(), Reactor()
     config = parse(transocks.config.Config, f'proxy_url = "{url}"', "transocks.toml")
     resolver = Resolver(None, metrics)
+    direct = Direct(resolver=resolver, mark=None, is_local=hosts.is_local)
     upstreams = Upstreams(
         config.groups(),
         config.health,
@@ -179,7 +180,7 @@ async def transocks_running(folder: Path, url: str) -> AsyncIterator[Proxy]:
         resolver=resolver,
         mark=None,
         fast_open=False,
-        direct=Direct(resolver=resolver, mark=None, is_local=hosts.is_local),
+        direct=direct,
         share=lambda _: None,
         metrics=metrics,
     )
@@ -192,16 +193,16 @@ async def transocks_running(folder: Path, url: str) -> AsyncIterator[Proxy]:
         most_per_destination=9,
         own_users=(),
     )
-    first_bytes = FirstBytes(config.names)
+    routes, first_bytes = config.routes(), FirstBytes(config.names)
     sessions = transocks.session.Sessions(
         guard=guard,
         first_bytes=first_bytes,
-        routes=config.routes(),
-        ways=upstreams.groups,
+        routes=routes,
+        ways={**upstreams.groups, "direct": direct},
         names=config.names,
         pipes=PipePool(16),
         timeouts=Timeouts(),
-        access_log=transocks.access_log.AccessLog(log, metrics),
+        access_log=transocks.access_log.AccessLog(log, metrics, routes.names),
     )
     try:
         async with trio.open_nursery() as nursery:

@@ -98,6 +98,8 @@ class State:
         """When it last answered anything."""
         self.waiting: dict[Attempt, None] = {}
         """The attempts that have no answer yet, in the order of their start."""
+        self.has_others = False
+        """There is something to try instead of it: then its silence is looked into."""
         self.gauges: list[Counter] = []
         """1 while it is up, in each of its groups."""
         self.changed: Callable[[State], None] = lambda _: None
@@ -262,13 +264,18 @@ class Health:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """What each worker does: look after attempts that wait, and probe what is down. Until cancelled."""
-        async with trio.open_nursery() as self._nursery:
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
             for upstream in self._upstreams:
-                self._nursery.start_soon(self._watch, upstream)
+                if upstream.state.has_others:
+                    nursery.start_soon(self._watch, upstream)
                 if not upstream.state.up:
                     self._recover_later(upstream)
             task_status.started()
-            await trio.sleep_forever()
+            try:
+                await trio.sleep_forever()
+            finally:
+                self._nursery = None
 
     async def keep(self) -> None:
         """What one worker does for all: probe what is up, and share what is known. Until cancelled."""
@@ -291,13 +298,8 @@ class Health:
 
     async def _check(self, upstream: Probed) -> None:
         """Probe it, without haste."""
-        timeout, began = self._config.timeout, self._clock()
-        try:
-            answer = await upstream.probe(connect=timeout, answer=timeout, learn=True)
-        except Error as error:
-            self._unanswered(upstream, error, began)
-        else:
-            self._answered(upstream, answer, began)
+        timeout = self._config.timeout
+        await self._probe(upstream, connect=timeout, answer=timeout, learn=True)
         self._news.set()
 
     async def _recover(self, upstream: Probed) -> None:
@@ -335,12 +337,15 @@ class Health:
     async def _suspect(self, upstream: Probed) -> None:
         """Probe it, in haste: its attempts wait."""
         limit = self._config.suspect_timeout
-        usual = upstream.state.latency or 0.0
+        # (A probe is a round trip to connect, and one to answer.)
+        usual = 1.5 * (upstream.state.latency or 0.0)
+        await self._probe(upstream, connect=max(limit, usual), answer=limit, learn=False)
+
+    async def _probe(self, upstream: Probed, *, connect: float, answer: float, learn: bool) -> None:
         for tries_left in reversed(range(_TRIES_IF_LATE)):
             began = self._clock()
             try:
-                # (A probe is a round trip to connect and one to answer.)
-                answer = await upstream.probe(connect=max(limit, 1.5 * usual), answer=limit, learn=False)
+                found = await upstream.probe(connect=connect, answer=answer, learn=learn)
             except ProbeTimedOut as error:
                 if error.late and tries_left:
                     continue
@@ -348,7 +353,7 @@ class Health:
             except Error as error:
                 self._unanswered(upstream, error, began)
             else:
-                self._answered(upstream, answer, began)
+                self._answered(upstream, found, began)
             return
 
     def _answered(self, upstream: Probed, answer: Answer, began: float) -> None:

@@ -54,6 +54,7 @@ class UpstreamGroup:
             gauge = metrics.up.labels(name, each.name)
             gauge.value = int(each.state.up)
             each.state.gauges.append(gauge)
+            each.state.has_others |= len(self._upstreams) > 1 or self._direct is not None
 
     async def connect(self, request: Request, client: Endpoint, timeouts: Timeouts, access: Progress) -> Tunnel:
         """Reach what `request` is for through one of the proxies, each at most once, within `timeouts` (see

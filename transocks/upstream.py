@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from math import inf
 from typing import NamedTuple, Protocol
 
@@ -172,11 +172,11 @@ class Upstream:
     async def probe(self, *, connect: float, answer: float, learn: bool) -> Answer:
         """See health.Probed."""
         began = trio.current_time()
-        host = self._url.host
         where = self.name
         with trio.move_on_after(connect) as scope:
-            if isinstance(host, str):
-                self._learn(await self._resolver.search(host))
+            # In haste, what is known has to do: slow name servers are not the upstream's fault.
+            if isinstance(self._url.host, str) and (learn or not self._targets):
+                await self._look_up(self._resolver.search(self._url.host))
             endpoint, target = await dial(self._reactor, self._plain_targets(), deadline=inf)
         if scope.cancelled_caught:
             raise _timed_out(scope, where, "connect")
@@ -274,11 +274,13 @@ class Upstream:
     async def _resolve(self, client: Endpoint, deadline: float) -> None:
         """See to it that there are addresses, those in force now if the name servers tell them in time."""
         now = self._reactor.clock()
-        if now < self._stale_until:
-            return
-        within = min(deadline, now + _RESOLVE_WITHIN) if self._targets else deadline
+        if now >= self._stale_until:
+            within = min(deadline, now + _RESOLVE_WITHIN) if self._targets else deadline
+            await self._look_up(self._resolver.search_for(client, str(self._url.host), within))
+
+    async def _look_up(self, search: Awaitable[Sequence[IPAddress]]) -> None:
         try:
-            self._learn(await self._resolver.search_for(client, str(self._url.host), within))
+            self._learn(await search)
         except ResolveError as error:
             if not self._targets or error.cause in ABSENT:
                 raise

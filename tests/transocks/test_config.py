@@ -229,6 +229,69 @@ def test_any_text_is_a_proxy_url_or_invalid(text: str) -> None:
         parse_proxy_url(text)
 
 
+def test_several_proxies_and_groups() -> None:
+    config = parse(
+        Config,
+        """
+        proxy_url = ["socks5://192.0.2.1", "http://me:s3cret@192.0.2.2:3128"]
+        policy = "round-robin"
+        [upstream.far]
+        proxy_url = "socks4a://192.0.2.3"
+        when_all_down = "direct"
+        """,
+        "transocks.toml",
+    )
+    default, far = config.groups().items()
+    assert (default[0], list(map(str, default[1].proxy_url))) == (
+        "default",
+        ["socks5://192.0.2.1:1080", "http://192.0.2.2:3128"],
+    )
+    assert (default[1].policy, default[1].when_all_down) == ("round-robin", "refuse")
+    assert (far[0], far[1].policy, far[1].when_all_down) == ("far", "failover", "direct")
+    assert dict(config.common().more) == {
+        "proxy_url": "socks5://192.0.2.1:1080, http://192.0.2.2:3128",
+        "upstream.far.proxy_url": "socks4a://192.0.2.3:1080",
+    }
+
+
+def test_faults_of_groups() -> None:
+    found = faults("""
+        proxy_url = ["socks5://192.0.2.1", 5, "socks6://me:s3cret@192.0.2.1", "socks5://me:s3cret"]
+        policy = "random"
+        when_all_down = "reject"
+        [upstream.direct]
+        proxy_url = "socks5://192.0.2.1"
+        [upstream.default]
+        proxy_url = []
+        [upstream."a b"]
+        polisy = "sticky"
+        [health]
+        interval = 0
+        timeout = 1
+        suspect_timeout = 2
+    """)
+    assert "s3cret" not in str(found)
+    wanted = {
+        "proxy_url[1]: expected socks5://USER": 1,
+        "proxy_url[2]: expected socks5://, socks5h://": 1,
+        "proxy_url[3]: expected HOST:PORT": 1,
+        'policy: "random": expected one of "failover", "round-robin", "sticky"': 1,
+        'when_all_down: "reject": expected one of "refuse", "direct"': 1,
+        'upstream.direct: "direct": is a way without a proxy, expected another name': 1,
+        'upstream.default: "default": is the group of proxy_url at the top, expected another name': 1,
+        "upstream.default.proxy_url: expected socks5://USER": 1,
+        'upstream."a b": "a b": expected a name of at most 64 letters': 1,
+        'upstream."a b".proxy_url: missing: expected socks5://USER': 1,
+        'upstream."a b".polisy: unknown key, did you mean policy?': 1,
+        "health.interval: 0: expected seconds": 1,
+    }
+    assert {start: sum(fault.startswith(start) for fault in found) for start in wanted} == wanted
+    assert len(found) == len(wanted)
+    assert faults(f"{PROXY}[health]\ntimeout = 1\nsuspect_timeout = 2") == [
+        "health.suspect_timeout: 2: expected at most timeout, which is 1"
+    ]
+
+
 def test_all_faults_at_once() -> None:
     found = faults('proxy_url = 5\nlisten = "x"\nmark = "m"\nproxy = ""\n[timeouts]\nidle = 0\n[dns]\nserver = []')
     assert [fault.partition(": ")[0] for fault in found] == [

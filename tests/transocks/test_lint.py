@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import transocks.lint
 from transocks.config import Config, parse_proxy_url
 from transocks.lint import lint, warnings
 from usocksd.runtime.config import parse
@@ -56,6 +57,48 @@ def test_a_password_that_everybody_may_read(tmp_path: Path) -> None:
         assert warnings(Config(proxy_url=(parse_proxy_url(url),)), str(file)) == []
     file.chmod(0o640)
     assert warnings(with_password, str(file)) == []
+
+
+def test_each_proxy_of_each_group_is_looked_at(tmp_path: Path) -> None:
+    file = tmp_path / "transocks.toml"
+    file.touch()
+    file.chmod(0o644)
+    toml = """
+        proxy_url = ["socks5://127.0.0.1:1080", "socks5://127.0.0.1:1081"]
+        [upstream.far]
+        proxy_url = ["http://192.0.2.1:3128", "http://me:s3cret@192.0.2.2:3128", "http://192.0.2.1:3128"]
+        [upstream.near]
+        proxy_url = "http://localhost:1081"
+        policy = "sticky"
+        [[route]]
+        to = ["www.example.com"]
+        via = "far"
+        [[route]]
+        to = ["www.example.org"]
+        via = "near"
+    """
+    found = lint(parse(Config, toml, "transocks.toml"), str(file))
+    assert [fault.path for fault in found] == [
+        "proxy_url[1]",
+        "upstream.near.proxy_url",
+        "upstream.far.proxy_url[1]",
+        "upstream.far.proxy_url[2]",
+        "upstream.near.policy",
+    ]
+    assert "s3cret" not in str(found)
+    assert "is there already" in found[3].expected
+
+
+@pytest.mark.parametrize("users", [(), ("root",)])
+def test_what_goes_directly_has_to_be_exempt(users: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transocks.lint, "OWN_USERS", users or ("nobody-has-this",))
+    direct = f'{PROXY}when_all_down = "direct"\n'
+    far = '[upstream.far]\nproxy_url = "socks5://192.0.2.2"\nwhen_all_down = "direct"\n'
+    far += '[[route]]\nto = ["www.example.com"]\nvia = "far"'
+    none_of_it = bool(users)
+    assert keys(direct) == ["when_all_down"] * (not none_of_it)
+    assert keys(PROXY + far) == ["upstream.far.when_all_down"] * (not none_of_it)
+    assert "when_all_down" not in keys(f"{direct}mark = 1\n{far}")
 
 
 def test_what_both_daemons_have_is_told_by_the_keys_of_this_one() -> None:

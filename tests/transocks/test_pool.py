@@ -6,6 +6,7 @@ Over real sockets. Where time matters, the clock moves only when a test says so:
 from __future__ import annotations
 
 import socket
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
@@ -152,8 +153,15 @@ class Session:
         self.client: socket.socket | None = None
         self.done = trio.Event()
 
+    async def over(self) -> None:
+        """Wait for its end, for so long on the clock on the wall: trio's may stand still."""
+        deadline = time.monotonic() + daemons.PATIENCE
+        while not self.done.is_set():
+            assert time.monotonic() < deadline, f"tried {self.access.tries}"
+            await trio.lowlevel.checkpoint()
+
     async def tunnel(self) -> Tunnel:
-        await self.done.wait()
+        await self.over()
         if isinstance(self.outcome, BaseException):
             raise self.outcome
         assert self.outcome is not None
@@ -228,7 +236,7 @@ class World:
     async def asked(self, request: Request = Request(CLIENT, WEB), group: str = "default") -> Session:  # noqa: B008
         """One that has come to an end."""
         session = self.ask(request, group)
-        await session.done.wait()
+        await session.over()
         return session
 
     async def pass_time(self, seconds: float) -> None:

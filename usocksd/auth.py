@@ -28,10 +28,12 @@ _logger = logging.getLogger("usocksd.auth")
 
 _BCRYPT = re.compile(r"\$2[aby]\$(0[4-9]|[12][0-9]|3[01])\$[./A-Za-z0-9]{53}")
 _LONGEST_PASSWORD = 72  # bytes that bcrypt looks at; htpasswd cuts off the rest too
+FAILURE_TAKES = 1.0
+"""Seconds, beyond the check itself."""
+
 _REMEMBER_FOR = 60.0
 _MOST_REMEMBERED = 10_000
 _THREADS = 2
-_DELAY = 1.0  # seconds that a failure takes
 _MOST_FAILURES, _WITHIN = 20, 60.0  # of one client
 
 
@@ -89,7 +91,7 @@ class Users:
         if self._may_try(client):
             success = await self._shared_check(digest, name, secret, client)
         if not success:
-            await trio.sleep(_DELAY)
+            await trio.sleep(FAILURE_TAKES)
         return success
 
     async def _shared_check(self, digest: bytes, name: bytes, secret: bytes, client: str) -> bool:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from functools import partial
 
 from usocksd.access_log import Access, AccessLog
 from usocksd.acl import AccessRules, ClientRules
-from usocksd.auth import Users
+from usocksd.auth import FAILURE_TAKES, Users
 from usocksd.egress import EgressPools, Usable
 from usocksd.errors import CommandNotSupported, Denied, Error, NoEgress, ResolveError
 from usocksd.match import IPAddress, canonical_host, numeric_address
@@ -156,15 +157,20 @@ class Sessions:
                 access.requested(event, server.method)
                 return event
             elif isinstance(event, Credentials):
-                await self._authenticate(event, server, access)
+                await self._authenticate(event, client, server, access)
 
-    async def _authenticate(self, credentials: Credentials, server: Server, access: Access) -> None:
+    async def _authenticate(self, credentials: Credentials, client: Endpoint, server: Server, access: Access) -> None:
+        """Raises ClientFault, DeadlineExpired, PeerReset."""
         # Where nobody has to authenticate, an empty password is no try to: Java sends the login name and none.
         anonymous = not self._users_required and not credentials.password
         if self._users is None or anonymous:
             access.authenticated(None)
             server.accept_credentials()
-        elif await self._users.verify(credentials.username, credentials.password, access.client_host):
+        elif await client.meanwhile(
+            client.deadline + FAILURE_TAKES,  # so that who is wrong at the last moment still hears of it
+            partial(self._users.verify, credentials.username, client=access.client_host),
+            credentials.password,
+        ):
             access.authenticated(credentials.username)
             server.accept_credentials()
         else:

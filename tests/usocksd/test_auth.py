@@ -32,7 +32,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def users(tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Users:
-    monkeypatch.setattr(usocksd.auth, "_DELAY", 0.0)
+    monkeypatch.setattr(usocksd.auth, "FAILURE_TAKES", 0.0)
     file = tmp_path / "users"
     lines = [
         "# made by htpasswd -B",
@@ -108,7 +108,7 @@ async def test_a_wrong_password(users: Users, user: str, password: str) -> None:
 async def test_a_failure_takes_its_time(
     users: Users, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
 ) -> None:
-    monkeypatch.setattr(usocksd.auth, "_DELAY", 1.0)
+    monkeypatch.setattr(usocksd.auth, "FAILURE_TAKES", 1.0)
     for user in ("alice", "nobody"):
         before = trio.current_time()
         assert not await users.verify(user, "wrong", "10.0.0.1")

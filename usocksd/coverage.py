@@ -16,7 +16,8 @@ from usocksd.errors import Fault
 from usocksd.match import IPNetwork, NameSet, NetworkMap, canonical_host, parse_network
 from usocksd.runtime.config import show
 from usocksd.runtime.lint import first_few
-from usocksd.sites import SiteIndex, SiteList, prefix_of
+from usocksd.site_index import SiteIndex
+from usocksd.sites import SiteList, prefix_of
 
 # Networks
 

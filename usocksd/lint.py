@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from ipaddress import IPv4Network, IPv6Network, collapse_addresses
 from pathlib import Path
 
-from usocksd.acl import DEFAULT_CLIENTS
 from usocksd.addresses import HostAddresses
 from usocksd.auth import Users
+from usocksd.clients import DEFAULT_CLIENTS
 from usocksd.config import Config, PoolConfig
 from usocksd.coverage import covered_entries, covered_networks, covered_rules, idle_sites
 from usocksd.errors import ConfigError, Fault

@@ -13,8 +13,9 @@ from collections.abc import Callable
 from functools import partial
 
 from usocksd.access_log import Access, AccessLog
-from usocksd.acl import AccessRules, ClientRules
+from usocksd.acl import AccessRules
 from usocksd.auth import FAILURE_TAKES, Users
+from usocksd.clients import ClientRules
 from usocksd.egress import EgressPools, Usable
 from usocksd.errors import CommandNotSupported, Denied, Error, NoEgress, ResolveError
 from usocksd.match import IPAddress, canonical_host, numeric_address

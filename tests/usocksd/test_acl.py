@@ -10,7 +10,8 @@ from attrs import frozen
 from hypothesis import given
 from hypothesis import strategies as st
 
-from usocksd.acl import PROTECTED, AccessRules, ClientRules, Decision, Rule, Step
+from usocksd.acl import PROTECTED, AccessRules, Decision, Rule, Step
+from usocksd.clients import ClientRules
 from usocksd.match import IPAddress, canonical_host, judged_addresses, parse_network
 from usocksd.sites import SiteList, entry_fault, parse_entry
 

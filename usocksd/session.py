@@ -214,10 +214,16 @@ class Sessions:
             if not decision.allowed:
                 denied = denied or Denied(decision.rule)
                 continue
+            if not targets and unusable is None:
+                access.rule, access.pool = decision.rule, decision.egress
             try:
-                targets.append(self._target(text, port, name, decision.egress, access))
+                target = self._target(text, port, name, decision.egress, access)
             except NoEgress as error:
                 unusable = unusable or error
+                continue
+            if not targets:  # should none of them answer, the record is about the one that was tried first
+                access.rule, access.pool = decision.rule, decision.egress
+            targets.append(target)
         if not targets:
             raise unusable or denied or ResolveError(name, "no address")
         return targets

@@ -143,6 +143,15 @@ def test_a_denied_address_of_a_name_is_left_out(server: Daemon, client: Socket, 
     assert "candidates" not in end
 
 
+def test_a_name_that_can_not_be_connected_is_recorded_with_what_was_decided_on_the_address(
+    server: Daemon, client: Socket
+) -> None:
+    """The rule for the name may be another one, with another pool: not the one that was left from."""
+    assert socks5(client, "partly.test", daemons.closed_port())[0] == 5
+    record = server.record("dial to destination failed", client_addr=name_of(client))
+    assert (record["rule"], record["pool"]) == ('allow_sites "127.0.0.0/8"', "default")
+
+
 def test_a_denied_name_is_recorded_with_what_was_decided_on_its_addresses(server: Daemon, client: Socket) -> None:
     assert socks5(client, "Metadata.test", 80)[0] == 2
     record = server.record("ruleset mismatch", client_addr=name_of(client))

@@ -17,9 +17,13 @@ PURE = (
     "usocksd.socks",
     "usocksd.errors",
     "usocksd.acl",
+    "usocksd.clients",
     "usocksd.match",
     "usocksd.sites",
+    "usocksd.site_index",
     "usocksd.egress",
+    "usocksd.records",
+    "usocksd.policy",
     "usocksd.replay",
     "usocksd.replies",
     "transocks.http_connect",
@@ -32,6 +36,7 @@ SHARED = (
     "usocksd.errors",
     "usocksd.match",
     "usocksd.resolver",
+    "usocksd.site_index",
     "usocksd.sites",
 )
 

@@ -29,9 +29,10 @@ from transocks.direct import Direct
 from transocks.first_bytes import FirstBytes
 from transocks.original_dst import Destination, LoopGuard, NotRedirected
 from transocks.pool import Upstreams
-from usocksd.acl import AccessRules, ClientRules
+from usocksd.acl import AccessRules
 from usocksd.addresses import HostAddresses
 from usocksd.auth import Users
+from usocksd.clients import ClientRules
 from usocksd.egress import EgressPools, Pool, Usable
 from usocksd.resolver import Resolver
 from usocksd.runtime import log as logging

@@ -14,7 +14,7 @@ from usocksd.errors import Fault
 from usocksd.runtime.config import show
 from usocksd.runtime.lint import Host, lint_common, readable_by_all
 from usocksd.runtime.settings import LOCALHOST, IPAddress, ListenAddress
-from usocksd.sites import SiteIndex, has_networks, has_ports, mask_of
+from usocksd.site_index import SiteIndex, has_networks, has_ports, mask_of
 
 
 def warnings(config: Config, source: str | None = None) -> list[str]:

@@ -59,7 +59,11 @@ def covered_rules(config: Config) -> Iterator[Fault]:
         rules.append(rule)
         keys.append(f"outgoing.{rule.name}")
     above = len(config.rule)
-    destinations = SiteIndex([(sites, 1 << at) for at, rule in enumerate(rules[:above]) for sites in rule.to or ()])
+    owners: dict[SiteList, int] = {}  # a file may be in many rules, and have a million entries
+    for at, rule in enumerate(rules[:above]):
+        for sites in rule.to or ():
+            owners[sites] = owners.get(sites, 0) | 1 << at
+    destinations = SiteIndex(list(owners.items()))
     everywhere = sum(1 << at for at, rule in enumerate(rules[:above]) if rule.to is None)
     done: set[str] = set()
     for at, rule in enumerate(rules):
@@ -74,7 +78,8 @@ def covered_rules(config: Config) -> Iterator[Fault]:
         if rule.to is None or rule.complement:
             covering &= everywhere
         else:
-            covering = _have_all(covering, everywhere, destinations, rule.to)
+            for sites in rule.to:
+                covering = _have_all(covering, everywhere | owners.get(sites, 0), destinations, sites)
         if keys[at] in done:
             continue
         if covering:
@@ -121,13 +126,12 @@ def _left(earlier: Rule, rule: Rule) -> _Left:
     )
 
 
-def _have_all(covering: int, everywhere: int, destinations: SiteIndex, to: Sequence[SiteList]) -> int:
-    """Of the rules `covering`, those that have all of these destinations."""
-    for sites in to:
-        for entry in sites.entries():
-            if not covering & ~everywhere:
-                return covering
-            covering &= everywhere | destinations.covering(entry)
+def _have_all(covering: int, certain: int, destinations: SiteIndex, sites: SiteList) -> int:
+    """Of the rules `covering`, those that have all of these destinations. Of the `certain` ones it is known."""
+    for entry in sites.entries():
+        if not covering & ~certain:
+            break
+        covering &= certain | destinations.covering(entry)
     return covering
 
 

@@ -65,6 +65,7 @@ def covered_rules(config: Config) -> Iterator[Fault]:
             owners[sites] = owners.get(sites, 0) | 1 << at
     destinations = SiteIndex(list(owners.items()))
     everywhere = sum(1 << at for at, rule in enumerate(rules[:above]) if rule.to is None)
+    looked_up: dict[tuple[SiteList, int], int] = {}
     done: set[str] = set()
     for at, rule in enumerate(rules):
         lifts_later = any(map(_lifts, rules[at + 1 :]))
@@ -79,7 +80,11 @@ def covered_rules(config: Config) -> Iterator[Fault]:
             covering &= everywhere
         else:
             for sites in rule.to:
-                covering = _have_all(covering, everywhere | owners.get(sites, 0), destinations, sites)
+                certain = everywhere | owners.get(sites, 0)
+                key = sites, covering & ~certain
+                if key not in looked_up:
+                    looked_up[key] = _have_all(covering & ~certain, destinations, sites)
+                covering &= certain | looked_up[key]
         if keys[at] in done:
             continue
         if covering:
@@ -126,12 +131,12 @@ def _left(earlier: Rule, rule: Rule) -> _Left:
     )
 
 
-def _have_all(covering: int, certain: int, destinations: SiteIndex, sites: SiteList) -> int:
-    """Of the rules `covering`, those that have all of these destinations. Of the `certain` ones it is known."""
+def _have_all(covering: int, destinations: SiteIndex, sites: SiteList) -> int:
+    """Of the rules `covering`, those that have all of these destinations."""
     for entry in sites.entries():
-        if not covering & ~certain:
+        if not covering:
             break
-        covering &= certain | destinations.covering(entry)
+        covering &= destinations.covering(entry)
     return covering
 
 

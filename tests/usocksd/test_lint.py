@@ -575,7 +575,11 @@ def test_a_long_list_in_many_rules_is_looked_at_once(tmp_path: Path, monkeypatch
     rules = [DENY + to, *(DENY + to + f"\nports = [{port}]" for port in range(1, 20))]
     assert covered(*rules) == [f"[{at}] by 0" for at in range(1, 20)]
     assert counted == {"entries": 1000}
-    # What is asked for entry by entry ends when no rule is left.
+    # The same in another file: entry by entry, but not for each rule.
+    (tmp_path / "again.txt").write_text((tmp_path / "long.txt").read_text())
+    assert covered(rules[0], *(rule.replace("/long.txt", "/again.txt") for rule in rules[1:]))[18:] == ["[19] by 0"]
+    assert counted.pop("lookups") == 1000
+    # It ends when no rule is left.
     assert covered(DENY + 'to = ["host0.example"]', DENY + to) == []
     assert counted["lookups"] <= 2
 

@@ -27,9 +27,10 @@ import usocksd.session
 from transocks.config import parse_proxy_url
 from transocks.original_dst import Destination, LoopGuard, NotRedirected
 from transocks.upstream import Upstream
-from usocksd.acl import AccessRules, ClientRules
+from usocksd.acl import AccessRules
 from usocksd.addresses import HostAddresses
 from usocksd.auth import Users
+from usocksd.clients import ClientRules
 from usocksd.egress import EgressPools, Pool, Usable
 from usocksd.resolver import Resolver
 from usocksd.runtime import log as logging

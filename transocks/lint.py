@@ -130,7 +130,8 @@ def _routes(config: Config) -> Iterator[Fault]:
         if route.to is None:
             covering &= everywhere
         else:
-            covering = destinations.covering_all(route.to, covering, everywhere)
+            for sites in route.to:
+                covering &= everywhere | destinations.covering_all(sites, covering & ~everywhere)
         if covering:
             by = (covering & -covering).bit_length() - 1
             name = show(written.name) if written.name else ""

@@ -16,7 +16,8 @@ from usocksd.errors import Fault
 from usocksd.match import IPNetwork, NameSet, NetworkMap, canonical_host, parse_network
 from usocksd.runtime.config import show
 from usocksd.runtime.lint import first_few
-from usocksd.site_index import SiteIndex, has_networks, has_ports, mask_of
+from usocksd.site_index import SiteIndex, has_networks, has_ports, mask_of, which_rules
+from usocksd.sites import SiteList
 
 # Networks
 
@@ -58,8 +59,10 @@ def covered_rules(config: Config) -> Iterator[Fault]:
         rules.append(rule)
         keys.append(f"outgoing.{rule.name}")
     above = len(config.rule)
-    destinations = SiteIndex.of_rules([rule.to for rule in rules[:above]])
+    owners = which_rules([rule.to for rule in rules[:above]])
+    destinations = SiteIndex(list(owners.items()))
     everywhere = mask_of(rule.to is None for rule in rules[:above])
+    looked_up: dict[tuple[SiteList, int], int] = {}
     done: set[str] = set()
     for at, rule in enumerate(rules):
         lifts_later = any(map(_lifts, rules[at + 1 :]))
@@ -73,7 +76,12 @@ def covered_rules(config: Config) -> Iterator[Fault]:
         if rule.to is None or rule.complement:
             covering &= everywhere
         else:
-            covering = destinations.covering_all(rule.to, covering, everywhere)
+            for sites in rule.to:
+                certain = everywhere | owners.get(sites, 0)
+                key = sites, covering & ~certain
+                if key not in looked_up:
+                    looked_up[key] = destinations.covering_all(sites, covering & ~certain)
+                covering &= certain | looked_up[key]
         if keys[at] in done:
             continue
         if covering:

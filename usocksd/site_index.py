@@ -38,11 +38,7 @@ class SiteIndex:
     @classmethod
     def of_rules(cls, rules: Sequence[Sequence[SiteList] | None]) -> SiteIndex:
         """The lists of each rule, of which the first is the lowest bit; None has nothing here."""
-        lists: dict[SiteList, int] = {}
-        for at, rule in enumerate(rules):
-            for sites in rule or ():
-                lists[sites] = lists.get(sites, 0) | 1 << at
-        return cls(list(lists.items()))
+        return cls(list(which_rules(rules).items()))
 
     @classmethod
     def of_networks(cls, rules: Sequence[Sequence[IPNetwork] | None]) -> SiteIndex:
@@ -64,13 +60,12 @@ class SiteIndex:
                 return key.decode("ascii")
         return None
 
-    def covering_all(self, lists: Iterable[SiteList], mask: int, everywhere: int) -> int:
-        """Of the rules of this mask, those that have all of these lists; the ones of `everywhere` do."""
-        for sites in lists:
-            for entry in sites.entries():
-                if not mask & ~everywhere:
-                    return mask
-                mask &= everywhere | self.covering(entry)
+    def covering_all(self, sites: SiteList, mask: int) -> int:
+        """Of the rules of this mask, those that have everything in this list."""
+        for entry in sites.entries():
+            if not mask:
+                break
+            mask &= self.covering(entry)
         return mask
 
     def covering(self, entry: Entry) -> int:
@@ -103,6 +98,15 @@ def has_networks(networks: Sequence[IPNetwork] | None, wanted: Sequence[IPNetwor
         return networks is None
     index = SiteIndex.of_networks([networks])
     return all(index.covering(prefix_of(network)) for network in wanted)
+
+
+def which_rules(rules: Sequence[Sequence[SiteList] | None]) -> dict[SiteList, int]:
+    """Each list of these rules, once, and which of them have it. (A file may be in many, with a million entries.)"""
+    found: dict[SiteList, int] = {}
+    for at, rule in enumerate(rules):
+        for sites in rule or ():
+            found[sites] = found.get(sites, 0) | 1 << at
+    return found
 
 
 def mask_of(rules: Iterable[bool]) -> int:

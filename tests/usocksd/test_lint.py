@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from ipaddress import ip_address
 from itertools import product
@@ -16,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import usocksd.coverage
 import usocksd.lint
 from usocksd.acl import AccessRules, Decision
 from usocksd.config import Config
@@ -24,6 +26,8 @@ from usocksd.lint import lint, warnings
 from usocksd.match import canonical_host
 from usocksd.runtime.config import parse, show, structure
 from usocksd.runtime.lint import Host, connections_of_descriptors, lint_common
+from usocksd.site_index import SiteIndex
+from usocksd.sites import Entry, SiteList
 
 CLIENT = "10.9.9.9"
 
@@ -551,6 +555,33 @@ def test_lists_that_a_rule_above_covers() -> None:
 def test_what_a_rule_above_leaves(above: str, rule: str, said: str) -> None:
     (fault,) = lint(parse(Config, f'[[rule]]\nname = "top"\n{above}\n[[rule]]\n{rule}\n', ""))
     assert fault.expected == said.format('rule[0] "top" above')
+
+
+def test_a_long_list_in_many_rules_is_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "long.txt").write_text("".join(f"host{n}.example\n" for n in range(1000)))
+    counted: Counter[str] = Counter()
+
+    class Counting(SiteIndex):
+        def __init__(self, lists: Sequence[tuple[SiteList, int]]) -> None:
+            counted["entries"] += sum(len(each) for each, _ in lists)
+            super().__init__(lists)
+
+        def covering(self, entry: Entry) -> int:
+            counted["lookups"] += 1
+            return super().covering(entry)
+
+    monkeypatch.setattr(usocksd.coverage, "SiteIndex", Counting)
+    to = f'to = ["file:{tmp_path}/long.txt"]'
+    rules = [DENY + to, *(DENY + to + f"\nports = [{port}]" for port in range(1, 20))]
+    assert covered(*rules) == [f"[{at}] by 0" for at in range(1, 20)]
+    assert counted == {"entries": 1000}
+    # The same in another file: entry by entry, but not for each rule.
+    (tmp_path / "again.txt").write_text((tmp_path / "long.txt").read_text())
+    assert covered(rules[0], *(rule.replace("/long.txt", "/again.txt") for rule in rules[1:]))[18:] == ["[19] by 0"]
+    assert counted.pop("lookups") == 1000
+    # It ends when no rule is left.
+    assert covered(DENY + 'to = ["host0.example"]', DENY + to) == []
+    assert counted["lookups"] <= 2
 
 
 def test_search_domains_make_other_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

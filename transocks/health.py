@@ -339,7 +339,7 @@ class Health:
         limit = self._config.suspect_timeout
         # (A probe is a round trip to connect, and one to answer.)
         usual = 1.5 * (upstream.state.latency or 0.0)
-        await self._probe(upstream, connect=max(limit, usual), answer=limit, learn=False)
+        await self._probe(upstream, connect=max(limit, usual), answer=max(limit, usual), learn=False)
 
     async def _probe(self, upstream: Probed, *, connect: float, answer: float, learn: bool) -> None:
         for tries_left in reversed(range(_TRIES_IF_LATE)):

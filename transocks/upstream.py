@@ -171,12 +171,12 @@ class Upstream:
 
     async def probe(self, *, connect: float, answer: float, learn: bool) -> Answer:
         """See health.Probed."""
-        began = trio.current_time()
         where = self.name
         with trio.move_on_after(connect) as scope:
             # In haste, what is known has to do: slow name servers are not the upstream's fault.
             if isinstance(self._url.host, str) and (learn or not self._targets):
                 await self._look_up(self._resolver.search(self._url.host))
+            began = trio.current_time()
             endpoint, target = await dial(self._reactor, self._plain_targets(), deadline=inf)
         if scope.cancelled_caught:
             raise _timed_out(scope, where, "connect")

@@ -49,7 +49,8 @@ SUSPECT = 0.3
 class Peer:
     """A proxy: says what `script` says to what it hears, by connection; what it does not know it keeps silent about."""
 
-    def __init__(self, script: Callable[[bytes], bytes | None]) -> None:
+    def __init__(self, script: Callable[[bytes], bytes | None], host: str = "127.0.0.1") -> None:
+        self.host = host
         self.script = script
         """From all that a connection has said to what is answered; None closes it."""
         self.heard: list[bytes] = []
@@ -57,12 +58,12 @@ class Peer:
         self.pieces: list[list[bytes]] = []
         """As it was received."""
         self.streams: list[trio.SocketStream] = []
-        self._sock = trio.socket.socket()
+        self._sock = trio.socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         self.port = 0
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         with self._sock:
-            await self._sock.bind(("127.0.0.1", self.port))
+            await self._sock.bind((self.host, self.port))
             self._sock.listen(100)
             self.port = self._sock.getsockname()[1]
             async with trio.open_nursery() as nursery:
@@ -657,6 +658,16 @@ async def test_groups_of_their_own(world: World) -> None:
 
 
 # ---- names of upstreams
+
+
+async def test_an_upstream_by_ipv6(world: World) -> None:
+    peer = Peer(socks(), "::1")
+    await world.nursery.start(peer.run)
+    for host in ("[::1]", "localhost"):
+        world.metrics = Metrics("transocks")
+        upstreams = await world.configured(f"socks5://{host}:{peer.port}")
+        await (await world.asked()).tunnel()
+        assert Destination("::1", peer.port) in upstreams.addresses
 
 
 async def test_the_name_of_an_upstream_is_resolved_again(mock_clock: MockClock, world: World) -> None:

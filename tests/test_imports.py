@@ -27,8 +27,18 @@ PURE = (
     "usocksd.replay",
     "usocksd.replies",
     "transocks.http_connect",
+    "transocks.routes",
+    "transocks.sniff",
 )
-SHARED = ("usocksd.match", "usocksd.resolver", "usocksd.addresses", "usocksd.errors")
+SHARED = (
+    "usocksd.addresses",
+    "usocksd.conditions",
+    "usocksd.errors",
+    "usocksd.match",
+    "usocksd.resolver",
+    "usocksd.site_index",
+    "usocksd.sites",
+)
 
 
 def modules() -> dict[str, set[str]]:

@@ -3,30 +3,54 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
-from transocks.config import ProxyScheme
 from transocks.original_dst import Destination, Loop, NotRedirected
-from usocksd.errors import Error, UpstreamError
+from transocks.proxy_url import ProxyScheme
+from transocks.routes import DEFAULT
+from transocks.sniff import Opening, Protocol
+from usocksd.errors import Denied, Error, UpstreamError
 from usocksd.runtime.access import AccessRecords, Connection, pair_member
 from usocksd.runtime.dial import Target
 from usocksd.runtime.endpoint import Endpoint
 from usocksd.runtime.log import Log
 from usocksd.runtime.metrics import Metrics
 
-_KEYS = ("request_id", "client_addr", "dest_addr", "upstream", "src_addr", "upstream_addr")
+_KEYS = (
+    "request_id",
+    "client_addr",
+    "dest_addr",
+    "name",
+    "name_from",
+    "route",
+    "group",
+    "upstream",
+    "tries",
+    "src_addr",
+    "upstream_addr",
+)
 
 # Label values.
-_VERSIONS = {ProxyScheme.SOCKS5: "SOCKS5", ProxyScheme.HTTP: "HTTP"}
+_VERSIONS: dict[ProxyScheme | None, str] = {
+    ProxyScheme.SOCKS5: "SOCKS5",
+    ProxyScheme.SOCKS5H: "SOCKS5",
+    ProxyScheme.SOCKS4A: "SOCKS4",
+    ProxyScheme.HTTP: "HTTP",
+    None: "direct",
+}
 _NO_UPSTREAM = "unknown"
 _NOT_REDIRECTED, _LOOP, _GONE = "not_redirected", "loop", "client_gone"
+_REJECTED = "rejected"
+_UNVERIFIED = "unverified"
 _GRANTED, _REFUSED, _UNREACHABLE = "granted", "upstream_refused", "upstream_unreachable"
 
 
 class AccessLog(AccessRecords):
     """Starts the records of each connection."""
 
-    def __init__(self, log: Log, metrics: Metrics) -> None:
+    def __init__(self, log: Log, metrics: Metrics, routes: Iterable[str] = ()) -> None:
+        """`routes` are the names of all routes."""
         super().__init__(log, _KEYS, logging.getLogger(__name__), metrics)
         self.connections = metrics.counters(
             "connections_total",
@@ -34,11 +58,30 @@ class AccessLog(AccessRecords):
             "version",
             "status",
         )
-        for status in (_NOT_REDIRECTED, _LOOP):
+        for status in (_NOT_REDIRECTED, _LOOP, _REJECTED):
             self.connections.labels(_NO_UPSTREAM, status)
         for version in _VERSIONS.values():
             for status in (_GRANTED, _REFUSED, _UNREACHABLE, _GONE):
                 self.connections.labels(version, status)
+
+        names = metrics.counters("names_total", "Connections, by where the name in their first bytes is from", "source")
+        self._no_name = names.labels("none")
+        self._names = {protocol: names.labels(protocol.value) for protocol in (Protocol.TLS, Protocol.HTTP)}
+        self._unverified = names.labels(_UNVERIFIED)
+        self.unresolved = metrics.counter(
+            "names_unresolved_total", "Names that led nowhere, so that the address was asked for"
+        )
+        by_route = metrics.counters("route_connections_total", "Connections, by the route that they took", "route")
+        self.by_route = {route: by_route.labels(route) for route in (DEFAULT, *routes)}
+
+    def count_name(self, opening: Opening) -> None:
+        """First bytes have been looked at."""
+        if opening.name is None:
+            self._no_name.value += 1
+        elif opening.encrypted:
+            self._unverified.value += 1
+        else:
+            self._names[opening.protocol].value += 1
 
     def begin(self, host: str, port: int) -> Access:
         """The records of a connection from this client."""
@@ -48,7 +91,17 @@ class AccessLog(AccessRecords):
 class Access(Connection):
     """The records of one connection. The session fills in what it learns."""
 
-    __slots__ = ("_proxy", "_upstream", "_version", "destination")
+    __slots__ = (
+        "_group",
+        "_name",
+        "_name_from",
+        "_proxy",
+        "_route",
+        "_tries",
+        "_upstream",
+        "_version",
+        "destination",
+    )
 
     _records: AccessLog
 
@@ -56,14 +109,38 @@ class Access(Connection):
         super().__init__(records, host, port)
         self.destination: Destination | None = None
         """Where the client was going."""
+        self._name: str | None = None
+        self._name_from: str | None = None
+        self._route: str | None = None
+        self._group: str | None = None
         self._upstream: str | None = None
+        self._tries = 0
         self._version = _NO_UPSTREAM
         self._proxy: str | None = None
 
-    def to_upstream(self, name: str, scheme: ProxyScheme) -> None:
-        """Which proxy shall carry it there."""
-        self._upstream = name
+    def sniffed(self, opening: Opening) -> None:
+        """What its first bytes are."""
+        self._records.count_name(opening)
+        if opening.name is not None:
+            self._name = opening.name
+            self._name_from = _UNVERIFIED if opening.encrypted else opening.protocol.value
+
+    def routed(self, route: str) -> None:
+        """Which route it takes."""
+        self._route = route
+
+    def unresolved(self, error: Error) -> None:
+        """Its name leads nowhere, `error` says: the address is tried instead."""
+        self._records.unresolved.value += 1
+        self._event(logging.INFO, "name leads nowhere", error=str(error))
+
+    def trying(self, group: str, upstream: str, scheme: ProxyScheme | None) -> None:
+        """This upstream of this group shall carry it there; scheme None: no upstream does."""
+        self._group = group
+        self._upstream = upstream
         self._version = _VERSIONS[scheme]
+        self._tries += 1
+        self._source = self._proxy = None
 
     def connected(self, endpoint: Endpoint, proxy: Target) -> None:
         """The proxy is connected, and will be asked. Both ends are what its records call us and itself."""
@@ -85,6 +162,8 @@ class Access(Connection):
                 level, message, status = logging.WARNING, "not redirected", _NOT_REDIRECTED
             case Loop():
                 message, status = "loop refused", _LOOP
+            case Denied():
+                level, message, status = logging.INFO, "rejected by route", _REJECTED
             case _:
                 self._records.not_connected(error)
                 message = "failed to connect to proxy server"
@@ -98,18 +177,33 @@ class Access(Connection):
         self._event(logging.INFO, "client is gone")
 
     def _count(self, status: str) -> None:
+        if self._route is not None:
+            self._records.by_route[self._route].value += 1
         self._records.connections.labels(self._version, status).value += 1
 
     def _values(self) -> tuple[object, ...]:
         destination = None if self.destination is None else str(self.destination)
-        return (self._id, self._client, destination, self._upstream, self._source, self._proxy)
+        return (
+            self._id,
+            self._client,
+            destination,
+            self._name,
+            self._name_from,
+            self._route,
+            self._group,
+            self._upstream,
+            self._tries or None,
+            self._source,
+            self._proxy,
+        )
 
     def _details(self) -> dict[str, Any]:
         return {
             "destination": None if self.destination is None else str(self.destination),
-            "name": None,
+            "name": self._name,
             "user": None,
             "rule": None,
             "egress": None,
+            "route": self._route,
             "upstream": self._upstream,
         }

@@ -14,7 +14,7 @@ from usocksd.runtime.verbs.client import Operated
 from usocksd.runtime.verbs.parsers import add_parsers
 
 DAEMON = Daemon("transocks", Config, plan="transocks.commands.serve:plan", build="transocks.commands.serve:build")
-OPERATED = Operated("transocks", "/etc/transocks.toml", "/run/transocks/control.sock", columns=("upstream",))
+OPERATED = Operated("transocks", "/etc/transocks.toml", "/run/transocks/control.sock", columns=("route", "upstream"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

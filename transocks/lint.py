@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import pwd
 from collections.abc import Iterator
 
-from transocks.config import Config
+from transocks.config import DEFAULT, DIRECT, FAILOVER, Config, GroupConfig
+from transocks.original_dst import OWN_USERS
+from transocks.proxy_url import ProxyURL
+from transocks.route_settings import NAME
 from usocksd.addresses import HostAddresses
 from usocksd.errors import Fault
+from usocksd.runtime.config import show
 from usocksd.runtime.lint import Host, lint_common, readable_by_all
-from usocksd.runtime.settings import LOCALHOST
+from usocksd.runtime.settings import LOCALHOST, IPAddress, ListenAddress
+from usocksd.site_index import SiteIndex, has_networks, has_ports, mask_of
 
 
 def warnings(config: Config, source: str | None = None) -> list[str]:
@@ -27,28 +33,116 @@ def lint(config: Config, source: str | None = None) -> list[Fault]:
         *lint_common(config.common(), host),
         *_loop(config, host),
         *_password(config, source),
+        *_groups(config),
+        *_direct(config),
+        *_routes(config),
     ]
 
 
+def _urls(key: str, group: GroupConfig) -> Iterator[tuple[str, ProxyURL]]:
+    """Each proxy of a group, with the key path of its own."""
+    for index, url in enumerate(group.proxy_url):
+        yield key if len(group.proxy_url) == 1 else f"{key}[{index}]", url
+
+
 def _loop(config: Config, host: Host) -> Iterator[Fault]:
-    """The proxy that we ask must not be ourselves."""
-    proxy = config.proxy_url
-    # Other names may be ours as well; asking a name server is not for a check.
-    theirs = LOCALHOST if proxy.host == "localhost" else () if isinstance(proxy.host, str) else (proxy.host,)
-    for listen in config.listen:
-        for address in theirs:
-            if listen.port == proxy.port and (
-                listen.address == address
-                or (listen.address.is_unspecified and listen.address.version == address.version and host.has(address))
-            ):
-                yield Fault("proxy_url", str(proxy), f"is our own listener {listen}: expected the proxy's port")
-                return
+    """The proxies that we ask must not be ourselves."""
+    for key, group in config.keyed_groups():
+        for place, proxy in _urls(key, group):
+            # Other names may be ours as well; asking a name server is not for a check.
+            theirs = LOCALHOST if proxy.host == "localhost" else () if isinstance(proxy.host, str) else (proxy.host,)
+            ours = [listen for listen in config.listen if any(_hears(listen, proxy.port, ip, host) for ip in theirs)]
+            if ours:
+                yield Fault(place, str(proxy), f"is our own listener {ours[0]}: expected the proxy's port")
+
+
+def _hears(listen: ListenAddress, port: int, address: IPAddress, host: Host) -> bool:
+    """Whether a connection to this address and port arrives at this listener."""
+    return listen.port == port and (
+        listen.address == address
+        or (listen.address.is_unspecified and listen.address.version == address.version and host.has(address))
+    )
 
 
 def _password(config: Config, source: str | None) -> Iterator[Fault]:
-    password = config.proxy_url.password
-    if source is not None and password is not None and password.reveal() and readable_by_all(source):
-        yield Fault(
-            "proxy_url", "", f"has a password, and every user may read this file: chmod o-r {source}, and give it"
-            " to the group of the service",
-        )  # fmt: skip
+    if source is None or not readable_by_all(source):
+        return
+    for key, group in config.keyed_groups():
+        for place, proxy in _urls(key, group):
+            if proxy.password is not None and proxy.password.reveal():
+                yield Fault(
+                    place, "", f"has a password, and every user may read this file: chmod o-r {source}, and give it"
+                    " to the group of the service",
+                )  # fmt: skip
+
+
+def _groups(config: Config) -> Iterator[Fault]:
+    """What a group says for nothing."""
+    for key, group in config.keyed_groups():
+        seen: set[str] = set()
+        for place, proxy in _urls(key, group):
+            if str(proxy) in seen:
+                yield Fault(place, str(proxy), "is there already: expected every proxy once")
+            seen.add(str(proxy))
+        if len(seen) == 1 and group.policy != FAILOVER:
+            at = key.replace("proxy_url", "policy")
+            yield Fault(at, show(group.policy), "has no meaning for one proxy: remove it, or add proxies")
+
+
+_REDIRECTED_AGAIN = (
+    "direct connections are redirected again, unless the rules exempt them: expected a mark, or a user"
+    f" {OWN_USERS[0]} for the service"
+)
+
+
+def _direct(config: Config) -> Iterator[Fault]:
+    """What goes out directly must not be redirected to us again."""
+    if config.mark is not None or any(_exists(user) for user in OWN_USERS):
+        return
+    for key, group in config.keyed_groups():
+        if group.when_all_down == DIRECT:
+            yield Fault(key.replace("proxy_url", "when_all_down"), show(DIRECT), _REDIRECTED_AGAIN)
+    for at, route in enumerate(config.route):
+        if route.via == DIRECT:
+            yield Fault(f"route[{at}].via", show(DIRECT), _REDIRECTED_AGAIN)
+
+
+def _exists(user: str) -> bool:
+    try:
+        pwd.getpwnam(user)
+    except KeyError:
+        return False
+    return True
+
+
+def _routes(config: Config) -> Iterator[Fault]:
+    """Routes that never decide, or not by what they say; and groups to which none leads."""
+    routes = [route.route(number, config.names) for number, route in enumerate(config.route, 1)]
+    destinations = SiteIndex.of_rules([route.to for route in routes])
+    groups = config.groups()
+    for at, (route, written) in enumerate(zip(routes, config.route, strict=True)):
+        key = f"route[{at}]"
+        covering = mask_of(
+            has_ports(earlier.ports, route.ports) and has_networks(earlier.clients, route.clients)
+            for earlier in routes[:at]
+        )
+        everywhere = mask_of(earlier.to is None for earlier in routes[:at])
+        if route.to is None:
+            covering &= everywhere
+        else:
+            for sites in route.to:
+                covering &= everywhere | destinations.covering_all(sites, covering & ~everywhere)
+        if covering:
+            by = (covering & -covering).bit_length() - 1
+            name = show(written.name) if written.name else ""
+            above = f"route[{by}] {show(routes[by].name)}" if config.route[by].name else f"route[{by}]"
+            yield Fault(key, name, f"never decides, since {above} above has all of it: remove it, or move it up")
+        entries = [entry for sites in route.to or () for entry in sites.entries()]
+        if not config.names.sniff and entries and all(isinstance(entry, str) and entry for entry in entries):
+            yield Fault(f"{key}.to", "", "has names only, and names.sniff is false: it never decides")
+        if written.send == NAME and not any(url.scheme.takes_names for url in groups[route.via].proxy_url):
+            yield Fault(f"{key}.send", show(NAME), f"its proxies take addresses only: expected socks5h in {route.via}")
+    used = {DEFAULT, *(route.via for route in routes)}
+    for name in config.upstream:
+        if name not in used:
+            yield Fault(f"upstream.{name}", "", f'no route leads there: expected a route with via = "{name}"')

@@ -1,31 +1,60 @@
 """One redirected connection, from accept to access record: the map of transocks.
 
-    accept -> original destination -> no loop? -> upstream dial + handshake -> relay -> record
+    accept -> original destination -> no loop? -> first bytes, name -> route -> upstream dial + handshake
+           -> relay -> record
 
 Each stage lives in the file of its name; only this one joins them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from transocks.access_log import Access, AccessLog
+from transocks.direct import Direct
+from transocks.first_bytes import First, FirstBytes
 from transocks.original_dst import Destination, LoopGuard, original_destination
-from transocks.upstream import Upstream
-from usocksd.errors import Error
+from transocks.pool import UpstreamGroup
+from transocks.request import Request
+from transocks.route_settings import ADDRESS, NAME, NamesConfig
+from transocks.routes import REJECT, Routes
+from transocks.upstream import Tunnel
+from usocksd.errors import Denied, Error, ResolveError
+from usocksd.match import numeric_address
 from usocksd.runtime.ending import Limits
 from usocksd.runtime.endpoint import Endpoint, PeerReset
 from usocksd.runtime.pipes import PipePool
 from usocksd.runtime.relay import close_pair, relay
 from usocksd.runtime.settings import Timeouts
+from usocksd.socks import Reply, RequestRefused
+
+# What says that a name leads nowhere, of SOCKS5 and HTTP (RFC 9110 section 15.6: from 502 on it is not the proxy that
+# failed). SOCKS4 has one number for everything, denials too.
+_UNRESOLVED = frozenset({Reply.HOST_UNREACHABLE, 502, 503, 504})
 
 
 class Sessions:
     """Everything that a session needs, and `serve`, which is one session."""
 
     def __init__(
-        self, *, guard: LoopGuard, upstream: Upstream, pipes: PipePool, timeouts: Timeouts, access_log: AccessLog
+        self,
+        *,
+        guard: LoopGuard,
+        first_bytes: FirstBytes,
+        routes: Routes,
+        ways: Mapping[str, UpstreamGroup | Direct],
+        names: NamesConfig,
+        pipes: PipePool,
+        timeouts: Timeouts,
+        access_log: AccessLog,
     ) -> None:
+        """`ways` are where routes lead, by what they call it."""
         self._guard = guard
-        self._upstream = upstream
+        self._first_bytes = first_bytes
+        self._routes = routes
+        self._ways = ways
+        self._trust_outer = names.when_ech == NAME
+        self._fall_back = names.when_unresolved == ADDRESS
         self._timeouts = timeouts
         self._limits = Limits(timeouts.idle, timeouts.half_closed)
         self._access_log = access_log
@@ -42,16 +71,16 @@ class Sessions:
             client.reset()
             return
         try:
-            await self._carry(client, destination, access)
+            await self._carry(client, Destination(host, port), destination, access)
         finally:
             self._guard.leave(destination)
 
-    async def _carry(self, client: Endpoint, destination: Destination, access: Access) -> None:
-        """upstream dial + handshake -> relay -> record"""
-        access.to_upstream(self._upstream.name, self._upstream.scheme)
+    async def _carry(self, client: Endpoint, source: Destination, destination: Destination, access: Access) -> None:
+        """first bytes, name -> route -> upstream dial + handshake -> relay -> record"""
         tunnel = None
         try:
-            tunnel = await self._upstream.connect(destination, client, self._timeouts, access)
+            first = await self._first_bytes.read(client, destination)
+            tunnel = await self._reach(client, source, destination, first, access)
         except Error as error:
             access.refused(error)
         except PeerReset:
@@ -62,12 +91,56 @@ class Sessions:
                 client.reset()
         if tunnel is None:
             return
-        upstream = tunnel.endpoint
+        upstream, early, unsent = tunnel
+        sent = len(first.data) - len(unsent)
+        del first, tunnel  # the relay lets go of the bytes when they are gone, and this frame should too
         try:
             access.starts()
-            result = await relay(
-                client, upstream, to_client=tunnel.early, pipes=self._pipes, limits=self._limits, record=access
+            relaying = relay(
+                client,
+                upstream,
+                to_upstream=unsent,
+                sent=sent,
+                to_client=early,
+                pipes=self._pipes,
+                limits=self._limits,
+                record=access,
             )
-            await close_pair(client, upstream, result)
+            del early, unsent
+            await close_pair(client, upstream, await relaying)
         finally:
             upstream.close()
+
+    async def _reach(
+        self, client: Endpoint, source: Destination, destination: Destination, first: First, access: Access
+    ) -> Tunnel:
+        """route -> upstream dial + handshake; a second time, without the name, where that leads nowhere.
+
+        Raises Denied where a route rejects it, and what the upstream does.
+        """
+        opening = first.opening
+        request = Request(source, destination, None, first.data, opening.repeatable)
+        name = opening.name if self._trust_outer or not opening.encrypted else None
+        access.sniffed(opening)
+        while True:
+            decision = self._routes.decide(
+                numeric_address(source.host), numeric_address(destination.host), name, destination.port
+            )
+            access.routed(decision.route)
+            if decision.via == REJECT:
+                raise Denied(decision.route)
+            way = self._ways[decision.via]
+            asked = request._replace(name=name) if decision.by_name else request
+            try:
+                return await way.connect(asked, client, self._timeouts, access)
+            except (RequestRefused, ResolveError) as error:
+                # The route is looked for again too: one by name is only for what the name leads to.
+                if asked.name is None or not self._fall_back or not _leads_nowhere(error, asked.name):
+                    raise
+                access.unresolved(error)
+                name = None
+
+
+def _leads_nowhere(error: RequestRefused | ResolveError, name: str) -> bool:
+    """Whether it says that there is no such host; not that it is forbidden, nor that a proxy's own name is unknown."""
+    return error.reply in _UNRESOLVED if isinstance(error, RequestRefused) else error.name == name

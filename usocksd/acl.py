@@ -13,7 +13,6 @@ protected addresses all other rules that allow do not match.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 
 from attrs import frozen
@@ -26,8 +25,8 @@ from usocksd.match import (
     judged_addresses,
     parse_network,
 )
-from usocksd.site_index import SiteIndex
-from usocksd.sites import Prefix, SiteList, parse_entry, prefix_of
+from usocksd.site_index import PortIndex, SiteIndex, has_port, mask_of
+from usocksd.sites import Prefix, SiteList, parse_entry
 
 LOOPBACK = ("127.0.0.0/8", "::1/128")
 LINK_LOCAL = ("169.254.0.0/16", "fe80::/10")
@@ -130,25 +129,16 @@ class AccessRules:
         self._decisions = {1 << at: Decision(rule.allow, rule.name, rule.egress) for at, rule in enumerate(rules)}
         self._entries = {1 << at: rule.entry for at, rule in enumerate(rules) if rule.entry is not None}
 
-        self._deny = _mask(not rule.allow for rule in rules)
-        self._complement = _mask(rule.complement for rule in rules)
-        self._anywhere = _mask(rule.to is None for rule in rules)
-        lists: dict[SiteList, int] = {}
-        for at, rule in enumerate(rules):
-            for sites in rule.to or ():
-                lists[sites] = lists.get(sites, 0) | 1 << at
-        self._sites = SiteIndex(list(lists.items()))
+        self._deny = mask_of(not rule.allow for rule in rules)
+        self._complement = mask_of(rule.complement for rule in rules)
+        self._anywhere = mask_of(rule.to is None for rule in rules)
+        self._sites = SiteIndex.of_rules([rule.to for rule in rules])
         self._last_name = ""
         self._last_mask = 0
 
-        self._anyone = _mask(rule.clients is None for rule in rules)
-        clients = [
-            (SiteList(map(prefix_of, rule.clients)), 1 << at)
-            for at, rule in enumerate(rules)
-            if rule.clients is not None
-        ]
-        self._clients = SiteIndex(clients)
-        self._any_user = _mask(rule.users is None for rule in rules)
+        self._anyone = mask_of(rule.clients is None for rule in rules)
+        self._clients = SiteIndex.of_networks([rule.clients for rule in rules])
+        self._any_user = mask_of(rule.users is None for rule in rules)
         self._users: dict[str, int] = {}
         for at, rule in enumerate(rules):
             for user in rule.users or ():
@@ -156,10 +146,7 @@ class AccessRules:
         self._asks_who = any(rule.clients is not None or rule.users is not None for rule in rules)
         self._remembered: dict[tuple[IPAddress, str | None], int] = {}
 
-        # Where ranges of ports begin, or others have just ended, and the mask from there on.
-        ranges = [range_ for rule in rules for range_ in rule.ports or ()]
-        self._cuts = sorted({0, *(first for first, _ in ranges), *(last + 1 for _, last in ranges)})
-        self._ports = [_mask(_has_port(rule, cut) for rule in rules) for cut in self._cuts]
+        self._ports = PortIndex([rule.ports for rule in rules])
 
     @classmethod
     def compile(
@@ -233,7 +220,7 @@ class AccessRules:
                 why = f"from has not {client}"
             elif rule.users is not None and user not in rule.users:
                 why = f"user is {user or 'nobody'}"
-            elif not _has_port(rule, port):
+            elif not has_port(rule.ports, port):
                 why = f"port {port} not in {_show_ports(rule.ports or ())}"
             elif rule.complement:
                 why = f"{shown} has {entry}"
@@ -264,7 +251,7 @@ class AccessRules:
         sent: str | None,
     ) -> tuple[int, str | None]:
         """The bit of the rule that decides; 0 if none does, and then what the address is protected as, if it is."""
-        mask = self._ports[bisect_right(self._cuts, port) - 1]
+        mask = self._ports.match(port)
         if self._asks_who:
             mask &= self._who(client, user)
         if isinstance(host, str):
@@ -351,15 +338,6 @@ class AccessRules:
         if name is None and self._sites.nameless & 1 << at:
             return _show_entry("", next(sites for sites in rule.to or () if sites.nameless))
         return None
-
-
-def _mask(bits: Iterable[bool]) -> int:
-    """The first bit is the lowest."""
-    return sum(1 << at for at, bit in enumerate(bits) if bit)
-
-
-def _has_port(rule: Rule, port: int) -> bool:
-    return rule.ports is None or any(first <= port <= last for first, last in rule.ports)
 
 
 def _show_ports(ports: Sequence[tuple[int, int]], most: int = 6) -> str:

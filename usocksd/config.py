@@ -13,11 +13,22 @@ import attrs
 
 from usocksd.acl import AccessRules, Rule
 from usocksd.clients import DEFAULT_CLIENTS
-from usocksd.errors import ConfigError
-from usocksd.lists import read_list
-from usocksd.match import IPAddress, IPNetwork, canonical_host, parse_network
+from usocksd.conditions import (
+    NAME_EXPECTED,
+    Destination,
+    Network,
+    Ports,
+    Site,
+    as_table,
+    as_tables,
+    check_name,
+    duplicate_names,
+    empty_lists,
+    site_lists,
+)
+from usocksd.match import IPAddress, canonical_host
 from usocksd.runtime.common import Common
-from usocksd.runtime.config import KEY, Distinct, Invalid, Parser, loading, show
+from usocksd.runtime.config import KEY, Distinct, Invalid, show
 from usocksd.runtime.settings import (
     ANY_ADDRESS,
     LOCALHOST,
@@ -39,17 +50,6 @@ from usocksd.runtime.settings import (
     one_of,
     text,
 )
-from usocksd.sites import SiteList, entry_fault, parse_entry
-
-_FILE = "file:"
-
-
-def _site(value: str) -> str:
-    """An entry of a site list, as the operator wrote it: the log names rules by this text."""
-    fault = entry_fault(value)
-    if fault is not None:
-        raise Invalid(fault)
-    return value
 
 
 def _domain(value: str) -> str:
@@ -57,28 +57,6 @@ def _domain(value: str) -> str:
     if not isinstance(host, str):
         raise ValueError
     return host
-
-
-def _destination(value: str) -> str | SiteList:
-    """An entry as the operator wrote it, or the entries of the file that it names."""
-    return _list_file(value) if value.startswith(_FILE) else _site(value)
-
-
-def _list_file(value: str) -> SiteList:
-    load = loading()
-    path = load.folder / value.removeprefix(_FILE)
-    if path not in load.files:
-        try:
-            load.files[path] = read_list(path, value)
-        except ConfigError as error:
-            problems = (str(fault).removeprefix("file: ") for fault in error.faults)
-            faults = [Invalid(f"{path}: {problem}", shown=show(value)) for problem in problems]
-        else:
-            faults = []
-        if faults:  # outside of the except block, as in runtime/config.py
-            raise ExceptionGroup("a list", faults)
-    sites: SiteList = load.files[path]
-    return sites
 
 
 def _dnsbl_domain(value: str) -> str | None:
@@ -91,30 +69,8 @@ def _user(value: str) -> str:
     return value
 
 
-def _table(value: object) -> dict[str, Any]:
-    """A table as TOML has it; none if it is something else, which is a fault of its own."""
-    return value if isinstance(value, dict) else {}
-
-
-def _ports(value: object) -> tuple[int, int]:
-    """First and last port."""
-    if isinstance(value, str):
-        match = re.fullmatch(r"([0-9]{1,5})-([0-9]{1,5})", value)
-        if match is None:
-            raise ValueError
-        first, last = int(match[1]), int(match[2])
-    elif type(value) is int:
-        first = last = value
-    else:
-        raise ValueError
-    if not 0 <= first <= last <= 65535:
-        raise ValueError
-    return first, last
-
-
 def _rule_name(value: str) -> str:
-    if not value.isprintable() or not 0 < len(value) <= 100 or value != value.strip():
-        raise ValueError
+    check_name(value)
     if _BUILT_IN_NAME.match(value):
         raise Invalid("is what log records call a rule that is built in, expected another name")
     return value
@@ -131,16 +87,7 @@ _BUILT_IN_NAME = re.compile(
     r"(?:default|other|rule \d+|(?:allow_from|allow_sites|deny_sites|deny_ports|built-in)\b.*)$"
 )
 
-Site = Annotated[str, text(_site, 'a host or a domain, as in "www.example.com" or ".example.com"')]
-Destination = Annotated[
-    str | SiteList,
-    text(_destination, 'a host, ".domain", an address, a network, or a file of these as in "file:blocked.txt"'),
-]
-Network = Annotated[IPNetwork, text(parse_network, 'a network or an IP address, as in "10.0.0.0/8" or "192.0.2.1"')]
-
-
-Ports = Annotated[tuple[int, int], Parser(_ports, 'a port or a range, as in 25 or "6000-6100", from 0 to 65535')]
-RuleName = Annotated[str, text(_rule_name, "a name of 1 to 100 printable characters")]
+RuleName = Annotated[str, text(_rule_name, NAME_EXPECTED)]
 User = Annotated[str, text(_user, "the name of a user")]
 PoolName = Annotated[str, text(_pool_name, 'a name of at most 64 letters, digits, "-" and "_"')]
 Domain = Annotated[str, text(_domain, 'a domain, as in "dnsbl.example.org"')]
@@ -201,28 +148,16 @@ class RuleConfig:
     """None: "default" """
 
     def __attrs_post_init__(self) -> None:
-        faults = [
-            Invalid(f"expected at least one, or no such key if the rule holds for any {what}", shown="[]", at=key)
-            for key, value, what in (
-                ("from", self.from_, "client"),
-                ("user", self.user, "user or none"),
-                ("to", self.to, "destination"),
-                ("ports", self.ports, "port"),
-            )
-            if value == ()
-        ]
+        faults = empty_lists(
+            ("from", self.from_, "client"),
+            ("user", self.user, "user or none"),
+            ("to", self.to, "destination"),
+            ("ports", self.ports, "port"),
+        )
         if self.egress is not None and self.action == "deny":
             faults.append(Invalid('expected only beside action = "allow"', shown=show(self.egress), at="egress"))
         if faults:
             raise ExceptionGroup("a rule", faults)
-
-    def destinations(self) -> tuple[SiteList, ...] | None:
-        """Those that stand in the rule itself, and those of each file."""
-        if self.to is None:
-            return None
-        files = dict.fromkeys(entry for entry in self.to if isinstance(entry, SiteList))
-        own = [parse_entry(entry) for entry in self.to if isinstance(entry, str)]
-        return (*([SiteList(own)] if own else []), *files)
 
 
 @attrs.frozen(kw_only=True)
@@ -274,15 +209,12 @@ class Config:
     @staticmethod
     def check_table(table: dict[str, Any]) -> Iterator[Invalid]:
         """What rules and pools say of each other, whatever else is wrong with them."""
-        pools, outgoing = (_table(table.get(key)) for key in ("egress", "outgoing"))
+        pools, outgoing = (as_table(table.get(key)) for key in ("egress", "outgoing"))
         known = ["default", *(name for name in pools if name != "default")]
-        first: dict[str, int] = {}
-        rules = table.get("rule")
-        for index, rule in enumerate(map(_table, rules if isinstance(rules, list) else ())):
-            name, pool = rule.get("name"), rule.get("egress")
-            if isinstance(name, str) and first.setdefault(name, index) != index:
-                also = f"is the name of rule[{first[name]}] too, expected another"
-                yield Invalid(also, shown=show(name), at=f"rule[{index}].name")
+        rules = as_tables(table.get("rule"))
+        yield from duplicate_names(rules, "rule")
+        for index, rule in enumerate(rules):
+            pool = rule.get("egress")
             if isinstance(pool, str) and pool not in known:
                 expected = f"no such pool: expected one of {', '.join(map(show, known))}"
                 yield Invalid(expected, shown=show(pool), at=f"rule[{index}].egress")
@@ -310,7 +242,7 @@ class Config:
                 allow=rule.action == "allow",
                 clients=rule.from_,
                 users=None if rule.user is None else frozenset(rule.user),
-                to=rule.destinations(),
+                to=None if rule.to is None else site_lists(rule.to),
                 ports=rule.ports,
                 egress=rule.egress or "default",
             )

@@ -16,8 +16,8 @@ from usocksd.errors import Fault
 from usocksd.match import IPNetwork, NameSet, NetworkMap, canonical_host, parse_network
 from usocksd.runtime.config import show
 from usocksd.runtime.lint import first_few
-from usocksd.site_index import SiteIndex
-from usocksd.sites import SiteList, prefix_of
+from usocksd.site_index import SiteIndex, has_networks, has_ports, mask_of, which_rules
+from usocksd.sites import SiteList
 
 # Networks
 
@@ -59,12 +59,9 @@ def covered_rules(config: Config) -> Iterator[Fault]:
         rules.append(rule)
         keys.append(f"outgoing.{rule.name}")
     above = len(config.rule)
-    owners: dict[SiteList, int] = {}  # a file may be in many rules, and have a million entries
-    for at, rule in enumerate(rules[:above]):
-        for sites in rule.to or ():
-            owners[sites] = owners.get(sites, 0) | 1 << at
+    owners = which_rules([rule.to for rule in rules[:above]])
     destinations = SiteIndex(list(owners.items()))
-    everywhere = sum(1 << at for at, rule in enumerate(rules[:above]) if rule.to is None)
+    everywhere = mask_of(rule.to is None for rule in rules[:above])
     looked_up: dict[tuple[SiteList, int], int] = {}
     done: set[str] = set()
     for at, rule in enumerate(rules):
@@ -83,7 +80,7 @@ def covered_rules(config: Config) -> Iterator[Fault]:
                 certain = everywhere | owners.get(sites, 0)
                 key = sites, covering & ~certain
                 if key not in looked_up:
-                    looked_up[key] = _have_all(covering & ~certain, destinations, sites)
+                    looked_up[key] = destinations.covering_all(sites, covering & ~certain)
                 covering &= certain | looked_up[key]
         if keys[at] in done:
             continue
@@ -131,39 +128,11 @@ def _left(earlier: Rule, rule: Rule) -> _Left:
     )
 
 
-def _have_all(covering: int, destinations: SiteIndex, sites: SiteList) -> int:
-    """Of the rules `covering`, those that have all of these destinations."""
-    for entry in sites.entries():
-        if not covering:
-            break
-        covering &= destinations.covering(entry)
-    return covering
-
-
 def _same_who(earlier: Rule, rule: Rule) -> bool:
     """Whether one rule has all clients, users and ports of another."""
     if earlier.users is not None and (rule.users is None or not rule.users <= earlier.users):
         return False
-    if earlier.ports is not None and not _has_ports(earlier.ports, rule.ports or ((0, 65535),)):
-        return False
-    if earlier.clients is not None:
-        if rule.clients is None:
-            return False
-        clients = SiteIndex([(SiteList(map(prefix_of, earlier.clients)), 1)])
-        return all(clients.covering(prefix_of(network)) for network in rule.clients)
-    return True
-
-
-def _has_ports(ranges: Sequence[tuple[int, int]], wanted: Sequence[tuple[int, int]]) -> bool:
-    """Whether these ranges have all ports of those."""
-    for port, last in wanted:
-        missing = port
-        for first, end in sorted(ranges):
-            if first <= missing:
-                missing = max(missing, end + 1)
-        if missing <= last:
-            return False
-    return True
+    return has_ports(earlier.ports, rule.ports) and has_networks(earlier.clients, rule.clients)
 
 
 def _lifts(rule: Rule) -> bool:

@@ -13,8 +13,8 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from heapq import merge
 
-from usocksd.match import IPAddress
-from usocksd.sites import LOW_64, Entry, Prefix, Prefixes, SiteList, array_types
+from usocksd.match import IPAddress, IPNetwork
+from usocksd.sites import LOW_64, Entry, Prefix, Prefixes, SiteList, array_types, prefix_of
 
 _NAMES_PER_BUCKET = 8
 
@@ -35,6 +35,16 @@ class SiteIndex:
             if sites.nameless:
                 self.nameless |= mask
 
+    @classmethod
+    def of_rules(cls, rules: Sequence[Sequence[SiteList] | None]) -> SiteIndex:
+        """The lists of each rule, of which the first is the lowest bit; None has nothing here."""
+        return cls(list(which_rules(rules).items()))
+
+    @classmethod
+    def of_networks(cls, rules: Sequence[Sequence[IPNetwork] | None]) -> SiteIndex:
+        """The networks of each rule, alike."""
+        return cls.of_rules([None if rule is None else (SiteList(map(prefix_of, rule)),) for rule in rules])
+
     def of_name(self, name: str) -> int:
         """Which have this canonical name, themselves or as one below a domain."""
         return self._names.match(name.encode("ascii"))
@@ -50,6 +60,14 @@ class SiteIndex:
                 return key.decode("ascii")
         return None
 
+    def covering_all(self, sites: SiteList, mask: int) -> int:
+        """Of the rules of this mask, those that have everything in this list."""
+        for entry in sites.entries():
+            if not mask:
+                break
+            mask &= self.covering(entry)
+        return mask
+
     def covering(self, entry: Entry) -> int:
         """Which have everything that this entry stands for."""
         if isinstance(entry, Prefix):
@@ -58,6 +76,64 @@ class SiteIndex:
             return self.nameless
         # What begins with a dot is looked up as such: domains only.
         return self._names.match(entry.encode("ascii"))
+
+
+def has_ports(ranges: Sequence[tuple[int, int]] | None, wanted: Sequence[tuple[int, int]] | None) -> bool:
+    """Whether these ranges have all ports of those; None has all."""
+    if ranges is None:
+        return True
+    for port, last in ((0, 65535),) if wanted is None else wanted:
+        missing = port
+        for first, end in sorted(ranges):
+            if first <= missing:
+                missing = max(missing, end + 1)
+        if missing <= last:
+            return False
+    return True
+
+
+def has_networks(networks: Sequence[IPNetwork] | None, wanted: Sequence[IPNetwork] | None) -> bool:
+    """Whether these networks have all of those; None has all."""
+    if networks is None or wanted is None:
+        return networks is None
+    index = SiteIndex.of_networks([networks])
+    return all(index.covering(prefix_of(network)) for network in wanted)
+
+
+def which_rules(rules: Sequence[Sequence[SiteList] | None]) -> dict[SiteList, int]:
+    """Each list of these rules, once, and which of them have it. (A file may be in many, with a million entries.)"""
+    found: dict[SiteList, int] = {}
+    for at, rule in enumerate(rules):
+        for sites in rule or ():
+            found[sites] = found.get(sites, 0) | 1 << at
+    return found
+
+
+def mask_of(rules: Iterable[bool]) -> int:
+    """Which of these rules it is true for: a bit mask."""
+    return sum(1 << at for at, bit in enumerate(rules) if bit)
+
+
+class PortIndex:
+    """Which rules have a port: a bit mask."""
+
+    __slots__ = ("_cuts", "_masks")
+
+    def __init__(self, rules: Sequence[Sequence[tuple[int, int]] | None]) -> None:
+        """The ranges of each rule, first and last port; None has all. The first rule is the lowest bit."""
+        ranges = [range_ for ports in rules for range_ in ports or ()]
+        # Where ranges begin, or others have just ended, and the mask from there on.
+        self._cuts = sorted({0, *(first for first, _ in ranges), *(last + 1 for _, last in ranges)})
+        self._masks = [mask_of(has_port(ports, cut) for ports in rules) for cut in self._cuts]
+
+    def match(self, port: int) -> int:
+        """The mask of a port."""
+        return self._masks[bisect_right(self._cuts, port) - 1]
+
+
+def has_port(ports: Sequence[tuple[int, int]] | None, port: int) -> bool:
+    """Whether one of these ranges has it; None has all."""
+    return ports is None or any(first <= port <= last for first, last in ports)
 
 
 def _keys(name: bytes) -> Iterator[bytes]:

@@ -15,9 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transocks.config import Config, ProxyScheme, ProxyURL, parse_proxy_url
+from transocks.config import Config, GroupConfig, ProxyScheme, ProxyURL, parse_proxy_url
+from transocks.route_settings import RouteConfig
+from transocks.routes import Decision
 from usocksd.errors import ConfigError
-from usocksd.runtime.config import SecretStr, load, parse
+from usocksd.runtime.config import KEY, SecretStr, load, parse
 from usocksd.runtime.settings import DnsConfig, LogConfig
 
 SAMPLE = Path(__file__).parents[2] / "deploy" / "transocks.toml"
@@ -47,7 +49,7 @@ def test_the_configuration_of_the_original_readme() -> None:
         """,
         "transocks.toml",
     )
-    assert config.proxy_url == ProxyURL(scheme=ProxyScheme.SOCKS5, host=ip_address("10.20.30.40"), port=1080)
+    assert config.proxy_url == (ProxyURL(scheme=ProxyScheme.SOCKS5, host=ip_address("10.20.30.40"), port=1080),)
     assert config.log == LogConfig(filename="/path/to/file", level="info", format="json")
     assert config.listen == parse(Config, PROXY, "transocks.toml").listen
 
@@ -55,7 +57,7 @@ def test_the_configuration_of_the_original_readme() -> None:
 def test_only_the_proxy_is_required() -> None:
     assert faults("") == [
         "proxy_url: missing: expected socks5://USER:PASSWORD@HOST:PORT or http://USER:PASSWORD@HOST:PORT "
-        "(user and password optional)"
+        "(user and password optional; also socks5h and socks4a), or a list of them"
     ]
     config = parse(Config, PROXY, "transocks.toml")
     assert config.mark is None
@@ -138,7 +140,7 @@ def test_faults_of_listen(value: str, found: list[str]) -> None:
     ("url", "proxy"),
     [
         ("socks5://192.0.2.1", ProxyURL(scheme=ProxyScheme.SOCKS5, host=ip_address("192.0.2.1"), port=1080)),
-        ("SOCKS5h://Proxy.Example.:1/", ProxyURL(scheme=ProxyScheme.SOCKS5, host="proxy.example", port=1)),
+        ("SOCKS5h://Proxy.Example.:1/", ProxyURL(scheme=ProxyScheme.SOCKS5H, host="proxy.example", port=1)),
         (
             "socks5://[2001:db8::1]:1234",
             ProxyURL(scheme=ProxyScheme.SOCKS5, host=ip_address("2001:db8::1"), port=1234),
@@ -165,6 +167,7 @@ def test_faults_of_listen(value: str, found: list[str]) -> None:
                 password=SecretStr("p:/ü@s:w"),
             ),
         ),
+        ("socks4a://me@proxy", ProxyURL(scheme=ProxyScheme.SOCKS4A, host="proxy", port=1080, username="me")),
         (
             "socks5://me@proxy",
             ProxyURL(scheme=ProxyScheme.SOCKS5, host="proxy", port=1080, username="me", password=SecretStr("")),
@@ -186,7 +189,7 @@ def test_a_proxy_url_prints_without_the_password() -> None:
     [
         ("", "expected socks5://USER"),
         ("me:s3cret@proxy:1080", "expected socks5://USER"),
-        ("https://me:s3cret@proxy:1080", "expected socks5:// or http:// at the start"),
+        ("https://me:s3cret@proxy:1080", "expected socks5://, socks5h://, socks4a:// or http:// at the start"),
         ("socks5://me:s3cret", "expected HOST:PORT"),
         ("socks5://me:s3cret@", "expected HOST:PORT"),
         ("socks5://me:s3cret@proxy:x", "expected HOST:PORT"),
@@ -204,6 +207,8 @@ def test_a_proxy_url_prints_without_the_password() -> None:
         ("socks5://me:s3cret%ff@proxy", "expected user and password in UTF-8"),
         ("socks5://me:s3cret%0d%0a@proxy", "expected user and password without control characters"),
         ("http://me%3Ayou:s3cret@proxy:1", "expected a user without a colon"),
+        ("socks4a://me:s3cret@proxy", "expected a user of 1 to 255 bytes and no password"),
+        ("socks4a://s3cret:@proxy", "expected a user of 1 to 255 bytes and no password"),
         ("socks5://:s3cret@proxy", "expected a user of 1 to 255 bytes"),
         (f"socks5://me:s3cret{'x' * 255}@proxy", "expected a user of 1 to 255 bytes"),
         ("socks5://me:s3cret@0.0.0.0", "expected the address of one host"),
@@ -224,6 +229,69 @@ def test_any_text_is_a_proxy_url_or_invalid(text: str) -> None:
         parse_proxy_url(text)
 
 
+def test_several_proxies_and_groups() -> None:
+    config = parse(
+        Config,
+        """
+        proxy_url = ["socks5://192.0.2.1", "http://me:s3cret@192.0.2.2:3128"]
+        policy = "round-robin"
+        [upstream.far]
+        proxy_url = "socks4a://192.0.2.3"
+        when_all_down = "direct"
+        """,
+        "transocks.toml",
+    )
+    default, far = config.groups().items()
+    assert (default[0], list(map(str, default[1].proxy_url))) == (
+        "default",
+        ["socks5://192.0.2.1:1080", "http://192.0.2.2:3128"],
+    )
+    assert (default[1].policy, default[1].when_all_down) == ("round-robin", "refuse")
+    assert (far[0], far[1].policy, far[1].when_all_down) == ("far", "failover", "direct")
+    assert dict(config.common().more) == {
+        "proxy_url": "socks5://192.0.2.1:1080, http://192.0.2.2:3128",
+        "upstream.far.proxy_url": "socks4a://192.0.2.3:1080",
+    }
+
+
+def test_faults_of_groups() -> None:
+    found = faults("""
+        proxy_url = ["socks5://192.0.2.1", 5, "socks6://me:s3cret@192.0.2.1", "socks5://me:s3cret"]
+        policy = "random"
+        when_all_down = "reject"
+        [upstream.direct]
+        proxy_url = "socks5://192.0.2.1"
+        [upstream.default]
+        proxy_url = []
+        [upstream."a b"]
+        polisy = "sticky"
+        [health]
+        interval = 0
+        timeout = 1
+        suspect_timeout = 2
+    """)
+    assert "s3cret" not in str(found)
+    wanted = {
+        "proxy_url[1]: expected socks5://USER": 1,
+        "proxy_url[2]: expected socks5://, socks5h://": 1,
+        "proxy_url[3]: expected HOST:PORT": 1,
+        'policy: "random": expected one of "failover", "round-robin", "sticky"': 1,
+        'when_all_down: "reject": expected one of "refuse", "direct"': 1,
+        'upstream.direct: "direct": is a way without a proxy, expected another name': 1,
+        'upstream.default: "default": is the group of proxy_url at the top, expected another name': 1,
+        "upstream.default.proxy_url: expected socks5://USER": 1,
+        'upstream."a b": "a b": expected a name of at most 64 letters': 1,
+        'upstream."a b".proxy_url: missing: expected socks5://USER': 1,
+        'upstream."a b".polisy: unknown key, did you mean policy?': 1,
+        "health.interval: 0: expected seconds": 1,
+    }
+    assert {start: sum(fault.startswith(start) for fault in found) for start in wanted} == wanted
+    assert len(found) == len(wanted)
+    assert faults(f"{PROXY}[health]\ntimeout = 1\nsuspect_timeout = 2") == [
+        "health.suspect_timeout: 2: expected at most timeout, which is 1"
+    ]
+
+
 def test_all_faults_at_once() -> None:
     found = faults('proxy_url = 5\nlisten = "x"\nmark = "m"\nproxy = ""\n[timeouts]\nidle = 0\n[dns]\nserver = []')
     assert [fault.partition(": ")[0] for fault in found] == [
@@ -241,18 +309,100 @@ def test_all_faults_at_once() -> None:
 
 def test_the_sample_is_the_default() -> None:
     config = load(Config, SAMPLE)
-    assert config == Config(proxy_url=parse_proxy_url("socks5://127.0.0.1:1080"))
+    assert config == Config(proxy_url=(parse_proxy_url("socks5://127.0.0.1:1080"),))
 
 
-def test_the_sample_shows_every_setting_and_its_default() -> None:
-    shown = re.sub(r"^#(?=\w+ = )", "", SAMPLE.read_text(), flags=re.MULTILINE)
+def test_the_sample_shows_every_setting_and_its_default(tmp_path: Path) -> None:
+    shown = re.sub(r"^#(?=\w+ = |\[)", "", SAMPLE.read_text(), flags=re.MULTILINE)
     table = tomllib.loads(shown)
     assert set(table) == {field.name for field in attrs.fields(Config)}
+    (group,) = table.pop("upstream").values()
+    assert set(group) == {field.name for field in attrs.fields(GroupConfig)}
     for field in attrs.fields(attrs.resolve_types(Config)):
-        if isinstance(table[field.name], dict):
+        if isinstance(table.get(field.name), dict):
             assert set(table[field.name]) == {inner.name for inner in attrs.fields(field.type)}
-    config = parse(Config, shown, "transocks.toml")
+    (route,) = table["route"]
+    assert set(route) == {field.metadata.get(KEY, field.name) for field in attrs.fields(RouteConfig)}
+    (tmp_path / "partners.txt").touch()
+    config = parse(Config, shown, str(tmp_path / "transocks.toml"))
     assert (config.log.level, config.log.format) == ("info", "plain")
-    assert attrs.evolve(config, mark=None, workers=None, metrics_port=None, dns=DnsConfig(), log=LogConfig()) == Config(
-        proxy_url=config.proxy_url
+    assert config.upstream["far"].when_all_down == "refuse"
+    assert attrs.evolve(
+        config, upstream={}, route=(), mark=None, workers=None, metrics_port=None, dns=DnsConfig(), log=LogConfig()
+    ) == Config(proxy_url=config.proxy_url)
+
+
+# [names] and [[route]]
+
+
+def test_names_and_routes() -> None:
+    config = parse(
+        Config,
+        PROXY
+        + """
+        [names]
+        wait = 0
+        skip_ports = [22, "6000-6100"]
+        skip_networks = ["10.0.0.0/8"]
+        [upstream.partners]
+        proxy_url = "socks5h://192.0.2.1"
+        [[route]]
+        to = [".partner.example"]
+        via = "partners"
+        send = "address"
+        [[route]]
+        name = "no mail"
+        from = ["192.168.0.0/16"]
+        ports = [25]
+        via = "reject"
+        """,
+        "transocks.toml",
     )
+    assert config.names.skip_ports == ((22, 22), (6000, 6100))
+    assert config.routes().names == ["route 1", "no mail"]
+    client, web = ip_address("192.168.1.1"), ip_address("203.0.113.80")
+    assert config.routes().decide(client, web, "a.partner.example", 443) == Decision("route 1", "partners", False)
+    assert config.routes().decide(client, web, "a.example", 25) == Decision("no mail", "reject", True)
+
+
+def test_faults_of_names_and_routes() -> None:
+    found = faults(
+        PROXY
+        + """
+        [names]
+        sniff = "yes"
+        wait = -1
+        size = 100
+        skip_ports = ["ssh"]
+        skip_networks = ["example.com"]
+        send = "both"
+        when_unresolved = "direct"
+        when_ech = "refuse"
+        [[route]]
+        name = "a"
+        via = "partner"
+        [[route]]
+        name = "a"
+        via = "direct"
+        send = "name"
+        to = []
+        [[route]]
+        name = "route 7"
+        to = ["file:no-such-file"]
+        from = ["here"]
+        ports = [70000]
+        [[route]]
+        name = "default"
+        via = "default"
+        form = []
+        """
+    )
+    expected = [
+        "names.sniff", "names.wait", "names.size", "names.skip_ports[0]", "names.skip_networks[0]", "names.send",
+        "names.when_unresolved", "names.when_ech", "route[1].to", "route[1].send", "route[2].name", "route[2].to[0]",
+        "route[2].from[0]", "route[2].ports[0]", "route[2].via", "route[3].name", "route[3].form", "route[1].name",
+        "route[0].via",
+    ]  # fmt: skip
+    assert sorted(fault.partition(":")[0] for fault in found) == sorted(expected)
+    assert 'route[0].via: "partner": no such group: expected one of "default", "direct", "reject"' in found
+    assert 'route[1].name: "a": is the name of route[0] too, expected another' in found

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import transocks.lint
 from transocks.config import Config, parse_proxy_url
 from transocks.lint import lint, warnings
 from usocksd.runtime.config import parse
@@ -18,7 +19,7 @@ def keys(toml: str) -> list[str]:
 
 
 def test_nothing_is_wrong_with_the_defaults() -> None:
-    assert warnings(Config(proxy_url=parse_proxy_url("socks5://127.0.0.1:1080"))) == []
+    assert warnings(Config(proxy_url=(parse_proxy_url("socks5://127.0.0.1:1080"),))) == []
 
 
 @pytest.mark.parametrize(
@@ -44,7 +45,7 @@ def test_a_proxy_that_is_ourselves(scheme: str, proxy: str, listen: str, loop: b
 
 def test_a_password_that_everybody_may_read(tmp_path: Path) -> None:
     file = tmp_path / "transocks.toml"
-    with_password = Config(proxy_url=parse_proxy_url("http://me:s3cret@192.0.2.1:3128"))
+    with_password = Config(proxy_url=(parse_proxy_url("http://me:s3cret@192.0.2.1:3128"),))
     file.touch()
     file.chmod(0o644)
     assert warnings(with_password, str(file)) == [
@@ -53,9 +54,51 @@ def test_a_password_that_everybody_may_read(tmp_path: Path) -> None:
     ]
     assert warnings(with_password) == []
     for url in ("http://192.0.2.1:3128", "http://me@192.0.2.1:3128"):
-        assert warnings(Config(proxy_url=parse_proxy_url(url)), str(file)) == []
+        assert warnings(Config(proxy_url=(parse_proxy_url(url),)), str(file)) == []
     file.chmod(0o640)
     assert warnings(with_password, str(file)) == []
+
+
+def test_each_proxy_of_each_group_is_looked_at(tmp_path: Path) -> None:
+    file = tmp_path / "transocks.toml"
+    file.touch()
+    file.chmod(0o644)
+    toml = """
+        proxy_url = ["socks5://127.0.0.1:1080", "socks5://127.0.0.1:1081"]
+        [upstream.far]
+        proxy_url = ["http://192.0.2.1:3128", "http://me:s3cret@192.0.2.2:3128", "http://192.0.2.1:3128"]
+        [upstream.near]
+        proxy_url = "http://localhost:1081"
+        policy = "sticky"
+        [[route]]
+        to = ["www.example.com"]
+        via = "far"
+        [[route]]
+        to = ["www.example.org"]
+        via = "near"
+    """
+    found = lint(parse(Config, toml, "transocks.toml"), str(file))
+    assert [fault.path for fault in found] == [
+        "proxy_url[1]",
+        "upstream.near.proxy_url",
+        "upstream.far.proxy_url[1]",
+        "upstream.far.proxy_url[2]",
+        "upstream.near.policy",
+    ]
+    assert "s3cret" not in str(found)
+    assert "is there already" in found[3].expected
+
+
+@pytest.mark.parametrize("users", [(), ("root",)])
+def test_what_goes_directly_has_to_be_exempt(users: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transocks.lint, "OWN_USERS", users or ("nobody-has-this",))
+    direct = f'{PROXY}when_all_down = "direct"\n'
+    far = '[upstream.far]\nproxy_url = "socks5://192.0.2.2"\nwhen_all_down = "direct"\n'
+    far += '[[route]]\nto = ["www.example.com"]\nvia = "far"'
+    none_of_it = bool(users)
+    assert keys(direct) == ["when_all_down"] * (not none_of_it)
+    assert keys(PROXY + far) == ["upstream.far.when_all_down"] * (not none_of_it)
+    assert "when_all_down" not in keys(f"{direct}mark = 1\n{far}")
 
 
 def test_what_both_daemons_have_is_told_by_the_keys_of_this_one() -> None:
@@ -63,3 +106,52 @@ def test_what_both_daemons_have_is_told_by_the_keys_of_this_one() -> None:
     assert keys(f'{PROXY}listen = ["localhost:1083"]\nmetrics_port = 1083') == ["metrics_port"]
     assert keys(f'{PROXY}metrics_address = "::1"\nmetrics_port = 0') == ["metrics_address"]
     assert keys(f"{PROXY}[timeouts]\nidle = 1\nhalf_closed = 1") == ["timeouts.handshake"]
+
+
+def test_routes_that_do_nothing() -> None:
+    routes = """
+        [upstream.used]
+        proxy_url = "socks5://192.0.2.2"
+        [upstream.unused]
+        proxy_url = "socks5h://192.0.2.3"
+        [[route]]
+        name = "all of it"
+        to = [".example.com", "203.0.113.0/24"]
+        via = "used"
+        [[route]]
+        to = ["www.example.com", "203.0.113.80"]
+        ports = [80]
+        via = "reject"
+        [[route]]
+        to = ["www.example.com", "203.0.114.80"]
+        via = "reject"
+        [[route]]
+        via = "used"
+        send = "name"
+        [[route]]
+        from = ["10.0.0.0/8"]
+        via = "default"
+    """
+    found = warnings(parse(Config, PROXY + routes, ""))
+    assert [warning.partition(", ")[0] for warning in found] == [
+        "route[1]: never decides",
+        'route[3].send: "name": its proxies take addresses only: expected socks5h in used',
+        "route[4]: never decides",
+        'upstream.unused: no route leads there: expected a route with via = "unused"',
+    ]
+    assert 'since route[0] "all of it" above' in found[0]
+    assert "since route[3] above" in found[2]
+
+
+def test_routes_by_name_that_nobody_looks_for() -> None:
+    route = '[[route]]\nto = ["a.example", ".b.example"]\nvia = "reject"\n'
+    assert keys(PROXY + route) == []
+    assert keys(f"{PROXY}{route}[names]\nsniff = false\n") == ["route[0].to"]
+
+
+def test_a_direct_route_without_anything_to_exempt_it_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    route = '[[route]]\nto = ["10.0.0.0/8"]\nvia = "direct"\n'
+    monkeypatch.setattr("transocks.lint.OWN_USERS", ("nobody-has-this",))
+    assert keys(PROXY + route) == ["route[0].via"]
+    monkeypatch.setattr("transocks.lint.OWN_USERS", ("root",))
+    assert keys(PROXY + route) == []

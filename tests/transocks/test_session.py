@@ -22,13 +22,17 @@ from daemons import Daemon, Log, Served
 
 import transocks.session
 from transocks.access_log import AccessLog
-from transocks.config import parse_proxy_url
+from transocks.config import Config
+from transocks.direct import Direct
+from transocks.first_bytes import FirstBytes
 from transocks.original_dst import Destination, LoopGuard, NotRedirected
+from transocks.pool import Upstreams
+from transocks.routes import DIRECT
 from transocks.session import Sessions
-from transocks.upstream import Upstream
 from usocksd.addresses import HostAddresses
 from usocksd.resolver import Resolver
 from usocksd.runtime import log as logging
+from usocksd.runtime.config import parse
 from usocksd.runtime.endpoint import Endpoint
 from usocksd.runtime.listeners import Listener, listen
 from usocksd.runtime.metrics import Metrics
@@ -69,6 +73,7 @@ async def running(
     connect: float = 600,
     handshake: float = 600,
     most_per_destination: int = 1000,
+    more: str = "",
 ) -> AsyncIterator[Proxy]:
     log = logging.setup("transocks", str(folder / "log"), None, "json")
     listener = listen("127.0.0.1", 0)
@@ -78,20 +83,37 @@ async def running(
     host, _, port = dns.rpartition(":")
     metrics = Metrics("transocks")
     resolver = Resolver((Server(parse_address(host), int(port)),), metrics)
-    upstream = Upstream(parse_proxy_url(url), resolver=resolver, mark=None, metrics=metrics)
+    config = parse(Config, f'proxy_url = "{url}"\n{more}', "transocks.toml")
+    direct = Direct(resolver=resolver, mark=None, is_local=hosts.is_local)
+    upstreams = Upstreams(
+        config.groups(),
+        config.health,
+        reactor=reactor,
+        resolver=resolver,
+        mark=None,
+        fast_open=False,
+        direct=direct,
+        share=lambda _: None,
+        metrics=metrics,
+    )
     guard = LoopGuard(
         listen_ports={proxy.port},
         hosts=hosts,
-        upstreams=lambda: upstream.addresses,
+        upstreams=lambda: upstreams.addresses,
         most_per_destination=most_per_destination,
         own_users=("nobody-has-this",),
     )
+    routes = config.routes()
+    first_bytes = FirstBytes(config.names)
     sessions = Sessions(
         guard=guard,
-        upstream=upstream,
+        first_bytes=first_bytes,
+        routes=routes,
+        ways={**upstreams.groups, DIRECT: direct},
+        names=config.names,
         pipes=PipePool(16),
         timeouts=Timeouts(connect=connect, handshake=handshake),
-        access_log=AccessLog(log, metrics),
+        access_log=AccessLog(log, metrics, routes.names),
     )
 
     async def serve(endpoint: Endpoint, host: str, port: int) -> None:
@@ -111,6 +133,8 @@ async def running(
         async with trio.open_nursery() as nursery:
             await nursery.start(reactor.run)
             await nursery.start(resolver.run)
+            await nursery.start(first_bytes.run)
+            await nursery.start(upstreams.health.run)
             accepting = Listener(reactor, listener, accepted, room=lambda: True)
             try:
                 yield proxy
@@ -432,6 +456,206 @@ async def test_no_destination_takes_it_all(tmp_path: Path, going_to: Callable[[D
             streams.append(await works())
             for stream in streams:
                 await stream.aclose()
+
+
+# ---- names and routes
+
+REQUEST = b"GET / HTTP/1.1\r\nHost: www.example.com\r\n\r\n"
+CHROMIUM = bytes.fromhex((Path(__file__).parent / "data" / "chromium.hex").read_text())
+NAMED = daemons.request("www.example.com", 80, as_name=True)
+
+
+async def exchange(stream: trio.SocketStream, said: bytes) -> None:
+    """What it says comes back, all of it and nothing else."""
+    await stream.send_all(said)
+    heard = b""
+    while len(heard) < len(said):
+        heard += await stream.receive_some()
+    assert heard == said
+
+
+def granting(asked: list[bytes], *refusals: int) -> Callable[[Socket], None]:
+    """A SOCKS5 server that refuses the first requests so, grants the others, and echoes then."""
+    replies = [*refusals]
+
+    def handle(sock: Socket) -> None:
+        daemons.receive_exactly(sock, len(daemons.GREETING))
+        sock.sendall(b"\x05\x00")
+        head = daemons.receive_exactly(sock, 5)
+        asked.append(head + daemons.receive_exactly(sock, {1: 5, 3: head[4] + 2, 4: 17}[head[3]]))
+        if replies:
+            sock.sendall(bytes([5, replies.pop(0)]) + GRANTED[2:])
+        else:
+            sock.sendall(GRANTED)
+            daemons.echo(sock)
+
+    return handle
+
+
+@pytest.mark.parametrize(
+    ("scheme", "more", "said", "asked", "source"),
+    [
+        ("socks5h", "", REQUEST, NAMED, "http"),
+        ("socks5", "", REQUEST, socks5(WEB), "http"),
+        ("socks5h", "[names]\nsend = 'address'", REQUEST, socks5(WEB), "http"),
+        ("socks5h", "[names]\nsniff = false", REQUEST, socks5(WEB), None),
+        ("socks5h", "[names]\nskip_ports = ['1-80']", REQUEST, socks5(WEB), None),
+        ("socks5h", "", CHROMIUM, socks5(WEB), "unverified"),
+        ("socks5h", "[names]\nwhen_ech = 'name'", CHROMIUM, NAMED, "unverified"),
+        ("socks5h", "[[route]]\nvia = 'default'\nsend = 'address'", REQUEST, socks5(WEB), "http"),
+        ("socks5h", "[names]\nsend = 'address'\n[[route]]\nvia = 'default'\nsend = 'name'", REQUEST, NAMED, "http"),
+        ("socks5h", "[names]\nwait = 0.01", b"", socks5(WEB), None),
+    ],
+)
+async def test_what_the_proxy_is_asked_for(
+    tmp_path: Path, scheme: str, more: str, said: bytes, asked: bytes, source: str | None
+) -> None:
+    seen: list[bytes] = []
+    with Served(daemons.loopback(), granting(seen)) as upstream:
+        async with running(tmp_path, f"{scheme}://127.0.0.1:{upstream.port}", more=more) as proxy:
+            stream = await proxy.connect()
+            await exchange(stream, said or b"")
+            await exchange(stream, b"and more")
+            await stream.aclose()
+            record = await proxy.recorded("proxy ends")
+    assert seen == [asked]
+    assert record["dest_addr"] == str(WEB)
+    assert (record["name"], record["name_from"]) == ("www.example.com" if source else None, source)
+    assert record["route"] == ("route 1" if "route" in more else "default")
+
+
+@pytest.mark.parametrize("ends", ["before", "after"])
+async def test_a_client_that_says_all_at_once(tmp_path: Path, ends: str) -> None:
+    """Its end, seen while its first bytes are read, is passed on."""
+    seen: list[bytes] = []
+    with Served(daemons.loopback(), granting(seen)) as upstream:
+        async with running(tmp_path, f"socks5h://127.0.0.1:{upstream.port}") as proxy:
+            stream = await proxy.connect()
+            if ends == "after":
+                await stream.send_all(REQUEST)
+            await stream.send_eof()
+            assert b"".join([piece async for piece in stream]) == (REQUEST if ends == "after" else b"")
+            await stream.aclose()
+            end = await proxy.recorded("proxy ends")
+    assert (end["reason"], end["ended_by"]) == ("closed", "client")
+
+
+async def test_a_client_that_is_gone_before_it_has_spoken(tmp_path: Path) -> None:
+    async with running(tmp_path, "socks5h://127.0.0.1:9", more="[names]\nwait = 600") as proxy:
+        stream = await proxy.connect()
+        await proxy.until(lambda: proxy.live == 1, "it is accepted")
+        stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
+        await stream.aclose()
+        await proxy.recorded("client is gone")
+
+
+async def test_a_name_that_leads_nowhere(tmp_path: Path) -> None:
+    """It is the address then, over a new connection, and by the route that the address has."""
+    seen: list[bytes] = []
+    more = '[[route]]\nname = "by name"\nto = ["www.example.com"]\nvia = "default"\n'
+    with Served(daemons.loopback(), granting(seen, 4)) as upstream:
+        async with running(tmp_path, f"socks5h://127.0.0.1:{upstream.port}", more=more) as proxy:
+            stream = await proxy.connect()
+            await exchange(stream, REQUEST)
+            await stream.aclose()
+            event = await proxy.recorded("name leads nowhere")
+            end = await proxy.recorded("proxy ends")
+    assert seen == [NAMED, socks5(WEB)]
+    assert len(upstream.peers) == 2
+    assert (event["name"], event["route"]) == ("www.example.com", "by name")
+    assert (end["name"], end["route"]) == ("www.example.com", "default")
+
+
+@pytest.mark.parametrize(
+    ("refusal", "more"),
+    [(2, ""), (1, ""), (5, ""), (4, "[names]\nwhen_unresolved = 'refuse'"), (4, "[names]\nsend = 'address'")],
+)
+async def test_what_is_refused_is_not_asked_for_by_its_address(tmp_path: Path, refusal: int, more: str) -> None:
+    seen: list[bytes] = []
+    with Served(daemons.loopback(), granting(seen, refusal)) as upstream:
+        async with running(tmp_path, f"socks5h://127.0.0.1:{upstream.port}", more=more) as proxy:
+            stream = await proxy.connect()
+            await stream.send_all(REQUEST)
+            assert await is_reset(stream)
+            await proxy.recorded("failed to connect to proxy server")
+    assert len(seen) == 1
+
+
+async def test_an_http_proxy_that_does_not_find_a_name(tmp_path: Path) -> None:
+    seen: list[bytes] = []
+
+    def handle(sock: Socket) -> None:
+        head = b""
+        while b"\r\n\r\n" not in head:
+            head += sock.recv(1000)
+        seen.append(head.split()[1])
+        if len(seen) == 1:
+            sock.sendall(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n")
+        else:
+            sock.sendall(b"HTTP/1.1 200 Fine\r\n\r\n")
+            daemons.echo(sock)
+
+    with Served(daemons.loopback(), handle) as upstream:
+        async with running(tmp_path, f"http://127.0.0.1:{upstream.port}") as proxy:
+            stream = await proxy.connect()
+            await exchange(stream, REQUEST)
+            await stream.aclose()
+    assert seen == [b"www.example.com:80", b"203.0.113.80:80"]
+
+
+async def test_rejected(tmp_path: Path) -> None:
+    more = '[[route]]\nname = "no"\nto = [".example.com"]\nvia = "reject"\n'
+    async with running(tmp_path, "socks5h://127.0.0.1:9", more=more) as proxy:
+        stream = await proxy.connect()
+        await stream.send_all(REQUEST)
+        assert await is_reset(stream)
+        record = await proxy.recorded("rejected by route")
+    assert (record["severity"], record["type"], record["route"]) == ("info", "access", "no")
+    assert (record["name"], record["dest_addr"]) == ("www.example.com", str(WEB))
+    assert "upstream" not in record
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+async def test_past_the_proxy(tmp_path: Path, going_to: Callable[[Destination], None], by_name: bool) -> None:
+    """By name to where that leads, whatever address the client was going to; by address to that, whatever the name."""
+    with (
+        daemons.NameServer({"www.example.com": ["127.0.0.2"]}) as dns,
+        Served(daemons.loopback(), daemons.echo) as here,
+        Socket() as there,
+    ):
+        there.bind(("127.0.0.2", here.port))
+        going_to(Destination("127.0.0.1", here.port))
+        to = ".example.com" if by_name else "127.0.0.0/8"
+        more = f'[[route]]\nto = ["{to}"]\nvia = "direct"\n'
+        async with running(tmp_path, "socks5h://127.0.0.1:9", dns=dns.address, more=more) as proxy:
+            stream = await proxy.connect()
+            said = REQUEST.replace(b".com", b".com:%d" % here.port)
+            if by_name:
+                await stream.send_all(said)
+                assert await is_reset(stream)  # it is an address of this host, where no name may lead
+                record = await proxy.recorded("rejected by route")
+                assert "www.example.com is 127.0.0.2" in record["error"]
+            else:
+                await exchange(stream, said)
+                await stream.aclose()
+                record = await proxy.recorded("proxy ends")
+                assert (record["upstream"], record["upstream_addr"]) == ("direct", f"127.0.0.1:{here.port}")
+    assert len(here.peers) == (0 if by_name else 1)
+
+
+async def test_past_the_proxy_a_name_that_leads_nowhere_has_the_route_of_its_address(tmp_path: Path) -> None:
+    """Else a forged name would open the way to any address."""
+    seen: list[bytes] = []
+    more = '[[route]]\nto = [".example.com"]\nvia = "direct"\n'
+    with daemons.NameServer({}) as dns, Served(daemons.loopback(), granting(seen)) as upstream:
+        url = f"socks5h://127.0.0.1:{upstream.port}"
+        async with running(tmp_path, url, dns=dns.address, more=more) as proxy:
+            stream = await proxy.connect()
+            await exchange(stream, REQUEST)
+            await stream.aclose()
+            end = await proxy.recorded("proxy ends")
+    assert seen == [socks5(WEB)]
+    assert (end["route"], end["upstream"]) == ("default", url)
 
 
 # ---- the daemon

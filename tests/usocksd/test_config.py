@@ -325,8 +325,8 @@ def test_what_rules_and_pools_say_of_each_other() -> None:
         egress = "default"
         """
     ) == [
-        'rule[0].egress: "partner": no such pool: expected one of "default", "partners"',
         'rule[1].name: "x": is the name of rule[0] too, expected another',
+        'rule[0].egress: "partner": no such pool: expected one of "default", "partners"',
         "outgoing.addresses: expected here or in [egress.default], which is the same pool",
         "outgoing.mark: expected here or in [egress.default], which is the same pool",
     ]

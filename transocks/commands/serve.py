@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from transocks.access_log import AccessLog
 from transocks.config import Config
+from transocks.direct import Direct
+from transocks.first_bytes import FirstBytes
 from transocks.lint import warnings
 from transocks.original_dst import LoopGuard
+from transocks.pool import Upstreams
+from transocks.routes import DIRECT
 from transocks.session import Sessions
-from transocks.upstream import Upstream
 from usocksd import __version__
 from usocksd.addresses import HostAddresses
 from usocksd.resolver import Resolver
@@ -32,21 +35,42 @@ def build(config: Config, parts: Parts) -> Built:
         system=config.dns.resolver == "system",
         sockets=most_name_sockets(parts.descriptors),
     )
-    upstream = Upstream(
-        config.proxy_url, resolver=resolver, mark=config.mark, metrics=parts.metrics, fast_open=config.fast_open
+    direct = Direct(resolver=resolver, mark=config.mark, is_local=hosts.is_local)
+    upstreams = Upstreams(
+        config.groups(),
+        config.health,
+        reactor=parts.reactor,
+        resolver=resolver,
+        mark=config.mark,
+        fast_open=config.fast_open,
+        direct=direct,
+        share=parts.share,
+        metrics=parts.metrics,
     )
+    parts.shared(upstreams.health.take)
     guard = LoopGuard(
         listen_ports=parts.ports,
         hosts=hosts,
-        upstreams=lambda: upstream.addresses,
+        upstreams=lambda: upstreams.addresses,
         # No destination takes it all: with none of the other checks in force, a loop ends at half the descriptors.
         most_per_destination=max(parts.connections // 2, 1),
     )
+    routes = config.routes()
+    first_bytes = FirstBytes(config.names)
     sessions = Sessions(
         guard=guard,
-        upstream=upstream,
+        first_bytes=first_bytes,
+        routes=routes,
+        ways={**upstreams.groups, DIRECT: direct},
+        names=config.names,
         pipes=PipePool(most_pipes(parts.descriptors)),
         timeouts=config.timeouts,
-        access_log=AccessLog(parts.log, parts.metrics),
+        access_log=AccessLog(parts.log, parts.metrics, routes.names),
     )
-    return Built(sessions.serve, (hosts.watch, resolver.run), guard.close)
+    return Built(
+        sessions.serve,
+        (hosts.watch, resolver.run, upstreams.health.run, first_bytes.run),
+        guard.close,
+        keeping=(upstreams.health.keep,),
+        status=lambda: {"upstreams": upstreams.status()},
+    )

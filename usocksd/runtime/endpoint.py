@@ -75,14 +75,22 @@ class Endpoint:
             if not self.readable:
                 await self._wait()
                 continue
-            try:
-                data = self.sock.recv(_RECEIVE_SIZE)
-            except BlockingIOError:
-                self.readable = self.more = False
-                continue
-            if len(data) < _RECEIVE_SIZE and not self.more:
-                self.readable = False
-            return data
+            data = self.receive_now()
+            if data is not None:
+                return data
+
+    def receive_now(self) -> bytes | None:
+        """What `receive` would return without waiting, whatever epoll has said so far; None if there is nothing.
+
+        Raises OSError as recv(2) does.
+        """
+        try:
+            data = self.sock.recv(_RECEIVE_SIZE)
+        except BlockingIOError:
+            self.readable = self.more = False
+            return None
+        self.readable = self.more or len(data) == _RECEIVE_SIZE
+        return data
 
     async def send_all(self, data: bytes) -> None:
         """Write all of `data`. Raises as `receive` does."""

@@ -40,19 +40,23 @@ async def relay(
     *,
     to_upstream: bytes = b"",
     to_client: bytes = b"",
+    sent: int = 0,
     pipes: PipePool,
     limits: Limits,
     record: Record | None = None,
 ) -> RelayResult:
     """Carry bytes between the two until the end; closes neither.
 
-    `to_upstream` and `to_client` are what the handshakes left over: they go first. `record` is told how it ended,
+    `to_upstream` and `to_client` are what the handshakes left over: they go first. `sent` is how many of the client's
+    bytes went to the upstream with a handshake; they count as relayed. `record` is told how it ended,
     also when this raises: what went wrong in a step, or Cancelled. The session closes both endpoints afterwards by
     `close_pair`, which passes a reset on.
     """
     pair = Pair(client, upstream, pipes, limits)
     try:
+        pair.up.count = sent
         pair.start(to_upstream, to_client)
+        del to_upstream, to_client  # a frame that waits keeps what it knows, and idle connections are many
         if pair.result is None:
             # Here and not in a method of its own: a coroutine less for every idle connection to keep.
             pair.task = trio.lowlevel.current_task()

@@ -34,7 +34,7 @@ class Operated:
     config: str
     control: str
     columns: tuple[str, ...] = ()
-    """What its connections have besides what all have: of "user", "rule", "egress" and "upstream"."""
+    """What its connections have besides what all have: of "user", "rule", "egress", "route" and "upstream"."""
 
 
 class VerbError(Error):

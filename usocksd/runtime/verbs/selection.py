@@ -153,6 +153,7 @@ _COLUMNS: dict[str, tuple[Callable[[str], Filter], str, str]] = {
     "user": (partial(_is, "user"), "NAME", "of this user"),
     "rule": (partial(_contains, "rule"), "TEXT", "let through by a rule with this text in it"),
     "egress": (partial(_within, "egress"), "NET", "leaving from this address or network"),
+    "route": (partial(_contains, "route"), "TEXT", "by a route with this text in its name"),
     "upstream": (partial(_contains, "upstream"), "TEXT", "through an upstream with this text in it"),
 }
 

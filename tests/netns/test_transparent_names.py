@@ -1,0 +1,333 @@
+"""Names of redirected connections: TLS and HTTP clients over a real redirect, rules and routes by name, forged names."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import socket
+import ssl
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from socket import socket as Socket
+
+import daemons
+import lab
+import pytest
+from daemons import Daemon, NameServer, Served, receive_all, receive_exactly
+from test_redirect import WEB, connect, load, usocksd
+
+OTHER = {4: lab.OTHER_V4, 6: lab.OTHER_V6}
+ALLOWED, DENIED = "www.allowed.test", "www.denied.test"
+
+# Who may go where by name; what has none, or another one, may not.
+BY_NAME = f"""
+[incoming]
+port = 1080
+addresses = ["127.0.0.1"]
+[outgoing]
+mark = 0x7473
+[[rule]]
+name = "allowed"
+action = "allow"
+to = ["{ALLOWED}"]
+[[rule]]
+name = "all else"
+action = "deny"
+"""
+TRANSOCKS = """
+listen = "localhost:1081"
+proxy_url = "socks5h://127.0.0.1:1080"
+mark = 0x7473
+"""
+USOCKSD = BY_NAME.partition("[[rule]]")[0]
+CHROMIUM = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ca.pem, and for each name a NAME.pem with key and certificate."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    folder = tmp_path_factory.mktemp("certificates")
+
+    def openssl(*words: str) -> None:
+        subprocess.run(["openssl", *words], cwd=folder, check=True, capture_output=True)
+
+    new = ["req", "-x509", "-nodes", "-days", "30", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
+    openssl(*new, "-subj", "/CN=test CA", "-keyout", "ca.key", "-out", "ca.pem")
+    for name in (ALLOWED, DENIED):
+        openssl(
+            *new, "-subj", f"/CN={name}", "-CA", "ca.pem", "-CAkey", "ca.key", "-addext", f"subjectAltName=DNS:{name}",
+            "-addext", "basicConstraints=critical,CA:FALSE", "-keyout", f"{name}.pem", "-out", f"{name}.crt",
+        )  # fmt: skip
+        with (folder / f"{name}.pem").open("a") as file:
+            file.write((folder / f"{name}.crt").read_text())
+    return folder
+
+
+class Site(Served):
+    """A web server over TLS: its page is its name, which its certificate has."""
+
+    def __init__(self, net: lab.Net, address: str, name: str, certificates: Path, port: int = 443) -> None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificates / f"{name}.pem")
+
+        def serve(sock: Socket) -> None:
+            try:
+                with context.wrap_socket(sock, server_side=True) as tls:
+                    tls.recv(65536)
+                    head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(name)}\r\nConnection: close\r\n\r\n"
+                    tls.sendall(head.encode() + name.encode())
+            except OSError:  # who does not like the certificate goes
+                pass
+
+        super().__init__(net.outside.listen(address, port), serve)
+
+
+@contextlib.contextmanager
+def internet(net: lab.Net, certificates: Path, version: int = 4, **names: str) -> Iterator[tuple[Site, Site]]:
+    """The sites of both names, and a name server that knows them."""
+    net.lab.etc("resolv.conf", f"nameserver {lab.NEXT_V4}\n")
+    sock = net.outside.socket(kind=socket.SOCK_DGRAM)
+    sock.bind((lab.NEXT_V4, 53))
+    with (
+        NameServer({ALLOWED: [WEB[version]], DENIED: [OTHER[version]], **names}, sock),
+        Site(net, WEB[version], ALLOWED, certificates) as allowed,
+        Site(net, OTHER[version], DENIED, certificates) as denied,
+    ):
+        yield allowed, denied
+
+
+@contextlib.contextmanager
+def both(net: lab.Net, folder: Path, *, rules: str = BY_NAME, more: str = "") -> Iterator[tuple[Daemon, Daemon]]:
+    with (
+        usocksd(net, folder, rules) as server,
+        Daemon("transocks", TRANSOCKS + more, folder, popen=net.proxy.popen) as client,
+    ):
+        server.ready()
+        client.ready()
+        load(net, "nft")
+        yield client, server
+
+
+def curl(net: lab.Net, certificates: Path, name: str, address: str) -> subprocess.CompletedProcess[str]:
+    """Fetch the page of this name from this address, by TLS, the certificate checked."""
+    where = f"[{address}]" if ":" in address else address
+    words = ["curl", "-sS", "--cacert", certificates / "ca.pem", "--resolve", f"{name}:443:{where}"]
+    return net.client.run(*words, f"https://{name}/", check=False)
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_rules_by_name(host_net: lab.Net, tmp_path: Path, certificates: Path, version: int) -> None:
+    with internet(host_net, certificates, version) as (_, denied), both(host_net, tmp_path) as (client, server):
+        done = curl(host_net, certificates, ALLOWED, WEB[version])
+        assert (done.stdout, done.stderr) == (ALLOWED, "")
+        record = client.record("proxy ends")
+        address = f"[{WEB[6]}]:443" if version == 6 else f"{WEB[4]}:443"
+        assert (record["name"], record["name_from"], record["dest_addr"]) == (ALLOWED, "tls", address)
+        theirs = server.record("proxy ends", client_addr=record["src_addr"])
+        assert (theirs["dest_host"], theirs["dest_addr"], theirs["rule"]) == (ALLOWED, address, "allowed")
+        done = curl(host_net, certificates, DENIED, OTHER[version])
+        assert done.returncode in (35, 56)  # a reset in the handshake
+        assert server.record("ruleset mismatch")["dest_host"] == DENIED
+        assert client.record("failed to connect to proxy server")["name"] == DENIED
+        assert denied.peers == []
+
+
+def test_a_forged_name_reaches_only_what_the_name_stands_for(
+    host_net: lab.Net, tmp_path: Path, certificates: Path
+) -> None:
+    with internet(host_net, certificates) as (allowed, denied), both(host_net, tmp_path) as (client, server):
+        # To the denied site's address, by the name of the allowed one: that is where it ends up.
+        words = ["openssl", "s_client", "-connect", f"{OTHER[4]}:443", "-servername", ALLOWED]
+        done = host_net.client.run(*words, "-CAfile", certificates / "ca.pem", check=False)
+        assert f"subject=CN = {ALLOWED}" in done.stdout
+        assert "Verification: OK" in done.stdout
+        record = client.record("proxy ends")
+        assert (record["name"], record["dest_addr"]) == (ALLOWED, f"{OTHER[4]}:443")
+        assert server.record("proxy ends")["dest_addr"] == f"{WEB[4]}:443"
+        # The other way round nobody gets anywhere.
+        assert curl(host_net, certificates, DENIED, WEB[4]).returncode in (35, 56)
+        # Nor without a name, or by one that does not exist: the address is judged then.
+        for more in (["-noservername"], ["-servername", "nowhere.test"]):
+            words = ["openssl", "s_client", "-connect", f"{OTHER[4]}:443", *more]
+            assert "subject=" not in host_net.client.run(*words, check=False).stdout
+        assert {record["rule"] for record in server.records("ruleset mismatch")} == {"all else"}
+        assert len(allowed.peers) == 1
+        assert denied.peers == []
+
+
+def test_http(host_net: lab.Net, tmp_path: Path, certificates: Path) -> None:
+    def page(sock: Socket) -> None:
+        said = sock.recv(65536)
+        sock.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + said.split(b"\r\n")[1])
+
+    with (
+        internet(host_net, certificates),
+        both(host_net, tmp_path) as (_, server),
+        Served(host_net.outside.listen(WEB[4], 80), page),
+    ):
+        words = ["curl", "-sS", "--resolve", f"{ALLOWED}:80:{OTHER[4]}", f"http://{ALLOWED}/"]
+        assert host_net.client.run(*words).stdout == f"Host: {ALLOWED}"
+        words = ["curl", "-sS", "-H", f"Host: {DENIED}", "--resolve", f"{ALLOWED}:80:{WEB[4]}", f"http://{ALLOWED}/"]
+        assert host_net.client.run(*words, check=False).returncode == 56
+        assert server.record("ruleset mismatch")["dest_host"] == DENIED
+
+
+@pytest.mark.parametrize("refuse", [False, True])
+def test_a_name_that_does_not_resolve(host_net: lab.Net, tmp_path: Path, certificates: Path, refuse: bool) -> None:
+    more = "[names]\nwhen_unresolved = 'refuse'\n" if refuse else ""
+    host_net.lab.etc("resolv.conf", f"nameserver {lab.NEXT_V4}\n")
+    sock = host_net.outside.socket(kind=socket.SOCK_DGRAM)
+    sock.bind((lab.NEXT_V4, 53))
+    with (
+        NameServer({}, sock),
+        Site(host_net, WEB[4], ALLOWED, certificates) as site,
+        both(host_net, tmp_path, rules=USOCKSD, more=more) as (client, _),
+    ):
+        done = curl(host_net, certificates, ALLOWED, WEB[4])
+        if refuse:
+            assert done.returncode in (35, 56)
+            assert site.peers == []
+            assert client.record("failed to connect to proxy server")["name"] == ALLOWED
+        else:
+            assert (done.stdout, done.stderr) == (ALLOWED, "")
+            assert client.record("name leads nowhere")["name"] == ALLOWED
+            assert client.record("proxy ends")["name"] == ALLOWED
+
+
+def test_a_server_that_speaks_first_is_heard(host_net: lab.Net, tmp_path: Path) -> None:
+    """At once on the ports of such protocols, and after the wait on others."""
+
+    def greet(sock: Socket) -> None:
+        sock.sendall(b"220 welcome\r\n")
+        daemons.echo(sock)
+
+    def heard_after(port: int) -> float:
+        since = time.monotonic()
+        with connect(host_net, 4, port) as sock:
+            assert receive_exactly(sock, 13) == b"220 welcome\r\n"
+            after = time.monotonic() - since
+            sock.sendall(b"EHLO client\r\n")
+            assert receive_exactly(sock, 13) == b"EHLO client\r\n"
+        return after
+
+    with (
+        both(host_net, tmp_path, rules=USOCKSD, more="[names]\nwait = 1.5\n"),
+        Served(host_net.outside.listen(WEB[4], 25), greet),
+        Served(host_net.outside.listen(WEB[4], 2500), greet),
+    ):
+        assert heard_after(25) < 1.5
+        assert 1.5 <= heard_after(2500) < 1.5 + 5
+
+
+def test_a_client_that_trickles_waits_no_longer_than_the_wait(host_net: lab.Net, tmp_path: Path) -> None:
+    said = f"GET / HTTP/1.1\r\nHost: {ALLOWED}\r\n\r\n".encode()
+    with (
+        both(host_net, tmp_path, rules=USOCKSD, more="[names]\nwait = 0.1\n") as (client, _),
+        Served(host_net.outside.listen(WEB[4], 80), daemons.echo) as web,
+        connect(host_net, 4, 80) as sock,
+    ):
+        for at, byte in enumerate(said):
+            sock.sendall(bytes([byte]))
+            assert receive_exactly(sock, 1) == said[at : at + 1]  # which takes a wait with the first one, and no more
+        sock.shutdown(socket.SHUT_WR)
+        assert receive_all(sock) == b""
+        end = client.record("proxy ends")
+        assert (end["name"], end["tx_bytes"], end["rx_bytes"]) == (None, len(said), len(said))
+        assert len(web.peers) == 1
+
+
+def test_routes(host_net: lab.Net, tmp_path: Path, certificates: Path) -> None:
+    """To another proxy, past all of them, and nowhere."""
+    more = f"""
+    [upstream.second]
+    proxy_url = "socks5h://127.0.0.1:1090"
+    [[route]]
+    name = "second"
+    to = ["{DENIED}"]
+    via = "second"
+    [[route]]
+    name = "past"
+    to = ["{OTHER[4]}"]
+    ports = ["8000-8999"]
+    via = "direct"
+    [[route]]
+    name = "no"
+    to = ["{OTHER[4]}"]
+    via = "reject"
+    """
+    second = USOCKSD.replace("1080", "1090") + f'addresses = ["{lab.PROXY_V4[1]}"]\n'
+    (tmp_path / "second").mkdir()
+    with (
+        internet(host_net, certificates) as (allowed, denied),
+        Daemon("usocksd", second, tmp_path / "second", popen=host_net.proxy.popen) as other,
+        both(host_net, tmp_path, rules=BY_NAME, more=more) as (client, _),
+        Served(host_net.outside.listen(OTHER[4], 8080), daemons.echo) as plain,
+    ):
+        other.ready()
+        assert curl(host_net, certificates, ALLOWED, WEB[4]).stdout == ALLOWED
+        assert curl(host_net, certificates, DENIED, OTHER[4]).stdout == DENIED
+        assert (len(allowed.peers), denied.peers[0][0]) == (1, lab.PROXY_V4[1])
+        with connect(host_net, 4, 8080, OTHER[4]) as sock:
+            sock.sendall(b"\0")
+            assert receive_exactly(sock, 1) == b"\0"
+        with pytest.raises(ConnectionResetError), connect(host_net, 4, 443, OTHER[4]) as sock:
+            receive_all(sock)
+        for route, group in (("default", "default"), ("second", "second"), ("past", "direct")):
+            assert client.record("proxy ends", route=route)["group"] == group
+        assert client.record("rejected by route")["route"] == "no"
+        assert client.record("proxy ends", route="past")["src_addr"] == "{}:{}".format(*plain.peers[0])
+
+
+@pytest.fixture
+def chromium(
+    host_net: lab.Net, tmp_path: Path, certificates: Path
+) -> Callable[[str], subprocess.CompletedProcess[str]]:
+    """Prints the document at an address, or the page that explains why there is none. Trusts the test CA."""
+    path = next(filter(None, map(shutil.which, CHROMIUM)), None)
+    if path is None:
+        pytest.skip("Chromium is not installed (Debian package chromium-headless-shell)")
+    if shutil.which("certutil") is None:
+        pytest.skip("certutil is not installed, with which Chromium is told of a CA (Debian package libnss3-tools)")
+    home = tmp_path / "home"
+    database = home / ".pki" / "nssdb"
+    database.mkdir(parents=True)
+    for words in (["-N", "--empty-password"], ["-A", "-t", "C,,", "-n", "test", "-i", str(certificates / "ca.pem")]):
+        subprocess.run(["certutil", "-d", f"sql:{database}", *words], check=True, capture_output=True)
+    options = [
+        "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync", "--dump-dom",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]  # fmt: skip
+    command = ["env", f"HOME={home}", path, *options]
+    return lambda url: host_net.client.run(*command, url, check=False)
+
+
+@pytest.mark.parametrize("when_ech", ["name", "address"])
+def test_a_browser(
+    host_net: lab.Net,
+    tmp_path: Path,
+    certificates: Path,
+    chromium: Callable[[str], subprocess.CompletedProcess[str]],
+    when_ech: str,
+) -> None:
+    """Each of its hellos looks like ECH: rules by name see it where the operator has said so."""
+    host_net.lab.etc("hosts", f"{WEB[4]} {ALLOWED}\n{OTHER[4]} {DENIED}\n")
+    more = f"[names]\nwhen_ech = '{when_ech}'\n"
+    with internet(host_net, certificates) as (_, denied), both(host_net, tmp_path, more=more) as (client, server):
+        done = chromium(f"https://{ALLOWED}/")
+        if when_ech == "name":
+            assert f">{ALLOWED}<" in done.stdout, done.stderr
+            record = client.record("proxy ends", name=ALLOWED)
+            assert server.record("proxy ends", client_addr=record["src_addr"])["rule"] == "allowed"
+        else:
+            assert "ERR_CONNECTION_RESET" in done.stdout + done.stderr
+            record = client.record("failed to connect to proxy server", name=ALLOWED)
+            assert server.record("ruleset mismatch")["dest_host"] == WEB[4]
+        assert record["name_from"] == "unverified"
+        done = chromium(f"https://{DENIED}/")
+        assert "ERR_CONNECTION_RESET" in done.stdout + done.stderr
+        assert denied.peers == []

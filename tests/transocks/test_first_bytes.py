@@ -1,0 +1,210 @@
+"""The wait for what a client says first, over real sockets; time is short or trio's own."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from socket import SocketType
+from socket import socket as Socket
+
+import pytest
+import trio
+import trio.testing
+from daemons import PATIENCE, loopback
+
+from transocks.first_bytes import NOTHING, First, FirstBytes
+from transocks.original_dst import Destination
+from transocks.route_settings import NamesConfig
+from transocks.sniff import OTHER, Opening, Protocol
+from usocksd.match import parse_network
+from usocksd.runtime.endpoint import Endpoint, PeerReset
+from usocksd.runtime.reactor import Reactor
+
+WEB = Destination("203.0.113.80", 80)
+REQUEST = b"GET / HTTP/1.1\r\nHost: www.example.com\r\n\r\n"
+NAMED = Opening(Protocol.HTTP, "www.example.com")
+LONG = PATIENCE  # what no test waits for
+
+
+def connected_pair() -> tuple[SocketType, Socket]:
+    """A connection: the accepted end, as the listener gives it, and the client's."""
+    with loopback() as listener:
+        client = socket.create_connection(listener.getsockname())
+        fd, _ = listener._accept()  # type: ignore[attr-defined]
+        return SocketType(fileno=fd), client
+
+
+@asynccontextmanager
+async def reading(wait: float = LONG, **settings: object) -> AsyncIterator[tuple[FirstBytes, Socket, Endpoint]]:
+    """The reader, the client's socket, and the endpoint of its session."""
+    first_bytes = FirstBytes(NamesConfig(wait=wait, **settings))  # type: ignore[arg-type]
+    reactor = Reactor()
+    ours, theirs = connected_pair()
+    ours.setblocking(False)
+    try:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(reactor.run)
+            await nursery.start(first_bytes.run)
+            endpoint = Endpoint(reactor, ours)
+            with trio.fail_after(PATIENCE):
+                yield first_bytes, theirs, endpoint
+            endpoint.close()
+            nursery.cancel_scope.cancel()
+    finally:
+        theirs.close()
+        ours.close()
+        reactor.close()
+
+
+async def test_what_is_there_already() -> None:
+    async with reading() as (first_bytes, client, endpoint):
+        client.sendall(REQUEST)
+        assert await first_bytes.read(endpoint, WEB) == First(REQUEST, NAMED)
+
+
+async def test_what_comes_in_time_and_in_pieces() -> None:
+    async with reading() as (first_bytes, client, endpoint), trio.open_nursery() as nursery:
+
+        async def talk() -> None:
+            for byte in REQUEST:
+                client.sendall(bytes([byte]))
+                await trio.testing.wait_all_tasks_blocked()
+
+        nursery.start_soon(talk)
+        assert (await first_bytes.read(endpoint, WEB)).opening == NAMED
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("said", [b"", b"GET / HTTP/1.1\r\nHos"])
+async def test_who_says_nothing_or_not_enough_goes_on(said: bytes) -> None:
+    async with reading(0.05) as (first_bytes, client, endpoint):
+        client.sendall(said)
+        began = trio.current_time()
+        found = await first_bytes.read(endpoint, WEB)
+        assert found.data == said
+        assert found.opening.name is None
+        assert 0.05 <= trio.current_time() - began < 0.05 + 1
+        # It is read on as if nothing had been.
+        client.sendall(b"t: x")
+        assert await endpoint.receive() == b"t: x"
+
+
+async def test_a_trickle_is_given_one_wait_and_no_more() -> None:
+    async with reading(0.05) as (first_bytes, client, endpoint), trio.open_nursery() as nursery:
+
+        async def trickle() -> None:
+            while True:
+                client.sendall(b"A")
+                await trio.sleep(0.001)
+
+        client.sendall(b"GET /")
+        nursery.start_soon(trickle)
+        found = await first_bytes.read(endpoint, WEB)
+        nursery.cancel_scope.cancel()
+    assert found.data.startswith(b"GET /A")
+    assert found.opening == OTHER
+
+
+async def test_waits_end_one_by_one() -> None:
+    """One reader for all: a wait that is over early neither ends nor delays another."""
+    async with reading(0.1) as (first_bytes, quick, quick_endpoint):
+        reactor = quick_endpoint.reactor
+        pairs = [connected_pair() for _ in range(3)]
+        for ours, _ in pairs:
+            ours.setblocking(False)
+        endpoints = [Endpoint(reactor, ours) for ours, _ in pairs]
+        ended: list[float] = []
+
+        async def read(number: int) -> None:
+            began = trio.current_time()
+            assert (await first_bytes.read(endpoints[number], WEB)).data == b""
+            ended.append(trio.current_time() - began)
+
+        async def speak() -> None:
+            quick.sendall(REQUEST[10:])
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read, 0)
+            await trio.testing.wait_all_tasks_blocked()
+            quick.sendall(REQUEST[:10])
+            nursery.start_soon(speak)
+            assert (await first_bytes.read(quick_endpoint, WEB)).opening == NAMED
+            for number in (1, 2):
+                nursery.start_soon(read, number)
+                await trio.testing.wait_all_tasks_blocked()
+            # The one that was quick waits for something else now, and its first wait, which is over, does not end that.
+            with trio.move_on_after(0.2) as scope:
+                await quick_endpoint.receive()
+            assert scope.cancelled_caught
+        assert len(ended) == 3
+        assert min(ended) >= 0.1
+        for endpoint, (_, theirs) in zip(endpoints, pairs, strict=True):
+            endpoint.close()
+            theirs.close()
+
+
+@pytest.mark.parametrize("said", [b"", REQUEST[:10], REQUEST])
+@pytest.mark.parametrize("early", [True, False])
+async def test_the_end_of_what_it_says_is_seen_again(said: bytes, early: bool) -> None:
+    async with reading() as (first_bytes, client, endpoint), trio.open_nursery() as nursery:
+
+        def end() -> None:
+            client.sendall(said)
+            client.shutdown(socket.SHUT_WR)
+
+        async def end_later() -> None:
+            await trio.testing.wait_all_tasks_blocked()
+            end()
+
+        if early:
+            end()
+        else:
+            nursery.start_soon(end_later)
+        found = await first_bytes.read(endpoint, WEB)
+        assert found.data == said
+        assert (found.opening == NAMED) == (said == REQUEST)
+        for _ in range(2):
+            assert await endpoint.receive() == b""
+
+
+@pytest.mark.parametrize("early", [True, False])
+async def test_a_client_that_is_gone(early: bool) -> None:
+    async with reading() as (first_bytes, client, endpoint), trio.open_nursery() as nursery:
+
+        def reset() -> None:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
+            client.close()
+
+        async def reset_later() -> None:
+            await trio.testing.wait_all_tasks_blocked()
+            reset()
+
+        if early:
+            reset()
+        else:
+            nursery.start_soon(reset_later)
+        with pytest.raises(PeerReset):
+            await first_bytes.read(endpoint, WEB)
+
+
+async def test_no_more_than_the_size() -> None:
+    async with reading(size=1024) as (first_bytes, client, endpoint):
+        data = b"GET / HTTP/1.1\r\n" + b"X: 1\r\n" * 171  # 1042 bytes
+        client.sendall(data)
+        assert await first_bytes.read(endpoint, WEB) == First(data, Opening(Protocol.HTTP))
+
+
+@pytest.mark.parametrize("settings", [{"skip_ports": [(79, 81)]}, {"skip_networks": [parse_network("203.0.113.0/24")]}])
+async def test_where_nobody_is_asked(settings: dict[str, object]) -> None:
+    async with reading(**settings) as (first_bytes, client, endpoint):
+        client.sendall(REQUEST)
+        assert await first_bytes.read(endpoint, WEB) == NOTHING
+        assert (await first_bytes.read(endpoint, Destination("2001:db8::1", 82))).data == REQUEST
+
+
+async def test_no_wait_at_all() -> None:
+    async with reading(0) as (first_bytes, client, endpoint):
+        assert await first_bytes.read(endpoint, WEB) == NOTHING
+        client.sendall(REQUEST)
+        assert (await first_bytes.read(endpoint, WEB)).opening == NAMED

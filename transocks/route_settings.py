@@ -1,0 +1,120 @@
+"""[names] and [[route]] of transocks.toml as typed values."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+from typing import Annotated, Any
+
+import attrs
+
+from transocks.routes import DIRECT, REJECT, Route
+from transocks.sniff import MOST
+from usocksd.conditions import (
+    NAME_EXPECTED,
+    Destination,
+    Network,
+    Ports,
+    as_tables,
+    check_name,
+    duplicate_names,
+    empty_lists,
+    site_lists,
+)
+from usocksd.runtime.config import KEY, Invalid, show
+from usocksd.runtime.settings import integer, one_of, seconds, text
+
+NAME, ADDRESS, REFUSE = "name", "address", "refuse"
+
+SERVER_FIRST = (
+    (21, 23),  # FTP (RFC 959 section 5.4), SSH (RFC 4253 section 4.2), Telnet (RFC 854)
+    (24, 25),  # LMTP (RFC 2033), SMTP (RFC 5321 section 3.1)
+    (110, 110),  # POP3 (RFC 1939 section 4)
+    (119, 119),  # NNTP (RFC 3977 section 5.1)
+    (143, 143),  # IMAP (RFC 9051 section 7.1)
+    (587, 587),  # submission (RFC 6409)
+    (2628, 2628),  # DICT (RFC 2229 section 3.1)
+    (3306, 3306),  # MySQL ("Connection Phase" of its protocol)
+    (3690, 3690),  # Subversion (svn_ra protocol)
+    (4190, 4190),  # ManageSieve (RFC 5804 section 1.7)
+    (5900, 5909),  # VNC (RFC 6143 section 7.1.1), the first ten displays
+)
+"""Ports of protocols in which the server speaks first: a wait for the client would be in vain."""
+
+# What records and metrics say where no [[route]] decided, and what those without a name are called.
+_BUILT_IN_NAME = re.compile(r"default|route \d+")
+
+
+def _route_name(value: str) -> str:
+    check_name(value)
+    if _BUILT_IN_NAME.fullmatch(value):
+        raise Invalid("is what log records call a route that is built in, expected another name")
+    return value
+
+
+RouteName = Annotated[str, text(_route_name, NAME_EXPECTED)]
+Send = Annotated[str, one_of((NAME, ADDRESS))]
+
+
+@attrs.frozen(kw_only=True)
+class NamesConfig:
+    """[names]: the names of connections whose client speaks first."""
+
+    sniff: bool = True
+    wait: Annotated[float, seconds(zero=True)] = 0.3
+    """how long the client has to begin"""
+    size: Annotated[int, integer(1024, MOST)] = MOST
+    """bytes to be looked at, at most"""
+    skip_ports: tuple[Ports, ...] = SERVER_FIRST
+    skip_networks: tuple[Network, ...] = ()
+    send: Send = NAME
+    """what proxies that take names are asked for"""
+    when_unresolved: Annotated[str, one_of((ADDRESS, REFUSE))] = ADDRESS
+    when_ech: Annotated[str, one_of((ADDRESS, NAME))] = ADDRESS
+
+
+@attrs.frozen(kw_only=True)
+class RouteConfig:
+    """[[route]]: which way connections go. What is None holds for all."""
+
+    name: RouteName | None = None
+    """None: "route N", counted from 1"""
+    from_: tuple[Network, ...] | None = attrs.field(default=None, metadata={KEY: "from"})
+    to: tuple[Destination, ...] | None = None
+    ports: tuple[Ports, ...] | None = None
+    via: str
+    """a group of upstreams, DIRECT or REJECT; that there is such a group is looked at by `check_routes`"""
+    send: Send | None = None
+    """None: as [names] has it"""
+
+    def __attrs_post_init__(self) -> None:
+        faults = empty_lists(
+            ("from", self.from_, "client"), ("to", self.to, "destination"), ("ports", self.ports, "port")
+        )
+        if self.send is not None and self.via in (DIRECT, REJECT):
+            faults.append(Invalid("expected only where via is a group of proxies", shown=show(self.send), at="send"))
+        if faults:
+            raise ExceptionGroup("a route", faults)
+
+    def route(self, number: int, names: NamesConfig) -> Route:
+        """As the evaluator takes it; `number` is its place, from 1."""
+        return Route(
+            name=self.name or f"route {number}",
+            via=self.via,
+            clients=self.from_,
+            to=None if self.to is None else site_lists(self.to),
+            ports=self.ports,
+            send_name=(self.send or names.send) == NAME,
+        )
+
+
+def check_routes(table: dict[str, Any], groups: Collection[str]) -> Iterator[Invalid]:
+    """What the routes of a configuration, as TOML has it, say of each other and of groups that are not there."""
+    routes = as_tables(table.get("route"))
+    yield from duplicate_names(routes, "route")
+    known = [*groups, DIRECT, REJECT]
+    for index, route in enumerate(routes):
+        via = route.get("via")
+        if isinstance(via, str) and via not in known:
+            expected = f"no such group: expected one of {', '.join(map(show, known))}"
+            yield Invalid(expected, shown=show(via), at=f"route[{index}].via")

@@ -1,0 +1,85 @@
+"""Which way a connection goes: ordered routes, the first that matches decides. Pure.
+
+A route matches if the client, the port and the destination do; of a destination it is enough that `to` has the
+address or the name. The name is what the client says, and it may lie. So a name leads past the proxy only to what that
+name stands for: behind `direct`, what is dialled is what the route was chosen by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from attrs import frozen
+
+from usocksd.match import IPAddress, IPNetwork, judged_addresses
+from usocksd.site_index import PortIndex, SiteIndex, mask_of
+from usocksd.sites import SiteList
+
+DEFAULT = "default"
+"""The group of `proxy_url`, and what records call the way of a connection that no route has."""
+DIRECT, REJECT = "direct", "reject"
+"""What a route says instead of a group."""
+
+
+@frozen(kw_only=True)
+class Route:
+    """One route. What is None matches everything."""
+
+    name: str
+    via: str
+    """a group, DIRECT or REJECT"""
+    clients: tuple[IPNetwork, ...] | None = None
+    to: tuple[SiteList, ...] | None = None
+    ports: tuple[tuple[int, int], ...] | None = None
+    """first and last of each range"""
+    send_name: bool = True
+    """whether a proxy is asked for the name, where there is one"""
+
+
+@frozen
+class Decision:
+    """A way: its route's name, where it leads, and whether the name is to be asked for instead of the address."""
+
+    route: str
+    via: str
+    by_name: bool
+
+
+class Routes:
+    """The routes, in order; behind them the group "default". Cheap to ask, once a connection."""
+
+    def __init__(self, routes: Sequence[Route], *, send_name: bool) -> None:
+        """`send_name` is for those that no route has."""
+        self._routes = tuple(routes)
+        self._default = Decision(DEFAULT, DEFAULT, send_name)
+        self._anyone = mask_of(route.clients is None for route in routes)
+        self._clients = SiteIndex.of_networks([route.clients for route in routes])
+        self._ports = PortIndex([route.ports for route in routes])
+        self._anywhere = mask_of(route.to is None for route in routes)
+        self._rejecting = mask_of(route.via == REJECT for route in routes)
+        self._sites = SiteIndex.of_rules([route.to for route in routes])
+
+    @property
+    def names(self) -> list[str]:
+        """What they are called."""
+        return [route.name for route in self._routes]
+
+    def decide(self, client: IPAddress, address: IPAddress, name: str | None, port: int) -> Decision:
+        """The way of a connection from `client` to `address`, `port`. `name` is canonical, and None where none is known
+        or the one that is known proves nothing. IPv4-mapped addresses come as IPv4.
+        """
+        if not self._routes:
+            return self._default
+        mask = self._ports.match(port) & (self._anyone | self._clients.of_address(client))
+        here = self._anywhere | self._sites.of_address(address)
+        if name is None:
+            here |= self._sites.nameless
+        # Who rejects an IPv4 network rejects the IPv6 addresses behind which it is reached.
+        for inner in judged_addresses(address)[1:]:
+            here |= self._sites.of_address(inner) & self._rejecting
+        mask &= here if name is None else here | self._sites.of_name(name)
+        bit = mask & -mask
+        if not bit:
+            return self._default
+        route = self._routes[bit.bit_length() - 1]
+        return Decision(route.name, route.via, not bit & here if route.via == DIRECT else route.send_name)

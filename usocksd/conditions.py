@@ -1,0 +1,118 @@
+"""What rules and routes are written with: the types of their settings. Of [[rule]], and of transocks's [[route]]."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Any
+
+from usocksd.errors import ConfigError
+from usocksd.lists import read_list
+from usocksd.match import IPNetwork, parse_network
+from usocksd.runtime.config import Invalid, Parser, loading, show
+from usocksd.runtime.settings import text
+from usocksd.sites import SiteList, entry_fault, parse_entry
+
+_FILE = "file:"
+
+
+def _site(value: str) -> str:
+    """An entry of a site list, as the operator wrote it: the log names rules by this text."""
+    fault = entry_fault(value)
+    if fault is not None:
+        raise Invalid(fault)
+    return value
+
+
+def _destination(value: str) -> str | SiteList:
+    """An entry as the operator wrote it, or the entries of the file that it names."""
+    return _list_file(value) if value.startswith(_FILE) else _site(value)
+
+
+def _list_file(value: str) -> SiteList:
+    load = loading()
+    path = load.folder / value.removeprefix(_FILE)
+    if path not in load.files:
+        try:
+            load.files[path] = read_list(path, value)
+        except ConfigError as error:
+            problems = (str(fault).removeprefix("file: ") for fault in error.faults)
+            faults = [Invalid(f"{path}: {problem}", shown=show(value)) for problem in problems]
+        else:
+            faults = []
+        if faults:  # outside of the except block, as in runtime/config.py
+            raise ExceptionGroup("a list", faults)
+    sites: SiteList = load.files[path]
+    return sites
+
+
+def _ports(value: object) -> tuple[int, int]:
+    """First and last port."""
+    if isinstance(value, str):
+        match = re.fullmatch(r"([0-9]{1,5})-([0-9]{1,5})", value)
+        if match is None:
+            raise ValueError
+        first, last = int(match[1]), int(match[2])
+    elif type(value) is int:
+        first = last = value
+    else:
+        raise ValueError
+    if not 0 <= first <= last <= 65535:
+        raise ValueError
+    return first, last
+
+
+Site = Annotated[str, text(_site, 'a host or a domain, as in "www.example.com" or ".example.com"')]
+Destination = Annotated[
+    str | SiteList,
+    text(_destination, 'a host, ".domain", an address, a network, or a file of these as in "file:blocked.txt"'),
+]
+Network = Annotated[IPNetwork, text(parse_network, 'a network or an IP address, as in "10.0.0.0/8" or "192.0.2.1"')]
+
+
+Ports = Annotated[tuple[int, int], Parser(_ports, 'a port or a range, as in 25 or "6000-6100", from 0 to 65535')]
+
+NAME_EXPECTED = "a name of 1 to 100 printable characters"
+
+
+def check_name(value: str) -> None:
+    """Raise ValueError if this is not NAME_EXPECTED."""
+    if not value.isprintable() or not 0 < len(value) <= 100 or value != value.strip():
+        raise ValueError
+
+
+def site_lists(entries: Iterable[str | SiteList]) -> tuple[SiteList, ...]:
+    """Those that stand in a rule itself, and those of each file."""
+    entries = tuple(entries)
+    files = dict.fromkeys(entry for entry in entries if isinstance(entry, SiteList))
+    own = [parse_entry(entry) for entry in entries if isinstance(entry, str)]
+    return (*([SiteList(own)] if own else []), *files)
+
+
+def empty_lists(*conditions: tuple[str, tuple[object, ...] | None, str]) -> list[Invalid]:
+    """The faults of conditions that nothing can meet: key, value, and what the condition is about."""
+    return [
+        Invalid(f"expected at least one, or no such key if the rule holds for any {what}", shown="[]", at=key)
+        for key, value, what in conditions
+        if value == ()
+    ]
+
+
+def as_table(value: object) -> dict[str, Any]:
+    """A table as TOML has it; an empty one if it is something else, which is a fault of its own."""
+    return value if isinstance(value, dict) else {}
+
+
+def as_tables(value: object) -> list[dict[str, Any]]:
+    """A list of tables, alike."""
+    return [as_table(element) for element in value] if isinstance(value, list) else []
+
+
+def duplicate_names(rules: Iterable[Mapping[str, object]], key: str) -> Iterator[Invalid]:
+    """A fault for each of these tables, elements of `key`, whose name is that of one before."""
+    first: dict[str, int] = {}
+    for index, rule in enumerate(rules):
+        name = rule.get("name")
+        if isinstance(name, str) and first.setdefault(name, index) != index:
+            also = f"is the name of {key}[{first[name]}] too, expected another"
+            yield Invalid(also, shown=show(name), at=f"{key}[{index}].name")

@@ -20,11 +20,12 @@ PURE = (
     "usocksd.match",
     "usocksd.sites",
     "usocksd.egress",
+    "usocksd.proxy_protocol",
     "usocksd.replay",
     "usocksd.replies",
     "transocks.http_connect",
 )
-SHARED = ("usocksd.match", "usocksd.resolver", "usocksd.addresses", "usocksd.errors")
+SHARED = ("usocksd.match", "usocksd.proxy_protocol", "usocksd.resolver", "usocksd.addresses", "usocksd.errors")
 
 
 def modules() -> dict[str, set[str]]:

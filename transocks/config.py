@@ -172,7 +172,14 @@ def _lookup(name: str) -> list[IPAddress]:
     return list(dict.fromkeys(parse_address(address) for address in found if "%" not in address))
 
 
+def _parse_listen_tproxy(value: object) -> tuple[ListenAddress, ...]:
+    """The same, with IP_TRANSPARENT; an empty list is none."""
+    found = () if value == [] else _parse_listen(value)
+    return tuple(attrs.evolve(listen, transparent=True) for listen in found)
+
+
 Listen = Annotated[tuple[ListenAddress, ...], Parser(_parse_listen, _LISTEN_EXPECTED)]
+ListenTproxy = Annotated[tuple[ListenAddress, ...], Parser(_parse_listen_tproxy, _LISTEN_EXPECTED)]
 
 
 @attrs.frozen(kw_only=True)
@@ -189,6 +196,8 @@ class Config:
     ]
     listen: Listen = tuple(ListenAddress(address, 1081, optional=True) for address in LOCALHOST)
     """`localhost` is both 127.0.0.1 and ::1, whatever the resolver says: REDIRECT goes to either."""
+    listen_tproxy: ListenTproxy = ()
+    """where TPROXY rules bring connections; their addresses are as in `listen`, their ports others"""
     mark: Mark | None = None
     """SO_MARK of the connections to the upstream, so that the firewall rules can exempt them"""
     log: LogConfig = attrs.field(factory=LogConfig)
@@ -203,10 +212,20 @@ class Config:
     control: SocketPath = "/run/transocks/control.sock"
     """None: no control socket"""
 
+    def __attrs_post_init__(self) -> None:
+        ports = {listen.port for listen in self.listen if listen.port}
+        for listen in self.listen_tproxy:
+            if listen.port in ports:
+                expected = "has a port of listen, expected another: a listener is for REDIRECT or for TPROXY"
+                raise Invalid(expected, shown=show(str(listen)), at="listen_tproxy")
+
     def common(self) -> Common:
         """The settings that usocksd has too."""
         return Common(
-            listen=tuple(("listen", listen) for listen in self.listen),
+            listen=(
+                *(("listen", listen) for listen in self.listen),
+                *(("listen_tproxy", listen) for listen in self.listen_tproxy),
+            ),
             metrics_prefix="",
             metrics_port=self.metrics_port,
             metrics_default=1083,
@@ -219,7 +238,7 @@ class Config:
             workers=self.workers,
             control=self.control,
             control_default="/run/transocks/control.sock",
-            more={"proxy_url": str(self.proxy_url)},
+            more={"listen_tproxy": tuple(map(str, self.listen_tproxy)), "proxy_url": str(self.proxy_url)},
         )
 
 

@@ -8,6 +8,7 @@ from transocks.config import Config
 from usocksd.addresses import HostAddresses
 from usocksd.errors import Fault
 from usocksd.runtime.lint import Host, lint_common, readable_by_all
+from usocksd.runtime.listeners import may_be_transparent
 from usocksd.runtime.settings import LOCALHOST
 
 
@@ -26,6 +27,7 @@ def lint(config: Config, source: str | None = None) -> list[Fault]:
     return [
         *lint_common(config.common(), host),
         *_loop(config, host),
+        *_tproxy(config),
         *_password(config, source),
     ]
 
@@ -35,7 +37,7 @@ def _loop(config: Config, host: Host) -> Iterator[Fault]:
     proxy = config.proxy_url
     # Other names may be ours as well; asking a name server is not for a check.
     theirs = LOCALHOST if proxy.host == "localhost" else () if isinstance(proxy.host, str) else (proxy.host,)
-    for listen in config.listen:
+    for listen in (*config.listen, *config.listen_tproxy):
         for address in theirs:
             if listen.port == proxy.port and (
                 listen.address == address
@@ -43,6 +45,17 @@ def _loop(config: Config, host: Host) -> Iterator[Fault]:
             ):
                 yield Fault("proxy_url", str(proxy), f"is our own listener {listen}: expected the proxy's port")
                 return
+
+
+def _tproxy(config: Config) -> Iterator[Fault]:
+    """Whether this process could open the sockets."""
+    for listen in config.listen_tproxy[:1]:
+        if not may_be_transparent():
+            yield Fault(
+                "listen_tproxy",
+                str(listen),
+                "this user may not open sockets with IP_TRANSPARENT: the daemon does not start without CAP_NET_ADMIN",
+            )
 
 
 def _password(config: Config, source: str | None) -> Iterator[Fault]:

@@ -8,7 +8,7 @@ Each stage lives in the file of its name; only this one joins them.
 from __future__ import annotations
 
 from transocks.access_log import Access, AccessLog
-from transocks.original_dst import Destination, LoopGuard, original_destination
+from transocks.original_dst import Destination, LoopGuard, original_destination, tproxy_destination
 from transocks.upstream import Upstream
 from usocksd.errors import Error
 from usocksd.runtime.ending import Limits
@@ -35,7 +35,12 @@ class Sessions:
         """Serve one accepted connection to its end. `host` is the client's numeric address."""
         access = client.about = self._access_log.begin(host, port)
         try:
-            destination = access.destination = original_destination(client.sock)
+            destination = (
+                tproxy_destination(client.sock, self._guard.is_ours)
+                if client.transparent
+                else original_destination(client.sock)
+            )
+            access.destination = destination
             self._guard.enter(Destination(host, port), destination)
         except Error as error:
             access.refused(error)

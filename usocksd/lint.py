@@ -35,6 +35,7 @@ def lint(config: Config, source: str | None = None) -> list[Fault]:
         *lint_common(config.common(), host),
         *_open_proxy(config),
         *first_few(_covered_networks("incoming.allow_from", config.incoming.allow_from or ())),
+        *_trusted(config),
         *_rules(config),
         *_covered_rules(config),
         *_pools(config, host),
@@ -63,6 +64,17 @@ def _open_proxy(config: Config) -> Iterator[Fault]:
                 f" or {mend}",
             )
             return
+
+
+def _trusted(config: Config) -> Iterator[Fault]:
+    if config.incoming.proxy_protocol is None:
+        return
+    key, trusted = "incoming.proxy_protocol.trusted", config.incoming.proxy_protocol.trusted
+    for index, network in enumerate(trusted):
+        if network.prefixlen == 0:
+            problem = "lets everybody claim to be any client: name your proxies' addresses"
+            yield Fault(f"{key}[{index}]", f'"{network}"', problem)
+    yield from first_few(_covered_networks(key, trusted))
 
 
 def _covered_networks(key: str, networks: Sequence[IPNetwork]) -> Iterator[Fault]:

@@ -253,6 +253,6 @@ def test_the_sample_shows_every_setting_and_its_default() -> None:
             assert set(table[field.name]) == {inner.name for inner in attrs.fields(field.type)}
     config = parse(Config, shown, "transocks.toml")
     assert (config.log.level, config.log.format) == ("info", "plain")
-    assert attrs.evolve(config, mark=None, workers=None, metrics_port=None, dns=DnsConfig(), log=LogConfig()) == Config(
-        proxy_url=config.proxy_url
-    )
+    assert config.listen_tproxy
+    unset = {"mark": None, "workers": None, "metrics_port": None, "listen_tproxy": ()}
+    assert attrs.evolve(config, **unset, dns=DnsConfig(), log=LogConfig()) == Config(proxy_url=config.proxy_url)

@@ -377,6 +377,8 @@ def settings(cls: type[Any], prefix: str = "") -> set[str]:
             found |= settings(args[1], f"{key}.partners.")
         elif get_origin(field.type) is tuple and attrs.has(args[0]):
             found |= settings(args[0], f"{key}.")
+        elif args and attrs.has(args[0]):  # a table that may be missing
+            found |= settings(args[0], f"{key}.")
         else:
             found |= settings(field.type, f"{key}.") if attrs.has(field.type) else {key}
     return found
@@ -396,7 +398,8 @@ def test_the_sample_shows_every_setting_and_its_default(tmp_path: Path) -> None:
     config, default = parse(Config, shown, str(tmp_path / "usocksd.toml")), Config()
     assert (config.timeouts, config.limits, config.control) == (default.timeouts, default.limits, default.control)
     assert (config.log.level, config.log.format) == ("info", "plain")
-    assert attrs.evolve(config.incoming, addresses=None, allow_from=None, metrics_port=None) == default.incoming
+    unset = {"addresses": None, "allow_from": None, "metrics_port": None, "proxy_protocol": None}
+    assert attrs.evolve(config.incoming, **unset) == default.incoming
     assert attrs.evolve(config.outgoing, iface=None, addresses=(), dnsbl_domain=None, mark=None) == default.outgoing
 
 

@@ -45,7 +45,19 @@ class Endpoint:
     `deadline` (on the reactor's clock) bounds every wait; past it the wait raises DeadlineExpired.
     """
 
-    __slots__ = ("_task", "about", "deadline", "fd", "more", "on_reset", "reactor", "readable", "sock", "writable")
+    __slots__ = (
+        "_task",
+        "about",
+        "deadline",
+        "fd",
+        "more",
+        "on_reset",
+        "reactor",
+        "readable",
+        "sock",
+        "transparent",
+        "writable",
+    )
 
     def __init__(self, reactor: Reactor, sock: SocketType, *, connecting: bool = False) -> None:
         self.reactor = reactor
@@ -56,6 +68,8 @@ class Endpoint:
         self.more = False
         """An event told of an end, an error or urgent data: read until there is nothing more to learn."""
         self.writable = not connecting
+        self.transparent = False
+        """Accepted from a socket with IP_TRANSPARENT (ip(7)): our end of it is where the client was going."""
         self.about: About | None = None
         """What its session says of the connection, on a client's endpoint."""
         self.on_reset: Callable[[], None] | None = None

@@ -72,6 +72,10 @@ def header(source: tuple[str, int], destination: tuple[str, int]) -> bytes:
     return _HEAD.pack(SIGNATURE, _PROXY, family, len(body)) + body
 
 
+LOCAL_HEADER: Final = _HEAD.pack(SIGNATURE, _LOCAL, 0, 0)
+"""The header of a connection that is the sender's own: one that looks whether the receiver is well."""
+
+
 class Receiver:
     """The header in front of what one peer sends."""
 

@@ -375,9 +375,7 @@ def settings(cls: type[Any], prefix: str = "") -> set[str]:
         args = get_args(field.type)
         if get_origin(field.type) is Mapping:
             found |= settings(args[1], f"{key}.partners.")
-        elif get_origin(field.type) is tuple and attrs.has(args[0]):
-            found |= settings(args[0], f"{key}.")
-        elif args and attrs.has(args[0]):  # a table that may be missing
+        elif args and attrs.has(args[0]):  # tables in any number, or one that may be missing
             found |= settings(args[0], f"{key}.")
         else:
             found |= settings(field.type, f"{key}.") if attrs.has(field.type) else {key}

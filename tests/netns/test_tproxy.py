@@ -1,0 +1,290 @@
+"""TPROXY on a gateway between a client and the Internet: no address is changed, and one listener has them all.
+
+The rules are the kernel's own, written here by hand. What comes in by lan0 and is not for this host is given to the
+listener, and marked, and the mark's routing table says that every address is this host's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from socket import socket as Socket
+
+import daemons
+import lab
+import pytest
+from daemons import Daemon, Served, receive_exactly
+from observe import wait_until_stopped
+from test_redirect import FAMILY, WEB, connect
+from test_service import configure, hammered, reload
+
+PORT = 1084
+OTHER = {4: lab.OTHER_V4, 6: lab.OTHER_V6}
+GATEWAY = {4: lab.LAN_GATEWAY_V4, 6: lab.LAN_GATEWAY_V6}
+CLIENT = {4: lab.LAN_CLIENT_V4, 6: lab.LAN_CLIENT_V6}
+UPSTREAM = {4: "127.0.0.1", 6: "::1"}
+IP_TRANSPARENT = 19  # linux/in.h
+
+NFT = """
+table inet by_hand {
+    chain prerouting {
+        type filter hook prerouting priority mangle
+        iifname "lan0" fib daddr type != local meta nfproto ipv4 meta l4proto tcp tproxy ip to :1084 meta mark set 0x7474
+        iifname "lan0" fib daddr type != local meta nfproto ipv6 meta l4proto tcp tproxy ip6 to :1084 meta mark set 0x7474
+    }
+}
+"""
+NAT = """
+table inet nat_by_hand {
+    chain prerouting {
+        type nat hook prerouting priority dstnat
+        iifname "lan0" tcp dport 81 redirect to :1081
+    }
+}
+"""
+IPTABLES = """*mangle
+-A PREROUTING -i lan0 -p tcp -m addrtype ! --dst-type LOCAL -j TPROXY --on-port 1084 --tproxy-mark 0x7474
+COMMIT
+"""
+USOCKSD = """
+[incoming]
+port = 1080
+addresses = ["127.0.0.1"]
+"""
+TRANSOCKS = """
+listen_tproxy = ":1084"
+proxy_url = "socks5://127.0.0.1:1080"
+[timeouts]
+connect = 5
+"""
+
+
+@pytest.fixture
+def net(gateway_net: lab.Net) -> lab.Net:
+    for family in ("-4", "-6"):
+        gateway_net.proxy.run("ip", family, "rule", "add", "fwmark", "0x7474", "lookup", "7474")
+        gateway_net.proxy.run("ip", family, "route", "add", "local", "default", "dev", "lo", "table", "7474")
+    return gateway_net
+
+
+def load(net: lab.Net, tool: str = "nft") -> None:
+    if tool == "nft":
+        net.proxy.run("nft", "-f", "-", input=NFT)
+    else:
+        net.proxy.run("iptables-restore", "--noflush", input=IPTABLES)
+        net.proxy.run("ip6tables-restore", "--noflush", input=IPTABLES)
+
+
+@contextlib.contextmanager
+def both(net: lab.Net, folder: Path, config: str = TRANSOCKS, server: str = USOCKSD) -> Iterator[tuple[Daemon, Daemon]]:
+    with Daemon("usocksd", server, folder, popen=net.proxy.popen) as usocksd:
+        with Daemon("transocks", config, folder, popen=net.proxy.popen) as transocks:
+            usocksd.ready()
+            transocks.ready()
+            yield transocks, usocksd
+
+
+def name_of(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def says_back(sock: Socket, data: bytes = b"hello") -> bool:
+    sock.sendall(data)
+    return receive_exactly(sock, len(data)) == data
+
+
+def fails(connecting: Callable[[], Socket]) -> bool:
+    """Whether it is reset; that may come before connect(2) has returned."""
+    try:
+        with connecting() as sock:
+            return sock.recv(1) == b"nothing"
+    except (ConnectionResetError, ConnectionRefusedError):
+        return True
+
+
+@pytest.mark.parametrize("tool", ["nft", "iptables"])
+def test_original_destinations(net: lab.Net, tmp_path: Path, tool: str) -> None:
+    """Several addresses and ports by one listener, and the client sees the addresses that it has asked for."""
+    with both(net, tmp_path) as (client, server):
+        load(net, tool)
+        for version in (4, 6):
+            for host in (WEB[version], OTHER[version]):
+                for port in (80, 8443, PORT):
+                    with Served(net.outside.listen(host, port), daemons.echo) as web:
+                        with connect(net, version, port, host) as sock:
+                            assert says_back(sock)
+                            assert sock.getpeername()[:2] == (host, port)
+                            own = name_of(*sock.getsockname()[:2])
+                            assert own.startswith(name_of(CLIENT[version], 0)[:-1])
+                        mine = client.record("proxy ends", client_addr=own)
+                        assert mine["dest_addr"] == name_of(host, port)
+                        theirs = server.record("proxy ends", client_addr=mine["src_addr"])
+                        # It left through the SOCKS server.
+                        assert theirs["src_addr"] == name_of(*web.peers[0])
+
+
+def test_what_no_rule_brought(net: lab.Net, tmp_path: Path) -> None:
+    """Made to the listener itself, by whichever address of the gateway: refused, and named."""
+    with both(net, tmp_path) as (client, _):
+        load(net)
+        for version in (4, 6):
+            hosts = (GATEWAY[version], {4: lab.PROXY_V4, 6: lab.PROXY_V6}[version][1])
+            for host in hosts:
+                before = len(client.records("not redirected"))
+                assert fails(lambda: connect(net, version, PORT, host))
+                daemons.wait_until(lambda: len(client.records("not redirected")) > before, client.lines)
+        error = client.records("not redirected")[-1]["error"]
+        assert error == "it was made to this port itself, no TPROXY rule brought it"
+
+
+def test_loops(net: lab.Net, tmp_path: Path) -> None:
+    """With a rule that leaves out nothing, not even what is for this host: the upstream and the other listener."""
+    url = f"socks5://{lab.LAN_GATEWAY_V4}:1080"
+    config = f'listen = ":1081"\n{TRANSOCKS.replace("socks5://127.0.0.1:1080", url)}'
+    server = USOCKSD.replace("127.0.0.1", lab.LAN_GATEWAY_V4)
+    with both(net, tmp_path, config, server) as (client, _):
+        net.proxy.run("nft", "-f", "-", input=NFT.replace("fib daddr type != local ", ""))
+        assert fails(lambda: connect(net, 4, 1080, lab.LAN_GATEWAY_V4))
+        assert "its destination is the upstream" in client.record("loop refused")["error"]
+        for version in (4, 6):
+            before = len(client.records("not redirected"))
+            assert fails(lambda: connect(net, version, 1081, GATEWAY[version]))
+            daemons.wait_until(lambda: len(client.records("not redirected")) > before, client.lines)
+        # Another service of the gateway is a destination like others.
+        with Served(net.proxy.listen(lab.LAN_GATEWAY_V6, 2222), daemons.echo):
+            with connect(net, 6, 2222, lab.LAN_GATEWAY_V6) as sock:
+                own = name_of(*sock.getsockname()[:2])
+                assert fails(lambda: sock)  # usocksd protects its own host
+            refused = client.record("failed to connect to proxy server", client_addr=own)
+            assert refused["dest_addr"] == name_of(lab.LAN_GATEWAY_V6, 2222)
+
+
+def test_redirect_and_tproxy_side_by_side(net: lab.Net, tmp_path: Path) -> None:
+    """Each connection is one or the other, whatever else the daemon listens for."""
+    with both(net, tmp_path, f'listen = ":1081"\n{TRANSOCKS}') as (client, _):
+        rules = NAT + NFT.replace("meta l4proto tcp", "tcp dport 80")
+        net.proxy.run("nft", "-f", "-", input=rules)
+        for version in (4, 6):
+            for port in (80, 81):
+                with Served(net.outside.listen(WEB[version], port), daemons.echo):
+                    with connect(net, version, port) as sock:
+                        assert says_back(sock)
+                        own = name_of(*sock.getsockname()[:2])
+                    assert client.record("proxy ends", client_addr=own)["dest_addr"] == name_of(WEB[version], port)
+        for port in (1081, PORT):
+            before = len(client.records("not redirected"))
+            assert fails(lambda: connect(net, 4, port, GATEWAY[4]))
+            daemons.wait_until(lambda: len(client.records("not redirected")) > before, client.lines)
+
+
+def test_reloads_lose_nothing(net: lab.Net, tmp_path: Path) -> None:
+    """Under load: more workers, then fewer. Each of them has a socket of its own."""
+    workers = "workers = {}\n" + TRANSOCKS
+    with both(net, tmp_path, workers.format(2)) as (client, _):
+        load(net)
+        with hammered(net, tmp_path, clients=60) as under_way:
+            for count in (3, 1):
+                reload(client, tmp_path, workers.format(count))
+                under_way.go_on(60)
+            under_way.stop()
+            assert under_way.failures() == []
+            assert not any(transfer.refused for transfer in under_way.transfers())
+
+
+def test_the_listener_comes_and_goes(net: lab.Net, tmp_path: Path) -> None:
+    """By reload. What waits in it when it goes is still carried where it was going."""
+    without = TRANSOCKS.replace('listen_tproxy = ":1084"', "")
+    with contextlib.ExitStack() as stack:
+        client, _ = stack.enter_context(both(net, tmp_path, without))
+        for version in (4, 6):
+            stack.enter_context(Served(net.outside.listen(WEB[version], 80), daemons.echo))
+        reload(client, tmp_path, TRANSOCKS)
+        client.record("listening", address=f"[::]:{PORT}")
+        load(net)
+        old = client.worker
+        live = stack.enter_context(connect(net, 4, 80))
+        assert says_back(live)
+        os.kill(old, signal.SIGSTOP)
+        wait_until_stopped(old)
+        waiting = stack.enter_context(connect(net, 6, 80))
+        reload(client, tmp_path, without)
+        assert says_back(waiting)  # by the new worker
+        os.kill(old, signal.SIGCONT)
+        assert says_back(live)  # by the old one, which drains
+        own = name_of(*waiting.getsockname()[:2])
+        waiting.close()
+        assert client.record("proxy ends", client_addr=own)["dest_addr"] == name_of(WEB[6], 80)
+
+
+def test_a_listener_does_not_change_its_kind(net: lab.Net, tmp_path: Path) -> None:
+    """What is with the old workers and the new ones can't be both: told so, and nothing changes."""
+    plain = f'listen = ":{PORT}"\n' + TRANSOCKS.replace('listen_tproxy = ":1084"', "")
+    with both(net, tmp_path) as (client, _):
+        configure(client, tmp_path, plain)
+        error = client.record("reload failed")["error"]
+        assert error == f"0.0.0.0:{PORT} is listened on already, with IP_TRANSPARENT (listen_tproxy): " + (
+            "expected another port, or a restart"
+        )
+        load(net)
+        with Served(net.outside.listen(WEB[4], 80), daemons.echo), connect(net, 4, 80) as sock:
+            assert says_back(sock)
+
+
+def test_without_the_capability(net: lab.Net, tmp_path: Path) -> None:
+    """The start, and check, say which setting it is and what it needs."""
+    words = ["setpriv", "--bounding-set=-net_admin,-net_raw"]
+    client = Daemon("transocks", TRANSOCKS, tmp_path, popen=net.proxy.popen, prefix=words)
+    assert client.process.wait(daemons.PATIENCE) == 1
+    error = client.record("can't start")["error"]
+    assert error.startswith(
+        f"can't listen on 0.0.0.0:{PORT}: a listen_tproxy socket (IP_TRANSPARENT) needs CAP_NET_ADMIN"
+    )
+    check = net.proxy.run(*words, sys.executable, "-m", "transocks", "check", tmp_path / "transocks.toml", check=False)
+    assert "listen_tproxy: 0.0.0.0:1084: this user may not open sockets with IP_TRANSPARENT" in check.stderr
+
+
+def test_sockets_of_systemd(net: lab.Net, tmp_path: Path) -> None:
+    """Transparent=yes in a .socket unit: nothing is configured, and no capability needed."""
+    with contextlib.ExitStack() as stack:
+        sockets = []
+        for version in (4, 6):
+            sock = stack.enter_context(net.proxy.socket(FAMILY[version]))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if version == 6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.setsockopt(socket.IPPROTO_IP, IP_TRANSPARENT, 1)
+            sock.bind(("" if version == 4 else "::", PORT))
+            sock.listen()
+            sockets.append(sock)
+        fds = [sock.fileno() for sock in sockets]
+        # As sd_listen_fds(3) wants them: from 3 on, and for this process id.
+        moves = "; ".join(f"exec {3 + at}<&{fd} {fd}<&-" for at, fd in enumerate(fds))
+        shell = f'{moves}; LISTEN_FDS={len(fds)} LISTEN_PID=$$ exec "$@"'
+        drop = ["setpriv", "--bounding-set=-net_admin,-net_raw"]
+        config = TRANSOCKS.replace('listen_tproxy = ":1084"', "workers = 2")
+        stack.enter_context(Daemon("usocksd", USOCKSD, tmp_path, popen=net.proxy.popen)).ready()
+        client = stack.enter_context(
+            Daemon(
+                "transocks",
+                config,
+                tmp_path,
+                popen=net.proxy.popen,
+                prefix=["bash", "-c", shell, "-", *drop],
+                pass_fds=fds,
+            )
+        )
+        client.ready()
+        load(net)
+        for version in (4, 6):
+            with Served(net.outside.listen(WEB[version], 80), daemons.echo), connect(net, version, 80) as sock:
+                assert says_back(sock)
+                own = name_of(*sock.getsockname()[:2])
+            assert client.record("proxy ends", client_addr=own)["dest_addr"] == name_of(WEB[version], 80)
+            before = len(client.records("not redirected"))
+            assert fails(lambda: connect(net, version, PORT, GATEWAY[version]))
+            daemons.wait_until(lambda: len(client.records("not redirected")) > before, client.lines)

@@ -11,9 +11,10 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from socket import socket as Socket
+from typing import Any
 
 import daemons
 import lab
@@ -248,6 +249,14 @@ def test_without_the_capability(net: lab.Net, tmp_path: Path) -> None:
     assert "listen_tproxy: 0.0.0.0:1084: this user may not open sockets with IP_TRANSPARENT" in check.stderr
 
 
+def activated(sockets: Sequence[Socket], *words: str) -> dict[str, Any]:
+    """Options of Daemon, for one that these sockets are handed to as sd_listen_fds(3) has it; `words` before it."""
+    fds = [sock.fileno() for sock in sockets]
+    moves = "; ".join(f"exec {at}<&{fd} {fd}<&-" for at, fd in enumerate(fds, 3))
+    shell = f'{moves}; LISTEN_FDS={len(fds)} LISTEN_PID=$$ exec "$@"'
+    return {"prefix": ["bash", "-c", shell, "-", *words], "pass_fds": fds}
+
+
 def test_sockets_of_systemd(net: lab.Net, tmp_path: Path) -> None:
     """Transparent=yes in a .socket unit: nothing is configured, and no capability needed."""
     with contextlib.ExitStack() as stack:
@@ -261,11 +270,6 @@ def test_sockets_of_systemd(net: lab.Net, tmp_path: Path) -> None:
             sock.bind(("" if version == 4 else "::", PORT))
             sock.listen()
             sockets.append(sock)
-        fds = [sock.fileno() for sock in sockets]
-        # As sd_listen_fds(3) wants them: from 3 on, and for this process id.
-        moves = "; ".join(f"exec {3 + at}<&{fd} {fd}<&-" for at, fd in enumerate(fds))
-        shell = f'{moves}; LISTEN_FDS={len(fds)} LISTEN_PID=$$ exec "$@"'
-        drop = ["setpriv", "--bounding-set=-net_admin,-net_raw"]
         config = TRANSOCKS.replace('listen_tproxy = ":1084"', "workers = 2")
         stack.enter_context(Daemon("usocksd", USOCKSD, tmp_path, popen=net.proxy.popen)).ready()
         client = stack.enter_context(
@@ -274,8 +278,7 @@ def test_sockets_of_systemd(net: lab.Net, tmp_path: Path) -> None:
                 config,
                 tmp_path,
                 popen=net.proxy.popen,
-                prefix=["bash", "-c", shell, "-", *drop],
-                pass_fds=fds,
+                **activated(sockets, "setpriv", "--bounding-set=-net_admin,-net_raw"),
             )
         )
         client.ready()
@@ -288,3 +291,12 @@ def test_sockets_of_systemd(net: lab.Net, tmp_path: Path) -> None:
             before = len(client.records("not redirected"))
             assert fails(lambda: connect(net, version, PORT, GATEWAY[version]))
             daemons.wait_until(lambda: len(client.records("not redirected")) > before, client.lines)
+
+
+def test_sockets_of_systemd_that_are_not_transparent(net: lab.Net, tmp_path: Path) -> None:
+    """With listen_tproxy configured, the start says what is missing."""
+    with net.proxy.listen("127.0.0.1", PORT) as sock:
+        client = Daemon("transocks", TRANSOCKS, tmp_path, popen=net.proxy.popen, **activated([sock]))
+        assert client.process.wait(daemons.PATIENCE) == 1
+    error = client.record("can't start")["error"]
+    assert error.startswith("listen_tproxy: none of the sockets has IP_TRANSPARENT")

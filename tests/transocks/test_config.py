@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from transocks.config import Config, ProxyScheme, ProxyURL, parse_proxy_url
 from usocksd.errors import ConfigError
 from usocksd.runtime.config import SecretStr, load, parse
+from usocksd.runtime.processes.plan import make_plan
 from usocksd.runtime.settings import DnsConfig, LogConfig
 
 SAMPLE = Path(__file__).parents[2] / "deploy" / "transocks.toml"
@@ -88,6 +89,38 @@ def test_listen(value: str, addresses: list[str]) -> None:
 def test_a_pair_for_both_families_is_optional_and_a_single_address_is_not() -> None:
     config = parse(Config, f'{PROXY}listen = ["localhost:1081", "192.0.2.1:1081"]', "transocks.toml")
     assert [listen.optional for listen in config.listen] == [True, True, False]
+
+
+def test_listen_tproxy_is_as_listen_is_and_transparent() -> None:
+    assert parse(Config, PROXY, "").listen_tproxy == ()
+    assert parse(Config, f"{PROXY}listen_tproxy = []", "").listen_tproxy == ()
+    config = parse(Config, f'{PROXY}listen_tproxy = [":1084", "192.0.2.1:1085"]', "")
+    assert [str(listen) for listen in config.listen_tproxy] == ["0.0.0.0:1084", "[::]:1084", "192.0.2.1:1085"]
+    assert [listen.optional for listen in config.listen_tproxy] == [True, True, False]
+    assert all(listen.transparent for listen in config.listen_tproxy)
+    assert not any(listen.transparent for listen in config.listen)
+    listened = config.common().listen
+    assert [key for key, _ in listened] == ["listen"] * 2 + ["listen_tproxy"] * 3
+    addresses = make_plan(config.common(), version="1", warnings=()).listen
+    assert [address.transparent for address in addresses] == [False] * 2 + [True] * 3
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        ('"localhost"', 'listen_tproxy: "localhost": expected a port'),
+        ('[":1084", true]', "listen_tproxy[1]: true: expected "),
+        ('[":1084", "[::1]:1084"]', 'listen_tproxy[1]: "[::1]:1084": clashes with ::'),
+        ('"192.0.2.1:1081"', 'listen_tproxy: "192.0.2.1:1081": has a port of listen, expected another: '),
+    ],
+)
+def test_faults_of_listen_tproxy(value: str, found: str) -> None:
+    (fault,) = faults(f"{PROXY}listen_tproxy = {value}")
+    assert fault.startswith(found)
+
+
+def test_ports_of_the_kernel_s_choice_are_not_the_same() -> None:
+    assert parse(Config, f'{PROXY}listen = ":0"\nlisten_tproxy = ":0"', "").listen_tproxy
 
 
 def test_a_name_to_listen_on_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:

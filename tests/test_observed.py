@@ -21,12 +21,13 @@ import trio
 from daemons import GRANTED, GREETING, NameServer, Served, receive_exactly, receive_reply, request, socks5
 
 import transocks.access_log
+import transocks.config
 import transocks.session
 import usocksd.access_log
 import usocksd.session
-from transocks.config import parse_proxy_url
+from transocks.direct import Direct
 from transocks.original_dst import Destination, LoopGuard, NotRedirected
-from transocks.upstream import Upstream
+from transocks.pool import Upstreams
 from usocksd.acl import AccessRules, ClientRules
 from usocksd.addresses import HostAddresses
 from usocksd.auth import Users
@@ -34,6 +35,7 @@ from usocksd.egress import EgressPools, Pool, Usable
 from usocksd.resolver import Resolver
 from usocksd.runtime import log as logging
 from usocksd.runtime.access import pair_member
+from usocksd.runtime.config import parse
 from usocksd.runtime.ending import Reason, Side
 from usocksd.runtime.endpoint import Endpoint
 from usocksd.runtime.flow import Flow
@@ -167,19 +169,31 @@ async def usocksd_running(
 async def transocks_running(folder: Path, url: str) -> AsyncIterator[Proxy]:
     log = logging.setup("transocks", str(folder / "transocks.log"), "debug", "json")
     metrics, hosts, reactor = Metrics("transocks"), HostAddresses(), Reactor()
-    upstream = Upstream(parse_proxy_url(url), resolver=Resolver(None, metrics), mark=None, metrics=metrics)
+    config = parse(transocks.config.Config, f'proxy_url = "{url}"', "transocks.toml")
+    resolver = Resolver(None, metrics)
+    upstreams = Upstreams(
+        config.groups(),
+        config.health,
+        reactor=reactor,
+        resolver=resolver,
+        mark=None,
+        fast_open=False,
+        direct=Direct(resolver=resolver, mark=None, is_local=hosts.is_local),
+        share=lambda _: None,
+        metrics=metrics,
+    )
     listener = listen("127.0.0.1", 0)
     proxy = Proxy(folder / "transocks.log", metrics, reactor, listener.getsockname()[1])
     guard = LoopGuard(
         listen_ports={proxy.port},
         hosts=hosts,
-        upstreams=lambda: upstream.addresses,
+        upstreams=lambda: upstreams.addresses,
         most_per_destination=9,
         own_users=(),
     )
     sessions = transocks.session.Sessions(
         guard=guard,
-        upstream=upstream,
+        upstream=upstreams.groups["default"],
         pipes=PipePool(16),
         timeouts=Timeouts(),
         access_log=transocks.access_log.AccessLog(log, metrics),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from transocks.config import ProxyScheme
 from transocks.original_dst import Destination, Loop, NotRedirected
+from transocks.proxy_url import ProxyScheme
 from usocksd.errors import Error, UpstreamError
 from usocksd.runtime.access import AccessRecords, Connection, pair_member
 from usocksd.runtime.dial import Target
@@ -14,10 +14,16 @@ from usocksd.runtime.endpoint import Endpoint
 from usocksd.runtime.log import Log
 from usocksd.runtime.metrics import Metrics
 
-_KEYS = ("request_id", "client_addr", "dest_addr", "upstream", "src_addr", "upstream_addr")
+_KEYS = ("request_id", "client_addr", "dest_addr", "group", "upstream", "tries", "src_addr", "upstream_addr")
 
 # Label values.
-_VERSIONS = {ProxyScheme.SOCKS5: "SOCKS5", ProxyScheme.HTTP: "HTTP"}
+_VERSIONS: dict[ProxyScheme | None, str] = {
+    ProxyScheme.SOCKS5: "SOCKS5",
+    ProxyScheme.SOCKS5H: "SOCKS5",
+    ProxyScheme.SOCKS4A: "SOCKS4",
+    ProxyScheme.HTTP: "HTTP",
+    None: "direct",
+}
 _NO_UPSTREAM = "unknown"
 _NOT_REDIRECTED, _LOOP, _GONE = "not_redirected", "loop", "client_gone"
 _GRANTED, _REFUSED, _UNREACHABLE = "granted", "upstream_refused", "upstream_unreachable"
@@ -48,7 +54,7 @@ class AccessLog(AccessRecords):
 class Access(Connection):
     """The records of one connection. The session fills in what it learns."""
 
-    __slots__ = ("_proxy", "_upstream", "_version", "destination")
+    __slots__ = ("_group", "_proxy", "_tries", "_upstream", "_version", "destination")
 
     _records: AccessLog
 
@@ -56,14 +62,19 @@ class Access(Connection):
         super().__init__(records, host, port)
         self.destination: Destination | None = None
         """Where the client was going."""
+        self._group: str | None = None
         self._upstream: str | None = None
+        self._tries = 0
         self._version = _NO_UPSTREAM
         self._proxy: str | None = None
 
-    def to_upstream(self, name: str, scheme: ProxyScheme) -> None:
-        """Which proxy shall carry it there."""
-        self._upstream = name
+    def trying(self, group: str, upstream: str, scheme: ProxyScheme | None) -> None:
+        """This upstream of this group shall carry it there; scheme None: no upstream does."""
+        self._group = group
+        self._upstream = upstream
         self._version = _VERSIONS[scheme]
+        self._tries += 1
+        self._source = self._proxy = None
 
     def connected(self, endpoint: Endpoint, proxy: Target) -> None:
         """The proxy is connected, and will be asked. Both ends are what its records call us and itself."""
@@ -102,7 +113,16 @@ class Access(Connection):
 
     def _values(self) -> tuple[object, ...]:
         destination = None if self.destination is None else str(self.destination)
-        return (self._id, self._client, destination, self._upstream, self._source, self._proxy)
+        return (
+            self._id,
+            self._client,
+            destination,
+            self._group,
+            self._upstream,
+            self._tries or None,
+            self._source,
+            self._proxy,
+        )
 
     def _details(self) -> dict[str, Any]:
         return {

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import enum
 import re
 import socket
+from collections.abc import Iterator, Mapping
 from typing import Annotated
-from urllib.parse import unquote
 
 import attrs
 
+from transocks.proxy_url import ProxyScheme, ProxyURL, ProxyURLs, parse_proxy_url
 from usocksd.match import canonical_host
 from usocksd.runtime.common import Common
-from usocksd.runtime.config import Invalid, Parser, SecretStr, show
-from usocksd.runtime.hostport import join_port
+from usocksd.runtime.config import Invalid, Parser, show
 from usocksd.runtime.settings import (
     ANY_ADDRESS,
     LOCALHOST,
@@ -25,93 +24,16 @@ from usocksd.runtime.settings import (
     ListenPort,
     LogConfig,
     Mark,
+    Seconds,
     SocketPath,
     Timeouts,
     Workers,
     check_distinct_address,
+    one_of,
     parse_address,
     split_port,
     text,
 )
-
-
-class ProxyScheme(enum.Enum):
-    """What the upstream proxy speaks."""
-
-    SOCKS5 = "socks5"
-    HTTP = "http"
-
-
-@attrs.frozen(kw_only=True)
-class ProxyURL:
-    """The upstream proxy. User and password are set both or neither. str(), for log records, has no user."""
-
-    scheme: ProxyScheme
-    host: IPAddress | str
-    port: int
-    username: str | None = None
-    password: SecretStr | None = None
-
-    def __str__(self) -> str:
-        return f"{self.scheme.value}://{join_port(self.host, self.port)}"
-
-
-# socks5h ("the proxy resolves") is the same to us, and the original took it.
-_SCHEMES = {"socks5": ProxyScheme.SOCKS5, "socks5h": ProxyScheme.SOCKS5, "http": ProxyScheme.HTTP}
-
-_URL = re.compile(r"([^:/?#@]*)://(?:(.*)@)?([^/?#@]*)(/?)", re.DOTALL)
-
-
-def parse_proxy_url(value: str) -> ProxyURL:
-    """socks5://USER:PASSWORD@HOST:PORT or http://USER:PASSWORD@HOST:PORT.
-
-    User and password are percent-decoded (RFC 3986 section 3.2.1). The port of a SOCKS server defaults to
-    1080 as in the original; an HTTP proxy has no usual one (3128, 8080, 80), and the original could not dial
-    without: it is required.
-
-    Raises Invalid, which quotes nothing of the URL: any part of a mistyped one may be the password.
-    """
-    match = _URL.fullmatch(value)
-    if match is None:
-        raise ValueError
-    scheme = _SCHEMES.get(match[1].lower())
-    if scheme is None:
-        raise Invalid("expected socks5:// or http:// at the start")
-    username, password = _userinfo(match[2], scheme)
-    try:
-        hostname, port = split_port(match[3])
-        if "%" in hostname or (":" in hostname and not match[3].startswith("[")):
-            raise ValueError  # ::1:1080 could be either; zones are lost on the way
-        host = canonical_host(hostname)
-    except ValueError:
-        raise Invalid("expected HOST:PORT, with an IPv6 address in brackets, at the end") from None
-    if not isinstance(host, str) and (host.is_unspecified or host.is_multicast):
-        raise Invalid("expected the address of one host, not the unspecified address or multicast")
-    if port is None and scheme is ProxyScheme.SOCKS5:
-        port = 1080
-    if not port:
-        raise Invalid("expected a port from 1 to 65535, as in http://HOST:3128")
-    return ProxyURL(scheme=scheme, host=host, port=port, username=username, password=password)
-
-
-def _userinfo(value: str | None, scheme: ProxyScheme) -> tuple[str | None, SecretStr | None]:
-    if value is None:
-        return None, None
-    if re.search(r"[/?#]|%(?![0-9a-fA-F]{2})", value):
-        raise Invalid("expected user and password percent-encoded: / as %2F, ? as %3F, # as %23, % as %25, @ as %40")
-    raw_user, _, raw_password = value.partition(":")
-    try:
-        user, password = unquote(raw_user, errors="strict"), unquote(raw_password, errors="strict")
-    except UnicodeDecodeError:
-        raise Invalid("expected user and password in UTF-8, percent-encoded") from None
-    if re.search(r"[\x00-\x1f\x7f]", user + password):
-        raise Invalid("expected user and password without control characters")
-    if scheme is ProxyScheme.SOCKS5 and not (1 <= len(user.encode()) <= 255 and len(password.encode()) <= 255):
-        raise Invalid("expected a user of 1 to 255 bytes and a password of at most 255 (RFC 1929)")
-    if scheme is ProxyScheme.HTTP and ":" in user:
-        raise Invalid("expected a user without a colon (RFC 7617)")
-    return user, SecretStr(password)
-
 
 _LISTEN_EXPECTED = '"host:port" or a list of them, as in "localhost:1081", "[::1]:1081" or ":1081" (all interfaces)'
 
@@ -182,24 +104,74 @@ Listen = Annotated[tuple[ListenAddress, ...], Parser(_parse_listen, _LISTEN_EXPE
 ListenTproxy = Annotated[tuple[ListenAddress, ...], Parser(_parse_listen_tproxy, _LISTEN_EXPECTED)]
 
 
+DEFAULT = "default"
+"""The name of the group that `proxy_url` at the top is."""
+DIRECT, REJECT = "direct", "reject"
+"""What a route can say instead of a group."""
+
+FAILOVER, ROUND_ROBIN, STICKY = "failover", "round-robin", "sticky"
+
+
+def _group_name(value: str) -> str:
+    if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", value) is None:
+        raise ValueError
+    if value in (DEFAULT, DIRECT, REJECT):
+        what = "the group of proxy_url at the top" if value == DEFAULT else "a way without a proxy"
+        raise Invalid(f"is {what}, expected another name")
+    return value
+
+
+GroupName = Annotated[str, text(_group_name, 'a name of at most 64 letters, digits, "-" and "_"')]
+Policy = Annotated[str, one_of((FAILOVER, ROUND_ROBIN, STICKY))]
+"""In which order the proxies of a group are tried: as listed, in turn, or by rendezvous on client and destination."""
+WhenAllDown = Annotated[str, one_of(("refuse", DIRECT))]
+
+
+@attrs.frozen(kw_only=True)
+class GroupConfig:
+    """[upstream.NAME]: proxies that stand in for each other."""
+
+    proxy_url: ProxyURLs
+    policy: Policy = FAILOVER
+    when_all_down: WhenAllDown = "refuse"
+
+
+@attrs.frozen(kw_only=True)
+class HealthConfig:
+    """[health]: how upstreams are watched; all in seconds."""
+
+    interval: Seconds = 10.0
+    """between two probes of an upstream that is up; the longest pause between those of one that is down"""
+    timeout: Seconds = 5.0
+    """for a probe, and so for an upstream to be found down that nobody uses"""
+    suspect_after: Seconds = 0.3
+    """an upstream that says nothing for so long, while a connection waits for it, is probed at once"""
+    suspect_timeout: Seconds = 0.3
+    """that probe has so long for each of connecting and answering, or three times as long as is usual there"""
+
+    def __attrs_post_init__(self) -> None:
+        if self.suspect_timeout > self.timeout:
+            expected = f"expected at most timeout, which is {self.timeout:g}"
+            raise Invalid(expected, shown=f"{self.suspect_timeout:g}", at="suspect_timeout")
+
+
 @attrs.frozen(kw_only=True)
 class Config:
     """The whole of transocks.toml; only `proxy_url` is required."""
 
-    proxy_url: Annotated[
-        ProxyURL,
-        text(
-            parse_proxy_url,
-            "socks5://USER:PASSWORD@HOST:PORT or http://USER:PASSWORD@HOST:PORT (user and password optional)",
-            secret=True,
-        ),
-    ]
+    proxy_url: ProxyURLs
+    policy: Policy = FAILOVER
+    when_all_down: WhenAllDown = "refuse"
+    upstream: Mapping[GroupName, GroupConfig] = attrs.field(factory=dict)
+    health: HealthConfig = attrs.field(factory=HealthConfig)
     listen: Listen = tuple(ListenAddress(address, 1081, optional=True) for address in LOCALHOST)
     """`localhost` is both 127.0.0.1 and ::1, whatever the resolver says: REDIRECT goes to either."""
     listen_tproxy: ListenTproxy = ()
     """where TPROXY rules bring connections; their addresses are as in `listen`, their ports others"""
     mark: Mark | None = None
     """SO_MARK of the connections to the upstream, so that the firewall rules can exempt them"""
+    fast_open: bool = True
+    """TCP Fast Open towards the upstream, where it takes part"""
     log: LogConfig = attrs.field(factory=LogConfig)
     dns: DnsConfig = attrs.field(factory=DnsConfig)
     timeouts: Timeouts = attrs.field(factory=Timeouts)
@@ -218,6 +190,16 @@ class Config:
             if listen.port in ports:
                 expected = "has a port of listen, expected another: a listener is for REDIRECT or for TPROXY"
                 raise Invalid(expected, shown=show(str(listen)), at="listen_tproxy")
+
+    def groups(self) -> dict[str, GroupConfig]:
+        """All upstream groups by name, that of the top as "default"."""
+        top = GroupConfig(proxy_url=self.proxy_url, policy=self.policy, when_all_down=self.when_all_down)
+        return {DEFAULT: top, **self.upstream}
+
+    def keyed_groups(self) -> Iterator[tuple[str, GroupConfig]]:
+        """The groups with the key path of the proxies of each."""
+        for name, group in self.groups().items():
+            yield "proxy_url" if name == DEFAULT else f"upstream.{name}.proxy_url", group
 
     def common(self) -> Common:
         """The settings that usocksd has too."""
@@ -238,7 +220,10 @@ class Config:
             workers=self.workers,
             control=self.control,
             control_default="/run/transocks/control.sock",
-            more={"listen_tproxy": tuple(map(str, self.listen_tproxy)), "proxy_url": str(self.proxy_url)},
+            more={
+                "listen_tproxy": tuple(map(str, self.listen_tproxy)),
+                **{key: ", ".join(map(str, group.proxy_url)) for key, group in self.keyed_groups()},
+            },
         )
 
 

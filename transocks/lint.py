@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import pwd
 from collections.abc import Iterator
 
-from transocks.config import Config
+from transocks.config import DIRECT, FAILOVER, Config, GroupConfig
+from transocks.original_dst import OWN_USERS
+from transocks.proxy_url import ProxyURL
 from usocksd.addresses import HostAddresses
 from usocksd.errors import Fault
+from usocksd.runtime.config import show
 from usocksd.runtime.lint import Host, lint_common, readable_by_all
 from usocksd.runtime.listeners import may_be_transparent
-from usocksd.runtime.settings import LOCALHOST
+from usocksd.runtime.settings import LOCALHOST, IPAddress, ListenAddress
 
 
 def warnings(config: Config, source: str | None = None) -> list[str]:
@@ -29,22 +33,35 @@ def lint(config: Config, source: str | None = None) -> list[Fault]:
         *_loop(config, host),
         *_tproxy(config),
         *_password(config, source),
+        *_groups(config),
+        *_direct(config),
     ]
 
 
+def _urls(key: str, group: GroupConfig) -> Iterator[tuple[str, ProxyURL]]:
+    """Each proxy of a group, with the key path of its own."""
+    for index, url in enumerate(group.proxy_url):
+        yield key if len(group.proxy_url) == 1 else f"{key}[{index}]", url
+
+
 def _loop(config: Config, host: Host) -> Iterator[Fault]:
-    """The proxy that we ask must not be ourselves."""
-    proxy = config.proxy_url
-    # Other names may be ours as well; asking a name server is not for a check.
-    theirs = LOCALHOST if proxy.host == "localhost" else () if isinstance(proxy.host, str) else (proxy.host,)
-    for listen in (*config.listen, *config.listen_tproxy):
-        for address in theirs:
-            if listen.port == proxy.port and (
-                listen.address == address
-                or (listen.address.is_unspecified and listen.address.version == address.version and host.has(address))
-            ):
-                yield Fault("proxy_url", str(proxy), f"is our own listener {listen}: expected the proxy's port")
-                return
+    """The proxies that we ask must not be ourselves."""
+    for key, group in config.keyed_groups():
+        for place, proxy in _urls(key, group):
+            # Other names may be ours as well; asking a name server is not for a check.
+            theirs = LOCALHOST if proxy.host == "localhost" else () if isinstance(proxy.host, str) else (proxy.host,)
+            listening = (*config.listen, *config.listen_tproxy)
+            ours = [listen for listen in listening if any(_hears(listen, proxy.port, ip, host) for ip in theirs)]
+            if ours:
+                yield Fault(place, str(proxy), f"is our own listener {ours[0]}: expected the proxy's port")
+
+
+def _hears(listen: ListenAddress, port: int, address: IPAddress, host: Host) -> bool:
+    """Whether a connection to this address and port arrives at this listener."""
+    return listen.port == port and (
+        listen.address == address
+        or (listen.address.is_unspecified and listen.address.version == address.version and host.has(address))
+    )
 
 
 def _tproxy(config: Config) -> Iterator[Fault]:
@@ -59,9 +76,47 @@ def _tproxy(config: Config) -> Iterator[Fault]:
 
 
 def _password(config: Config, source: str | None) -> Iterator[Fault]:
-    password = config.proxy_url.password
-    if source is not None and password is not None and password.reveal() and readable_by_all(source):
-        yield Fault(
-            "proxy_url", "", f"has a password, and every user may read this file: chmod o-r {source}, and give it"
-            " to the group of the service",
-        )  # fmt: skip
+    if source is None or not readable_by_all(source):
+        return
+    for key, group in config.keyed_groups():
+        for place, proxy in _urls(key, group):
+            if proxy.password is not None and proxy.password.reveal():
+                yield Fault(
+                    place, "", f"has a password, and every user may read this file: chmod o-r {source}, and give it"
+                    " to the group of the service",
+                )  # fmt: skip
+
+
+def _groups(config: Config) -> Iterator[Fault]:
+    """What a group says for nothing."""
+    for key, group in config.keyed_groups():
+        seen: set[str] = set()
+        for place, proxy in _urls(key, group):
+            if str(proxy) in seen:
+                yield Fault(place, str(proxy), "is there already: expected every proxy once")
+            seen.add(str(proxy))
+        if len(seen) == 1 and group.policy != FAILOVER:
+            at = key.replace("proxy_url", "policy")
+            yield Fault(at, show(group.policy), "has no meaning for one proxy: remove it, or add proxies")
+
+
+def _direct(config: Config) -> Iterator[Fault]:
+    """What goes out directly must not be redirected to us again."""
+    if config.mark is not None or any(_exists(user) for user in OWN_USERS):
+        return
+    for key, group in config.keyed_groups():
+        if group.when_all_down == DIRECT:
+            yield Fault(
+                key.replace("proxy_url", "when_all_down"),
+                show(DIRECT),
+                "direct connections are redirected again, unless the rules exempt them: expected a mark, or a user"
+                f" {OWN_USERS[0]} for the service",
+            )
+
+
+def _exists(user: str) -> bool:
+    try:
+        pwd.getpwnam(user)
+    except KeyError:
+        return False
+    return True

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from transocks.access_log import Access, AccessLog
 from transocks.original_dst import Destination, LoopGuard, original_destination, tproxy_destination
-from transocks.upstream import Upstream
+from transocks.pool import UpstreamGroup
+from transocks.request import Request
 from usocksd.errors import Error
 from usocksd.runtime.ending import Limits
 from usocksd.runtime.endpoint import Endpoint, PeerReset
@@ -22,7 +23,7 @@ class Sessions:
     """Everything that a session needs, and `serve`, which is one session."""
 
     def __init__(
-        self, *, guard: LoopGuard, upstream: Upstream, pipes: PipePool, timeouts: Timeouts, access_log: AccessLog
+        self, *, guard: LoopGuard, upstream: UpstreamGroup, pipes: PipePool, timeouts: Timeouts, access_log: AccessLog
     ) -> None:
         self._guard = guard
         self._upstream = upstream
@@ -47,16 +48,15 @@ class Sessions:
             client.reset()
             return
         try:
-            await self._carry(client, destination, access)
+            await self._carry(client, Request(Destination(host, port), destination), access)
         finally:
             self._guard.leave(destination)
 
-    async def _carry(self, client: Endpoint, destination: Destination, access: Access) -> None:
+    async def _carry(self, client: Endpoint, request: Request, access: Access) -> None:
         """upstream dial + handshake -> relay -> record"""
-        access.to_upstream(self._upstream.name, self._upstream.scheme)
         tunnel = None
         try:
-            tunnel = await self._upstream.connect(destination, client, self._timeouts, access)
+            tunnel = await self._upstream.connect(request, client, self._timeouts, access)
         except Error as error:
             access.refused(error)
         except PeerReset:
@@ -71,7 +71,13 @@ class Sessions:
         try:
             access.starts()
             result = await relay(
-                client, upstream, to_client=tunnel.early, pipes=self._pipes, limits=self._limits, record=access
+                client,
+                upstream,
+                to_upstream=tunnel.unsent,
+                to_client=tunnel.early,
+                pipes=self._pipes,
+                limits=self._limits,
+                record=access,
             )
             await close_pair(client, upstream, result)
         finally:

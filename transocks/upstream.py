@@ -1,22 +1,56 @@
-"""The upstream proxy: connect to it and ask it for the destination."""
+"""One upstream proxy: connect to it and ask it for the destination, or whether it is there at all."""
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from math import inf
 from typing import NamedTuple, Protocol
 
-from transocks.config import ProxyScheme, ProxyURL
+import trio
+
+from transocks.health import Answer, Attempt, ProbeTimedOut, State
 from transocks.http_connect import HttpConnect
 from transocks.original_dst import Destination
-from usocksd.errors import DialError, Error
+from transocks.proxy_url import ProxyScheme, ProxyURL
+from transocks.request import Request
+from usocksd.errors import DialError, Error, ResolveError, UpstreamError
 from usocksd.match import IPAddress
-from usocksd.resolver import Resolver
+from usocksd.resolver import ABSENT, Resolver
 from usocksd.runtime.dial import Target, dial
-from usocksd.runtime.endpoint import DeadlineExpired, Endpoint
+from usocksd.runtime.endpoint import DeadlineExpired, Endpoint, PeerReset
 from usocksd.runtime.metrics import SECONDS, Metrics
+from usocksd.runtime.reactor import Reactor
 from usocksd.runtime.settings import Timeouts
-from usocksd.socks import Client, ClientRole, Established, RequestRefused
+from usocksd.socks import (
+    AuthenticationFailed,
+    Client,
+    ClientRole,
+    Established,
+    Probe,
+    Probed,
+    RequestRefused,
+    Version,
+)
+
+# Seconds. When the name servers fail, or think for longer, the addresses that were known go on being used (RFC 8767).
+_RESOLVE_WITHIN = 1.0
+_STALE_FOR = 5.0
+# Whatever is asked, one that takes pipelining answers within a round trip; one that does not is silent. So many times
+# as long as its first answer took, and some seconds.
+_LEARN_TIMES, _LEARN_MORE = 2.0, 0.5
+# A timer that is so many seconds late tells of this process, not of the upstream.
+_LATE = 0.1
+
+# What is sent to see whether there is an answer; what that is does not matter. To HTTP, RFC 9110 section 9.3.7 calls it
+# a ping. SOCKS4 has nothing like it, so: a command that does not exist.
+_HTTP_PING = b"OPTIONS * HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n"
+_SOCKS4_PING = b"\x04\x00\x00\x00\x00\x00\x00\x00\x00"
+
+WAITING = "waiting for the answer of"
+"""The step of a DialError: the upstream was asked, and has not answered in time."""
+# errno values that say that the host or its proxy is gone; others are about this connection or this host.
+_GONE = {errno.ECONNREFUSED, errno.ECONNRESET, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN}
 
 
 class Tunnel(NamedTuple):
@@ -25,70 +59,95 @@ class Tunnel(NamedTuple):
     endpoint: Endpoint
     early: bytes
     """What the destination already said."""
+    unsent: bytes = b""
+    """Of Request.first, what is not sent yet: the relay has to begin with it."""
 
 
-class Connected(Protocol):
-    """Wants to know of connections to an upstream."""
+class Unanswered(UpstreamError):
+    """The upstream was found to be down while it was waited for."""
+
+
+class Progress(Protocol):
+    """Wants to know what becomes of a request."""
+
+    def trying(self, group: str, upstream: str, scheme: ProxyScheme | None) -> None:
+        """It is tried with this upstream of this group; scheme None: with none, directly. Called for each try."""
 
     def connected(self, endpoint: Endpoint, proxy: Target) -> None:
-        """There is one."""
+        """There is a connection to the upstream, or to the destination directly."""
 
 
 class Upstream:
     """One upstream proxy."""
 
-    def __init__(self, url: ProxyURL, *, resolver: Resolver, mark: int | None, metrics: Metrics) -> None:
-        self._url = url
-        self._resolver = resolver
-        self._mark = mark
-        self._known: frozenset[Destination] = frozenset()
+    def __init__(
+        self,
+        url: ProxyURL,
+        *,
+        reactor: Reactor,
+        resolver: Resolver,
+        mark: int | None,
+        fast_open: bool,
+        metrics: UpstreamMetrics,
+    ) -> None:
         self.name = str(url)
         """For log records: without user and password."""
+        self.key = self.name if url.username is None else f"{url.username}@{self.name}"
         self.scheme = url.scheme
-        seconds = metrics.histograms(
-            "upstream_seconds",
-            "Time that an upstream took from connect to its answer: ok, refused (it said no) or failed",
-            SECONDS,
-            "upstream",
-            "result",
-        )
+        self.state = State(self.name, reactor.clock)
+        self.addresses: frozenset[Destination] = frozenset()
+        """As far as they are known now."""
+        self._url = url
+        self._password = None if url.password is None else url.password.reveal()
+        self._reactor = reactor
+        self._resolver = resolver
+        self._mark = mark
+        self._fast_open = fast_open
+        self._targets: Sequence[Target] = ()
+        self._resolved: Sequence[IPAddress] = ()
+        self._stale_until = -inf
         self._ok, self._refused, self._failed = (
-            seconds.labels(self.name, result) for result in ("ok", "refused", "failed")
+            metrics.seconds.labels(self.name, result) for result in ("ok", "refused", "failed")
         )
         if not isinstance(url.host, str):
             self._learn((url.host,))
 
-    @property
-    def addresses(self) -> Collection[Destination]:
-        """Its addresses as far as they are known now."""
-        return self._known
-
     async def connect(
-        self, destination: Destination, client: Endpoint, timeouts: Timeouts, access: Connected
+        self,
+        request: Request,
+        client: Endpoint,
+        timeouts: Timeouts,
+        access: Progress,
+        *,
+        attempt: Attempt,
+        deadline: float,
     ) -> Tunnel:
-        """Reach `destination` through the proxy: `timeouts.connect` to reach it; for its answer as long again, since
-        it has to connect in turn, and `timeouts.handshake` for what it has to say itself. `access` is told of the
-        connection that was made to it, also when nothing comes of it.
+        """Reach what `request` is for through the proxy: until `deadline` to reach it; for its answer as long as
+        `timeouts.connect`, since it has to connect in turn, and `timeouts.handshake` for what it has to say itself.
+        `access` is told of the connection that was made to it, also when nothing comes of it.
 
-        Raises UpstreamError (it refused, or broke its protocol), DialError (it can't be reached in time),
-        ResolveError (its name is not known), PeerReset (`client` is gone).
+        Raises UpstreamError (it refused, or broke its protocol, or can't be asked this), Unanswered (see `attempt`),
+        DialError (it can't be reached in time), ResolveError (its name is not known), PeerReset (`client` is gone).
         """
-        reactor = client.reactor
-        deadline = reactor.clock() + timeouts.connect
-        targets = [
-            Target(str(address), self._url.port, mark=self._mark) for address in await self._resolve(deadline, client)
-        ]
-        since = reactor.clock()
+        reactor, state = self._reactor, self.state
+        pipelined = attempt.pipelined = bool(state.pipelines)
+        handshake = self._handshake(request, pipelined=pipelined)
+        if isinstance(self._url.host, str):
+            await self._resolve(client, deadline)
+        since = attempt.since = reactor.clock()
+        state.enter(attempt)
         try:
-            endpoint, target = await dial(reactor, targets, deadline=deadline, client=client)
-            endpoint.deadline = reactor.clock() + timeouts.connect + timeouts.handshake
-            client.on_reset = endpoint.give_up
+            endpoint, target = await dial(reactor, self._targets, deadline=deadline, client=client)
             try:
+                if attempt.left:  # in the moment in which it was connected
+                    raise PeerReset
+                endpoint.deadline = reactor.clock() + timeouts.connect + timeouts.handshake
+                client.on_reset = endpoint.give_up
                 access.connected(endpoint, target)
-                tunnel = Tunnel(endpoint, await self._ask(endpoint, self._handshake(destination)))
+                tunnel = await self._ask(endpoint, handshake, request, attempt)
             except DeadlineExpired:
                 endpoint.close()
-                raise DialError(errno.ETIMEDOUT, str(target), "waiting for the answer of") from None
+                raise DialError(errno.ETIMEDOUT, str(target), WAITING) from None
             except OSError as error:
                 endpoint.close()
                 raise DialError(error.errno or errno.EIO, str(target), "asking") from None
@@ -97,35 +156,168 @@ class Upstream:
                 raise
             finally:
                 client.on_reset = None
+        except PeerReset:
+            if not attempt.left:
+                raise
+            self._failed.observe(reactor.clock() - since)
+            raise Unanswered(f"{self.name} was given up: {state.why or 'another program is there now'}") from None
         except Error as error:
-            seconds = self._refused if isinstance(error, RequestRefused) else self._failed
-            seconds.observe(reactor.clock() - since)
+            self._note(error, reactor.clock() - since)
             raise
+        finally:
+            state.waiting.pop(attempt, None)
         self._ok.observe(reactor.clock() - since)
         return tunnel
 
-    async def _ask(self, endpoint: Endpoint, handshake: ClientRole) -> bytes:
+    async def probe(self, *, connect: float, answer: float, learn: bool) -> Answer:
+        """See health.Probed."""
+        began = trio.current_time()
+        host = self._url.host
+        where = self.name
+        with trio.move_on_after(connect) as scope:
+            if isinstance(host, str):
+                self._learn(await self._resolver.search(host))
+            endpoint, target = await dial(self._reactor, self._plain_targets(), deadline=inf)
+        if scope.cancelled_caught:
+            raise _timed_out(scope, where, "connect")
+        where = str(target)
+        connected = trio.current_time() - began
+        try:
+            with trio.move_on_after(max(answer, 3 * connected)) as scope:
+                ours = await self._ask_whether(endpoint)
+            if scope.cancelled_caught:
+                raise _timed_out(scope, where, WAITING)
+        except OSError as error:
+            raise DialError(error.errno or errno.EIO, where, "probe") from None
+        finally:
+            endpoint.close()
+        latency = trio.current_time() - began
+        pipelines = True if ours else None
+        if learn and not ours and self.state.pipelines is None and self.scheme in _SOCKS5:
+            with trio.move_on_after(_LEARN_TIMES * latency + _LEARN_MORE):
+                pipelines = await self._takes_pipelining()
+            pipelines = bool(pipelines)
+        return Answer(latency, ours, pipelines)
+
+    def _note(self, error: Error, seconds: float) -> None:
+        """An attempt ended so, after so long."""
+        (self._refused if isinstance(error, RequestRefused) else self._failed).observe(seconds)
+        match error:
+            case AuthenticationFailed():
+                self.state.failed(str(error))
+            case DialError(step="connect") if error.errno in _GONE:
+                self.state.failed(str(error))
+
+    async def _ask(self, endpoint: Endpoint, handshake: ClientRole, request: Request, attempt: Attempt) -> Tunnel:
+        state, reactor = self.state, self._reactor
+        data, unsent = handshake.data_to_send(), request.first
+        if unsent and attempt.pipelined and state.ours:
+            # All in one segment. Should this proxy fail, another may be told only what is safe to repeat; and so may
+            # this one, which gets twice what is on a SYN that got lost.
+            if not request.repeatable:
+                if endpoint.unproven:
+                    await endpoint.send_all(data)
+                    await endpoint.proven()
+                    data = b""
+                attempt.sent = True
+            data, unsent = data + unsent, b""
+        await endpoint.send_all(data)
         while True:
+            handshake.receive_data(await endpoint.receive())
+            state.heard = reactor.now
             event = handshake.next_event()
             if isinstance(event, Established):
-                return handshake.trailing_data
+                return Tunnel(endpoint, handshake.trailing_data, unsent)
             if data := handshake.data_to_send():
                 await endpoint.send_all(data)
-            handshake.receive_data(await endpoint.receive())
 
-    def _handshake(self, destination: Destination) -> ClientRole:
+    def _handshake(self, request: Request, *, pipelined: bool) -> ClientRole:
         url = self._url
-        password = None if url.password is None else url.password.reveal()
-        kind = HttpConnect if url.scheme is ProxyScheme.HTTP else Client
-        return kind(destination.host, destination.port, username=url.username, password=password)
+        host, port = request.destination
+        if request.name is not None and url.scheme.takes_names:
+            host = request.name
+        try:
+            match url.scheme:
+                case ProxyScheme.HTTP:
+                    return HttpConnect(host, port, username=url.username, password=self._password)
+                case ProxyScheme.SOCKS4A:
+                    return Client(host, port, version=Version.SOCKS4, user_id=url.username or "")
+                case _:
+                    return Client(host, port, username=url.username, password=self._password, pipelined=pipelined)
+        except ValueError as error:
+            raise UpstreamError(str(error)) from None
 
-    async def _resolve(self, deadline: float, client: Endpoint) -> Sequence[IPAddress]:
-        host = self._url.host
-        if not isinstance(host, str):
-            return (host,)
-        addresses = await self._resolver.search_for(client, host, deadline)
-        self._learn(addresses)
-        return addresses
+    async def _ask_whether(self, endpoint: Endpoint) -> bool:
+        """Whether it is a usocksd; returns as soon as it answers. Raises UpstreamError, OSError."""
+        if self.scheme not in _SOCKS5:
+            http = _HTTP_PING % self.name.removeprefix("http://").encode()
+            await endpoint.send_all(http if self.scheme is ProxyScheme.HTTP else _SOCKS4_PING)
+            await endpoint.receive()  # the end will do: a program has seen to it
+            return False
+        return (await _drive(endpoint, Probe(self._url.username, self._password))).ours
+
+    async def _takes_pipelining(self) -> bool:
+        endpoint, _ = await dial(self._reactor, self._plain_targets(), deadline=inf)
+        try:
+            probe = Probe(self._url.username, self._password, pipelined=True)
+            first = await _drive(endpoint, probe)
+            return bool(first.pipelines or (await _drive(endpoint, probe)).pipelines)
+        except (OSError, UpstreamError):
+            return False
+        finally:
+            endpoint.close()
+
+    def _plain_targets(self) -> list[Target]:
+        """For probes, which are about the whole way: without Fast Open, which hides some of it."""
+        return [target._replace(fast_open=False) for target in self._targets]
+
+    async def _resolve(self, client: Endpoint, deadline: float) -> None:
+        """See to it that there are addresses, those in force now if the name servers tell them in time."""
+        now = self._reactor.clock()
+        if now < self._stale_until:
+            return
+        within = min(deadline, now + _RESOLVE_WITHIN) if self._targets else deadline
+        try:
+            self._learn(await self._resolver.search_for(client, str(self._url.host), within))
+        except ResolveError as error:
+            if not self._targets or error.cause in ABSENT:
+                raise
+            self._stale_until = self._reactor.clock() + _STALE_FOR
 
     def _learn(self, addresses: Sequence[IPAddress]) -> None:
-        self._known = frozenset(Destination(str(address), self._url.port) for address in addresses)
+        if addresses != self._resolved:
+            port = self._url.port
+            self._resolved = addresses
+            self._targets = [
+                Target(str(address), port, mark=self._mark, fast_open=self._fast_open) for address in addresses
+            ]
+            self.addresses = frozenset(Destination(str(address), port) for address in addresses)
+
+
+_SOCKS5 = (ProxyScheme.SOCKS5, ProxyScheme.SOCKS5H)
+
+
+class UpstreamMetrics:
+    """What is measured of all upstreams."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.seconds = metrics.histograms(
+            "upstream_seconds",
+            "Time that an upstream took from connect to its answer: ok, refused (it said no) or failed",
+            SECONDS,
+            "upstream",
+            "result",
+        )
+
+
+async def _drive(endpoint: Endpoint, probe: Probe) -> Probed:
+    """Up to the next event of a probe."""
+    while not isinstance(event := probe.next_event(), Probed):
+        if data := probe.data_to_send():
+            await endpoint.send_all(data)
+        probe.receive_data(await endpoint.receive())
+    return event
+
+
+def _timed_out(scope: trio.CancelScope, address: str, step: str) -> ProbeTimedOut:
+    return ProbeTimedOut(address, step, late=trio.current_time() - scope.deadline > _LATE)

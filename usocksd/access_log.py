@@ -98,6 +98,7 @@ class AccessLog(AccessRecords):
             "socks5_address_read_total", "SOCKS5 requests, by type of the destination's address", "type", "result"
         )
         self.address_read = _by_result(addresses, _ADDRESS_TYPES)
+        self.probes = metrics.counter("probes_total", "Connections that only asked whether this is a usocksd")
         self.denied = metrics.counters(
             "denied_total", "Connections denied, by the rule that decided", "rule", most=_MOST_RULES
         )
@@ -194,6 +195,11 @@ class Access(Connection):
         self._records.denied.labels(_TRUSTED).value += 1
         self._event(logging.WARNING, "peer is not trusted", error=f"not in {_TRUSTED}")
 
+    def probed(self) -> None:
+        """The client has only asked who is there: no connection, and nothing that anybody would look for in a log."""
+        self._records.probes.value += 1
+        self._event(logging.DEBUG, "probed")
+
     def client_denied(self) -> None:
         """The client's address may not use this server."""
         self._count(None, _CLIENT_DENIED)
@@ -250,9 +256,11 @@ class Access(Connection):
             self._count(None, _NO_REQUEST if kind is Kind.EOF else _NO_SOCKS)
         elif version is Version.SOCKS4:
             self._count(version, _REJECTED if kind in _REFUSED else _NO_ADDRESS)
-        elif method is None or (method is Method.USERNAME_PASSWORD and self._version is None):
+        elif method is not Method.NO_AUTHENTICATION and self._version is None:
             self._count(version, _NOT_AUTHENTICATED)
-            self._records.authenticated[method, False].value += 1
+            # (A probe tells no credentials but these.)
+            tried = Method.USERNAME_PASSWORD if method is Method.PROBE else method
+            self._records.authenticated[tried, False].value += 1
         else:
             self._count(version, _REFUSED.get(kind, _NO_ADDRESS))
             if method is Method.NO_AUTHENTICATION:

@@ -177,6 +177,10 @@ class Sessions:
         clock = client.reactor.clock
         try:
             request = await self._handshake(client, server, access)
+            if request is None:
+                access.probed()
+                await client.finish(server.data_to_send(), _LAST_WORD_WITHIN)
+                return None
             deadline = clock() + self._timeouts.connect
             targets = await self._targets(request, client, access, deadline)
             upstream, target = await dial(client.reactor, targets, deadline=deadline, client=client)
@@ -212,8 +216,8 @@ class Sessions:
         access.starts(target, bound)
         return upstream, server.trailing_data
 
-    async def _handshake(self, client: Endpoint, server: Server, access: Access) -> Request:
-        """The client's request. Raises ClientFault, DeadlineExpired, OSError."""
+    async def _handshake(self, client: Endpoint, server: Server, access: Access) -> Request | None:
+        """The client's request, None if it was a probe. Raises ClientFault, DeadlineExpired, OSError."""
         while True:
             event = server.next_event()
             if event is NEED_DATA:
@@ -225,6 +229,8 @@ class Sessions:
                 return event
             elif isinstance(event, Credentials):
                 await self._authenticate(event, server, access)
+            else:
+                return None
 
     async def _authenticate(self, credentials: Credentials, server: Server, access: Access) -> None:
         # Where nobody has to authenticate, an empty password is no try to: Java sends the login name and none.

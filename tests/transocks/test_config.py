@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transocks.config import Config, ProxyScheme, ProxyURL, parse_proxy_url
+from transocks.config import Config, GroupConfig, ProxyScheme, ProxyURL, parse_proxy_url
 from usocksd.errors import ConfigError
 from usocksd.runtime.config import SecretStr, load, parse
 from usocksd.runtime.processes.plan import make_plan
@@ -48,7 +48,7 @@ def test_the_configuration_of_the_original_readme() -> None:
         """,
         "transocks.toml",
     )
-    assert config.proxy_url == ProxyURL(scheme=ProxyScheme.SOCKS5, host=ip_address("10.20.30.40"), port=1080)
+    assert config.proxy_url == (ProxyURL(scheme=ProxyScheme.SOCKS5, host=ip_address("10.20.30.40"), port=1080),)
     assert config.log == LogConfig(filename="/path/to/file", level="info", format="json")
     assert config.listen == parse(Config, PROXY, "transocks.toml").listen
 
@@ -56,7 +56,7 @@ def test_the_configuration_of_the_original_readme() -> None:
 def test_only_the_proxy_is_required() -> None:
     assert faults("") == [
         "proxy_url: missing: expected socks5://USER:PASSWORD@HOST:PORT or http://USER:PASSWORD@HOST:PORT "
-        "(user and password optional)"
+        "(user and password optional; also socks5h and socks4a), or a list of them"
     ]
     config = parse(Config, PROXY, "transocks.toml")
     assert config.mark is None
@@ -171,7 +171,7 @@ def test_faults_of_listen(value: str, found: list[str]) -> None:
     ("url", "proxy"),
     [
         ("socks5://192.0.2.1", ProxyURL(scheme=ProxyScheme.SOCKS5, host=ip_address("192.0.2.1"), port=1080)),
-        ("SOCKS5h://Proxy.Example.:1/", ProxyURL(scheme=ProxyScheme.SOCKS5, host="proxy.example", port=1)),
+        ("SOCKS5h://Proxy.Example.:1/", ProxyURL(scheme=ProxyScheme.SOCKS5H, host="proxy.example", port=1)),
         (
             "socks5://[2001:db8::1]:1234",
             ProxyURL(scheme=ProxyScheme.SOCKS5, host=ip_address("2001:db8::1"), port=1234),
@@ -198,6 +198,7 @@ def test_faults_of_listen(value: str, found: list[str]) -> None:
                 password=SecretStr("p:/ü@s:w"),
             ),
         ),
+        ("socks4a://me@proxy", ProxyURL(scheme=ProxyScheme.SOCKS4A, host="proxy", port=1080, username="me")),
         (
             "socks5://me@proxy",
             ProxyURL(scheme=ProxyScheme.SOCKS5, host="proxy", port=1080, username="me", password=SecretStr("")),
@@ -219,7 +220,7 @@ def test_a_proxy_url_prints_without_the_password() -> None:
     [
         ("", "expected socks5://USER"),
         ("me:s3cret@proxy:1080", "expected socks5://USER"),
-        ("https://me:s3cret@proxy:1080", "expected socks5:// or http:// at the start"),
+        ("https://me:s3cret@proxy:1080", "expected socks5://, socks5h://, socks4a:// or http:// at the start"),
         ("socks5://me:s3cret", "expected HOST:PORT"),
         ("socks5://me:s3cret@", "expected HOST:PORT"),
         ("socks5://me:s3cret@proxy:x", "expected HOST:PORT"),
@@ -237,6 +238,8 @@ def test_a_proxy_url_prints_without_the_password() -> None:
         ("socks5://me:s3cret%ff@proxy", "expected user and password in UTF-8"),
         ("socks5://me:s3cret%0d%0a@proxy", "expected user and password without control characters"),
         ("http://me%3Ayou:s3cret@proxy:1", "expected a user without a colon"),
+        ("socks4a://me:s3cret@proxy", "expected a user of 1 to 255 bytes and no password"),
+        ("socks4a://s3cret:@proxy", "expected a user of 1 to 255 bytes and no password"),
         ("socks5://:s3cret@proxy", "expected a user of 1 to 255 bytes"),
         (f"socks5://me:s3cret{'x' * 255}@proxy", "expected a user of 1 to 255 bytes"),
         ("socks5://me:s3cret@0.0.0.0", "expected the address of one host"),
@@ -274,18 +277,21 @@ def test_all_faults_at_once() -> None:
 
 def test_the_sample_is_the_default() -> None:
     config = load(Config, SAMPLE)
-    assert config == Config(proxy_url=parse_proxy_url("socks5://127.0.0.1:1080"))
+    assert config == Config(proxy_url=(parse_proxy_url("socks5://127.0.0.1:1080"),))
 
 
 def test_the_sample_shows_every_setting_and_its_default() -> None:
-    shown = re.sub(r"^#(?=\w+ = )", "", SAMPLE.read_text(), flags=re.MULTILINE)
+    shown = re.sub(r"^#(?=\w+ = |\[)", "", SAMPLE.read_text(), flags=re.MULTILINE)
     table = tomllib.loads(shown)
     assert set(table) == {field.name for field in attrs.fields(Config)}
+    (group,) = table.pop("upstream").values()
+    assert set(group) == {field.name for field in attrs.fields(GroupConfig)}
     for field in attrs.fields(attrs.resolve_types(Config)):
-        if isinstance(table[field.name], dict):
+        if isinstance(table.get(field.name), dict):
             assert set(table[field.name]) == {inner.name for inner in attrs.fields(field.type)}
     config = parse(Config, shown, "transocks.toml")
     assert (config.log.level, config.log.format) == ("info", "plain")
+    assert config.upstream["far"].when_all_down == "refuse"
     assert config.listen_tproxy
-    unset = {"mark": None, "workers": None, "metrics_port": None, "listen_tproxy": ()}
+    unset = {"upstream": {}, "mark": None, "workers": None, "metrics_port": None, "listen_tproxy": ()}
     assert attrs.evolve(config, **unset, dns=DnsConfig(), log=LogConfig()) == Config(proxy_url=config.proxy_url)

@@ -18,7 +18,7 @@ def keys(toml: str) -> list[str]:
 
 
 def test_nothing_is_wrong_with_the_defaults() -> None:
-    assert warnings(Config(proxy_url=parse_proxy_url("socks5://127.0.0.1:1080"))) == []
+    assert warnings(Config(proxy_url=(parse_proxy_url("socks5://127.0.0.1:1080"),))) == []
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_sockets_that_this_user_may_not_open(monkeypatch: pytest.MonkeyPatch, ma
 
 def test_a_password_that_everybody_may_read(tmp_path: Path) -> None:
     file = tmp_path / "transocks.toml"
-    with_password = Config(proxy_url=parse_proxy_url("http://me:s3cret@192.0.2.1:3128"))
+    with_password = Config(proxy_url=(parse_proxy_url("http://me:s3cret@192.0.2.1:3128"),))
     file.touch()
     file.chmod(0o644)
     assert warnings(with_password, str(file)) == [
@@ -65,7 +65,7 @@ def test_a_password_that_everybody_may_read(tmp_path: Path) -> None:
     ]
     assert warnings(with_password) == []
     for url in ("http://192.0.2.1:3128", "http://me@192.0.2.1:3128"):
-        assert warnings(Config(proxy_url=parse_proxy_url(url)), str(file)) == []
+        assert warnings(Config(proxy_url=(parse_proxy_url(url),)), str(file)) == []
     file.chmod(0o640)
     assert warnings(with_password, str(file)) == []
 

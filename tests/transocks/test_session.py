@@ -22,13 +22,15 @@ from daemons import Daemon, Log, Served
 
 import transocks.session
 from transocks.access_log import AccessLog
-from transocks.config import parse_proxy_url
+from transocks.config import DEFAULT, Config
+from transocks.direct import Direct
 from transocks.original_dst import Destination, LoopGuard, NotRedirected
+from transocks.pool import Upstreams
 from transocks.session import Sessions
-from transocks.upstream import Upstream
 from usocksd.addresses import HostAddresses
 from usocksd.resolver import Resolver
 from usocksd.runtime import log as logging
+from usocksd.runtime.config import parse
 from usocksd.runtime.endpoint import Endpoint
 from usocksd.runtime.listeners import Listener, listen
 from usocksd.runtime.metrics import Metrics
@@ -78,17 +80,28 @@ async def running(
     host, _, port = dns.rpartition(":")
     metrics = Metrics("transocks")
     resolver = Resolver((Server(parse_address(host), int(port)),), metrics)
-    upstream = Upstream(parse_proxy_url(url), resolver=resolver, mark=None, metrics=metrics)
+    config = parse(Config, f'proxy_url = "{url}"', "transocks.toml")
+    upstreams = Upstreams(
+        config.groups(),
+        config.health,
+        reactor=reactor,
+        resolver=resolver,
+        mark=None,
+        fast_open=False,
+        direct=Direct(resolver=resolver, mark=None, is_local=hosts.is_local),
+        share=lambda _: None,
+        metrics=metrics,
+    )
     guard = LoopGuard(
         listen_ports={proxy.port},
         hosts=hosts,
-        upstreams=lambda: upstream.addresses,
+        upstreams=lambda: upstreams.addresses,
         most_per_destination=most_per_destination,
         own_users=("nobody-has-this",),
     )
     sessions = Sessions(
         guard=guard,
-        upstream=upstream,
+        upstream=upstreams.groups[DEFAULT],
         pipes=PipePool(16),
         timeouts=Timeouts(connect=connect, handshake=handshake),
         access_log=AccessLog(log, metrics),
@@ -111,6 +124,7 @@ async def running(
         async with trio.open_nursery() as nursery:
             await nursery.start(reactor.run)
             await nursery.start(resolver.run)
+            await nursery.start(upstreams.health.run)
             accepting = Listener(reactor, listener, accepted, room=lambda: True)
             try:
                 yield proxy

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from transocks.access_log import AccessLog
-from transocks.config import Config
+from transocks.config import DEFAULT, Config
+from transocks.direct import Direct
 from transocks.lint import warnings
 from transocks.original_dst import LoopGuard
+from transocks.pool import Upstreams
 from transocks.session import Sessions
-from transocks.upstream import Upstream
 from usocksd import __version__
 from usocksd.addresses import HostAddresses
 from usocksd.errors import Error
@@ -38,19 +39,37 @@ def build(config: Config, parts: Parts) -> Built:
         system=config.dns.resolver == "system",
         sockets=most_name_sockets(parts.descriptors),
     )
-    upstream = Upstream(config.proxy_url, resolver=resolver, mark=config.mark, metrics=parts.metrics)
+    direct = Direct(resolver=resolver, mark=config.mark, is_local=hosts.is_local)
+    upstreams = Upstreams(
+        config.groups(),
+        config.health,
+        reactor=parts.reactor,
+        resolver=resolver,
+        mark=config.mark,
+        fast_open=config.fast_open,
+        direct=direct,
+        share=parts.share,
+        metrics=parts.metrics,
+    )
+    parts.shared(upstreams.health.take)
     guard = LoopGuard(
         listen_ports=parts.ports,
         hosts=hosts,
-        upstreams=lambda: upstream.addresses,
+        upstreams=lambda: upstreams.addresses,
         # No destination takes it all: with none of the other checks in force, a loop ends at half the descriptors.
         most_per_destination=max(parts.connections // 2, 1),
     )
     sessions = Sessions(
         guard=guard,
-        upstream=upstream,
+        upstream=upstreams.groups[DEFAULT],
         pipes=PipePool(most_pipes(parts.descriptors)),
         timeouts=config.timeouts,
         access_log=AccessLog(parts.log, parts.metrics),
     )
-    return Built(sessions.serve, (hosts.watch, resolver.run), guard.close)
+    return Built(
+        sessions.serve,
+        (hosts.watch, resolver.run, upstreams.health.run),
+        guard.close,
+        keeping=(upstreams.health.keep,),
+        status=lambda: {"upstreams": upstreams.status()},
+    )

@@ -12,6 +12,7 @@ import trio
 
 from usocksd.errors import DialError, Error, OutOfPorts
 from usocksd.runtime.endpoint import DeadlineExpired, Endpoint, PeerReset
+from usocksd.runtime.fast_open import Unproven, answered, ask_for_fast_open
 from usocksd.runtime.hostport import join_port
 from usocksd.runtime.options import set_options
 from usocksd.runtime.reactor import Reactor
@@ -39,6 +40,8 @@ class Target(NamedTuple):
     mark: int | None = None
     spare: tuple[str, ...] = ()
     """What to leave from when `source` has no port left for this destination, or is not on this host any more."""
+    fast_open: bool = False
+    """Use TCP Fast Open, if this is the only target: the endpoint may then be `unproven`."""
 
     def __str__(self) -> str:
         return join_port(self.host, self.port)
@@ -60,6 +63,11 @@ async def dial(
 ) -> tuple[Endpoint, Target]:
     """Connect to the first of `targets` that answers: happy eyeballs (RFC 8305) when there is more than one.
 
+    With `fast_open`, and if the kernel has a cookie for it, a single target is not waited for: the endpoint is
+    `unproven` (see fast_open.py), what is sent first may arrive twice, and whether it can be reached at all shows
+    afterwards. Of several targets that would choose one which may not answer. So who knows which one has answered last
+    dials that alone, and the others if it fails.
+
     `deadline` is on the reactor's clock. If `client` is reset meanwhile, nobody waits for this connection any more:
     PeerReset. Raises DialError with the errno of the attempt that failed first (ETIMEDOUT for the deadline); OutOfPorts
     if that was for want of ports on every address to leave from.
@@ -72,8 +80,11 @@ async def dial(
 
 
 async def _connect(reactor: Reactor, target: Target, deadline: float, client: Endpoint | None) -> Endpoint:
+    since = reactor.clock()
     endpoint = _start(reactor, target)
     endpoint.deadline = deadline
+    if endpoint.unproven:
+        return endpoint
     if client is not None:
         client.on_reset = endpoint.give_up
     try:
@@ -90,6 +101,9 @@ async def _connect(reactor: Reactor, target: Target, deadline: float, client: En
     if error:
         endpoint.close()
         raise DialError(error, str(target))
+    if target.fast_open:
+        now = reactor.clock()
+        answered(target.host, now - since, now)
     return endpoint
 
 
@@ -149,12 +163,15 @@ def _start_from(reactor: Reactor, target: Target, source: str | None) -> Endpoin
             sock.setsockopt(socket.IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT, 1)
             sock.bind((source, 0))
         step = "connect"
+        fast_open = target.fast_open and ask_for_fast_open(sock, target.host, reactor.clock())
         code = sock.connect_ex((target.host, target.port))
         if code == errno.EADDRNOTAVAIL and (source is not None or not v6):
             # (For IPv6 without a source it may be that this host has no address to leave from.)
             raise OutOfPorts(str(target))
         if code not in (0, errno.EINPROGRESS):
             raise DialError(code, str(target), step)
+        if fast_open and code == 0:
+            return Unproven(reactor, sock, target.host, str(target))
         return Endpoint(reactor, sock, connecting=True)
     except OSError as error:
         sock.close()
@@ -185,7 +202,7 @@ async def _race(
 
     async def attempt(target: Target, settled: trio.Event) -> None:
         try:
-            endpoint = await _connect(reactor, target, deadline, None)
+            endpoint = await _connect(reactor, target._replace(fast_open=False), deadline, None)
         except DialError as error:
             failed.append(error)
         except Exception as error:

@@ -45,19 +45,12 @@ class Endpoint:
     `deadline` (on the reactor's clock) bounds every wait; past it the wait raises DeadlineExpired.
     """
 
-    __slots__ = (
-        "_task",
-        "about",
-        "deadline",
-        "fd",
-        "more",
-        "on_reset",
-        "reactor",
-        "readable",
-        "sock",
-        "transparent",
-        "writable",
-    )
+    unproven: bool = False
+    """connect(2) has returned, and the peer has not answered yet; see fast_open.py."""
+    transparent: bool = False
+    """It came to a socket with IP_TRANSPARENT (ip(7)): our end of the connection is where the client was going."""
+
+    __slots__ = ("_task", "about", "deadline", "fd", "more", "on_reset", "reactor", "readable", "sock", "writable")
 
     def __init__(self, reactor: Reactor, sock: SocketType, *, connecting: bool = False) -> None:
         self.reactor = reactor
@@ -68,8 +61,6 @@ class Endpoint:
         self.more = False
         """An event told of an end, an error or urgent data: read until there is nothing more to learn."""
         self.writable = not connecting
-        self.transparent = False
-        """Accepted from a socket with IP_TRANSPARENT (ip(7)): our end of it is where the client was going."""
         self.about: About | None = None
         """What its session says of the connection, on a client's endpoint."""
         self.on_reset: Callable[[], None] | None = None
@@ -109,6 +100,9 @@ class Endpoint:
         while not self.writable:
             await self._wait()
         return self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+
+    async def proven(self) -> None:
+        """Wait until the peer has answered to connect(2): it has, unless `unproven`."""
 
     async def finish(self, data: bytes, within: float) -> None:
         """Say a last word and let the peer read it: send, end our side, wait `within` seconds for its end, close.
@@ -210,3 +204,10 @@ class Endpoint:
         task, self._task = self._task, None
         if task is not None:
             trio.lowlevel.reschedule(task, outcome.Value(None) if error is None else outcome.Error(error))
+
+
+class TransparentEndpoint(Endpoint):
+    """One of those."""
+
+    __slots__ = ()
+    transparent = True

@@ -12,7 +12,8 @@ from math import inf
 from socket import SocketType
 
 from usocksd.errors import Error
-from usocksd.runtime.endpoint import Endpoint
+from usocksd.runtime.endpoint import Endpoint, TransparentEndpoint
+from usocksd.runtime.fast_open import accept_fast_open
 from usocksd.runtime.hostport import join_port
 from usocksd.runtime.options import set_options
 from usocksd.runtime.reactor import Reactor
@@ -96,6 +97,7 @@ def listen(host: str, port: int, *, reuse_port: bool = False, transparent: bool 
         set_options(sock)
         if transparent:
             sock.setsockopt(socket.IPPROTO_IP, _IP_TRANSPARENT, 1)
+        accept_fast_open(sock)
         sock.bind((host, port))
         sock.listen(_BACKLOG)
     except OSError as error:
@@ -136,7 +138,7 @@ class Listener:
         self._kind = (int(sock.family), int(sock.type), sock.proto)
         self._accepted = accepted
         self._room = room
-        self._transparent = is_transparent(sock)
+        self._endpoint = TransparentEndpoint if is_transparent(sock) else Endpoint
         self._said = -inf
         self.paused = False
         self._fd = sock.fileno()
@@ -159,12 +161,11 @@ class Listener:
             sock = SocketType(family, kind, protocol, fd)
             sock.setblocking(False)
             try:
-                endpoint = Endpoint(self._reactor, sock)
+                endpoint = self._endpoint(self._reactor, sock)
             except OSError as error:
                 sock.close()
                 self._pause(os.strerror(error.errno or errno.EIO))
                 return
-            endpoint.transparent = self._transparent
             self._accepted(endpoint, address[0], address[1])
 
     def close(self) -> None:

@@ -2,7 +2,8 @@
 
 SOCKS4, SOCKS4a (the memos of Ying-Da Lee) and SOCKS5 (RFC 1928) with username/password (RFC 1929).
 
-`Server` and `Client` are driven alike; whoever owns the socket writes the loop:
+`Server`, `Client` and `Probe`, a client that only asks who is there, are driven alike; whoever owns the socket writes
+the loop:
 
     peer.receive_data(received)        # b"" says that the peer has closed
     event = peer.next_event()          # NEED_DATA: send what there is to send, then receive more
@@ -16,12 +17,14 @@ RuntimeError.
 
 from usocksd.socks.client import Client
 from usocksd.socks.errors import AuthenticationFailed, ClientFault, Kind, RequestRefused, UpstreamFault
-from usocksd.socks.events import NEED_DATA, Credentials, Established, NeedData, Request
+from usocksd.socks.events import INQUIRY, NEED_DATA, Credentials, Established, Inquiry, NeedData, Probed, Request
+from usocksd.socks.probe import Probe
 from usocksd.socks.role import ClientRole
 from usocksd.socks.server import Server
 from usocksd.socks.wire import AddressType, Command, Method, Reply, Socks4Reply, Version
 
 __all__ = [
+    "INQUIRY",
     "NEED_DATA",
     "AddressType",
     "AuthenticationFailed",
@@ -31,9 +34,12 @@ __all__ = [
     "Command",
     "Credentials",
     "Established",
+    "Inquiry",
     "Kind",
     "Method",
     "NeedData",
+    "Probe",
+    "Probed",
     "Reply",
     "Request",
     "RequestRefused",

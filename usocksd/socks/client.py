@@ -4,25 +4,22 @@ Rules of this file: as in server.py, a state is the method that reads the next m
 before it is complete, and no message is longer than 262 bytes. The messages to send are built apart from the
 states that send them.
 
-    _method ──00────────────────────────────> _socks5_reply ──> _over
-        └─────02──> _authentication_status ──────┘
-    _socks4_reply ─────────────────────────────────────────────> _over
+    _method, _authentication_status (greeting.py) ──> _socks5_reply ──> _over
+    _socks4_reply ────────────────────────────────────────────────────> _over
 """
 
 from __future__ import annotations
 
 from socket import AF_INET, AF_INET6, inet_ntoa, inet_ntop
-from typing import ClassVar, NoReturn
+from typing import NoReturn
 
-from usocksd.socks.errors import AuthenticationFailed, Kind, RequestRefused, UpstreamFault
+from usocksd.socks.errors import RequestRefused
 from usocksd.socks.events import Established
+from usocksd.socks.greeting import Greeting, authentication
 from usocksd.socks.role import ClientRole, Event
 from usocksd.socks.wire import (
-    AUTHENTICATION_SUCCESS,
-    AUTHENTICATION_VERSION,
     AddressType,
     Command,
-    Method,
     Reply,
     Socks4Reply,
     Version,
@@ -32,20 +29,22 @@ from usocksd.socks.wire import (
 )
 
 
-class Client(ClientRole):
+class Client(Greeting):
     """The client's side of one handshake: asks the server to connect to `host`, port `port`.
 
     A numeric host is sent as an address, any other as a name for the server to resolve (SOCKS4: as 4a).
     `username` and `password` are for SOCKS5; with a username, the server chooses whether it wants them.
     `user_id` is SOCKS4's.
 
+    `pipelined`: all there is to say is in the first `data_to_send`, greeting, credentials and request, and the caller
+    may put payload behind it. Only for a server that is known to take that (`Probe` finds out). It leaves the server
+    no choice: it must want credentials if there are any, and none if there are not.
+
     ValueError when it can't be said in this version: IPv6 or 0.0.0.x over SOCKS4, text of more than 255
     bytes, a name that is empty or has control characters.
     """
 
-    __slots__ = ("_credentials", "_request")
-
-    PEER: ClassVar[str] = "server"
+    __slots__ = ()
 
     def __init__(
         self,
@@ -56,51 +55,23 @@ class Client(ClientRole):
         username: str | None = None,
         password: str | None = None,
         user_id: str = "",
+        pipelined: bool = False,
     ) -> None:
-        self._credentials: bytes | None = None
         if version is Version.SOCKS4:
-            self._request = b""
-            super().__init__(_socks4_request(host, port, user_id), Client._socks4_reply)
+            ClientRole.__init__(self, _socks4_request(host, port, user_id), Client._socks4_reply)
             return
-        self._request = _socks5_request(host, port)
-        greeting = b"\x05\x01\x00"
-        if username is not None:
-            self._credentials = _authentication(username, password or "")
-            greeting = b"\x05\x02\x00\x02"
-        super().__init__(greeting, Client._method)
+        request = _socks5_request(host, port)
+        if username is None:
+            self._greet(b"\x00", b"", request, pipelined=pipelined)
+        else:
+            offered = b"\x02" if pipelined else b"\x00\x02"
+            self._greet(offered, authentication(username, password or ""), request, pipelined=pipelined)
 
     # The states.
 
-    def _method(self) -> Event:
-        # VER, METHOD (RFC 1928 section 3)
-        data = self._buffer
-        self._check_version(data, 5)
-        if len(data) < 2:
-            return self._need_data()
-        method = data[1]
-        self._buffer = data[2:]
-        if method == Method.NO_AUTHENTICATION:
+    def _authenticated(self) -> Event:
+        if not self._pipelined:
             self._out += self._request
-            self._state = Client._socks5_reply
-        elif method == Method.USERNAME_PASSWORD and self._credentials is not None:
-            self._out += self._credentials
-            self._state = Client._authentication_status
-        elif method == Method.NO_ACCEPTABLE:
-            offer = "no credentials" if self._credentials is None else "a user name and password"
-            self._fail(lambda: AuthenticationFailed(f"the server wants other than {offer}"))
-        else:
-            self._malformed(f"the server chose method {method}, which was not offered")
-        return self._state(self)
-
-    def _authentication_status(self) -> Event:
-        # VER, STATUS (RFC 1929 section 2). Some servers put SOCKS's version there: only the status counts.
-        data = self._buffer
-        if len(data) < 2:
-            return self._need_data()
-        if data[1] != AUTHENTICATION_SUCCESS[1]:
-            self._fail(lambda: AuthenticationFailed("the server refused the user name or password"))
-        self._buffer = data[2:]
-        self._out += self._request
         self._state = Client._socks5_reply
         return self._state(self)
 
@@ -147,13 +118,6 @@ class Client(ClientRole):
 
     # What the states share.
 
-    def _check_version(self, data: bytearray, version: int) -> None:
-        if data and data[0] != version:
-            self._malformed(f"the server answers with {bytes(data[:8])!r}, which is not SOCKS")
-
-    def _malformed(self, message: str) -> NoReturn:
-        self._fail(lambda: UpstreamFault(Kind.MALFORMED, message))
-
     def _refused(self, code: int, codes: type[Reply] | type[Socks4Reply]) -> NoReturn:
         try:
             reply = codes(code)
@@ -186,8 +150,3 @@ def _socks4_request(host: str, port: int, user_id: str) -> bytes:
     if b"\0" in user:
         raise ValueError("NUL in the user id")
     return bytes((4, Command.CONNECT)) + port.to_bytes(2) + ip + user + b"\0" + name
-
-
-def _authentication(username: str, password: str) -> bytes:
-    user, secret = encode_field(username, "user name"), encode_field(password, "password")
-    return bytes((AUTHENTICATION_VERSION, len(user))) + user + bytes((len(secret),)) + secret

@@ -19,6 +19,16 @@ NEED_DATA: Final = NeedData.NEED_DATA
 """There is no event until the peer says more (and perhaps not before it got `data_to_send()`)."""
 
 
+class Inquiry(Enum):
+    """An enum of one, as NeedData is."""
+
+    INQUIRY = "inquiry"
+
+
+INQUIRY: Final = Inquiry.INQUIRY
+"""The client was a probe, which has learned what it wanted: send what there is to send, then close."""
+
+
 @dataclass(frozen=True, slots=True)
 class Credentials:
     """A client's user name and password (RFC 1929), either may be empty. The server owes it a verdict."""
@@ -58,3 +68,14 @@ class Established:
 
     bound_host: str = "0.0.0.0"
     bound_port: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Probed:
+    """The proxy answers, and has nothing against us so far. `ours`: it is a usocksd.
+
+    `pipelines`: it takes greeting, credentials and request in one segment; None while that is not known.
+    """
+
+    ours: bool
+    pipelines: bool | None

@@ -11,9 +11,9 @@ from typing import Any, ClassVar, NoReturn, TypeAlias
 
 from usocksd.errors import UpstreamError
 from usocksd.socks.errors import Kind, UpstreamFault
-from usocksd.socks.events import NEED_DATA, Established, NeedData
+from usocksd.socks.events import NEED_DATA, Established, NeedData, Probed
 
-Event: TypeAlias = Established | NeedData
+Event: TypeAlias = Established | Probed | NeedData
 
 
 class ClientRole:
@@ -46,7 +46,7 @@ class ClientRole:
             self._buffer += data
 
     def next_event(self) -> Event:
-        """Established, or NEED_DATA: send what there is to send, then receive more.
+        """Established (of a probe: Probed), or NEED_DATA: send what there is to send, then receive more.
 
         UpstreamFault: the proxy breaks the protocol. RequestRefused, AuthenticationFailed: it said no. Every further
         call raises the same. RuntimeError: the handshake is over.

@@ -10,8 +10,9 @@ Rules of this file:
   unread bytes makes the kernel send RST, which may take the reply with it.
 
     _version ──05──> _greeting ──00──────────────────────────────────────> _socks5_request ──> _owes_reply
-        │                └───────02──> _credentials ──> _owes_verdict ──accepted──┘                │   │
-        │                                                    └──────────rejected──> _over <──reply─┘   │
+        │                ├───────02──> _credentials ──> _owes_verdict ──accepted──┘                │   │
+        │                │                                   └──────────rejected──> _over <──reply─┘   │
+        │                └───────F5──> _over (with an offer of 02 too: by way of the verdict)          │
         └──────04──> _socks4_request ──────────────────────────────────────────────────────────────────┘
 
 and from everywhere that reads: a ClientFault ──> _faulty, which raises it again each time.
@@ -25,7 +26,7 @@ from typing import NoReturn, TypeAlias
 
 from usocksd.socks.answers import HTTP_ERROR, METHOD_SELECTION, failure, success
 from usocksd.socks.errors import ClientFault, Kind
-from usocksd.socks.events import NEED_DATA, Credentials, NeedData, Request
+from usocksd.socks.events import INQUIRY, NEED_DATA, Credentials, Inquiry, NeedData, Request
 from usocksd.socks.wire import (
     AUTHENTICATION_FAILURE,
     AUTHENTICATION_SUCCESS,
@@ -39,12 +40,13 @@ from usocksd.socks.wire import (
     decode_name,
 )
 
-Event: TypeAlias = Credentials | Request | NeedData
+Event: TypeAlias = Credentials | Request | Inquiry | NeedData
 
 # Enum members under global names: looking one up through its class costs as much as comparing bytes.
 _SOCKS4, _SOCKS5 = Version.SOCKS4, Version.SOCKS5
 _IPV4, _NAME, _IPV6 = AddressType.IPV4, AddressType.NAME, AddressType.IPV6
 _NO_AUTHENTICATION = Method.NO_AUTHENTICATION
+_PROBE = Method.PROBE
 
 _COMMANDS = {int(command): command for command in Command}
 _SOCKS4_COMMANDS = {int(command): command for command in (Command.CONNECT, Command.BIND)}
@@ -58,11 +60,14 @@ class Server:
 
     Give it what was received, ask for the next event, and send what it says is to be sent. It selects the
     authentication method itself. It then wants to hear `accept_credentials()` or `reject_credentials()` after
-    Credentials, and `reply()` after a Request.
+    Credentials, and `reply()` after a Request. After Inquiry there is nothing left but to send and close.
 
     `methods` are the authentication methods to choose from, in order of preference: NO_AUTHENTICATION and
     USERNAME_PASSWORD are the ones it can carry out. SOCKS4 can't authenticate and is refused unless
-    NO_AUTHENTICATION is among them. `version` is None until the first byte said it, `method` until one is selected.
+    NO_AUTHENTICATION is among them. A probe (see Method.PROBE) is answered in any case; if it offers to authenticate
+    too, its credentials follow and are to be judged. Either way it ends in Inquiry, and in no Request.
+
+    `version` is None until the first byte said it, `method` until one is selected.
     """
 
     __slots__ = ("_buffer", "_eof", "_fault", "_methods", "_out", "_state", "method", "version")
@@ -110,7 +115,8 @@ class Server:
 
     def accept_credentials(self) -> None:
         """Let the client go on to its request."""
-        self._answer_credentials(AUTHENTICATION_SUCCESS, Server._socks5_request)
+        probe = self.method is _PROBE
+        self._answer_credentials(AUTHENTICATION_SUCCESS, Server._probed if probe else Server._socks5_request)
 
     def reject_credentials(self) -> None:
         """Tell the client that its credentials won't do; then close, as RFC 1929 section 2 asks."""
@@ -161,6 +167,8 @@ class Server:
         if len(data) < 2 or len(data) < (end := 2 + data[1]):
             return self._need_data("inside its greeting")
         offered = data[2:end]
+        if offered.startswith(b"\xf5"):  # (first: a client that offers everything is no probe)
+            return self._probe(offered, data[end:])
         for method in self._methods:
             if method in offered:
                 break
@@ -189,6 +197,19 @@ class Server:
         self._buffer = data[end:]
         self._state = Server._owes_verdict
         return event
+
+    def _probe(self, offered: bytes, rest: bytes) -> Event:
+        # No state behind this one reads a request: what else the probe sent has been for other servers.
+        self.method = _PROBE
+        self._out += METHOD_SELECTION[_PROBE]
+        self._buffer = rest
+        self._state = Server._credentials if Method.USERNAME_PASSWORD in offered else Server._probed
+        return self._state(self)
+
+    def _probed(self) -> Event:
+        self._buffer = b""
+        self._state = Server._over
+        return INQUIRY
 
     def _socks5_request(self) -> Event:
         # VER, CMD, RSV, ATYP, DST.ADDR, DST.PORT (RFC 1928 section 4). RSV is not looked at.

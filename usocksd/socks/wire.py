@@ -20,6 +20,13 @@ class Method(IntEnum):
     NO_AUTHENTICATION = 0
     GSSAPI = 1
     USERNAME_PASSWORD = 2
+    PROBE = 0xF5
+    """Offered, first, by a client that asks whether it speaks to a usocksd, and chosen by a usocksd alone.
+
+    It says: takes greeting, credentials, request and payload in one segment. Private, of the range that section 3
+    leaves for that (0x80 to 0xFE): no standard has a method for the question, and a server that does not know this one
+    passes it over. It leads to no request, and so gives nobody access.
+    """
     NO_ACCEPTABLE = 0xFF
 
 

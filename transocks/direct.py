@@ -1,0 +1,60 @@
+"""Past all proxies: from here to the destination itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from transocks.request import Request
+from transocks.upstream import Progress, Tunnel
+from usocksd.errors import Denied
+from usocksd.match import IPAddress, judged_addresses
+from usocksd.resolver import Resolver
+from usocksd.runtime.dial import Target, dial
+from usocksd.runtime.endpoint import Endpoint
+from usocksd.runtime.settings import Timeouts
+
+NAME = "direct"
+"""What it is called in records and configuration."""
+
+
+class Direct:
+    """Connects to destinations; has the same `connect` as an UpstreamGroup."""
+
+    name = NAME
+
+    def __init__(self, *, resolver: Resolver, mark: int | None, is_local: Callable[[IPAddress], bool]) -> None:
+        """`mark` is what exempts its connections from the redirect rules. `is_local` tells this host's addresses."""
+        self._resolver = resolver
+        self._mark = mark
+        self._is_local = is_local
+
+    async def connect(self, request: Request, client: Endpoint, timeouts: Timeouts, access: Progress) -> Tunnel:
+        """Reach what `request` is for, within `timeouts.connect`: the addresses of its name, if there is one, and else
+        the original address. (The name is what it was let through for, so the original address is none of its
+        addresses unless the name servers say so.)
+
+        Raises DialError, ResolveError, Denied (the name is one of ours), PeerReset (`client` is gone).
+        """
+        access.trying(NAME, NAME, None)
+        reactor = client.reactor
+        deadline = reactor.clock() + timeouts.connect
+        host, port = request.destination
+        hosts = [host] if request.name is None else await self._hosts(request.name, host, client, deadline)
+        targets = [Target(each, port, mark=self._mark) for each in hosts]
+        endpoint, target = await dial(reactor, targets, deadline=deadline, client=client)
+        access.connected(endpoint, target)
+        return Tunnel(endpoint, b"", request.first)
+
+    async def _hosts(self, name: str, original: str, client: Endpoint, deadline: float) -> list[str]:
+        found = await self._resolver.resolve_for(client, name, deadline)
+        hosts = [str(each) for each in found if str(each) == original or not self._means_us(each)]
+        if not hosts:
+            raise Denied(f"the way past the proxies: {name} is {found[0]}")
+        return hosts
+
+    def _means_us(self, address: IPAddress) -> bool:
+        """Whether it is another host here than at the client: no name must lead a gateway's client into the gateway."""
+        return any(
+            each.is_loopback or each.is_link_local or each.is_multicast or each.is_unspecified or self._is_local(each)
+            for each in judged_addresses(address)
+        )

@@ -134,6 +134,8 @@ class GroupConfig:
     proxy_url: ProxyURLs
     policy: Policy = FAILOVER
     when_all_down: WhenAllDown = "refuse"
+    proxy_protocol: bool = False
+    """whether they are told, by a PROXY header in front of all else, whose connection it is"""
 
 
 @attrs.frozen(kw_only=True)
@@ -162,6 +164,7 @@ class Config:
     proxy_url: ProxyURLs
     policy: Policy = FAILOVER
     when_all_down: WhenAllDown = "refuse"
+    proxy_protocol: bool = False
     upstream: Mapping[GroupName, GroupConfig] = attrs.field(factory=dict)
     health: HealthConfig = attrs.field(factory=HealthConfig)
     listen: Listen = tuple(ListenAddress(address, 1081, optional=True) for address in LOCALHOST)
@@ -193,7 +196,12 @@ class Config:
 
     def groups(self) -> dict[str, GroupConfig]:
         """All upstream groups by name, that of the top as "default"."""
-        top = GroupConfig(proxy_url=self.proxy_url, policy=self.policy, when_all_down=self.when_all_down)
+        top = GroupConfig(
+            proxy_url=self.proxy_url,
+            policy=self.policy,
+            when_all_down=self.when_all_down,
+            proxy_protocol=self.proxy_protocol,
+        )
         return {DEFAULT: top, **self.upstream}
 
     def keyed_groups(self) -> Iterator[tuple[str, GroupConfig]]:

@@ -102,9 +102,10 @@ class Sessions:
         access = client.about = self._access_log.begin(host, port, local)
         client.deadline = client.reactor.clock() + self._timeouts.handshake
         server = Server(methods=self._methods)
-        if local[1] == self._proxied_port and not await self._learn_client(client, server, access, port):
-            return
-        if not self._clients.admits(access.client_host):
+        if local[1] == self._proxied_port:
+            if not await self._learn_client(client, server, access, port):
+                return
+        elif not self._clients.admits(host):
             access.client_denied()
             client.reset()
             return
@@ -121,10 +122,11 @@ class Sessions:
             upstream.close()
 
     async def _learn_client(self, client: Endpoint, server: Server, access: Access, port: int) -> bool:
-        """accept -> peer trusted? -> PROXY header
+        """accept -> peer trusted? -> PROXY header -> client allowed?
 
         From then on it is the connection of the client that the header names; `server` has what came behind it.
-        False if there is no such client; the peer knows, and so does the log.
+        False if there is no such client; the peer knows, and so does the log. A connection that is the peer's own
+        needs no more than the peer's being trusted, which could as well claim to be somebody who is allowed.
         """
         assert self._proxied is not None
         if not self._proxied.trusted.admits(access.client_host):
@@ -153,6 +155,10 @@ class Sessions:
             return False
         except OSError:
             access.client_gone(server)
+            return False
+        if header.source is not None and not self._clients.admits(access.client_host):
+            access.client_denied()
+            client.reset()
             return False
         if receiver.trailing_data:
             server.receive_data(receiver.trailing_data)

@@ -12,6 +12,8 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from socket import socket as Socket
 from typing import Any
@@ -23,6 +25,8 @@ from daemons import Daemon, Served, receive_exactly
 from observe import wait_until_stopped
 from test_redirect import FAMILY, WEB, connect
 from test_service import configure, hammered, reload
+
+from usocksd.proxy_protocol import LOCAL_HEADER, header
 
 PORT = 1084
 OTHER = {4: lab.OTHER_V4, 6: lab.OTHER_V6}
@@ -99,7 +103,12 @@ def says_back(sock: Socket, data: bytes = b"hello") -> bool:
     return receive_exactly(sock, len(data)) == data
 
 
-def fails(connecting: Callable[[], Socket]) -> bool:
+def connected(sock: Socket, place: tuple[str, int]) -> Socket:
+    sock.connect(place)
+    return sock
+
+
+def fails(connecting: Callable[[], AbstractContextManager[Socket]]) -> bool:
     """Whether it is reset; that may come before connect(2) has returned."""
     try:
         with connecting() as sock:
@@ -300,3 +309,112 @@ def test_sockets_of_systemd_that_are_not_transparent(net: lab.Net, tmp_path: Pat
         assert client.process.wait(daemons.PATIENCE) == 1
     error = client.record("can't start")["error"]
     assert error.startswith("listen_tproxy: none of the sockets has IP_TRANSPARENT")
+
+
+# ---- whose connection it is, as usocksd sees it
+
+
+PROXIED = """
+[incoming]
+port = 1080
+addresses = ["127.0.0.1"]
+allow_from = ["192.168.77.0/24", "fd77::/64"]
+[incoming.proxy_protocol]
+port = 1090
+trusted = ["127.0.0.1", "192.168.77.1"]
+addresses = ["127.0.0.1", "192.168.77.1"]
+[[rule]]
+name = "not this client"
+action = "deny"
+from = ["192.168.77.66", "fd77::66"]
+"""
+WITH_HEADER = (
+    TRANSOCKS.replace("1080", "1090")
+    + """
+[health]
+interval = 0.05
+"""
+)
+WITH_HEADER = WITH_HEADER.replace("proxy_url", "proxy_protocol = true\nproxy_url")
+
+
+def from_address(net: lab.Net, host: str) -> Socket:
+    """A socket of the client that will connect from this one of its addresses."""
+    sock = net.client.socket(FAMILY[6 if ":" in host else 4])
+    sock.settimeout(daemons.PATIENCE)
+    sock.bind((host, 0))
+    return sock
+
+
+@pytest.mark.parametrize("scheme", ["socks5", "socks4a"])
+def test_the_client_is_known_to_usocksd(net: lab.Net, tmp_path: Path, scheme: str) -> None:
+    """By its own address, in records and rules: one client of the gateway may, another may not."""
+    net.lab.ip(net.client, "addr add 192.168.77.66/24 dev eth0", "addr add fd77::66/64 dev eth0 nodad")
+    config = WITH_HEADER.replace("socks5:", f"{scheme}:")
+    with both(net, tmp_path, config, PROXIED) as (client, server):
+        load(net)
+        for version in (4,) if scheme == "socks4a" else (4, 6):
+            with Served(net.outside.listen(WEB[version], 8443), daemons.echo) as web:
+                with from_address(net, CLIENT[version]) as sock:
+                    sock.connect((WEB[version], 8443))
+                    assert says_back(sock)
+                    own = name_of(*sock.getsockname()[:2])
+                theirs = server.record("proxy ends", client_addr=own)
+                assert theirs["dest_addr"] == name_of(WEB[version], 8443)
+                assert theirs["peer_addr"] == client.record("proxy ends", client_addr=own)["src_addr"]
+                assert theirs["local_addr"] == "127.0.0.1:1090"
+                with from_address(net, {4: "192.168.77.66", 6: "fd77::66"}[version]) as sock:
+                    name = name_of(*sock.getsockname()[:2])
+                    assert fails(partial(connected, sock, (WEB[version], 8443)))
+                assert server.record("ruleset mismatch", client_addr=name)["rule"] == "not this client"
+                assert len(web.peers) == 1
+        # Probes are transocks's own connections: answered, though allow_from does not have it, and nobody's records.
+        assert client.records("upstream is down") == []
+        assert server.records("denied access") == []
+
+
+def test_the_header_is_in_the_segment_of_the_handshake(net: lab.Net, tmp_path: Path) -> None:
+    """What an upstream gets from us at first, in one piece: client and original destination, then SOCKS."""
+    said: list[bytes] = []
+
+    def upstream(sock: Socket) -> None:
+        data = sock.recv(4096)
+        if not data.startswith(LOCAL_HEADER):  # as probes do
+            said.append(data)
+
+    config = WITH_HEADER.replace("interval = 0.05", "")
+    with (
+        Served(net.proxy.listen("127.0.0.1", 1090), upstream),
+        Daemon("transocks", config, tmp_path, popen=net.proxy.popen) as client,
+    ):
+        client.ready()
+        load(net)
+        with from_address(net, CLIENT[6]) as sock:
+            own = sock.getsockname()[:2]
+            assert fails(partial(connected, sock, (WEB[6], 8443)))
+        daemons.wait_until(lambda: said, "the upstream is asked")
+        greeting = header(own, (WEB[6], 8443)) + b"\x05"
+        assert said[0].startswith(greeting)
+
+
+def test_forged_headers(net: lab.Net, tmp_path: Path) -> None:
+    """From a client of the gateway, who can reach the port and is not trusted: reset, whatever it says or not."""
+    with Daemon("usocksd", PROXIED, tmp_path, popen=net.proxy.popen) as server:
+        server.ready()
+        for said in (b"", header(("192.168.77.1", 1), ("192.0.2.1", 1)) + daemons.GREETING):
+            with connect(net, 4, 1090, lab.LAN_GATEWAY_V4) as sock:
+                own = name_of(*sock.getsockname())
+                with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+                    sock.sendall(said)
+                assert fails(partial(contextlib.nullcontext, sock))
+            assert server.record("peer is not trusted", client_addr=own)
+        # One that is trusted is believed.
+        with net.proxy.socket() as sock:
+            sock.settimeout(daemons.PATIENCE)
+            sock.connect((lab.LAN_GATEWAY_V4, 1090))
+            sock.sendall(
+                header(("192.168.77.66", 1), ("192.0.2.1", 1)) + daemons.GREETING + daemons.request("192.0.2.1", 1)
+            )
+            assert receive_exactly(sock, 2) == b"\x05\x00"
+            assert daemons.receive_reply(sock)[0] == 2
+        assert server.record("ruleset mismatch", client_addr="192.168.77.66:1")

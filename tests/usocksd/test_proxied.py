@@ -18,7 +18,7 @@ CONFIG = """
 [incoming]
 port = 0
 addresses = ["127.0.0.1"]
-allow_from = ["127.0.0.0/8", "192.0.2.0/24", "2001:db8::/32"]
+allow_from = ["127.0.0.9", "192.0.2.0/24", "2001:db8::/32"]
 [incoming.proxy_protocol]
 port = {port}
 trusted = ["127.0.0.2", "127.0.0.3"]
@@ -101,10 +101,10 @@ def test_records_have_the_client_and_the_peer(
 
 def test_the_other_listener_takes_no_header(server: Daemon, port: int, destination: Served) -> None:
     plain = next(at for at in (int(r["address"].rpartition(":")[2]) for r in server.records("listening")) if at != port)
-    with connected(plain) as sock:
+    with connected(plain, STRANGER) as sock:
         assert socks5(sock, "127.0.0.1", destination.port)[0] == GRANTED
         assert server.record("proxy starts", client_addr=name_of(sock))["peer_addr"] is None
-    with connected(plain) as sock:
+    with connected(plain, STRANGER) as sock:
         sock.sendall(claim(CLIENT, destination))
         sock.shutdown(socket.SHUT_WR)
         assert receive_all(sock) == b""
@@ -133,7 +133,7 @@ def test_the_claimed_client_is_judged(server: Daemon, port: int, destination: Se
 
 
 def test_local_is_the_peer_itself(server: Daemon, port: int, destination: Served) -> None:
-    """What load balancers begin their health checks with."""
+    """What load balancers begin their health checks with: trusted is enough, allow_from is for clients."""
     with connected(port) as sock:
         sock.sendall(LOCAL_HEADER + GREETING + request("127.0.0.1", destination.port))
         assert granted(sock)

@@ -110,7 +110,9 @@ def _rules(config: Config) -> Iterator[Fault]:
     if config.auth.users_file is not None:
         with contextlib.suppress(ConfigError):  # which is a fault of its own
             known = Users(config.auth.users_file).names
+    proxied = config.incoming.proxy_protocol
     admitted = [*(config.incoming.allow_from or map(parse_network, DEFAULT_CLIENTS))]
+    admitted += () if proxied is None else proxied.trusted
     for at, rule in enumerate(config.rule):
         key = f"rule[{at}]"
         if rule.from_ is not None:

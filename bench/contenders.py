@@ -141,9 +141,10 @@ def _pproxy(site: Site) -> list[str]:
     return [sys.executable, "-m", "pproxy", "-l", f"socks5://127.0.0.1:{site.port}"]
 
 
-USOCKSD = Part(
-    lambda site: _ours("usocksd", USOCKSD_TOML, site),
-    _needs_module("usocksd.__main__", "the usocksd package is not installed"),
+_NEEDS_USOCKSD = _needs_module("usocksd.__main__", "the usocksd package is not installed")
+USOCKSD = Part(lambda site: _ours("usocksd", USOCKSD_TOML, site), _NEEDS_USOCKSD)
+USOCKSD_2 = Part(
+    lambda site: _ours("usocksd", USOCKSD_TOML.replace("workers = 1", "workers = 2"), site), _NEEDS_USOCKSD
 )
 TRANSOCKS = Part(
     lambda site: _ours("transocks", TRANSOCKS_TOML, site),
@@ -161,6 +162,7 @@ STRAIGHT = Contender("straight")
 SOCKS = (
     STRAIGHT,
     Contender("usocksd", (USOCKSD,)),
+    Contender("usocksd x2", (USOCKSD_2,)),
     Contender("microsocks", (MICROSOCKS,)),
     Contender("dante", (DANTE,)),
     Contender("pproxy", (PPROXY,)),

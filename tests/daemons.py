@@ -127,13 +127,14 @@ class Daemon(Log):
         popen: Callable[..., subprocess.Popen[Any]] = _popen,
         prefix: Sequence[str] = (),
         logfile: str | None = "",
+        python: str = sys.executable,
         **options: Any,
     ) -> None:
         """`logfile` None logs to stderr (see `options`), "" to a file of the folder."""
         self.name = name
         super().__init__(folder / f"{name}.log" if logfile == "" else Path(logfile or "/dev/null"))
         (folder / f"{name}.toml").write_text(settings(name, config), encoding="utf-8")
-        words = [sys.executable, "-m", name, "-f", str(folder / f"{name}.toml"), "-logformat", "json"]
+        words = [python, "-m", name, "-f", str(folder / f"{name}.toml"), "-logformat", "json"]
         words += [] if logfile is None else ["-logfile", str(self.log)]
         with (folder / f"{name}.stderr").open("wb") as stderr:
             options = {"stdin": subprocess.DEVNULL, "stderr": stderr} | options

@@ -25,6 +25,7 @@ PROGRAM = Path(__file__).with_name("tiny_daemon.py")
 
 CREW = "usocksd.runtime.processes.crew:"
 MASTER = "usocksd.runtime.processes.master:"
+RELOADS = "usocksd.runtime.processes.reloads:"
 PROCESS = "usocksd.runtime.processes.worker_process:"
 REPORT = "usocksd.runtime.processes.report:"
 SERVICE = "usocksd.runtime.service:"

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from socket import socket as Socket
 from typing import Any
@@ -355,6 +355,20 @@ def test_its_own_port_is_a_loop(host_net: lab.Net, tmp_path: Path) -> None:
         assert "own port" in client.record("loop refused")["error"]
 
 
+def python_for_others(run: Callable[..., subprocess.CompletedProcess[str]]) -> tuple[str, Sequence[str]]:
+    """An interpreter with which another user can run the daemons and their workers, and words to put before it; skips
+    where there is none. `run` runs a command as that user.
+    """
+    # setpriv itself may start what its user may not, so what counts is what the interpreter can start in turn.
+    trial = "import subprocess, sys, usocksd.session as s; subprocess.run([sys.executable, '-c', 'import trio'], check=True)"
+    path = os.pathsep.join(filter(None, sys.path))
+    for python, environment in ((sys.executable, ()), ("/usr/bin/python3", ("env", f"PYTHONPATH={path}"))):
+        found = run(*environment, python, "-c", trial)
+        if found.returncode == 0:
+            return python, environment
+    pytest.skip(f"other users can't read the source or the interpreter: {found.stderr.splitlines()[-1]}")
+
+
 def test_two_daemons_of_their_own_users_and_no_exemption(host_net: lab.Net) -> None:
     """The rules of an operator who forgot the exemption, and the users that deploy/ makes."""
     if host_net.lab.rootless:
@@ -362,9 +376,10 @@ def test_two_daemons_of_their_own_users_and_no_exemption(host_net: lab.Net) -> N
     users = {"transocks": 4710, "usocksd": 4711}
     host_net.lab.etc("passwd", "root:x:0:0::/:/bin/sh\n" + "".join(f"{n}:x:{i}:{i}::/:\n" for n, i in users.items()))
     words = {name: ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups"] for name, uid in users.items()}
-    trial = host_net.client.run(*words["usocksd"], sys.executable, "-c", "import usocksd.session", check=False)
-    if trial.returncode:
-        pytest.skip(f"other users can't read the source or the interpreter: {trial.stderr.splitlines()[-1]}")
+    python, environment = python_for_others(
+        lambda *command: host_net.client.run(*words["usocksd"], *command, check=False)
+    )
+    words = {name: [*switch, *environment] for name, switch in words.items()}
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:  # pytest's own folders are private
         folder = Path(name)
         folder.chmod(0o777)
@@ -373,7 +388,7 @@ def test_two_daemons_of_their_own_users_and_no_exemption(host_net: lab.Net) -> N
             "transocks": 'listen = "localhost:1081"\nproxy_url = "socks5://127.0.0.1:1080"\n',
         }
         server, client = (
-            stack.enter_context(Daemon(n, c, folder, popen=host_net.proxy.popen, prefix=words[n]))
+            stack.enter_context(Daemon(n, c, folder, popen=host_net.proxy.popen, prefix=words[n], python=python))
             for n, c in configs.items()
         )
         server.ready()

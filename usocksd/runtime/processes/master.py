@@ -1,7 +1,8 @@
 """The master: owns what must outlive a worker or be one truth for all, and carries no traffic.
 
 It starts a generation of workers for each configuration, and lets the old one go when, and only when, the new one is
-ready to serve. When the workers turn out to be of a newer version than itself, it becomes that version (handover.py).
+ready to serve (reloads.py). When the workers turn out to be of a newer version than itself, it becomes that version
+(handover.py).
 """
 
 from __future__ import annotations
@@ -10,33 +11,30 @@ import logging
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from typing import Any
 
 import trio
 
 from usocksd import __version__
-from usocksd.errors import ConfigError, Error
-from usocksd.runtime.exporter import Exporter
+from usocksd.errors import Error
 from usocksd.runtime.limits import raise_descriptor_limit
 from usocksd.runtime.log import parse_level
 from usocksd.runtime.metrics import Metrics, lasting, total
 from usocksd.runtime.processes import handover
 from usocksd.runtime.processes.control import Handler
-from usocksd.runtime.processes.crew import Candidate, Crew, Generation
+from usocksd.runtime.processes.crew import Crew, Generation
 from usocksd.runtime.processes.doors import Doors
 from usocksd.runtime.processes.invocation import Invocation, MasterLog
 from usocksd.runtime.processes.notify import Notifier, inherited_sockets
 from usocksd.runtime.processes.plan import HANDOVER
+from usocksd.runtime.processes.reloads import Reloads, complain
 from usocksd.runtime.processes.report import Report
-from usocksd.runtime.processes.slots import Slots, check_inherited, place_names
+from usocksd.runtime.processes.slots import Slots, check_inherited
 
 log = logging.getLogger(__name__)
 
 _STOP_DELAY = "CANCELLATION_DELAY_SECONDS"
-# A third generation would drain: so long, in seconds, a reload waits for the oldest to end by itself.
-_MOST_DRAINING = 2
-_PATIENCE = 30.0
 # When the daemon stops, so long may what waits to be accepted take, in seconds.
 _EMPTY_WITHIN = 1.0
 # What a stop may take besides what its limits say.
@@ -95,20 +93,12 @@ async def _run(invocation: Invocation, own_log: MasterLog) -> int:
                 master = Master(invocation, own_log, nursery, state)
                 await master.run(signals, state)
             except Error as error:
-                _complain(logging.CRITICAL, "can't start", error)
+                complain(logging.CRITICAL, "can't start", error)
                 return 1
             finally:
                 nursery.cancel_scope.cancel()
     log.info("stopped")
     return 0
-
-
-def _complain(level: int, message: str, error: Error) -> None:
-    if isinstance(error, ConfigError):
-        for fault in error.faults:
-            log.log(level, "bad configuration", extra={"fields": {"file": error.source, "error": str(fault)}})
-    else:
-        log.log(level, message, extra={"fields": {"error": str(error)}})
 
 
 class Master:
@@ -145,24 +135,29 @@ class Master:
         self._starting = trio.CancelScope()
         self._stop_wanted = trio.Event()
         self._stop_cause = ""
-        self._reload_wanted = trio.Event()
-        # Of the task that reloads: whoever stops the daemon cancels it, and waits until it is over.
-        self._reloads = trio.CancelScope()
-        self._reloads_over = trio.Event()
-        # Who asked for the next reload.
-        self._waiting: list[trio.MemorySendChannel[Error | None]] = []
+        self._reloads = Reloads(
+            invocation,
+            own_log,
+            self._notifier,
+            slots=self._slots,
+            crew=self._crew,
+            doors=self._doors,
+            report=self._report,
+            committed=self._learn_verbs,
+            done=self._become_newer,
+        )
 
     async def run(self, signals: AsyncIterator[int], state: dict[str, Any] | None) -> None:
         """Serve until told to stop. Raises Error when it can't start."""
         self._nursery.start_soon(self._obey, signals)
         with self._starting:
             if state is None:
-                await self._bring_up(1)
+                await self._reloads.bring_up(1)
             else:
                 self._go_on(state)
             self._notifier.ready(self._report.line)
             self._nursery.start_soon(self._crew.look_after)
-            self._nursery.start_soon(self._reload_when_wanted)
+            self._nursery.start_soon(self._reloads.run)
             self._nursery.start_soon(self._tell_manager)
             await self._stop_wanted.wait()
         if self._crew.generation is not None:  # else it was told so before it had begun
@@ -177,7 +172,7 @@ class Master:
                     self._log.current.reopen()
                     await self._crew.tell({"type": "reopen"})
                 case signal.SIGHUP:
-                    self._reload_wanted.set()
+                    self._reloads.ask()
                 case _:
                     self._stop_cause = signal.Signals(number).name
                     self._stop_wanted.set()
@@ -189,8 +184,7 @@ class Master:
         report.draining = True
         self._stop_wanted = again = trio.Event()
         self._notifier.stopping(report.line, self._stop_delay + generation.plan.stop + _MARGIN)
-        self._reloads.cancel()
-        await self._reloads_over.wait()
+        await self._reloads.end()
         log.info("stopping", extra={"fields": {"cause": self._stop_cause, "live": await report.live_now()}})
         async with trio.open_nursery() as nursery:
 
@@ -215,105 +209,6 @@ class Master:
         self._slots.close()
         self._doors.close()
 
-    # A new configuration
-
-    async def _reload_when_wanted(self) -> None:
-        with self._reloads:
-            while True:
-                await self._reload_wanted.wait()
-                # Whoever asked until here is answered by what is read from here on.
-                self._reload_wanted = trio.Event()
-                asked, self._waiting = self._waiting, []
-                failure: Error | None = Error("the daemon is stopping")
-                try:
-                    failure = await self._reload()
-                finally:
-                    _answer(asked, failure)
-                if failure is None:
-                    await self._become_newer()
-        _answer(self._waiting, Error("the daemon is stopping"))
-        self._reloads_over.set()
-
-    async def _reload(self) -> Error | None:
-        """Returns what went wrong; then everything is as it was."""
-        generation, report = self._crew.generation, self._report
-        assert generation is not None
-        failure = None
-        report.reloading = True
-        self._notifier.reloading()
-        log.info("reloading")
-        try:
-            await self._bring_up(generation.number + 1)
-            log.info("reloaded", extra={"fields": {"generation": generation.number + 1}})
-        except Error as error:
-            failure = error
-            _complain(logging.ERROR, "reload failed", error)
-        except Exception as error:
-            failure = Error(f"internal error: {error}")
-            log.exception("reload failed")
-        finally:
-            report.reloading = False
-        if failure is not None:
-            log.error("nothing has changed: the configuration in force stays")
-        report.reloaded(failure)
-        self._notifier.ready(report.line)
-        return failure
-
-    async def _bring_up(self, number: int) -> None:
-        """Start a generation of what the configuration says now, and have it in force when it is ready.
-
-        Raises Error, or is cancelled; then everything is as it was.
-        """
-        # In a thread: what it is read from may keep us waiting (a FIFO).
-        text, source = await trio.to_thread.run_sync(self._invocation.read, abandon_on_cancel=True)
-        try:
-            candidate = await self._crew.prepare(number, text, source, self._log.prepare)
-        except BaseException:
-            self._log.drop()
-            raise
-        exporter = None
-        try:
-            exporter = self._doors.prepare(candidate.generation.plan.metrics)
-            await self._let_drain()
-        except BaseException:
-            self._log.drop()
-            self._doors.drop(exporter)
-            self._crew.dismiss(candidate)
-            raise
-        with trio.CancelScope(shield=True):
-            await self._commit(candidate, exporter)
-
-    async def _let_drain(self) -> None:
-        """One more generation is about to drain: the oldest must have ended if there would be too many."""
-        crew = self._crew
-        if len(crew.draining) < _MOST_DRAINING:
-            return
-        oldest = crew.draining[0]
-        log.info("the reload waits for an older generation to drain", extra={"fields": {"generation": oldest}})
-        with trio.move_on_after(_PATIENCE):
-            while crew.of(oldest):
-                await crew.changed.wait()
-        if left := crew.of(oldest):
-            live = sum(worker.live for worker in left)
-            log.warning("ending the oldest generation", extra={"fields": {"generation": oldest, "live": live}})
-            await crew.drain(left, 0.0)
-
-    async def _commit(self, candidate: Candidate, exporter: Exporter | None) -> None:
-        """Let a generation that is ready be the one in force."""
-        plan = candidate.generation.plan
-        listened = set() if self._crew.generation is None else set(place_names(self._slots, opened=False))
-        old_log = self._log.commit()
-        await self._crew.commit(candidate)
-        self._learn_verbs()
-        self._doors.commit(exporter, plan.metrics, plan.control)
-        for warning in plan.warnings:
-            log.warning(warning)
-        for place in place_names(self._slots):
-            if place not in listened:
-                log.info("listening", extra={"fields": {"address": place}})
-        if old_log is not None:
-            await trio.to_thread.run_sync(old_log.close)
-
     # What operators ask for
 
     def _learn_verbs(self) -> None:
@@ -337,14 +232,7 @@ class Master:
         raise Error("no worker serves")
 
     async def _on_reload(self, _: dict[str, Any]) -> dict[str, Any]:
-        if self._report.draining:
-            raise Error("the daemon is stopping")
-        sender, receiver = trio.open_memory_channel[Error | None](1)
-        self._waiting.append(sender)
-        self._reload_wanted.set()
-        error = await receiver.receive()
-        if error is not None:
-            raise error
+        await self._reloads.ask_and_wait()
         assert self._crew.generation is not None
         return {"generation": self._crew.generation.number}
 
@@ -447,8 +335,3 @@ class Master:
         self._doors.take_over(state["doors"])
         report.last_reload = state["last_reload"]
         log.info("this is the new version", extra={"fields": {"version": __version__}})
-
-
-def _answer(asked: Sequence[trio.MemorySendChannel[Error | None]], failure: Error | None) -> None:
-    for sender in asked:
-        sender.send_nowait(failure)

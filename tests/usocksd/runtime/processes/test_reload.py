@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 from daemons import wait_until
-from tiny import CREW, MASTER, Tiny, free_port, is_over, is_reset, lives, running
+from tiny import CREW, RELOADS, Tiny, free_port, is_over, is_reset, lives, running
 
 # Seconds: how long a surplus socket is watched, and how long a reload waits for older generations.
-QUICKER = {CREW + "_QUIET": 0.5, MASTER + "_PATIENCE": 0.3}
+QUICKER = {CREW + "_QUIET": 0.5, RELOADS + "_PATIENCE": 0.3}
 
 
 class Load:
@@ -338,7 +338,7 @@ def test_reopening_the_log(tmp_path: Path) -> None:
 
 def test_at_most_two_generations_drain(tmp_path: Path) -> None:
     """A third reload waits for the oldest for a while, then ends it. The new one is well all that time."""
-    patch = QUICKER | {MASTER + "_PATIENCE": 2.0, CREW + "_SUSPECT_AFTER": 0.5, CREW + "_HUNG_AFTER": 1.0}
+    patch = QUICKER | {RELOADS + "_PATIENCE": 2.0, CREW + "_SUSPECT_AFTER": 0.5, CREW + "_HUNG_AFTER": 1.0}
     with Tiny(tmp_path, patch=patch).ready() as tiny:
         generations = []
         for number in (1, 2, 3):
@@ -392,7 +392,7 @@ def test_told_to_stop_during_a_reload(tmp_path: Path, where: str) -> None:
 
 def test_told_to_stop_while_a_reload_waits(tmp_path: Path) -> None:
     """For an older generation to drain: it waits no longer, and none of its workers is left."""
-    with Tiny(tmp_path, patch=QUICKER | {MASTER + "_PATIENCE": 60.0}).ready() as tiny:
+    with Tiny(tmp_path, patch=QUICKER | {RELOADS + "_PATIENCE": 60.0}).ready() as tiny:
         clients = [tiny.client(b"echo")]
         for _ in range(2):
             tiny.reload()

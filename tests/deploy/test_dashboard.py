@@ -226,7 +226,8 @@ def test_rules_say_what_to_do() -> None:
 def test_rules_are_the_same_for_both_daemons() -> None:
     """What both export is watched in both."""
     names = {name: {r["alert"].removeprefix(name.capitalize()) for r in rules()} for name in DAEMONS}
-    own = {"NoEgress", "EgressListed", "LoginsFail", "UpstreamFails", "UpstreamSlow", "Loop"}
+    own = {"NoEgress", "EgressListed", "LoginsFail"}
+    own |= {"UpstreamFails", "UpstreamSlow", "UpstreamDown", "AllUpstreamsDown", "Loop"}
     shared = {
         name: {alert for alert in found if not alert.startswith(("Usocksd", "Transocks"))}
         for name, found in names.items()

@@ -84,6 +84,8 @@ def _facts(answer: Answer) -> Iterator[tuple[str, str, bool]]:
     for name, pool in answer["daemon"].get("pools", {}).items():
         if pool["addresses"]:
             yield f"egress {name}", *_egress(pool)
+    for name, group in answer["daemon"].get("upstreams", {}).items():
+        yield f"upstreams {name}", *_upstreams(group)
 
 
 def _egress(pool: dict[str, Any]) -> tuple[str, bool]:
@@ -94,6 +96,16 @@ def _egress(pool: dict[str, Any]) -> tuple[str, bool]:
     parts = [f"{len(addresses)} address{'' if len(addresses) == 1 else 'es'}"]
     parts += [f"{what}: {_few(some)}" for what, some in (("not on this host", absent), ("listed", listed)) if some]
     return "; ".join(parts), bool(absent or listed)
+
+
+def _upstreams(group: dict[str, Any]) -> tuple[str, bool]:
+    """How a group of proxies is, and what is wrong with those that are down."""
+    upstreams = group["upstreams"]
+    down = [f"{each['upstream']} ({each['why']})" for each in upstreams if not each["up"]]
+    parts = [f"{len(upstreams) - len(down)} of {len(upstreams)} up"]
+    parts += [group["policy"]] if len(upstreams) > 1 else []
+    parts += [f"down: {_few(down)}"] if down else []
+    return "; ".join(parts), bool(down)
 
 
 def _few(texts: list[str]) -> str:

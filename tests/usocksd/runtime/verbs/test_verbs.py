@@ -94,6 +94,22 @@ def test_status_of_a_daemon_in_trouble(bench: Bench) -> None:
     assert "waiting         7 to be accepted" in lines
 
 
+def test_status_of_upstreams(bench: Bench) -> None:
+    well = {"upstream": "socks5://192.0.2.1:1080", "up": True, "why": None}
+    down = {"upstream": "http://192.0.2.2:3128", "up": False, "why": "connect 192.0.2.2:3128: Connection refused"}
+    groups = {
+        "default": {"policy": "failover", "upstreams": [well]},
+        "far": {"policy": "sticky", "upstreams": [down, well]},
+    }
+    bench.start(status=STATUS | {"daemon": {"upstreams": groups}})
+    lines = bench.lines("status")
+    at = next(index for index, line in enumerate(lines) if line.startswith("rates"))
+    assert lines[at + 1 : at + 3] == [
+        "upstreams default  1 of 1 up",
+        "upstreams far      1 of 2 up; sticky; down: http://192.0.2.2:3128 (connect 192.0.2.2:3128: Connection refused)",
+    ]
+
+
 def test_status_of_egress_pools(bench: Bench) -> None:
     six = [f"198.51.100.{number}" for number in range(10, 16)]
     pools = {

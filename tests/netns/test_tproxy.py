@@ -24,7 +24,7 @@ import pytest
 from daemons import Daemon, Served, receive_exactly
 from observe import wait_until_stopped
 from test_redirect import FAMILY, WEB, connect
-from test_service import configure, hammered, reload
+from test_service import configure, hammered, reload, wait_for_workers
 
 from usocksd.proxy_protocol import LOCAL_HEADER, header
 
@@ -88,6 +88,8 @@ def load(net: lab.Net, tool: str = "nft") -> None:
 @contextlib.contextmanager
 def both(net: lab.Net, folder: Path, config: str = TRANSOCKS, server: str = USOCKSD) -> Iterator[tuple[Daemon, Daemon]]:
     with Daemon("usocksd", server, folder, popen=net.proxy.popen) as usocksd:
+        if server is PROXIED:  # else it may be found down at first
+            usocksd.ready()
         with Daemon("transocks", config, folder, popen=net.proxy.popen) as transocks:
             usocksd.ready()
             transocks.ready()
@@ -215,6 +217,7 @@ def test_the_listener_comes_and_goes(net: lab.Net, tmp_path: Path) -> None:
             stack.enter_context(Served(net.outside.listen(WEB[version], 80), daemons.echo))
         reload(client, tmp_path, TRANSOCKS)
         client.record("listening", address=f"[::]:{PORT}")
+        wait_for_workers(client, 1)
         load(net)
         old = client.worker
         live = stack.enter_context(connect(net, 4, 80))
@@ -369,8 +372,7 @@ def test_the_client_is_known_to_usocksd(net: lab.Net, tmp_path: Path, scheme: st
                 assert server.record("ruleset mismatch", client_addr=name)["rule"] == "not this client"
                 assert len(web.peers) == 1
         # Probes are transocks's own connections: answered, though allow_from does not have it, and nobody's records.
-        down = client.records("upstream is down")
-        assert all("ETIMEDOUT" in record["error"] for record in down), down  # this machine is busy, at worst
+        assert [record["error"] for record in client.records("upstream is down")] == []
         assert server.records("denied access") == []
 
 
@@ -403,11 +405,12 @@ def test_forged_headers(net: lab.Net, tmp_path: Path) -> None:
     with Daemon("usocksd", PROXIED, tmp_path, popen=net.proxy.popen) as server:
         server.ready()
         for said in (b"", header(("192.168.77.1", 1), ("192.0.2.1", 1)) + daemons.GREETING):
-            with connect(net, 4, 1090, lab.LAN_GATEWAY_V4) as sock:
+            with from_address(net, CLIENT[4]) as sock:
                 own = name_of(*sock.getsockname())
                 with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+                    sock.connect((lab.LAN_GATEWAY_V4, 1090))
                     sock.sendall(said)
-                assert fails(partial(contextlib.nullcontext, sock))
+                    assert sock.recv(1) == b"reset"
             assert server.record("peer is not trusted", client_addr=own)
         # One that is trusted is believed.
         with net.proxy.socket() as sock:

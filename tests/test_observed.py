@@ -28,9 +28,10 @@ import usocksd.session
 from transocks.direct import Direct
 from transocks.original_dst import Destination, LoopGuard, NotRedirected
 from transocks.pool import Upstreams
-from usocksd.acl import AccessRules, ClientRules
+from usocksd.acl import AccessRules
 from usocksd.addresses import HostAddresses
 from usocksd.auth import Users
+from usocksd.clients import ClientRules
 from usocksd.egress import EgressPools, Pool, Usable
 from usocksd.resolver import Resolver
 from usocksd.runtime import log as logging
@@ -384,6 +385,39 @@ async def test_a_denied_client(tmp_path: Path) -> None:
         await proxy.over()
         assert proxy.counted("denied_total") == {("allow_from",): 1}
         assert proxy.counted("connections_total") == {("unknown", "client_denied"): 1}
+
+
+@pytest.mark.parametrize("behind", [b"", GREETING + request("127.0.0.1", 80)], ids=["alone", "with a request"])
+async def test_a_probe_is_answered_and_counted_and_no_news(tmp_path: Path, behind: bytes) -> None:
+    users = tmp_path / "users"
+    users.write_text("")
+    async with usocksd_running(tmp_path, users=users) as proxy:
+        with connected(proxy) as client:
+            client.sendall(b"\x05\x02\xf5\x00" + behind)
+            client.shutdown(socket.SHUT_WR)
+            assert await talking(daemons.receive_all, client) == b"\x05\xf5"
+        await proxy.over()
+        assert proxy.count("probes_total") == 1
+        assert proxy.counted("connections_total") == proxy.counted("socks5_auth_negotiated_total") == {}
+        assert (await proxy.recorded("probed"))["severity"] == "debug"
+        assert len(proxy.records(type="access")) == 1
+
+
+async def test_the_credentials_of_a_probe_are_judged_as_any(tmp_path: Path) -> None:
+    users = tmp_path / "users"
+    users.write_text(f"alice:{bcrypt.hashpw(b'secret', bcrypt.gensalt(4)).decode()}\n")
+    async with usocksd_running(tmp_path, users=users) as proxy:
+        for password, status in ((b"\x06secret", b"\x01\x00"), (b"\x05wrong", b"\x01\x01")):
+            with connected(proxy) as client:
+                client.sendall(b"\x05\x03\xf5\x00\x02\x01\x05alice" + password)
+                client.shutdown(socket.SHUT_WR)
+                assert await talking(daemons.receive_all, client) == b"\x05\xf5" + status
+            await proxy.over()
+        assert proxy.count("probes_total") == 1
+        assert proxy.counted("socks5_auth_negotiated_total") == {("basic", "ok"): 1, ("basic", "failed"): 1}
+        assert proxy.counted("connections_total") == {("SOCKS5", "authentication_failure"): 1}
+        record = await proxy.recorded("handshake failed")
+        assert (record["error"], record["tried_user"]) == ("wrong user or password", "alice")
 
 
 async def test_names_are_looked_up_once(tmp_path: Path, destination: Served) -> None:

@@ -5,7 +5,8 @@ What a client sends first is what becomes of its connection: "echo", "who" (tell
 what to relay to. The log tells of it.
 
 The environment tells what else: TINY_PATCH is a JSON object of constants ("module:name") and their values, and files in
-the folder TINY_FOLDER make workers misbehave: {hold,die}-{import,build}, fail-build, fail-task.
+the folder TINY_FOLDER make workers misbehave: {hold,die}-{import,build}, fail-build, fail-task. With the file "keep"
+there one worker finds out something for all: its own process number.
 """
 
 # ruff: noqa: E402 - who is to die at its import does so before it imports much
@@ -16,6 +17,7 @@ import os
 import pkgutil
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from math import inf
 from pathlib import Path
 from typing import Annotated, Any
@@ -111,6 +113,25 @@ def say(**fields: object) -> None:
     log.info("tiny", extra={"fields": {"pid": os.getpid(), **fields}})
 
 
+def keeping(parts: Parts) -> tuple[Callable[[], Awaitable[None]], ...]:
+    """What one worker does for all, if there is to be anything."""
+    known: list[Any] = []
+
+    def learn(value: Any) -> None:
+        known.append(value)
+        say(known=value)
+
+    async def keep() -> None:
+        """Finds out who has found it out, unless somebody has."""
+        if not known:
+            parts.share(os.getpid())
+        say(keeps=True)
+        await trio.sleep_forever()
+
+    parts.shared(learn)
+    return (keep,) if (FOLDER / "keep").exists() else ()
+
+
 def build(config: Config, parts: Parts) -> Built:
     misbehave("build")
     if (FOLDER / "fail-build").exists():
@@ -164,7 +185,7 @@ def build(config: Config, parts: Parts) -> Built:
         finally:
             say(background="ends")
 
-    return Built(session, (background,), lambda: say(closed=True))
+    return Built(session, (background,), lambda: say(closed=True), keeping=keeping(parts))
 
 
 # As __main__: under PYTHONSAFEPATH the folder of a script is not on the path.

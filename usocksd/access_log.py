@@ -295,7 +295,7 @@ class Access(Connection):
 
 
 def _texts(candidates: list[tuple[str, Decision]]) -> list[str]:
-    """["203.0.113.80 allowed default", "10.0.0.1 denied RULE"], which `usocksd.replay` reads."""
+    """["203.0.113.80 allowed default", "10.0.0.1 denied RULE"], which records.py reads."""
     return [
         f"{address} allowed {decision.rule}" if decision.allowed else f"{address} denied {decision.rule}"
         for address, decision in candidates

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 import attrs
 
-from usocksd.acl import DEFAULT_CLIENTS, AccessRules, Rule
+from usocksd.acl import AccessRules, Rule
+from usocksd.clients import DEFAULT_CLIENTS
 from usocksd.errors import ConfigError
 from usocksd.lists import read_list
 from usocksd.match import IPAddress, IPNetwork, canonical_host, parse_network

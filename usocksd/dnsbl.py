@@ -13,20 +13,16 @@ from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import dns.asyncbackend
-import dns.asyncresolver
 import dns.exception
-import dns.message
 import dns.name
-import dns.nameserver
-import dns.rdatatype
-import dns.resolver
 import dns.reversename
 import trio
 
 from usocksd.addresses import HostAddresses
 from usocksd.egress import Pool, Usable
+from usocksd.errors import ResolveError
 from usocksd.match import IPAddress, numeric_address
+from usocksd.name_servers import NameServers
 from usocksd.runtime.metrics import Metrics
 from usocksd.runtime.settings import SocketAddress
 
@@ -169,16 +165,13 @@ class Lookups:
         """
         self._listings = listings
         self._share = share
-        self._servers = servers
-        self._resolv_conf = resolv_conf
+        self._servers = NameServers(servers, resolv_conf, lifetime=lifetime, clock=clock)
         self._shortest = shortest
         self._after_failure = after_failure
         self._lifetime = lifetime
         self._clock = clock
         self._listed: set[Listing] = set()
         self._unanswered: dict[Listing, str] = {}
-        self._limiter = trio.CapacityLimiter(_AT_ONCE)
-        self._backend = dns.asyncbackend.get_backend("trio")
         lookups = metrics.counters("dnsbl_lookups_total", "Questions to DNSBLs about egress addresses", "result")
         self._counters = {
             result: lookups.labels(label) for result, label in ((True, "listed"), (False, "clean"), (None, "failed"))
@@ -198,64 +191,50 @@ class Lookups:
     async def once(self) -> dict[Listing, str]:
         """Ask everything one time, and share it. Returns what there was no answer to, and why."""
         due = dict.fromkeys(self._listings.questions, 0.0)
-        resolver = self._configured()
+        limiters = {question.domain: trio.CapacityLimiter(_AT_ONCE) for question in due}
+        self._servers.reread()
         async with trio.open_nursery() as nursery:
             for question in due:
-                nursery.start_soon(self._ask, resolver, question, due)
+                nursery.start_soon(self._ask, question, due, limiters[question.domain])
         self._share(as_json(self._listed))
         return dict(self._unanswered)
 
     async def _follow(self, domain: str, due: dict[Listing, float]) -> None:
         """`due`: when to ask what."""
+        limiter = trio.CapacityLimiter(_AT_ONCE)
         while True:
             now = self._clock()
-            resolver = self._configured()
+            self._servers.reread()
             before = frozenset(self._listed)
             failed = any(each.domain == domain for each in self._unanswered)
             async with trio.open_nursery() as nursery:
                 for question, when in due.items():
                     if when <= now:
-                        nursery.start_soon(self._ask, resolver, question, due)
+                        nursery.start_soon(self._ask, question, due, limiter)
             self._tell(domain, before, failed=failed)
             await trio.sleep(max(min(due.values()) - self._clock(), self._shortest))
 
-    async def _ask(self, resolver: dns.asyncresolver.Resolver, question: Listing, due: dict[Listing, float]) -> None:
+    async def _ask(self, question: Listing, due: dict[Listing, float], limiter: trio.CapacityLimiter) -> None:
         self._unanswered.pop(question, None)
-        async with self._limiter:
+        async with limiter:
             try:
                 # dnspython's own limit goes by wall time, which may jump.
                 with trio.fail_after(self._lifetime):
-                    answers, ttl = await self._answers(resolver, query_name(question))
-            except (dns.exception.DNSException, trio.TooSlowError) as error:
+                    found = await self._servers.ask(query_name(question), "A")
+            except (ResolveError, dns.exception.DNSException, trio.TooSlowError) as error:
                 listed, ttl = None, self._after_failure
-                self._unanswered[question] = str(error) or "timed out"
+                self._unanswered[question] = str(error.__cause__ or error) or "timed out"
             else:
-                listed = verdict(answers)
+                listed = verdict(found.addresses)
+                ttl = _NEGATIVE_WITHOUT_SOA if found.ttl is None else found.ttl
                 if listed is None:
-                    self._unanswered[question] = f"answers {', '.join(answers)}"
+                    self._unanswered[question] = f"answers {', '.join(found.addresses)}"
         self._counters[listed].value += 1
         if listed:
             self._listed.add(question)
         elif listed is not None:
             self._listed.discard(question)
         due[question] = self._clock() + min(max(ttl, self._shortest), _LONGEST)
-
-    async def _answers(self, resolver: dns.asyncresolver.Resolver, name: dns.name.Name) -> tuple[list[str], float]:
-        """Addresses and TTL. Raises DNSException."""
-        try:
-            answer = await resolver.resolve(
-                name,
-                dns.rdatatype.A,
-                raise_on_no_answer=False,
-                search=False,
-                lifetime=self._lifetime,
-                backend=self._backend,
-            )
-        except dns.resolver.NXDOMAIN as error:
-            return [], min(map(_negative_ttl, error.responses().values()))  # type: ignore[no-untyped-call]
-        if answer.rrset is None:
-            return [], _negative_ttl(answer.response)
-        return [record.address for record in answer.rrset], answer.chaining_result.minimum_ttl
 
     def _tell(self, domain: str, before: frozenset[Listing], *, failed: bool) -> None:
         """What a round of questions to one list has changed; `failed`: whether one had failed before."""
@@ -276,23 +255,3 @@ class Lookups:
             _logger.warning("detect black-listed IP", extra={"fields": fields})
         else:
             _logger.info("no longer black-listed", extra={"fields": fields})
-
-    def _configured(self) -> dns.asyncresolver.Resolver:
-        """Made for each round, since resolv.conf may have changed."""
-        resolver = dns.asyncresolver.Resolver(configure=False)
-        if self._servers is not None:
-            resolver.nameservers = [
-                dns.nameserver.Do53Nameserver(str(server.address), server.port) for server in self._servers
-            ]
-        else:
-            try:
-                resolver.read_resolv_conf(str(self._resolv_conf))
-            except (dns.resolver.NoResolverConfiguration, ValueError):
-                resolver.nameservers = ["127.0.0.1"]  # resolv.conf(5)
-        return resolver
-
-
-def _negative_ttl(response: dns.message.Message) -> float:
-    """How long what is not there stays so (RFC 2308 section 5)."""
-    ttl = response.resolve_chaining().minimum_ttl  # type: ignore[attr-defined]
-    return ttl if any(rrset.rdtype == dns.rdatatype.SOA for rrset in response.authority) else _NEGATIVE_WITHOUT_SOA

@@ -1,4 +1,4 @@
-"""Names to addresses: /etc/hosts, a cache, and DNS by dnspython on trio, or the system's getaddrinfo.
+"""Names to addresses: /etc/hosts, a cache, and DNS servers, or the system's getaddrinfo.
 
 What this file keeps:
 
@@ -7,37 +7,30 @@ What this file keeps:
 2. `cached` is plain dictionaries; only what it does not know costs a task switch.
 3. Askers of one name share one query. It belongs to none of them: it goes on when one gives up, and ends when
    the last one has gone.
-4. What can't be answered costs the asker its deadline and nobody else anything: no threads, and a queue only where
-   sockets would run out. (getaddrinfo is threads and a queue, which is why it is not the default.)
+4. What can't be answered costs the asker its deadline and nobody else anything: no threads, and where sockets would
+   run out the newest goes first. (getaddrinfo is threads and a queue, which is why it is not the default.)
 """
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import logging
 import os
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from io import StringIO
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
-import dns.asyncbackend
-import dns.asyncresolver
-import dns.exception
-import dns.name
-import dns.nameserver
-import dns.rdatatype
-import dns.resolver
 import trio
 from attrs import Factory, define, frozen
 
 from usocksd.errors import ResolveError
+from usocksd.hosts_file import HostsFile, in_turn
 from usocksd.match import IPAddress, canonical_host, numeric_address
+from usocksd.name_servers import SERVERS_FAILED, TIMED_OUT, NameServers
 from usocksd.runtime.endpoint import DeadlineExpired, Endpoint
 from usocksd.runtime.metrics import SECONDS, Metrics
 from usocksd.runtime.settings import SocketAddress
+from usocksd.turns import Turns
 
 _logger = logging.getLogger("usocksd.resolver")
 
@@ -46,20 +39,18 @@ _SHORTEST_TTL, _LONGEST_TTL = 5.0, 3600.0
 _LONGEST_NEGATIVE_TTL = 300.0
 _FAILURE_TTL = 1.0  # RFC 9520 section 3.2: failures are to be cached, for a second at least
 _PARTIAL_TTL = 10.0  # one family answered, the other did not
-# RFC 8305 section 3: whoever has IPv4 addresses does not wait long for a server that drops AAAA queries.
+# RFC 8305 section 3: whoever has addresses of one family does not wait long for a server that drops the other query.
 _RESOLUTION_DELAY = 0.2
 _MOST_NAMES = 10_000
+# Each is judged and recorded for every connection, and whoever owns the name says how many there are.
+_MOST_ADDRESSES = 256
 _LONGEST_NAME = 253
 _CHECK_FILES_EVERY = 1.0
-_MOST_NDOTS = 15  # resolv.conf(5)
 _SYSTEM_TTL = 5.0  # getaddrinfo(3) tells none
 _MOST_THREADS = 64  # that may wait in getaddrinfo at a time
-_EDNS_PAYLOAD = 1232  # what passes every path without fragments
 
 NO_SUCH_NAME = "no such name"
 NO_ADDRESS = "no address"
-TIMED_OUT = "timed out"
-SERVERS_FAILED = "servers failed"
 ABSENT = frozenset({NO_SUCH_NAME, NO_ADDRESS})
 """The causes that say: this name is none, so ask for the next one that it may stand for."""
 
@@ -75,7 +66,10 @@ _DOTS = (".", "\u3002", "\uff0e", "\uff61")
 
 @frozen
 class _Entry:
-    """What is known about a name: addresses, or why there are none. `ttl` from now, or the time when it ends."""
+    """What is known about a name: addresses, or why there are none. `ttl` from now, or the time when it ends.
+
+    A `ttl` of 0: nobody says how long.
+    """
 
     addresses: tuple[IPAddress, ...]
     cause: str = ""
@@ -115,27 +109,25 @@ class Resolver:
         `system`: ask getaddrinfo(3), and with it whatever nsswitch.conf(5) names, instead of name servers. glibc is
         told, for the whole process, to leave searching to us.
 
-        `sockets`: so many are open to name servers at a time, two for each name; further names wait.
+        `sockets`: so many are open to name servers at a time, two for each name; further names wait, see turns.py.
         `lifetime`: seconds for one name, all its queries and servers together. Both files are read when they
-        change, looked at once a second at most; a missing one is an empty one.
+        change, looked at once a second at most; a missing one is an empty one, and one that can't be read stays what
+        it was.
         """
         self._threads = trio.CapacityLimiter(_MOST_THREADS) if system else None
         if system:
             # resolv.conf(5): replaces the search list, here by one that adds nothing to a name. A dot at the end of
             # the name would say the same, but to DNS alone: /etc/hosts knows no name with one.
             os.environ["LOCALDOMAIN"] = "."
-        self._sockets = trio.CapacityLimiter(sockets)
-        self._servers = servers
+        self._turns = Turns(max(sockets // 2, 1))
         self._lifetime = lifetime
         self._clock = clock
-        self._resolv_conf = _WatchedFile(resolv_conf)
-        self._hosts_file = _WatchedFile(hosts)
+        self._servers = NameServers(servers, resolv_conf, lifetime=lifetime, clock=clock)
+        self._hosts = HostsFile(hosts)
         self._next_check = 0.0
-        self._hosts: dict[str, tuple[IPAddress, ...]] = {}
         self._cache: dict[str, _Entry] = {}
         self._queries: dict[str, _Query] = {}
         self._nursery: trio.Nursery | None = None
-        self._backend = dns.asyncbackend.get_backend("trio")
         self._hits = metrics.counter("dns_cache_hits_total", "Names that the cache had an answer for")
         seconds = metrics.histograms(
             "dns_seconds", "Time that name servers took to answer, by result", SECONDS, "result"
@@ -144,16 +136,13 @@ class Resolver:
             cause: seconds.labels(cause.replace(" ", "_") or "ok")
             for cause in ("", NO_SUCH_NAME, NO_ADDRESS, TIMED_OUT, SERVERS_FAILED)
         }
-        self._dns = self._configured("")
-        self._search: tuple[str, ...] = ()
-        self._ndots = 1
         self._reread()
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Holds the queries; until cancelled, which ends those under way."""
         async with trio.open_nursery() as self._nursery:
             task_status.started()
-            await trio.sleep_forever()
+            await self._turns.run()
 
     def full_names(self, text: str) -> tuple[str, ...]:
         """The names that a host name as a client sent it may stand for, canonical, in the order in which to ask.
@@ -166,11 +155,11 @@ class Resolver:
         name = str(host)
         if self._clock() >= self._next_check:
             self._reread()
-        itself = text.endswith(_DOTS) or not isinstance(host, str) or name in self._hosts or _is_localhost(name)
-        if itself or not self._search:
+        absolute = text.endswith(_DOTS) or not isinstance(host, str) or _is_localhost(name)
+        if absolute or not self._servers.search or self._hosts.addresses(name):
             return (name,)
-        others = [f"{name}.{domain}" for domain in self._search if len(name) + len(domain) < _LONGEST_NAME]
-        return (name, *others) if name.count(".") >= self._ndots else (*others, name)
+        others = [f"{name}.{domain}" for domain in self._servers.search if len(name) + len(domain) < _LONGEST_NAME]
+        return (name, *others) if name.count(".") >= self._servers.ndots else (*others, name)
 
     def cached(self, name: str) -> tuple[IPAddress, ...] | None:
         """The addresses of a name if they are known without asking anybody; None means: call `resolve`.
@@ -201,8 +190,8 @@ class Resolver:
             return self._known(host)
         if _is_localhost(host):
             return _LOCALHOST  # RFC 6761 section 6.3: never asked, and both families whatever /etc/hosts has
-        listed = self._hosts.get(host) if self._threads is None else None
-        return None if listed is None else _Entry(listed)
+        listed = self._hosts.addresses(host) if self._threads is None else ()
+        return _Entry(listed) if listed else None
 
     async def resolve(self, name: str) -> tuple[IPAddress, ...]:
         """The addresses of a name, in the order in which to try them: the families in turn, IPv6 first.
@@ -294,22 +283,21 @@ class Resolver:
     async def _ask_servers(self, host: str, query: _Query) -> None:
         answers: list[_Entry] = []
 
-        async def ask(kind: dns.rdatatype.RdataType) -> None:
-            async with self._sockets:
-                answer = await self._ask(host, kind)
+        async def ask(kind: str) -> None:
+            answer = await self._ask(host, kind)
             answers.append(answer)
             if len(answers) == 2:
                 nursery.cancel_scope.cancel()  # the delay below, if it runs
-            elif kind is dns.rdatatype.A and answer.addresses:
+            elif answer.addresses:
                 await trio.sleep(_RESOLUTION_DELAY)
-                # The askers go on with this; AAAA may still come, for the next ones.
+                # The askers go on with this; the other family may still come, for the next ones.
                 self._settle(host, query, _combine([answer, _Entry((), TIMED_OUT)]))
 
         # dnspython's own limit goes by wall time, which may jump.
         with trio.move_on_after(self._lifetime):
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(ask, dns.rdatatype.AAAA)
-                nursery.start_soon(ask, dns.rdatatype.A)
+            async with self._turns.turn(), trio.open_nursery() as nursery:
+                nursery.start_soon(ask, "AAAA")
+                nursery.start_soon(ask, "A")
         missing = 2 - len(answers)
         self._settle(host, query, _combine([*answers, *[_Entry((), TIMED_OUT)] * missing]))
 
@@ -337,72 +325,25 @@ class Resolver:
         if self._queries.get(host) is query:
             del self._queries[host]
 
-    async def _ask(self, host: str, kind: dns.rdatatype.RdataType) -> _Entry:
+    async def _ask(self, host: str, kind: str) -> _Entry:
         try:
-            answer = await self._dns.resolve(
-                dns.name.from_text(host),
-                kind,
-                raise_on_no_answer=False,
-                lifetime=self._lifetime,
-                backend=self._backend,
-            )
-        except dns.resolver.NXDOMAIN as error:
-            ttl = min(response.resolve_chaining().minimum_ttl for response in error.responses().values())  # type: ignore[no-untyped-call]
-            return _Entry((), NO_SUCH_NAME, _clamp(ttl, _LONGEST_NEGATIVE_TTL))
-        except dns.exception.Timeout:
-            return _Entry((), TIMED_OUT)
-        except dns.exception.DNSException:
-            return _Entry((), SERVERS_FAILED)
-        # The shortest TTL of the answer and the CNAMEs that lead to it, or what the SOA says of its absence.
-        ttl = answer.chaining_result.minimum_ttl
-        if answer.rrset is None:
-            return _Entry((), NO_ADDRESS, _clamp(ttl, _LONGEST_NEGATIVE_TTL))
-        addresses = [numeric_address(record.address) for record in answer.rrset]
-        return _Entry(tuple(addresses), "", _clamp(ttl, _LONGEST_TTL))
+            found = await self._servers.ask(host, kind)
+        except ResolveError as error:
+            return _Entry((), error.cause)
+        if found.addresses:
+            return _Entry(tuple(map(numeric_address, found.addresses)), "", _clamp(found.ttl or 0.0, _LONGEST_TTL))
+        ttl = 0.0 if found.ttl is None else _clamp(found.ttl, _LONGEST_NEGATIVE_TTL)
+        return _Entry((), NO_ADDRESS if found.exists else NO_SUCH_NAME, ttl)
 
     def _reread(self) -> None:
         self._next_check = self._clock() + _CHECK_FILES_EVERY
-        text = self._hosts_file.changed()
-        if text is not None:
-            self._hosts = _parse_hosts(text)
+        changed = [self._hosts.reread(), self._servers.reread()]
+        if any(changed):
             self._cache.clear()
-        text = self._resolv_conf.changed()
-        if text is not None:
-            try:
-                self._dns = self._configured(text)
-                self._search, self._ndots = _searching(self._dns)
-            except (ValueError, dns.exception.DNSException) as error:
-                fields = {"file": str(self._resolv_conf.path), "error": str(error)}
-                _logger.error("resolver configuration ignored", extra={"fields": fields})
-            self._cache.clear()
-
-    def _configured(self, resolv_conf: str) -> dns.asyncresolver.Resolver:
-        resolver = dns.asyncresolver.Resolver(configure=False)
-        try:
-            resolver.read_resolv_conf(StringIO(resolv_conf))
-        except dns.resolver.NoResolverConfiguration:
-            resolver.nameservers = ["127.0.0.1"]  # resolv.conf(5)
-        if self._servers is not None:
-            resolver.nameservers = [
-                dns.nameserver.Do53Nameserver(str(server.address), server.port) for server in self._servers
-            ]
-        resolver.use_edns(0, 0, _EDNS_PAYLOAD)
-        return resolver
 
 
 def _is_localhost(name: str) -> bool:
     return name == "localhost" or name.endswith(".localhost")
-
-
-def _searching(configured: dns.asyncresolver.Resolver) -> tuple[tuple[str, ...], int]:
-    """The search domains, and the dots from which on a name is asked for as it is first."""
-    domains: list[str] = []
-    for domain in configured.search or [configured.domain]:
-        # The root adds nothing to a name; what is no host name can't be part of one.
-        with contextlib.suppress(ValueError):
-            domains.append(str(canonical_host(domain.to_text(omit_final_dot=True))))
-    ndots = 1 if configured.ndots is None else configured.ndots
-    return tuple(dict.fromkeys(domains)), min(max(ndots, 0), _MOST_NDOTS)
 
 
 def _getaddrinfo(host: str) -> _Entry:
@@ -413,64 +354,24 @@ def _getaddrinfo(host: str) -> _Entry:
     except socket.gaierror as error:
         cause = _GAI_CAUSES.get(error.errno or 0, SERVERS_FAILED)
         return _Entry((), cause, _SYSTEM_TTL if cause in ABSENT else _FAILURE_TTL)
-    return _Entry(_in_turn(numeric_address(str(sockaddr[0])) for *_, sockaddr in found), "", _SYSTEM_TTL)
+    return _Entry(in_turn(numeric_address(str(sockaddr[0])) for *_, sockaddr in found), "", _SYSTEM_TTL)
 
 
 def _combine(answers: Sequence[_Entry]) -> _Entry:
     """One entry from those of both families; a family that failed makes it short-lived."""
     failures = [answer.cause for answer in answers if answer.cause in {TIMED_OUT, SERVERS_FAILED}]
-    ttl = min((answer.ttl for answer in answers if answer.cause not in failures), default=_FAILURE_TTL)
-    addresses = _in_turn(address for answer in answers for address in answer.addresses)
+    ttl = min((answer.ttl for answer in answers if answer.ttl), default=0.0)
+    addresses = in_turn(address for answer in answers for address in answer.addresses)[:_MOST_ADDRESSES]
     if addresses:
-        return _Entry(addresses, "", min(ttl, _PARTIAL_TTL) if failures else ttl)
+        # That there is none of the other family is kept as long as these are, even if nobody vouches for it.
+        longest = _PARTIAL_TTL if failures else _LONGEST_TTL if all(a.ttl for a in answers) else _LONGEST_NEGATIVE_TTL
+        return _Entry(addresses, "", min(ttl, longest))
     if failures:
         return _Entry((), TIMED_OUT if TIMED_OUT in failures else SERVERS_FAILED, _FAILURE_TTL)
     nothing = all(answer.cause == NO_SUCH_NAME for answer in answers)
-    return _Entry((), NO_SUCH_NAME if nothing else NO_ADDRESS, ttl)
-
-
-def _in_turn(addresses: Iterable[IPAddress]) -> tuple[IPAddress, ...]:
-    """RFC 8305 section 4: the families in turn, IPv6 first, each in the order given."""
-    families: dict[int, list[IPAddress]] = {6: [], 4: []}
-    for address in dict.fromkeys(addresses):
-        families[address.version].append(address)
-    pairs = itertools.zip_longest(families[6], families[4])
-    return tuple(address for pair in pairs for address in pair if address is not None)
+    # An absence that nobody vouches for is not to be kept (RFC 2308 section 5), or hardly.
+    return _Entry((), NO_SUCH_NAME if nothing else NO_ADDRESS, ttl or _SHORTEST_TTL)
 
 
 def _clamp(ttl: float, longest: float) -> float:
     return min(max(ttl, _SHORTEST_TTL), longest)
-
-
-def _parse_hosts(text: str) -> dict[str, tuple[IPAddress, ...]]:
-    """hosts(5): an address and its names on a line. What is neither is skipped, as the C library does."""
-    found: dict[str, list[IPAddress]] = {}
-    for line in text.splitlines():
-        address, *names = line.partition("#")[0].split() or [""]
-        for name in names:
-            with contextlib.suppress(ValueError):
-                found.setdefault(str(canonical_host(name)), []).append(numeric_address(address))
-    return {name: _in_turn(addresses) for name, addresses in found.items()}
-
-
-class _WatchedFile:
-    """A small text file that is read again when it has changed."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._seen: tuple[int, int, int] | str | None = "never"
-
-    def changed(self) -> str | None:
-        """Its text, "" for a missing or unreadable file, if it is not the one seen last; otherwise None."""
-        try:
-            status = os.stat(self.path)
-            now = (status.st_mtime_ns, status.st_ino, status.st_size)
-        except OSError:
-            now = None
-        if now == self._seen:
-            return None
-        self._seen = now
-        try:
-            return self.path.read_text("utf-8", "replace")
-        except OSError:
-            return ""

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from usocksd.access_log import Access, AccessLog
-from usocksd.acl import AccessRules, ClientRules
-from usocksd.auth import Users
+from usocksd.acl import AccessRules
+from usocksd.auth import FAILURE_TAKES, Users
+from usocksd.clients import ClientRules
 from usocksd.egress import EgressPools, Usable
 from usocksd.errors import CommandNotSupported, Denied, Error, NoEgress, ResolveError
 from usocksd.match import IPAddress, canonical_host, numeric_address
@@ -234,17 +236,22 @@ class Sessions:
                 access.requested(event, server.method)
                 return event
             elif isinstance(event, Credentials):
-                await self._authenticate(event, server, access)
+                await self._authenticate(event, client, server, access)
             else:
                 return None
 
-    async def _authenticate(self, credentials: Credentials, server: Server, access: Access) -> None:
+    async def _authenticate(self, credentials: Credentials, client: Endpoint, server: Server, access: Access) -> None:
+        """Raises ClientFault, DeadlineExpired, PeerReset."""
         # Where nobody has to authenticate, an empty password is no try to: Java sends the login name and none.
         anonymous = not self._users_required and not credentials.password
         if self._users is None or anonymous:
             access.authenticated(None)
             server.accept_credentials()
-        elif await self._users.verify(credentials.username, credentials.password, access.client_host):
+        elif await client.meanwhile(
+            client.deadline + FAILURE_TAKES,  # so that who is wrong at the last moment still hears of it
+            partial(self._users.verify, credentials.username, client=access.client_host),
+            credentials.password,
+        ):
             access.authenticated(credentials.username)
             server.accept_credentials()
         else:
@@ -287,10 +294,16 @@ class Sessions:
             if not decision.allowed:
                 denied = denied or Denied(decision.rule)
                 continue
+            if not targets and unusable is None:
+                access.rule, access.pool = decision.rule, decision.egress
             try:
-                targets.append(self._target(text, port, name, decision.egress, access))
+                target = self._target(text, port, name, decision.egress, access)
             except NoEgress as error:
                 unusable = unusable or error
+                continue
+            if not targets:  # should none of them answer, the record is about the one that was tried first
+                access.rule, access.pool = decision.rule, decision.egress
+            targets.append(target)
         if not targets:
             raise unusable or denied or ResolveError(name, "no address")
         return targets

@@ -24,19 +24,25 @@ from __future__ import annotations
 import array
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 from socket import socket as Socket
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from delay import DelayLine
 
 PROXY_V4 = ("198.51.100.10", "198.51.100.11", "198.51.100.12")  # egress addresses of the host with the daemons
 PROXY_V6 = ("2001:db8:100::10", "2001:db8:100::11", "2001:db8:100::12")
@@ -260,6 +266,19 @@ class Lab:
                 raise RuntimeError(f"the addresses of {host.name} stay tentative")
             time.sleep(0.01)
 
+    def tun(self, host: Host, addresses: Sequence[str], *, name: str = "eth0") -> FileIO:
+        """A TUN device of a host, up, with these addresses: what the host sends is read here, and what is written here
+        it receives, a packet at a time. Raises OSError where there is no /dev/net/tun for this user.
+        """
+        device = FileIO(self.ask("tun", host.name, name), "r+")
+        self.ip(
+            host,
+            *(f"addr add {address} dev {name}{' nodad' if ':' in address else ''}" for address in addresses),
+            f"link set {name} up",
+        )
+        self._wait_for_addresses(host)
+        return device
+
     def etc(self, name: str, text: str) -> None:
         """Replace /etc/NAME (hosts, resolv.conf) for everything that runs in the lab from now on."""
         self.ask("etc", name, text)
@@ -295,6 +314,24 @@ def host_net() -> Iterator[Net]:
 
 
 @contextlib.contextmanager
+def delayed_net(round_trip: float) -> Iterator[tuple[Net, DelayLine]]:
+    """As host_net, with that delay (seconds, there and back) between client and outside; TCP Fast Open allowed on both.
+
+    Raises OSError where this user may not have TUN devices.
+    """
+    with Lab() as lab:
+        client, outside = lab.host("client"), lab.host("outside")
+        line = _uplink(lab, client, outside, delay=round_trip / 2)
+        assert line is not None
+        try:
+            for host in (client, outside):
+                host.sysctl("net.ipv4.tcp_fastopen", 3)
+            yield Net(lab, client, outside, client), line
+        finally:
+            line.close()
+
+
+@contextlib.contextmanager
 def gateway_net() -> Iterator[Net]:
     """client (192.168.77.2) --- (192.168.77.1) gateway (198.51.100.10, .11, .12) --- outside, and IPv6 alike.
 
@@ -319,12 +356,16 @@ def gateway_net() -> Iterator[Net]:
         yield Net(lab, client, outside, gateway)
 
 
-def _uplink(lab: Lab, proxy: Host, outside: Host) -> None:
-    lab.wire(
-        proxy, outside,
-        [f"{a}/24" for a in PROXY_V4] + [f"{a}/64" for a in PROXY_V6],
-        [f"{NEXT_V4}/24", f"{NEXT_V6}/64"],
-    )  # fmt: skip
+def _uplink(lab: Lab, proxy: Host, outside: Host, *, delay: float | None = None) -> DelayLine | None:
+    line = None
+    ours = [f"{a}/24" for a in PROXY_V4] + [f"{a}/64" for a in PROXY_V6]
+    theirs = [f"{NEXT_V4}/24", f"{NEXT_V6}/64"]
+    if delay is None:
+        lab.wire(proxy, outside, ours, theirs)
+    else:
+        from delay import DelayLine  # noqa: PLC0415  (the agent, which is this file too, finds no neighbours)
+
+        line = DelayLine(lab.tun(proxy, ours), lab.tun(outside, theirs), delay)
     # The first address is the one the kernel chooses by itself; IPv6 would take the last one added.
     lab.ip(
         proxy,
@@ -337,11 +378,13 @@ def _uplink(lab: Lab, proxy: Host, outside: Host) -> None:
     lab.ip(outside, "route add unreachable default", "route add unreachable ::/0")
     beyond = (WEB_V4, OTHER_V4, PRIVATE_V4, WEB_V6, OTHER_V6, PRIVATE_V6)
     lab.ip(outside, *(f"addr add {a}/{128 if ':' in a else 32} dev lo" for a in beyond))
+    return line
 
 
 # ---- the agent: runs inside the namespaces, serves one control socket
 
 CLONE_NEWNET = 0x40000000  # setns(2)
+TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000  # linux/if_tun.h
 MS_REC, MS_PRIVATE = 0x4000, 0x40000  # mount(2)
 
 
@@ -429,6 +472,13 @@ class _Agent:
     def do_socket(self, host: str, family: int, kind: int, proto: int) -> Socket:
         self._enter(host)
         return Socket(family, kind, proto)
+
+    def do_tun(self, host: str, name: str) -> FileIO:
+        self._enter(host)
+        device = FileIO("/dev/net/tun", "r+")
+        request = struct.pack("16sH22x", name.encode(), IFF_TUN | IFF_NO_PI)
+        fcntl.ioctl(device, TUNSETIFF, request)
+        return device
 
     def do_write(self, host: str, path: str, text: str) -> None:
         self._enter(host)

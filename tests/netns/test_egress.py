@@ -8,16 +8,17 @@ import os
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from socket import socket as Socket
-from typing import Any
+from typing import Any, NamedTuple
 
 import daemons
 import lab
@@ -28,7 +29,9 @@ WEB = {4: lab.WEB_V4, 6: lab.WEB_V6}
 POOL = {4: lab.PROXY_V4, 6: lab.PROXY_V6}
 GENERAL_FAILURE, NETWORK_UNREACHABLE = 1, 3
 IP_BIND_ADDRESS_NO_PORT = 24
-ETH_P_ALL = 0x0003
+# linux/if_ether.h, linux/if_packet.h, asm-generic/socket.h
+ETH_P_ALL, SOL_PACKET, PACKET_STATISTICS = 0x0003, 263, 6
+SO_RCVBUFFORCE, SO_TIMESTAMPNS = 33, 35
 
 CONFIG = """
 {top}
@@ -80,22 +83,31 @@ def metric(net: lab.Net, line: str) -> float | None:
 
 
 class Sniffer(contextlib.AbstractContextManager["Sniffer"]):
-    """Sees each SYN that arrives at a host for a port, with its time: retries, and what is never answered, too."""
+    """Sees each SYN that arrives at a host for a port, with its time: retries, and what is never answered, too.
+
+    All of them once the `with` block is left, and not a moment earlier: this process may be behind.
+    """
 
     def __init__(self, host: lab.Host, port: int) -> None:
         self.seen: list[tuple[float, str]] = []
         self._port = port
         self._sock = host.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ETH_P_ALL))
         self._sock.settimeout(0.1)
+        with contextlib.suppress(PermissionError):
+            self._sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 1 << 24)
+        self._sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+        self._offset = time.time() - time.monotonic()
         self._done = False
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
     def _run(self) -> None:
-        while not self._done:
+        while True:
             try:
-                packet, (_, _, kind, *_) = self._sock.recvfrom(65536)
+                packet, more, _, (_, _, kind, *_) = self._sock.recvmsg(65536, 256)
             except TimeoutError:
+                if self._done:
+                    return
                 continue
             if kind == socket.PACKET_OUTGOING or not packet:
                 continue
@@ -105,20 +117,34 @@ class Sniffer(contextlib.AbstractContextManager["Sniffer"]):
             else:
                 protocol, source, tcp = packet[6], IPv6Address(packet[8:24]), packet[40:]
             if protocol == socket.IPPROTO_TCP and int.from_bytes(tcp[2:4]) == self._port and tcp[13] & 0x12 == 0x02:
-                self.seen.append((time.monotonic(), str(source)))
+                # When it arrived, not when it is read.
+                (when,) = (data for _, kind, data in more if kind == SO_TIMESTAMPNS)
+                seconds, nanoseconds = struct.unpack("@ll", when)
+                self.seen.append((seconds + nanoseconds / 1e9 - self._offset, str(source)))
 
     def __exit__(self, *_: object) -> None:
         self._done = True
         self._thread.join()
+        _, dropped = struct.unpack("@II", self._sock.getsockopt(SOL_PACKET, PACKET_STATISTICS, 8))
         self._sock.close()
+        assert not dropped
+
+
+class Connection(NamedTuple):
+    """What came of one, and when it was begun and over."""
+
+    began: float
+    ended: float
+    reply: int
+    bound: str
+    """Where it left from."""
 
 
 class Load(contextlib.AbstractContextManager["Load"]):
     """Clients that connect again and again, from many addresses, so that all egress addresses have some."""
 
     def __init__(self, net: lab.Net, host: str, port: int) -> None:
-        self.done: list[tuple[float, int, str]] = []
-        """When each was begun, its reply, and where it left from."""
+        self.done: list[Connection] = []
         self._where = net, host, port
         self._stopped = False
         self._threads = [threading.Thread(target=self._run, args=(number,)) for number in range(3)]
@@ -135,11 +161,11 @@ class Load(contextlib.AbstractContextManager["Load"]):
                 reply, bound = ask(net, f"127.0.{number + 1}.{turn % 200 + 1}", host, port)
             except OSError as error:
                 reply, bound = -1, str(error)
-            self.done.append((began, reply, bound))
+            self.done.append(Connection(began, time.monotonic(), reply, bound))
 
-    def until(self, condition: Any, what: str) -> None:
+    def until(self, condition: Callable[[Connection], bool], what: str) -> None:
         """Wait until a connection is like this."""
-        wait_until(lambda: any(condition(*each) for each in self.done[-100:]), what)
+        wait_until(lambda: any(map(condition, self.done[-100:])), what)
 
     def __exit__(self, *_: object) -> None:
         self._stopped = True
@@ -161,27 +187,28 @@ def test_an_address_goes_under_load_and_comes_back(host_net: lab.Net, tmp_path: 
     ):
         server.ready()
         with Load(net, WEB[version], 80) as load:
-            load.until(lambda _, reply, bound: (reply, bound) == (GRANTED, gone), "all are used")
+            load.until(lambda each: (each.reply, each.bound) == (GRANTED, gone), "all are used")
+            removing = time.monotonic()
             net.proxy.run("ip", "addr", "del", f"{gone}/{bits}", "dev", "eth0")
             removed = time.monotonic()
-            load.until(lambda began, *_: began > removed + 2, "life goes on")
+            load.until(lambda each: each.began > removed + 2, "life goes on")
             put_back = time.monotonic()
             net.proxy.run("ip", "addr", "add", f"{gone}/{bits}", "dev", "eth0", *flags)
             back = time.monotonic()
-            load.until(lambda began, reply, bound: began > back and bound == gone, "it is used again")
-            again = next(began for began, _, bound in load.done if began > back and bound == gone)
+            load.until(lambda each: each.began > back and each.bound == gone, "it is used again")
+            again = next(each.began for each in load.done if each.began > back and each.bound == gone)
             assert again < back + 1
-            load.until(lambda began, *_: began > back + 1, "life goes on")
+            load.until(lambda each: each.began > back + 1, "life goes on")
         assert len(server.records("addresses of this host changed", removed=[gone])) == 2  # workers
     # From a second after, at the latest, all is well; and nothing has ever left from anywhere else.
-    later = [(reply, bound) for began, reply, bound in load.done if removed + 1 < began < put_back]
+    later = [each for each in load.done if removed + 1 < each.began and each.ended < put_back]
     assert len(later) > 20
-    assert Counter(reply for reply, _ in later) == {GRANTED: len(later)}
-    assert {bound for _, bound in later} == {pool[0], pool[2]}
-    assert all(reply == GRANTED for began, reply, _ in load.done if began < removed - 0.1 or began > back + 1)
+    assert Counter(each.reply for each in later) == {GRANTED: len(later)}
+    assert {each.bound for each in later} == {pool[0], pool[2]}
+    assert all(each.reply == GRANTED for each in load.done if each.ended < removing or each.began > back + 1)
     assert {source for _, source in sniffer.seen} == set(pool)
     assert {source for when, source in sniffer.seen if removed + 1 < when < put_back} == {pool[0], pool[2]}
-    assert len(sniffer.seen) >= len([each for each in load.done if each[1] == GRANTED])
+    assert len(sniffer.seen) >= len([each for each in load.done if each.reply == GRANTED])
 
 
 def test_with_no_address_left_nothing_leaves(host_net: lab.Net, tmp_path: Path) -> None:

@@ -453,7 +453,7 @@ def test_the_sample_shows_every_setting_and_its_default(tmp_path: Path) -> None:
 
 
 def test_the_sample_names_the_default_clients() -> None:
-    from usocksd.acl import DEFAULT_CLIENTS  # noqa: PLC0415
+    from usocksd.clients import DEFAULT_CLIENTS  # noqa: PLC0415
 
     shown = re.search(r"^#(allow_from = .*)$", SAMPLE.read_text(), re.MULTILINE)
     assert shown is not None

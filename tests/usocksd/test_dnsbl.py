@@ -91,7 +91,7 @@ class Keeper:
     def __init__(
         self,
         nursery: trio.Nursery,
-        server: SocketAddress,
+        server: SocketAddress | None,
         *addresses: IPAddress,
         domains: Sequence[str] = (DOMAIN,),
         known: Sequence[Listing] = (),
@@ -104,7 +104,7 @@ class Keeper:
         self.listings.take(as_json(known))
         self.shared: list[Any] = []
         times = {"shortest": 0.01, "after_failure": 0.01, "lifetime": 0.5} | more
-        lookups = Lookups(self.listings, self._share, [server], self.metrics, **times)
+        lookups = Lookups(self.listings, self._share, [server] if server else None, self.metrics, **times)
         self.scope = trio.CancelScope()
 
         async def run() -> None:
@@ -305,4 +305,27 @@ async def test_a_dead_list_holds_up_no_other(tasks: trio.Nursery, caplog: pytest
         # An answer is good for its TTL, a minute here, and no question is asked before.
         await trio.sleep(0.1)
         assert server.asked.count(f"10.100.51.198.{DOMAIN}") == 1
+        keeper.scope.cancel()
+
+
+async def test_a_dead_list_holds_up_no_other_with_however_many_addresses(tasks: trio.Nursery) -> None:
+    pool = [ip_address(f"198.51.100.{number}") for number in range(1, 51)]
+    dead = {str(query_name(Listing(address, "dead.example"))): None for address in pool}
+    with NameServer({**dead, f"50.100.51.198.{DOMAIN}": ["127.0.0.2"]}) as server:
+        host, _, port = server.address.rpartition(":")
+        where = SocketAddress(ip_address(host), int(port))
+        keeper = Keeper(tasks, where, *pool, domains=["dead.example", DOMAIN], lifetime=60)
+        await until(lambda: keeper.listed == {pool[-1]})
+        keeper.scope.cancel()
+
+
+async def test_a_bad_resolv_conf_does_not_end_the_lookups(
+    tasks: trio.Nursery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolv_conf = tmp_path / "resolv.conf"
+    resolv_conf.write_text("search a..b\nnameserver bogus\nnameserver 127.0.0.1\n")
+    with NameServer({f"10.100.51.198.{DOMAIN}": ["127.0.0.2"]}) as server:
+        monkeypatch.setattr("usocksd.name_servers._PORT", int(server.address.rpartition(":")[2]))
+        keeper = Keeper(tasks, None, ONE, resolv_conf=resolv_conf)
+        await until(lambda: keeper.listed == {ONE})
         keeper.scope.cancel()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import socket
 import subprocess
@@ -19,6 +20,7 @@ import pytest
 import trio
 import trio.testing
 
+import usocksd.name_servers
 import usocksd.resolver
 from usocksd.errors import ResolveError
 from usocksd.match import IPAddress
@@ -265,6 +267,22 @@ async def test_absence_is_remembered_as_long_as_the_soa_says(place: Place, start
         assert server.asked[name, "A"] == 2
 
 
+async def test_an_absence_that_nobody_vouches_for_is_hardly_kept(place: Place, start: Start) -> None:
+    """RFC 2308 section 5: without a SOA it is not to be cached."""
+    server = await start(records({"empty.test": []}))
+    resolver = await place.resolver(server.endpoint)
+    for name in ("none.test", "empty.test"):
+        await cause_of_failure(resolver, name)
+        place.clock.now += 6
+        await cause_of_failure(resolver, name)
+        assert server.asked[name, "A"] == 2
+    # Beside addresses it is: else names without IPv6 would be asked for all the time.
+    server.answer = records({"four.test": ["192.0.2.1"]})
+    await resolver.resolve("four.test")
+    place.clock.now += 59
+    assert resolver.cached("four.test")
+
+
 async def test_hosts_localhost_and_literals_are_never_asked_for(place: Place, start: Start) -> None:
     place.hosts.write_text(
         "# comment\n192.0.2.9 Build.Example. build # alias\n2001:db8::9\tbuild.example\n"
@@ -284,13 +302,14 @@ async def test_hosts_localhost_and_literals_are_never_asked_for(place: Place, st
     assert not server.asked
 
 
-async def test_files_are_read_again_when_they_change(place: Place, start: Start) -> None:
+async def test_files_are_read_again_when_they_change(
+    place: Place, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
     old, new = await start(records({"www.test": ["192.0.2.1"]})), await start(records({"www.test": ["192.0.2.2"]}))
     place.hosts.write_text("192.0.2.9 build\n")
     place.resolv_conf.write_text("nameserver 127.0.0.1\n")
+    monkeypatch.setattr(usocksd.name_servers, "_PORT", old.endpoint.port)
     resolver = await place.resolver(from_file=True)
-    resolver._dns.nameserver_ports = {"127.0.0.1": old.endpoint.port}
-    resolver._dns.nameservers = ["127.0.0.1"]
     assert await resolver.resolve("www.test") == addresses("192.0.2.1")
     # replaced by another file, as editors and DHCP clients do
     for file, text in ((place.hosts, "192.0.2.10 build\n"), (place.resolv_conf, "nameserver 127.0.0.1\nsearch x\n")):
@@ -301,11 +320,48 @@ async def test_files_are_read_again_when_they_change(place: Place, start: Start)
     place.clock.now += 1
     assert resolver.cached("build") == addresses("192.0.2.10")
     assert resolver.cached("www.test") is None
-    assert [name.to_text() for name in resolver._dns.search] == ["x."]
+    assert resolver.full_names("www") == ("www.x", "www")
     place.hosts.unlink()
     place.clock.now += 1
     assert resolver.cached("build") is None
     assert not new.asked
+
+
+async def test_a_file_that_cannot_be_read_stays_what_it_was(
+    place: Place, start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    place.hosts.write_text("192.0.2.9 build\n")
+    resolver = await place.resolver((await start(records({}))).endpoint)
+    place.hosts.write_text("192.0.2.10 build again\n")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))  # no descriptor is left in the moment of the change
+    try:
+        for _ in range(2):
+            place.clock.now += 1
+            assert resolver.cached("build") == addresses("192.0.2.9")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(caplog.records) == 1
+    place.clock.now += 1
+    assert resolver.cached("build") == addresses("192.0.2.10")
+
+
+async def test_a_line_of_resolv_conf_that_is_wrong_does_not_cost_the_others(
+    place: Place, start: Start, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = await start(records({"www.lab.test": ["192.0.2.1"]}))
+    monkeypatch.setattr("usocksd.name_servers._PORT", server.endpoint.port)
+    text = "search a..b\nsearch lab.test\nnameserver bogus\nnameserver https://dns.example/\nnameserver 127.0.0.1\n"
+    place.resolv_conf.write_text(text + "options timeout:0\n")
+    resolver = await place.resolver(from_file=True)
+    assert await resolver.search("www") == addresses("192.0.2.1")
+    assert len(caplog.records) == 3
+
+
+async def test_a_hosts_line_without_a_good_address_says_nothing_of_its_names(place: Place, start: Start) -> None:
+    place.hosts.write_text("192.0.2 www.test\n")
+    resolver = await place.resolver((await start(records({"www.test": ["192.0.2.1"]}))).endpoint)
+    assert await resolver.resolve("www.test") == addresses("192.0.2.1")
 
 
 async def test_a_bad_resolv_conf_is_ignored(place: Place, start: Start, caplog: pytest.LogCaptureFixture) -> None:
@@ -498,6 +554,78 @@ async def test_the_next_server_is_asked(place: Place, start: Start) -> None:
         assert await resolver.resolve("www.test") == addresses("192.0.2.1")
 
 
+async def test_a_server_that_is_dead_is_asked_last_for_a_while(place: Place, start: Start) -> None:
+    place.resolv_conf.write_text("options timeout:1\n")
+    truth = records({f"{name}.test": ["192.0.2.1", "2001:db8::1"] for name in "abcde"})
+    dead, good = await start(silence), await start(truth)
+    resolver = await place.resolver(dead.endpoint, good.endpoint)
+    await resolver.resolve("a.test")
+    assert dead.asked == {("a.test", "A"): 1, ("a.test", "AAAA"): 1}
+    dead.asked.clear()
+    with trio.fail_after(0.9):  # nobody waits for it any more
+        await resolver.resolve("b.test")
+    assert not dead.asked
+    # A while later one query finds out whether it is back. It is not.
+    place.clock.now += 31
+    await resolver.resolve("c.test")
+    assert dead.asked.total() == 1
+    # And then it is: the first is the first again.
+    place.clock.now += 31
+    dead.answer = truth
+    await resolver.resolve("d.test")
+    assert dead.asked.total() == 2
+    good.asked.clear()
+    await resolver.resolve("e.test")
+    assert not good.asked
+
+
+async def test_a_server_that_leaves_some_queries_unanswered_is_not_dead(place: Place, start: Start) -> None:
+    """Those of a zone far away, say: then whoever asks for its names does not change whom others ask."""
+    place.resolv_conf.write_text("options timeout:1\n")
+
+    def answer(query: dns.message.Message) -> Sequence[dns.message.Message | bytes]:
+        slow = query.question[0].name.to_text() == "slow.test."
+        return [] if slow else records({"www.test": ["192.0.2.1"], "web.test": ["192.0.2.2"]})(query)
+
+    first, second = await start(answer), await start(records({}))
+    resolver = await place.resolver(first.endpoint, second.endpoint)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(cause_of_failure, resolver, "slow.test")
+        await first.got_query.wait()
+        assert await resolver.resolve("www.test") == addresses("192.0.2.1")
+    assert await resolver.resolve("web.test") == addresses("192.0.2.2")
+
+
+async def test_where_no_server_listens_the_next_is_asked_at_once(place: Place, start: Start) -> None:
+    good = await start(records({"www.test": ["192.0.2.1"]}))
+    with socket.socket(type=socket.SOCK_DGRAM) as closed:
+        closed.bind(("127.0.0.1", 0))
+        nobody = SocketAddress(ip_address("127.0.0.1"), closed.getsockname()[1])
+    with trio.fail_after(0.9):
+        resolver = await place.resolver(nobody, good.endpoint)
+        assert await resolver.resolve("www.test") == addresses("192.0.2.1")
+        resolver = await place.resolver(nobody)
+        assert await cause_of_failure(resolver, "www.test") == "servers failed"
+
+
+@pytest.mark.parametrize("rcode", [dns.rcode.FORMERR, dns.rcode.NOTIMP])
+async def test_a_server_that_takes_no_edns(place: Place, start: Start, rcode: dns.rcode.Rcode) -> None:
+    def answer(query: dns.message.Message) -> Sequence[dns.message.Message | bytes]:
+        if query.edns >= 0:
+            reply = refusal(query, rcode)[0]
+            reply.use_edns(False)
+            reply.question.clear()  # it has not looked so far
+            return [reply]
+        return records({"www.test": ["192.0.2.1"], "web.test": ["192.0.2.2"]})(query)
+
+    server = await start(answer)
+    resolver = await place.resolver(server.endpoint)
+    assert await resolver.resolve("www.test") == addresses("192.0.2.1")
+    server.asked.clear()
+    assert await resolver.resolve("web.test") == addresses("192.0.2.2")
+    assert server.asked["web.test", "A"] == 1  # remembered
+
+
 async def test_servers_that_fail(place: Place, start: Start) -> None:
     server = await start(refusal)
     resolver = await place.resolver(server.endpoint)
@@ -603,6 +731,28 @@ async def test_sockets_are_bounded_and_names_wait_for_them(place: Place, start: 
             assert len(await resolver.resolve("www.test")) == 2
 
 
+async def test_names_that_nobody_answers_for_give_way(place: Place, start: Start) -> None:
+    """However many they are, and with much more time to live than anybody waits for an answer."""
+
+    def answer(query: dns.message.Message) -> Sequence[dns.message.Message | bytes]:
+        dead = query.question[0].name.to_text().startswith("dead")
+        return [] if dead else records({"www.test": ["192.0.2.1"], "web.test": ["192.0.2.2"]})(query)
+
+    server = await start(answer)
+    resolver = await place.resolver(server.endpoint, sockets=4, lifetime=60)
+    async with trio.open_nursery() as nursery:
+        for number in range(20):
+            nursery.start_soon(cause_of_failure, resolver, f"dead{number}.test")
+        await server.got_query.wait()
+        await trio.testing.wait_all_tasks_blocked()
+        with trio.fail_after(3):
+            assert await resolver.resolve("www.test") == addresses("192.0.2.1")
+            assert await resolver.resolve("web.test") == addresses("192.0.2.2")
+        nursery.cancel_scope.cancel()
+    await trio.testing.wait_all_tasks_blocked()
+    assert resolver._turns._free == 2
+
+
 async def test_an_answer_about_another_name_is_no_answer(place: Place, start: Start) -> None:
     def answer(query: dns.message.Message) -> list[dns.message.Message]:
         reply = dns.message.make_response(query)
@@ -616,18 +766,21 @@ async def test_an_answer_about_another_name_is_no_answer(place: Place, start: St
     assert await cause_of_failure(resolver, "www.test") == "no address"
 
 
-async def test_whoever_has_ipv4_does_not_wait_for_a_server_that_drops_aaaa(place: Place, start: Start) -> None:
+@pytest.mark.parametrize("address", ["192.0.2.1", "2001:db8::1"])
+async def test_whoever_has_one_family_does_not_wait_for_a_server_that_drops_the_other(
+    place: Place, start: Start, address: str
+) -> None:
+    kind = dns.rdatatype.A if "." in address else dns.rdatatype.AAAA
+
     def answer(query: dns.message.Message) -> Sequence[dns.message.Message | bytes]:
-        if query.question[0].rdtype == dns.rdatatype.AAAA:
-            return []
-        return records({"www.test": ["192.0.2.1"]}, ttl=600)(query)
+        return records({"www.test": [address]}, ttl=600)(query) if query.question[0].rdtype == kind else []
 
     server = await start(answer)
     resolver = await place.resolver(server.endpoint, lifetime=60.0)
     with trio.fail_after(5):
-        assert await resolver.resolve("www.test") == addresses("192.0.2.1")
+        assert await resolver.resolve("www.test") == addresses(address)
     place.clock.now += 9
-    assert resolver.cached("www.test") == addresses("192.0.2.1")
+    assert resolver.cached("www.test") == addresses(address)
     place.clock.now += 2  # and not for as long as the TTL says, the other family may come back
     assert resolver.cached("www.test") is None
 
@@ -647,6 +800,15 @@ async def test_the_cache_is_bounded(place: Place, start: Start, monkeypatch: pyt
     assert sorted(resolver._cache) == ["7.test.x", "8.test.x", "9.test.x"]
 
 
+async def test_of_very_many_addresses_some_are_taken(
+    place: Place, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(usocksd.resolver, "_MOST_ADDRESSES", 3)
+    server = await start(records({"www.test": ["192.0.2.1", "192.0.2.2", "2001:db8::1", "2001:db8::2"]}))
+    resolver = await place.resolver(server.endpoint)
+    assert await resolver.resolve("www.test") == addresses("2001:db8::1", "192.0.2.1", "2001:db8::2")
+
+
 async def test_a_fault_of_one_query_is_not_that_of_others(
     place: Place, start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -657,7 +819,7 @@ async def test_a_fault_of_one_query_is_not_that_of_others(
         raise KeyError("bug")
 
     with monkeypatch.context() as patch:
-        patch.setattr(resolver._dns, "resolve", broken)
+        patch.setattr(resolver._servers, "ask", broken)
         assert await cause_of_failure(resolver, "bug.test") == "servers failed"
     assert "resolver failed" in caplog.text
     assert await resolver.resolve("www.test") == addresses("192.0.2.1")

@@ -6,8 +6,8 @@ import logging
 
 from usocksd import __version__
 from usocksd.access_log import AccessLog
-from usocksd.acl import ClientRules
 from usocksd.addresses import HostAddresses
+from usocksd.clients import ClientRules
 from usocksd.commands.parts import make_egress, make_policy, make_users
 from usocksd.config import Config
 from usocksd.dnsbl import Lookups

@@ -21,8 +21,11 @@ from usocksd.runtime.reactor import Reactor
 # port; without it some 28,000 of them limit a source address over all destinations. Python 3.11 has no name for it.
 _IP_BIND_ADDRESS_NO_PORT = 24
 _STREAM = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
-# RFC 8305, section 5: how long one attempt is given before the next address is tried beside it, in seconds.
-_ATTEMPT_DELAY = 0.25
+# RFC 8305, section 5: how long one attempt is given before the next address is tried beside it, in seconds. Down to
+# the shortest that is recommended there, for all of many addresses to be tried in the first half of the time.
+_ATTEMPT_DELAY, _SHORTEST_DELAY = 0.25, 0.1
+# Who owns a name decides how many addresses it has: not how many descriptors a client takes at a time.
+_MOST_ATTEMPTS = 16
 # So long, in seconds, a source that was out of ports for a destination is not the first to be asked again: the kernel
 # looks at each of the 28,000 ports before it says so, which takes 2 ms of this process.
 _SPENT_FOR = 1.0
@@ -76,7 +79,7 @@ async def dial(
         client.check_peer()
     if len(targets) == 1:
         return await _connect(reactor, targets[0], deadline, client), targets[0]
-    return await _race(reactor, targets, deadline, client)
+    return await _Race(reactor, targets, deadline).run(client)
 
 
 async def _connect(reactor: Reactor, target: Target, deadline: float, client: Endpoint | None) -> Endpoint:
@@ -191,59 +194,87 @@ def _in_time_wait() -> int | None:
         return None
 
 
-async def _race(
-    reactor: Reactor, targets: Sequence[Target], deadline: float, client: Endpoint | None
-) -> tuple[Endpoint, Target]:
-    """Attempts start _ATTEMPT_DELAY apart, or as soon as the one before has failed; the first to connect wins."""
-    won: list[tuple[Endpoint, Target]] = []
-    failed: list[DialError] = []
-    stopped: list[Exception] = []
-    gone = False
+class _Race:
+    """Attempts begin a moment apart, or as soon as the one before has failed; the first to connect wins.
 
-    async def attempt(target: Target, settled: trio.Event) -> None:
+    When there are too many at a time the one that has waited longest is given up.
+    """
+
+    def __init__(self, reactor: Reactor, targets: Sequence[Target], deadline: float) -> None:
+        self._reactor = reactor
+        self._targets = targets
+        self._deadline = deadline
+        spread = (deadline - reactor.clock()) / (2 * len(targets))
+        self._delay = max(min(_ATTEMPT_DELAY, spread), _SHORTEST_DELAY)
+        self._waiting: dict[trio.Event, trio.CancelScope] = {}  # in the order in which they began
+        self._won: list[tuple[Endpoint, Target]] = []
+        self._failed: list[DialError] = []
+        self._stopped: list[Exception] = []
+        self._gone = False
+        self._scope = trio.CancelScope()
+
+    async def run(self, client: Endpoint | None) -> tuple[Endpoint, Target]:
+        """As `dial`."""
         try:
-            endpoint = await _connect(reactor, target._replace(fast_open=False), deadline, None)
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    if client is not None:
+                        client.on_reset = self._give_up
+                    for target in self._targets:
+                        # Past it, each attempt would begin only to end: with many targets, for a long time.
+                        if self._failed and self._reactor.clock() >= self._deadline:
+                            break
+                        await self._begin(nursery, target)
+        except BaseException:
+            # Cancelled, perhaps in the moment in which an attempt had won.
+            for endpoint, _ in self._won:
+                endpoint.close()
+            raise
+        finally:
+            if client is not None:
+                client.on_reset = None
+        if self._won:
+            return self._won[0]
+        if self._stopped:
+            raise self._stopped[0]
+        if self._gone:
+            raise PeerReset
+        raise self._failed[0]
+
+    async def _begin(self, nursery: trio.Nursery, target: Target) -> None:
+        """Returns when the next attempt may begin."""
+        if len(self._waiting) == _MOST_ATTEMPTS:
+            next(iter(self._waiting.values())).cancel()
+        settled = trio.Event()
+        self._waiting[settled] = trio.CancelScope()
+        nursery.start_soon(self._attempt, target, settled)
+        with trio.move_on_after(self._delay):
+            await settled.wait()
+
+    async def _attempt(self, target: Target, settled: trio.Event) -> None:
+        endpoint = None
+        try:
+            with self._waiting[settled]:
+                # Of several one would be chosen that has not answered: see `dial`.
+                waited_for = target._replace(fast_open=False)
+                endpoint = await _connect(self._reactor, waited_for, self._deadline, None)
         except DialError as error:
-            failed.append(error)
+            self._failed.append(error)
         except Exception as error:
             # The process stops, say. Not through the nursery, which would wrap it.
-            stopped.append(error)
-            nursery.cancel_scope.cancel()
-        else:
-            if won:
-                endpoint.close()
-            else:
-                won.append((endpoint, target))
-                nursery.cancel_scope.cancel()
+            self._stopped.append(error)
+            self._scope.cancel()
         finally:
+            del self._waiting[settled]
             settled.set()
-
-    def give_up() -> None:
-        nonlocal gone
-        gone = True
-        nursery.cancel_scope.cancel()
-
-    try:
-        async with trio.open_nursery() as nursery:
-            if client is not None:
-                client.on_reset = give_up
-            for target in targets:
-                settled = trio.Event()
-                nursery.start_soon(attempt, target, settled)
-                with trio.move_on_after(_ATTEMPT_DELAY):
-                    await settled.wait()
-    except BaseException:
-        # Cancelled, perhaps in the moment in which an attempt had won.
-        for endpoint, _ in won:
+        if endpoint is None:
+            return
+        if self._won:
             endpoint.close()
-        raise
-    finally:
-        if client is not None:
-            client.on_reset = None
-    if won:
-        return won[0]
-    if stopped:
-        raise stopped[0]
-    if gone:
-        raise PeerReset
-    raise failed[0]
+        else:
+            self._won.append((endpoint, target))
+            self._scope.cancel()
+
+    def _give_up(self) -> None:
+        self._gone = True
+        self._scope.cancel()

@@ -37,15 +37,15 @@ _avoided: dict[str, float] = {}
 
 
 def accept_fast_open(listener: socket.socket) -> None:
-    """Let connections to it begin with data. Nothing more than before comes of it unless net.ipv4.tcp_fastopen has
-    bit 2 (value 2), which it has not by default; and nothing at all where the kernel knows no Fast Open."""
+    """Let connections to it begin with data, where net.ipv4.tcp_fastopen allows that to servers (2; not by default)."""
     with contextlib.suppress(OSError):
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_FASTOPEN, _QUEUE)
 
 
 def ask_for_fast_open(sock: socket.SocketType, host: str, now: float) -> bool:
-    """Have the connect(2) that follows use it. False if it will not: SYNs with it have been lost on the way to `host`,
-    or the kernel knows no Fast Open."""
+    """Have the connect(2) that follows use it. False if it will not: such SYNs have been lost on the way to `host`, or
+    the kernel knows no Fast Open.
+    """
     if _avoided and _avoided.get(host, now) > now:
         return False
     try:

@@ -207,7 +207,6 @@ class Server:
         return self._state(self)
 
     def _probed(self) -> Event:
-        self._buffer = b""
         self._state = Server._over
         return INQUIRY
 

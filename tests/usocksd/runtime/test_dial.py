@@ -299,6 +299,50 @@ async def test_a_late_answer_still_wins(
     assert lab.reactor.handlers == {}
 
 
+async def test_the_deadline_holds_for_however_many_addresses(lab: Any, black_hole: Target) -> None:
+    """It is what ends the attempts under way; none begins behind it."""
+
+    async def run() -> None:
+        with pytest.raises(DialError, match="ETIMEDOUT"):
+            await dial(lab.reactor, [black_hole] * 100, deadline=lab.clock.now + 10)
+
+    with trio.move_on_after(3 * dial_module._ATTEMPT_DELAY) as scope:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run)
+            while len(lab.reactor.handlers) < 2:
+                await trio.lowlevel.checkpoint()
+            await lab.pass_time(10.0)
+    assert not scope.cancelled_caught
+    assert lab.reactor.handlers == {}
+
+
+async def test_many_black_holes_do_not_hide_the_last_address(
+    lab: Any, black_hole: Target, answering: Callable[..., Target], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor do they take many descriptors at a time."""
+    monkeypatch.setattr(dial_module, "_SHORTEST_DELAY", 0.01)
+    most = 0
+    began = trio.current_time()
+    targets = [black_hole] * 20 + [target := answering()]
+    async with trio.open_nursery() as nursery:
+
+        async def look() -> None:
+            nonlocal most
+            while True:
+                most = max(most, len(lab.reactor.handlers))
+                await trio.sleep(0.001)
+
+        nursery.start_soon(look)
+        endpoint, chosen = await dial(lab.reactor, targets, deadline=lab.clock.now + 0.8)
+        nursery.cancel_scope.cancel()
+    assert chosen is target
+    assert trio.current_time() - began < 20 * dial_module._ATTEMPT_DELAY
+    # (One more for a moment: it ends when the next one begins.)
+    assert most <= dial_module._MOST_ATTEMPTS + 1
+    endpoint.close()
+    assert lab.reactor.handlers == {}
+
+
 async def test_all_refuse(lab: Any, refusing: Target) -> None:
     with pytest.raises(DialError) as caught:
         await dial(lab.reactor, [refusing, refusing], deadline=lab.clock.now + 10)

@@ -58,6 +58,12 @@ async def serve(lab: Any) -> Any:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_connections_may_begin_with_data(host: str) -> None:
+    with listen(host, 0) as sock:
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_FASTOPEN)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 async def test_accepted_sockets_inherit_their_options(lab: Any, serve: Callable[..., Server], host: str) -> None:
     server = serve(host)
     (client,) = server.connect()

@@ -20,7 +20,10 @@ from usocksd.socks import (
     Command,
     Credentials,
     Established,
+    Inquiry,
     Method,
+    Probe,
+    Probed,
     Reply,
     Request,
     RequestRefused,
@@ -52,7 +55,7 @@ CUTS = st.lists(st.integers(0, 600), max_size=20)
 class Heard:
     """All that came of feeding bytes to a server: what it reported, said, and left over."""
 
-    events: list[Credentials | Request]
+    events: list[Credentials | Request | Inquiry]
     sent: bytes
     trailing: bytes
     fault: tuple[str, str] | None  # kind, message
@@ -75,9 +78,10 @@ def feed(pieces: list[bytes], methods: tuple[Method, ...], *, eof: bool = False)
                 heard.events.append(event)
                 if isinstance(event, Credentials):
                     server.accept_credentials()
-                else:
+                    continue
+                if isinstance(event, Request):
                     server.reply(Reply.NOT_ALLOWED)
-                    over = True
+                over = True
             if not over:
                 assert len(server.trailing_data) <= MAX_INCOMPLETE
             heard.sent += server.data_to_send()
@@ -139,7 +143,11 @@ def test_any_split_of_a_conversation_is_the_same_conversation(
 
 GARBAGE = st.one_of(
     st.binary(max_size=700),
-    st.builds(bytes.__add__, st.sampled_from([b"\x04", b"\x05", b"\x05\x01\x00"]), st.binary(max_size=700)),
+    st.builds(
+        bytes.__add__,
+        st.sampled_from([b"\x04", b"\x05", b"\x05\x01\x00", b"\x05\x01\xf5", b"\x05\x02\xf5\x02"]),
+        st.binary(max_size=700),
+    ),
     # A valid conversation with one byte changed.
     st.builds(
         lambda said, place, byte: said[: place % len(said)] + bytes((byte,)) + said[place % len(said) + 1 :],
@@ -154,7 +162,7 @@ GARBAGE = st.one_of(
 def test_garbage_to_the_server(garbage: bytes, cuts: list[int], methods: tuple[Method, ...], eof: bool) -> None:
     """A protocol error or a wait for more, never another exception; bounded; whatever the pieces."""
     whole = feed([garbage] if garbage else [], methods, eof=eof)
-    assert whole.fault is not None or not eof or isinstance(whole.events[-1], Request)
+    assert whole.fault is not None or not eof or isinstance(whole.events[-1], Request | Inquiry)
     assert feed(split(garbage, cuts), methods, eof=eof) == whole
 
 
@@ -171,14 +179,15 @@ def test_garbage_to_the_server(garbage: bytes, cuts: list[int], methods: tuple[M
     st.sampled_from(list(Version)),
     st.sampled_from([None, "me"]),
     st.booleans(),
+    st.booleans(),
 )
 def test_garbage_to_the_client(
-    garbage: bytes, cuts: list[int], version: Version, username: str | None, eof: bool
+    garbage: bytes, cuts: list[int], version: Version, username: str | None, pipelined: bool, eof: bool
 ) -> None:
     """The same for the client role: an UpstreamError or a wait for more."""
 
     def outcome(pieces: list[bytes]) -> object:
-        client = Client("example.com", 80, version=version, username=username)
+        client = Client("example.com", 80, version=version, username=username, pipelined=pipelined)
         event: object = NEED_DATA
         try:
             for piece in [*pieces, b""] if eof else pieces:
@@ -191,6 +200,59 @@ def test_garbage_to_the_client(
         return event, client.trailing_data, client.data_to_send()
 
     assert outcome(split(garbage, cuts)) == outcome([garbage] if garbage else [])
+
+
+ANSWERS = st.sampled_from(
+    [b"", b"\x05", b"\x05\x00", b"\x05\xf5", b"\x05\x02\x01\x00", b"\x05\xf5\x01\x00", b"\x05\x02\x01", b"\x05\xff"]
+)
+
+
+@given(
+    st.builds(bytes.__add__, ANSWERS, st.binary(max_size=300)),
+    CUTS,
+    st.sampled_from([None, "me"]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_garbage_to_a_probe(garbage: bytes, cuts: list[int], username: str | None, pipelined: bool, eof: bool) -> None:
+    """What it learns does not depend on the pieces, and all that can go wrong is an UpstreamError."""
+
+    def outcome(pieces: list[bytes]) -> object:
+        probe = Probe(username, pipelined=pipelined)
+        said = probe.data_to_send()
+        learned: list[Probed] = []
+        try:
+            for piece in [*pieces, b""] if eof else pieces:
+                probe.receive_data(piece)
+                while not over(learned, pipelined) and isinstance(event := probe.next_event(), Probed):
+                    learned.append(event)
+                said += probe.data_to_send()
+        except UpstreamError as error:
+            return type(error), learned
+        assert not eof or over(learned, pipelined)
+        return learned, said
+
+    def over(learned: list[Probed], pipelined: bool) -> bool:
+        return bool(learned) and (learned[-1].pipelines is not None or not pipelined)
+
+    assert outcome(split(garbage, cuts)) == outcome([garbage] if garbage else [])
+
+
+@given(
+    st.lists(st.sampled_from([0, 1, 2, 3, 0x80]), max_size=5).map(bytes),
+    st.one_of(st.binary(max_size=300), conversations().map(lambda conversation: conversation[0])),
+    CUTS,
+    METHODS,
+    st.booleans(),
+)
+def test_no_probe_leads_to_a_request(
+    also: bytes, behind: bytes, cuts: list[int], methods: tuple[Method, ...], eof: bool
+) -> None:
+    """Whatever else it offers, says and is believed: nobody gets a connection past authentication."""
+    greeting = bytes((5, 1 + len(also), Method.PROBE)) + also
+    heard = feed(split(greeting + behind, cuts), methods, eof=eof)
+    assert not any(isinstance(event, Request) for event in heard.events)
+    assert heard.sent.startswith(b"\x05\xf5") or (heard.fault is None and not heard.events)
 
 
 @dataclass
@@ -259,7 +321,7 @@ def test_addresses_and_bound_addresses_arrive(
 @given(NAMES, PORTS, st.sampled_from(list(Version)))
 def test_names_arrive(name: str, port: int, version: Version) -> None:
     """Names arrive as sent: ATYP 3, or 4a."""
-    told = converse(Client(name, port, version=version), Server())
+    told = converse(Client(name, port, version=version, pipelined=port % 2 == 1), Server())
     assert told.request is not None
     assert (told.request.host, told.request.port) == (name, port)
     assert told.request.address_type is AddressType.NAME

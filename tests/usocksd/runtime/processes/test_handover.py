@@ -96,6 +96,28 @@ def test_a_new_version(tmp_path: Path, installed: Path) -> None:
         assert len(tiny.records("listening")) == 2
 
 
+def test_what_was_found_out_for_all_stays_known(tmp_path: Path, installed: Path) -> None:
+    """To the new version, and to the workers that it starts; and one of its own goes on finding out."""
+    (tmp_path / "keep").touch()
+    with Tiny(tmp_path, root=installed, workers=2).ready() as tiny:
+        tiny.expected.add("a worker ended")
+        wait_until(lambda: len(tiny.records("tiny", keeps=True)) == 1, "one keeps")
+        (keeper,) = {record["pid"] for record in tiny.records("tiny", keeps=True)}
+        wait_until(lambda: len(tiny.records("tiny", known=keeper)) == 2, "both know")
+        install(installed, "99.1")
+        tiny.signal(signal.SIGHUP)
+        is_now(tiny, "99.1")
+        wait_until(lambda: len(tiny.records("tiny", keeps=True)) == 2, "a new one keeps")
+        second = tiny.records("tiny", keeps=True)[-1]["pid"]
+        assert second in {worker["pid"] for worker in tiny.rows()}
+        os.kill(second, signal.SIGKILL)
+        tiny.record("a worker was replaced")
+        wait_until(lambda: len(tiny.records("tiny", keeps=True)) == 3, "its replacement keeps")
+        # Two of the old version, two of the new one and the replacement: they know what the first has found out.
+        known = [record["known"] for record in tiny.records("tiny") if "known" in record]
+        assert known == [keeper] * 5
+
+
 def test_listens_all_the_time(tmp_path: Path, installed: Path) -> None:
     """Twice, with clients that come and go, and a signal to stop that comes in between."""
     with Tiny(tmp_path, root=installed, workers=2).ready() as tiny:

@@ -1,0 +1,109 @@
+"""What other SOCKS servers make of a probe, where they are installed: whether they take greeting and request at once."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import daemons
+import pytest
+
+from usocksd.socks import Client, Established, Probe, Probed
+
+DANTE_CONF = """\
+errorlog: /dev/null
+internal: 127.0.0.1 port = {port}
+external: 127.0.0.1
+clientmethod: none
+socksmethod: none
+client pass {{ from: 127.0.0.0/8 to: 0.0.0.0/0 }}
+socks pass {{ from: 127.0.0.0/8 to: 0.0.0.0/0 }}
+"""
+PATH = os.environ.get("PATH", "") + ":/usr/sbin"
+
+
+@pytest.fixture
+def port(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[int]:
+    """One of them at work, on this port."""
+    port = daemons.closed_port()
+    if request.param.startswith("pproxy"):
+        if importlib.util.find_spec("pproxy") is None:
+            pytest.skip("pproxy is not installed")
+        user = "#me:key" if request.param.endswith("user") else ""
+        command = [sys.executable, "-m", "pproxy", "-l", f"socks5://127.0.0.1:{port}{user}"]
+    else:
+        program = shutil.which(request.param, path=PATH)
+        if program is None:
+            pytest.skip(f"{request.param} is not installed")
+        (tmp_path / "danted.conf").write_text(DANTE_CONF.format(port=port))
+        arguments = {"danted": ["-f", str(tmp_path / "danted.conf")]}
+        command = [program, *arguments.get(request.param, ["-i", "127.0.0.1", "-p", str(port)])]
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as server:
+        try:
+            daemons.wait_until(lambda: answers(port), "it listens")
+            yield port
+        finally:
+            server.terminate()  # dante's takes its children along
+
+
+def answers(port: int) -> bool:
+    with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+        return True
+    return False
+
+
+def learned(port: int, probe: Probe, silence: float) -> list[Probed]:
+    """All that the probe finds out until the server closes, or is silent for so many seconds."""
+    found = []
+    with socket.create_connection(("127.0.0.1", port), daemons.PATIENCE) as sock:
+        sock.sendall(probe.data_to_send())
+        while not found or found[-1].pipelines is None:
+            event = probe.next_event()
+            if isinstance(event, Probed):
+                found.append(event)
+                sock.settimeout(silence)
+                continue
+            sock.sendall(probe.data_to_send())
+            try:
+                probe.receive_data(sock.recv(4096))
+            except TimeoutError:
+                break
+    return found
+
+
+@pytest.mark.parametrize(
+    ("port", "pipelines"), [("microsocks", None), ("danted", True), ("pproxy", True)], indirect=["port"]
+)
+def test_what_a_probe_finds_out(port: int, pipelines: bool | None) -> None:
+    """microsocks drops what comes with the greeting, and waits for the request."""
+    silence = 0.2 if pipelines is None else daemons.PATIENCE
+    found = learned(port, Probe(pipelined=True), silence)
+    assert found[0] == Probed(ours=False, pipelines=None)
+    assert found[-1] == Probed(ours=False, pipelines=pipelines)
+
+
+@pytest.mark.parametrize("port", ["pproxy with a user"], indirect=True)
+def test_what_a_probe_with_credentials_finds_out(port: int) -> None:
+    found = learned(port, Probe("me", "key", pipelined=True), daemons.PATIENCE)
+    assert found == [Probed(ours=False, pipelines=None), Probed(ours=False, pipelines=True)]
+
+
+@pytest.mark.parametrize("port", ["danted", "pproxy"], indirect=True)
+def test_a_pipelined_client_gets_through_with_its_payload(port: int) -> None:
+    with daemons.Served(daemons.loopback(), daemons.echo) as destination:
+        client = Client("127.0.0.1", destination.port, pipelined=True)
+        with socket.create_connection(("127.0.0.1", port), daemons.PATIENCE) as sock:
+            sock.sendall(client.data_to_send())
+            while not isinstance(client.next_event(), Established):
+                client.receive_data(sock.recv(4096))
+            sock.sendall(b"hello")
+            assert daemons.receive_exactly(sock, 5) == b"hello"

@@ -40,6 +40,7 @@ def lint(config: Config, source: str | None = None) -> list[Fault]:
         *lint_common(config.common(), host),
         *_open_proxy(config),
         *first_few(covered_networks("incoming.allow_from", config.incoming.allow_from or ())),
+        *_trusted(config),
         *_rules(config),
         *covered_rules(config),
         *_pools(config, host),
@@ -70,6 +71,17 @@ def _open_proxy(config: Config) -> Iterator[Fault]:
             return
 
 
+def _trusted(config: Config) -> Iterator[Fault]:
+    if config.incoming.proxy_protocol is None:
+        return
+    key, trusted = "incoming.proxy_protocol.trusted", config.incoming.proxy_protocol.trusted
+    for index, network in enumerate(trusted):
+        if network.prefixlen == 0:
+            problem = "lets everybody claim to be any client: name your proxies' addresses"
+            yield Fault(f"{key}[{index}]", f'"{network}"', problem)
+    yield from first_few(covered_networks(key, trusted))
+
+
 # [[rule]]
 
 
@@ -78,7 +90,9 @@ def _rules(config: Config) -> Iterator[Fault]:
     if config.auth.users_file is not None:
         with contextlib.suppress(ConfigError):  # which is a fault of its own
             known = Users(config.auth.users_file).names
+    proxied = config.incoming.proxy_protocol
     admitted = [*(config.incoming.allow_from or map(parse_network, DEFAULT_CLIENTS))]
+    admitted += () if proxied is None else proxied.trusted
     for at, rule in enumerate(config.rule):
         key = f"rule[{at}]"
         if rule.from_ is not None:

@@ -84,6 +84,23 @@ def test_each_is_one_line_with_key_value_and_mend() -> None:
     ]
 
 
+# [incoming.proxy_protocol]
+
+
+def test_proxies_that_are_everybody() -> None:
+    table = '[incoming.proxy_protocol]\nport = 1090\ntrusted = ["192.0.2.0/24", "::/0", "192.0.2.1"]'
+    key = "incoming.proxy_protocol.trusted"
+    assert found(table) == [(f"{key}[1]", '"::/0"'), (f"{key}[2]", '"192.0.2.1/32"')]
+    assert "lets everybody claim to be any client" in text(table)
+
+
+def test_rules_for_proxies_that_are_no_clients() -> None:
+    """Their own connections are admitted by `trusted`."""
+    rule = '[[rule]]\naction = "deny"\nfrom = ["192.0.2.1"]\n[incoming]\nallow_from = ["10.0.0.0/8"]\n'
+    assert [key for key, _ in found(rule)] == ["rule[0].from"]
+    assert found(f'{rule}[incoming.proxy_protocol]\nport = 1090\ntrusted = ["192.0.2.1"]') == []
+
+
 # Addresses
 
 

@@ -47,6 +47,8 @@ class Endpoint:
 
     unproven: bool = False
     """connect(2) has returned, and the peer has not answered yet; see fast_open.py."""
+    transparent: bool = False
+    """It came to a socket with IP_TRANSPARENT (ip(7)): our end of the connection is where the client was going."""
 
     __slots__ = ("_task", "about", "deadline", "fd", "more", "on_reset", "reactor", "readable", "sock", "writable")
 
@@ -210,3 +212,10 @@ class Endpoint:
         task, self._task = self._task, None
         if task is not None:
             trio.lowlevel.reschedule(task, outcome.Value(None) if error is None else outcome.Error(error))
+
+
+class TransparentEndpoint(Endpoint):
+    """One of those."""
+
+    __slots__ = ()
+    transparent = True

@@ -282,6 +282,7 @@ def test_several_proxies_and_groups() -> None:
     assert (default[1].policy, default[1].when_all_down) == ("round-robin", "refuse")
     assert (far[0], far[1].policy, far[1].when_all_down) == ("far", "failover", "direct")
     assert dict(config.common().more) == {
+        "listen_tproxy": (),
         "proxy_url": "socks5://192.0.2.1:1080, http://192.0.2.2:3128",
         "upstream.far.proxy_url": "socks4a://192.0.2.3:1080",
     }

@@ -29,9 +29,10 @@ from transocks.direct import Direct
 from transocks.first_bytes import FirstBytes
 from transocks.original_dst import Destination, LoopGuard, NotRedirected
 from transocks.pool import Upstreams
-from usocksd.acl import AccessRules, ClientRules
+from usocksd.acl import AccessRules
 from usocksd.addresses import HostAddresses
 from usocksd.auth import Users
+from usocksd.clients import ClientRules
 from usocksd.egress import EgressPools, Pool, Usable
 from usocksd.resolver import Resolver
 from usocksd.runtime import log as logging
@@ -476,7 +477,7 @@ async def test_connections_tell_of_themselves(tmp_path: Path, destination: Serve
     async with usocksd_running(tmp_path, users=users) as proxy:
         with connected(proxy) as client:
             await proxy.until(proxy.connections, "it is accepted")
-            nothing = dict.fromkeys(("destination", "name", "user", "rule", "pool", "egress", "upstream"))
+            nothing = dict.fromkeys(("destination", "name", "user", "rule", "pool", "egress", "upstream", "peer"))
             (row,) = proxy.connections()
             assert row == {"id": row["id"], "client": name_of(client.getsockname()), **nothing, "age": row["age"]}
             client.sendall(b"\x05\x01\x02\x01\x05alice\x06secret" + request("127.1", destination.port, as_name=True))
@@ -496,6 +497,7 @@ async def test_connections_tell_of_themselves(tmp_path: Path, destination: Serve
                 "pool": "default",
                 "egress": f"{bound}:{port}",
                 "upstream": None,
+                "peer": None,
             }
         await proxy.over()
         assert proxy.connections() == []

@@ -97,7 +97,14 @@ def _lookup(name: str) -> list[IPAddress]:
     return list(dict.fromkeys(parse_address(address) for address in found if "%" not in address))
 
 
+def _parse_listen_tproxy(value: object) -> tuple[ListenAddress, ...]:
+    """The same, with IP_TRANSPARENT; an empty list is none."""
+    found = () if value == [] else _parse_listen(value)
+    return tuple(attrs.evolve(listen, transparent=True) for listen in found)
+
+
 Listen = Annotated[tuple[ListenAddress, ...], Parser(_parse_listen, _LISTEN_EXPECTED)]
+ListenTproxy = Annotated[tuple[ListenAddress, ...], Parser(_parse_listen_tproxy, _LISTEN_EXPECTED)]
 
 
 FAILOVER, ROUND_ROBIN, STICKY = "failover", "round-robin", "sticky"
@@ -125,6 +132,8 @@ class GroupConfig:
     proxy_url: ProxyURLs
     policy: Policy = FAILOVER
     when_all_down: WhenAllDown = "refuse"
+    proxy_protocol: bool = False
+    """whether they are told, by a PROXY header in front of all else, whose connection it is"""
 
 
 @attrs.frozen(kw_only=True)
@@ -153,10 +162,13 @@ class Config:
     proxy_url: ProxyURLs
     policy: Policy = FAILOVER
     when_all_down: WhenAllDown = "refuse"
+    proxy_protocol: bool = False
     upstream: Mapping[GroupName, GroupConfig] = attrs.field(factory=dict)
     health: HealthConfig = attrs.field(factory=HealthConfig)
     listen: Listen = tuple(ListenAddress(address, 1081, optional=True) for address in LOCALHOST)
     """`localhost` is both 127.0.0.1 and ::1, whatever the resolver says: REDIRECT goes to either."""
+    listen_tproxy: ListenTproxy = ()
+    """where TPROXY rules bring connections; their addresses are as in `listen`, their ports others"""
     mark: Mark | None = None
     """SO_MARK of the connections to the upstream, so that the firewall rules can exempt them"""
     fast_open: bool = True
@@ -180,9 +192,21 @@ class Config:
         """What routes say of each other and of groups, whatever else is wrong with them."""
         return check_routes(table, [DEFAULT, *as_table(table.get("upstream"))])
 
+    def __attrs_post_init__(self) -> None:
+        ports = {listen.port for listen in self.listen if listen.port}
+        for listen in self.listen_tproxy:
+            if listen.port in ports:
+                expected = "has a port of listen, expected another: a listener is for REDIRECT or for TPROXY"
+                raise Invalid(expected, shown=show(str(listen)), at="listen_tproxy")
+
     def groups(self) -> dict[str, GroupConfig]:
         """All upstream groups by name, that of the top as "default"."""
-        top = GroupConfig(proxy_url=self.proxy_url, policy=self.policy, when_all_down=self.when_all_down)
+        top = GroupConfig(
+            proxy_url=self.proxy_url,
+            policy=self.policy,
+            when_all_down=self.when_all_down,
+            proxy_protocol=self.proxy_protocol,
+        )
         return {DEFAULT: top, **self.upstream}
 
     def keyed_groups(self) -> Iterator[tuple[str, GroupConfig]]:
@@ -198,7 +222,10 @@ class Config:
     def common(self) -> Common:
         """The settings that usocksd has too."""
         return Common(
-            listen=tuple(("listen", listen) for listen in self.listen),
+            listen=(
+                *(("listen", listen) for listen in self.listen),
+                *(("listen_tproxy", listen) for listen in self.listen_tproxy),
+            ),
             metrics_prefix="",
             metrics_port=self.metrics_port,
             metrics_default=1083,
@@ -211,7 +238,10 @@ class Config:
             workers=self.workers,
             control=self.control,
             control_default="/run/transocks/control.sock",
-            more={key: ", ".join(map(str, group.proxy_url)) for key, group in self.keyed_groups()},
+            more={
+                "listen_tproxy": tuple(map(str, self.listen_tproxy)),
+                **{key: ", ".join(map(str, group.proxy_url)) for key, group in self.keyed_groups()},
+            },
         )
 
 

@@ -13,8 +13,9 @@ from usocksd.addresses import HostAddresses
 from usocksd.errors import Fault
 from usocksd.runtime.config import show
 from usocksd.runtime.lint import Host, lint_common, readable_by_all
+from usocksd.runtime.listeners import may_be_transparent
 from usocksd.runtime.settings import LOCALHOST, IPAddress, ListenAddress
-from usocksd.sites import SiteIndex, has_networks, has_ports, mask_of
+from usocksd.site_index import SiteIndex, has_networks, has_ports, mask_of
 
 
 def warnings(config: Config, source: str | None = None) -> list[str]:
@@ -32,6 +33,7 @@ def lint(config: Config, source: str | None = None) -> list[Fault]:
     return [
         *lint_common(config.common(), host),
         *_loop(config, host),
+        *_tproxy(config),
         *_password(config, source),
         *_groups(config),
         *_direct(config),
@@ -51,7 +53,8 @@ def _loop(config: Config, host: Host) -> Iterator[Fault]:
         for place, proxy in _urls(key, group):
             # Other names may be ours as well; asking a name server is not for a check.
             theirs = LOCALHOST if proxy.host == "localhost" else () if isinstance(proxy.host, str) else (proxy.host,)
-            ours = [listen for listen in config.listen if any(_hears(listen, proxy.port, ip, host) for ip in theirs)]
+            listening = (*config.listen, *config.listen_tproxy)
+            ours = [listen for listen in listening if any(_hears(listen, proxy.port, ip, host) for ip in theirs)]
             if ours:
                 yield Fault(place, str(proxy), f"is our own listener {ours[0]}: expected the proxy's port")
 
@@ -62,6 +65,17 @@ def _hears(listen: ListenAddress, port: int, address: IPAddress, host: Host) -> 
         listen.address == address
         or (listen.address.is_unspecified and listen.address.version == address.version and host.has(address))
     )
+
+
+def _tproxy(config: Config) -> Iterator[Fault]:
+    """Whether this process could open the sockets."""
+    for listen in config.listen_tproxy[:1]:
+        if not may_be_transparent():
+            yield Fault(
+                "listen_tproxy",
+                str(listen),
+                "this user may not open sockets with IP_TRANSPARENT: the daemon does not start without CAP_NET_ADMIN",
+            )
 
 
 def _password(config: Config, source: str | None) -> Iterator[Fault]:
@@ -130,7 +144,8 @@ def _routes(config: Config) -> Iterator[Fault]:
         if route.to is None:
             covering &= everywhere
         else:
-            covering = destinations.covering_all(route.to, covering, everywhere)
+            for sites in route.to:
+                covering &= everywhere | destinations.covering_all(sites, covering & ~everywhere)
         if covering:
             by = (covering & -covering).bit_length() - 1
             name = show(written.name) if written.name else ""

@@ -70,6 +70,20 @@ def original_destination(sock: SocketType) -> Destination:
     return original
 
 
+def tproxy_destination(sock: SocketType, is_ours: Callable[[Destination], bool]) -> Destination:
+    """Where the client of a connection from a TPROXY listener was connecting to: our own end of the connection.
+
+    Nothing was translated, so there is nothing to ask the connection tracking for (an entry that it has may be of
+    another connection). `is_ours` tells the ports that we listen on: what was made to one of them reached it by
+    itself. Raises NotRedirected.
+    """
+    host, port = sock.getsockname()[:2]
+    destination = Destination(host.removeprefix("::ffff:") if "." in host else host.partition("%")[0], port)
+    if is_ours(destination):
+        raise NotRedirected("it was made to this port itself, no TPROXY rule brought it")
+    return destination
+
+
 class LoopGuard:
     """Refuses what would go in a circle until the descriptors are gone.
 
@@ -96,6 +110,10 @@ class LoopGuard:
         self._own = _uids(own_users)
         self._owners = _socket_owners() if self._own else None
 
+    def is_ours(self, destination: Destination) -> bool:
+        """Whether it is a port that we listen on, at an address that is this host's now."""
+        return destination.port in self._listen_ports and self._hosts.is_local(numeric_address(destination.host))
+
     def enter(self, client: Destination, original: Destination) -> None:
         """A connection from `client` to `original` is to be carried, until `leave`.
 
@@ -119,7 +137,7 @@ class LoopGuard:
             del self._open[original]
 
     def _check(self, client: Destination, original: Destination) -> None:
-        if original.port in self._listen_ports and self._hosts.is_local(numeric_address(original.host)):
+        if self.is_ours(original):
             raise Loop("its destination is this proxy's own port")
         upstreams = self._upstreams()
         if original in upstreams:

@@ -163,16 +163,27 @@ class Upstreams:
     ) -> None:
         """`share`: see Health."""
         of_upstreams, of_groups = UpstreamMetrics(metrics), PoolMetrics(metrics)
-        by_url = {
-            url: Upstream(url, reactor=reactor, resolver=resolver, mark=mark, fast_open=fast_open, metrics=of_upstreams)
+        # A proxy that wants PROXY headers is another one than the same without.
+        found = {
+            (url, group.proxy_protocol): Upstream(
+                url,
+                reactor=reactor,
+                resolver=resolver,
+                mark=mark,
+                fast_open=fast_open,
+                proxy_protocol=group.proxy_protocol,
+                metrics=of_upstreams,
+            )
             for group in groups.values()
             for url in group.proxy_url
         }
         self.groups = {
-            name: UpstreamGroup(name, group, [by_url[url] for url in group.proxy_url], direct, of_groups)
+            name: UpstreamGroup(
+                name, group, [found[url, group.proxy_protocol] for url in group.proxy_url], direct, of_groups
+            )
             for name, group in groups.items()
         }
-        self._all = tuple(by_url.values())
+        self._all = tuple(found.values())
         self.health = Health(self._all, health, share, metrics, clock=reactor.clock)
         self._parts: list[frozenset[Destination]] = []
         self._addresses: frozenset[Destination] = frozenset()

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from attrs import frozen
 
 from usocksd.match import IPAddress, IPNetwork, judged_addresses
-from usocksd.sites import PortIndex, SiteIndex, SiteList, mask_of
+from usocksd.site_index import PortIndex, SiteIndex, mask_of
+from usocksd.sites import SiteList
 
 DEFAULT = "default"
 """The group of `proxy_url`, and what records call the way of a connection that no route has."""

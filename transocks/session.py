@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from transocks.access_log import Access, AccessLog
 from transocks.direct import Direct
 from transocks.first_bytes import First, FirstBytes
-from transocks.original_dst import Destination, LoopGuard, original_destination
+from transocks.original_dst import Destination, LoopGuard, original_destination, tproxy_destination
 from transocks.pool import UpstreamGroup
 from transocks.request import Request
 from transocks.route_settings import ADDRESS, NAME, NamesConfig
@@ -64,7 +64,12 @@ class Sessions:
         """Serve one accepted connection to its end. `host` is the client's numeric address."""
         access = client.about = self._access_log.begin(host, port)
         try:
-            destination = access.destination = original_destination(client.sock)
+            destination = (
+                tproxy_destination(client.sock, self._guard.is_ours)
+                if client.transparent
+                else original_destination(client.sock)
+            )
+            access.destination = destination
             self._guard.enter(Destination(host, port), destination)
         except Error as error:
             access.refused(error)

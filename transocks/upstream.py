@@ -16,6 +16,7 @@ from transocks.proxy_url import ProxyScheme, ProxyURL
 from transocks.request import Request
 from usocksd.errors import DialError, Error, ResolveError, UpstreamError
 from usocksd.match import IPAddress
+from usocksd.proxy_protocol import LOCAL_HEADER, header
 from usocksd.resolver import ABSENT, Resolver
 from usocksd.runtime.dial import Target, dial
 from usocksd.runtime.endpoint import DeadlineExpired, Endpoint, PeerReset
@@ -89,10 +90,14 @@ class Upstream:
         mark: int | None,
         fast_open: bool,
         metrics: UpstreamMetrics,
+        proxy_protocol: bool = False,
     ) -> None:
+        """`proxy_protocol`: it wants to be told whose connection it is."""
         self.name = str(url)
         """For log records: without user and password."""
         self.key = self.name if url.username is None else f"{url.username}@{self.name}"
+        if proxy_protocol:
+            self.key += " PROXY"
         self.scheme = url.scheme
         self.state = State(self.name, reactor.clock)
         self.addresses: frozenset[Destination] = frozenset()
@@ -103,6 +108,9 @@ class Upstream:
         self._resolver = resolver
         self._mark = mark
         self._fast_open = fast_open
+        self._proxy_protocol = proxy_protocol
+        self._local = LOCAL_HEADER if proxy_protocol else b""
+        """What is in front of all that is said to it on our own behalf."""
         self._targets: Sequence[Target] = ()
         self._resolved: Sequence[IPAddress] = ()
         self._stale_until = -inf
@@ -211,6 +219,8 @@ class Upstream:
     async def _ask(self, endpoint: Endpoint, handshake: ClientRole, request: Request, attempt: Attempt) -> Tunnel:
         state, reactor = self.state, self._reactor
         data, unsent = handshake.data_to_send(), request.first
+        if self._proxy_protocol:
+            data = header(request.client, request.destination) + data
         if unsent and attempt.pipelined and state.ours:
             # All in one segment. Should this proxy fail, another may be told only what is safe to repeat; and so may
             # this one, which gets twice what is on a SYN that got lost.
@@ -251,16 +261,16 @@ class Upstream:
         """Whether it is a usocksd; returns as soon as it answers. Raises UpstreamError, OSError."""
         if self.scheme not in _SOCKS5:
             http = _HTTP_PING % self.name.removeprefix("http://").encode()
-            await endpoint.send_all(http if self.scheme is ProxyScheme.HTTP else _SOCKS4_PING)
+            await endpoint.send_all(self._local + (http if self.scheme is ProxyScheme.HTTP else _SOCKS4_PING))
             await endpoint.receive()  # the end will do: a program has seen to it
             return False
-        return (await _drive(endpoint, Probe(self._url.username, self._password))).ours
+        return (await _drive(endpoint, Probe(self._url.username, self._password), self._local)).ours
 
     async def _takes_pipelining(self) -> bool:
         endpoint, _ = await dial(self._reactor, self._plain_targets(), deadline=inf)
         try:
             probe = Probe(self._url.username, self._password, pipelined=True)
-            first = await _drive(endpoint, probe)
+            first = await _drive(endpoint, probe, self._local)
             return bool(first.pipelines or (await _drive(endpoint, probe)).pipelines)
         except (OSError, UpstreamError):
             return False
@@ -312,11 +322,12 @@ class UpstreamMetrics:
         )
 
 
-async def _drive(endpoint: Endpoint, probe: Probe) -> Probed:
-    """Up to the next event of a probe."""
+async def _drive(endpoint: Endpoint, probe: Probe, before: bytes = b"") -> Probed:
+    """Up to the next event of a probe; `before` goes in front of what it says."""
     while not isinstance(event := probe.next_event(), Probed):
         if data := probe.data_to_send():
-            await endpoint.send_all(data)
+            await endpoint.send_all(before + data)
+            before = b""
         probe.receive_data(await endpoint.receive())
     return event
 

@@ -18,6 +18,7 @@ from usocksd.socks import AddressType, ClientFault, Command, Kind, Method, Reply
 _KEYS = (
     "request_id",
     "client_addr",
+    "peer_addr",
     "local_addr",
     "protocol",
     "command",
@@ -72,6 +73,7 @@ _REFUSED = {
 # So many rules are counted by name; those that deny first, since the others share what is left.
 _MOST_RULES = 200
 _ALLOW_FROM = "allow_from"
+_TRUSTED = "incoming.proxy_protocol.trusted"
 
 
 class AccessLog(AccessRecords):
@@ -100,7 +102,8 @@ class AccessLog(AccessRecords):
         self.denied = metrics.counters(
             "denied_total", "Connections denied, by the rule that decided", "rule", most=_MOST_RULES
         )
-        self.denied.labels(_ALLOW_FROM)
+        for rule in (_ALLOW_FROM, _TRUSTED):
+            self.denied.labels(rule)
 
     def begin(self, host: str, port: int, local: tuple[str, int]) -> Access:
         """The records of a connection from this client; `local` is our address that it has connected to."""
@@ -113,6 +116,7 @@ class Access(Connection):
     __slots__ = (
         "_destination",
         "_local",
+        "_peer",
         "_request",
         "_version",
         "candidates",
@@ -128,6 +132,8 @@ class Access(Connection):
     def __init__(self, records: AccessLog, host: str, port: int, local: tuple[str, int]) -> None:
         super().__init__(records, host, port)
         self._local = pair_member(local[0], local[1])
+        self._peer: str | None = None
+        """Who has claimed that the connection is this client's, if it is not the client's own."""
         self._version: Version | None = None
         """What it speaks, once it has authenticated itself or got past that."""
         self._request: tuple[str, str, str, int] | tuple[None, None, None, None] = (None, None, None, None)
@@ -176,6 +182,18 @@ class Access(Connection):
                 self.rule, self.pool = decision.rule, decision.egress
                 break
         self._begin(self.name, _texts(candidates))
+
+    def claimed(self, host: str, port: int) -> None:
+        """The peer is a proxy that its PROXY header names a client of, by numeric address."""
+        self._peer = self._client
+        self.client_host = host
+        self._client = pair_member(host, port)
+
+    def peer_denied(self) -> None:
+        """The peer may not claim to speak for others."""
+        self._count(None, _CLIENT_DENIED)
+        self._records.denied.labels(_TRUSTED).value += 1
+        self._event(logging.WARNING, "peer is not trusted", error=f"not in {_TRUSTED}")
 
     def probed(self) -> None:
         """The client has only asked who is there: no connection, and nothing that anybody would look for in a log."""
@@ -253,6 +271,7 @@ class Access(Connection):
         return (
             self._id,
             self._client,
+            self._peer,
             self._local,
             *self._request,
             self._destination,
@@ -271,11 +290,12 @@ class Access(Connection):
             "pool": self.pool,
             "egress": self._source,
             "upstream": None,
+            "peer": self._peer,
         }
 
 
 def _texts(candidates: list[tuple[str, Decision]]) -> list[str]:
-    """["203.0.113.80 allowed default", "10.0.0.1 denied RULE"], which `usocksd.replay` reads."""
+    """["203.0.113.80 allowed default", "10.0.0.1 denied RULE"], which records.py reads."""
     return [
         f"{address} allowed {decision.rule}" if decision.allowed else f"{address} denied {decision.rule}"
         for address, decision in candidates

@@ -1,4 +1,4 @@
-"""Who may come in and where they may go: ordered rules, the first match decides. Pure.
+"""Where clients may go: ordered rules, the first match decides. Pure.
 
 A destination is judged twice: as the client asked for it (`decide_name`), and then each address that its name
 resolved to, together with the name (`decide_address`). Both ask the same rules in the same order, and a rule matches
@@ -14,7 +14,6 @@ protected addresses all other rules that allow do not match.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from ipaddress import IPv6Address
 
 from attrs import frozen
 
@@ -24,17 +23,13 @@ from usocksd.match import (
     NameSet,
     NetworkMap,
     judged_addresses,
-    numeric_address,
     parse_network,
 )
-from usocksd.sites import PortIndex, Prefix, SiteIndex, SiteList, has_port, mask_of, parse_entry
+from usocksd.site_index import PortIndex, SiteIndex, has_port, mask_of
+from usocksd.sites import Prefix, SiteList, parse_entry
 
 LOOPBACK = ("127.0.0.0/8", "::1/128")
 LINK_LOCAL = ("169.254.0.0/16", "fe80::/10")
-# RFC 1918, RFC 6598, RFC 4193
-PRIVATE = ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "fc00::/7")
-
-DEFAULT_CLIENTS = LOOPBACK + PRIVATE + LINK_LOCAL
 
 # What is denied unless a rule allows the address. The metadata services answer credentials to whoever asks.
 PROTECTED: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -375,33 +370,3 @@ class _Written:
             if entry is not None:
                 return f'"{entry}"'
         return f'"{"" if name is None else self._names.match(name) or ""}"'
-
-
-class ClientRules:
-    """Which clients may connect at all: `allow_from`, or loopback, private and link-local networks."""
-
-    _MOST_REMEMBERED = 16384
-
-    def __init__(self, allow_from: Iterable[IPNetwork] = ()) -> None:
-        """None given means `DEFAULT_CLIENTS`, where the original admitted everybody; `is_default` tells."""
-        networks = tuple(allow_from)
-        self.is_default = not networks
-        self._networks = NetworkMap(dict.fromkeys(networks or map(parse_network, DEFAULT_CLIENTS), True))
-        self._remembered: dict[str | IPAddress, bool] = {}
-
-    def admits(self, peer: str | IPAddress) -> bool:
-        """Whether a client with this address may connect; text as accept(2) gives it, also "fe80::1%eth0".
-
-        IPv4-mapped IPv6 addresses, the peers of a dual-stack listener, are judged as IPv4.
-        """
-        try:
-            return self._remembered[peer]
-        except KeyError:
-            pass
-        address = numeric_address(peer) if isinstance(peer, str) else peer
-        if isinstance(address, IPv6Address):
-            address = address.ipv4_mapped or address
-        if len(self._remembered) >= self._MOST_REMEMBERED:
-            self._remembered.clear()
-        admitted = self._remembered[peer] = self._networks.match(address) is not None
-        return admitted

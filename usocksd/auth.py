@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections import Counter
 from collections.abc import Callable
 from hashlib import blake2b
 from ipaddress import IPv4Address
@@ -28,10 +27,12 @@ _logger = logging.getLogger("usocksd.auth")
 
 _BCRYPT = re.compile(r"\$2[aby]\$(0[4-9]|[12][0-9]|3[01])\$[./A-Za-z0-9]{53}")
 _LONGEST_PASSWORD = 72  # bytes that bcrypt looks at; htpasswd cuts off the rest too
+FAILURE_TAKES = 1.0
+"""Seconds, beyond the check itself."""
+
 _REMEMBER_FOR = 60.0
 _MOST_REMEMBERED = 10_000
 _THREADS = 2
-_DELAY = 1.0  # seconds that a failure takes
 _MOST_FAILURES, _WITHIN = 20, 60.0  # of one client
 
 
@@ -60,12 +61,13 @@ class Users:
         """
         self._clock = clock
         self._hashes = _read(path)
-        # For a user who is not there the same work is done as for one who is.
-        costs = Counter(hashed[4:6] for hashed in self._hashes.values())
-        cost = costs.most_common(1)[0][0] if costs else b"10"
-        self._nobodys_hash = b"$2b$" + cost + b"$" + b"." * 53
+        # For a user who is not there the same work is done as for one who is, see `_nobodys_hash`. Every worker has
+        # to choose the same for a name, also tomorrow.
+        self._costs = [hashed[4:6] for hashed in self._hashes.values()] or [b"10"]
+        self._cost_key = blake2b(b"".join(self._hashes.values())).digest()
         self._key = token_bytes(32)
-        self._remembered: dict[bytes, float] = {}  # until when
+        # Until when a success counts as one. What is there longer only says that this was right once.
+        self._remembered: dict[bytes, float] = {}
         self._checks: dict[bytes, _Check] = {}
         self._failures: dict[str, _Failures] = {}
         self._limiter = trio.CapacityLimiter(_THREADS)
@@ -79,17 +81,19 @@ class Users:
         """Whether this is the password of this user. A wrong one takes a second longer to say so.
 
         `client` is the numeric address of who asks; after too many failures within a minute its tries all
-        fail unseen, until the minute is over.
+        fail unseen, until the minute is over. But for what was right before: who shares an address with somebody
+        who does not know his password is not locked out.
         """
         name, secret = username.encode(), password.encode()
         digest = blake2b(len(name).to_bytes(4, "big") + name + secret, key=self._key, digest_size=32).digest()
-        if self._remembered.get(digest, 0.0) > self._clock():
+        until = self._remembered.get(digest)
+        if until is not None and until > self._clock():
             return True
         success = False
-        if self._may_try(client):
+        if until is not None or self._may_try(client):
             success = await self._shared_check(digest, name, secret, client)
         if not success:
-            await trio.sleep(_DELAY)
+            await trio.sleep(FAILURE_TAKES)
         return success
 
     async def _shared_check(self, digest: bytes, name: bytes, secret: bytes, client: str) -> bool:
@@ -115,9 +119,17 @@ class Users:
 
     def _check(self, name: bytes, secret: bytes) -> bool:
         hashed = self._hashes.get(name)
-        matches = bcrypt.checkpw(secret[:_LONGEST_PASSWORD], hashed or self._nobodys_hash)
+        matches = bcrypt.checkpw(secret[:_LONGEST_PASSWORD], hashed or self._nobodys_hash(name))
         # bcrypt ends at a NUL, so a password with one would be as good as its beginning.
         return matches and hashed is not None and b"\0" not in secret
+
+    def _nobodys_hash(self, name: bytes) -> bytes:
+        """What to check a password against for a user who is not there.
+
+        Names have the costs of the file, as often as users have them: the time that a try takes says nothing.
+        """
+        choice = int.from_bytes(blake2b(name, key=self._cost_key, digest_size=8).digest())
+        return b"$2b$" + self._costs[choice % len(self._costs)] + b"$" + b"." * 53
 
     def _may_try(self, client: str) -> bool:
         failures = self._failures_of(client)
@@ -144,7 +156,7 @@ class Users:
 
 def _read(path: Path) -> dict[bytes, bytes]:
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(str(path), [Fault("users_file", "", f"expected a readable text file: {error}")]) from None
     hashes: dict[bytes, bytes] = {}

@@ -13,7 +13,9 @@ from usocksd.runtime.verbs.client import Operated
 from usocksd.runtime.verbs.parsers import add_parsers
 
 DAEMON = Daemon("usocksd", Config, plan="usocksd.commands.serve:plan", build="usocksd.commands.serve:build")
-OPERATED = Operated("usocksd", "/etc/usocksd.toml", "/run/usocksd/control.sock", columns=("user", "rule", "egress"))
+OPERATED = Operated(
+    "usocksd", "/etc/usocksd.toml", "/run/usocksd/control.sock", columns=("peer", "user", "rule", "egress")
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

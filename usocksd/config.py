@@ -6,12 +6,13 @@ The tables [log], [incoming] and [outgoing] are those of the original usocksd, w
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import attrs
 
-from usocksd.acl import DEFAULT_CLIENTS, AccessRules, Rule
+from usocksd.acl import AccessRules, Rule
+from usocksd.clients import DEFAULT_CLIENTS
 from usocksd.conditions import (
     NAME_EXPECTED,
     Destination,
@@ -40,6 +41,7 @@ from usocksd.runtime.settings import (
     ListenPort,
     LogConfig,
     Mark,
+    Port,
     ReadableFile,
     SocketPath,
     Timeouts,
@@ -83,13 +85,31 @@ def _pool_name(value: str) -> str:
 
 # What the records and metrics say where no [[rule]] decided, and what those without a name are called.
 _BUILT_IN_NAME = re.compile(
-    r"(?:default|other|rule \d+|(?:allow_from|allow_sites|deny_sites|deny_ports|built-in)\b.*)$"
+    r"(?:default|other|rule \d+|(?:allow_from|allow_sites|deny_sites|deny_ports|built-in|incoming\.)\b.*)$"
 )
 
 RuleName = Annotated[str, text(_rule_name, NAME_EXPECTED)]
 User = Annotated[str, text(_user, "the name of a user")]
 PoolName = Annotated[str, text(_pool_name, 'a name of at most 64 letters, digits, "-" and "_"')]
 Domain = Annotated[str, text(_domain, 'a domain, as in "dnsbl.example.org"')]
+
+
+@attrs.frozen(kw_only=True)
+class ProxyProtocol:
+    """[incoming.proxy_protocol]: where proxies connect that say by a PROXY header whose connection it is."""
+
+    port: Port
+    """another than `incoming.port`"""
+    addresses: Annotated[tuple[ListenIP, ...], Distinct(check_distinct_address)] | None = attrs.field(
+        default=None, converter=none_if_empty
+    )
+    """None: those of `incoming`"""
+    trusted: tuple[Network, ...]
+    """Whom to believe: who claims to be another client is that client to every rule."""
+
+    def __attrs_post_init__(self) -> None:
+        if not self.trusted:
+            raise Invalid("expected the networks of your proxies: nobody else is believed", shown="[]", at="trusted")
 
 
 @attrs.frozen(kw_only=True)
@@ -106,13 +126,41 @@ class Incoming:
     """None: all interfaces"""
     allow_from: tuple[Network, ...] | None = attrs.field(default=None, converter=none_if_empty)
     """None: loopback and private networks only (the original: everybody). An empty list says the same."""
+    proxy_protocol: ProxyProtocol | None = None
+
+    def __attrs_post_init__(self) -> None:
+        proxied = self.proxy_protocol
+        if proxied is not None and proxied.port == self.port:
+            expected = "is incoming.port too, expected another: a header is required there, and would be a fault here"
+            raise Invalid(expected, shown=show(proxied.port), at="proxy_protocol.port")
 
     @property
     def listen(self) -> tuple[ListenAddress, ...]:
         """The addresses to listen on; for all interfaces the wildcards of both families, each optional."""
-        if self.addresses is None:
-            return tuple(ListenAddress(address, self.port, optional=True) for address in ANY_ADDRESS)
-        return tuple(ListenAddress(address, self.port) for address in self.addresses)
+        return tuple(listen for _, listen in _listen("incoming", self.addresses, "incoming.port", self.port))
+
+    @property
+    def listen_keys(self) -> tuple[tuple[str, ListenAddress], ...]:
+        """All the addresses to listen on, those of `proxy_protocol` too, with the key of each."""
+        found = _listen("incoming", self.addresses, "incoming.port", self.port)
+        if (proxied := self.proxy_protocol) is None:
+            return found
+        own = proxied.addresses is not None
+        table = "incoming.proxy_protocol"
+        return found + _listen(
+            table if own else "incoming",
+            proxied.addresses if own else self.addresses,
+            f"{table}.port",
+            proxied.port,
+        )
+
+
+def _listen(
+    table: str, addresses: Sequence[IPAddress] | None, port_key: str, port: int
+) -> tuple[tuple[str, ListenAddress], ...]:
+    if addresses is None:
+        return tuple((port_key, ListenAddress(address, port, optional=True)) for address in ANY_ADDRESS)
+    return tuple((f"{table}.addresses[{at}]", ListenAddress(address, port)) for at, address in enumerate(addresses))
 
 
 @attrs.frozen(kw_only=True)
@@ -264,12 +312,11 @@ class Config:
     def common(self) -> Common:
         """The settings that transocks has too."""
         incoming = self.incoming
+        proxied = incoming.proxy_protocol
+        trusted = () if proxied is None else tuple(map(str, proxied.trusted))
         allow_from = DEFAULT_CLIENTS if incoming.allow_from is None else tuple(map(str, incoming.allow_from))
         return Common(
-            listen=tuple(
-                ("incoming.port" if incoming.addresses is None else f"incoming.addresses[{index}]", listen)
-                for index, listen in enumerate(incoming.listen)
-            ),
+            listen=incoming.listen_keys,
             metrics_prefix="incoming.",
             metrics_port=incoming.metrics_port,
             metrics_default=1082,
@@ -284,6 +331,7 @@ class Config:
             control_default="/run/usocksd/control.sock",
             more={
                 "incoming.allow_from": allow_from,
+                "incoming.proxy_protocol.trusted": trusted,
                 "outgoing.addresses": tuple(map(str, self.outgoing.addresses)),
                 "rule": len(self.rule),
                 "egress": tuple(self.egress),
@@ -292,4 +340,4 @@ class Config:
         )
 
 
-__all__ = ["Auth", "Config", "Incoming", "Outgoing", "PoolConfig", "RuleConfig"]
+__all__ = ["Auth", "Config", "Incoming", "Outgoing", "PoolConfig", "ProxyProtocol", "RuleConfig"]

@@ -17,7 +17,7 @@ from usocksd.dnsbl import Listings
 from usocksd.egress import EgressPools
 from usocksd.errors import Denied, Error, NoEgress, ResolveError
 from usocksd.match import IPAddress, canonical_host, numeric_address
-from usocksd.replay import CLIENTS, USERS, Policy
+from usocksd.policy import CLIENTS, USERS, Policy
 from usocksd.resolver import ABSENT, NO_SUCH_NAME, Resolver
 
 ALLOWED: Final = "allowed"

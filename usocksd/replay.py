@@ -1,210 +1,20 @@
-"""Recorded requests decided again, under other rules: what `usocksd diff` is made of. Pure.
-
-A record (see docs/explain.md) says who asked for what, and which addresses its name had. That is all that rules look
-at, so the same request can be put to any rules. Where a record does not say enough, the outcome is unknown: nothing
-is guessed.
-"""
+"""Recorded requests decided again, under other rules: what `usocksd diff` is made of. Pure."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from enum import Enum
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
-from attrs import define, field, frozen
+from attrs import define, field
 
-from usocksd.acl import AccessRules, ClientRules, Decision
-from usocksd.match import IPAddress, canonical_host, numeric_address
+from usocksd.policy import Outcome, Policy
+from usocksd.records import Asked, Record, Skipped, read_record
 
 _MOST_REMEMBERED: Final = 50_000
 _MOST_GROUPS: Final = 10_000
 
-CLIENTS: Final = "allow_from"
-USERS: Final = "users_file"
 _OTHERS: Final = "other rules"
-
-NEVER_ASKED: Final = "where the client wanted to go is not known"
-UNRESOLVED: Final = "its name was not resolved"
-NO_USER: Final = "as whom the client would come is not known"
-
-
-@frozen
-class Asked:
-    """A request as it was recorded: texts, so that equal ones are quickly found to be equal."""
-
-    client: str
-    user: str | None
-    host: str | None
-    """As the client wrote it; None if it did not get so far."""
-    port: int
-    name: str | None
-    """The name that was judged, if it is known: as written, in canonical form, perhaps with a search domain."""
-    candidates: tuple[str, ...] | None
-    """The addresses that the name had, none if there was no answer; None if it was denied before it was resolved."""
-    dialled: str | None
-    """Which of them the connection went to."""
-
-
-@frozen
-class Record:
-    """One line of the log that says what became of a request."""
-
-    at: str
-    """RFC 3339 in UTC, as the log has it."""
-    asked: Asked
-    allowed: bool
-
-
-class Skipped(Enum):
-    """Lines that say nothing about a request."""
-
-    OTHER = "other"
-    """no access record, or the second one of a connection"""
-    NO_REQUEST = "no_request"
-    """an access record of a connection that came to no request"""
-    UNREADABLE = "unreadable"
-    """not a record in JSON"""
-
-
-def read_record(line: bytes) -> Record | Skipped:
-    """What a line of the log says about a request. The first record of each connection counts."""
-    # Half of a busy log: not worth parsing. (Inside of a string the quotes would be escaped.)
-    if b'"message":"proxy ends' in line:
-        return Skipped.OTHER
-    if not line.strip():
-        return Skipped.OTHER
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return Skipped.UNREADABLE
-    if not isinstance(record, dict):
-        return Skipped.UNREADABLE
-    if record.get("type") != "access" or "client_addr" not in record:
-        return Skipped.OTHER
-    try:
-        return _parse(record)
-    except (ValueError, TypeError, AttributeError, KeyError):
-        return Skipped.UNREADABLE
-
-
-def _parse(record: Mapping[str, Any]) -> Record | Skipped:
-    message = record["message"]
-    if message in ("proxy ends", "proxy ends with an error"):
-        return Skipped.OTHER
-    client = _host_of(record["client_addr"])
-    at, user = _text(record["logged_at"]), record.get("user")
-    if message == "denied access":
-        return Record(at, Asked(client, None, None, 0, None, None, None), allowed=False)
-    if message == "command not supported" or "dest_host" not in record:
-        return Skipped.NO_REQUEST
-    host, port = _text(record["dest_host"]), record["dest_port"]
-    if type(port) is not int or not (user is None or isinstance(user, str)):
-        raise ValueError("not a port or a user")
-    dialled = None if record.get("dest_addr") is None else _host_of(record["dest_addr"])
-    allowed = message != "ruleset mismatch"
-    candidates: tuple[str, ...] | None
-    if (said := record.get("candidates")) is not None:
-        if not isinstance(said, list):
-            raise ValueError("not a list")
-        candidates = tuple(_address(_text(each).partition(" ")[0]) for each in said)
-    elif dialled is not None:
-        candidates = (dialled,)  # by a version that did not record the others
-    else:
-        candidates = () if allowed else None
-    name = None if record.get("dest_name") is None else _text(record["dest_name"])
-    return Record(at, Asked(client, user, host, port, name, candidates, dialled), allowed)
-
-
-def _host_of(address: str) -> str:
-    """The host of "host:port" or "[host]:port"; raises ValueError if it is no address."""
-    return _address(_text(address).rpartition(":")[0].removeprefix("[").removesuffix("]"))
-
-
-def _address(text: str) -> str:
-    numeric_address(text)
-    return text
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise ValueError("not a string")
-    return value
-
-
-@frozen
-class Outcome:
-    """What becomes of a request under some rules."""
-
-    allowed: bool | None
-    """None: unknown."""
-    rule: str
-    """The rule that decides; of an unknown outcome the one that decides as far as can be told, or ""."""
-    why: str = ""
-    """Of an unknown outcome: what is not known."""
-    pool: str = ""
-    """Of an allowed request: the pool of the address that was dialled, or is the first to be."""
-    addresses: tuple[tuple[str, Decision], ...] = ()
-    """What is decided on each address of its name."""
-
-    @property
-    def reach(self) -> tuple[str, ...]:
-        """The addresses of its name that may be dialled."""
-        return tuple(address for address, decision in self.addresses if decision.allowed)
-
-
-@frozen
-class Policy:
-    """All of a configuration that decides whether a request is served, and from where."""
-
-    clients: ClientRules
-    rules: AccessRules
-    users: frozenset[str] | None = None
-    """Who can authenticate; None: nobody is asked to."""
-    required: bool = False
-    """Whether everybody has to."""
-
-    def judge(self, asked: Asked) -> Outcome:
-        """Decide a recorded request."""
-        client = numeric_address(asked.client)
-        if not self.clients.admits(asked.client):
-            return Outcome(False, CLIENTS)
-        if asked.host is None:
-            return Outcome(None, "", NEVER_ASKED)
-        user = asked.user if self.users is not None else None
-        if user is not None and self.users is not None and user not in self.users:
-            return Outcome(False, USERS)
-        if user is None and self.required:
-            return Outcome(None, "", NO_USER)
-        try:
-            host = canonical_host(asked.name or asked.host)
-            sent = None if asked.name is None or host == (called := canonical_host(asked.host)) else str(called)
-        except ValueError:
-            return Outcome(True, "")  # by no rule, and it can't be connected
-        decision = self.rules.decide_name(client, user, host, asked.port, sent=sent)
-        if not decision.allowed:
-            return Outcome(False, decision.rule)
-        if not isinstance(host, str):
-            return Outcome(True, decision.rule, pool=decision.egress)
-        if asked.candidates is None:
-            return Outcome(None, decision.rule, UNRESOLVED)
-        if not asked.candidates:
-            return Outcome(True, decision.rule, pool=decision.egress)
-        return self._judge_addresses(client, user, host, sent, asked)
-
-    def _judge_addresses(
-        self, client: IPAddress, user: str | None, name: str, sent: str | None, asked: Asked
-    ) -> Outcome:
-        candidates = asked.candidates or ()
-        decisions = tuple(
-            (text, self.rules.decide_address(client, user, name, numeric_address(text), asked.port, sent=sent))
-            for text in candidates
-        )
-        allowed = {text: decision for text, decision in decisions if decision.allowed}
-        if not allowed:
-            return Outcome(False, decisions[0][1].rule, addresses=decisions)
-        chosen = allowed.get(asked.dialled or "") or next(iter(allowed.values()))
-        return Outcome(True, chosen.rule, pool=chosen.egress, addresses=decisions)
 
 
 class Change(Enum):
@@ -334,8 +144,3 @@ class Replay:
     def count(self, change: Change) -> int:
         """How many requests change so."""
         return sum(group.count for group in self._groups.values() if group.difference.change is change)
-
-
-def lines_of(readline: Callable[[int], bytes], longest: int = 1 << 21) -> Iterator[bytes]:
-    """The lines of a file, by its `readline`; of more than `longest` bytes, they come in pieces and are no records."""
-    return iter(lambda: readline(longest), b"")

@@ -1,6 +1,6 @@
 """One client connection, from accept to access record: the map of usocksd.
 
-    accept -> client allowed? -> handshake -> rules on name -> resolve -> rules on address
+    accept (-> PROXY header) -> client allowed? -> handshake -> rules on name -> resolve -> rules on address
            -> egress address -> dial -> reply -> relay -> record
 
 Each stage lives in the file of its name; only this one joins them.
@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 from usocksd.access_log import Access, AccessLog
-from usocksd.acl import AccessRules, ClientRules
-from usocksd.auth import Users
+from usocksd.acl import AccessRules
+from usocksd.auth import FAILURE_TAKES, Users
+from usocksd.clients import ClientRules
 from usocksd.egress import EgressPools, Usable
 from usocksd.errors import CommandNotSupported, Denied, Error, NoEgress, ResolveError
 from usocksd.match import IPAddress, canonical_host, numeric_address
+from usocksd.proxy_protocol import Header, HeaderFault, Receiver, unlikely
 from usocksd.replies import reply_for
 from usocksd.resolver import ABSENT, NO_SUCH_NAME, Resolver
 from usocksd.runtime.dial import Target, dial
@@ -37,10 +41,21 @@ from usocksd.socks import (
     Request,
     Server,
 )
+from usocksd.socks.answers import HTTP_ERROR
 
 # After a failure reply the connection must be closed within 10 s (RFC 1928, section 6).
 _LAST_WORD_WITHIN = 5.0
 _MOST_REMEMBERED = 1024
+
+
+class ProxiedListener(NamedTuple):
+    """Where every connection begins with a PROXY header, which says whose it is."""
+
+    port: int
+    trusted: ClientRules
+    """Who may say that."""
+    count_as: Callable[[Endpoint, str, int], bool]
+    """See `usocksd.runtime.processes.plan.Parts`."""
 
 
 class Sessions:
@@ -59,8 +74,11 @@ class Sessions:
         pipes: PipePool,
         timeouts: Timeouts,
         access_log: AccessLog,
+        proxied: ProxiedListener | None = None,
     ) -> None:
         self._clients = clients
+        self._proxied = proxied
+        self._proxied_port = None if proxied is None else proxied.port
         self._users = users
         self._users_required = users_required
         if users is None:
@@ -82,12 +100,18 @@ class Sessions:
 
     async def serve(self, client: Endpoint, host: str, port: int) -> None:
         """Serve one accepted connection to its end. `host` is the client's numeric address."""
-        access = client.about = self._access_log.begin(host, port, client.sock.getsockname())
-        if not self._clients.admits(host):
+        local = client.sock.getsockname()
+        access = client.about = self._access_log.begin(host, port, local)
+        client.deadline = client.reactor.clock() + self._timeouts.handshake
+        server = Server(methods=self._methods)
+        if local[1] == self._proxied_port:
+            if not await self._learn_client(client, server, access, port):
+                return
+        elif not self._clients.admits(host):
             access.client_denied()
             client.reset()
             return
-        connected = await self._connect(client, access)
+        connected = await self._connect(client, server, access)
         if connected is None:
             return
         upstream, early = connected
@@ -99,14 +123,66 @@ class Sessions:
         finally:
             upstream.close()
 
-    async def _connect(self, client: Endpoint, access: Access) -> tuple[Endpoint, bytes] | None:
+    async def _learn_client(self, client: Endpoint, server: Server, access: Access, port: int) -> bool:
+        """accept -> peer trusted? -> PROXY header -> client allowed?
+
+        From then on it is the connection of the client that the header names; `server` has what came behind it.
+        False if there is no such client; the peer knows, and so does the log. A connection that is the peer's own
+        needs no more than the peer's being trusted, which could as well claim to be somebody who is allowed.
+        """
+        assert self._proxied is not None
+        if not self._proxied.trusted.admits(access.client_host):
+            access.peer_denied()
+            client.reset()
+            return False
+        receiver = Receiver()
+        try:
+            header = await self._header(client, receiver)
+            if header.source is not None:
+                problem = unlikely(header.source.host, access.client_host)
+                if problem is not None:
+                    raise HeaderFault(problem)
+                port = header.source.port
+                access.claimed(*header.source)
+        except HeaderFault as fault:
+            reply = HTTP_ERROR if fault.http else b""
+            access.misspoke(ClientFault(Kind.MALFORMED, reply, str(fault)), server)
+            await client.finish(reply, _LAST_WORD_WITHIN)
+            return False
+        except ClientFault as fault:
+            access.misspoke(fault, server)
+            return False
+        except DeadlineExpired:
+            access.timed_out(server)
+            return False
+        except OSError:
+            access.client_gone(server)
+            return False
+        if header.source is not None and not self._clients.admits(access.client_host):
+            access.client_denied()
+            client.reset()
+            return False
+        if receiver.trailing_data:
+            server.receive_data(receiver.trailing_data)
+        return self._proxied.count_as(client, access.client_host, port)
+
+    async def _header(self, client: Endpoint, receiver: Receiver) -> Header:
+        """The PROXY header. Raises HeaderFault, ClientFault if it ends early, DeadlineExpired, OSError."""
+        while True:
+            data = await client.receive()
+            if not data:
+                where = "inside its PROXY header" if receiver.received else "before it said anything"
+                raise ClientFault(Kind.EOF, b"", f"closed {where}")
+            header = receiver.receive_data(data)
+            if header is not None:
+                return header
+
+    async def _connect(self, client: Endpoint, server: Server, access: Access) -> tuple[Endpoint, bytes] | None:
         """From the handshake to the reply: the connection to the destination, and what the client said already.
 
         None if it was refused or given up; the client knows, and so does the log.
         """
         clock = client.reactor.clock
-        client.deadline = clock() + self._timeouts.handshake
-        server = Server(methods=self._methods)
         try:
             request = await self._handshake(client, server, access)
             if request is None:
@@ -160,17 +236,22 @@ class Sessions:
                 access.requested(event, server.method)
                 return event
             elif isinstance(event, Credentials):
-                await self._authenticate(event, server, access)
+                await self._authenticate(event, client, server, access)
             else:
                 return None
 
-    async def _authenticate(self, credentials: Credentials, server: Server, access: Access) -> None:
+    async def _authenticate(self, credentials: Credentials, client: Endpoint, server: Server, access: Access) -> None:
+        """Raises ClientFault, DeadlineExpired, PeerReset."""
         # Where nobody has to authenticate, an empty password is no try to: Java sends the login name and none.
         anonymous = not self._users_required and not credentials.password
         if self._users is None or anonymous:
             access.authenticated(None)
             server.accept_credentials()
-        elif await self._users.verify(credentials.username, credentials.password, access.client_host):
+        elif await client.meanwhile(
+            client.deadline + FAILURE_TAKES,  # so that who is wrong at the last moment still hears of it
+            partial(self._users.verify, credentials.username, client=access.client_host),
+            credentials.password,
+        ):
             access.authenticated(credentials.username)
             server.accept_credentials()
         else:
@@ -213,10 +294,16 @@ class Sessions:
             if not decision.allowed:
                 denied = denied or Denied(decision.rule)
                 continue
+            if not targets and unusable is None:
+                access.rule, access.pool = decision.rule, decision.egress
             try:
-                targets.append(self._target(text, port, name, decision.egress, access))
+                target = self._target(text, port, name, decision.egress, access)
             except NoEgress as error:
                 unusable = unusable or error
+                continue
+            if not targets:  # should none of them answer, the record is about the one that was tried first
+                access.rule, access.pool = decision.rule, decision.egress
+            targets.append(target)
         if not targets:
             raise unusable or denied or ResolveError(name, "no address")
         return targets

@@ -20,6 +20,7 @@ from transocks.route_settings import RouteConfig
 from transocks.routes import Decision
 from usocksd.errors import ConfigError
 from usocksd.runtime.config import KEY, SecretStr, load, parse
+from usocksd.runtime.processes.plan import make_plan
 from usocksd.runtime.settings import DnsConfig, LogConfig
 
 SAMPLE = Path(__file__).parents[2] / "deploy" / "transocks.toml"
@@ -90,6 +91,38 @@ def test_listen(value: str, addresses: list[str]) -> None:
 def test_a_pair_for_both_families_is_optional_and_a_single_address_is_not() -> None:
     config = parse(Config, f'{PROXY}listen = ["localhost:1081", "192.0.2.1:1081"]', "transocks.toml")
     assert [listen.optional for listen in config.listen] == [True, True, False]
+
+
+def test_listen_tproxy_is_as_listen_is_and_transparent() -> None:
+    assert parse(Config, PROXY, "").listen_tproxy == ()
+    assert parse(Config, f"{PROXY}listen_tproxy = []", "").listen_tproxy == ()
+    config = parse(Config, f'{PROXY}listen_tproxy = [":1084", "192.0.2.1:1085"]', "")
+    assert [str(listen) for listen in config.listen_tproxy] == ["0.0.0.0:1084", "[::]:1084", "192.0.2.1:1085"]
+    assert [listen.optional for listen in config.listen_tproxy] == [True, True, False]
+    assert all(listen.transparent for listen in config.listen_tproxy)
+    assert not any(listen.transparent for listen in config.listen)
+    listened = config.common().listen
+    assert [key for key, _ in listened] == ["listen"] * 2 + ["listen_tproxy"] * 3
+    addresses = make_plan(config.common(), version="1", warnings=()).listen
+    assert [address.transparent for address in addresses] == [False] * 2 + [True] * 3
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        ('"localhost"', 'listen_tproxy: "localhost": expected a port'),
+        ('[":1084", true]', "listen_tproxy[1]: true: expected "),
+        ('[":1084", "[::1]:1084"]', 'listen_tproxy[1]: "[::1]:1084": clashes with ::'),
+        ('"192.0.2.1:1081"', 'listen_tproxy: "192.0.2.1:1081": has a port of listen, expected another: '),
+    ],
+)
+def test_faults_of_listen_tproxy(value: str, found: str) -> None:
+    (fault,) = faults(f"{PROXY}listen_tproxy = {value}")
+    assert fault.startswith(found)
+
+
+def test_ports_of_the_kernel_s_choice_are_not_the_same() -> None:
+    assert parse(Config, f'{PROXY}listen = ":0"\nlisten_tproxy = ":0"', "").listen_tproxy
 
 
 def test_a_name_to_listen_on_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,6 +282,7 @@ def test_several_proxies_and_groups() -> None:
     assert (default[1].policy, default[1].when_all_down) == ("round-robin", "refuse")
     assert (far[0], far[1].policy, far[1].when_all_down) == ("far", "failover", "direct")
     assert dict(config.common().more) == {
+        "listen_tproxy": (),
         "proxy_url": "socks5://192.0.2.1:1080, http://192.0.2.2:3128",
         "upstream.far.proxy_url": "socks4a://192.0.2.3:1080",
     }
@@ -327,9 +361,9 @@ def test_the_sample_shows_every_setting_and_its_default(tmp_path: Path) -> None:
     config = parse(Config, shown, str(tmp_path / "transocks.toml"))
     assert (config.log.level, config.log.format) == ("info", "plain")
     assert config.upstream["far"].when_all_down == "refuse"
-    assert attrs.evolve(
-        config, upstream={}, route=(), mark=None, workers=None, metrics_port=None, dns=DnsConfig(), log=LogConfig()
-    ) == Config(proxy_url=config.proxy_url)
+    assert config.listen_tproxy
+    unset = {"upstream": {}, "route": (), "mark": None, "workers": None, "metrics_port": None, "listen_tproxy": ()}
+    assert attrs.evolve(config, **unset, dns=DnsConfig(), log=LogConfig()) == Config(proxy_url=config.proxy_url)
 
 
 # [names] and [[route]]

@@ -43,6 +43,18 @@ def test_a_proxy_that_is_ourselves(scheme: str, proxy: str, listen: str, loop: b
     assert keys(toml) == ["proxy_url"] * loop
 
 
+def test_a_proxy_that_is_our_tproxy_listener() -> None:
+    toml = 'proxy_url = "socks5://127.0.0.1:1084"\nlisten_tproxy = ":1084"'
+    assert "proxy_url" in keys(toml)
+
+
+@pytest.mark.parametrize("may", [True, False])
+def test_sockets_that_this_user_may_not_open(monkeypatch: pytest.MonkeyPatch, may: bool) -> None:
+    monkeypatch.setattr("transocks.lint.may_be_transparent", lambda: may)
+    assert keys(f'{PROXY}listen_tproxy = ":1084"') == ["listen_tproxy"] * (not may)
+    assert keys(PROXY) == []
+
+
 def test_a_password_that_everybody_may_read(tmp_path: Path) -> None:
     file = tmp_path / "transocks.toml"
     with_password = Config(proxy_url=(parse_proxy_url("http://me:s3cret@192.0.2.1:3128"),))

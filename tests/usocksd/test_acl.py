@@ -7,10 +7,11 @@ from typing import Any
 import attrs
 import pytest
 from attrs import frozen
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from usocksd.acl import PROTECTED, AccessRules, ClientRules, Decision, Rule, Step
+from usocksd.acl import PROTECTED, AccessRules, Decision, Rule, Step
+from usocksd.clients import ClientRules
 from usocksd.match import IPAddress, canonical_host, judged_addresses, parse_network
 from usocksd.sites import SiteList, entry_fault, parse_entry
 
@@ -469,9 +470,11 @@ RULE = st.builds(
     st.sampled_from(CLIENTS),
     st.sampled_from(USERS),
     NAMES | ADDRESSES,
+    st.none() | NAMES,
     st.none() | ADDRESSES,
     st.sampled_from(PORTS),
 )
+@settings(max_examples=500)
 def test_agrees_with_a_walk_over_the_rules(
     written: list[Written],
     allow_sites: list[str],
@@ -480,6 +483,7 @@ def test_agrees_with_a_walk_over_the_rules(
     client: str,
     user: str | None,
     host: str,
+    sent: str | None,
     address: str | None,
     port: int,
 ) -> None:
@@ -504,15 +508,18 @@ def test_agrees_with_a_walk_over_the_rules(
     asked_for = canonical_host(host)
     name = asked_for if isinstance(asked_for, str) else None
     ip = ip_address(address) if name is not None and address is not None else None
+    also = None if name is None or sent is None else str(canonical_host(sent))
     if isinstance(asked_for, str) and ip is not None:
-        decision = access.decide_address(ip_address(client), user, asked_for, ip, port)
+        decision = access.decide_address(ip_address(client), user, asked_for, ip, port, sent=also)
     else:
-        decision = access.decide_name(ip_address(client), user, asked_for, port)
+        decision = access.decide_name(ip_address(client), user, asked_for, port, sent=also)
     judged = ip if isinstance(asked_for, str) else asked_for
-    steps = access.trace(ip_address(client), user, asked_for, port, address=ip)
+    steps = access.trace(ip_address(client), user, asked_for, port, address=ip, sent=also)
+    names = [name, *([] if also is None else [also])]
 
     for at, (rule_name, one) in enumerate(walked):
-        if one.matches(client, user, name, judged, port):
+        matches = [one.matches(client, user, each, judged, port) for each in names]
+        if all(matches) if one.opposite else any(matches):  # what has the host by either name has it
             assert decision.allowed == one.allow
             assert decision.rule.split(" ")[0] == rule_name
             assert decision.egress == (f"pool of {rule_name}" if rule_name[0] == "r" else "default")

@@ -32,7 +32,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def users(tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Users:
-    monkeypatch.setattr(usocksd.auth, "_DELAY", 0.0)
+    monkeypatch.setattr(usocksd.auth, "FAILURE_TAKES", 0.0)
     file = tmp_path / "users"
     lines = [
         "# made by htpasswd -B",
@@ -108,7 +108,7 @@ async def test_a_wrong_password(users: Users, user: str, password: str) -> None:
 async def test_a_failure_takes_its_time(
     users: Users, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
 ) -> None:
-    monkeypatch.setattr(usocksd.auth, "_DELAY", 1.0)
+    monkeypatch.setattr(usocksd.auth, "FAILURE_TAKES", 1.0)
     for user in ("alice", "nobody"):
         before = trio.current_time()
         assert not await users.verify(user, "wrong", "10.0.0.1")
@@ -119,6 +119,25 @@ async def test_an_unknown_user_costs_what_a_known_one_does(users: Users, checks:
     await users.verify("nobody", "x", "10.0.0.1")
     assert checks.count == 1
     assert checks.hashes[0][4:6] == b"04"
+
+
+async def test_unknown_users_cost_what_known_ones_do_where_these_differ(
+    tmp_path: Path, checks: Checks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(usocksd.auth, "FAILURE_TAKES", 0.0)
+    file = tmp_path / "users"
+    dear = bcrypt.hashpw(b"secret", bcrypt.gensalt(rounds=5)).decode()
+    file.write_text(f"alice:{hashed('secret')}\nbob:{dear}\n")
+    names = [f"nobody {n}" for n in range(60)]
+    costs = []
+    for _ in range(2):  # two workers
+        users = Users(file)
+        checks.hashes.clear()
+        for number, name in enumerate(names):
+            assert not await users.verify(name, "x", f"10.0.0.{number}")
+        costs.append([each[4:6] for each in checks.hashes])
+    assert costs[0] == costs[1]
+    assert 10 <= costs[0].count(b"05") <= 50
 
 
 async def test_a_success_is_remembered_for_a_while(users: Users, checks: Checks, clock: Clock) -> None:
@@ -190,6 +209,20 @@ async def test_too_many_failures_of_a_client_are_not_looked_at(
     assert await users.verify("bob", "hunter2", "10.0.0.1")
 
 
+async def test_who_knew_the_password_before_is_not_locked_out_by_others(
+    users: Users, checks: Checks, clock: Clock
+) -> None:
+    assert await users.verify("bob", "hunter2", "10.0.0.1")
+    clock.now += 3600
+    for n in range(30):
+        assert not await users.verify("alice", f"guess {n}", "10.0.0.1")
+    assert checks.count == 21
+    assert await users.verify("bob", "hunter2", "10.0.0.1")
+    assert checks.count == 22  # it is long ago, so it is checked
+    assert not await users.verify("bob", "hunter3", "10.0.0.1")
+    assert checks.count == 22
+
+
 async def test_successes_do_not_count_as_failures(users: Users, clock: Clock) -> None:
     for _ in range(50):
         assert await users.verify("alice", "secret", "10.0.0.1")
@@ -226,6 +259,11 @@ def test_every_fault_of_the_file_is_reported_and_no_hash_shown(tmp_path: Path) -
     for secret in ("apr1", "W6ph5", "plaintext", good[10:], "just-a-word"):
         assert secret not in str(caught.value)
     assert "htpasswd -B" in str(caught.value)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path: Path) -> None:
+    (tmp_path / "users").write_bytes(b"\xef\xbb\xbfalice:" + hashed("x").encode() + b"\r\nbob:" + hashed("x").encode())
+    assert Users(tmp_path / "users").names == {"alice", "bob"}
 
 
 def test_a_file_that_can_not_be_read(tmp_path: Path) -> None:

@@ -109,6 +109,57 @@ def test_listen_addresses() -> None:
     assert not any(listen.optional for listen in chosen)
 
 
+def listened(toml: str) -> list[tuple[str, str]]:
+    return [(key, str(listen)) for key, listen in parse(Config, toml, "").common().listen]
+
+
+def test_the_listener_for_proxies() -> None:
+    """On the addresses of the other one, unless it has its own."""
+    table = '[incoming.proxy_protocol]\nport = 1090\ntrusted = ["192.0.2.1"]\n'
+    assert listened(table) == [
+        ("incoming.port", "0.0.0.0:1080"),
+        ("incoming.port", "[::]:1080"),
+        ("incoming.proxy_protocol.port", "0.0.0.0:1090"),
+        ("incoming.proxy_protocol.port", "[::]:1090"),
+    ]
+    own = '[incoming]\naddresses = ["127.0.0.1"]\n'
+    assert listened(own + table) == [
+        ("incoming.addresses[0]", "127.0.0.1:1080"),
+        ("incoming.addresses[0]", "127.0.0.1:1090"),
+    ]
+    assert listened(own + table + 'addresses = ["::1"]\n') == [
+        ("incoming.addresses[0]", "127.0.0.1:1080"),
+        ("incoming.proxy_protocol.addresses[0]", "[::1]:1090"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("table", "found"),
+    [
+        ("", ["incoming.proxy_protocol.port: missing: ", "incoming.proxy_protocol.trusted: missing: "]),
+        (
+            'port = 0\ntrusted = "192.0.2.1"',
+            [
+                "incoming.proxy_protocol.port: 0: expected an integer from 1",
+                'incoming.proxy_protocol.trusted: "192.0.2.1": expected a list',
+            ],
+        ),
+        ("port = 1090\ntrusted = []", ["incoming.proxy_protocol.trusted: []: expected the networks of your proxies"]),
+        ('port = 1080\ntrusted = ["::1"]', ["incoming.proxy_protocol.port: 1080: is incoming.port too, expected"]),
+    ],
+)
+def test_faults_of_the_listener_for_proxies(table: str, found: list[str]) -> None:
+    result = faults(f"[incoming.proxy_protocol]\n{table}")
+    assert len(result) == len(found), result
+    assert all(fault.startswith(start) for fault, start in zip(result, found, strict=True)), result
+
+
+def test_a_rule_is_not_called_as_what_is_denied_before_the_rules() -> None:
+    name = "incoming.proxy_protocol.trusted"
+    (fault,) = faults(f'[[rule]]\nname = "{name}"\naction = "allow"')
+    assert "is what log records call a rule that is built in" in fault
+
+
 def test_sites_are_kept_as_written() -> None:
     sites = ("WWW.Example.COM.", ".bücher.example", "", "127.1", "192.0.2.0/24", "[2001:db8::1]")
     listed = ", ".join(f'"{site}"' for site in sites)
@@ -375,7 +426,7 @@ def settings(cls: type[Any], prefix: str = "") -> set[str]:
         args = get_args(field.type)
         if get_origin(field.type) is Mapping:
             found |= settings(args[1], f"{key}.partners.")
-        elif get_origin(field.type) is tuple and attrs.has(args[0]):
+        elif args and attrs.has(args[0]):  # tables in any number, or one that may be missing
             found |= settings(args[0], f"{key}.")
         else:
             found |= settings(field.type, f"{key}.") if attrs.has(field.type) else {key}
@@ -396,12 +447,13 @@ def test_the_sample_shows_every_setting_and_its_default(tmp_path: Path) -> None:
     config, default = parse(Config, shown, str(tmp_path / "usocksd.toml")), Config()
     assert (config.timeouts, config.limits, config.control) == (default.timeouts, default.limits, default.control)
     assert (config.log.level, config.log.format) == ("info", "plain")
-    assert attrs.evolve(config.incoming, addresses=None, allow_from=None, metrics_port=None) == default.incoming
+    unset = {"addresses": None, "allow_from": None, "metrics_port": None, "proxy_protocol": None}
+    assert attrs.evolve(config.incoming, **unset) == default.incoming
     assert attrs.evolve(config.outgoing, iface=None, addresses=(), dnsbl_domain=None, mark=None) == default.outgoing
 
 
 def test_the_sample_names_the_default_clients() -> None:
-    from usocksd.acl import DEFAULT_CLIENTS  # noqa: PLC0415
+    from usocksd.clients import DEFAULT_CLIENTS  # noqa: PLC0415
 
     shown = re.search(r"^#(allow_from = .*)$", SAMPLE.read_text(), re.MULTILINE)
     assert shown is not None

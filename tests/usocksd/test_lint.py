@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from ipaddress import ip_address
 from itertools import product
 from pathlib import Path
@@ -16,15 +17,28 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from usocksd.acl import AccessRules
+import usocksd.coverage
+import usocksd.lint
+from usocksd.acl import AccessRules, Decision
 from usocksd.config import Config
 from usocksd.errors import Fault
 from usocksd.lint import lint, warnings
 from usocksd.match import canonical_host
 from usocksd.runtime.config import parse, show, structure
 from usocksd.runtime.lint import Host, connections_of_descriptors, lint_common
+from usocksd.site_index import SiteIndex
+from usocksd.sites import Entry, SiteList
 
 CLIENT = "10.9.9.9"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_search_domains() -> Iterator[None]:
+    """Whatever the host that the tests run on has."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(usocksd.lint, "_RESOLV_CONF", Path("/nonexistent"))
+        patch.setattr(socket, "gethostname", lambda: "proxy1")
+        yield
 
 
 def found(toml: str) -> list[tuple[str, str]]:
@@ -68,6 +82,23 @@ def test_each_is_one_line_with_key_value_and_mend() -> None:
         "timeouts.half_closed: 300: a silent connection lives longer once half of it has ended: expected at most"
         " timeouts.idle, which is 200",
     ]
+
+
+# [incoming.proxy_protocol]
+
+
+def test_proxies_that_are_everybody() -> None:
+    table = '[incoming.proxy_protocol]\nport = 1090\ntrusted = ["192.0.2.0/24", "::/0", "192.0.2.1"]'
+    key = "incoming.proxy_protocol.trusted"
+    assert found(table) == [(f"{key}[1]", '"::/0"'), (f"{key}[2]", '"192.0.2.1/32"')]
+    assert "lets everybody claim to be any client" in text(table)
+
+
+def test_rules_for_proxies_that_are_no_clients() -> None:
+    """Their own connections are admitted by `trusted`."""
+    rule = '[[rule]]\naction = "deny"\nfrom = ["192.0.2.1"]\n[incoming]\nallow_from = ["10.0.0.0/8"]\n'
+    assert [key for key, _ in found(rule)] == ["rule[0].from"]
+    assert found(f'{rule}[incoming.proxy_protocol]\nport = 1090\ntrusted = ["192.0.2.1"]') == []
 
 
 # Addresses
@@ -321,7 +352,7 @@ def listed(entries: list[str]) -> str:
         ([".a.b", ".c"], [".b"], ['allow_sites[0] never allowed, since deny_sites has ".b": remove one of the two']),
         ([".b"], ["x.a.b", ".a.b"], ['deny_sites[0] has no effect beside ".a.b" of this list: remove it']),
         (["a.b"], [".b", ".c", "a.c", "c"], [
-            'allow_sites[0] never allowed, since deny_sites has ".b": remove one of the two',
+            'allow_sites[0] never allowed, since deny_sites has ".b": remove it there',
             "deny_sites[1] denies nothing, since allow_sites has nothing of it: remove it",
             'deny_sites[2] has no effect beside ".c" of this list: remove it',
             "deny_sites[3] denies nothing, since allow_sites has nothing of it: remove it",
@@ -361,9 +392,8 @@ def test_an_entry_that_is_said_to_be_of_no_use_can_go_and_nothing_changes(allow:
         assert match is not None
         shorter = {"allow": list(allow), "deny": list(deny)}
         del shorter[match[1]][int(match[2])]
-        if allow and not shorter["allow"]:
-            continue  # the last one that is allowed: without the list all is
-        assert decisions(**shorter) == before, warning
+        if "remove it there" not in warning:
+            assert decisions(**shorter) == before, warning
 
 
 @given(LIST, LIST)
@@ -380,7 +410,7 @@ def test_an_entry_without_which_nothing_would_change_is_told_if_it_is_a_name(all
 def decisions(allow: list[str], deny: list[str]) -> list[bool]:
     rules = AccessRules.compile(allow_sites=allow, deny_sites=deny, is_local=lambda _: False)
     names = [*(f"w.{name}" for name in NAMES), *NAMES, "a", "b", "w.a"]
-    return all_decisions(rules, [CLIENT], [None], [*names, *NUMERIC], ADDRESSES, [80])
+    return [each.allowed for each in all_decisions(rules, [CLIENT], [None], [*names, *NUMERIC], ADDRESSES, [80])]
 
 
 def all_decisions(
@@ -390,18 +420,19 @@ def all_decisions(
     hosts: Sequence[str],
     addresses: Sequence[str],
     ports: Sequence[int],
-) -> list[bool]:
-    """Of every request for one of these hosts and of every address that a name which is allowed may resolve to."""
-    allowed = []
+) -> list[Decision]:
+    """On every request for one of these hosts, and on every address that a name which is allowed may resolve to."""
+    found = []
     for client, user, port, text in product(map(ip_address, clients), users, ports, hosts):
         host = canonical_host(text)
-        allowed.append(rules.decide_name(client, user, host, port).allowed)
+        of_host = rules.decide_name(client, user, host, port)
+        found.append(of_host)
         if isinstance(host, str):
-            allowed += [
-                allowed[-1] and rules.decide_address(client, user, host, ip_address(address), port).allowed
+            found += [
+                rules.decide_address(client, user, host, ip_address(address), port) if of_host.allowed else of_host
                 for address in addresses
             ]
-    return allowed
+    return found
 
 
 # Rules
@@ -430,9 +461,13 @@ def test_a_rule_that_is_said_to_decide_nothing_can_go_and_nothing_changes(
     toml = {"rule": rules, "outgoing": {"allow_sites": allow, "deny_sites": deny, "deny_ports": [25]}}
     before = of_all(toml)
     for fault in lint(structure(Config, toml, "")):
+        match = re.fullmatch(r"rule\[(\d+)\]|outgoing\.(\w+)", fault.path)
+        if match is None or " has all of it" not in fault.expected:
+            continue
         if "never decides" in fault.expected:
-            match = re.fullmatch(r"rule\[(\d+)\]|outgoing\.(\w+)", fault.path)
-            assert match is not None
+            name = match[2] or f"rule {int(match[1]) + 1}"
+            assert not any(rule == name or rule.startswith(f"{name} ") for rule in deciding(toml)), fault
+        if "remove it" in fault.expected:
             shorter = {"rule": list(rules), "outgoing": dict(toml["outgoing"])}
             if match[1] is None:
                 del shorter["outgoing"][match[2]]
@@ -442,10 +477,20 @@ def test_a_rule_that_is_said_to_decide_nothing_can_go_and_nothing_changes(
 
 
 def of_all(toml: dict[str, Any]) -> list[bool]:
+    return [decision.allowed for decision in all_of(toml)]
+
+
+def deciding(toml: dict[str, Any]) -> set[str]:
+    """The rules that decide anything."""
+    return {decision.rule for decision in all_of(toml)}
+
+
+def all_of(toml: dict[str, Any]) -> list[Decision]:
     rules = structure(Config, toml, "").access_rules(lambda _: False)
-    hosts = ["a", "x.a", "y.x.a", "b", "10.1.0.1", "10.2.0.1", "192.0.2.1", "127.0.0.1", "2001:db8::1", "::1"]
+    hosts = ["a", "x.a", "y.x.a", "b"]
+    addresses = ["10.1.0.1", "10.2.0.1", "192.0.2.1", "127.0.0.1", "2001:db8::1", "::1", "64:ff9b::a01:1"]
     clients, users = ["10.9.0.1", "10.200.0.1", "192.0.2.1", "2001:db8::5"], [None, "ci", "bob"]
-    return all_decisions(rules, clients, users, hosts, hosts[4:], [24, 25, 443])
+    return all_decisions(rules, clients, users, [*hosts, *addresses], addresses, [24, 25, 443])
 
 
 def covered(*rules: str, more: str = "") -> list[str]:
@@ -454,7 +499,7 @@ def covered(*rules: str, more: str = "") -> list[str]:
     return [
         f"{fault.path.removeprefix('rule')} by {match[1]}"
         for fault in lint(parse(Config, toml, ""))
-        if (match := re.match(r"never decides, since rule\[(\d+)\]", fault.expected))
+        if (match := re.match(r"(?:never decides, since )?rule\[(\d+)\] .* has all of it", fault.expected))
     ]
 
 
@@ -491,7 +536,95 @@ def test_lists_that_a_rule_above_covers() -> None:
     lists = '[outgoing]\nallow_sites = ["a"]\ndeny_sites = ["b"]\ndeny_ports = [25]\n'
     assert covered(DENY, more=lists) == [f"outgoing.{key} by 0" for key in ("allow_sites", "deny_sites", "deny_ports")]
     assert covered(ALLOW + 'to = ["b"]', more=lists) == ["outgoing.deny_sites by 0"]
+    # What it has not is denied by the list, and by nothing else.
+    assert covered(ALLOW + 'to = ["a"]', more=lists) == []
     assert covered(ALLOW + "ports = [25]", more=lists) == ["outgoing.deny_ports by 0"]
+
+
+@pytest.mark.parametrize(
+    ("above", "rule", "said"),
+    [
+        (DENY, ALLOW, "never decides, since {} has all of it: remove it, or move it up"),
+        (ALLOW, ALLOW, "never decides, since {} has all of it: remove it, or move it up"),
+        (
+            ALLOW,
+            DENY + 'to = ["127.0.0.1"]',
+            "{} has all of it but protected addresses, which are denied anyway: remove it, or move it up",
+        ),
+        (
+            ALLOW + 'to = ["10.0.0.0/8"]',
+            DENY + 'to = ["10.1.0.0/16"]',
+            "{} has all of it but IPv6 addresses that lead to its IPv4 ones: move it up",
+        ),
+        (
+            ALLOW + 'to = ["2001:db8::/32"]',
+            DENY + 'to = ["2001:db8::1"]',
+            "never decides, since {} has all of it: remove it, or move it up",
+        ),
+        (
+            ALLOW + 'to = ["a", "10.0.0.0/8"]',
+            DENY + 'to = ["a", "10.1.0.0/16"]',
+            "{} has all of it but protected addresses, which are denied anyway and IPv6 addresses that lead to its IPv4"
+            " ones: move it up",
+        ),
+    ],
+)
+def test_what_a_rule_above_leaves(above: str, rule: str, said: str) -> None:
+    (fault,) = lint(parse(Config, f'[[rule]]\nname = "top"\n{above}\n[[rule]]\n{rule}\n', ""))
+    assert fault.expected == said.format('rule[0] "top" above')
+
+
+def test_a_long_list_in_many_rules_is_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "long.txt").write_text("".join(f"host{n}.example\n" for n in range(1000)))
+    counted: Counter[str] = Counter()
+
+    class Counting(SiteIndex):
+        def __init__(self, lists: Sequence[tuple[SiteList, int]]) -> None:
+            counted["entries"] += sum(len(each) for each, _ in lists)
+            super().__init__(lists)
+
+        def covering(self, entry: Entry) -> int:
+            counted["lookups"] += 1
+            return super().covering(entry)
+
+    monkeypatch.setattr(usocksd.coverage, "SiteIndex", Counting)
+    to = f'to = ["file:{tmp_path}/long.txt"]'
+    rules = [DENY + to, *(DENY + to + f"\nports = [{port}]" for port in range(1, 20))]
+    assert covered(*rules) == [f"[{at}] by 0" for at in range(1, 20)]
+    assert counted == {"entries": 1000}
+    # The same in another file: entry by entry, but not for each rule.
+    (tmp_path / "again.txt").write_text((tmp_path / "long.txt").read_text())
+    assert covered(rules[0], *(rule.replace("/long.txt", "/again.txt") for rule in rules[1:]))[18:] == ["[19] by 0"]
+    assert counted.pop("lookups") == 1000
+    # It ends when no rule is left.
+    assert covered(DENY + 'to = ["host0.example"]', DENY + to) == []
+    assert counted["lookups"] <= 2
+
+
+def test_search_domains_make_other_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """secret.corp.example is what allow_sites has, and what the client called "secret" is what deny_sites has."""
+    monkeypatch.setattr(usocksd.lint, "_RESOLV_CONF", tmp_path / "resolv.conf")
+    allow, deny = [".corp.example"], ["secret", ""]
+    idle = [f"deny_sites[{n}] denies nothing, since allow_sites has nothing of it: remove it" for n in range(2)]
+    assert sites(allow, deny) == idle
+    for text in ("nameserver ::1\n search corp.example\n", "domain corp.example\n"):
+        (tmp_path / "resolv.conf").write_text(text)
+        assert sites(allow, deny) == idle[1:]
+    (tmp_path / "resolv.conf").write_text("nameserver ::1\n")
+    assert sites(allow, deny) == idle
+    monkeypatch.setattr(socket, "gethostname", lambda: "proxy1.corp.example")
+    assert sites(allow, deny) == idle[1:]
+
+
+def test_users_that_need_not_say_who_they_are(tmp_path: Path) -> None:
+    users = tmp_path / "users"
+    users.write_text("bob:$2y$05$" + "a" * 53 + "\n")
+    users.chmod(0o600)
+    auth = f'[auth]\nusers_file = "{users}"\n'
+    rule = '[[rule]]\naction = "{}"\nuser = ["bob"]\n'
+    assert found(auth + rule.format("deny")) == []
+    assert found(f"{auth}required = false\n{rule.format('allow')}") == []
+    assert found(f"{auth}required = false\n{rule.format('deny')}") == [("rule[0].user", '["bob"]')]
 
 
 def test_what_no_request_is(tmp_path: Path) -> None:

@@ -12,10 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from usocksd import replay
-from usocksd.acl import ClientRules
+from usocksd.clients import ClientRules
 from usocksd.config import Config
 from usocksd.match import canonical_host, numeric_address
-from usocksd.replay import Asked, Change, Policy, Record, Replay, Skipped, lines_of, read_record
+from usocksd.policy import Policy
+from usocksd.records import Asked, Record, Skipped, lines_of, read_record
+from usocksd.replay import Change, Replay
 from usocksd.runtime import config as configuration
 
 AT = "2026-11-23T09:47:58.777489Z"

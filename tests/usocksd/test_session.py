@@ -8,6 +8,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from socket import socket as Socket
 
@@ -140,6 +141,15 @@ def test_a_denied_address_of_a_name_is_left_out(server: Daemon, client: Socket, 
     end = server.record("proxy ends", client_addr=start["client_addr"])
     assert end["pool"] == "default"
     assert "candidates" not in end
+
+
+def test_a_name_that_can_not_be_connected_is_recorded_with_what_was_decided_on_the_address(
+    server: Daemon, client: Socket
+) -> None:
+    """The rule for the name may be another one, with another pool: not the one that was left from."""
+    assert socks5(client, "partly.test", daemons.closed_port())[0] == 5
+    record = server.record("dial to destination failed", client_addr=name_of(client))
+    assert (record["rule"], record["pool"]) == ('allow_sites "127.0.0.0/8"', "default")
 
 
 def test_a_denied_name_is_recorded_with_what_was_decided_on_its_addresses(server: Daemon, client: Socket) -> None:
@@ -434,6 +444,24 @@ def test_users(tmp_path: Path, destination: Served) -> None:
         text = "\n".join(server.lines())
         assert "correct horse" not in text
         assert "wrong user" in text
+
+
+def test_a_password_check_is_part_of_the_handshake(tmp_path: Path) -> None:
+    """Who has to wait for the checks of others waits no longer than the handshake may take."""
+    hashed = bcrypt.hashpw(b"correct horse", bcrypt.gensalt(13)).decode()
+    (tmp_path / "users").write_text(f"alice:{hashed}\n")
+    config = CONFIG.format(dns="127.0.0.1:53").replace("handshake = 1", "handshake = 0.5")
+    with ExitStack() as stack:
+        server = Daemon("usocksd", f'{config}[auth]\nusers_file = "{tmp_path / "users"}"\n', tmp_path)
+        stack.enter_context(server).ready()
+        clients = [stack.enter_context(connected(server)) for _ in range(19)]
+        for number, client in enumerate(clients):
+            client.sendall(b"\x05\x01\x02" + credentials("alice", f"guess {number}"))
+        for client in clients:
+            daemons.receive_all(client)
+        errors = [server.record("handshake failed", client_addr=name_of(each))["error"] for each in clients]
+        assert "timed out" in errors
+        assert set(errors) <= {"timed out", "wrong user or password"}
 
 
 # ---- egress

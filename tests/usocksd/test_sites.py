@@ -10,7 +10,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from usocksd.match import IPNetwork, canonical_host, parse_network
-from usocksd.sites import Entry, Prefix, SiteIndex, SiteList, entry_fault, parse_entry, prefix_of
+from usocksd.site_index import SiteIndex
+from usocksd.sites import Entry, Prefix, SiteList, entry_fault, parse_entry, prefix_of
 
 
 @pytest.mark.parametrize(

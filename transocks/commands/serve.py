@@ -13,6 +13,7 @@ from transocks.routes import DIRECT
 from transocks.session import Sessions
 from usocksd import __version__
 from usocksd.addresses import HostAddresses
+from usocksd.errors import Error
 from usocksd.resolver import Resolver
 from usocksd.runtime.dial import check_mark
 from usocksd.runtime.limits import most_name_sockets, most_pipes
@@ -28,6 +29,11 @@ def plan(config: Config) -> Plan:
 def build(config: Config, parts: Parts) -> Built:
     """Put transocks together. Raises Error when it can't serve."""
     check_mark(config.mark)
+    if config.listen_tproxy and not parts.transparent:
+        raise Error(
+            "listen_tproxy: none of the sockets has IP_TRANSPARENT; sockets of systemd need Transparent=yes in their"
+            " unit, and a master of an older version has to be restarted"
+        )
     hosts = HostAddresses()
     resolver = Resolver(
         config.dns.servers,

@@ -19,7 +19,9 @@ from typing import IO, Any, Final
 
 from usocksd.config import Config
 from usocksd.errors import ConfigError, Error
-from usocksd.replay import Change, Group, Outcome, Record, Replay, Skipped, lines_of
+from usocksd.policy import Outcome
+from usocksd.records import Record, Skipped, lines_of
+from usocksd.replay import Change, Group, Replay
 from usocksd.runtime import config as configuration
 from usocksd.runtime.hostport import join_port
 from usocksd.runtime.verbs.client import visible

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from usocksd.acl import ClientRules
 from usocksd.addresses import HostAddresses
 from usocksd.auth import Users
+from usocksd.clients import ClientRules
 from usocksd.config import Config
 from usocksd.dnsbl import Listings
 from usocksd.egress import EgressPools, Pool
 from usocksd.match import IPAddress
-from usocksd.replay import Policy
+from usocksd.policy import Policy
 from usocksd.runtime.metrics import Metrics
 
 

@@ -7,6 +7,7 @@ import logging
 from usocksd import __version__
 from usocksd.access_log import AccessLog
 from usocksd.addresses import HostAddresses
+from usocksd.clients import ClientRules
 from usocksd.commands.parts import make_egress, make_policy, make_users
 from usocksd.config import Config
 from usocksd.dnsbl import Lookups
@@ -17,7 +18,7 @@ from usocksd.runtime.dial import check_mark
 from usocksd.runtime.limits import most_name_sockets, most_pipes
 from usocksd.runtime.pipes import PipePool
 from usocksd.runtime.processes.plan import Built, Parts, Plan, make_plan
-from usocksd.session import Sessions
+from usocksd.session import ProxiedListener, Sessions
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,10 @@ def build(config: Config, parts: Parts) -> Built:
         system=config.dns.resolver == "system",
         sockets=most_name_sockets(parts.descriptors),
     )
+    in_front = config.incoming.proxy_protocol
+    proxied = None
+    if in_front is not None:
+        proxied = ProxiedListener(in_front.port, ClientRules(in_front.trusted), parts.count_as)
     sessions = Sessions(
         clients=policy.clients,
         users=users,
@@ -54,6 +59,7 @@ def build(config: Config, parts: Parts) -> Built:
         pipes=PipePool(most_pipes(parts.descriptors)),
         timeouts=config.timeouts,
         access_log=AccessLog(parts.log, parts.metrics),
+        proxied=proxied,
     )
     explainer = Explainer(policy, resolver, egress, listings, config.timeouts.connect)
     return Built(
@@ -61,5 +67,6 @@ def build(config: Config, parts: Parts) -> Built:
         (hosts.watch, resolver.run),
         keeping=(lookups.run,),
         verbs={"explain": explainer.explain},
+        proxied=() if proxied is None else (proxied.port,),
         status=lambda: {"pools": listings.status()},
     )

@@ -47,6 +47,8 @@ class Endpoint:
 
     unproven: bool = False
     """connect(2) has returned, and the peer has not answered yet; see fast_open.py."""
+    transparent: bool = False
+    """It came to a socket with IP_TRANSPARENT (ip(7)): our end of the connection is where the client was going."""
 
     __slots__ = ("_task", "about", "deadline", "fd", "more", "on_reset", "reactor", "readable", "sock", "writable")
 
@@ -89,8 +91,7 @@ class Endpoint:
         except BlockingIOError:
             self.readable = self.more = False
             return None
-        # The end can be read again and again, by whoever takes this endpoint over.
-        self.readable = not data or self.more or len(data) == _RECEIVE_SIZE
+        self.readable = self.more or len(data) == _RECEIVE_SIZE
         return data
 
     async def send_all(self, data: bytes) -> None:
@@ -211,3 +212,10 @@ class Endpoint:
         task, self._task = self._task, None
         if task is not None:
             trio.lowlevel.reschedule(task, outcome.Value(None) if error is None else outcome.Error(error))
+
+
+class TransparentEndpoint(Endpoint):
+    """One of those."""
+
+    __slots__ = ()
+    transparent = True

@@ -56,6 +56,8 @@ def most_name_sockets(descriptors: int) -> int:
 _ROWS = 1 << 14
 COLUMNS = 256
 """One for each worker there can be at a time: of the present generation, of two that drain, and of one to come."""
+NOBODY = 0
+"""The row of a client that is not known yet: its connections count in the first row only, where all do."""
 _CELL = 4
 _ROW = COLUMNS * _CELL
 _SIZE = _ROWS * _ROW
@@ -109,14 +111,15 @@ class Tally:
             return None
         if self._most and self._sum(0) >= self._most:
             return "connections"
-        if self._per_client and self._sum(row) >= self._per_client:
+        if self._per_client and row and self._sum(row) >= self._per_client:
             return "per_client"
         return None
 
     def add(self, row: int, number: int) -> None:
         """So many connections more."""
         if self._counts:
-            self._cells[row * COLUMNS + self._column] += number
+            if row:
+                self._cells[row * COLUMNS + self._column] += number
             self._cells[self._column] += number
 
     def _sum(self, row: int) -> int:

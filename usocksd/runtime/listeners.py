@@ -12,7 +12,7 @@ from math import inf
 from socket import SocketType
 
 from usocksd.errors import Error
-from usocksd.runtime.endpoint import Endpoint
+from usocksd.runtime.endpoint import Endpoint, TransparentEndpoint
 from usocksd.runtime.fast_open import accept_fast_open
 from usocksd.runtime.hostport import join_port
 from usocksd.runtime.options import set_options
@@ -52,6 +52,8 @@ _CONNECTION_ERRNOS = frozenset(
     }
 )
 _PAUSE = 0.1
+# linux/in.h; Python has no name for it. The flag belongs to the socket, and this option is it for IPv6 too.
+_IP_TRANSPARENT = 19
 _SAY_AGAIN_AFTER = 10.0
 
 Accepted = Callable[[Endpoint, str, int], None]
@@ -59,10 +61,17 @@ Accepted = Callable[[Endpoint, str, int], None]
 
 
 class ListenError(Error):
-    """A listening socket could not be opened."""
+    """A listening socket could not be opened; `transparent`: one with IP_TRANSPARENT."""
 
-    def __init__(self, place: str, number: int) -> None:
-        super().__init__(f"can't listen on {place}: {os.strerror(number)}")
+    def __init__(self, place: str, number: int, *, transparent: bool = False) -> None:
+        problem = os.strerror(number)
+        if transparent and number == errno.EPERM:
+            # (To bind to a port below 1024 is EACCES.)
+            problem = (
+                "a listen_tproxy socket (IP_TRANSPARENT) needs CAP_NET_ADMIN: give it to the service"
+                " (AmbientCapabilities= of the unit), or let systemd open the socket (Transparent= of a .socket unit)"
+            )
+        super().__init__(f"can't listen on {place}: {problem}")
         self.errno = number
 
 
@@ -70,8 +79,9 @@ NO_SUCH_FAMILY = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL})
 """The errno values of a ListenError on a host that lacks the address's family, or the address."""
 
 
-def listen(host: str, port: int, *, reuse_port: bool = False) -> socket.socket:
-    """Open a listening TCP socket on the numeric address `host`; `reuse_port`: one of several on the same port.
+def listen(host: str, port: int, *, reuse_port: bool = False, transparent: bool = False) -> socket.socket:
+    """Open a listening TCP socket on the numeric address `host`; `reuse_port`: one of several on the same port;
+    `transparent`: with IP_TRANSPARENT of ip(7), for connections that TPROXY rules bring here.
 
     Raises ListenError.
     """
@@ -85,14 +95,31 @@ def listen(host: str, port: int, *, reuse_port: bool = False) -> socket.socket:
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         set_options(sock)
+        if transparent:
+            sock.setsockopt(socket.IPPROTO_IP, _IP_TRANSPARENT, 1)
         accept_fast_open(sock)
         sock.bind((host, port))
         sock.listen(_BACKLOG)
     except OSError as error:
         if sock is not None:
             sock.close()
-        raise ListenError(join_port(host, port), error.errno or errno.EIO) from None
+        raise ListenError(join_port(host, port), error.errno or errno.EIO, transparent=transparent) from None
     return sock
+
+
+def may_be_transparent() -> bool:
+    """Whether this process may open sockets with IP_TRANSPARENT."""
+    with socket.socket() as sock:
+        try:
+            sock.setsockopt(socket.IPPROTO_IP, _IP_TRANSPARENT, 1)
+        except OSError:
+            return False
+    return True
+
+
+def is_transparent(sock: socket.SocketType) -> bool:
+    """Whether this socket has IP_TRANSPARENT; those accepted from it have it then, in both families."""
+    return bool(sock.getsockopt(socket.IPPROTO_IP, _IP_TRANSPARENT))
 
 
 class Listener:
@@ -111,6 +138,7 @@ class Listener:
         self._kind = (int(sock.family), int(sock.type), sock.proto)
         self._accepted = accepted
         self._room = room
+        self._endpoint = TransparentEndpoint if is_transparent(sock) else Endpoint
         self._said = -inf
         self.paused = False
         self._fd = sock.fileno()
@@ -133,7 +161,7 @@ class Listener:
             sock = SocketType(family, kind, protocol, fd)
             sock.setblocking(False)
             try:
-                endpoint = Endpoint(self._reactor, sock)
+                endpoint = self._endpoint(self._reactor, sock)
             except OSError as error:
                 sock.close()
                 self._pause(os.strerror(error.errno or errno.EIO))

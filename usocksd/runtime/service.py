@@ -6,7 +6,7 @@ import gc
 import heapq
 import logging
 import socket
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from math import inf
 from operator import attrgetter
 from typing import Any
@@ -17,7 +17,7 @@ from usocksd.runtime.ending import Reason, Side
 from usocksd.runtime.endpoint import DeadlineExpired, Endpoint, PeerReset
 from usocksd.runtime.flow import Flow
 from usocksd.runtime.hostport import join_port
-from usocksd.runtime.limits import Tally
+from usocksd.runtime.limits import NOBODY, Tally
 from usocksd.runtime.listeners import Listener
 from usocksd.runtime.metrics import Metrics
 from usocksd.runtime.reactor import Reactor
@@ -46,7 +46,8 @@ class Service:
     """Runs a session for each accepted connection, in the nursery `sessions`.
 
     `most` is how many the process has descriptors for; while there are as many, connections wait in the kernel's
-    queue, unless some that are idle can make room.
+    queue, unless some that are idle can make room. `proxied` are ports whose connections are some proxy's, and count
+    for nobody until `count_as`.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Service:
         most: int,
         tally: Tally,
         metrics: Metrics,
+        proxied: Collection[int] = (),
     ) -> None:
         self.live = 0
         """Connections that are being served."""
@@ -67,6 +69,9 @@ class Service:
         self._session = session
         self._sessions = sessions
         self._tally = tally
+        self._proxied = proxied
+        self._rows: dict[Endpoint, int] = {}
+        """Where those are counted of which it was not known at accept."""
         self._listeners: list[Listener] = []
         self._empty: trio.Event | None = None
         self._turned_away = metrics.counters(
@@ -79,7 +84,15 @@ class Service:
 
     def listen(self, sockets: Iterable[socket.socket]) -> list[Listener]:
         """Accept from these too; returns what `close` takes."""
-        listeners = [Listener(self._reactor, sock, self._accepted, room=self._has_room) for sock in sockets]
+        listeners = [
+            Listener(
+                self._reactor,
+                sock,
+                self._accepted_for_others if sock.getsockname()[1] in self._proxied else self._accepted,
+                room=self._has_room,
+            )
+            for sock in sockets
+        ]
         self._listeners += listeners
         return listeners
 
@@ -94,6 +107,22 @@ class Service:
     def paused(self) -> bool:
         """Whether accepting waits for descriptors."""
         return any(listener.paused for listener in self._listeners)
+
+    def count_as(self, endpoint: Endpoint, host: str, port: int) -> bool:
+        """From now on the connection counts as one of this client, of which a proxy has made it.
+
+        False if a limit forbids that; then it has been reset.
+        """
+        row = self._tally.row(host)
+        self._tally.add(NOBODY, -1)
+        limit = self._tally.exceeded(row)
+        if limit is not None:
+            self._tally.add(NOBODY, 1)
+            self._turn_away(endpoint, host, port, limit)
+            return False
+        self._tally.add(row, 1)
+        self._rows[endpoint] = row
+        return True
 
     async def drain(self, within: float) -> None:
         """Accept no more, let connections end, and end those that have not after `within` seconds."""
@@ -142,7 +171,12 @@ class Service:
             pair.end(Reason.SHED, Side.PROXY)
 
     def _accepted(self, endpoint: Endpoint, host: str, port: int) -> None:
-        row = self._tally.row(host)
+        self._admit(endpoint, host, port, self._tally.row(host))
+
+    def _accepted_for_others(self, endpoint: Endpoint, host: str, port: int) -> None:
+        self._admit(endpoint, host, port, NOBODY)
+
+    def _admit(self, endpoint: Endpoint, host: str, port: int, row: int) -> None:
         limit = self._tally.exceeded(row)
         if limit is not None:
             self._turn_away(endpoint, host, port, limit)
@@ -172,6 +206,8 @@ class Service:
             log.exception("session failed", extra={"fields": {"client_addr": join_port(host, port)}})
         finally:
             endpoint.close()
+            if self._rows:
+                row = self._rows.pop(endpoint, row)
             self._tally.add(row, -1)
             self.live -= 1
             if not self.live and self._empty is not None:

@@ -107,12 +107,13 @@ class ListenAddress:
     """An address to listen on; port 0 is one of the kernel's choice.
 
     `optional`: it stands for one family of a pair (localhost, all interfaces), and a host without that family
-    is well configured all the same.
+    is well configured all the same. `transparent`: with IP_TRANSPARENT, for what TPROXY rules bring.
     """
 
     address: IPAddress
     port: int
     optional: bool = False
+    transparent: bool = False
 
     def __str__(self) -> str:
         return join_port(self.address, self.port)

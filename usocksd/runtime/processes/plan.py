@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 import pkgutil
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import attrs
 
 from usocksd.runtime.common import Common
+from usocksd.runtime.endpoint import Endpoint
 from usocksd.runtime.log import Log
 from usocksd.runtime.metrics import Metrics
 from usocksd.runtime.reactor import Reactor
@@ -29,11 +30,17 @@ HANDOVER = 1
 
 
 class Address(NamedTuple):
-    """Where to listen; an optional one may be missing (a family that the host lacks), if another is there."""
+    """Where to listen; an optional one may be missing (a family that the host lacks), if another is there.
+
+    New fields go to the end, with a default: a plan of another version may have more, or fewer.
+    """
 
     host: str
     port: int
     optional: bool = False
+    transparent: bool = False
+    """With IP_TRANSPARENT. (A master of before there was this opens an ordinary socket; transocks refuses to serve
+    on that, see commands/serve.py.)"""
 
 
 class Metering(NamedTuple):
@@ -98,7 +105,7 @@ def make_plan(common: Common, *, version: str, warnings: Sequence[str]) -> Plan:
     required = common.metrics_port is not None
     return Plan(
         version=version,
-        listen=tuple(Address(str(at.address), at.port, at.optional) for _, at in common.listen),
+        listen=tuple(Address(str(at.address), at.port, at.optional, at.transparent) for _, at in common.listen),
         workers=common.workers or len(os.sched_getaffinity(0)),
         log=common.log,
         metrics=Metering(str(common.metrics_address), port, required) if port else None,
@@ -119,10 +126,15 @@ class Parts(NamedTuple):
     metrics: Metrics
     ports: frozenset[int]
     """The ports that are listened on"""
+    transparent: bool
+    """Whether one of the sockets has IP_TRANSPARENT"""
     descriptors: int
     """How many open files the process may have"""
     connections: int
     """How many connections fit into them"""
+    count_as: Callable[[Endpoint, str, int], bool]
+    """Have a connection on one of `Built.proxied` count as one of this client, numeric address and port. False if a
+    limit forbids that; then it has been reset."""
     share: Callable[[Any], None]
     """Hand a JSON value to the master, which passes it on to all workers, this one and those to come. Only the latest
     counts, and only from what runs in `Built.keeping`."""
@@ -145,6 +157,8 @@ class Built(NamedTuple):
     verbs: Mapping[str, Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]] = MappingProxyType({})
     """What the daemon itself answers on the control socket: gets the whole request, returns the answer. Raises Error
     when there is none. One worker is asked, so it is for what all know."""
+    proxied: Collection[int] = ()
+    """Ports whose connections a proxy makes for its clients: they count for nobody until `Parts.count_as`."""
     status: Callable[[], dict[str, Any]] = dict
     """What the answer to `status` has under "daemon": JSON values that are the same in all workers."""
 

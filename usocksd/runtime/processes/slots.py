@@ -19,7 +19,7 @@ from typing import Any
 from usocksd.errors import Error
 from usocksd.runtime.fast_open import accept_fast_open
 from usocksd.runtime.hostport import join_port
-from usocksd.runtime.listeners import NO_SUCH_FAMILY, ListenError, listen, queue
+from usocksd.runtime.listeners import NO_SUCH_FAMILY, ListenError, is_transparent, listen, queue
 from usocksd.runtime.options import set_options
 from usocksd.runtime.processes.plan import Address
 
@@ -61,8 +61,8 @@ class Slots:
     def open(self, addresses: Iterable[Address], count: int) -> None:
         """Have `count` sockets for each address, opening what is missing; `restore` takes that back.
 
-        Until `release`, new connections don't go to sockets that were added to others. Raises ListenError; then all
-        is as before.
+        Until `release`, new connections don't go to sockets that were added to others. Raises ListenError, or Error
+        for an address that there are sockets of the other kind for; then all is as before.
         """
         self._opened = []
         if self.inherited:
@@ -72,7 +72,7 @@ class Slots:
         try:
             for address in addresses:
                 try:
-                    self._fill((address.host, address.port), count)
+                    self._fill(address, count)
                     usable = True
                 except ListenError as error:
                     if not (address.optional and error.errno in NO_SUCH_FAMILY):
@@ -80,7 +80,7 @@ class Slots:
                     missing = error
             if missing is not None and not usable:
                 raise missing
-        except ListenError:
+        except Error:
             self.restore()
             raise
 
@@ -185,18 +185,24 @@ class Slots:
         for group in self._groups.values():
             yield from group
 
-    def _fill(self, place: Place, count: int) -> None:
+    def _fill(self, address: Address, count: int) -> None:
+        host, port = place = address.host, address.port
         group = self._groups.get(place, [])
-        host, port = place
+        if group and is_transparent(group[0]) != address.transparent:
+            # Changed under way, it would be one thing to the workers that drain and another to those that come.
+            raise Error(
+                f"{join_port(host, port)} is listened on already, {'without' if address.transparent else 'with'}"
+                " IP_TRANSPARENT (listen_tproxy): expected another port, or a restart"
+            )
         if group:
             port = group[0].getsockname()[1]  # the first decides where the kernel may choose
             if len(group) < count:
                 _steer(group[0], len(group))
         elif port and all(ours != port for _, ours in self._groups):
             # Sockets with SO_REUSEPORT share a port with whoever has it too: another instance, unnoticed.
-            listen(host, port).close()
+            listen(host, port, transparent=address.transparent).close()
         while len(group) < count:
-            sock = listen(host, port, reuse_port=True)
+            sock = listen(host, port, reuse_port=True, transparent=address.transparent)
             port = sock.getsockname()[1]
             group = self._groups.setdefault(place, group)
             group.append(sock)

@@ -20,8 +20,9 @@ import trio
 from usocksd import __version__
 from usocksd.errors import ConfigError, Error, Fault
 from usocksd.runtime import config as configuration
+from usocksd.runtime.endpoint import Endpoint
 from usocksd.runtime.limits import Tally, most_connections, raise_descriptor_limit
-from usocksd.runtime.listeners import Listener
+from usocksd.runtime.listeners import Listener, is_transparent
 from usocksd.runtime.log import Log, parse_level, setup
 from usocksd.runtime.metrics import Metrics
 from usocksd.runtime.processes.channel import Channel, Message
@@ -158,8 +159,10 @@ class Worker:
             self._reactor,
             self._metrics,
             frozenset(order["ports"]),
+            any(map(is_transparent, self._sockets)),
             self._limit,
             most,
+            count_as=self._count_as,
             share=self._share,
             shared=self._subscribe,
         )
@@ -178,7 +181,13 @@ class Worker:
                 # Lives as long as there is something to serve: a drain is what ends it.
                 async with trio.open_nursery() as sessions:
                     self._service = Service(
-                        self._reactor, built.session, sessions, most=most, tally=tally, metrics=self._metrics
+                        self._reactor,
+                        built.session,
+                        sessions,
+                        most=most,
+                        tally=tally,
+                        metrics=self._metrics,
+                        proxied=built.proxied,
                     )
                     settle_memory()
                     ready = {"version": __version__, "handover": HANDOVER, "verbs": list(built.verbs)}
@@ -243,6 +252,9 @@ class Worker:
             async with trio.open_nursery() as tasks:
                 for task in self._built.keeping:
                     tasks.start_soon(task)
+
+    def _count_as(self, endpoint: Endpoint, host: str, port: int) -> bool:
+        return self._service.count_as(endpoint, host, port)
 
     def _share(self, value: Any) -> None:
         self._to_share = [value]

@@ -21,7 +21,7 @@ SAMPLE = 0.5
 
 # Heading, and whether it holds numbers. The requested name, and what only one of the daemons has, go in between.
 _FIRST = (("client", False), ("destination", False))
-_OPTIONAL = ("name", "user", "rule", "egress", "route", "upstream")
+_OPTIONAL = ("peer", "name", "user", "rule", "egress", "route", "upstream")
 _LAST = (
     ("state", False),
     ("age", True),

@@ -61,7 +61,7 @@ def add_options(parser: argparse.ArgumentParser, columns: Sequence[str]) -> None
 def select(connections: Iterable[Connection], args: argparse.Namespace) -> list[Connection]:
     """Those that were asked for, in that order; the limit is not applied."""
     found = [connection for connection in connections if all(fits(connection) for fits in args.filters)]
-    key, largest_first = _SORTS.get(args.sort) or (lambda connection: connection[args.sort] or "", False)
+    key, largest_first = _SORTS.get(args.sort) or (lambda connection: connection.get(args.sort) or "", False)
     found.sort(key=lambda connection: connection["age"], reverse=not args.reverse)
     # Still so where the key is equal, since sorting is stable, both ways.
     found.sort(key=key, reverse=largest_first is not args.reverse)
@@ -114,7 +114,8 @@ def _at_least(key: str, text: str) -> Filter:
 
 def _within(key: str, text: str) -> Filter:
     network = _network(text)
-    return lambda connection: _has(network, _split(connection[key])[0])
+    # (A daemon of before there was such a key does not have it.)
+    return lambda connection: _has(network, _split(connection.get(key))[0])
 
 
 def _to(text: str) -> Filter:
@@ -150,6 +151,7 @@ def _contains(key: str, text: str) -> Filter:
 
 
 _COLUMNS: dict[str, tuple[Callable[[str], Filter], str, str]] = {
+    "peer": (partial(_within, "peer"), "NET", "made for its client by a proxy at this address or network"),
     "user": (partial(_is, "user"), "NAME", "of this user"),
     "rule": (partial(_contains, "rule"), "TEXT", "let through by a rule with this text in it"),
     "egress": (partial(_within, "egress"), "NET", "leaving from this address or network"),

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import select
 import socket
@@ -11,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from usocksd.errors import Error
-from usocksd.runtime.listeners import ListenError, listen, queue_length
-from usocksd.runtime.processes.plan import Address
+from usocksd.runtime.listeners import ListenError, is_transparent, listen, may_be_transparent, queue_length
+from usocksd.runtime.processes.plan import Address, Plan
 from usocksd.runtime.processes.slots import Slots, check_inherited, place_names
 
 V4, V6 = Address("127.0.0.1", 0), Address("::1", 0)
@@ -233,6 +234,40 @@ def test_queues_are_summed_up(slots: Slots) -> None:
     assert slots.queues() == (6, 4 * min(most, 4096))
     for client in clients:
         client.close()
+
+
+@pytest.mark.skipif(not may_be_transparent(), reason="sockets with IP_TRANSPARENT need CAP_NET_ADMIN")
+@pytest.mark.parametrize("address", [V4, V6], ids=["v4", "v6"])
+def test_transparent_sockets(slots: Slots, address: Address) -> None:
+    """So are all of the group, also what is passed on, and what is accepted; others are not."""
+    address = address._replace(transparent=True)
+    plain = Address("127.0.0.2", 0)
+    slots.open([address, plain], 2)
+    slots.release([address, plain], 2)
+    sockets, others = group(slots, address, 2), group(slots, plain, 2)
+    with all_closed(sockets, others):
+        assert all(map(is_transparent, sockets))
+        assert not any(map(is_transparent, others))
+        for members, transparent in ((sockets, True), (others, False)):
+            with socket.create_connection(members[0].getsockname()[:2], 5):
+                (waiting, *_), _, _ = select.select(members, [], [], 5)
+                with waiting.accept()[0] as accepted:
+                    assert is_transparent(accepted) == transparent
+        with pytest.raises(Error, match="without IP_TRANSPARENT"):
+            slots.open([plain._replace(transparent=True)], 3)
+        with pytest.raises(Error, match="with IP_TRANSPARENT"):
+            slots.open([plain, address._replace(transparent=False)], 3)
+        assert len(slots.filenos()) == 4
+
+
+def test_a_plan_that_says_less_or_more_of_an_address() -> None:
+    """Of a version that did not know of transparent sockets, and of one that knows more than this one."""
+    config = {"version": "1", "workers": 1, "log": {}, "metrics": None, "control": None, "drain": 1.0, "stop": 1.0}
+    rest = {"connections": 0, "per_client": 0, "warnings": []}
+    listens = [["127.0.0.1", 1080, True], ["127.0.0.1", 1084, False, True, "more"]]
+    plan = Plan.from_json({**config, **rest, "listen": listens})
+    assert plan.listen == (Address("127.0.0.1", 1080, True, False), Address("127.0.0.1", 1084, False, True))
+    assert Plan.from_json(json.loads(json.dumps(plan.as_json()))) == plan
 
 
 def test_passing_it_on(slots: Slots) -> None:

@@ -123,7 +123,8 @@ def five(connection: Make) -> list[dict[str, Any]]:
         connection(3, client="[2001:db8::9]:1", destination="[2001:db8::80]:443", age=40, tx_bytes=10**6, user="bobby"),
         connection(
             4, client="[::ffff:10.0.1.1]:1", destination=None, name="example.com", age=30, egress=None, rule=None
-        ),
+        )
+        | {"peer": "10.9.0.1:4000"},
         connection(5, client="10.1.0.1:1000", destination="203.0.113.80:80", age=7200, rule="allow_sites .example.net"),
     ]
     return [each | {"tx_rate": 0.0, "rx_rate": float(number)} for number, each in enumerate(many, 1)]
@@ -160,6 +161,7 @@ def five(connection: Make) -> list[dict[str, Any]]:
         ("--user bob", "1"),
         ("--rule allow_sites", "5"),
         ("--egress 192.0.2.0/24", "5321"),
+        ("--peer 10.9.0.0/16", "4"),
         ("--min-age 45", "52"),
         ("--min-age 2h", "5"),
         ("--min-idle 40s", "2"),
@@ -167,7 +169,7 @@ def five(connection: Make) -> list[dict[str, Any]]:
 )
 def test_selection(five: list[dict[str, Any]], words: str, expected: str) -> None:
     parser = argparse.ArgumentParser()
-    add_options(parser, ("user", "rule", "egress"))
+    add_options(parser, ("peer", "user", "rule", "egress"))
     args = parser.parse_args(words.split())
     assert "".join(each["id"][-1] for each in select(five, args)[: args.limit]) == expected
 

@@ -147,7 +147,7 @@ class HealthConfig:
     suspect_after: Seconds = 0.3
     """an upstream that says nothing for so long, while a connection waits for it, is probed at once"""
     suspect_timeout: Seconds = 0.3
-    """that probe has so long for each of connecting and answering, or three times as long as is usual there"""
+    """that probe has so long for each of connecting and answering, or three round trips"""
 
     def __attrs_post_init__(self) -> None:
         if self.suspect_timeout > self.timeout:

@@ -556,6 +556,9 @@ def connect_proxy(sock: Socket, upstream: lab.Host, seen: list[bytes]) -> None:
     head = b""
     while b"\r\n\r\n" not in head:
         head += sock.recv(65536)
+    if head.startswith(b"OPTIONS * "):  # a probe
+        sock.sendall(b"HTTP/1.1 405 Method Not Allowed\r\n\r\n")
+        return
     seen.append(head)
     if b"Basic " + base64.b64encode(b"alice:p@ss:word") not in head:
         sock.sendall(b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n")

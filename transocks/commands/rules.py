@@ -134,8 +134,6 @@ def _order(args: argparse.Namespace) -> Order:
 
 
 def _render(args: argparse.Namespace) -> int:
-    from transocks.firewall.render import render_iptables, render_nft  # noqa: PLC0415
-
     order = _order(args)
     for wanted in order.wanted:
         if order.tool is Tool.NFT:

@@ -7,12 +7,12 @@ what the configuration says now, so that what another one has left is found too.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 
 from transocks.firewall import live
 from transocks.firewall.config import Mode, Tool
-from transocks.firewall.live import CHAINS, TABLES, Routing, has
+from transocks.firewall.live import CHAINS, TABLES, Routes, Routing, has
 from transocks.firewall.render import render_iptables, render_nft
 from transocks.firewall.saved import Changes, Table, changes, merge, parse_save, select, write
 from transocks.firewall.steps import FirewallError, Step, complaint, run
@@ -37,7 +37,6 @@ def apply(wanted: Sequence[Wanted], tool: Tool, *, seconds: int | None = None, i
     families = (False, True) if ipv6 else (False,)
     tproxy = [w for w in wanted if w.mode is Mode.TPROXY]
     routing = [Routing(w.tproxy_mark, six) for w in tproxy for six in families]
-    before = [found for six in families for found in live.routing_rules(six)]
     added = _add_routing(routing)
     try:
         if tool is Tool.NFT:
@@ -49,7 +48,7 @@ def apply(wanted: Sequence[Wanted], tool: Tool, *, seconds: int | None = None, i
         raise
     # What another configuration has left: the other tool's rules, a routing mark that is not needed any more.
     complaints = _remove_iptables() if tool is Tool.NFT else _remove_nft(keep=False)
-    complaints += _run_all(step for old in before if old not in routing for step in _delete_routing(old))
+    complaints += [said for six in families for said in _remove_routing(six, routing)]
     if complaints:
         raise FirewallError("applied, but what was there before is not all gone: " + "; ".join(complaints))
 
@@ -156,13 +155,18 @@ def remove(*, keep: bool = False) -> list[str]:
     """
     complaints = _remove_nft(keep=keep) + _remove_iptables()
     for six in (False, True) if live.has_ipv6() else (False,):
-        try:
-            found = live.routing_rules(six)
-        except FirewallError as error:
-            complaints.append(str(error))
-        else:
-            complaints += _run_all(step for routing in found for step in _delete_routing(routing))
+        complaints += _remove_routing(six, [])
     return complaints
+
+
+def _remove_routing(six: bool, but: Collection[Routing]) -> list[str]:
+    try:
+        rules, routes = live.routing_rules(six), Routes.here(six)
+    except FirewallError as error:
+        return [str(error)]
+    steps = [rule.step("rule", "del") for rule in rules if rule not in but]
+    gone = dict.fromkeys([*(rule for rule in rules if routes.has(rule)), *routes.orphans()])
+    return _run_all([*steps, *(route.step("route", "del") for route in gone if route not in but)])
 
 
 def _remove_nft(*, keep: bool) -> list[str]:
@@ -203,12 +207,13 @@ def _add_routing(wanted: Iterable[Routing]) -> list[Step]:
     undo: list[Step] = []
     try:
         for routing in wanted:
-            if others := live.foreign_routes(routing):
+            routes = Routes.here(routing.six)
+            if others := routes.others(routing):
                 raise FirewallError(
                     f"routing table {routing.mark} has routes of others ({', '.join(others)}):"
                     " set rules.tproxy_mark, which is its number, to another"
                 )
-            if not live.has_route(routing):
+            if not routes.has(routing):
                 run(routing.step("route", "add"))
                 undo.insert(0, routing.step("route", "del"))
             if routing not in live.routing_rules(routing.six):
@@ -218,11 +223,6 @@ def _add_routing(wanted: Iterable[Routing]) -> list[Step]:
         _run_all(undo)
         raise
     return undo
-
-
-def _delete_routing(routing: Routing) -> list[Step]:
-    steps = [routing.step("rule", "del")]
-    return [*steps, routing.step("route", "del")] if live.has_route(routing) else steps
 
 
 def _run_all(steps: Iterable[Step]) -> list[str]:

@@ -11,14 +11,13 @@ import attrs
 from transocks.firewall import live
 from transocks.firewall.config import Mode, Tool
 from transocks.firewall.foreign import Ours, Taken, in_nft, in_saved
-from transocks.firewall.live import CHAINS, TABLES, Routing, Ruleset
+from transocks.firewall.live import CHAINS, TABLES, Routes, Routing, Ruleset
 from transocks.firewall.render import excluded, render_iptables, render_nft
 from transocks.firewall.saved import Table, merge, select
 from transocks.firewall.verify import compare, force_nft, from_nft, from_saved, guards
 from transocks.firewall.wanted import Wanted
 
 _FAMILIES = {False: "IPv4", True: "IPv6"}
-_FAMILY_TABLES = ("raw", "mangle", "nat", "filter", "security")
 _OVER = (
     "rolled back: {} is loaded and of no effect any more, since nobody confirmed it in time;"
     " connections go directly. Apply or remove it"
@@ -88,7 +87,7 @@ def _check_iptables(wanted: Sequence[Wanted], families: Sequence[bool]) -> Itera
 
 
 def _leftovers(
-    wanted: Sequence[Wanted], tool: Tool, ruleset: Ruleset, by_family: dict[bool, tuple[list[Table], bool]]
+    wanted: Sequence[Wanted], tool: Tool, ruleset: Ruleset, by_family: dict[bool, tuple[list[Table], set[str]]]
 ) -> Iterator[tuple[str, bool]]:
     """What is ours and not wanted: of another mode, or of the other tool."""
     needed = {w.table for w in wanted} if tool is Tool.NFT else set()
@@ -105,11 +104,12 @@ def _check_routing(wanted: Sequence[Wanted], families: Sequence[bool]) -> Iterat
     should = [Routing(w.tproxy_mark, six) for w in wanted if w.mode is Mode.TPROXY for six in families]
     there = [routing for six in families for routing in live.routing_rules(six)]
     for routing in should:
+        routes = Routes.here(routing.six)
         if routing not in there:
             yield f"missing: {_FAMILIES[routing.six]} routing rule: ip rule add {' '.join(routing.rule)}", True
-        if not live.has_route(routing):
+        if not routes.has(routing):
             yield f"missing: {_FAMILIES[routing.six]} route: ip route add {' '.join(routing.route)}", True
-        if others := live.foreign_routes(routing):
+        if others := routes.others(routing):
             yield f"not ours: {_FAMILIES[routing.six]} routing table {routing.mark}: {', '.join(others)}", True
     for routing in there:
         if routing not in should:
@@ -117,7 +117,7 @@ def _check_routing(wanted: Sequence[Wanted], families: Sequence[bool]) -> Iterat
 
 
 def _taken(
-    wanted: Wanted, tool: Tool, ruleset: Ruleset, by_family: dict[bool, tuple[list[Table], bool]]
+    wanted: Wanted, tool: Tool, ruleset: Ruleset, by_family: dict[bool, tuple[list[Table], set[str]]]
 ) -> Iterator[Taken]:
     priority = None if tool is Tool.IPTABLES else -150 if wanted.mode is Mode.TPROXY else -90
     ours = Ours(
@@ -132,6 +132,5 @@ def _taken(
     skip = [place for place in ruleset.tables() if place[1] in TABLES or place[1].startswith("transocks_exec_")]
     for six, (tables, by_nft) in by_family.items():
         yield from in_saved(ours, tables, _FAMILIES[six])
-        if by_nft:
-            skip += [("ip6" if six else "ip", name) for name in _FAMILY_TABLES]
+        skip += [("ip6" if six else "ip", name) for name in by_nft]
     yield from in_nft(ours, ruleset.entries, ruleset.listing, skip)

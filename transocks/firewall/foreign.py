@@ -167,7 +167,7 @@ def _range(word: str, between: str) -> tuple[int, int]:
 def in_nft(
     ours: Ours, entries: Sequence[Mapping[str, Any]], listing: str, skip: Iterable[tuple[str, str]]
 ) -> Iterator[Taken]:
-    """Of `nft -j list ruleset` and `nft -a list ruleset`, but for tables (family, name) to skip: ours and iptables's."""
+    """Of `nft -j list ruleset` and `nft -a list ruleset`. skip: tables (family, name) that are ours, or iptables's."""
     left = set(skip)
     chains = [entry["chain"] for entry in entries if "chain" in entry]
     for base in chains:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterable, Mapping
@@ -21,6 +22,9 @@ from usocksd.match import IPAddress
 
 PREFERENCE = 7474
 """The preference of TPROXY's rules in the routing policy: before those of VPNs, which are around 32764."""
+
+PROTOCOL = 116
+"""Who has made a route, for those that look, and for `remove`: a number that has no name of its own."""
 
 TABLES = tuple(Wanted(mode=mode, port=0).table for mode in Mode)
 """Our nft tables."""
@@ -78,14 +82,17 @@ def saved(six: bool) -> list[Table]:
     return parse_save(run(Step((_save(six),))))
 
 
-def saved_by_all(six: bool) -> tuple[list[Table], bool]:
-    """What both variants of iptables say, as far as they are here, and whether nft's tables of its are among that."""
+def saved_by_all(six: bool) -> tuple[list[Table], set[str]]:
+    """What both variants of iptables say, as far as they are here, and the names of the nft tables among that."""
     family = "ip6tables" if six else "iptables"
-    variants = [name for name in (f"{family}-nft-save", f"{family}-legacy-save") if has(name)]
-    if not variants and has(f"{family}-save"):
-        variants = [f"{family}-save"]
-    tables = [table for name in variants for table in parse_save(run(Step((name,))))]
-    return tables, f"{family}-nft-save" in variants
+    text = run(Step((f"{family}-nft-save",))) if has(f"{family}-nft-save") else ""
+    by_nft = parse_save(text)
+    # What somebody has added by nft, and iptables has no words for, is left out with a remark.
+    names = {table.name for table in by_nft} - set(re.findall(r"^# Table `(\w+)' .*incompatible", text, re.MULTILINE))
+    other = next((name for name in (f"{family}-legacy-save", f"{family}-save") if has(name)), None)
+    if other is None or (text and not other.endswith("-legacy-save")):
+        return by_nft, names
+    return by_nft + parse_save(run(Step((other,)))), names
 
 
 def saved_as_loaded(texts: Iterable[str], six: bool) -> list[Table]:
@@ -115,7 +122,7 @@ class Routing:
     @property
     def route(self) -> tuple[str, ...]:
         """For `ip route`."""
-        return ("local", "default", "dev", "lo", "table", str(self.mark))
+        return ("local", "default", "dev", "lo", "table", str(self.mark), "proto", str(PROTOCOL))
 
     def step(self, kind: str, action: str) -> Step:
         """The command for its "rule" or "route"."""
@@ -133,27 +140,43 @@ def routing_rules(six: bool) -> list[Routing]:
     return found
 
 
-def has_route(routing: Routing) -> bool:
-    """Whether its route is there."""
-    return any(_ours(route) for route in _routes(routing))
+@attrs.frozen
+class Routes:
+    """The routes of all tables of one family."""
 
+    six: bool
+    entries: tuple[Mapping[str, Any], ...]
 
-def foreign_routes(routing: Routing) -> list[str]:
-    """What else is in its table: destinations."""
-    return [str(route.get("dst")) for route in _routes(routing) if not _ours(route)]
+    @classmethod
+    def here(cls, six: bool) -> Routes:
+        """Those of this host. Raises FirewallError."""
+        # Of all tables, since asking for one that has never been is an error.
+        answer = run(Step(("ip", "-N", "-json", "-6" if six else "-4", "route", "show", "table", "all")))
+        return cls(six, tuple(json.loads(answer or "[]")))
+
+    def has(self, routing: Routing) -> bool:
+        """Whether its route is there."""
+        return any(_ours(route) for route in self._of(routing))
+
+    def others(self, routing: Routing) -> list[str]:
+        """What else is in its table: destinations."""
+        return [str(route.get("dst")) for route in self._of(routing) if not _ours(route)]
+
+    def orphans(self) -> list[Routing]:
+        """Routes that `transocks rules` has made, for any mark, and whether or not there is a rule that leads there."""
+        return [
+            Routing(int(route["table"]), self.six)
+            for route in self.entries
+            if _ours(route) and str(route.get("protocol")) == str(PROTOCOL) and str(route.get("table")).isdigit()
+        ]
+
+    def _of(self, routing: Routing) -> list[Mapping[str, Any]]:
+        return [route for route in self.entries if str(route.get("table")) == str(routing.mark)]
 
 
 def _ours(route: Mapping[str, Any]) -> bool:
     local = route.get("type") in ("local", "2")  # RTN_LOCAL
     return local and (route.get("dst"), route.get("dev")) == ("default", "lo")
-
-
-def _routes(routing: Routing) -> list[dict[str, Any]]:
-    # Everything, since asking for a table that has never been is an error.
-    family = "-6" if routing.six else "-4"
-    answer = run(Step(("ip", "-N", "-json", family, "route", "show", "table", "all")))
-    routes: list[dict[str, Any]] = json.loads(answer or "[]")
-    return [route for route in routes if str(route.get("table")) == str(routing.mark)]
 
 
 def listening(port: int) -> set[IPAddress]:

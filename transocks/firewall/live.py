@@ -205,11 +205,11 @@ def unheard(wanted: Wanted, ipv6: bool) -> list[str]:
         loopback, anywhere = ("127.0.0.1", "0.0.0.0") if version == 4 else ("::1", "::")
         mine = {str(address) for address in there if address.version == version}
         expected = [str(address) for address in wanted.addresses if address.version == version]
-        if wanted.mode is Mode.HOST:
-            expected = [loopback]
-        elif wanted.mode is Mode.GATEWAY:
+        if wanted.mode is Mode.GATEWAY:
             expected = [address for address in mine if address != loopback] or [anywhere]
-        if anywhere not in mine and not (set(expected or [anywhere]) & mine):
-            shown = expected[0] if expected else anywhere
+        elif not expected:
+            expected = [loopback]
+        if not ({anywhere, *expected} & mine):
+            shown = expected[0]
             missing.append(f"[{shown}]:{wanted.port}" if version == 6 else f"{shown}:{wanted.port}")
     return missing

@@ -18,7 +18,7 @@ from transocks.firewall.steps import RuleSet, Step
 from transocks.firewall.wanted import Selection, Wanted
 from usocksd.match import IPNetwork
 
-_PORTS = {Mode.HOST: 1081, Mode.GATEWAY: 1081, Mode.TPROXY: 1082}
+_PORTS = {Mode.HOST: 1081, Mode.GATEWAY: 1081, Mode.TPROXY: 1084}
 _MOST_MULTIPORT = 15  # ports that one match of iptables takes, a range counts as two
 
 # Where traffic enters our chains: in nft the hook lines, in iptables the last line of each chain.
@@ -87,8 +87,10 @@ def _render_nft_tproxy(text: str, wanted: Wanted) -> str:
     text = _replace(text, r"\b0x7474\b", f"{wanted.tproxy_mark:#x}", 6)
     text = _replace(text, r"\b29812\b", f"{wanted.tproxy_mark}", 9)
     for address in wanted.addresses:
-        family, shown = ("ip", f"{address}") if address.version == 4 else ("ip6", f"[{address}]")
-        text = _replace(text, rf"\btproxy {family} to :", f"tproxy {family} to {shown}:", 1)
+        family, loopback, shown = (
+            ("ip", "127.0.0.1", f"{address}") if address.version == 4 else ("ip6", "[::1]", f"[{address}]")
+        )
+        text = _replace(text, re.escape(f" tproxy {family} to {loopback}:"), f" tproxy {family} to {shown}:", 1)
     if wanted.closed:
         text = _replace(text, r"^(\t\t)#(meta l4proto tcp reject with tcp reset)$", r"\1\2", 1)
     return text
@@ -121,7 +123,7 @@ def render_iptables(wanted: Wanted, *, six: bool, until: str | None = None) -> s
         text = _replace(text, r"(--set-mark|--tproxy-mark) 0x7474\b", rf"\1 {wanted.tproxy_mark:#x}", 2)
         for address in wanted.addresses:
             if (address.version == 6) == six:
-                text = _replace(text, r" --on-port ", f" --on-ip {address} --on-port ", 1)
+                text = _replace(text, r" --on-ip \S+ ", f" --on-ip {address} ", 1)
     if until is not None:
         # Behind what belongs to connections that transocks has, before all else.
         first = rf"-A {chain} -p tcp ! --syn -j RETURN" if mode is Mode.TPROXY else rf"-N {chain}"

@@ -2,198 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import re
-import select
 import shutil
-import signal
 import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from ipaddress import ip_network
-from pathlib import Path
 
 import lab
 import pytest
-
-from transocks.firewall.config import Mode
-from transocks.firewall.render import render_iptables, render_nft
-from transocks.firewall.wanted import Selection, Wanted
-
-FOLDER = Path(__file__).parent
-BACKENDS = [
-    pytest.param(name, marks=pytest.mark.skipif(shutil.which(tool) is None, reason=f"{tool} is not installed"))
-    for name, tool in (("nft", "nft"), ("iptables-nft", "iptables-nft"), ("iptables-legacy", "iptables-legacy"))
-]
-BEYOND = (lab.WEB_V4, lab.WEB_V6)
-PRIVATE = (lab.PRIVATE_V4, lab.PRIVATE_V6)
-# The command line, again and again: a start of Python is most of what a command takes.
-SERVE = """
-import contextlib, io, json, sys
-from transocks.cli import main
-for line in sys.stdin:
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        status = main(json.loads(line))
-    print(json.dumps([status, said.getvalue()]), flush=True)
-"""
-REDIRECTED, DIRECT, REFUSED, NOTHING = "redirected", "direct", "refused", "no answer"
-
-
-class Scene:
-    """A host or a gateway with a stand-in for transocks, a web server beyond, and one of the tools.
-
-    nft alone has no iptables beside it: its dump is compared byte for byte.
-    """
-
-    def __init__(self, net: lab.Net, mode: str, backend: str, folder: Path) -> None:
-        self.net, self.mode, self.backend, self.folder = net, mode, backend, folder
-        self.bin = folder / "bin"
-        self.bin.mkdir()
-        self._tools()
-        self.config = folder / "transocks.toml"
-        self.configure()
-        self.web = [net.outside.listen(address, 80) for address in (*BEYOND, *PRIVATE)]
-        self.transocks: subprocess.Popen[str] | None = None
-        pipe = subprocess.PIPE
-        serve = ["env", f"PATH={self.bin}", sys.executable, "-c", SERVE]
-        self._cli = net.proxy.popen(*serve, stdin=pipe, stdout=pipe, text=True)
-
-    def _tools(self) -> None:
-        names = {"ip": "ip", "sh": "sh", "unshare": "unshare", "env": "env"}
-        if self.backend == "nft":
-            names["nft"] = "nft"
-        else:
-            for family in ("iptables", "ip6tables"):
-                for verb in ("", "-save", "-restore"):
-                    names[f"{family}{verb}"] = f"{family}-{self.backend.removeprefix('iptables-')}{verb}"
-        for name, program in names.items():
-            target = shutil.which(program)
-            assert target is not None, program
-            (self.bin / name).symlink_to(target)
-
-    def configure(self, rules: str = "", **settings: object) -> None:
-        more = "".join(f"{key} = {value}\n" for key, value in settings.items())
-        self.config.write_text(
-            f'proxy_url = "socks5://10.0.0.1:1080"\nmark = 0x7473\ncontrol = ""\nlisten = "{self._listen}:1081"\n'
-            f'listen_tproxy = "localhost:1084"\n[rules]\nmode = "{self.mode}"\n{more}{rules}'
-        )
-
-    @property
-    def _listen(self) -> str:
-        return "" if self.mode == "gateway" else "localhost"
-
-    def argv(self, *words: str) -> list[str]:
-        python = [sys.executable, "-m", "transocks", "rules", *words]
-        return ["env", f"PATH={self.bin}", *python, *(["-f", str(self.config)])]
-
-    def rules(self, *words: str, status: int = 0) -> str:
-        """Run the verb; returns what it said."""
-        assert self._cli.stdin is not None
-        assert self._cli.stdout is not None
-        self._cli.stdin.write(json.dumps(["rules", *words, "-f", str(self.config)]) + "\n")
-        self._cli.stdin.flush()
-        was, said = json.loads(self._cli.stdout.readline())
-        assert was == status, said
-        return str(said)
-
-    def sh(self, script: str, *, check: bool = True) -> str:
-        return self.net.proxy.run("env", f"PATH={self.bin}", "sh", "-ec", script, check=check).stdout
-
-    def restore(self, text: str, six: bool = False) -> None:
-        tool = "ip6tables-restore" if six else "iptables-restore"
-        self.net.proxy.run("env", f"PATH={self.bin}", tool, "--noflush", input=text)
-
-    def dump(self) -> str:
-        """Rules (without counters, and without iptables's empty base chains), routing, and kernel settings."""
-        if self.backend == "nft":
-            rules = self.sh("nft list ruleset")
-        else:
-            saved = self.sh("iptables-save; ip6tables-save")
-            saved = re.sub(r"\[\d+:\d+\]", "", re.sub(r"^#.*\n", "", saved, flags=re.M))
-            saved = re.sub(r"^:[A-Z]+ ACCEPT *\n", "", saved, flags=re.M)
-            rules = re.sub(r"^\*\w+\nCOMMIT\n", "", saved, flags=re.M)
-        routing = self.sh("for f in -4 -6; do ip $f rule; ip $f route show table all; done")
-        settings = self.sh("/bin/grep -rs . /proc/sys/net/ipv4/conf /proc/sys/net/ipv6/conf /proc/sys/net/ipv4/ip_* || :")
-        return rules + routing + settings
-
-    def start(self) -> None:
-        addresses = {"host": ("127.0.0.1", "::1"), "gateway": ("0.0.0.0", "::"), "tproxy": ("127.0.0.1", "::1")}
-        kind, port = ("tproxy", "1084") if self.mode == "tproxy" else ("redirect", "1081")
-        self.transocks = self.net.proxy.popen(
-            sys.executable, str(FOLDER / "stand_in.py"), kind, port, *addresses[self.mode],
-            stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        assert self.transocks.stdout is not None
-        assert self.transocks.stdout.readline() == "listening\n"
-
-    def stop(self) -> None:
-        assert self.transocks is not None
-        self.transocks.kill()
-        self.transocks.wait()
-
-    @contextlib.contextmanager
-    def connected(self, address: str, port: int = 80, *, timeout: float = 5) -> Iterator[tuple[socket.socket, str]]:
-        """A connection of the client, and what became of it."""
-        with self.net.client.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as client:
-            client.settimeout(timeout)
-            try:
-                client.connect((address, port))
-            except (ConnectionRefusedError, ConnectionResetError):
-                yield client, REFUSED
-                return
-            except TimeoutError:
-                yield client, NOTHING
-                return
-            ready, _, _ = select.select([client, *self.web], [], [], timeout)
-            if ready == [client]:
-                try:
-                    said = client.recv(100).decode()
-                except ConnectionResetError:
-                    said = REFUSED
-                yield client, REDIRECTED if said == f"redirected {address} {port}\n" else said
-            else:
-                accepted, _ = ready[0].accept()
-                with accepted:
-                    yield client, DIRECT
-
-    def connect(self, address: str, *, timeout: float = 5) -> str:
-        with self.connected(address, timeout=timeout) as (_, became):
-            return became
-
-    def close(self) -> None:
-        for server in self.web:
-            server.close()
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture(params=["host", "gateway", "tproxy"])
-def mode(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture
-def scene(mode: str, backend: str, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Scene]:
-    net = request.getfixturevalue("host_net" if mode == "host" else "gateway_net")
-    made = Scene(net, mode, backend, tmp_path)
-    yield made
-    made.close()
-
-
-def nft_only(test: object) -> object:
-    return pytest.mark.parametrize("backend", [BACKENDS[0]], indirect=True)(test)  # type: ignore[operator]
-
-
-def one_mode(name: str) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("mode", [name], indirect=True)
-
+from scene import BEYOND, DIRECT, NOTHING, PRIVATE, REDIRECTED, REFUSED, Scene, backends, one_mode
 
 # What others have on their hosts, after the real ones: Docker with a published port, kube-proxy with a service and a
 # node port, firewalld with its own priorities and chains.
@@ -330,45 +144,96 @@ def test_from_before_to_after(scene: Scene) -> None:
 def _still_works(scene: Scene, client: socket.socket) -> None:
     """The connection that `connected` has accepted in the web server still carries bytes: no reset came."""
     client.sendall(b"x")
+    client.settimeout(0.05)
     with pytest.raises(TimeoutError):
-        client.settimeout(0.05)
         client.recv(1)
 
 
-def _until(scene: Scene, wanted: str, *, within: float) -> None:
-    deadline = time.monotonic() + within
-    while (became := scene.connect(lab.WEB_V4, timeout=1)) != wanted:
-        assert time.monotonic() < deadline, f"{became}, not {wanted}"
-        time.sleep(0.05)
+@one_mode("host")
+@backends(1, 2)
+def test_what_fails_half_way_is_undone(scene: Scene) -> None:
+    """With iptables; a transaction of nft has no half way."""
+    before = scene.dump()
+    scene.start()
+    target = (scene.bin / "ip6tables-restore").readlink()
 
+    def fail(on_or_off: bool) -> None:
+        (scene.bin / "ip6tables-restore").unlink()
+        if on_or_off:  # it fails to hook in, when IPv4 is hooked in
+            script = '#!/bin/sh\ninput=$(/bin/cat)\ncase $input in *"-A OUTPUT"*) echo broken >&2; exit 1;; esac\n'
+            (scene.bin / "ip6tables-restore").write_text(f'{script}echo "$input" | {target} "$@"\n')
+            (scene.bin / "ip6tables-restore").chmod(0o755)
+        else:
+            (scene.bin / "ip6tables-restore").symlink_to(target)
 
-def _kill_after(scene: Scene, tool: str, times: int) -> None:
-    """A tool that does its work, and at the so-manieth time kills who runs it: nothing more of that happens."""
-    target = (scene.bin / tool).readlink()
-    (scene.bin / tool).unlink()
-    count = scene.folder / "count"
-    # Named as the tool is: iptables goes by its own name.
-    (scene.bin / tool).write_text(
-        f"#!/bin/sh\nn=$(($(/bin/cat {count} 2>/dev/null || echo 0) + 1)); echo $n > {count}\n"
-        f'{target} "$@"; s=$?\n[ $n -lt {times} ] || kill -9 $PPID\nexit $s\n'
-    )
-    (scene.bin / tool).chmod(0o755)
+    fail(True)
+    assert "broken" in scene.rules("apply", status=1)
+    assert scene.dump() == before
+    fail(False)
+    scene.rules("apply")
+    applied = scene.dump()
+    # Others in the place of these: the chains are filled in the meantime.
+    scene.sh("ip6tables -t nat -D OUTPUT -p tcp -j TRANSOCKS")
+    unhooked = scene.dump()
+    fail(True)
+    scene.configure(ports=[80])
+    assert "broken" in scene.rules("apply", status=1)
+    assert scene.dump() == unhooked
+    fail(False)
+    scene.configure()
+    scene.rules("apply")
+    assert scene.dump() == applied
 
 
 @one_mode("host")
-@pytest.mark.parametrize("steps", [1, 3])
-def test_killed_in_the_middle_of_a_trial_the_network_works_again(scene: Scene, steps: int) -> None:
+def test_another_mode_or_tool_takes_the_place(scene: Scene) -> None:
+    before = scene.dump()
+    scene.rules("apply", "--force")
+    scene.mode = "gateway" if scene.mode == "tproxy" else "tproxy"
+    scene.configure()
+    assert "not wanted" in scene.rules("verify", status=1)
+    scene.rules("apply", "--force")
+    assert "not wanted" not in scene.rules("verify", status=1)  # nobody listens
+    if scene.backend != "nft" and (nft := shutil.which("nft")):
+        (scene.bin / "nft").symlink_to(nft)
+        scene.rules("apply", "--force")
+        assert "TRANSOCKS" not in scene.dump()
+        scene.configure(tool='"iptables"')
+        scene.rules("apply", "--force")
+        assert "transocks" not in scene.sh("nft list tables")
+    scene.rules("remove")
+    assert scene.dump() == before
+
+
+@one_mode("tproxy")
+def test_tproxy_without_transocks(scene: Scene) -> None:
     scene.start()
-    # With iptables: when the chains are filled, and when one family is hooked in. With nft there is no middle; it is
-    # killed right after the transaction.
-    tool = "nft" if scene.backend == "nft" else "ip6tables-restore" if steps == 1 else "iptables-restore"
-    times = 3 if scene.backend == "nft" else 1 if steps == 1 else 2
-    _kill_after(scene, tool, times)
-    process = scene.net.proxy.popen(*scene.argv("apply", "--confirm", "2"), stdout=subprocess.DEVNULL)
-    assert process.wait(20) == -signal.SIGKILL
+    scene.configure(when_down='"closed"')
+    scene.rules("apply", "--confirm", "1")
+    with scene.connected(lab.WEB_V4) as (early, became):
+        assert became == REDIRECTED
+        scene.until(DIRECT)
+        # What transocks has goes on when a trial is over.
+        early.sendall(b"hello")
+        assert early.recv(10) == b"hello"
+    scene.rules("apply")
     scene.stop()
-    _until(scene, DIRECT, within=10)
-    shown = scene.net.proxy.run("curl", "-s", "-o", "/dev/null", "-m", "1", f"http://{lab.WEB_V4}/", check=False)
-    assert shown.returncode == 28, "curl has connected, and waits for an answer"
+    nft = scene.backend == "nft"
+    assert [scene.connect(a, timeout=0.2) for a in BEYOND] == [REFUSED if nft else NOTHING] * 2
+    scene.configure(when_down='"open"')
+    scene.rules("apply", "--force")
+    assert [scene.connect(a, timeout=0.2) for a in BEYOND] == [DIRECT if nft else NOTHING] * 2
+    scene.rules("remove")
+    assert scene.connect(lab.WEB_V4) == DIRECT
 
 
+@one_mode("tproxy")
+def test_the_listener_on_all_addresses_is_not_met_by_its_port(scene: Scene) -> None:
+    """A connection that was there before, to a port of another host that is the listener's: not taken, nor reset."""
+    scene.web.append(scene.net.outside.listen(lab.WEB_V4, 1084))
+    with scene.connected(lab.WEB_V4, 1084) as (early, became):
+        assert became == DIRECT
+        scene.start("0.0.0.0", "::")
+        scene.rules("apply")
+        assert scene.connect(lab.WEB_V6) == REDIRECTED
+        _still_works(scene, early)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from enum import Enum
+from ipaddress import ip_network
 from typing import Annotated
 
 import attrs
@@ -89,11 +90,17 @@ def _interface(value: object) -> str:
     return name
 
 
+def _network(value: str) -> IPNetwork:
+    """Like that of other settings, but IPv6 stays IPv6: packets with IPv4-mapped addresses are of that family."""
+    parse_network(value)
+    return ip_network(value, strict=False)
+
+
 Modes = Annotated[tuple[Mode, ...], Parser(_modes, _MODES)]
 Account = Annotated[str, Parser(_account, 'a name or a number, as in "backup" or 1000')]
 Cgroup = Annotated[str, text(_cgroup, 'the path of a cgroup (v2) below its root, as in "system.slice/NAME.service"')]
 InterfaceName = Annotated[str, Parser(_interface, 'the name of an interface, at most 15 characters, as in "eth0"')]
-Network = Annotated[IPNetwork, text(parse_network, 'a network or an IP address, as in "10.0.0.0/8" or "192.0.2.1"')]
+Network = Annotated[IPNetwork, text(_network, 'a network or an IP address, as in "10.0.0.0/8" or "192.0.2.1"')]
 Ports = Annotated[tuple[int, int], Parser(_ports, 'a port or a range, as in 443 or "6000-6100", from 1 to 65535')]
 
 

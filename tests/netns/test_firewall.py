@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import socket
+from pathlib import Path
 
 import lab
 import pytest
 from scene import BEYOND, DIRECT, NOTHING, PRIVATE, REDIRECTED, REFUSED, Scene, backends, one_mode
+
+RULES = Path(__file__).parents[2] / "iptables"
 
 # What others have on their hosts, after the real ones: Docker with a published port, kube-proxy with a service and a
 # node port, firewalld with its own priorities and chains.
@@ -237,3 +241,27 @@ def test_the_listener_on_all_addresses_is_not_met_by_its_port(scene: Scene) -> N
         scene.rules("apply")
         assert scene.connect(lab.WEB_V6) == REDIRECTED
         _still_works(scene, early)
+
+
+def test_files_loaded_by_hand_are_what_it_would_apply(scene: Scene) -> None:
+    before = scene.dump()
+    scene.start()
+    kinds = ["nft"] if scene.backend == "nft" else ["v4", "v6"]
+
+    def header(verb: str) -> None:
+        for kind in kinds:
+            text = (RULES / f"{scene.mode}.{kind}").read_text()
+            found = re.search(rf"^# {verb} +(.*(?:\n#  +.*)*)", text, re.MULTILINE)
+            assert found is not None
+            scene.sh(f"cd {RULES}; " + re.sub(r"\n#  +", "\n", found[1]).replace("sed ", "/bin/sed "))
+
+    header("load")
+    assert [scene.connect(a) for a in BEYOND] == [REDIRECTED] * 2
+    assert "as they should be" in scene.rules("verify")
+    header("reload")
+    assert "as they should be" in scene.rules("verify")
+    header("remove")
+    assert scene.dump() == before
+    header("load")
+    scene.rules("remove")
+    assert scene.dump() == before

@@ -15,7 +15,7 @@ from transocks.firewall.live import CHAINS, TABLES, Routes, Routing, Ruleset
 from transocks.firewall.render import excluded, render_iptables, render_nft
 from transocks.firewall.saved import Table, merge, select
 from transocks.firewall.verify import compare, force_nft, from_nft, from_saved, guards
-from transocks.firewall.wanted import Wanted
+from transocks.firewall.wanted import MARK, Wanted
 
 _FAMILIES = {False: "IPv4", True: "IPv6"}
 _OVER = (
@@ -125,7 +125,7 @@ def _taken(
         chains=(wanted.chain,),
         priority=priority,
         excluded=tuple(ip_network(network) for network in excluded(wanted)),
-        mark=0x7473 if wanted.mark is None else wanted.mark,
+        mark=MARK if wanted.mark is None else wanted.mark,
         ports=wanted.selection.ports,
     )
     # Of `transocks exec`, for one command.

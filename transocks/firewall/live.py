@@ -122,11 +122,14 @@ class Routing:
     @property
     def route(self) -> tuple[str, ...]:
         """For `ip route`."""
-        return ("local", "default", "dev", "lo", "table", str(self.mark), "proto", str(PROTOCOL))
+        return ("local", "default", "dev", "lo", "table", str(self.mark))
 
     def step(self, kind: str, action: str) -> Step:
-        """The command for its "rule" or "route"."""
-        return Step(("ip", "-6" if self.six else "-4", kind, action, *(self.rule if kind == "rule" else self.route)))
+        """The command for its "rule" or "route": to "add" or to "del"ete, which is for those that others have made too."""
+        words = self.rule if kind == "rule" else self.route
+        if (kind, action) == ("route", "add"):
+            words = (*words, "proto", str(PROTOCOL))
+        return Step(("ip", "-6" if self.six else "-4", kind, action, *words))
 
 
 def routing_rules(six: bool) -> list[Routing]:

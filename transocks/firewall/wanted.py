@@ -13,6 +13,9 @@ from transocks.firewall.steps import FirewallError
 from usocksd.match import IPAddress, IPNetwork
 from usocksd.runtime.settings import ListenAddress
 
+MARK = 0x7473
+"""What the files leave alone when nothing else is said."""
+
 
 @attrs.frozen(kw_only=True)
 class Selection:

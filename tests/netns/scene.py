@@ -50,7 +50,7 @@ class Scene:
         self._tools()
         self.config = folder / "transocks.toml"
         self.configure()
-        self.web = [net.outside.listen(address, 80) for address in (*BEYOND, *PRIVATE)]
+        self.web = [net.outside.listen("", 80)]
         self.transocks: subprocess.Popen[str] | None = None
         pipe = subprocess.PIPE
         serve = ["env", f"PATH={self.bin}", sys.executable, "-c", SERVE]
@@ -111,6 +111,8 @@ class Scene:
             saved = re.sub(r"^:[A-Z]+ ACCEPT *\n", "", saved, flags=re.M)
             rules = re.sub(r"^\*\w+\nCOMMIT\n", "", saved, flags=re.M)
         routing = self.sh("for f in -4 -6; do ip $f rule; ip $f route show table all; done")
+        # IPv6's link-local addresses come when they want to.
+        routing = re.sub(r"^.* proto kernel .*\n", "", routing, flags=re.M)
         settings = self.sh(
             "/bin/grep -rs . /proc/sys/net/ipv4/conf /proc/sys/net/ipv6/conf /proc/sys/net/ipv4/ip_* || :"
         )

@@ -234,7 +234,7 @@ def test_tproxy_without_transocks(scene: Scene) -> None:
 @one_mode("tproxy")
 def test_the_listener_on_all_addresses_is_not_met_by_its_port(scene: Scene) -> None:
     """A connection that was there before, to a port of another host that is the listener's: not taken, nor reset."""
-    scene.web.append(scene.net.outside.listen(lab.WEB_V4, 1084))
+    scene.web.append(scene.net.outside.listen("", 1084))
     with scene.connected(lab.WEB_V4, 1084) as (early, became):
         assert became == DIRECT
         scene.start("0.0.0.0", "::")

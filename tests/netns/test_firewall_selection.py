@@ -20,8 +20,7 @@ NETWORK_4, NETWORK_6 = ip_network(f"{lab.WEB_V4}/32"), ip_network(f"{lab.WEB_V6}
 @one_mode("host")
 @backends(0, 1)
 def test_selected_by_destination_and_port(scene: Scene) -> None:
-    scene.web += [scene.net.outside.listen(address, 80) for address in (lab.OTHER_V4, lab.OTHER_V6)]
-    scene.web += [scene.net.outside.listen(address, 8080) for address in BEYOND]
+    scene.web.append(scene.net.outside.listen("", 8080))
     scene.start()
     scene.configure(to=[str(NETWORK_4), str(NETWORK_6)], ports=[443, "70-90"], exclude=[lab.OTHER_V6])
     scene.rules("apply")

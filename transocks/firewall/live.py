@@ -125,7 +125,7 @@ class Routing:
         return ("local", "default", "dev", "lo", "table", str(self.mark))
 
     def step(self, kind: str, action: str) -> Step:
-        """The command for its "rule" or "route": to "add" or to "del"ete, which is for those that others have made too."""
+        """The command for its "rule" or "route": to "add" or "del", also of what others have made."""
         words = self.rule if kind == "rule" else self.route
         if (kind, action) == ("route", "add"):
             words = (*words, "proto", str(PROTOCOL))

@@ -40,6 +40,11 @@ SHARED = (
     "usocksd.resolver",
     "usocksd.site_index",
     "usocksd.sites",
+    "transocks.firewall.config",
+    "transocks.firewall.render",
+    "transocks.firewall.saved",
+    "transocks.firewall.verify",
+    "transocks.firewall.foreign",
 )
 
 

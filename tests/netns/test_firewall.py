@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import signal
 import socket
 from pathlib import Path
 
 import lab
 import pytest
+from daemons import Daemon
 from scene import BEYOND, DIRECT, NOTHING, PRIVATE, REDIRECTED, REFUSED, Scene, backends, one_mode
 
 RULES = Path(__file__).parents[2] / "iptables"
@@ -231,6 +234,23 @@ def test_tproxy_without_transocks(scene: Scene) -> None:
     assert scene.connect(lab.WEB_V4) == DIRECT
 
 
+@backends(0)
+def test_a_removal_that_keeps_connections(scene: Scene) -> None:
+    before = scene.dump()
+    scene.start()
+    scene.rules("apply")
+    with scene.connected(lab.WEB_V4) as (early, became):
+        assert became == REDIRECTED
+        for _ in range(2):
+            scene.rules("remove", "--keep-connections")
+            assert [scene.connect(a) for a in BEYOND] == [DIRECT] * 2
+            early.sendall(b"hello")
+            assert early.recv(10) == b"hello"
+        assert scene.dump() != before
+    scene.rules("remove")
+    assert scene.dump() == before
+
+
 @one_mode("tproxy")
 def test_the_listener_on_all_addresses_is_not_met_by_its_port(scene: Scene) -> None:
     """A connection that was there before, to a port of another host that is the listener's: not taken, nor reset."""
@@ -265,3 +285,48 @@ def test_files_loaded_by_hand_are_what_it_would_apply(scene: Scene) -> None:
     header("load")
     scene.rules("remove")
     assert scene.dump() == before
+
+
+DAEMONS = """
+control = "{control}"
+mark = 0x7473
+proxy_url = "socks5://127.0.0.1:1080"
+[rules]
+mode = "host"
+"""
+USOCKSD = """
+[incoming]
+addresses = ["127.0.0.1"]
+[outgoing]
+mark = 0x7473
+"""
+
+
+@one_mode("host")
+@backends(0)
+def test_with_the_daemons(scene: Scene, tmp_path: Path) -> None:
+    """One file for the daemon and its rules; whether it accepts is asked at the control socket."""
+    control = tmp_path / "control.sock"
+    popen = scene.net.proxy.popen
+    with (
+        Daemon("usocksd", USOCKSD, tmp_path, popen=popen) as server,
+        Daemon("transocks", DAEMONS.format(control=control), tmp_path, popen=popen) as client,
+    ):
+        server.ready()
+        client.ready()
+        scene.rules("apply")
+        with scene.net.client.socket(socket.AF_INET) as sock:
+            sock.settimeout(5)
+            sock.connect((lab.WEB_V4, 80))
+            accepted, peer = scene.web[0].accept()
+            with accepted:
+                assert peer[1] != sock.getsockname()[1], "it has come by way of the proxy"
+                accepted.sendall(b"hello")
+                assert sock.recv(10) == b"hello"
+        assert "as they should be" in scene.rules("verify")
+        scene.rules("remove")
+        os.kill(client.pid, signal.SIGSTOP)  # it listens, as far as the kernel knows
+        try:
+            assert "transocks does not answer" in scene.rules("apply", status=1)
+        finally:
+            os.kill(client.pid, signal.SIGCONT)

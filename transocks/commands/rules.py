@@ -36,7 +36,7 @@ FAILED = 1
 
 # For `hold`: how often it looks, for how long at a time the rules are in force, and how long a daemon may take to say
 # how it is.
-LOOK_EVERY, IN_FORCE, ANSWER_WITHIN = 1.0, 10, 3.0
+LOOK_EVERY, IN_FORCE, ANSWER_WITHIN = 1.0, 10, 2.0
 _WELL = ("ready", "reloading")
 
 
@@ -73,10 +73,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     _add(verbs, "verify", _verify, "say what is missing, changed, reordered, or taken by rules of others before ours")
     remove = _add(verbs, "remove", _remove, "remove everything: rules of every mode and tool, and TPROXY's routing")
     remove.add_argument(
-        "--keep-conntrack",
+        "--keep-connections",
         action="store_true",
-        help="leave an nft table (inet transocks_nat) that keeps connection tracking going, without which connections"
-        " that were redirected may hang; a later remove takes it away",
+        help="leave what connections need that were redirected by nft, and nothing else: they may hang without. A later"
+        " remove takes that away",
     )
     _add(
         verbs,
@@ -220,9 +220,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _remove(args: argparse.Namespace) -> int:
-    if args.keep_conntrack and not live.has("nft"):
-        raise FirewallError("--keep-conntrack needs nft")
-    complaints = change.remove(keep=args.keep_conntrack)
+    complaints = change.remove(keep=args.keep_connections)
     if complaints:
         raise FirewallError("\n".join(complaints))
     return 0

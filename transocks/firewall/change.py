@@ -22,6 +22,8 @@ from transocks.firewall.wanted import Wanted
 KEEP = "transocks_nat"
 """An nft table that does nothing but need connection tracking: see `remove`."""
 
+_TPROXY = Wanted(mode=Mode.TPROXY, port=0).table
+
 _KEEP = f"""table inet {KEEP} {{ chain stays {{ type nat hook output priority -90; }}; }}
 flush chain inet {KEEP} stays
 add rule inet {KEEP} stays ct state new accept
@@ -150,12 +152,15 @@ def prolong(wanted: Sequence[Wanted], seconds: int) -> None:
 def remove(*, keep: bool = False) -> list[str]:
     """Remove everything that is ours; returns what the tools complained of.
 
-    keep: leave an nft table behind that has connection tracking go on. With the last rule that needs it the kernel
-    ends it in a network namespace, and then connections that were redirected hang.
+    keep: leave what connections need that nft's rules have redirected. With the last rule that needs connection
+    tracking the kernel ends that in a network namespace, and with it the translation of addresses: so a table stays
+    that does nothing else. TPROXY's stay connected by its own rules and routing, which then take no new ones.
     """
     complaints = _remove_nft(keep=keep) + _remove_iptables()
-    for six in (False, True) if live.has_ipv6() else (False,):
-        complaints += _remove_routing(six, [])
+    kept = keep and has("nft") and _TPROXY in _our_tables()
+    if not kept:
+        for six in (False, True) if live.has_ipv6() else (False,):
+            complaints += _remove_routing(six, [])
     return complaints
 
 
@@ -174,9 +179,15 @@ def _remove_nft(*, keep: bool) -> list[str]:
         return []
     try:
         tables = _our_tables()
-        if not keep and ("inet", KEEP) in live.ruleset().tables():
-            tables.append(KEEP)
-        text = (_KEEP if keep and tables else "") + "".join(f"delete table inet {name}\n" for name in tables)
+        text = ""
+        if not keep:
+            tables += [KEEP] if ("inet", KEEP) in live.ruleset().tables() else []
+        elif tables:
+            if _TPROXY in tables:
+                tables.remove(_TPROXY)
+                text += f"flush set inet {_TPROXY} {ACTIVE}\n"
+            text += _KEEP if tables else ""
+        text += "".join(f"delete table inet {name}\n" for name in tables)
         if text:
             run(Step(("nft", "-f", "-"), text))
     except FirewallError as error:

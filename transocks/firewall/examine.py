@@ -19,8 +19,8 @@ from transocks.firewall.wanted import MARK, Wanted
 
 _FAMILIES = {False: "IPv4", True: "IPv6"}
 _OVER = (
-    "rolled back: {} is loaded and of no effect any more, since nobody confirmed it in time;"
-    " connections go directly. Apply or remove it"
+    "rolled back: {} is loaded and of no effect, since nobody confirmed it in time, or it was removed but for its"
+    " connections; new ones go directly. Apply or remove it"
 )
 
 

@@ -216,7 +216,7 @@ def test_another_mode_or_tool_takes_the_place(scene: Scene) -> None:
 def test_tproxy_without_transocks(scene: Scene) -> None:
     scene.start()
     scene.configure(when_down='"closed"')
-    scene.rules("apply", "--confirm", "1")
+    scene.rules("apply", "--confirm", "2")
     with scene.connected(lab.WEB_V4) as (early, became):
         assert became == REDIRECTED
         scene.until(DIRECT)
@@ -330,3 +330,27 @@ def test_with_the_daemons(scene: Scene, tmp_path: Path) -> None:
             assert "transocks does not answer" in scene.rules("apply", status=1)
         finally:
             os.kill(client.pid, signal.SIGCONT)
+
+
+@pytest.mark.parametrize("mode", ["host", "gateway"], indirect=True)
+@backends(0)
+def test_the_units_take_what_it_renders(scene: Scene) -> None:
+    before = scene.dump()
+    scene.configure(ports=[80, "8000-8100"], to=["203.0.113.0/24", "2001:db8::/32"])
+    rendered = scene.folder / "rules.nft"
+    rendered.write_text(scene.rules("render"))
+    script = RULES.parent / "deploy" / "systemd" / "transocks-rules.sh"
+
+    def do(verb: str) -> None:
+        scene.net.proxy.run("env", f"RULES={rendered}", "POLICY=closed", str(script), verb)
+
+    do("early")
+    assert [scene.connect(a) for a in BEYOND] == [REFUSED] * 2
+    scene.start()
+    do("redirect")
+    assert [scene.connect(a) for a in BEYOND] == [REDIRECTED] * 2
+    assert "as they should be" in scene.rules("verify")
+    do("stop")
+    assert [scene.connect(a) for a in BEYOND] == [REFUSED] * 2
+    do("remove")
+    assert scene.dump() == before

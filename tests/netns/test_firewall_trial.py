@@ -76,7 +76,7 @@ def test_a_trial_is_confirmed_or_over(scene: Scene) -> None:
 
 HOLD = """
 import sys
-import transocks.commands.rules as rules
+import transocks.commands.rules.verbs as rules
 from transocks.cli import main
 rules.LOOK_EVERY, rules.IN_FORCE = 0.1, 1
 main(["rules", "hold", "-f", sys.argv[1]])

@@ -64,7 +64,8 @@ def _apply_nft(wanted: Sequence[Wanted], seconds: int | None) -> None:
 def _apply_iptables(wanted: Sequence[Wanted], seconds: int | None, families: Iterable[bool]) -> None:
     until = None
     if seconds is not None:
-        until = (datetime.now(UTC) + timedelta(seconds=seconds)).strftime("%Y-%m-%dT%H:%M:%S")
+        # In whole seconds, and not less than what was asked for.
+        until = (datetime.now(UTC) + timedelta(seconds=seconds + 1)).strftime("%Y-%m-%dT%H:%M:%S")
     before = {six: select(live.saved(six), CHAINS) for six in families}
     after = {
         six: merge(table for w in wanted for table in parse_save(render_iptables(w, six=six, until=until)))

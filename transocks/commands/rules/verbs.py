@@ -1,21 +1,12 @@
-"""transocks rules VERB: the redirect rules of this host, as [rules] of the configuration says. See docs/firewall.md.
-
-render    print what would be applied
-apply     apply it: nothing else of ours is loaded then; --confirm SECONDS has it end by itself unless confirmed
-confirm   make it stay
-verify    say what is not as it should be
-remove    leave nothing of it
-hold      apply, and have it in force only while transocks accepts
-"""
+"""What the verbs of `transocks rules` do. Each takes the arguments, and returns the exit status."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import signal
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 import attrs
@@ -27,7 +18,6 @@ from transocks.firewall.examine import examine
 from transocks.firewall.render import render_iptables, render_nft
 from transocks.firewall.steps import FirewallError, choose_tool
 from transocks.firewall.wanted import Wanted, wanted_of
-from usocksd.errors import ConfigError
 from usocksd.runtime import config as configuration
 from usocksd.runtime.verbs.client import Client, Refused, VerbError, visible
 
@@ -51,75 +41,6 @@ class Order:
     ipv6: bool
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add this verb, which has verbs of its own, to the command line."""
-    parser = subparsers.add_parser(
-        "rules",
-        help="render, apply, verify and remove the redirect rules",
-        description="The rules that redirect connections to transocks, as [rules] of the configuration says. All but"
-        " `render` need root. Exit status: 0 if all is well.",
-    )
-    verbs = parser.add_subparsers(title="verbs", required=True)
-    _add(verbs, "render", _render, "print what `apply` would load, and run nothing")
-    apply = _add(verbs, "apply", _apply, "load the rules, in the place of what is loaded of ours")
-    apply.add_argument(
-        "--confirm",
-        type=_seconds,
-        metavar="SECONDS",
-        help="they end by themselves after SECONDS, unless `transocks rules confirm` comes: the kernel sees to that",
-    )
-    apply.add_argument("--force", action="store_true", help="also when transocks does not accept connections")
-    _add(verbs, "confirm", _confirm, "after `apply --confirm`: let the rules stay")
-    _add(verbs, "verify", _verify, "say what is missing, changed, reordered, or taken by rules of others before ours")
-    remove = _add(verbs, "remove", _remove, "remove everything: rules of every mode and tool, and TPROXY's routing")
-    remove.add_argument(
-        "--keep-connections",
-        action="store_true",
-        help="leave what connections need that were redirected by nft, and nothing else: they may hang without. A later"
-        " remove takes that away",
-    )
-    _add(
-        verbs,
-        "hold",
-        _hold,
-        'for when_down = "open" with nft: apply, and have the rules in force only while transocks accepts; in the'
-        " foreground, until a signal ends it and the rules with it",
-    )
-
-
-def _add(
-    verbs: argparse._SubParsersAction[argparse.ArgumentParser],
-    name: str,
-    run: Callable[[argparse.Namespace], int],
-    help: str,
-) -> argparse.ArgumentParser:
-    def guarded(args: argparse.Namespace) -> int:
-        try:
-            return run(args)
-        except ConfigError as error:
-            for fault in error.faults:
-                _say(f"{error.source}: {fault}")
-        except FirewallError as error:
-            for line in str(error).splitlines():
-                _say(line)
-        return FAILED
-
-    def _say(line: str) -> None:
-        print(f"transocks rules {name}: {visible(line)}", file=sys.stderr)
-
-    parser = verbs.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.", allow_abbrev=False)
-    # The same option as before the verb: here it must not set a default over that one.
-    parser.add_argument("-f", metavar="CONFIG", default=argparse.SUPPRESS, help=f"configuration file ({DEFAULT})")
-    parser.set_defaults(run=guarded)
-    return parser
-
-
-def _seconds(value: str) -> int:
-    if not value.isascii() or not value.isdigit() or not 1 <= int(value) <= 86400:
-        raise argparse.ArgumentTypeError("expected seconds, from 1 to 86400 (a day)")
-    return int(value)
-
-
 def _order(args: argparse.Namespace) -> Order:
     """Read the configuration. Raises ConfigError, or FirewallError."""
     path: str = args.f or DEFAULT
@@ -133,7 +54,8 @@ def _order(args: argparse.Namespace) -> Order:
     return Order(config, config.rules, wanted, tool, live.has_ipv6())
 
 
-def _render(args: argparse.Namespace) -> int:
+def render(args: argparse.Namespace) -> int:
+    """Print what would be loaded."""
     order = _order(args)
     for wanted in order.wanted:
         if order.tool is Tool.NFT:
@@ -148,7 +70,8 @@ def _render(args: argparse.Namespace) -> int:
     return 0
 
 
-def _apply(args: argparse.Namespace) -> int:
+def apply(args: argparse.Namespace) -> int:
+    """Load it, and say what that means."""
     order = _order(args)
     if (problem := _not_accepting(order)) is not None and not args.force:
         raise FirewallError(f"{problem}; with --force the rules are applied all the same")
@@ -201,13 +124,15 @@ def _not_accepting(order: Order) -> str | None:
     return None if state in _WELL else f"transocks does not accept connections: it is {state}"
 
 
-def _confirm(args: argparse.Namespace) -> int:
+def confirm(args: argparse.Namespace) -> int:
+    """Let it stay."""
     confirmed = change.confirm(ipv6=live.has_ipv6())
     print("confirmed: the rules stay" if confirmed else "nothing to confirm: the rules are there to stay")
     return 0
 
 
-def _verify(args: argparse.Namespace) -> int:
+def verify(args: argparse.Namespace) -> int:
+    """Print what is not as it should be."""
     order = _order(args)
     report = examine(order.wanted, order.tool, ipv6=order.ipv6)
     for fault in report.faults:
@@ -219,14 +144,16 @@ def _verify(args: argparse.Namespace) -> int:
     return FAILED if report.faults else 0
 
 
-def _remove(args: argparse.Namespace) -> int:
+def remove(args: argparse.Namespace) -> int:
+    """Leave nothing of it."""
     complaints = change.remove(keep=args.keep_connections)
     if complaints:
         raise FirewallError("\n".join(complaints))
     return 0
 
 
-def _hold(args: argparse.Namespace) -> int:
+def hold(args: argparse.Namespace) -> int:
+    """Apply, and have it in force only while transocks accepts; until a signal comes."""
     order = _order(args)
     if order.tool is not Tool.NFT:
         raise FirewallError("needs nft: rules of iptables have nothing that ends by itself and can be prolonged")
@@ -243,25 +170,28 @@ def _hold(args: argparse.Namespace) -> int:
 
 
 def _hold_for_ever(order: Order) -> NoReturn:
+    applied = False
     in_force: bool | None = None
     said: str | None = None
     while True:
         problem = _not_accepting(order)
         if problem is None:
-            try:
-                change.prolong(order.wanted, IN_FORCE)
-            except FirewallError:  # not loaded yet, or flushed by another
+            # At first, what is there may be of another configuration.
+            if not applied or not _prolonged(order.wanted, IN_FORCE):
                 change.apply(order.wanted, order.tool, seconds=IN_FORCE, ipv6=order.ipv6)
+                applied = True
         elif in_force:
-            _end(order.wanted)
+            _prolonged(order.wanted, 0)  # if not, they end by themselves
         if problem != said or in_force is None:
             print(f"open: {problem}" if problem else "in force", flush=True)
         in_force, said = problem is None, problem
         time.sleep(LOOK_EVERY)
 
 
-def _end(wanted: Sequence[Wanted]) -> None:
+def _prolonged(wanted: Sequence[Wanted], seconds: int) -> bool:
+    """Whether that could be done: not, when somebody has flushed the rules."""
     try:
-        change.prolong(wanted, 0)
-    except FirewallError as error:  # they end by themselves
-        print(error, file=sys.stderr)
+        change.prolong(wanted, seconds)
+    except FirewallError:
+        return False
+    return True

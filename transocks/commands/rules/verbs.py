@@ -100,8 +100,8 @@ def _what_now(order: Order, seconds: int | None) -> Iterator[str]:
     elif order.rules.when_down is WhenDown.CLOSED:
         yield f"{down} are refused"
     else:
-        held = "are refused, unless `transocks rules hold` runs, or the units do"
-        yield f"{down} {'go directly' if modes == [Mode.TPROXY] else held}"
+        held = "`transocks rules hold` or the units" if order.tool is Tool.NFT else "nft with `transocks rules hold`"
+        yield f"{down} {'go directly' if modes == [Mode.TPROXY] else f'are refused; {held} can let them out'}"
     if Mode.HOST in modes and order.config.mark is None and not order.rules.exempt_users:
         yield (
             "warning: neither `mark` nor `rules.exempt_users` is set, so nothing exempts the proxies' own connections:"

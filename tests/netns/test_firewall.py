@@ -192,6 +192,19 @@ def test_what_fails_half_way_is_undone(scene: Scene) -> None:
     assert scene.dump() == applied
 
 
+@one_mode("tproxy")
+@backends(0, 1)
+def test_routing_goes_again_when_the_rules_do_not_load(scene: Scene) -> None:
+    before = scene.dump()
+    tool = scene.bin / ("nft" if scene.backend == "nft" else "iptables-restore")
+    target = tool.readlink()
+    tool.unlink()
+    tool.write_text(f'#!/bin/sh\ncase $1 in -f|--noflush) echo broken >&2; exit 1;; esac\nexec {target} "$@"\n')
+    tool.chmod(0o755)
+    assert "broken" in scene.rules("apply", "--force", status=1)
+    assert scene.dump() == before
+
+
 @one_mode("host")
 def test_another_mode_or_tool_takes_the_place(scene: Scene) -> None:
     before = scene.dump()

@@ -276,6 +276,7 @@ def test_the_listener_on_all_addresses_is_not_met_by_its_port(scene: Scene) -> N
         _still_works(scene, early)
 
 
+@one_mode("tproxy")  # test_rules.py has the others
 def test_files_loaded_by_hand_are_what_it_would_apply(scene: Scene) -> None:
     before = scene.dump()
     scene.start()

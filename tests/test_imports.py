@@ -28,6 +28,11 @@ PURE = (
     "usocksd.replay",
     "usocksd.replies",
     "transocks.http_connect",
+    "transocks.firewall.config",
+    "transocks.firewall.render",
+    "transocks.firewall.saved",
+    "transocks.firewall.verify",
+    "transocks.firewall.foreign",
     "transocks.routes",
     "transocks.sniff",
 )

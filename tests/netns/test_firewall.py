@@ -304,9 +304,11 @@ def test_files_loaded_by_hand_are_what_it_would_apply(scene: Scene) -> None:
 DAEMONS = """
 control = "{control}"
 mark = 0x7473
+listen = "{listen}:1081"
+listen_tproxy = "localhost:1084"
 proxy_url = "socks5://127.0.0.1:1080"
 [rules]
-mode = "host"
+mode = "{mode}"
 """
 USOCKSD = """
 [incoming]
@@ -316,25 +318,27 @@ mark = 0x7473
 """
 
 
-@one_mode("host")
 @backends(0)
 def test_with_the_daemons(scene: Scene, tmp_path: Path) -> None:
     """One file for the daemon and its rules; whether it accepts is asked at the control socket."""
     control = tmp_path / "control.sock"
+    config = DAEMONS.format(control=control, mode=scene.mode, listen="" if scene.mode == "gateway" else "localhost")
     popen = scene.net.proxy.popen
     with (
         Daemon("usocksd", USOCKSD, tmp_path, popen=popen) as server,
-        Daemon("transocks", DAEMONS.format(control=control), tmp_path, popen=popen) as client,
+        Daemon("transocks", config, tmp_path, popen=popen) as client,
     ):
         server.ready()
         client.ready()
+        assert scene.config == tmp_path / "transocks.toml"
         scene.rules("apply")
         with scene.net.client.socket(socket.AF_INET) as sock:
             sock.settimeout(5)
             sock.connect((lab.WEB_V4, 80))
             accepted, peer = scene.web[0].accept()
             with accepted:
-                assert peer[1] != sock.getsockname()[1], "it has come by way of the proxy"
+                assert peer[0].endswith(lab.PROXY_V4[0]), "it has come by way of the proxy"
+                assert peer[1] != sock.getsockname()[1]
                 accepted.sendall(b"hello")
                 assert sock.recv(10) == b"hello"
         assert "as they should be" in scene.rules("verify")

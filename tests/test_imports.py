@@ -28,6 +28,11 @@ PURE = (
     "usocksd.replay",
     "usocksd.replies",
     "transocks.http_connect",
+    "transocks.firewall.config",
+    "transocks.firewall.render",
+    "transocks.firewall.saved",
+    "transocks.firewall.verify",
+    "transocks.firewall.foreign",
     "transocks.routes",
     "transocks.sniff",
 )
@@ -40,6 +45,11 @@ SHARED = (
     "usocksd.resolver",
     "usocksd.site_index",
     "usocksd.sites",
+    "transocks.firewall.config",
+    "transocks.firewall.render",
+    "transocks.firewall.saved",
+    "transocks.firewall.verify",
+    "transocks.firewall.foreign",
 )
 
 

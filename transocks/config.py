@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import attrs
 
+from transocks.firewall.config import Mode, RulesConfig
+from transocks.firewall.wanted import MARK, reached
 from transocks.proxy_url import ProxyScheme, ProxyURL, ProxyURLs, parse_proxy_url
 from transocks.route_settings import NAME, NamesConfig, RouteConfig, check_routes
 from transocks.routes import DEFAULT, DIRECT, REJECT, Routes
@@ -155,6 +157,14 @@ class HealthConfig:
             raise Invalid(expected, shown=f"{self.suspect_timeout:g}", at="suspect_timeout")
 
 
+# A port of one's own choice, but not 0.
+_WHERE_RULES_SEND = {
+    Mode.HOST: ("listen", '"localhost:1081"'),
+    Mode.GATEWAY: ("listen", '":1081"'),
+    Mode.TPROXY: ("listen_tproxy", '"localhost:1084"'),
+}
+
+
 @attrs.frozen(kw_only=True)
 class Config:
     """The whole of transocks.toml; only `proxy_url` is required."""
@@ -186,6 +196,8 @@ class Config:
     """None: one for each CPU that this process may use"""
     control: SocketPath = "/run/transocks/control.sock"
     """None: no control socket"""
+    rules: RulesConfig | None = None
+    """what `transocks rules` applies; the daemon itself has no use for it"""
 
     @staticmethod
     def check_table(table: dict[str, Any]) -> Iterator[Invalid]:
@@ -198,6 +210,18 @@ class Config:
             if listen.port in ports:
                 expected = "has a port of listen, expected another: a listener is for REDIRECT or for TPROXY"
                 raise Invalid(expected, shown=show(str(listen)), at="listen_tproxy")
+        if self.rules is not None:
+            self._check_rules(self.rules)
+
+    def _check_rules(self, rules: RulesConfig) -> None:
+        """What [rules] needs of the rest."""
+        if Mode.TPROXY in rules.mode and rules.tproxy_mark == (MARK if self.mark is None else self.mark):
+            expected = "expected another than that of connections to leave alone, `mark`"
+            raise Invalid(expected, shown=f"{rules.tproxy_mark:#x}", at="rules.tproxy_mark")
+        for mode in rules.mode:
+            if not reached(mode, self.listen_tproxy if mode is Mode.TPROXY else self.listen):
+                key, example = _WHERE_RULES_SEND[mode]
+                raise Invalid(f"expected {key} = {example} beside it", shown=show(mode.value), at="rules.mode")
 
     def groups(self) -> dict[str, GroupConfig]:
         """All upstream groups by name, that of the top as "default"."""

@@ -6,6 +6,7 @@ import pwd
 from collections.abc import Iterator
 
 from transocks.config import DEFAULT, DIRECT, FAILOVER, Config, GroupConfig
+from transocks.firewall.lint import lint_rules
 from transocks.original_dst import OWN_USERS
 from transocks.proxy_url import ProxyURL
 from transocks.route_settings import NAME
@@ -38,6 +39,7 @@ def lint(config: Config, source: str | None = None) -> list[Fault]:
         *_groups(config),
         *_direct(config),
         *_routes(config),
+        *(lint_rules(config.rules, config.mark, host) if config.rules is not None else ()),
     ]
 
 

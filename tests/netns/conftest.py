@@ -13,6 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 import lab
+import scene as scenes
 from delay import ROUND_TRIP, DelayLine
 
 T = TypeVar("T")
@@ -45,3 +46,24 @@ def _built(make: Callable[[], AbstractContextManager[T]]) -> Iterator[T]:
         pytest.skip(f"no network namespaces here: {reason}")
     with make() as net:
         yield net
+
+
+@pytest.fixture(params=scenes.BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """A tool: "nft", "iptables-nft" or "iptables-legacy"."""
+    return str(request.param)
+
+
+@pytest.fixture(params=["host", "gateway", "tproxy"])
+def mode(request: pytest.FixtureRequest) -> str:
+    """A mode of [rules]."""
+    return str(request.param)
+
+
+@pytest.fixture
+def scene(mode: str, backend: str, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[scenes.Scene]:
+    """One of each, on the topology that it is for."""
+    net = request.getfixturevalue("host_net" if mode == "host" else "gateway_net")
+    made = scenes.Scene(net, mode, backend, tmp_path)
+    yield made
+    made.close()

@@ -16,6 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from transocks.config import Config, GroupConfig, ProxyScheme, ProxyURL, parse_proxy_url
+from transocks.firewall.config import Mode, RulesConfig, WhenDown
+from transocks.firewall.render import excluded
+from transocks.firewall.wanted import Wanted
 from transocks.route_settings import RouteConfig
 from transocks.routes import Decision
 from usocksd.errors import ConfigError
@@ -347,13 +350,15 @@ def test_the_sample_is_the_default() -> None:
 
 
 def test_the_sample_shows_every_setting_and_its_default(tmp_path: Path) -> None:
-    shown = re.sub(r"^#(?=\w+ = |\[)", "", SAMPLE.read_text(), flags=re.MULTILINE)
+    shown = re.sub(r"^#(?=\w+ = |\[|    \"|\])", "", SAMPLE.read_text(), flags=re.MULTILINE)
     table = tomllib.loads(shown)
     assert set(table) == {field.name for field in attrs.fields(Config)}
     (group,) = table.pop("upstream").values()
     assert set(group) == {field.name for field in attrs.fields(GroupConfig)}
     for field in attrs.fields(attrs.resolve_types(Config)):
-        if isinstance(table.get(field.name), dict):
+        if field.name == "rules":  # a table, or none
+            assert set(table["rules"]) == {inner.metadata.get(KEY, inner.name) for inner in attrs.fields(RulesConfig)}
+        elif isinstance(table.get(field.name), dict):
             assert set(table[field.name]) == {inner.name for inner in attrs.fields(field.type)}
     (route,) = table["route"]
     assert set(route) == {field.metadata.get(KEY, field.name) for field in attrs.fields(RouteConfig)}
@@ -362,8 +367,14 @@ def test_the_sample_shows_every_setting_and_its_default(tmp_path: Path) -> None:
     assert (config.log.level, config.log.format) == ("info", "plain")
     assert config.upstream["far"].when_all_down == "refuse"
     assert config.listen_tproxy
-    unset = {"upstream": {}, "route": (), "mark": None, "workers": None, "metrics_port": None, "listen_tproxy": ()}
-    assert attrs.evolve(config, **unset, dns=DnsConfig(), log=LogConfig()) == Config(proxy_url=config.proxy_url)
+    unset = {"mark": None, "workers": None, "metrics_port": None, "listen_tproxy": (), "rules": None}
+    plain = attrs.evolve(config, **unset, upstream={}, route=(), dns=DnsConfig(), log=LogConfig())
+    assert plain == Config(proxy_url=config.proxy_url)
+    rules = config.rules
+    assert rules is not None
+    assert rules.exclude is not None
+    assert set(map(str, rules.exclude)) == set(excluded(Wanted(mode=Mode.HOST, port=0)))
+    assert (rules.reject_quic, rules.when_down, rules.tproxy_mark) == (True, WhenDown.OPEN, 0x7474)
 
 
 # [names] and [[route]]

@@ -167,3 +167,23 @@ def test_a_direct_route_without_anything_to_exempt_it_by(monkeypatch: pytest.Mon
     assert keys(PROXY + route) == ["route[0].via"]
     monkeypatch.setattr("transocks.lint.OWN_USERS", ("root",))
     assert keys(PROXY + route) == []
+
+
+def test_rules_that_can_not_be_applied_here() -> None:
+    proxy = 'proxy_url = "socks5://192.0.2.1"\nmetrics_port = 0\ncontrol = ""\n'
+    assert "rules.mode" in keys(f'{proxy}[rules]\nmode = "host"')
+    assert "rules.mode" not in keys(f'{proxy}[rules]\nmode = "host"\nexempt_users = ["root"]')
+    found = keys(
+        f"""{proxy}listen_tproxy = "localhost:1084"
+        [rules]
+        mode = ["host", "tproxy"]
+        tool = "iptables"
+        users = ["root", "no-such-user", 4711]
+        groups = ["no-such-group"]
+        exempt_users = ["no-such-user"]
+        interfaces = ["lo", "no-such-if"]
+        """
+    )
+    expected = ["rules.users[1]", "rules.groups[0]", "rules.exempt_users[0]", "rules.interfaces[1]"]
+    assert set(expected) | {"rules.tool"} <= set(found)
+    assert not {"rules.users[0]", "rules.users[2]", "rules.interfaces[0]"} & set(found)

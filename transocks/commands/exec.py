@@ -27,8 +27,11 @@ from pathlib import Path
 
 import attrs
 
-from transocks.firewall import FirewallError, choose_tool, render
+from transocks.firewall.config import Mode
 from transocks.firewall.holder import Held
+from transocks.firewall.render import render
+from transocks.firewall.steps import FirewallError, choose_tool
+from transocks.firewall.wanted import Selection, Wanted
 from usocksd.errors import Error
 
 FAILED, NOT_EXECUTABLE, NOT_FOUND = 125, 126, 127  # as env(1) and others that run a command
@@ -103,7 +106,9 @@ def _exec(command: Sequence[str]) -> int:
         folder = tempfile.mkdtemp(prefix="transocks-exec-")
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         usocksd_port, port = _free_port(ipv6), _free_port(ipv6)
-        rules = render(tool, name=f"transocks_exec_{os.getpid()}", port=port, gid=gid, ipv6=ipv6)
+        name = f"transocks_exec_{os.getpid()}"
+        wanted = Wanted(mode=Mode.HOST, name=name, port=port, selection=Selection(groups=(gid,)))
+        rules = render(tool, wanted, ipv6=ipv6)
         daemons = stack.enter_context(_ending())
         local = ["127.0.0.1", "[::1]"] if ipv6 else ["127.0.0.1"]
         listen = ", ".join(f'"{address}:{port}"' for address in local)

@@ -1,10 +1,15 @@
-"""The firewall rules of iptables/: rendered for a purpose, applied, and removed again.
+"""The firewall rules of iptables/: rendered for a purpose, applied, compared with what is live, and removed again.
 
-Now for `transocks exec` only: one group's connections to one port. `holder.py` is the process that applies rules and
-takes them away when whoever asked for them is gone.
+`transocks exec` has one group's connections redirected to one port for a time: `holder.py` is the process that applies
+these rules and takes them away when whoever asked for them is gone. `transocks rules` has what [rules] of the
+configuration says:
+
+    config.py    [rules], typed
+    wanted.py    the same with everything looked up
+    render.py    from the files in iptables/ to what the tools take                 (pure)
+    saved.py     what iptables-save prints, and the changes between two of it       (pure)
+    live.py      what is loaded on this host, and what the tools make of a text
+    change.py    applies, confirms, prolongs and removes
+    verify.py    compares what is loaded with what should be                        (pure)
+    foreign.py   which rules of others take connections before ours                 (pure)
 """
-
-from transocks.firewall.apply import FirewallError, apply, remove
-from transocks.firewall.render import RuleSet, Step, Tool, choose_tool, render
-
-__all__ = ["FirewallError", "RuleSet", "Step", "Tool", "apply", "choose_tool", "remove", "render"]

@@ -17,8 +17,8 @@ from types import TracebackType
 
 import cattrs
 
-from transocks.firewall.apply import FirewallError, apply, remove
-from transocks.firewall.render import RuleSet
+from transocks.firewall.apply import apply, remove
+from transocks.firewall.steps import FirewallError, RuleSet
 
 
 class Held:

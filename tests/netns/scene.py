@@ -1,0 +1,183 @@
+"""What the tests of `transocks rules` are played on: a host or gateway with one of the tools, a stand-in, a web server."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import select
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import lab
+import pytest
+
+FOLDER = Path(__file__).parent
+BACKENDS = [
+    pytest.param(name, marks=pytest.mark.skipif(shutil.which(tool) is None, reason=f"{tool} is not installed"))
+    for name, tool in (("nft", "nft"), ("iptables-nft", "iptables-nft"), ("iptables-legacy", "iptables-legacy"))
+]
+BEYOND = (lab.WEB_V4, lab.WEB_V6)
+PRIVATE = (lab.PRIVATE_V4, lab.PRIVATE_V6)
+# The command line, again and again: a start of Python is most of what a command takes.
+SERVE = """
+import contextlib, io, json, sys
+from transocks.cli import main
+for line in sys.stdin:
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        status = main(json.loads(line))
+    print(json.dumps([status, said.getvalue()]), flush=True)
+"""
+REDIRECTED, DIRECT, REFUSED, NOTHING = "redirected", "direct", "refused", "no answer"
+
+
+class Scene:
+    """A host or a gateway with a stand-in for transocks, a web server beyond, and one of the tools.
+
+    nft alone has no iptables beside it: its dump is compared byte for byte.
+    """
+
+    def __init__(self, net: lab.Net, mode: str, backend: str, folder: Path) -> None:
+        self.net, self.mode, self.backend, self.folder = net, mode, backend, folder
+        self.bin = folder / "bin"
+        self.bin.mkdir()
+        self._tools()
+        self.config = folder / "transocks.toml"
+        self.configure()
+        self.web = [net.outside.listen("", 80)]
+        self.transocks: subprocess.Popen[str] | None = None
+        pipe = subprocess.PIPE
+        serve = ["env", f"PATH={self.bin}", sys.executable, "-c", SERVE]
+        self._cli = net.proxy.popen(*serve, stdin=pipe, stdout=pipe, text=True)
+
+    def _tools(self) -> None:
+        names = {"ip": "ip", "sh": "sh", "unshare": "unshare", "env": "env"}
+        if self.backend == "nft":
+            names["nft"] = "nft"
+        else:
+            for family in ("iptables", "ip6tables"):
+                for verb in ("", "-save", "-restore"):
+                    names[f"{family}{verb}"] = f"{family}-{self.backend.removeprefix('iptables-')}{verb}"
+        for name, program in names.items():
+            target = shutil.which(program)
+            assert target is not None, program
+            (self.bin / name).symlink_to(target)
+
+    def configure(self, rules: str = "", **settings: object) -> None:
+        more = "".join(f"{key} = {value!s}\n" for key, value in settings.items())
+        self.config.write_text(
+            f'proxy_url = "socks5://10.0.0.1:1080"\nmark = 0x7473\ncontrol = ""\nlisten = "{self._listen}:1081"\n'
+            f'listen_tproxy = "localhost:1084"\n[rules]\nmode = "{self.mode}"\n{more}{rules}'
+        )
+
+    @property
+    def _listen(self) -> str:
+        return "" if self.mode == "gateway" else "localhost"
+
+    def argv(self, *words: str) -> list[str]:
+        python = [sys.executable, "-m", "transocks", "rules", *words]
+        return ["env", f"PATH={self.bin}", *python, *(["-f", str(self.config)])]
+
+    def rules(self, *words: str, status: int = 0) -> str:
+        """Run the verb; returns what it said."""
+        assert self._cli.stdin is not None
+        assert self._cli.stdout is not None
+        self._cli.stdin.write(json.dumps(["rules", *words, "-f", str(self.config)]) + "\n")
+        self._cli.stdin.flush()
+        was, said = json.loads(self._cli.stdout.readline())
+        assert was == status, said
+        return str(said)
+
+    def sh(self, script: str, *, check: bool = True) -> str:
+        return self.net.proxy.run("env", f"PATH={self.bin}", "sh", "-ec", script, check=check).stdout
+
+    def restore(self, text: str, six: bool = False) -> None:
+        tool = "ip6tables-restore" if six else "iptables-restore"
+        self.net.proxy.run("env", f"PATH={self.bin}", tool, "--noflush", input=text)
+
+    def dump(self) -> str:
+        """Rules (without counters, and without iptables's empty base chains), routing, and kernel settings."""
+        if self.backend == "nft":
+            rules = self.sh("nft list ruleset")
+        else:
+            saved = self.sh("iptables-save; ip6tables-save")
+            saved = re.sub(r"\[\d+:\d+\]", "", re.sub(r"^#.*\n", "", saved, flags=re.M))
+            saved = re.sub(r"^:[A-Z]+ ACCEPT *\n", "", saved, flags=re.M)
+            rules = re.sub(r"^\*\w+\nCOMMIT\n", "", saved, flags=re.M)
+        routing = self.sh("for f in -4 -6; do ip $f rule; ip $f route show table all; done")
+        # IPv6's link-local addresses come when they want to.
+        routing = re.sub(r"^.* proto kernel .*\n", "", routing, flags=re.M)
+        settings = self.sh(
+            "/bin/grep -rs . /proc/sys/net/ipv4/conf /proc/sys/net/ipv6/conf /proc/sys/net/ipv4/ip_* || :"
+        )
+        return rules + routing + settings
+
+    def start(self, *listen: str) -> None:
+        """Start the stand-in for transocks, on these addresses instead of those of the mode."""
+        addresses = {"host": ("127.0.0.1", "::1"), "gateway": ("0.0.0.0", "::"), "tproxy": ("127.0.0.1", "::1")}
+        kind, port = ("tproxy", "1084") if self.mode == "tproxy" else ("redirect", "1081")
+        self.transocks = self.net.proxy.popen(
+            sys.executable, str(FOLDER / "stand_in.py"), kind, port, *(listen or addresses[self.mode]),
+            stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert self.transocks.stdout is not None
+        assert self.transocks.stdout.readline() == "listening\n"
+
+    def stop(self) -> None:
+        assert self.transocks is not None
+        self.transocks.kill()
+        self.transocks.wait()
+
+    @contextlib.contextmanager
+    def connected(self, address: str, port: int = 80, *, timeout: float = 5) -> Iterator[tuple[socket.socket, str]]:
+        """A connection of the client, and what became of it."""
+        with self.net.client.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as client:
+            client.settimeout(timeout)
+            try:
+                client.connect((address, port))
+            except (ConnectionRefusedError, ConnectionResetError):
+                yield client, REFUSED
+                return
+            except TimeoutError:
+                yield client, NOTHING
+                return
+            ready, _, _ = select.select([client, *self.web], [], [], timeout)
+            if ready == [client]:
+                try:
+                    said = client.recv(100).decode()
+                except ConnectionResetError:
+                    said = REFUSED
+                yield client, REDIRECTED if said == f"redirected {address} {port}\n" else said
+            else:
+                accepted, _ = ready[0].accept()
+                with accepted:
+                    yield client, DIRECT
+
+    def connect(self, address: str, *, timeout: float = 5) -> str:
+        with self.connected(address, timeout=timeout) as (_, became):
+            return became
+
+    def close(self) -> None:
+        for server in self.web:
+            server.close()
+
+    def until(self, wanted: str, *, within: float = 10) -> None:
+        """Wait until a connection becomes this; it takes no longer than `within` seconds."""
+        deadline = time.monotonic() + within
+        while (became := self.connect(lab.WEB_V4, timeout=1)) != wanted:
+            assert time.monotonic() < deadline, f"{became}, not {wanted}"
+            time.sleep(0.05)
+
+
+def one_mode(name: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("mode", [name], indirect=True)
+
+
+def backends(*which: int) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("backend", [BACKENDS[number] for number in which], indirect=True)

@@ -1,0 +1,374 @@
+"""`transocks rules` with the real tools, in namespaces: what it does to connections, and what it leaves behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+from pathlib import Path
+
+import lab
+import pytest
+from daemons import Daemon
+from scene import BEYOND, DIRECT, NOTHING, PRIVATE, REDIRECTED, REFUSED, Scene, backends, one_mode
+
+RULES = Path(__file__).parents[2] / "iptables"
+
+# What others have on their hosts, after the real ones: Docker with a published port, kube-proxy with a service and a
+# node port, firewalld with its own priorities and chains.
+
+DOCKER_KUBE = """\
+*nat
+:DOCKER - [0:0]
+:KUBE-SERVICES - [0:0]
+:KUBE-NODEPORTS - [0:0]
+:KUBE-SVC-WEB - [0:0]
+:KUBE-SEP-ONE - [0:0]
+:KUBE-MARK-MASQ - [0:0]
+:KUBE-POSTROUTING - [0:0]
+-A PREROUTING -m comment --comment "kubernetes service portals" -j KUBE-SERVICES
+-A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER
+-A OUTPUT -m comment --comment "kubernetes service portals" -j KUBE-SERVICES
+-A OUTPUT ! -d 127.0.0.0/8 -m addrtype --dst-type LOCAL -j DOCKER
+-A POSTROUTING -m comment --comment "kubernetes postrouting rules" -j KUBE-POSTROUTING
+-A POSTROUTING -s 172.17.0.0/16 ! -o docker0 -j MASQUERADE
+-A DOCKER -i docker0 -j RETURN
+-A DOCKER ! -i docker0 -p tcp -m tcp --dport 8080 -j DNAT --to-destination 172.17.0.2:80
+-A KUBE-SERVICES -d 10.96.0.1/32 -p tcp -m tcp --dport 80 -j KUBE-SVC-WEB
+-A KUBE-SERVICES -m addrtype --dst-type LOCAL -j KUBE-NODEPORTS
+-A KUBE-NODEPORTS -p tcp -m tcp --dport 30080 -j KUBE-SVC-WEB
+-A KUBE-SVC-WEB -j KUBE-SEP-ONE
+-A KUBE-SEP-ONE -s 10.244.0.5/32 -j KUBE-MARK-MASQ
+-A KUBE-SEP-ONE -p tcp -m tcp -j DNAT --to-destination 10.99.0.1:80
+-A KUBE-MARK-MASQ -j MARK --set-xmark 0x4000/0x4000
+-A KUBE-POSTROUTING -m mark ! --mark 0x4000/0x4000 -j RETURN
+-A KUBE-POSTROUTING -j MARK --set-xmark 0x4000/0x0
+-A KUBE-POSTROUTING -j MASQUERADE
+COMMIT
+*filter
+:DOCKER-USER - [0:0]
+-A FORWARD -j DOCKER-USER
+-A DOCKER-USER -j RETURN
+COMMIT
+"""
+
+FIREWALLD_KUBE = """\
+table inet firewalld {
+	chain nat_PREROUTING {
+		type nat hook prerouting priority -90; policy accept;
+		jump nat_PREROUTING_ZONES
+	}
+	chain nat_PREROUTING_ZONES { goto nat_PRE_public; }
+	chain nat_PRE_public { jump nat_PRE_public_allow; }
+	chain nat_PRE_public_allow {
+		ip daddr 192.168.77.1 tcp dport 8080 dnat ip to 10.99.0.1:80
+	}
+	chain nat_OUTPUT { type nat hook output priority -90; policy accept; }
+	chain filter_PREROUTING {
+		type filter hook prerouting priority 10; policy accept;
+		icmpv6 type { nd-router-advert, nd-neighbor-solicit } accept
+	}
+	chain filter_FORWARD {
+		type filter hook forward priority 10; policy accept;
+		ct state { established, related } accept
+	}
+}
+table ip kube-proxy {
+	map service-ips {
+		type ipv4_addr . inet_proto . inet_service : verdict
+		elements = { 10.96.0.1 . tcp . 80 : goto service-web }
+	}
+	chain service-web { meta l4proto tcp dnat ip to 10.99.0.1:80; }
+	chain services { ip daddr . meta l4proto . th dport vmap @service-ips; }
+	chain nat-prerouting { type nat hook prerouting priority dstnat; jump services; }
+	chain nat-output { type nat hook output priority -100; jump services; }
+}
+"""
+
+
+def load_foreign(scene: Scene) -> None:
+    if scene.backend == "nft":
+        scene.net.proxy.run("nft", "-f", "-", input=FIREWALLD_KUBE)
+    else:
+        scene.restore(DOCKER_KUBE)
+
+
+INTRUDERS = {
+    "nft": {
+        "host": ("nft insert rule inet transocks redirect_tcp tcp dport 80 accept", "chain redirect_tcp"),
+        "gateway": ("nft insert rule inet transocks_gateway redirect_tcp tcp dport 80 accept", "chain redirect_tcp"),
+        "tproxy": ("nft insert rule inet transocks_tproxy tproxy_tcp tcp dport 80 accept", "chain tproxy_tcp"),
+    },
+    "iptables": {
+        "host": ("iptables -t nat -I OUTPUT -p tcp --dport 80 -j REDIRECT --to-ports 9", "shadowed: IPv4 table nat"),
+        "gateway": ("iptables -t nat -I PREROUTING -p tcp -j ACCEPT", "shadowed: IPv4 table nat"),
+        "tproxy": ("iptables -t mangle -I PREROUTING -p tcp -j ACCEPT", "shadowed: IPv4 table mangle"),
+    },
+}
+
+
+def test_from_before_to_after(scene: Scene) -> None:
+    """Applied, applied again, looked at, disturbed, looked at, removed: traffic and rules at each step."""
+    load_foreign(scene)
+    before = scene.dump()
+    assert "nobody listens on" in scene.rules("apply", status=1)
+    assert scene.dump() == before
+    scene.start()
+    assert [scene.connect(a) for a in BEYOND] == [DIRECT] * 2
+    with scene.connected(lab.WEB_V4) as (early, became):
+        assert became == DIRECT
+        scene.rules("apply")
+        applied = scene.dump()
+        assert applied != before
+        assert [scene.connect(a) for a in (*BEYOND, *PRIVATE)] == [REDIRECTED] * 2 + [DIRECT] * 2
+        # A service of kube-proxy is still that.
+        assert scene.connect("10.96.0.1") == DIRECT
+        scene.rules("apply")
+        assert scene.dump() == applied
+        assert "as they should be" in scene.rules("verify")
+        _still_works(scene, early)
+
+        family = scene.backend.partition("-")[0]
+        command, said = INTRUDERS[family][scene.mode]
+        scene.sh(command)
+        assert said in scene.rules("verify", status=1)
+        if family == "nft":
+            assert "chain" in scene.rules("verify", status=1)
+            scene.rules("apply")  # puts it right
+        else:
+            scene.sh(command.replace(" -I ", " -D "))
+        assert scene.dump() == applied
+        scene.rules("remove")
+        assert scene.dump() == before
+        _still_works(scene, early)
+    assert [scene.connect(a) for a in BEYOND] == [DIRECT] * 2
+    scene.rules("remove")  # there is nothing to complain of
+    assert "missing" in scene.rules("verify", status=1)
+
+
+def _still_works(scene: Scene, client: socket.socket) -> None:
+    """The connection that `connected` has accepted in the web server still carries bytes: no reset came."""
+    client.sendall(b"x")
+    client.settimeout(0.05)
+    with pytest.raises(TimeoutError):
+        client.recv(1)
+
+
+@one_mode("host")
+@backends(1, 2)
+def test_what_fails_half_way_is_undone(scene: Scene) -> None:
+    """With iptables; a transaction of nft has no half way."""
+    before = scene.dump()
+    scene.start()
+    target = (scene.bin / "ip6tables-restore").readlink()
+
+    def fail(on_or_off: bool) -> None:
+        (scene.bin / "ip6tables-restore").unlink()
+        if on_or_off:  # it fails to hook in, when IPv4 is hooked in
+            script = '#!/bin/sh\ninput=$(/bin/cat)\ncase $input in *"-A OUTPUT"*) echo broken >&2; exit 1;; esac\n'
+            (scene.bin / "ip6tables-restore").write_text(f'{script}echo "$input" | {target} "$@"\n')
+            (scene.bin / "ip6tables-restore").chmod(0o755)
+        else:
+            (scene.bin / "ip6tables-restore").symlink_to(target)
+
+    fail(True)
+    assert "broken" in scene.rules("apply", status=1)
+    assert scene.dump() == before
+    fail(False)
+    scene.rules("apply")
+    applied = scene.dump()
+    # Others in the place of these: the chains are filled in the meantime.
+    scene.sh("ip6tables -t nat -D OUTPUT -p tcp -j TRANSOCKS")
+    unhooked = scene.dump()
+    fail(True)
+    scene.configure(ports=[80])
+    assert "broken" in scene.rules("apply", status=1)
+    assert scene.dump() == unhooked
+    fail(False)
+    scene.configure()
+    scene.rules("apply")
+    assert scene.dump() == applied
+
+
+@one_mode("tproxy")
+@backends(0, 1)
+def test_routing_goes_again_when_the_rules_do_not_load(scene: Scene) -> None:
+    before = scene.dump()
+    tool = scene.bin / ("nft" if scene.backend == "nft" else "iptables-restore")
+    target = tool.readlink()
+    tool.unlink()
+    tool.write_text(f'#!/bin/sh\ncase $1 in -f|--noflush) echo broken >&2; exit 1;; esac\nexec {target} "$@"\n')
+    tool.chmod(0o755)
+    assert "broken" in scene.rules("apply", "--force", status=1)
+    assert scene.dump() == before
+
+
+@one_mode("host")
+def test_another_mode_or_tool_takes_the_place(scene: Scene) -> None:
+    before = scene.dump()
+    scene.rules("apply", "--force")
+    scene.mode = "gateway" if scene.mode == "tproxy" else "tproxy"
+    scene.configure()
+    assert "not wanted" in scene.rules("verify", status=1)
+    scene.rules("apply", "--force")
+    assert "not wanted" not in scene.rules("verify", status=1)  # nobody listens
+    if scene.backend != "nft" and (nft := shutil.which("nft")):
+        (scene.bin / "nft").symlink_to(nft)
+        scene.rules("apply", "--force")
+        assert "TRANSOCKS" not in scene.dump()
+        scene.configure(tool='"iptables"')
+        scene.rules("apply", "--force")
+        assert "transocks" not in scene.sh("nft list tables")
+    scene.rules("remove")
+    assert scene.dump() == before
+
+
+@one_mode("tproxy")
+def test_tproxy_without_transocks(scene: Scene) -> None:
+    scene.start()
+    scene.configure(when_down='"closed"')
+    scene.rules("apply", "--confirm", "2")
+    with scene.connected(lab.WEB_V4) as (early, became):
+        assert became == REDIRECTED
+        scene.until(DIRECT)
+        # What transocks has goes on when a trial is over.
+        early.sendall(b"hello")
+        assert early.recv(10) == b"hello"
+    scene.rules("apply")
+    scene.stop()
+    nft = scene.backend == "nft"
+    assert [scene.connect(a, timeout=0.2) for a in BEYOND] == [REFUSED if nft else NOTHING] * 2
+    scene.configure(when_down='"open"')
+    scene.rules("apply", "--force")
+    assert [scene.connect(a, timeout=0.2) for a in BEYOND] == [DIRECT if nft else NOTHING] * 2
+    scene.rules("remove")
+    assert scene.connect(lab.WEB_V4) == DIRECT
+
+
+@backends(0)
+def test_a_removal_that_keeps_connections(scene: Scene) -> None:
+    before = scene.dump()
+    scene.start()
+    scene.rules("apply")
+    with scene.connected(lab.WEB_V4) as (early, became):
+        assert became == REDIRECTED
+        for _ in range(2):
+            scene.rules("remove", "--keep-connections")
+            assert [scene.connect(a) for a in BEYOND] == [DIRECT] * 2
+            early.sendall(b"hello")
+            assert early.recv(10) == b"hello"
+        assert scene.dump() != before
+    scene.rules("remove")
+    assert scene.dump() == before
+
+
+@one_mode("tproxy")
+def test_the_listener_on_all_addresses_is_not_met_by_its_port(scene: Scene) -> None:
+    """A connection that was there before, to a port of another host that is the listener's: not taken, nor reset."""
+    scene.web.append(scene.net.outside.listen("", 1084))
+    with scene.connected(lab.WEB_V4, 1084) as (early, became):
+        assert became == DIRECT
+        scene.start("0.0.0.0", "::")
+        scene.rules("apply")
+        assert scene.connect(lab.WEB_V6) == REDIRECTED
+        _still_works(scene, early)
+
+
+@one_mode("tproxy")  # test_rules.py has the others
+def test_files_loaded_by_hand_are_what_it_would_apply(scene: Scene) -> None:
+    before = scene.dump()
+    scene.start()
+    kinds = ["nft"] if scene.backend == "nft" else ["v4", "v6"]
+
+    def header(verb: str) -> None:
+        for kind in kinds:
+            text = (RULES / f"{scene.mode}.{kind}").read_text()
+            found = re.search(rf"^# {verb} +(.*(?:\n#  +.*)*)", text, re.MULTILINE)
+            assert found is not None
+            scene.sh(f"cd {RULES}; " + re.sub(r"\n#  +", "\n", found[1]).replace("sed ", "/bin/sed "))
+
+    header("load")
+    assert [scene.connect(a) for a in BEYOND] == [REDIRECTED] * 2
+    assert "as they should be" in scene.rules("verify")
+    header("reload")
+    assert "as they should be" in scene.rules("verify")
+    header("remove")
+    assert scene.dump() == before
+    header("load")
+    scene.rules("remove")
+    assert scene.dump() == before
+
+
+DAEMONS = """
+control = "{control}"
+mark = 0x7473
+listen = "{listen}:1081"
+listen_tproxy = "localhost:1084"
+proxy_url = "socks5://127.0.0.1:1080"
+[rules]
+mode = "{mode}"
+"""
+USOCKSD = """
+[incoming]
+addresses = ["127.0.0.1"]
+[outgoing]
+mark = 0x7473
+"""
+
+
+@backends(0)
+def test_with_the_daemons(scene: Scene, tmp_path: Path) -> None:
+    """One file for the daemon and its rules; whether it accepts is asked at the control socket."""
+    control = tmp_path / "control.sock"
+    config = DAEMONS.format(control=control, mode=scene.mode, listen="" if scene.mode == "gateway" else "localhost")
+    popen = scene.net.proxy.popen
+    with (
+        Daemon("usocksd", USOCKSD, tmp_path, popen=popen) as server,
+        Daemon("transocks", config, tmp_path, popen=popen) as client,
+    ):
+        server.ready()
+        client.ready()
+        assert scene.config == tmp_path / "transocks.toml"
+        scene.rules("apply")
+        with scene.net.client.socket(socket.AF_INET) as sock:
+            sock.settimeout(5)
+            sock.connect((lab.WEB_V4, 80))
+            accepted, peer = scene.web[0].accept()
+            with accepted:
+                assert peer[0].endswith(lab.PROXY_V4[0]), "it has come by way of the proxy"
+                assert peer[1] != sock.getsockname()[1]
+                accepted.sendall(b"hello")
+                assert sock.recv(10) == b"hello"
+        assert "as they should be" in scene.rules("verify")
+        scene.rules("remove")
+        os.kill(client.pid, signal.SIGSTOP)  # it listens, as far as the kernel knows
+        try:
+            assert "transocks does not answer" in scene.rules("apply", status=1)
+        finally:
+            os.kill(client.pid, signal.SIGCONT)
+
+
+@pytest.mark.parametrize("mode", ["host", "gateway"], indirect=True)
+@backends(0)
+def test_the_units_take_what_it_renders(scene: Scene) -> None:
+    before = scene.dump()
+    scene.configure(ports=[80, "8000-8100"], to=["203.0.113.0/24", "2001:db8::/32"])
+    rendered = scene.folder / "rules.nft"
+    rendered.write_text(scene.rules("render"))
+    script = RULES.parent / "deploy" / "systemd" / "transocks-rules.sh"
+
+    def do(verb: str) -> None:
+        scene.net.proxy.run("env", f"RULES={rendered}", "POLICY=closed", str(script), verb)
+
+    do("early")
+    assert [scene.connect(a) for a in BEYOND] == [REFUSED] * 2
+    scene.start()
+    do("redirect")
+    assert [scene.connect(a) for a in BEYOND] == [REDIRECTED] * 2
+    assert "as they should be" in scene.rules("verify")
+    do("stop")
+    assert [scene.connect(a) for a in BEYOND] == [REFUSED] * 2
+    do("remove")
+    assert scene.dump() == before

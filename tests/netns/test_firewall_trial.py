@@ -1,0 +1,124 @@
+"""`apply --confirm` and `hold`: rules that end by themselves, whatever is killed."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+
+import lab
+import pytest
+from scene import BEYOND, DIRECT, REDIRECTED, Scene, backends, one_mode
+
+
+def _killed_after(scene: Scene, tool: str, times: int) -> None:
+    """Run `apply --confirm 1` with a tool that does its work, and at the so-manieth time kills who runs it."""
+    target = (scene.bin / tool).readlink()
+    (scene.bin / tool).unlink()
+    count = scene.folder / "count"
+    # Named as the tool is: iptables goes by its own name.
+    (scene.bin / tool).write_text(
+        f"#!/bin/sh\nn=$(($(/bin/cat {count} 2>/dev/null || echo 0) + 1)); echo $n > {count}\n"
+        f'{target} "$@"; s=$?\n[ $n -lt {times} ] || kill -9 $PPID\nexit $s\n'
+    )
+    (scene.bin / tool).chmod(0o755)
+    process = scene.net.proxy.popen(*scene.argv("apply", "--confirm", "1"), stdout=subprocess.DEVNULL)
+    assert process.wait(20) == -signal.SIGKILL
+    (scene.bin / tool).unlink()
+    (scene.bin / tool).symlink_to(target)
+
+
+@one_mode("host")
+@pytest.mark.parametrize("hooked", [False, True])
+def test_killed_in_the_middle_of_a_trial_the_network_works_again(scene: Scene, hooked: bool) -> None:
+    if scene.backend == "nft" and not hooked:
+        return  # has no middle
+    scene.start()
+    # With iptables when all chains are filled, or one family is hooked in; with nft when it has done all: what comes
+    # before only asks.
+    tool, times = (
+        ("nft", 3) if scene.backend == "nft" else ("iptables-restore", 2) if hooked else ("ip6tables-restore", 1)
+    )
+    _killed_after(scene, tool, times)
+    assert re.search(r"@active|-A OUTPUT -p tcp -j TRANSOCKS" if hooked else r"@active|:TRANSOCKS", scene.dump())
+    scene.stop()
+    scene.until(DIRECT)
+    curl = scene.net.proxy.run("curl", "-s", "-m", "0.2", "-w", "%{time_connect}", f"http://{lab.WEB_V4}/", check=False)
+    assert float(curl.stdout) > 0, "it has connected; the web server says nothing"
+
+
+@one_mode("host")
+def test_a_trial_is_confirmed_or_over(scene: Scene) -> None:
+    before = scene.dump()
+    scene.start()
+    scene.rules("apply")
+    applied = scene.dump()
+    scene.rules("apply", "--confirm", "60")
+    assert scene.dump() != applied
+    assert re.search(r"in force for \d+ s more", scene.rules("verify"))
+    assert scene.connect(lab.WEB_V6) == REDIRECTED
+    assert "confirmed" in scene.rules("confirm")
+    assert scene.dump() == applied
+    assert "nothing to confirm" in scene.rules("confirm")
+
+    scene.rules("apply", "--confirm", "1")
+    scene.until(DIRECT)
+    assert "rolled back" in scene.rules("verify", status=1)
+    assert "too late" in scene.rules("confirm", status=1)
+    scene.rules("apply")
+    assert scene.dump() == applied
+    assert scene.connect(lab.WEB_V4) == REDIRECTED
+    scene.rules("remove")
+    assert scene.dump() == before
+    assert "no rules" in scene.rules("confirm", status=1)
+
+
+HOLD = """
+import sys
+import transocks.commands.rules.verbs as rules
+from transocks.cli import main
+rules.LOOK_EVERY, rules.IN_FORCE = 0.1, 1
+main(["rules", "hold", "-f", sys.argv[1]])
+"""
+
+
+@backends(0)
+@one_mode("host")
+def test_held_rules_are_in_force_while_transocks_accepts(scene: Scene) -> None:
+    before = scene.dump()
+    command = ["env", f"PATH={scene.bin}", sys.executable, "-c", HOLD, str(scene.config)]
+    holder = scene.net.proxy.popen(*command, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline().startswith("open: transocks does not accept connections")
+    assert scene.connect(lab.WEB_V4) == DIRECT
+    scene.start()
+    assert holder.stdout.readline() == "in force\n"
+    assert [scene.connect(a) for a in BEYOND] == [REDIRECTED] * 2
+    assert "as they should be" in scene.rules("verify")
+    scene.stop()
+    assert holder.stdout.readline().startswith("open: ")
+    assert [scene.connect(a) for a in BEYOND] == [DIRECT] * 2
+    scene.start()
+    assert holder.stdout.readline() == "in force\n"
+    scene.net.proxy.run("nft", "flush", "ruleset")  # as a restart of nftables.service does
+    scene.until(REDIRECTED)
+    # Killed both: the kernel ends it.
+    holder.kill()
+    scene.stop()
+    scene.until(DIRECT)
+    assert "rolled back" in scene.rules("verify", status=1)
+
+    scene.start()
+    holder = scene.net.proxy.popen(*command, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "in force\n"
+    with scene.connected(lab.WEB_V4) as (early, became):
+        assert became == REDIRECTED
+        holder.terminate()
+        assert holder.wait(10) == 0
+        assert scene.connect(lab.WEB_V4) == DIRECT
+        early.sendall(b"hello")  # connection tracking goes on
+        assert early.recv(10) == b"hello"
+    scene.rules("remove")
+    assert scene.dump() == before

@@ -1,0 +1,87 @@
+"""transocks rules VERB: the redirect rules of this host, as [rules] of the configuration says. See docs/firewall.md.
+
+render    print what would be applied
+apply     apply it: nothing else of ours is loaded then; --confirm SECONDS has it end by itself unless confirmed
+confirm   make it stay
+verify    say what is not as it should be
+remove    leave nothing of it
+hold      apply, and have it in force only while transocks accepts
+"""
+
+from __future__ import annotations
+
+import argparse
+import pkgutil
+import sys
+from collections.abc import Callable
+
+from transocks.firewall.steps import FirewallError
+from usocksd.errors import ConfigError
+from usocksd.runtime.verbs.client import visible
+
+FAILED = 1
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add this verb, which has verbs of its own, to the command line."""
+    parser = subparsers.add_parser(
+        "rules",
+        help="render, apply, verify and remove the redirect rules",
+        description="The rules that redirect connections to transocks, as [rules] of the configuration says. All but"
+        " `render` need root. Exit status: 0 if all is well.",
+    )
+    verbs = parser.add_subparsers(title="verbs", required=True)
+    _add(verbs, "render", "print what `apply` would load, and run nothing")
+    apply = _add(verbs, "apply", "load the rules, in the place of what is loaded of ours")
+    apply.add_argument(
+        "--confirm",
+        type=_seconds,
+        metavar="SECONDS",
+        help="they end by themselves after SECONDS, unless `transocks rules confirm` comes: the kernel sees to that",
+    )
+    apply.add_argument("--force", action="store_true", help="also when transocks does not accept connections")
+    _add(verbs, "confirm", "after `apply --confirm`: let the rules stay")
+    _add(verbs, "verify", "say what is missing, changed, reordered, or taken by rules of others before ours")
+    remove = _add(verbs, "remove", "remove everything: rules of every mode and tool, and TPROXY's routing")
+    remove.add_argument(
+        "--keep-connections",
+        action="store_true",
+        help="leave what connections need that were redirected by nft, and nothing else: they may hang without. A later"
+        " remove takes that away",
+    )
+    _add(
+        verbs,
+        "hold",
+        'for when_down = "open" with nft: apply, and have the rules in force only while transocks accepts; in the'
+        " foreground, until a signal ends it and the rules with it",
+    )
+
+
+def _add(verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str, help: str) -> argparse.ArgumentParser:
+    def say(line: str) -> None:
+        print(f"transocks rules {name}: {visible(line)}", file=sys.stderr)
+
+    def run(args: argparse.Namespace) -> int:
+        # A daemon, which has the same command line, has no use for it.
+        verb: Callable[[argparse.Namespace], int] = pkgutil.resolve_name(f"{__name__}.verbs:{name}")
+        try:
+            return verb(args)
+        except ConfigError as error:
+            for fault in error.faults:
+                say(f"{error.source}: {fault}")
+        except FirewallError as error:
+            for line in str(error).splitlines():
+                say(line)
+        return FAILED
+
+    parser = verbs.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.", allow_abbrev=False)
+    # The same option as before the verb: here it must not set a default over that one.
+    parser.add_argument("-f", metavar="CONFIG", default=argparse.SUPPRESS, help="configuration file")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _seconds(value: str) -> int:
+    if not value.isascii() or not value.isdigit() or not 1 <= int(value) <= 86400:
+        raise argparse.ArgumentTypeError("expected seconds, from 1 to 86400 (a day)")
+    return int(value)

@@ -1,0 +1,197 @@
+"""What the verbs of `transocks rules` do. Each takes the arguments, and returns the exit status."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from typing import NoReturn
+
+import attrs
+
+from transocks.config import Config
+from transocks.firewall import change, live
+from transocks.firewall.config import Mode, RulesConfig, Tool, WhenDown
+from transocks.firewall.examine import examine
+from transocks.firewall.render import render_iptables, render_nft
+from transocks.firewall.steps import FirewallError, choose_tool
+from transocks.firewall.wanted import Wanted, wanted_of
+from usocksd.runtime import config as configuration
+from usocksd.runtime.verbs.client import Client, Refused, VerbError, visible
+
+DEFAULT = "/etc/transocks.toml"
+FAILED = 1
+
+# For `hold`: how often it looks, for how long at a time the rules are in force, and how long a daemon may take to say
+# how it is.
+LOOK_EVERY, IN_FORCE, ANSWER_WITHIN = 1.0, 10, 2.0
+_WELL = ("ready", "reloading")
+
+
+@attrs.frozen
+class Order:
+    """The configuration, and what it means for the rules here."""
+
+    config: Config
+    rules: RulesConfig
+    wanted: list[Wanted]
+    tool: Tool
+    ipv6: bool
+
+
+def _order(args: argparse.Namespace) -> Order:
+    """Read the configuration. Raises ConfigError, or FirewallError."""
+    path: str = args.f or DEFAULT
+    config = configuration.load(Config, path)
+    if config.rules is None:
+        raise FirewallError(f'{path} says nothing of rules: expected [rules] with mode = "host", "gateway" or "tproxy"')
+    tool = config.rules.tool or choose_tool()
+    if tool is None:
+        raise FirewallError("neither nft nor iptables is installed")
+    wanted = wanted_of(config.rules, config.listen, config.listen_tproxy, config.mark)
+    return Order(config, config.rules, wanted, tool, live.has_ipv6())
+
+
+def render(args: argparse.Namespace) -> int:
+    """Print what would be loaded."""
+    order = _order(args)
+    for wanted in order.wanted:
+        if order.tool is Tool.NFT:
+            print(render_nft(wanted), end="")
+            continue
+        for six in (False, True) if order.ipv6 else (False,):
+            print(f"# for {'ip6tables' if six else 'iptables'}-restore --noflush")
+            if wanted.mode is Mode.TPROXY:
+                for kind in ("route", "rule"):
+                    print(f"# {' '.join(live.Routing(wanted.tproxy_mark, six).step(kind, 'add').argv)}")
+            print(render_iptables(wanted, six=six), end="")
+    return 0
+
+
+def apply(args: argparse.Namespace) -> int:
+    """Load it, and say what that means."""
+    order = _order(args)
+    if (problem := _not_accepting(order)) is not None and not args.force:
+        raise FirewallError(f"{problem}; with --force the rules are applied all the same")
+    change.apply(order.wanted, order.tool, seconds=args.confirm, ipv6=order.ipv6)
+    print(*_what_now(order, args.confirm), sep="\n")
+    return 0
+
+
+def _what_now(order: Order, seconds: int | None) -> Iterator[str]:
+    """What an operator should know of rules that have just been applied."""
+    modes = [wanted.mode for wanted in order.wanted]
+    yield f"applied by {order.tool.value}: {', '.join(mode.value for mode in modes)}"
+    if seconds is not None:
+        yield (
+            f"for {seconds} s: then connections go directly again, unless `transocks rules confirm` comes before. New"
+            " connections show whether all is well: open one now"
+        )
+    yield "TCP: new connections are redirected; those that were there before, as this shell's, go on as they were"
+    if order.rules.reject_quic:
+        yield "UDP: QUIC (port 443) to where TCP is redirected is refused, in use or not; other UDP is as it was"
+    else:
+        yield "UDP: is as it was"
+    down = "when transocks does not accept: connections"
+    if Mode.TPROXY in modes and order.tool is Tool.IPTABLES:
+        yield f"{down} get no answer and time out (nft can refuse them, or let them out)"
+    elif order.rules.when_down is WhenDown.CLOSED:
+        yield f"{down} are refused"
+    else:
+        held = "`transocks rules hold` or the units" if order.tool is Tool.NFT else "nft with `transocks rules hold`"
+        yield f"{down} {'go directly' if modes == [Mode.TPROXY] else f'are refused; {held} can let them out'}"
+    if Mode.HOST in modes and order.config.mark is None and not order.rules.exempt_users:
+        yield (
+            "warning: neither `mark` nor `rules.exempt_users` is set, so nothing exempts the proxies' own connections:"
+            " those to public addresses come back to them"
+        )
+
+
+def _not_accepting(order: Order) -> str | None:
+    """Why the rules would send connections to nobody, or None."""
+    missing = [where for wanted in order.wanted for where in live.unheard(wanted, order.ipv6)]
+    if missing:
+        return f"transocks does not accept connections: nobody listens on {' and '.join(missing)}"
+    path = order.config.control
+    if path is None or not os.path.exists(path):
+        return None
+    try:
+        state = Client("transocks", path).ask("status", timeout=ANSWER_WITHIN)["state"]
+    except (VerbError, Refused) as error:
+        return f"whether transocks accepts connections can't be told: {error}"
+    return None if state in _WELL else f"transocks does not accept connections: it is {state}"
+
+
+def confirm(args: argparse.Namespace) -> int:
+    """Let it stay."""
+    confirmed = change.confirm(ipv6=live.has_ipv6())
+    print("confirmed: the rules stay" if confirmed else "nothing to confirm: the rules are there to stay")
+    return 0
+
+
+def verify(args: argparse.Namespace) -> int:
+    """Print what is not as it should be."""
+    order = _order(args)
+    report = examine(order.wanted, order.tool, ipv6=order.ipv6)
+    for fault in report.faults:
+        print(visible(fault))
+    for note in report.notes:
+        print(f"note: {visible(note)}")
+    if not report.faults:
+        print(f"as they should be: {', '.join(wanted.mode.value for wanted in order.wanted)}, by {order.tool.value}")
+    return FAILED if report.faults else 0
+
+
+def remove(args: argparse.Namespace) -> int:
+    """Leave nothing of it."""
+    complaints = change.remove(keep=args.keep_connections)
+    if complaints:
+        raise FirewallError("\n".join(complaints))
+    return 0
+
+
+def hold(args: argparse.Namespace) -> int:
+    """Apply, and have it in force only while transocks accepts; until a signal comes."""
+    order = _order(args)
+    if order.tool is not Tool.NFT:
+        raise FirewallError("needs nft: rules of iptables have nothing that ends by itself and can be prolonged")
+    if order.rules.when_down is WhenDown.CLOSED:
+        raise FirewallError('when_down is "closed": then the rules stay, whatever becomes of transocks; apply them')
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
+    try:
+        _hold_for_ever(order)
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        change.remove(keep=True)  # what transocks carries goes on, for as long as it lives
+
+
+def _hold_for_ever(order: Order) -> NoReturn:
+    applied = False
+    in_force: bool | None = None
+    said: str | None = None
+    while True:
+        problem = _not_accepting(order)
+        if problem is None:
+            # At first, what is there may be of another configuration.
+            if not applied or not _prolonged(order.wanted, IN_FORCE):
+                change.apply(order.wanted, order.tool, seconds=IN_FORCE, ipv6=order.ipv6)
+                applied = True
+        elif in_force:
+            _prolonged(order.wanted, 0)  # if not, they end by themselves
+        if problem != said or in_force is None:
+            print(f"open: {problem}" if problem else "in force", flush=True)
+        in_force, said = problem is None, problem
+        time.sleep(LOOK_EVERY)
+
+
+def _prolonged(wanted: Sequence[Wanted], seconds: int) -> bool:
+    """Whether that could be done: not, when somebody has flushed the rules."""
+    try:
+        change.prolong(wanted, seconds)
+    except FirewallError:
+        return False
+    return True

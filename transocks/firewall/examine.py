@@ -1,0 +1,136 @@
+"""Looks at this host and says what is not as it should be: for `transocks rules verify`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from ipaddress import ip_network
+
+import attrs
+
+from transocks.firewall import live
+from transocks.firewall.config import Mode, Tool
+from transocks.firewall.foreign import Ours, Taken, in_nft, in_saved
+from transocks.firewall.live import CHAINS, TABLES, Routes, Routing, Ruleset
+from transocks.firewall.render import excluded, render_iptables, render_nft
+from transocks.firewall.saved import Table, merge, select
+from transocks.firewall.verify import compare, force_nft, from_nft, from_saved, guards
+from transocks.firewall.wanted import MARK, Wanted
+
+_FAMILIES = {False: "IPv4", True: "IPv6"}
+_OVER = (
+    "rolled back: {} is loaded and of no effect, since nobody confirmed it in time, or it was removed but for its"
+    " connections; new ones go directly. Apply or remove it"
+)
+
+
+@attrs.frozen
+class Report:
+    """What is wrong, and what is worth knowing and not wrong."""
+
+    faults: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def examine(wanted: Sequence[Wanted], tool: Tool, *, ipv6: bool = True) -> Report:
+    """Compare what is loaded with what should be. Takes CAP_NET_ADMIN and CAP_SYS_ADMIN. Raises FirewallError."""
+    families = (False, True) if ipv6 else (False,)
+    ruleset = live.ruleset() if live.has("nft") else Ruleset()
+    by_family = {six: live.saved_by_all(six) for six in families}
+    check = _check_nft(wanted, ruleset) if tool is Tool.NFT else _check_iptables(wanted, families)
+    faults: list[str] = []
+    notes: list[str] = []
+    for said, fault in (*check, *_leftovers(wanted, tool, ruleset, by_family), *_check_routing(wanted, families)):
+        (faults if fault else notes).append(said)
+    for w in wanted:
+        unheard = live.unheard(w, ipv6)
+        faults += [f"nobody listens on {where}, where {w.mode.value} rules send connections" for where in unheard]
+        for found in _taken(w, tool, ruleset, by_family):
+            (notes if found.some else faults).append(f"shadowed: {found.text}")
+    return Report(tuple(dict.fromkeys(faults)), tuple(dict.fromkeys(notes)))
+
+
+def _check_nft(wanted: Sequence[Wanted], ruleset: Ruleset) -> Iterator[tuple[str, bool]]:
+    reference = live.as_loaded("".join(render_nft(w) for w in wanted))
+    for w in wanted:
+        should = from_nft(reference.entries, reference.listing, w.table)
+        assert should is not None
+        there = from_nft(ruleset.entries, ruleset.listing, w.table)
+        for difference in compare(should, there):
+            yield difference, True
+        if there is not None:
+            force = force_nft(ruleset.entries, w.table)
+            if force.over:
+                yield _OVER.format(there.name), True
+            elif force.seconds is not None:
+                yield f"{there.name} is in force for {force.seconds:.0f} s more, unless confirmed or held", False
+
+
+def _check_iptables(wanted: Sequence[Wanted], families: Sequence[bool]) -> Iterator[tuple[str, bool]]:
+    now = datetime.now(UTC)
+    for six in families:
+        family = _FAMILIES[six]
+        texts = [render_iptables(w, six=six) for w in wanted]
+        there = {table.name: table for table in select(live.saved(six), CHAINS)}
+        for table in merge(live.saved_as_loaded(texts, six)):
+            should = from_saved(table, CHAINS, family)
+            if should is not None:
+                found = there.get(table.name, Table(table.name, (), ()))
+                for difference in compare(should, from_saved(found, CHAINS, family)):
+                    yield difference, True
+        for until in sorted({until for _, _, until in guards(there.values())}):
+            left = (datetime.fromisoformat(until).replace(tzinfo=UTC) - now).total_seconds()
+            if left <= 0:
+                yield _OVER.format(f"what is in the {family} tables"), True
+            else:
+                yield f"{family}: in force for {left:.0f} s more, unless confirmed", False
+
+
+def _leftovers(
+    wanted: Sequence[Wanted], tool: Tool, ruleset: Ruleset, by_family: dict[bool, tuple[list[Table], set[str]]]
+) -> Iterator[tuple[str, bool]]:
+    """What is ours and not wanted: of another mode, or of the other tool."""
+    needed = {w.table for w in wanted} if tool is Tool.NFT else set()
+    for name in TABLES:
+        if ("inet", name) in ruleset.tables() and name not in needed:
+            yield f"not wanted: table inet {name} is loaded: apply or remove takes it away", True
+    chains = {f"{w.chain}{kind}" for w in wanted for kind in ("", "-UDP")} if tool is Tool.IPTABLES else set()
+    for six, (tables, _) in by_family.items():
+        for table in select(tables, set(CHAINS) - chains):
+            yield f"not wanted: {_FAMILIES[six]} table {table.name} has {', '.join(table.chains)}", True
+
+
+def _check_routing(wanted: Sequence[Wanted], families: Sequence[bool]) -> Iterator[tuple[str, bool]]:
+    should = [Routing(w.tproxy_mark, six) for w in wanted if w.mode is Mode.TPROXY for six in families]
+    there = [routing for six in families for routing in live.routing_rules(six)]
+    for routing in should:
+        routes = Routes.here(routing.six)
+        if routing not in there:
+            yield f"missing: {_FAMILIES[routing.six]} routing rule: ip rule add {' '.join(routing.rule)}", True
+        if not routes.has(routing):
+            yield f"missing: {_FAMILIES[routing.six]} route: ip route add {' '.join(routing.route)}", True
+        if others := routes.others(routing):
+            yield f"not ours: {_FAMILIES[routing.six]} routing table {routing.mark}: {', '.join(others)}", True
+    for routing in there:
+        if routing not in should:
+            yield f"not wanted: {_FAMILIES[routing.six]} routing rule: {' '.join(routing.rule)}", True
+
+
+def _taken(
+    wanted: Wanted, tool: Tool, ruleset: Ruleset, by_family: dict[bool, tuple[list[Table], set[str]]]
+) -> Iterator[Taken]:
+    priority = None if tool is Tool.IPTABLES else -150 if wanted.mode is Mode.TPROXY else -90
+    ours = Ours(
+        mode=wanted.mode,
+        chains=(wanted.chain,),
+        priority=priority,
+        excluded=tuple(ip_network(network) for network in excluded(wanted)),
+        mark=MARK if wanted.mark is None else wanted.mark,
+        ports=wanted.selection.ports,
+    )
+    # Of `transocks exec`, for one command.
+    skip = [place for place in ruleset.tables() if place[1] in TABLES or place[1].startswith("transocks_exec_")]
+    for six, (tables, by_nft) in by_family.items():
+        yield from in_saved(ours, tables, _FAMILIES[six])
+        skip += [("ip6" if six else "ip", name) for name in by_nft]
+    yield from in_nft(ours, ruleset.entries, ruleset.listing, skip)

@@ -1,0 +1,218 @@
+"""What is loaded on this host, and how the tools write what should be. Runs their commands; changes nothing here."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterable, Mapping
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from transocks.firewall.config import Mode
+from transocks.firewall.saved import Table, merge, parse_save
+from transocks.firewall.steps import Step, run
+from transocks.firewall.wanted import Wanted
+from usocksd.match import IPAddress
+
+PREFERENCE = 7474
+"""The preference of TPROXY's rules in the routing policy: before those of VPNs, which are around 32764."""
+
+PROTOCOL = 116
+"""Who has made a route, for those that look, and for `remove`: a number that has no name of its own."""
+
+TABLES = tuple(Wanted(mode=mode, port=0).table for mode in Mode)
+"""Our nft tables."""
+CHAINS = tuple(f"{Wanted(mode=mode, port=0).chain}{kind}" for mode in Mode for kind in ("", "-UDP"))
+"""Our chains in iptables's tables."""
+
+_LISTEN = "0A"  # in the column "st" of /proc/net/tcp
+
+
+def has_ipv6() -> bool:
+    """Whether this kernel has IPv6."""
+    return os.path.exists("/proc/net/if_inet6")
+
+
+def has(program: str) -> bool:
+    """Whether a program is installed."""
+    return shutil.which(program) is not None
+
+
+@attrs.frozen
+class Ruleset:
+    """What nft says, in both of its languages: the entries of its JSON, and text with handles."""
+
+    entries: tuple[Mapping[str, Any], ...] = ()
+    listing: str = ""
+
+    def tables(self) -> set[tuple[str, str]]:
+        """Family and name of each table."""
+        return {(found["family"], found["name"]) for entry in self.entries if (found := entry.get("table"))}
+
+
+_LIST = "nft -j list ruleset && nft -a list ruleset"
+
+
+def ruleset() -> Ruleset:
+    """Everything that nft sees. Raises FirewallError."""
+    return _ruleset(run(Step(("sh", "-c", _LIST))))
+
+
+def as_loaded(text: str) -> Ruleset:
+    """What nft would say of `text`, if that were all: loaded in a network namespace of its own. Raises FirewallError.
+
+    Takes CAP_SYS_ADMIN.
+    """
+    return _ruleset(run(Step(("unshare", "--net", "sh", "-c", f"nft -f - && {_LIST}"), text)))
+
+
+def _ruleset(output: str) -> Ruleset:
+    first, _, listing = output.partition("\n")
+    return Ruleset(tuple(json.loads(first)["nftables"]), listing)
+
+
+def saved(six: bool) -> list[Table]:
+    """What iptables-save says, or ip6tables-save. Raises FirewallError."""
+    return parse_save(run(Step((_save(six),))))
+
+
+def saved_by_all(six: bool) -> tuple[list[Table], set[str]]:
+    """What both variants of iptables say, as far as they are here, and the names of the nft tables among that."""
+    family = "ip6tables" if six else "iptables"
+    text = run(Step((f"{family}-nft-save",))) if has(f"{family}-nft-save") else ""
+    by_nft = parse_save(text)
+    # What somebody has added by nft, and iptables has no words for, is left out with a remark.
+    names = {table.name for table in by_nft} - set(re.findall(r"^# Table `(\w+)' .*incompatible", text, re.MULTILINE))
+    other = next((name for name in (f"{family}-legacy-save", f"{family}-save") if has(name)), None)
+    if other is None or (text and not other.endswith("-legacy-save")):
+        return by_nft, names
+    return by_nft + parse_save(run(Step((other,)))), names
+
+
+def saved_as_loaded(texts: Iterable[str], six: bool) -> list[Table]:
+    """What it would say of these texts, if that were all; as `as_loaded`."""
+    script = f"{_save(six).removesuffix('save')}restore --noflush && {_save(six)}"
+    return merge(
+        table for text in texts for table in parse_save(run(Step(("unshare", "--net", "sh", "-c", script), text)))
+    )
+
+
+def _save(six: bool) -> str:
+    return "ip6tables-save" if six else "iptables-save"
+
+
+@attrs.frozen
+class Routing:
+    """TPROXY's part of the routing of one family, with this mark."""
+
+    mark: int
+    six: bool
+
+    @property
+    def rule(self) -> tuple[str, ...]:
+        """For `ip rule`."""
+        return ("pref", str(PREFERENCE), "fwmark", f"{self.mark:#x}", "lookup", str(self.mark))
+
+    @property
+    def route(self) -> tuple[str, ...]:
+        """For `ip route`."""
+        return ("local", "default", "dev", "lo", "table", str(self.mark))
+
+    def step(self, kind: str, action: str) -> Step:
+        """The command for its "rule" or "route": to "add" or "del", also of what others have made."""
+        words = self.rule if kind == "rule" else self.route
+        if (kind, action) == ("route", "add"):
+            words = (*words, "proto", str(PROTOCOL))
+        return Step(("ip", "-6" if self.six else "-4", kind, action, *words))
+
+
+def routing_rules(six: bool) -> list[Routing]:
+    """Of the routing policy, those rules that are of our shape: for any mark. Raises FirewallError."""
+    answer = run(Step(("ip", "-N", "-json", "-6" if six else "-4", "rule", "show", "pref", str(PREFERENCE))))
+    found = []
+    for rule in json.loads(answer or "[]"):
+        mark, table = int(str(rule.get("fwmark", "0")), 0), str(rule.get("table"))
+        if mark and table == str(mark):
+            found.append(Routing(mark, six))
+    return found
+
+
+@attrs.frozen
+class Routes:
+    """The routes of all tables of one family."""
+
+    six: bool
+    entries: tuple[Mapping[str, Any], ...]
+
+    @classmethod
+    def here(cls, six: bool) -> Routes:
+        """Those of this host. Raises FirewallError."""
+        # Of all tables, since asking for one that has never been is an error.
+        answer = run(Step(("ip", "-N", "-json", "-6" if six else "-4", "route", "show", "table", "all")))
+        return cls(six, tuple(json.loads(answer or "[]")))
+
+    def has(self, routing: Routing) -> bool:
+        """Whether its route is there."""
+        return any(_ours(route) for route in self._of(routing))
+
+    def others(self, routing: Routing) -> list[str]:
+        """What else is in its table: destinations."""
+        return [str(route.get("dst")) for route in self._of(routing) if not _ours(route)]
+
+    def orphans(self) -> list[Routing]:
+        """Routes that `transocks rules` has made, for any mark, and whether or not there is a rule that leads there."""
+        return [
+            Routing(int(route["table"]), self.six)
+            for route in self.entries
+            if _ours(route) and str(route.get("protocol")) == str(PROTOCOL) and str(route.get("table")).isdigit()
+        ]
+
+    def _of(self, routing: Routing) -> list[Mapping[str, Any]]:
+        return [route for route in self.entries if str(route.get("table")) == str(routing.mark)]
+
+
+def _ours(route: Mapping[str, Any]) -> bool:
+    local = route.get("type") in ("local", "2")  # RTN_LOCAL
+    return local and (route.get("dst"), route.get("dev")) == ("default", "lo")
+
+
+def listening(port: int) -> set[IPAddress]:
+    """The addresses on which something listens on this TCP port, in the network namespace of this process."""
+    found = set()
+    for name in ("tcp", "tcp6"):
+        try:
+            lines = Path(f"/proc/self/net/{name}").read_text("ascii").splitlines()[1:]
+        except OSError:  # no such family
+            continue
+        for line in lines:
+            _, local, _, state, *_ = line.split()
+            raw, _, hex_port = local.partition(":")
+            if state == _LISTEN and int(hex_port, 16) == port:
+                # Words of 32 bits as numbers of this CPU.
+                words = (int(raw[at : at + 8], 16) for at in range(0, len(raw), 8))
+                found.add(ip_address(b"".join(word.to_bytes(4, sys.byteorder) for word in words)))
+    return found
+
+
+def unheard(wanted: Wanted, ipv6: bool) -> list[str]:
+    """Where the rules would send connections and nobody listens: "127.0.0.1:1081" and such."""
+    there = listening(wanted.port)
+    missing = []
+    for version in (4, 6) if ipv6 else (4,):
+        loopback, anywhere = ("127.0.0.1", "0.0.0.0") if version == 4 else ("::1", "::")
+        mine = {str(address) for address in there if address.version == version}
+        expected = [str(address) for address in wanted.addresses if address.version == version]
+        if wanted.mode is Mode.GATEWAY:
+            expected = [address for address in mine if address != loopback] or [anywhere]
+        elif not expected:
+            expected = [loopback]
+        if not ({anywhere, *expected} & mine):
+            shown = expected[0]
+            missing.append(f"[{shown}]:{wanted.port}" if version == 6 else f"{shown}:{wanted.port}")
+    return missing

@@ -1,0 +1,1 @@
+"""What is wrong on this host, between the firewall and the upstream."""

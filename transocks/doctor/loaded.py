@@ -1,0 +1,80 @@
+"""The rules that are loaded in this network namespace, by whatever tool."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeAlias
+
+from transocks.doctor.iptables import read_iptables
+from transocks.doctor.nft import iptables_tables, read_nft
+from transocks.doctor.ruleset import Ruleset, Version, merged
+from usocksd.errors import Error
+
+_TIMEOUT = 20.0  # seconds; nft takes one for 50,000 rules
+
+Run: TypeAlias = Callable[..., str]
+"""Runs a command, words as arguments, and returns what it says; raises OSError if it fails."""
+
+_FAMILIES: tuple[tuple[str, Version, str], ...] = (("ip", 4, "iptables"), ("ip6", 6, "ip6tables"))
+
+
+class NotShown(Error):
+    """The rules can't be read."""
+
+
+def loaded(run: Run | None = None, net: Path = Path("/proc/self/net")) -> Ruleset:
+    """All of them; takes CAP_NET_ADMIN. Nothing is loaded by looking. Raises NotShown."""
+    run = run or _run
+    try:
+        found = [*(_of_nft(run) if shutil.which("nft") else _of_iptables(run)), *_of_legacy(run, net)]
+    except (OSError, ValueError, LookupError, subprocess.SubprocessError) as error:
+        raise NotShown(str(error) or type(error).__name__) from None
+    if not found:
+        raise NotShown("there is neither nft nor iptables")
+    return merged(found)
+
+
+def _of_nft(run: Run) -> list[Ruleset]:
+    """Its own tables, and those of iptables-nft, which nft shows without what is in their matches."""
+    text = run("nft", "--json", "list", "ruleset")
+    theirs = iptables_tables(text)
+    saved: list[Ruleset] = []
+    for family, version, name in _FAMILIES:
+        tool = next(filter(shutil.which, (f"{name}-nft-save", f"{name}-save")), None)
+        if tool and any(f == family for f, _ in theirs):
+            saved.append(read_iptables(run(tool), version))
+    read = {(chain.family, chain.table) for ruleset in saved for chain in ruleset.chains}
+    return [*saved, read_nft(text, without=read & theirs)]
+
+
+def _of_iptables(run: Run) -> list[Ruleset]:
+    tools = ((f"{name}-save", version) for _, version, name in _FAMILIES)
+    return [read_iptables(run(tool), version) for tool, version in tools if shutil.which(tool)]
+
+
+def _of_legacy(run: Run, net: Path) -> list[Ruleset]:
+    """Where it has tables: where it has none, its tool would make them."""
+    return [
+        read_iptables(run(f"{name}-legacy-save"), version)
+        for _, version, name in _FAMILIES
+        if shutil.which(f"{name}-legacy-save") and _names(net / f"{name.removesuffix('tables')}_tables_names")
+    ]
+
+
+def _names(file: Path) -> str:
+    try:
+        return file.read_text("ascii").strip()
+    except OSError:  # there never were any
+        return ""
+
+
+def _run(*argv: str) -> str:
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=_TIMEOUT, check=False)
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit status {done.returncode}"]
+        raise OSError(f"{os.path.basename(argv[0])}: {said[0]}")
+    return done.stdout.decode(errors="replace")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from transocks.commands import check, rules
+from transocks.commands import check, doctor, rules
 from transocks.commands import exec as exec_verb
 from transocks.config import Config
 from usocksd.runtime.processes.plan import Daemon
@@ -24,6 +24,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "A transparent proxy: carries redirected TCP connections to their destinations through a proxy.",
         default=OPERATED.config,
         required=True,
-        verbs=(exec_verb.add_parser, rules.add_parser, check.add_parser, partial(add_parsers, daemon=OPERATED)),
+        verbs=(
+            exec_verb.add_parser,
+            rules.add_parser,
+            doctor.add_parser,
+            check.add_parser,
+            partial(add_parsers, daemon=OPERATED),
+        ),
     )
     return program.main(argv)

@@ -1,0 +1,494 @@
+"""`transocks doctor` on setups that are well, where it has nothing to complain of, and on broken ones, each for real."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from socket import socket as Socket
+from typing import Any
+
+import daemons
+import lab
+import pytest
+from daemons import Daemon, Served
+
+RULES = Path(__file__).parents[2] / "iptables"
+FAR = lab.NEXT_V4  # where the upstream is, if not on the host itself
+CONFIG = """
+listen = {listen}
+proxy_url = "{url}"
+mark = 0x7473
+"""
+
+
+class Verdict:
+    """What doctor said."""
+
+    def __init__(self, status: int, answer: dict[str, Any]) -> None:
+        self.status = status
+        self.ok = answer["ok"]
+        self.findings = answer["findings"]
+
+    def of(self, state: str, check: str | None = None) -> list[str]:
+        return [f["seen"] for f in self.findings if f["state"] == state and check in {None, f["check"]}]
+
+    @property
+    def faults(self) -> dict[str, str]:
+        return {f["check"]: f["seen"] for f in self.findings if f["state"] == "fault"}
+
+    @property
+    def warnings(self) -> dict[str, str]:
+        return {f["check"]: f["seen"] for f in self.findings if f["state"] == "warning"}
+
+
+def doctor(net: lab.Net, file: Path, *prefix: str, option: str = "--json") -> Verdict:
+    command = [sys.executable, "-m", "transocks", "doctor", "-f", str(file), "--json", option]
+    done = net.proxy.run(*prefix, *command, check=False)
+    assert done.returncode in {0, 1}, done.stderr
+    verdict = Verdict(done.returncode, json.loads(done.stdout))
+    print(json.dumps(verdict.findings, indent=1))
+    assert verdict.ok is (done.returncode == 0)
+    assert not [f for f in verdict.of("not checked") if "the check itself failed" in f]
+    return verdict
+
+
+def socks(sock: Socket) -> None:
+    """An upstream, as far as doctor asks it."""
+    if sock.recv(100).startswith(b"\x05"):
+        sock.sendall(b"\x05\x00")
+        sock.recv(1)
+
+
+def load(net: lab.Net, tool: str, *, name: str | None = None, edit: tuple[str, str] | None = None) -> None:
+    """The rule files as they stand, or with something replaced."""
+    name = name or ("host" if net.proxy is net.client else "gateway")
+    for kind in {"nft": ("nft",), "iptables": ("v4", "v6")}.get(tool, (tool,)):
+        text = (RULES / f"{name}.{kind}").read_text()
+        if edit is not None:
+            text, found = re.subn(*edit, text, flags=re.M)
+            assert found
+        command = {"nft": ["nft", "-f", "-"], "v4": ["iptables-restore", "--noflush"]}.get(
+            kind, ["ip6tables-restore", "--noflush"]
+        )
+        net.proxy.run(*command, input=text)
+
+
+@contextlib.contextmanager
+def standing(net: lab.Net, folder: Path, *, url: str | None = None, listen: str | None = None) -> Iterator[Path]:
+    """Sockets that listen as transocks and an upstream far away would, without rules; yields the configuration."""
+    gateway = net.proxy is not net.client
+    listen = listen or ('":1081"' if gateway else '"localhost:1081"')
+    with contextlib.ExitStack() as stack:
+        upstream = stack.enter_context(Served(net.outside.listen(FAR, 1080), socks))
+        del upstream
+        for address in ("0.0.0.0", "::") if gateway else ("127.0.0.1", "::1"):
+            stack.enter_context(listener(net, address))
+        file = folder / "doctor.toml"
+        file.write_text(daemons.settings("transocks", CONFIG.format(listen=listen, url=url or f"socks5://{FAR}:1080")))
+        yield file
+
+
+IP_TRANSPARENT, IPV6_TRANSPARENT = 19, 75  # <linux/in.h>, <linux/in6.h>
+
+
+def listener(net: lab.Net, address: str, port: int = 1081, *, transparent: bool = False) -> Socket:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    sock = net.proxy.socket(family)
+    if family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    if transparent and family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, IPV6_TRANSPARENT, 1)
+    elif transparent:
+        sock.setsockopt(socket.IPPROTO_IP, IP_TRANSPARENT, 1)
+    sock.bind((address, port))
+    sock.listen()
+    return sock
+
+
+@pytest.mark.parametrize("tool", ["nft", "iptables"])
+@pytest.mark.parametrize("mode", ["host", "gateway"])
+def test_healthy(request: pytest.FixtureRequest, mode: str, tool: str, tmp_path: Path) -> None:
+    net: lab.Net = request.getfixturevalue(f"{mode}_net")
+    with standing(net, tmp_path) as config:
+        load(net, tool)
+        found = doctor(net, config)
+    assert (found.status, found.faults, found.warnings) == (0, {}, {})
+    assert f"{mode}, IPv4" in found.of("ok", "rules")[0]
+    assert f"{mode}, IPv6" in found.of("ok", "rules")[1]
+
+
+# What Docker, kube-proxy and ufw load, cut down to one of each kind.
+OTHERS = """*nat
+:DOCKER - [0:0]
+:KUBE-SERVICES - [0:0]
+:KUBE-SVC-A - [0:0]
+:KUBE-SEP-A - [0:0]
+:KUBE-MARK-MASQ - [0:0]
+-A PREROUTING -m comment --comment "kubernetes service portals" -j KUBE-SERVICES
+-A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER
+-A OUTPUT -m comment --comment "kubernetes service portals" -j KUBE-SERVICES
+-A OUTPUT ! -d 127.0.0.0/8 -m addrtype --dst-type LOCAL -j DOCKER
+-A DOCKER ! -i docker0 -p tcp -m tcp --dport 8080 -j DNAT --to-destination 172.17.0.2:80
+-A KUBE-SERVICES -d 10.96.0.1/32 -p tcp -m tcp --dport 443 -j KUBE-SVC-A
+-A KUBE-SERVICES -m addrtype --dst-type LOCAL -j KUBE-SVC-A
+-A KUBE-SVC-A ! -s 10.244.0.0/16 -d 10.96.0.1/32 -p tcp -m tcp --dport 443 -j KUBE-MARK-MASQ
+-A KUBE-SVC-A -m statistic --mode random --probability 0.5 -j KUBE-SEP-A
+-A KUBE-SEP-A -p tcp -m tcp -j DNAT --to-destination 10.0.0.7:6443
+-A KUBE-MARK-MASQ -j MARK --set-xmark 0x4000/0x4000
+COMMIT
+*filter
+:INPUT DROP [0:0]
+:FORWARD DROP [0:0]
+:ufw-before-input - [0:0]
+:ufw-after-input - [0:0]
+:ufw-user-input - [0:0]
+-A INPUT -j ufw-before-input
+-A INPUT -j ufw-user-input
+-A INPUT -j ufw-after-input
+-A ufw-before-input -i lo -j ACCEPT
+-A ufw-before-input -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
+-A ufw-before-input -m conntrack --ctstate INVALID -m limit --limit 3/min --limit-burst 10 -j LOG --log-prefix "[UFW] "
+-A ufw-before-input -m conntrack --ctstate INVALID -j DROP
+-A ufw-before-input -d 224.0.0.251/32 -p udp -m udp --dport 5353 -j ACCEPT
+-A ufw-user-input -i lan0 -p tcp -m tcp --dport 1081 -j ACCEPT
+-A ufw-after-input -m addrtype --dst-type BROADCAST -j RETURN
+COMMIT
+"""
+
+
+@pytest.mark.parametrize("tool", ["nft", "iptables"])
+@pytest.mark.parametrize("mode", ["host", "gateway"])
+def test_healthy_beside_others(request: pytest.FixtureRequest, mode: str, tool: str, tmp_path: Path) -> None:
+    net: lab.Net = request.getfixturevalue(f"{mode}_net")
+    with standing(net, tmp_path) as config:
+        net.proxy.run("iptables-restore", "--noflush", input=OTHERS)
+        load(net, tool)
+        found = doctor(net, config)
+    assert (found.status, found.faults, found.warnings) == (0, {}, {})
+    assert {f["check"] for f in found.findings if f["state"] == "not checked"} == {"descriptors"}
+
+
+def test_no_rules(host_net: lab.Net, tmp_path: Path) -> None:
+    with standing(host_net, tmp_path) as config:
+        found = doctor(host_net, config)
+    assert list(found.faults) == ["rules"]
+    assert "none sends connections to transocks (port 1081)" in found.faults["rules"]
+
+
+def test_rules_for_another_port(host_net: lab.Net, tmp_path: Path) -> None:
+    with standing(host_net, tmp_path) as config:
+        load(host_net, "nft", edit=("transocks_port = 1081", "transocks_port = 1091"))
+        found = doctor(host_net, config)
+    assert list(found.faults) == ["rules"]
+    assert "port 1091, and transocks has 1081 for redirect" in found.faults["rules"]
+
+
+@pytest.mark.parametrize(("kind", "missing"), [("v4", 6), ("v6", 4)])
+def test_rules_for_one_family(host_net: lab.Net, tmp_path: Path, kind: str, missing: int) -> None:
+    with standing(host_net, tmp_path) as config:
+        load(host_net, kind)
+        found = doctor(host_net, config)
+        assert list(found.faults) == ["families"]
+        assert f"IPv{missing} goes out by eth0, past transocks" in found.faults["families"]
+        # Closed for the other family is well too.
+        tool = "ip6tables" if missing == 6 else "iptables"
+        host_net.proxy.run(tool, "-A", "OUTPUT", "!", "-o", "lo", "-m", "mark", "!", "--mark", "0x7473", "-j", "DROP")
+        assert "families" not in doctor(host_net, config).faults
+
+
+@pytest.mark.parametrize("tool", ["nft", "iptables"])
+def test_no_exemption(host_net: lab.Net, tmp_path: Path, tool: str) -> None:
+    with standing(host_net, tmp_path) as config:
+        load(host_net, tool, edit=(r"^.*(meta mark \$transocks_mark accept|--mark 0x7473 -j RETURN)$", ""))
+        found = doctor(host_net, config)
+    assert "transocks's own connections to its upstream are redirected to it" in found.faults["loops"]
+
+
+def test_no_exemption_for_the_server_behind(host_net: lab.Net, tmp_path: Path) -> None:
+    """transocks sets the mark, the SOCKS server on the same host does not."""
+    usocksd = '[incoming]\nport = 1080\naddresses = ["127.0.0.1"]\n[outgoing]\n'
+    with Daemon("usocksd", usocksd, tmp_path, popen=host_net.proxy.popen) as server:
+        server.ready()
+        with standing(host_net, tmp_path, url="socks5://127.0.0.1:1080") as config:
+            load(host_net, "nft")
+            found = doctor(host_net, config)
+            assert list(found.faults) == ["loops"]
+            assert (
+                "the upstream on this host (port 1080), IPv4: its connections come back"
+                in found.of("fault", "loops")[0]
+            )
+            (tmp_path / "usocksd.toml").write_text(f"{usocksd}mark = 0x7473\n")
+            assert doctor(host_net, config).faults == {}
+
+
+def test_listening_on_loopback_of_a_gateway(gateway_net: lab.Net, tmp_path: Path) -> None:
+    with standing(host := gateway_net, tmp_path) as config:
+        load(host, "nft")
+    with listener(host, "127.0.0.1"), listener(host, "::1"), Served(host.outside.listen(FAR, 1080), socks):
+        found = doctor(host, config)
+    assert list(found.faults) == ["listeners"]
+    assert f"{lab.LAN_GATEWAY_V4}:1081, where nobody accepts" in found.of("fault", "listeners")[0]
+    assert f"[{lab.LAN_GATEWAY_V6}]:1081, where nobody accepts" in found.of("fault", "listeners")[1]
+
+
+def test_input_drops(gateway_net: lab.Net, tmp_path: Path) -> None:
+    with standing(gateway_net, tmp_path) as config:
+        load(gateway_net, "iptables")
+        rules = "-A INPUT -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT\n-A INPUT -i lo -j ACCEPT\n"
+        policy = f"*filter\n:INPUT DROP [0:0]\n{rules}-A INPUT -p tcp --dport 22 -j ACCEPT\nCOMMIT\n"
+        gateway_net.proxy.run("iptables-restore", "--noflush", input=policy)
+        with Served(gateway_net.outside.listen(lab.WEB_V4, 80), socks) as web:
+            del web
+            found = doctor(gateway_net, config)
+            assert list(found.faults) == ["input"]
+            assert f"connections to port 1081 of {lab.LAN_GATEWAY_V4} are dropped" in found.faults["input"]
+        gateway_net.proxy.run("iptables", "-A", "INPUT", "-i", "lan0", "-p", "tcp", "--dport", "1081", "-j", "ACCEPT")
+        assert doctor(gateway_net, config).faults == {}
+
+
+def test_resolver_is_redirected(host_net: lab.Net, tmp_path: Path) -> None:
+    host_net.lab.etc("resolv.conf", f"nameserver {lab.WEB_V4}\n")
+    host_net.lab.etc("hosts", f"{FAR} proxy.example\n")
+    with standing(host_net, tmp_path, url="socks5://proxy.example:1080") as config:
+        load(host_net, "nft", edit=(r"tcp dport \{ 53, 853 \} accept", ""))
+        found = doctor(host_net, config)
+    assert list(found.faults) == ["resolver"]
+    assert f"queries to {lab.WEB_V4} over TCP are redirected" in found.faults["resolver"]
+
+
+def test_others_rules_come_first(host_net: lab.Net, tmp_path: Path) -> None:
+    with standing(host_net, tmp_path) as config:
+        load(host_net, "iptables")
+        theirs = "type nat hook output priority -110; tcp dport { 80, 443 } dnat to 198.51.100.1:3128;"
+        host_net.proxy.run("nft", f"table ip squid {{ chain out {{ {theirs} }}; }}")
+        found = doctor(host_net, config)
+    assert list(found.faults) == ["rules"]
+    assert "host, IPv4: others' rules take it before ours: nft table ip squid, chain out" in found.faults["rules"]
+
+
+def test_not_tracked(host_net: lab.Net, tmp_path: Path) -> None:
+    with standing(host_net, tmp_path) as config:
+        load(host_net, "nft")
+        host_net.proxy.run("iptables", "-t", "raw", "-A", "OUTPUT", "-p", "tcp", "-j", "CT", "--notrack")
+        found = doctor(host_net, config)
+    assert "not tracked, and so never redirected" in found.faults["rules"]
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "complaint"),
+    [
+        (None, "Connection refused"),
+        (lambda sock: sock.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n"), "which is not SOCKS"),
+        (lambda sock: sock.recv(10), "closed within the handshake"),
+        (lambda sock: [sock.recv(10), sock.recv(10)], "no answer within 3 s"),
+    ],
+    ids=["dead", "http", "closes", "hangs"],
+)
+def test_upstream(host_net: lab.Net, tmp_path: Path, behaviour: Any, complaint: str) -> None:
+    with contextlib.ExitStack() as stack:
+        if behaviour is not None:
+            stack.enter_context(Served(host_net.outside.listen(FAR, 1085), behaviour))
+        config = stack.enter_context(standing(host_net, tmp_path, url=f"socks5://{FAR}:1085"))
+        load(host_net, "nft")
+        found = doctor(host_net, config)
+    assert list(found.faults) == ["upstream"]
+    assert complaint in found.faults["upstream"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "state", "check"),
+    [
+        ("net.ipv4.ip_forward", 0, "fault", "forwarding"),
+        ("net.ipv6.conf.all.forwarding", 0, "fault", "forwarding"),
+        ("net.ipv4.tcp_fastopen", 0, "warning", "tcp_fastopen"),
+        ("net.ipv4.ip_local_port_range", "1024 65535", "warning", "port range"),
+        ("net.ipv4.ip_nonlocal_bind", 1, "warning", "ip_nonlocal_bind"),
+    ],
+)
+def test_kernel_settings(
+    gateway_net: lab.Net, tmp_path: Path, name: str, value: object, state: str, check: str
+) -> None:
+    with standing(gateway_net, tmp_path) as config:
+        load(gateway_net, "nft")
+        gateway_net.proxy.sysctl(name, value)
+        found = doctor(gateway_net, config)
+    assert [f["check"] for f in found.findings if f["state"] in {"fault", "warning"}] == [check]
+    assert str(value).replace(" ", "-") in found.of(state, check)[0]
+
+
+def test_connection_tracking_is_full(host_net: lab.Net, tmp_path: Path) -> None:
+    """nf_conntrack_max is the whole machine's, so only doctor sees another one here."""
+    (tmp_path / "max").write_text("2\n")
+    with standing(host_net, tmp_path) as config, Served(host_net.outside.listen(FAR, 80), socks) as web:
+        load(host_net, "nft")
+        with contextlib.ExitStack() as stack:
+            for _ in range(2):
+                sock = stack.enter_context(host_net.client.socket())
+                sock.connect((FAR, web.port))
+            mount = f'mount --bind {tmp_path}/max /proc/sys/net/netfilter/nf_conntrack_max && exec "$@"'
+            found = doctor(host_net, config, "unshare", "--mount", "sh", "-c", mount, "sh")
+    assert list(found.faults) == ["conntrack"]
+    assert "of 2 entries" in found.faults["conntrack"]
+
+
+def test_dnat_to_loopback(gateway_net: lab.Net, tmp_path: Path) -> None:
+    with standing(gateway_net, tmp_path) as config:
+        load(gateway_net, "v6")
+        gateway_net.proxy.run(
+            "iptables", "-t", "nat", "-A", "PREROUTING", "-i", "lan0", "-p", "tcp", "-j", "DNAT",
+            "--to-destination", "127.0.0.1:1081",
+        )  # fmt: skip
+        found = doctor(gateway_net, config)
+    assert list(found.faults) == ["route_localnet"]
+
+
+def test_quic_is_open(host_net: lab.Net, tmp_path: Path) -> None:
+    with standing(host_net, tmp_path) as config:
+        load(host_net, "nft", edit=(r"^\t\tudp dport 443 jump reject_quic$", ""))
+        found = doctor(host_net, config)
+    assert (found.faults, list(found.warnings)) == ({}, ["quic"])
+
+
+def test_few_descriptors(host_net: lab.Net, tmp_path: Path) -> None:
+    """Of the running daemon."""
+    control = tmp_path / "transocks.sock"
+    config = CONFIG.format(listen='"localhost:1081"', url=f"socks5://{FAR}:1080") + f'control = "{control}"\n'
+    limited = ("prlimit", "--nofile=300")
+    with (
+        Served(host_net.outside.listen(FAR, 1080), socks),
+        Daemon("transocks", config, tmp_path, popen=host_net.proxy.popen, prefix=limited) as transocks,
+    ):
+        transocks.ready()
+        load(host_net, "nft")
+        found = doctor(host_net, tmp_path / "transocks.toml")
+    assert (found.faults, list(found.warnings)) == ({}, ["descriptors"])
+    assert "300 files" in found.warnings["descriptors"]
+
+
+TPROXY_PORT = int(re.findall(r"^define transocks_port = (\d+)", (RULES / "tproxy.nft").read_text(), re.M)[0])
+TPROXY_MARK = "0x7474"
+
+
+@contextlib.contextmanager
+def tproxy(
+    net: lab.Net, folder: Path, tool: str = "nft", *, routes: bool = True, transparent: bool = True
+) -> Iterator[Path]:
+    """Rules, routes and transparent sockets; yields the configuration."""
+    with standing(net, folder) as config, contextlib.ExitStack() as stack:
+        config.write_text(f'listen_tproxy = ":{TPROXY_PORT}"\n{config.read_text()}')
+        for address in ("0.0.0.0", "::"):
+            stack.enter_context(listener(net, address, TPROXY_PORT, transparent=transparent))
+        for version in (4, 6) if routes else ():
+            net.proxy.run("ip", f"-{version}", "rule", "add", "pref", "7474", "fwmark", TPROXY_MARK, "lookup", "100")
+            net.proxy.run("ip", f"-{version}", "route", "add", "local", "default", "dev", "lo", "table", "100")
+        load(net, tool, name="tproxy")
+        yield config
+
+
+@pytest.mark.parametrize("tool", ["nft", "iptables"])
+def test_healthy_tproxy(gateway_net: lab.Net, tmp_path: Path, tool: str) -> None:
+    with tproxy(gateway_net, tmp_path, tool) as config:
+        found = doctor(gateway_net, config)
+    assert (found.status, found.faults, found.warnings) == (0, {}, {})
+    assert found.of("ok", "routes") == [f"IPv{v}: what has mark {TPROXY_MARK} is delivered here" for v in (4, 6)]
+
+
+def test_tproxy_without_a_routing_rule(gateway_net: lab.Net, tmp_path: Path) -> None:
+    with tproxy(gateway_net, tmp_path, routes=False) as config:
+        found = doctor(gateway_net, config)
+    assert list(found.faults) == ["routes"]
+    assert "is routed to eth0, not to this host" in found.faults["routes"]
+
+
+def test_tproxy_and_src_valid_mark(gateway_net: lab.Net, tmp_path: Path) -> None:
+    with tproxy(gateway_net, tmp_path) as config:
+        gateway_net.proxy.sysctl("net.ipv4.conf.all.src_valid_mark", 1)
+        found = doctor(gateway_net, config)
+    assert list(found.faults) == ["reverse path"]
+    assert "src_valid_mark=1" in found.faults["reverse path"]
+
+
+@pytest.mark.parametrize("setting", ["all", "lan0"])
+def test_tproxy_and_a_strict_reverse_path_filter(gateway_net: lab.Net, tmp_path: Path, setting: str) -> None:
+    """It drops nobody whose way back is by the interface that he came in by."""
+    with tproxy(gateway_net, tmp_path) as config:
+        gateway_net.proxy.sysctl(f"net.ipv4.conf.{setting}.rp_filter", 1)
+        assert doctor(gateway_net, config).faults == {}
+        gateway_net.lab.ip(gateway_net.client, "addr add 10.50.0.2/32 dev lo")
+        with gateway_net.client.socket() as sock:  # so that the gateway is known to it: ARP is filtered likewise
+            sock.connect((lab.WEB_V4, 443))
+        with gateway_net.client.socket() as sock:
+            sock.bind(("10.50.0.2", 0))
+            sock.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                sock.connect((lab.WEB_V4, 443))
+            found = doctor(gateway_net, config)
+    assert list(found.faults) == ["reverse path"]
+    assert "strict on lan0 and has dropped" in found.faults["reverse path"]
+
+
+def test_tproxy_to_a_socket_that_is_not_transparent(gateway_net: lab.Net, tmp_path: Path) -> None:
+    with tproxy(gateway_net, tmp_path, transparent=False) as config:
+        found = doctor(gateway_net, config)
+    assert list(found.faults) == ["listeners"]
+    assert "lacks IP_TRANSPARENT" in found.faults["listeners"]
+
+
+def test_tproxy_to_a_port_for_redirect(gateway_net: lab.Net, tmp_path: Path) -> None:
+    with tproxy(gateway_net, tmp_path) as config:
+        load(gateway_net, "nft", name="tproxy", edit=("transocks_port = [0-9]+", "transocks_port = 1081"))
+        found = doctor(gateway_net, config)
+    assert list(found.faults) == ["rules"]
+    assert f"they send to port 1081, and transocks has {TPROXY_PORT} for tproxy" in found.faults["rules"]
+
+
+def test_tproxy_and_input(gateway_net: lab.Net, tmp_path: Path) -> None:
+    """What TPROXY sends in still has the port that the client asked for."""
+    with tproxy(gateway_net, tmp_path) as config:
+        gateway_net.proxy.run("ip6tables", "-P", "INPUT", "DROP")
+        gateway_net.proxy.run("ip6tables", "-A", "INPUT", "-p", "tcp", "--dport", str(TPROXY_PORT), "-j", "ACCEPT")
+        found = doctor(gateway_net, config)
+        assert list(found.faults) == ["input"]
+        assert "tproxy, IPv6" in found.faults["input"]
+        gateway_net.proxy.run("ip6tables", "-A", "INPUT", "-m", "mark", "--mark", TPROXY_MARK, "-j", "ACCEPT")
+        assert doctor(gateway_net, config).faults == {}
+
+
+def test_applied_rules(host_net: lab.Net, tmp_path: Path) -> None:
+    """With [rules] in the configuration they are held against what is loaded."""
+    with standing(host_net, tmp_path) as config:
+        config.write_text(config.read_text() + '[rules]\nmode = "host"\n')
+        host_net.proxy.run(sys.executable, "-m", "transocks", "rules", "apply", "--force", "-f", config)
+        assert doctor(host_net, config).faults == {}
+        host_net.proxy.run("nft", "insert rule inet transocks redirect_tcp tcp dport 22 accept")
+        found = doctor(host_net, config)
+    assert list(found.faults) == ["applied rules"]
+
+
+def test_probe(host_net: lab.Net, tmp_path: Path) -> None:
+    """It tells without reading rules whether connections get to the port, and how they fail to."""
+    with standing(host_net, tmp_path) as config:
+        found = doctor(host_net, config, option="--probe")
+        assert "was not redirected" in found.faults["probe"]
+        load(host_net, "nft")
+        assert doctor(host_net, config, option="--probe").of("ok", "probe") == [
+            f"a connection to {to}:443 was accepted at port 1081 of this host"
+            for to in ("203.0.113.1", "[2001:db8:ffff::1]")
+        ]
+    with Served(host_net.outside.listen(FAR, 1080), socks):
+        assert "was refused" in doctor(host_net, config, option="--probe").faults["probe"]
+
+
+def test_without_root(host_net: lab.Net, tmp_path: Path) -> None:
+    """What can't be seen is said to be so, and nothing is made up."""
+    with standing(host_net, tmp_path) as config:
+        load(host_net, "nft")
+        found = doctor(host_net, config, "setpriv", "--bounding-set=-all", "--inh-caps=-all")
+        assert found.faults == {}
+        assert found.of("not checked", "rules")
+        assert found.of("not checked", "loops")

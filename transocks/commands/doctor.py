@@ -1,0 +1,67 @@
+"""transocks doctor: what is wrong on this host, from the firewall to the upstream, and what to do."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+
+from transocks.config import Config
+from usocksd.errors import ConfigError
+from usocksd.runtime import config as configuration
+
+_DEFAULT = "/etc/transocks.toml"
+_DESCRIPTION = """\
+Look at this host, with the configuration that transocks runs with, for what keeps redirected connections from
+working: firewall rules, listeners, loops, routes, kernel settings, upstreams. Of each fault and warning it says in one
+line what was seen, and in another what to do. Nothing is changed. Upstreams are connected to and greeted, as transocks
+itself would do it; nothing else is sent, unless --probe asks for it.
+
+Firewall rules are shown to root only: as another user, what depends on them is not checked, and said to be.
+
+Exit status: 0 if there are no faults, 1 if there are, 2 for a wrong command line or configuration."""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add this verb to the command line."""
+    parser = subparsers.add_parser(
+        "doctor",
+        help="look for what keeps redirected connections from working",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("-f", metavar="CONFIG", default=argparse.SUPPRESS, help=f"the configuration ({_DEFAULT})")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, with what is well too")
+    parser.add_argument("-v", "--verbose", action="store_true", help="say of each thing that is well what was seen")
+    parser.add_argument(
+        "--probe",
+        action="store_true",
+        help="also connect from this host to an address of the documentation ranges, which nobody has, and look whether"
+        " transocks gets it: it asks its upstream for it, and fails",
+    )
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Run the verb; returns the exit status."""
+    # Not for the command lines of other verbs: what this takes is loaded when it is run.
+    from transocks.doctor import State, examine  # noqa: PLC0415
+    from transocks.doctor.report import as_json, as_text  # noqa: PLC0415
+
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    file = args.f or _DEFAULT
+    try:
+        config = configuration.load(Config, file)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    findings = examine(config, file, probing=args.probe)
+    if args.json:
+        print(json.dumps(as_json(findings, file)))
+    else:
+        for line in as_text(findings, everything=args.verbose):
+            print(line)
+    return int(any(finding.state is State.FAULT for finding in findings))

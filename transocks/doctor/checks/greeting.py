@@ -1,0 +1,40 @@
+"""Are the upstreams there, and do they speak what the configuration says?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from transocks.doctor.finding import Finding, fault, fine, unchecked, warning
+from transocks.doctor.flows import Flows
+from transocks.doctor.seen import Seen
+from transocks.doctor.upstreams import describe, greet_all
+
+
+def upstreams(seen: Seen, flows: Flows) -> Iterator[Finding]:
+    """A greeting to each, at each of its addresses; one that answers at none of them is a fault."""
+    greeted = greet_all(seen)
+    for proxy in dict.fromkeys(one.proxy for one in greeted):
+        ours = [one for one in greeted if one.proxy == proxy]
+        answering = any(one.problem is None and not one.redirected for one in ours)
+        for one in ours:
+            if one.redirected:
+                yield unchecked("upstream", f"{describe(one)}: connections to it are redirected to transocks")
+            elif one.problem is None:
+                yield fine("upstream", f"{describe(one)} answers, in {one.seconds * 1000:.0f} ms")
+            elif seen.ruleset is None:
+                # Nor is it known then whether the greeting got there.
+                yield unchecked(
+                    "upstream", f"{describe(one)}: {one.problem}; or this user's connections are redirected",
+                    "run it as root",
+                )  # fmt: skip
+            else:
+                say = warning if answering else fault
+                yield say("upstream", f"{describe(one)}: {one.problem}", _do(one.problem, str(proxy)))
+
+
+def _do(problem: str, proxy: str) -> str:
+    if "user name" in problem:
+        return "put user and password in proxy_url right (percent-encoded)"
+    if "SOCKS" in problem:
+        return f"look what listens there: {proxy} is to be a proxy of this kind"
+    return "start it, or put proxy_url right; look for a firewall on the way"

@@ -1,0 +1,103 @@
+"""The TCP sockets of this network namespace: sock_diag(7). Needs no privilege."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import sys
+from collections.abc import Iterator
+from ipaddress import ip_address
+
+import attrs
+
+from usocksd.match import IPAddress
+
+# linux/netlink.h, linux/sock_diag.h, linux/inet_diag.h
+_SOCK_DIAG_BY_FAMILY, _NETLINK_SOCK_DIAG = 20, 4
+_NLMSG_ERROR, _NLMSG_DONE = 2, 3
+_DUMP_REQUEST = 0x301  # NLM_F_REQUEST | NLM_F_DUMP
+_LISTEN = 1 << 10  # include/net/tcp_states.h
+_CONNECTED = ~_LISTEN & 0xFFF
+_HEADER = struct.Struct("=IHHII")
+_REQUEST = struct.Struct("=BBBxI48x")
+# family, state, timer, retransmits; port, peer's port, address, peer's address, ...; expires, queues, uid, inode
+_ANSWER = struct.Struct("=BBBB2s2s16s16s12xIIIII")
+_ATTRIBUTE = struct.Struct("=HH")
+_SKV6ONLY, _SOCKOPT = 11, 22
+_TRANSPARENT = 0x20 if sys.byteorder == "little" else 0x04  # the sixth bit of struct inet_diag_sockopt
+
+
+@attrs.frozen(kw_only=True)
+class Listener:
+    """A socket that accepts connections."""
+
+    address: IPAddress
+    port: int
+    uid: int
+    inode: int
+    waiting: int = 0
+    """connections that nobody has accepted yet"""
+    only_v6: bool = False
+    """:: does not stand for IPv4 too"""
+    transparent: bool | None = None
+    """IP_TRANSPARENT is set; None: the kernel does not say (before 5.10)"""
+
+    def accepts(self, address: IPAddress, port: int) -> bool:
+        """Whether a connection to this local address ends here."""
+        if port != self.port:
+            return False
+        if self.address.version == address.version:
+            return self.address.is_unspecified or self.address == address
+        return self.address.is_unspecified and self.address.version == 6 and not self.only_v6
+
+
+def listeners() -> tuple[Listener, ...]:
+    """All of them. Raises OSError where netlink is forbidden, or the kernel has no sock_diag."""
+    families = (socket.AF_INET, socket.AF_INET6)
+    return tuple(_listener(message) for family in families for message in _dump(family, _LISTEN))
+
+
+def connections(family: int) -> Iterator[tuple[int, tuple[IPAddress, int]]]:
+    """The local port, and the peer's address and port, of each connection over this family. Raises OSError."""
+    for message in _dump(family, _CONNECTED):
+        _, _, _, _, port, peer_port, _, peer, *_ = _ANSWER.unpack_from(message)
+        address = ip_address(peer[: 4 if family == socket.AF_INET else 16])
+        yield int.from_bytes(port, "big"), (address, int.from_bytes(peer_port, "big"))
+
+
+def _dump(family: int, states: int) -> Iterator[bytes]:
+    """The struct inet_diag_msg of each socket in one of these states, attributes behind it."""
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, _NETLINK_SOCK_DIAG) as sock:
+        sock.settimeout(2)
+        body = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, states)
+        sock.send(_HEADER.pack(_HEADER.size + len(body), _SOCK_DIAG_BY_FAMILY, _DUMP_REQUEST, 1, 0) + body)
+        while True:
+            data = sock.recv(1 << 16)
+            while data:
+                length, kind, _, _, _ = _HEADER.unpack_from(data)
+                if kind in {_NLMSG_ERROR, _NLMSG_DONE}:
+                    return
+                yield data[_HEADER.size : length]
+                data = data[length + 3 & ~3 :]
+
+
+def _listener(message: bytes) -> Listener:
+    family, _, _, _, port, _, raw, _, _, waiting, _, uid, inode = _ANSWER.unpack_from(message)
+    attributes = dict(_attributes(message[_ANSWER.size :]))
+    options = attributes.get(_SOCKOPT)
+    return Listener(
+        address=ip_address(raw[: 4 if family == socket.AF_INET else 16]),
+        port=int.from_bytes(port, "big"),
+        uid=uid,
+        inode=inode,
+        waiting=waiting,
+        only_v6=bool(attributes.get(_SKV6ONLY, b"\0")[0]),
+        transparent=None if options is None else bool(options[0] & _TRANSPARENT),
+    )
+
+
+def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
+    while len(data) >= _ATTRIBUTE.size:
+        length, kind = _ATTRIBUTE.unpack_from(data)
+        yield kind, data[_ATTRIBUTE.size : length]
+        data = data[max(length, _ATTRIBUTE.size) + 3 & ~3 :]

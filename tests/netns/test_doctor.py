@@ -201,6 +201,18 @@ def test_rules_for_one_family(host_net: lab.Net, tmp_path: Path, kind: str, miss
         assert "families" not in doctor(host_net, config).faults
 
 
+def test_rules_for_one_family_without_a_way_out_for_the_other(host_net: lab.Net, tmp_path: Path) -> None:
+    """It may be in a routing table of its own, as a VPN's is."""
+    with standing(host_net, tmp_path) as config:
+        load(host_net, "v4")
+        host_net.proxy.run("ip", "-6", "route", "del", "default")
+        found = doctor(host_net, config)
+        assert (found.faults, found.of("ok", "families")) == ({}, ["host: IPv6 has no rules, and no way out either"])
+        host_net.proxy.run("ip", "-6", "route", "add", "default", "via", lab.NEXT_V6, "table", "51")
+        host_net.proxy.run("ip", "-6", "rule", "add", "lookup", "51")
+        assert "IPv6 goes out by eth0" in doctor(host_net, config).faults["families"]
+
+
 @pytest.mark.parametrize("tool", ["nft", "iptables"])
 def test_no_exemption(host_net: lab.Net, tmp_path: Path, tool: str) -> None:
     with standing(host_net, tmp_path) as config:

@@ -115,28 +115,39 @@ def both_families(seen: Seen, flows: Flows) -> Iterator[Finding]:
         for mode in {flow.mode for flow in flows.arriving if flow.version != version}:
             if flows.has(mode, version=version):
                 continue  # and whether they get there is what `rules` tells
-            if version not in seen.uplinks:
+            device = _way_out(seen, version)
+            if device is None:
                 yield fine("families", f"{mode.value}: IPv{version} has no rules, and no way out either")
                 continue
             example = next(flow for flow in flows.arriving if flow.mode is mode)
-            way = _unruled(seen, example, version)
+            way = _unruled(seen, example, version, device)
             if way.blocked is not None:
                 yield fine("families", f"{mode.value}: IPv{version} has no rules, and is dropped: {way.blocked}")
             else:
                 yield fault(
                     "families",
-                    f"{mode.value}: rules for IPv{10 - version} only, and IPv{version} goes out by"
-                    f" {seen.uplinks[version]}, past transocks",
+                    f"{mode.value}: no rules for IPv{version}, and IPv{version} goes out by {device}, past transocks",
                     f"load the rules for IPv{version} too, or take its default route away",
                 )  # fmt: skip
 
 
-def _unruled(seen: Seen, flow: Flow, version: Version) -> Way:
+def _way_out(seen: Seen, version: Version) -> str | None:
+    """The interface to the Internet; a VPN's may be known to a routing table of its own only."""
+    if version in seen.uplinks:
+        return seen.uplinks[version]
+    try:
+        route = seen.route(EXAMPLES[version][0])
+    except OSError:
+        return None
+    return None if route.local else route.device
+
+
+def _unruled(seen: Seen, flow: Flow, version: Version, device: str) -> Way:
     """The way out of the other family."""
     assert seen.ruleset is not None
     hook: Hook = "output" if flow.mode is Mode.HOST else "forward"
     packet = attrs.evolve(
-        flow.packet, version=version, destination=EXAMPLES[version][0], oif=seen.uplinks[version], source=UNKNOWN,
+        flow.packet, version=version, destination=EXAMPLES[version][0], oif=device, source=UNKNOWN,
     )  # fmt: skip
     return walk(seen.ruleset, hook, packet)
 

@@ -50,7 +50,8 @@ def proxies(config: Config) -> tuple[ProxyURL, ...]:
 
 def goes_direct(config: Config) -> bool:
     """Whether transocks may connect to destinations by itself."""
-    return any(group.when_all_down == DIRECT for group in config.groups().values())
+    ways = (*(route.via for route in config.route), *(group.when_all_down for group in config.groups().values()))
+    return DIRECT in ways
 
 
 def greet_all(seen: Seen) -> list[Greeted]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -13,44 +14,30 @@ import usocksd
 
 ROOTS = {name: Path(package.__file__).parent for name, package in (("usocksd", usocksd), ("transocks", transocks))}
 
-PURE = (
-    "usocksd.socks",
-    "usocksd.errors",
-    "usocksd.acl",
-    "usocksd.clients",
-    "usocksd.match",
-    "usocksd.sites",
-    "usocksd.site_index",
-    "usocksd.egress",
-    "usocksd.proxy_protocol",
-    "usocksd.records",
-    "usocksd.policy",
-    "usocksd.replay",
-    "usocksd.replies",
-    "transocks.http_connect",
-    "transocks.firewall.config",
-    "transocks.firewall.render",
-    "transocks.firewall.saved",
-    "transocks.firewall.verify",
-    "transocks.firewall.foreign",
-    "transocks.routes",
-    "transocks.sniff",
-)
-SHARED = (
-    "usocksd.addresses",
-    "usocksd.conditions",
-    "usocksd.errors",
-    "usocksd.match",
-    "usocksd.proxy_protocol",
-    "usocksd.resolver",
-    "usocksd.site_index",
-    "usocksd.sites",
-    "transocks.firewall.config",
-    "transocks.firewall.render",
-    "transocks.firewall.saved",
-    "transocks.firewall.verify",
-    "transocks.firewall.foreign",
-)
+DESIGN = Path(__file__).parents[1] / "docs" / "design.md"
+# Folders whose files are alike, one per verb or subject: the design names the folder.
+ALIKE = ("commands", "verbs", "checks")
+
+
+def house() -> dict[str, str]:
+    """Every module, and package with a mark, that the design has, and its line there."""
+    text = DESIGN.read_text(encoding="utf-8").partition("## The house")[2]
+    found: dict[str, str] = {}
+    folders: list[str] = []
+    for line in text.partition("```\n")[2].partition("```\n")[0].splitlines():
+        del folders[(len(line) - len(line.lstrip())) // 2 :]
+        for name in takewhile(lambda word: word.endswith((".py", "/")), line.split()):
+            if name.endswith("/"):
+                folders.append(name.removesuffix("/"))
+            place = ".".join((*folders, name.removesuffix(".py")) if name.endswith(".py") else folders)
+            assert place not in found, f"{place} is there twice"
+            found[place] = line
+    return found
+
+
+HOUSE = house()
+PURE = [name for name, line in HOUSE.items() if "(pure" in line]
+SHARED = [name for name, line in HOUSE.items() if "shared)" in line]
 
 
 def modules() -> dict[str, set[str]]:
@@ -92,8 +79,17 @@ def module(request: pytest.FixtureRequest) -> str:
 def test_the_rules_see_the_code() -> None:
     assert "usocksd.runtime.pipes.PipePool" in MODULES["usocksd.session"] | MODULES["usocksd.commands.serve"]
     assert {"usocksd.socks.server", "transocks.session"} <= MODULES.keys()
-    for place in (*PURE, *SHARED):
-        assert any(within(name, place) for name in MODULES), f"{place} is named in a rule and does not exist"
+    assert {"usocksd.socks", "usocksd.acl", "transocks.routes"} <= set(PURE)
+    assert {"usocksd.socks", "usocksd.resolver"} <= set(SHARED)
+
+
+def test_the_design_has_every_module_and_no_other() -> None:
+    described = {
+        name for name, line in HOUSE.items() if f"{name.rpartition('.')[2]}.py" in line and within(name, *ROOTS)
+    }
+    there = {name for name in MODULES if not set(ALIKE) & set(name.split(".")) and "__main__" not in name}
+    packages = {name.rpartition(".")[0] for name in MODULES}
+    assert described == there - packages
 
 
 def test_pure_modules_do_no_io(module: str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from usocksd.acl import Decision
+from usocksd.clients import ALLOW_FROM, TRUSTED
 from usocksd.errors import CommandNotSupported, Denied, Error
 from usocksd.runtime.access import AccessRecords, Connection, pair_member
 from usocksd.runtime.dial import Target
@@ -72,8 +73,6 @@ _REFUSED = {
 }
 # So many rules are counted by name; those that deny first, since the others share what is left.
 _MOST_RULES = 200
-_ALLOW_FROM = "allow_from"
-_TRUSTED = "incoming.proxy_protocol.trusted"
 
 
 class AccessLog(AccessRecords):
@@ -102,7 +101,7 @@ class AccessLog(AccessRecords):
         self.denied = metrics.counters(
             "denied_total", "Connections denied, by the rule that decided", "rule", most=_MOST_RULES
         )
-        for rule in (_ALLOW_FROM, _TRUSTED):
+        for rule in (ALLOW_FROM, TRUSTED):
             self.denied.labels(rule)
 
     def begin(self, host: str, port: int, local: tuple[str, int]) -> Access:
@@ -133,7 +132,7 @@ class Access(Connection):
         super().__init__(records, host, port)
         self._local = pair_member(local[0], local[1])
         self._peer: str | None = None
-        """Who has claimed that the connection is this client's, if it is not the client's own."""
+        """The proxy that has said whose connection it is; of its own, the client too."""
         self._version: Version | None = None
         """What it speaks, once it has authenticated itself or got past that."""
         self._request: tuple[str, str, str, int] | tuple[None, None, None, None] = (None, None, None, None)
@@ -184,7 +183,7 @@ class Access(Connection):
         self._begin(self.name, _texts(candidates))
 
     def claimed(self, host: str, port: int) -> None:
-        """The peer is a proxy that its PROXY header names a client of, by numeric address."""
+        """The peer is a proxy whose PROXY header names this client, by numeric address; or the proxy itself."""
         self._peer = self._client
         self.client_host = host
         self._client = pair_member(host, port)
@@ -192,8 +191,8 @@ class Access(Connection):
     def peer_denied(self) -> None:
         """The peer may not claim to speak for others."""
         self._count(None, _CLIENT_DENIED)
-        self._records.denied.labels(_TRUSTED).value += 1
-        self._event(logging.WARNING, "peer is not trusted", error=f"not in {_TRUSTED}")
+        self._records.denied.labels(TRUSTED).value += 1
+        self._event(logging.WARNING, "peer is not trusted", error=f"not in {TRUSTED}")
 
     def probed(self) -> None:
         """The client has only asked who is there: no connection, and nothing that anybody would look for in a log."""
@@ -203,8 +202,8 @@ class Access(Connection):
     def client_denied(self) -> None:
         """The client's address may not use this server."""
         self._count(None, _CLIENT_DENIED)
-        self._records.denied.labels(_ALLOW_FROM).value += 1
-        self._event(logging.WARNING, "denied access", error="not in allow_from")
+        self._records.denied.labels(ALLOW_FROM).value += 1
+        self._event(logging.WARNING, "denied access", error=f"not in {ALLOW_FROM}")
 
     def misspoke(self, fault: ClientFault, server: Server, *, news: bool = True) -> None:
         """The client did not speak SOCKS, or not as it must. A connection closed without a word is no news.

@@ -13,11 +13,12 @@ import attrs
 import trio
 
 from usocksd.acl import Decision
+from usocksd.clients import ALLOW_FROM
 from usocksd.dnsbl import Listings
 from usocksd.egress import EgressPools
 from usocksd.errors import Denied, Error, NoEgress, ResolveError
 from usocksd.match import IPAddress, canonical_host, numeric_address
-from usocksd.policy import CLIENTS, USERS, Policy
+from usocksd.policy import USERS, Policy
 from usocksd.resolver import ABSENT, NO_SUCH_NAME, Resolver
 
 ALLOWED: Final = "allowed"
@@ -92,7 +93,7 @@ class Explainer:
         client, user, port = asked.client, asked.user, asked.port
         policy = self.policy
         if not policy.clients.admits(client):
-            return {"rule": CLIENTS, "error": "clients of this address are not admitted"}
+            return {"rule": ALLOW_FROM, "error": "clients of this address are not admitted"}
         if user is not None and policy.users is None:
             return {"rule": USERS, "error": "there are no users: nobody can authenticate"}
         if user is not None and user not in (policy.users or ()):

@@ -11,11 +11,10 @@ from typing import Final
 from attrs import frozen
 
 from usocksd.acl import AccessRules, Decision
-from usocksd.clients import ClientRules
+from usocksd.clients import ALLOW_FROM, TRUSTED, ClientRules
 from usocksd.match import IPAddress, canonical_host, numeric_address
 from usocksd.records import Asked
 
-CLIENTS: Final = "allow_from"
 USERS: Final = "users_file"
 
 NEVER_ASKED: Final = "where the client wanted to go is not known"
@@ -54,12 +53,16 @@ class Policy:
     """Who can authenticate; None: nobody is asked to."""
     required: bool = False
     """Whether everybody has to."""
+    trusted: ClientRules | None = None
+    """Which proxies may say whose connection it is; None: none."""
 
     def judge(self, asked: Asked) -> Outcome:
         """Decide a recorded request."""
         client = numeric_address(asked.client)
-        if not self.clients.admits(asked.client):
-            return Outcome(False, CLIENTS)
+        if asked.peer is not None and (self.trusted is None or not self.trusted.admits(asked.peer)):
+            return Outcome(False, TRUSTED)
+        if not asked.own and not self.clients.admits(asked.client):
+            return Outcome(False, ALLOW_FROM)
         if asked.host is None:
             return Outcome(None, "", NEVER_ASKED)
         user = asked.user if self.users is not None else None

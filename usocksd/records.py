@@ -30,6 +30,10 @@ class Asked:
     """The addresses that the name had, none if there was no answer; None if it was denied before it was resolved."""
     dialled: str | None
     """Which of them the connection went to."""
+    peer: str | None = None
+    """The proxy that has named the client in a PROXY header."""
+    own: bool = False
+    """The client is that proxy itself."""
 
 
 @frozen
@@ -78,10 +82,12 @@ def _parse(record: Mapping[str, Any]) -> Record | Skipped:
     message = record["message"]
     if message in ("proxy ends", "proxy ends with an error"):
         return Skipped.OTHER
-    client = _host_of(record["client_addr"])
+    client, peer, own = _host_of(record["client_addr"]), None, False
+    if (said := record.get("peer_addr")) is not None:
+        peer, own = _host_of(said), said == record["client_addr"]
     at, user = _text(record["logged_at"]), record.get("user")
     if message == "denied access":
-        return Record(at, Asked(client, None, None, 0, None, None, None), allowed=False)
+        return Record(at, Asked(client, None, None, 0, None, None, None, peer, own), allowed=False)
     if message == "command not supported" or "dest_host" not in record:
         return Skipped.NO_REQUEST
     host, port = _text(record["dest_host"]), record["dest_port"]
@@ -90,16 +96,16 @@ def _parse(record: Mapping[str, Any]) -> Record | Skipped:
     dialled = None if record.get("dest_addr") is None else _host_of(record["dest_addr"])
     allowed = message != "ruleset mismatch"
     candidates: tuple[str, ...] | None
-    if (said := record.get("candidates")) is not None:
-        if not isinstance(said, list):
+    if (found := record.get("candidates")) is not None:
+        if not isinstance(found, list):
             raise ValueError("not a list")
-        candidates = tuple(_address(_text(each).partition(" ")[0]) for each in said)
+        candidates = tuple(_address(_text(each).partition(" ")[0]) for each in found)
     elif dialled is not None:
         candidates = (dialled,)  # by a version that did not record the others
     else:
         candidates = () if allowed else None
     name = None if record.get("dest_name") is None else _text(record["dest_name"])
-    return Record(at, Asked(client, user, host, port, name, candidates, dialled), allowed)
+    return Record(at, Asked(client, user, host, port, name, candidates, dialled, peer, own), allowed)
 
 
 def _host_of(address: str) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 from usocksd.access_log import Access, AccessLog
 from usocksd.acl import AccessRules
@@ -20,7 +19,7 @@ from usocksd.clients import ClientRules
 from usocksd.egress import EgressPools, Usable
 from usocksd.errors import CommandNotSupported, Denied, Error, NoEgress, ResolveError
 from usocksd.match import IPAddress, canonical_host, numeric_address
-from usocksd.proxy_protocol import Header, HeaderFault, Receiver, unlikely
+from usocksd.proxied import ProxiedListener
 from usocksd.replies import reply_for
 from usocksd.resolver import ABSENT, NO_SUCH_NAME, Resolver
 from usocksd.runtime.dial import Target, dial
@@ -41,21 +40,10 @@ from usocksd.socks import (
     Request,
     Server,
 )
-from usocksd.socks.answers import HTTP_ERROR
 
 # After a failure reply the connection must be closed within 10 s (RFC 1928, section 6).
 _LAST_WORD_WITHIN = 5.0
 _MOST_REMEMBERED = 1024
-
-
-class ProxiedListener(NamedTuple):
-    """Where every connection begins with a PROXY header, which says whose it is."""
-
-    port: int
-    trusted: ClientRules
-    """Who may say that."""
-    count_as: Callable[[Endpoint, str, int], bool]
-    """See `usocksd.runtime.processes.plan.Parts`."""
 
 
 class Sessions:
@@ -77,8 +65,7 @@ class Sessions:
         proxied: ProxiedListener | None = None,
     ) -> None:
         self._clients = clients
-        self._proxied = proxied
-        self._proxied_port = None if proxied is None else proxied.port
+        self._proxied = {} if proxied is None else {proxied.port: proxied}
         self._users = users
         self._users_required = users_required
         if users is None:
@@ -103,15 +90,12 @@ class Sessions:
         local = client.sock.getsockname()
         access = client.about = self._access_log.begin(host, port, local)
         client.deadline = client.reactor.clock() + self._timeouts.handshake
-        server = Server(methods=self._methods)
-        if local[1] == self._proxied_port:
-            if not await self._learn_client(client, server, access, port):
-                return
-        elif not self._clients.admits(host):
+        proxied = self._proxied.get(local[1])
+        if proxied is None and not self._clients.admits(host):
             access.client_denied()
             client.reset()
             return
-        connected = await self._connect(client, server, access)
+        connected = await self._connect(client, (host, port), proxied, access)
         if connected is None:
             return
         upstream, early = connected
@@ -123,67 +107,19 @@ class Sessions:
         finally:
             upstream.close()
 
-    async def _learn_client(self, client: Endpoint, server: Server, access: Access, port: int) -> bool:
-        """accept -> peer trusted? -> PROXY header -> client allowed?
-
-        From then on it is the connection of the client that the header names; `server` has what came behind it.
-        False if there is no such client; the peer knows, and so does the log. A connection that is the peer's own
-        needs no more than the peer's being trusted, which could as well claim to be somebody who is allowed.
-        """
-        assert self._proxied is not None
-        if not self._proxied.trusted.admits(access.client_host):
-            access.peer_denied()
-            client.reset()
-            return False
-        receiver = Receiver()
-        try:
-            header = await self._header(client, receiver)
-            if header.source is not None:
-                problem = unlikely(header.source.host, access.client_host)
-                if problem is not None:
-                    raise HeaderFault(problem)
-                port = header.source.port
-                access.claimed(*header.source)
-        except HeaderFault as fault:
-            reply = HTTP_ERROR if fault.http else b""
-            access.misspoke(ClientFault(Kind.MALFORMED, reply, str(fault)), server)
-            await client.finish(reply, _LAST_WORD_WITHIN)
-            return False
-        except ClientFault as fault:
-            access.misspoke(fault, server)
-            return False
-        except DeadlineExpired:
-            access.timed_out(server)
-            return False
-        except OSError:
-            access.client_gone(server)
-            return False
-        if header.source is not None and not self._clients.admits(access.client_host):
-            access.client_denied()
-            client.reset()
-            return False
-        if receiver.trailing_data:
-            server.receive_data(receiver.trailing_data)
-        return self._proxied.count_as(client, access.client_host, port)
-
-    async def _header(self, client: Endpoint, receiver: Receiver) -> Header:
-        """The PROXY header. Raises HeaderFault, ClientFault if it ends early, DeadlineExpired, OSError."""
-        while True:
-            data = await client.receive()
-            if not data:
-                where = "inside its PROXY header" if receiver.received else "before it said anything"
-                raise ClientFault(Kind.EOF, b"", f"closed {where}")
-            header = receiver.receive_data(data)
-            if header is not None:
-                return header
-
-    async def _connect(self, client: Endpoint, server: Server, access: Access) -> tuple[Endpoint, bytes] | None:
+    async def _connect(
+        self, client: Endpoint, peer: tuple[str, int], proxied: ProxiedListener | None, access: Access
+    ) -> tuple[Endpoint, bytes] | None:
         """From the handshake to the reply: the connection to the destination, and what the client said already.
+        `peer` is whom it came from, and `proxied` the listener for proxies if it came to that.
 
         None if it was refused or given up; the client knows, and so does the log.
         """
         clock = client.reactor.clock
+        server = Server(methods=self._methods)
         try:
+            if proxied is not None and not await proxied.learn_client(client, peer, server, access):
+                return None
             request = await self._handshake(client, server, access)
             if request is None:
                 access.probed()

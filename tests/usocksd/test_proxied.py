@@ -12,7 +12,11 @@ import daemons
 import pytest
 from daemons import GRANTED, GREETING, Daemon, Served, receive_all, receive_exactly, receive_reply, request, socks5
 
+from usocksd.commands.parts import make_policy
+from usocksd.config import Config
 from usocksd.proxy_protocol import LOCAL_HEADER, SIGNATURE, header
+from usocksd.replay import Replay
+from usocksd.runtime import config as configuration
 
 CONFIG = """
 [incoming]
@@ -137,7 +141,7 @@ def test_local_is_the_peer_itself(server: Daemon, port: int, destination: Served
     with connected(port) as sock:
         sock.sendall(LOCAL_HEADER + GREETING + request("127.0.0.1", destination.port))
         assert granted(sock)
-        assert server.record("proxy starts", client_addr=name_of(sock))["peer_addr"] is None
+        assert server.record("proxy starts", client_addr=name_of(sock))["peer_addr"] == name_of(sock)
 
 
 @pytest.mark.parametrize(
@@ -217,6 +221,16 @@ def granted_or_reset(sock: Socket) -> bool:
         return granted(sock)
     except (ConnectionResetError, AssertionError):
         return False
+
+
+def test_what_is_recorded_is_decided_alike_again(server: Daemon, port: int) -> None:
+    """By `usocksd diff`: all that the tests above have left, the proxy's own and those denied by allow_from too."""
+    config = configuration.parse(Config, CONFIG.format(port=port), "test")
+    policy = make_policy(config, None, lambda _: False)
+    replay = Replay(policy, policy)
+    replay.read(line.encode() for line in server.lines())
+    assert replay.requests > 3
+    assert (replay.disagreement, replay.disagreeing) == (None, 0)
 
 
 def test_passwords_are_tried_as_the_claimed_client(tmp_path: Path, port: int, destination: Served) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from usocksd import replay
-from usocksd.clients import ClientRules
+from usocksd.clients import TRUSTED, ClientRules
 from usocksd.config import Config
 from usocksd.match import canonical_host, numeric_address
 from usocksd.policy import Policy
@@ -28,7 +28,9 @@ def policy(text: str = "", users: Sequence[str] | None = None, *, required: bool
     config = configuration.parse(Config, text, "test")
     rules = config.access_rules(lambda ip: str(ip) == "198.51.100.1")
     clients = ClientRules(config.incoming.allow_from or ())
-    return Policy(clients, rules, None if users is None else frozenset(users), required)
+    in_front = config.incoming.proxy_protocol
+    trusted = None if in_front is None else ClientRules(in_front.trusted)
+    return Policy(clients, rules, None if users is None else frozenset(users), required, trusted)
 
 
 def line(message: str = "proxy starts", **fields: Any) -> bytes:
@@ -67,6 +69,20 @@ def test_what_a_record_says() -> None:
     denied = line("ruleset mismatch", dest_addr=..., user="ci", dest_name="www.example.com.corp.example")
     more = {"user": "ci", "name": "www.example.com.corp.example"}
     assert read_record(denied) == Record(AT, asked(candidates=candidates, **more), False)
+
+
+@pytest.mark.parametrize(
+    ("peer", "expected"),
+    [
+        (None, {}),
+        ("192.0.2.1:5", {"peer": "192.0.2.1"}),
+        ("10.1.2.3:40000", {"peer": "10.1.2.3", "own": True}),
+    ],
+)
+def test_who_has_named_the_client(peer: str | None, expected: dict[str, Any]) -> None:
+    record = read_record(line(peer_addr=peer))
+    assert isinstance(record, Record)
+    assert record.asked == asked(candidates=BOTH, dialled=BOTH[0], **expected)
 
 
 def test_an_ipv6_client() -> None:
@@ -144,6 +160,10 @@ POOLS = '[[rule]]\nname = "partners"\naction = "allow"\nto = ["{to}"]\negress = 
 POOL = policy(POOLS.format(to="www.example.com"))
 POOL_OF_ADDRESS = policy(POOLS.format(to="2001:db8::/32"))
 BOTH = ("203.0.113.5", "2001:db8::5")
+GATEWAY = "192.0.2.1"
+PROXIED = '[incoming.proxy_protocol]\nport = 1090\ntrusted = ["{}"]\n'
+TRUSTING = policy(PROXIED.format(GATEWAY))
+DENY_ALL_CLIENTS = policy('[incoming]\nallow_from = ["192.0.2.9"]\n' + PROXIED.format(GATEWAY))
 
 
 @pytest.mark.parametrize(
@@ -172,6 +192,12 @@ BOTH = ("203.0.113.5", "2001:db8::5")
             asked(None, None),
             (Change.UNKNOWN, "allow_from", ""),
         ),
+        (TRUSTING, NONE, asked(peer=GATEWAY), (Change.DENIED, "default", TRUSTED)),
+        (TRUSTING, policy(PROXIED.format("192.0.2.2")), asked(peer=GATEWAY), (Change.DENIED, "default", TRUSTED)),
+        (NONE, TRUSTING, asked(peer=GATEWAY), (Change.ALLOWED, TRUSTED, "default")),
+        (TRUSTING, DENY_ALL_CLIENTS, asked(peer=GATEWAY), (Change.DENIED, "default", "allow_from")),
+        (TRUSTING, DENY_ALL_CLIENTS, asked(client=GATEWAY, peer=GATEWAY, own=True), None),
+        (TRUSTING, NONE, asked(), None),
         (NONE, policy(users=["ci"], required=True), asked(), (Change.UNKNOWN, "default", "")),
         (policy(users=["ci"]), policy(users=["bob"]), asked(user="ci"), (Change.DENIED, "default", "users_file")),
         (NONE, DENY_NAME, asked("not a name"), None),

@@ -22,11 +22,13 @@ def make_users(config: Config) -> Users | None:
 
 def make_policy(config: Config, users: Users | None, is_local: Callable[[IPAddress], bool]) -> Policy:
     """All that decides about requests. `is_local` tells this host's addresses. A million entries take seconds."""
+    in_front = config.incoming.proxy_protocol
     return Policy(
         ClientRules(config.incoming.allow_from or ()),
         config.access_rules(is_local),
         None if users is None else users.names,
         config.auth.required,
+        None if in_front is None else ClientRules(in_front.trusted),
     )
 
 

@@ -7,18 +7,18 @@ import logging
 from usocksd import __version__
 from usocksd.access_log import AccessLog
 from usocksd.addresses import HostAddresses
-from usocksd.clients import ClientRules
 from usocksd.commands.parts import make_egress, make_policy, make_users
 from usocksd.config import Config
 from usocksd.dnsbl import Lookups
 from usocksd.explain import Explainer
 from usocksd.lint import warnings
+from usocksd.proxied import ProxiedListener
 from usocksd.resolver import Resolver
 from usocksd.runtime.dial import check_mark
 from usocksd.runtime.limits import most_name_sockets, most_pipes
 from usocksd.runtime.pipes import PipePool
 from usocksd.runtime.processes.plan import Built, Parts, Plan, make_plan
-from usocksd.session import ProxiedListener, Sessions
+from usocksd.session import Sessions
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +44,9 @@ def build(config: Config, parts: Parts) -> Built:
         system=config.dns.resolver == "system",
         sockets=most_name_sockets(parts.descriptors),
     )
-    in_front = config.incoming.proxy_protocol
-    proxied = None
-    if in_front is not None:
-        proxied = ProxiedListener(in_front.port, ClientRules(in_front.trusted), parts.count_as)
+    in_front, proxied = config.incoming.proxy_protocol, None
+    if in_front is not None and policy.trusted is not None:
+        proxied = ProxiedListener(in_front.port, policy.trusted, policy.clients, parts.count_as)
     sessions = Sessions(
         clients=policy.clients,
         users=users,

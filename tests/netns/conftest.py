@@ -40,6 +40,12 @@ def gateway_net() -> Iterator[lab.Net]:
     yield from _built(lab.gateway_net)
 
 
+@pytest.fixture(scope="module")
+def shared_gateway_net() -> Iterator[lab.Net]:
+    """As gateway_net, one for all tests of a module."""
+    yield from _built(lab.gateway_net)
+
+
 def _built(make: Callable[[], AbstractContextManager[T]]) -> Iterator[T]:
     reason = lab.unavailable()
     if reason is not None:

@@ -22,6 +22,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Final, NamedTuple, NoReturn
 
 from usocksd.errors import ProtocolError
+from usocksd.match import numeric_address
 
 SIGNATURE: Final = b"\r\n\r\n\x00\r\nQUIT\n"
 
@@ -148,7 +149,7 @@ def unlikely(claimed: str, peer: str) -> str | None:
     No client has the unspecified address or a multicast one, and loopback addresses only those of the peer's own host:
     what connects from there must be on this one.
     """
-    client, sender = ip_address(claimed), ip_address(peer.partition("%")[0].removeprefix("::ffff:"))
+    client, sender = ip_address(claimed), numeric_address(peer)
     if client.is_unspecified or client.is_multicast:
         return f"claimed to come from {claimed}"
     if client.is_loopback and not sender.is_loopback:

@@ -166,7 +166,10 @@ class Listener:
                 sock.close()
                 self._pause(os.strerror(error.errno or errno.EIO))
                 return
-            self._accepted(endpoint, address[0], address[1])
+            host = address[0]
+            if host[:7] == "::ffff:":  # of a socket for both families, which systemd may have opened
+                host = _as_ipv4(host)
+            self._accepted(endpoint, host, address[1])
 
     def close(self) -> None:
         """Accept what has been waiting, and no more."""
@@ -196,6 +199,11 @@ class Listener:
                 "accepting is paused",
                 extra={"fields": {"error": cause, "waiting": queue_length(self._sock)}},
             )
+
+
+def _as_ipv4(host: str) -> str:
+    """An IPv4-mapped address as IPv4: one client has one address, to limits, rules and the PROXY protocol."""
+    return host[7:] if "." in host else host
 
 
 def queue_length(listener: socket.socket) -> int:

@@ -157,6 +157,17 @@ async def test_accepted_bytes_are_seen(lab: Any, serve: Callable[..., Server]) -
     assert await server.accepted[0][0].receive() == b"early"
 
 
+async def test_ipv4_by_a_socket_for_both_families_is_ipv4(lab: Any, serve: Callable[..., Server]) -> None:
+    """As systemd opens `ListenStream=PORT`: one client has one address, to limits, rules and the loop guard."""
+    sock = socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    sock.setblocking(False)
+    server = serve(sock=sock)
+    for host in ("127.0.0.1", "::1"):
+        with socket.create_connection((host, server.address[1])):
+            await lab.settle()
+            assert server.accepted[-1][1] == host
+
+
 async def test_a_client_that_is_gone_before_it_is_accepted(lab: Any, serve: Callable[..., Server]) -> None:
     sock = listen("127.0.0.1", 0)
     client = socket.create_connection(sock.getsockname())

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import resource
 import signal
 import socket
 from collections.abc import Callable, Sequence
@@ -27,6 +26,7 @@ from usocksd.runtime.log import Log, parse_level, setup
 from usocksd.runtime.metrics import Metrics
 from usocksd.runtime.processes.channel import Channel, Message
 from usocksd.runtime.processes.plan import HANDOVER, Built, Daemon, Parts
+from usocksd.runtime.processes.vitals import Vitals
 from usocksd.runtime.reactor import Reactor
 from usocksd.runtime.service import Service, settle_memory
 
@@ -41,8 +41,6 @@ IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 HEARTBEAT = 0.5
 """Seconds between signs of life."""
 
-# Descriptors and bytes are counted at every so many of them: 10,000 connections take some milliseconds.
-_COUNT_EVERY = 4
 # So many connections are listed in one message.
 _LISTED_AT_ONCE = 256
 
@@ -124,15 +122,7 @@ class Worker:
         self._metrics = Metrics(daemon.name)
         self._daemon = daemon
         self._draining = False
-        self._beats = 0
         self._limit = raise_descriptor_limit()
-        dropped = self._metrics.counter("log_records_dropped_total", "Log records that were never written")
-        descriptors = self._metrics.gauge("descriptors_open", "Open files")
-        self._metrics.gauge("descriptors_limit", "Open files that the processes may have").value = self._limit
-        headroom = self._metrics.minimum(
-            "descriptors_headroom", "Share of its open files that the worker with the fewest left has left"
-        )
-        self._gauges = (dropped, descriptors, headroom)
         # (A master of before there was anything to share says nothing of it.)
         self._shared: list[Any] = [order["shared"]] if order.get("shared") is not None else []
         """What was shared last, if anything"""
@@ -141,10 +131,6 @@ class Worker:
         """What this worker shares next, if anything"""
         self._sharing = trio.Event()
         self._keeping = trio.CancelScope()
-        relayed = self._metrics.counters(
-            "relayed_bytes_total", "Bytes relayed to destinations (tx) and from there (rx), as they go", "direction"
-        )
-        self._relayed = relayed.labels("tx"), relayed.labels("rx")
 
     async def run(self, config: Any) -> None:
         """Serve until told to drain, or the master is gone, and then until the connections are.
@@ -189,14 +175,14 @@ class Worker:
                         metrics=self._metrics,
                         proxied=built.proxied,
                     )
+                    self._vitals = Vitals(self._service, self._metrics, self._sink, self._limit)
                     settle_memory()
                     ready = {"version": __version__, "handover": HANDOVER, "verbs": list(built.verbs)}
                     await self._channel.send({"type": "ready", **ready})
                     base.start_soon(self._report)
                     base.start_soon(self._send_shared)
                     sessions.start_soon(self._obey)
-                self._beats = 0
-                await self._send(self._alive() | {"type": "ended"})
+                await self._send(self._vitals.alive(last=True) | {"type": "ended"})
                 base.cancel_scope.cancel()
 
     async def _obey(self) -> None:
@@ -289,50 +275,13 @@ class Worker:
 
     async def _report(self) -> None:
         while True:
-            await self._send(self._alive() | {"type": "alive"})
+            await self._send(self._vitals.alive() | {"type": "alive"})
             await trio.sleep(HEARTBEAT)
-
-    def _alive(self) -> Message:
-        service = self._service
-        dropped, descriptors, headroom = self._gauges
-        dropped.value = self._sink.dropped
-        if self._beats % _COUNT_EVERY == 0:
-            for counter, value in zip(self._relayed, self._bytes(), strict=True):
-                counter.value = value
-            try:
-                descriptors.value = len(os.listdir("/proc/self/fd"))
-            except OSError:  # looking takes one more
-                descriptors.value = self._limit
-            headroom.value = 1 - descriptors.value / self._limit
-        self._beats += 1
-        return {
-            "live": service.live,
-            "most": service.most,
-            "paused": service.paused,
-            "descriptors": {"open": descriptors.value, "limit": self._limit},
-            "cpu": sum(resource.getrusage(resource.RUSAGE_SELF)[:2]),
-            "metrics": self._metrics.snapshot(),
-        }
-
-    def _measure(self) -> dict[str, float]:
-        """What the rates are made of: connections, and bytes each way, so far."""
-        tx_bytes, rx_bytes = self._bytes()
-        return {
-            "live": self._service.live,
-            "connections": self._service.accepted.value,
-            "tx_bytes": tx_bytes,
-            "rx_bytes": rx_bytes,
-        }
-
-    def _bytes(self) -> tuple[float, float]:
-        """Relayed so far, each way, by the relays that have ended and those that go on."""
-        up, down = self._service.moving()
-        return up + self._metrics.observed("proxy_tx_bytes"), down + self._metrics.observed("proxy_rx_bytes")
 
     async def _answer(self, question: str, number: int) -> None:
         match question:
             case "measure":
-                rows: list[Any] = [self._measure()]
+                rows: list[Any] = [self._vitals.measure()]
             case "status":
                 rows = [self._built.status()]
             case _:

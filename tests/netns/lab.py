@@ -255,9 +255,9 @@ class Lab:
                 f"link set {name} up",
             )
         for host in (one, other):
-            self._wait_for_addresses(host)
+            self.wait_for_addresses(host)
 
-    def _wait_for_addresses(self, host: Host) -> None:
+    def wait_for_addresses(self, host: Host) -> None:
         """Return when the host's IPv6 addresses can be bound: even with nodad, the kernel takes a moment for that."""
         tentative = ["ip", "-6", "-oneline", "address", "show", "tentative"]
         deadline = time.monotonic() + 10
@@ -276,7 +276,7 @@ class Lab:
             *(f"addr add {address} dev {name}{' nodad' if ':' in address else ''}" for address in addresses),
             f"link set {name} up",
         )
-        self._wait_for_addresses(host)
+        self.wait_for_addresses(host)
         return device
 
     def etc(self, name: str, text: str) -> None:
@@ -378,6 +378,7 @@ def _uplink(lab: Lab, proxy: Host, outside: Host, *, delay: float | None = None)
     lab.ip(outside, "route add unreachable default", "route add unreachable ::/0")
     beyond = (WEB_V4, OTHER_V4, PRIVATE_V4, WEB_V6, OTHER_V6, PRIVATE_V6)
     lab.ip(outside, *(f"addr add {a}/{128 if ':' in a else 32} dev lo" for a in beyond))
+    lab.wait_for_addresses(outside)
     return line
 
 

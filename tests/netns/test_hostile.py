@@ -132,7 +132,10 @@ def test_an_impatient_upstream(host_net: lab.Net, tmp_path: Path, scheme: str) -
         how(sock)
 
     with Served(host_net.proxy.listen("127.0.0.1"), leave) as upstream:
-        with test_redirect.transocks(host_net, tmp_path, f"{scheme}://127.0.0.1:{upstream.port}") as client:
+        # The clients say nothing, and nobody shall wait for that.
+        more = "[names]\nsniff = false\n"
+        url = f"{scheme}://127.0.0.1:{upstream.port}"
+        with test_redirect.transocks(host_net, tmp_path, url, more=more) as client:
             client.ready()
             test_redirect.load(host_net, "nft")
             before = client.fds()

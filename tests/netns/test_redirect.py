@@ -77,9 +77,11 @@ def load(net: lab.Net, tool: str, *, exempt: bool = True) -> None:
         net.proxy.run(*command, input=text)
 
 
-def transocks(net: lab.Net, folder: Path, url: str = "socks5://127.0.0.1:1080", listen: str | None = None) -> Daemon:
+def transocks(
+    net: lab.Net, folder: Path, url: str = "socks5://127.0.0.1:1080", listen: str | None = None, more: str = ""
+) -> Daemon:
     listen = listen or ('"localhost:1081"' if net.proxy is net.client else '":1081"')
-    return Daemon("transocks", TRANSOCKS.format(listen=listen, url=url), folder, popen=net.proxy.popen)
+    return Daemon("transocks", TRANSOCKS.format(listen=listen, url=url) + more, folder, popen=net.proxy.popen)
 
 
 def usocksd(net: lab.Net, folder: Path, config: str = USOCKSD) -> Daemon:

@@ -32,8 +32,8 @@ remove_all() {
     nft 'table inet transocks_nat; delete table inet transocks_nat'
 }
 
-# The same table with the same exemptions, where TCP is reset instead of redirected. A redirection is part of NAT,
-# which decides once a connection; a reset is a filter, which sees every packet and so has to ask for the first one.
+# The same table with the same exemptions, where TCP is reset instead of redirected. A reset is a filter, which sees every
+# packet of a connection and so has to ask for the first one, also where a file of old does not.
 refuse() {
     refusing=$(sed -e 's/type nat hook output priority [^;]*/type filter hook output priority -10/' \
         -e 's/type nat hook prerouting priority [^;]*/type filter hook forward priority -10/' \

@@ -159,6 +159,18 @@ class Scene:
                 with accepted:
                     yield client, DIRECT
 
+    @contextlib.contextmanager
+    def pair(self, address: str, server: socket.socket | None = None) -> Iterator[tuple[socket.socket, socket.socket]]:
+        """Both ends of a connection of the client to the web server, or to another one."""
+        server = server or self.web[0]
+        with self.net.client.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as client:
+            client.settimeout(5)
+            client.connect((address, server.getsockname()[1]))
+            accepted, _ = server.accept()
+            with accepted:
+                accepted.settimeout(5)
+                yield client, accepted
+
     def connect(self, address: str, *, timeout: float = 5) -> str:
         with self.connected(address, timeout=timeout) as (_, became):
             return became

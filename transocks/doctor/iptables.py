@@ -10,6 +10,7 @@ from ipaddress import ip_address, ip_network
 
 from transocks.doctor.ruleset import (
     NEVER,
+    TCP_FLAGS,
     Action,
     Chain,
     Hook,
@@ -152,10 +153,11 @@ def _known_match(option: str, values: list[str], negate: bool, module: str, vers
         case "--uid-owner" | "--gid-owner":
             group = option == "--gid-owner"
             return [Match("gid" if group else "uid", (_owner(first, group=group),), negate)]
-        case "--tcp-flags" if values[1] == "SYN" and "SYN" in first.split(","):
-            return [NEVER] if negate else []
+        case "--tcp-flags":
+            mask, flags = map(_flags, values)
+            return [Match("flags", (Range(flags, flags),), negate, mask=mask)]
         case "--syn":
-            return [NEVER] if negate else []
+            return _known_match("--tcp-flags", ["FIN,SYN,RST,ACK", "SYN"], negate, module, version)
     raise KeyError(option)
 
 
@@ -213,6 +215,13 @@ def _first_port(values: list[str] | None) -> int | None:
 def _range(text: str) -> Range:
     low, colon, high = text.partition(":")
     return Range(int(low or 0), int(high or 65535) if colon else int(low))
+
+
+def _flags(text: str) -> int:
+    """TCP's flags as iptables names them."""
+    if text in {"ALL", "NONE"}:
+        return 0x3F if text == "ALL" else 0
+    return sum(TCP_FLAGS[name.lower()] for name in text.split(","))
 
 
 def _mark(text: str) -> tuple[int, int]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import operator
 import pwd
 from collections.abc import Collection, Iterator, Mapping
 from ipaddress import ip_address, ip_network
@@ -11,6 +13,7 @@ from typing import Any
 from transocks.doctor.nft_text import text_of
 from transocks.doctor.ruleset import (
     NEVER,
+    TCP_FLAGS,
     Action,
     Chain,
     Kind,
@@ -136,7 +139,7 @@ class _Reader:
         if isinstance(left, dict) and "concat" in left:
             raise _Unread
         if left == _TCP_FLAGS:
-            return [Match("protocol", ("tcp",))] if _of_syn(op, mask, right) else [NEVER]
+            return [Match("protocol", ("tcp",)), self._flags(op, mask, right)]
         return self._condition(left, self._values(right), op == "!=", mask)
 
     def _compare(self, left: Any, op: str, right: Any) -> list[Match]:
@@ -161,6 +164,15 @@ class _Reader:
         if kind == "socket" and what["key"] in {"transparent", "mark", "wildcard"}:
             return [NEVER]  # of a connection that is there already
         raise _Unread
+
+    def _flags(self, op: str, mask: Any, right: Any) -> Match:
+        """A condition on TCP's flags; "in" is: has any of them."""
+        if op == "in":
+            return Match(
+                "flags", (Range(1, _ALL),), mask=_flags(right) if mask is None else _flags(mask) & _flags(right)
+            )
+        wanted = tuple(Range(flags, flags) for flags in map(_flags, self._values(right)))
+        return Match("flags", wanted, op == "!=", mask=None if mask is None else _flags(mask))
 
     @staticmethod
     def _meta(key: str, values: list[Any], negate: bool, mask: int | None) -> list[Match]:
@@ -225,22 +237,17 @@ class _Reader:
             return [unknown(f"{text_of(left)} {text_of(key)}")]
 
 
-def _of_syn(op: str, mask: Any, right: Any) -> bool:
-    """Whether a condition on TCP's flags holds for the first segment of a connection."""
-    flags = {"syn"} if mask is None else {"syn"} & _flags(mask)
-    if op == "in":
-        return bool(flags & _flags(right))
-    return (flags == _flags(right)) is (op == "==")
-
-
-def _flags(value: Any) -> set[str]:
+def _flags(value: Any) -> int:
+    """The bits of TCP's flags, by name or number, or several of them."""
     match value:
-        case str():
-            return {value}
+        case int():
+            return value
+        case str() if value in TCP_FLAGS:
+            return TCP_FLAGS[value]
+        case {"|": parts} | {"set": parts}:
+            return _flags(parts)
         case list():
-            return {flag for one in value for flag in _flags(one)}
-        case {"|": both} | {"set": both}:
-            return _flags(both)
+            return functools.reduce(operator.or_, map(_flags, value), 0)
     raise _Unread
 
 

@@ -38,9 +38,25 @@ def network_range(network: IPv4Network | IPv6Network) -> Range:
     return Range(int(network.network_address), int(network.broadcast_address))
 
 
+TCP_FLAGS: Final = {
+    "fin": 0x01,
+    "syn": 0x02,
+    "rst": 0x04,
+    "psh": 0x08,
+    "ack": 0x10,
+    "urg": 0x20,
+    "ecn": 0x40,
+    "cwr": 0x80,
+}
+"""RFC 9293, section 3.1."""
+
+
 @attrs.frozen(kw_only=True)
 class Packet:
-    """The first packet of a connection. A field is None when a packet at that place has none: no match on it holds."""
+    """A packet, if not said otherwise the first of a connection.
+
+    A field is None when a packet at that place has none: no match on it holds.
+    """
 
     version: Version
     protocol: str = "tcp"
@@ -57,6 +73,8 @@ class Packet:
     source_type: str | Unknown = UNKNOWN
     state: frozenset[str] = frozenset({"new"})
     """of its connection: new, untracked, dnat"""
+    flags: int = TCP_FLAGS["syn"]
+    """if the protocol is TCP"""
     assumed: frozenset[str] = frozenset()
     """conditions that are not understood here, and hold for it all the same"""
 

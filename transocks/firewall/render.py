@@ -22,11 +22,7 @@ _PORTS = {Mode.HOST: 1081, Mode.GATEWAY: 1081, Mode.TPROXY: 1084}
 _MOST_MULTIPORT = 15  # ports that one match of iptables takes, a range counts as two
 
 # Where traffic enters our chains: in nft the hook lines, in iptables the last line of each chain.
-_NFT_TCP = {
-    Mode.HOST: r"^(\t\t)(meta l4proto tcp jump redirect_tcp)$",
-    Mode.GATEWAY: r"^(\t\t)(meta l4proto tcp jump redirect_tcp)$",
-    Mode.TPROXY: r"^(\t\t)(tcp flags & \(fin \| syn \| rst \| ack\) == syn jump tproxy_tcp)$",
-}
+_NFT_TCP = r"^(\t\t)(tcp flags & \(fin \| syn \| rst \| ack\) == syn jump (?:redirect|tproxy)_tcp)$"
 _NFT_UDP = r"^(\t\t)(udp dport 443 jump reject_quic)$"
 
 
@@ -77,7 +73,7 @@ def render_nft(wanted: Wanted, *, seconds: int | None = None) -> str:
     if wanted.mode is Mode.TPROXY:
         text = _render_nft_tproxy(text, wanted)
     selection = wanted.selection_here
-    text = _multiply(text, _NFT_TCP[wanted.mode], list(_nft_matches(selection, "tcp")))
+    text = _multiply(text, _NFT_TCP, list(_nft_matches(selection, "tcp")))
     quic = list(_nft_matches(_without_ports(selection), "udp")) if _quic(wanted) else []
     return _multiply(text, _NFT_UDP, quic)
 

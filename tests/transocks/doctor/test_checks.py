@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ipaddress import ip_address
 from pathlib import Path
 
 import attrs
@@ -9,13 +10,15 @@ import pytest
 
 from transocks.config import Config
 from transocks.doctor import State, judge
-from transocks.doctor.checks import settings, tracking
+from transocks.doctor.checks import redirection, settings, tracking
 from transocks.doctor.finding import Finding, fault, fine, unchecked, warning
 from transocks.doctor.flows import Flows
+from transocks.doctor.iptables import read_iptables
 from transocks.doctor.report import as_json, as_text
 from transocks.doctor.ruleset import Ruleset
 from transocks.doctor.seen import Identity, Seen
 from transocks.proxy_url import parse_proxy_url
+from usocksd.runtime.settings import ListenAddress
 
 SEEN = Seen(
     config=Config(proxy_url=(parse_proxy_url("socks5://192.0.2.1:1080"),)), config_file="transocks.toml",
@@ -38,6 +41,29 @@ def write(seen: Seen, **files: str) -> None:
 def only(findings: object) -> Finding:
     (finding,) = findings  # type: ignore[misc]
     return finding  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("rules", "loose", "said"),
+    [
+        ("*nat\n:OUTPUT ACCEPT [0:0]\n-A OUTPUT -p tcp -j REDIRECT --to-ports 1081", "1", "(those that nothing"),
+        ("*nat\n:OUTPUT ACCEPT [0:0]\n-A OUTPUT -p tcp -m conntrack --ctstate NEW -j REDIRECT --to-ports 1081", "1", "("),
+        ("*nat\n:OUTPUT ACCEPT [0:0]\n-A OUTPUT -p tcp -j REDIRECT --to-ports 1081", "0", None),
+        ("*nat\n:OUTPUT ACCEPT [0:0]\n-A OUTPUT -p tcp --syn -j REDIRECT --to-ports 1081", "1", None),
+        ("*nat\n:OUTPUT ACCEPT [0:0]\n-A OUTPUT -p tcp ! --syn -j RETURN\n-A OUTPUT -p tcp -j REDIRECT --to-ports 1081",
+         "1", None),
+        ("*mangle\n:PREROUTING ACCEPT [0:0]\n-A PREROUTING -p tcp -m socket -j ACCEPT\n"
+         "-A PREROUTING -p tcp -j TPROXY --on-port 1084", "0", "(all)"),
+    ],
+)  # fmt: skip
+def test_old_connections(seen: Seen, rules: str, loose: str, said: str | None) -> None:
+    write(seen, sys__net__netfilter__nf_conntrack_tcp_loose=f"{loose}\n")
+    config = attrs.evolve(seen.config, listen_tproxy=(ListenAddress(ip_address("0.0.0.0"), 1084),))
+    seen = attrs.evolve(seen, config=config, ruleset=read_iptables(f"{rules}\nCOMMIT\n", 4))
+    assert [f.mode for f in Flows(seen).arriving], "they are found"
+    findings = list(redirection.old_connections(seen, Flows(seen)))
+    assert [f.state for f in findings] == ([State.WARNING] if said else [])
+    assert said is None or said in findings[0].seen
 
 
 @pytest.mark.parametrize(

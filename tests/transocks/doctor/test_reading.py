@@ -61,6 +61,8 @@ def out(ruleset: Ruleset, packet: Packet = PACKET) -> Way:
         ("-m conntrack --ctstate DNAT", False),
         ("-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK SYN", True),
         ("-p tcp -m tcp ! --tcp-flags FIN,SYN,RST,ACK SYN", False),
+        ("-p tcp -m tcp --tcp-flags ALL NONE", False),
+        ("-p tcp -m tcp --tcp-flags SYN,NS SYN", None),
         ("-m socket --transparent", False),
         ('-m comment --comment "-j DROP"', True),
         ("-m set --match-set white dst", None),
@@ -160,6 +162,7 @@ def match(left: Any, right: Any, op: str = "==") -> dict[str, Any]:
 
 
 REDIRECT = {"redirect": {"port": 1081}}
+FLAGS = {"payload": {"protocol": "tcp", "field": "flags"}}
 PORT, DADDR = {"payload": {"protocol": "tcp", "field": "dport"}}, {"payload": {"protocol": "ip", "field": "daddr"}}
 
 
@@ -189,8 +192,13 @@ PORT, DADDR = {"payload": {"protocol": "tcp", "field": "dport"}}, {"payload": {"
         (match({"fib": {"result": "oif", "flags": ["daddr"]}}, "eth0"), None),
         (match({"ct": {"key": "state"}}, ["established", "related"], "in"), False),
         (match({"ct": {"key": "mark"}}, 1), None),
-        (match({"&": [{"payload": {"protocol": "tcp", "field": "flags"}}, ["syn", "ack"]]}, "syn"), True),
-        (match({"payload": {"protocol": "tcp", "field": "flags"}}, {"set": ["fin", "rst"]}, "in"), False),
+        (match({"&": [FLAGS, ["syn", "ack"]]}, "syn"), True),
+        (match(FLAGS, {"set": ["fin", "rst"]}, "in"), False),
+        (match(FLAGS, ["syn", "ack"], "in"), True),
+        (match(FLAGS, {"set": ["syn", {"|": ["syn", "ack"]}]}), True),
+        (match({"&": [FLAGS, {"|": [{"|": ["fin", "syn"]}, "ack"]}]}, "syn", "!="), False),
+        (match({"&": [FLAGS, ["syn", "cwr"]]}, "syn"), True),
+        (match({"&": [FLAGS, ["syn", "more"]]}, "syn"), None),
         (match({"payload": {"protocol": "icmp", "field": "type"}}, "echo-request"), False),
         (match(DADDR, "@some"), True),
         (match(DADDR, "@none"), None),

@@ -50,8 +50,8 @@ def test_selection_is_alternatives_of_one_kind_and_limits_of_the_others() -> Non
         ),
     )  # fmt: skip
     text = lines(render_nft(wanted))
-    assert [line for line in text if line.endswith("meta l4proto tcp jump redirect_tcp")] == [
-        f"meta {who} {to} tcp dport {{ 80-82, 443 }} meta l4proto tcp jump redirect_tcp"
+    assert [line for line in text if line.endswith("== syn jump redirect_tcp")] == [
+        f"meta {who} {to} tcp dport {{ 80-82, 443 }} tcp flags & (fin | syn | rst | ack) == syn jump redirect_tcp"
         for who in ("skuid { 7, 8 }", "skgid { 9 }")
         for to in ("ip daddr { 192.0.2.0/24 }", "ip6 daddr { 2001:db8::/32 }")
     ]
@@ -142,7 +142,7 @@ def test_rules_of_one_command_unload_in_the_opposite_order() -> None:
     ("old", "new", "wanted"),
     [
         ("define transocks_port = 1081", "define transocks_port = 1080 + 1", HOST),
-        ("meta l4proto tcp jump redirect_tcp", "tcp dport 1-65535 jump redirect_tcp", HOST),
+        ("== syn jump redirect_tcp", "== syn tcp dport 1-65535 jump redirect_tcp", HOST),
         ("--to-ports 1081", "--to-port 1081", HOST),
         ("-p tcp -j REDIRECT", "-p tcp -m tcp -j REDIRECT", HOST),
         ("elements = {\n\t\t\t0", "elements={\n\t\t\t0", Wanted(mode=Mode.HOST, port=1, exclude=())),

@@ -8,7 +8,7 @@ from transocks.doctor.checks.listening import listeners
 from transocks.doctor.checks.loops import loops
 from transocks.doctor.checks.names import resolver
 from transocks.doctor.checks.paths import dnat_to_loopback, forwarding, policy_routing, reverse_path
-from transocks.doctor.checks.redirection import both_families, input_chain, quic, rules
+from transocks.doctor.checks.redirection import both_families, input_chain, old_connections, quic, rules
 from transocks.doctor.checks.settings import fast_open, nonlocal_bind, port_range, ports_in_time_wait
 from transocks.doctor.checks.tracking import conntrack
 from transocks.doctor.finding import Check
@@ -26,6 +26,7 @@ CHECKS: tuple[Check, ...] = (
     reverse_path,
     forwarding,
     dnat_to_loopback,
+    old_connections,
     quic,
     conntrack,
     original_destination,

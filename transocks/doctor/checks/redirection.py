@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import attrs
 
 from transocks.doctor.finding import Finding, fault, fine, unchecked, warning
-from transocks.doctor.flows import EXAMPLES, Flow, Flows, Mode, local_ends, ports
-from transocks.doctor.ruleset import UNKNOWN, Hook, Kind, Packet, Version
+from transocks.doctor.flows import EXAMPLES, Flow, Flows, Mode, comes_back, local_ends, ports
+from transocks.doctor.ruleset import TCP_FLAGS, UNKNOWN, Hook, Kind, Packet, Version
 from transocks.doctor.seen import Seen
 from transocks.doctor.walk import Way, walk
 
@@ -65,6 +65,25 @@ def _missing(seen: Seen, flows: Flows) -> Iterator[Finding]:
 
 def _texts(numbers: set[int]) -> str:
     return " and ".join(map(str, sorted(numbers))) or "no port"
+
+
+def old_connections(seen: Seen, flows: Flows) -> Iterator[Finding]:
+    """What is in the middle of a connection that the rules know nothing of must be none of theirs."""
+    for flow in flows.arriving:
+        tproxy = flow.mode is Mode.TPROXY
+        if not tproxy and seen.number("net.netfilter.nf_conntrack_tcp_loose") == 0:
+            continue  # it is not tracked then, and so not redirected
+        assert seen.ruleset is not None
+        middle = attrs.evolve(flow.packet, flags=TCP_FLAGS["ack"])
+        way = walk(seen.ruleset, "output" if flow.mode is Mode.HOST else "prerouting", middle)
+        if comes_back(way, seen):
+            which = "all" if tproxy else "those that nothing tracked before"
+            yield warning(
+                "old connections",
+                f"{flow.mode.value}, IPv{flow.version}: to load these rules ends old connections ({which}),"
+                f" since they take the middle of one too: {way.turned}",
+                "limit them to first segments: tcp flags & (fin | syn | rst | ack) == syn (iptables: --syn)",
+            )  # fmt: skip
 
 
 def input_chain(seen: Seen, flows: Flows) -> Iterator[Finding]:

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import socket
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -15,6 +16,8 @@ import lab
 import pytest
 from daemons import Daemon
 from scene import BEYOND, DIRECT, NOTHING, PRIVATE, REDIRECTED, REFUSED, Scene, backends, one_mode
+
+from transocks.firewall import lock
 
 RULES = Path(__file__).parents[2] / "iptables"
 
@@ -212,6 +215,56 @@ def test_routing_goes_again_when_the_rules_do_not_load(scene: Scene) -> None:
     tool.chmod(0o755)
     assert "broken" in scene.rules("apply", "--force", status=1)
     assert scene.dump() == before
+
+
+ALONE = """
+import sys
+from transocks.cli import main
+from transocks.firewall import lock
+lock._WITHIN = 0.1
+sys.exit(10 * main(["rules", "apply", "-f", sys.argv[1]]) + main(["rules", "remove", "-f", sys.argv[1]]))
+"""
+
+
+@one_mode("host")
+@backends(0)
+def test_one_change_at_a_time(scene: Scene) -> None:
+    scene.start()
+    before = scene.dump()
+    with scene.net.proxy.popen(
+        "flock", lock.FILE, "sh", "-c", "echo locked; cat", stdin=-1, stdout=-1, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "locked\n"
+        words = ["env", f"PATH={scene.bin}", sys.executable, "-c", ALONE, str(scene.config)]
+        done = scene.net.proxy.run(*words, check=False)
+        assert done.returncode == 11
+        assert "apply: another `transocks rules` has been at work" in done.stderr
+        assert scene.dump() == before
+        other.communicate()
+    scene.rules("apply")
+    scene.rules("remove")
+    assert scene.dump() == before
+
+
+@one_mode("tproxy")
+@backends(0, 1)
+def test_where_ipv6_is_switched_off(scene: Scene) -> None:
+    scene.net.proxy.sysctl("net.ipv6.conf.all.disable_ipv6", 1)
+    before = scene.dump()
+    scene.start("127.0.0.1")
+    assert "IPv6: switched off here" in scene.rules("apply")
+    assert scene.connect(lab.WEB_V4) == REDIRECTED
+    assert "as they should be" in scene.rules("verify")
+    scene.rules("remove")
+    assert scene.dump() == before
+    # REDIRECT has no use for ip(8).
+    scene.mode = "host"
+    scene.configure()
+    (scene.bin / "ip").unlink()
+    scene.rules("apply", "--force")
+    assert "ip:" not in scene.rules("verify", status=1)
+    scene.rules("remove")
 
 
 @one_mode("host")

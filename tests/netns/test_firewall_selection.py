@@ -104,7 +104,8 @@ def renders(mode: Mode) -> Iterator[Wanted]:
     selections += [{**who, "from_": networks, "to": networks, "ports": ports}]
     for selection in selections:
         yield Wanted(mode=mode, port=2222, selection=Selection(**selection))  # type: ignore[arg-type]
-    for exclude in ((), networks[:2], networks):
+    many = tuple(ip_network(f"2001:db8:ffff:ffff:ffff:ffff:ffff:{n:x}") for n in range(0x1000, 0x1100, 2))
+    for exclude in ((), networks[:2], (*networks, *many)):
         yield Wanted(mode=mode, port=2222, exclude=exclude)
     yield Wanted(
         mode=mode, port=1, mark=0xFFFFFFFF, exempt_users=(0,), reject_quic=False, closed=True, tproxy_mark=99,

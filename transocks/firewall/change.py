@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from transocks.firewall import live
 from transocks.firewall.config import Mode, Tool
 from transocks.firewall.live import CHAINS, TABLES, Routes, Routing, has
+from transocks.firewall.lock import alone
 from transocks.firewall.render import render_iptables, render_nft
 from transocks.firewall.saved import Changes, Table, changes, merge, parse_save, select, write
 from transocks.firewall.steps import FirewallError, Step, complaint, run
@@ -30,6 +31,7 @@ add rule inet {KEEP} stays ct state new accept
 """
 
 
+@alone()
 def apply(wanted: Sequence[Wanted], tool: Tool, *, seconds: int | None = None, ipv6: bool = True) -> None:
     """Make these rules the ones that are loaded, whatever was before. Raises FirewallError, and then that is as it was.
 
@@ -38,7 +40,7 @@ def apply(wanted: Sequence[Wanted], tool: Tool, *, seconds: int | None = None, i
     """
     families = (False, True) if ipv6 else (False,)
     tproxy = [w for w in wanted if w.mode is Mode.TPROXY]
-    routing = [Routing(w.tproxy_mark, six) for w in tproxy for six in families]
+    routing = [Routing(w.tproxy_mark, six) for w in tproxy for six in families if not six or live.uses_ipv6()]
     added = _add_routing(routing)
     try:
         if tool is Tool.NFT:
@@ -93,6 +95,7 @@ def _restoring(six: bool, text: str) -> Step:
     return Step(("ip6tables-restore" if six else "iptables-restore", "--noflush"), text)
 
 
+@alone()
 def confirm(*, ipv6: bool = True) -> bool:
     """Make what is in force for a time be in force for good; False if it was already.
 
@@ -136,6 +139,7 @@ def confirm(*, ipv6: bool = True) -> bool:
     return timed
 
 
+@alone()
 def prolong(wanted: Sequence[Wanted], seconds: int) -> None:
     """Rules loaded by nft: in force for so many seconds from now, even if they were not any more; 0 ends that.
 
@@ -150,6 +154,7 @@ def prolong(wanted: Sequence[Wanted], seconds: int) -> None:
     run(Step(("nft", "-f", "-"), "".join(lines)))
 
 
+@alone()
 def remove(*, keep: bool = False) -> list[str]:
     """Remove everything that is ours; returns what the tools complained of.
 
@@ -166,6 +171,8 @@ def remove(*, keep: bool = False) -> list[str]:
 
 
 def _remove_routing(six: bool, but: Collection[Routing]) -> list[str]:
+    if not has("ip"):
+        return []  # then nobody has added any
     try:
         rules, routes = live.routing_rules(six), Routes.here(six)
     except FirewallError as error:

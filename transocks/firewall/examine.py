@@ -101,7 +101,10 @@ def _leftovers(
 
 
 def _check_routing(wanted: Sequence[Wanted], families: Sequence[bool]) -> Iterator[tuple[str, bool]]:
-    should = [Routing(w.tproxy_mark, six) for w in wanted if w.mode is Mode.TPROXY for six in families]
+    routed = [six for six in families if not six or live.uses_ipv6()]
+    should = [Routing(w.tproxy_mark, six) for w in wanted if w.mode is Mode.TPROXY for six in routed]
+    if not should and not live.has("ip"):
+        return
     there = [routing for six in families for routing in live.routing_rules(six)]
     for routing in should:
         routes = Routes.here(routing.six)

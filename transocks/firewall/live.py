@@ -36,7 +36,12 @@ _LISTEN = "0A"  # in the column "st" of /proc/net/tcp
 
 def has_ipv6() -> bool:
     """Whether this kernel has IPv6."""
-    return os.path.exists("/proc/net/if_inet6")
+    return os.path.exists("/proc/self/net/if_inet6")
+
+
+def uses_ipv6() -> bool:
+    """Whether any interface has an address of it: with disable_ipv6=1 there is nothing to listen on, nor a route."""
+    return has_ipv6() and bool(Path("/proc/self/net/if_inet6").read_text("ascii"))
 
 
 def has(program: str) -> bool:
@@ -204,7 +209,7 @@ def unheard(wanted: Wanted, ipv6: bool) -> list[str]:
     """Where the rules would send connections and nobody listens: "127.0.0.1:1081" and such."""
     there = listening(wanted.port)
     missing = []
-    for version in (4, 6) if ipv6 else (4,):
+    for version in (4, 6) if ipv6 and uses_ipv6() else (4,):
         loopback, anywhere = ("127.0.0.1", "0.0.0.0") if version == 4 else ("::1", "::")
         mine = {str(address) for address in there if address.version == version}
         expected = [str(address) for address in wanted.addresses if address.version == version]

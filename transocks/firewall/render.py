@@ -20,6 +20,7 @@ from usocksd.match import IPNetwork
 
 _PORTS = {Mode.HOST: 1081, Mode.GATEWAY: 1081, Mode.TPROXY: 1084}
 _MOST_MULTIPORT = 15  # ports that one match of iptables takes, a range counts as two
+_MOST_NETWORKS = 16  # in a word of iptables-restore, which has at most 1023 characters
 
 # Where traffic enters our chains: in nft the hook lines, in iptables the last line of each chain.
 _NFT_TCP = r"^(\t\t)(tcp flags & \(fin \| syn \| rst \| ack\) == syn jump (?:redirect|tproxy)_tcp)$"
@@ -111,10 +112,10 @@ def render_iptables(wanted: Wanted, *, six: bool, until: str | None = None) -> s
     if wanted.mark is not None:
         text = _replace(text, r"-m mark --mark 0x7473 ", f"-m mark --mark {wanted.mark:#x} ", 2)
     if wanted.exclude is not None:
-        networks = ",".join(map(str, _of(wanted.exclude, 6 if six else 4)))
+        networks = list(map(str, _of(wanted.exclude, 6 if six else 4)))
         for name in (chain, f"{chain}-UDP"):
-            line = f"-A {name} -d {networks} -j RETURN\n" if networks else ""
-            text = _replace(text, rf"^(?:-A {name} -d \S+ -j RETURN\n)+", line, 1)
+            lines = [f"-A {name} -d {','.join(some)} -j RETURN\n" for some in _batches(networks, _MOST_NETWORKS)]
+            text = _replace(text, rf"^(?:-A {name} -d \S+ -j RETURN\n)+", "".join(lines), 1)
     if mode is Mode.TPROXY:
         text = _replace(text, r"(--set-mark|--tproxy-mark) 0x7474\b", rf"\1 {wanted.tproxy_mark:#x}", 2)
         for address in wanted.addresses:
@@ -203,6 +204,10 @@ def _iptables_matches(selection: Selection, version: int) -> Iterable[str]:
             destination = [f"-d {network} " for network in destinations]
             for words in product(*(words or [""] for words in (inside, source, destination, who, where))):
                 yield "".join(words)
+
+
+def _batches(words: Sequence[str], most: int) -> Iterable[Sequence[str]]:
+    return (words[at : at + most] for at in range(0, len(words), most))
 
 
 def _multiports(ports: Sequence[tuple[int, int]]) -> Iterable[str]:

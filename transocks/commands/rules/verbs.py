@@ -94,6 +94,8 @@ def _what_now(order: Order, seconds: int | None) -> Iterator[str]:
         yield "UDP: QUIC (port 443) to where TCP is redirected is refused, in use or not; other UDP is as it was"
     else:
         yield "UDP: is as it was"
+    if Mode.TPROXY in modes and order.ipv6 and not live.uses_ipv6():
+        yield "IPv6: switched off here, so TPROXY has no routing for it: apply again when it is switched on"
     down = "when transocks does not accept: connections"
     if Mode.TPROXY in modes and order.tool is Tool.IPTABLES:
         yield f"{down} get no answer and time out (nft can refuse them, or let them out)"

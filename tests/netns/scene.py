@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import select
 import shutil
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import lab
 import pytest
+from forks import Commands
 
 FOLDER = Path(__file__).parent
 BACKENDS = [
@@ -24,16 +24,6 @@ BACKENDS = [
 ]
 BEYOND = (lab.WEB_V4, lab.WEB_V6)
 PRIVATE = (lab.PRIVATE_V4, lab.PRIVATE_V6)
-# The command line, again and again: a start of Python is most of what a command takes.
-SERVE = """
-import contextlib, io, json, sys
-from transocks.cli import main
-for line in sys.stdin:
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        status = main(json.loads(line))
-    print(json.dumps([status, said.getvalue()]), flush=True)
-"""
 REDIRECTED, DIRECT, REFUSED, NOTHING = "redirected", "direct", "refused", "no answer"
 
 
@@ -52,9 +42,7 @@ class Scene:
         self.configure()
         self.web = [net.outside.listen("", 80)]
         self.transocks: subprocess.Popen[str] | None = None
-        pipe = subprocess.PIPE
-        serve = ["env", f"PATH={self.bin}", sys.executable, "-c", SERVE]
-        self._cli = net.proxy.popen(*serve, stdin=pipe, stdout=pipe, text=True)
+        self._cli = Commands(net.proxy, path=str(self.bin))
 
     def _tools(self) -> None:
         names = {"ip": "ip", "sh": "sh", "unshare": "unshare", "env": "env"}
@@ -86,13 +74,9 @@ class Scene:
 
     def rules(self, *words: str, status: int = 0) -> str:
         """Run the verb; returns what it said."""
-        assert self._cli.stdin is not None
-        assert self._cli.stdout is not None
-        self._cli.stdin.write(json.dumps(["rules", *words, "-f", str(self.config)]) + "\n")
-        self._cli.stdin.flush()
-        was, said = json.loads(self._cli.stdout.readline())
-        assert was == status, said
-        return str(said)
+        was, out, err = self._cli.run("rules", *words, "-f", str(self.config))
+        assert was == status, out + err
+        return out + err
 
     def sh(self, script: str, *, check: bool = True) -> str:
         return self.net.proxy.run("env", f"PATH={self.bin}", "sh", "-ec", script, check=check).stdout
@@ -176,6 +160,7 @@ class Scene:
             return became
 
     def close(self) -> None:
+        self._cli.close()
         for server in self.web:
             server.close()
 

@@ -38,7 +38,7 @@ class Trial:
     def argv(self, *command: str, **environment: str) -> list[str]:
         settings = [f"{key}={value}" for key, value in environment.items()]
         python = [sys.executable, "-m", "transocks", "exec", "--", *command]
-        return ["env", "-u", "SUDO_USER", f"PATH={self.bin}", *settings, *python]
+        return ["env", "-u", "SUDO_USER", f"PATH={self.bin}", f"TMPDIR={self.bin}", *settings, *python]
 
     def start(self, *command: str) -> subprocess.Popen[str]:
         pipe = subprocess.PIPE
@@ -131,11 +131,11 @@ def test_runs_as_the_user_who_called_sudo(trial: Trial) -> None:
 def test_kill_9_leaves_nothing(trial: Trial, victim: str) -> None:
     before = trial.rules()
     inhabitants = _processes(trial)
-    folders = set(Path("/tmp").glob("transocks-exec-*"))
     process = trial.start("/bin/sh", "-c", "echo ready; read -r line")
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     assert trial.rules() != before
+    assert list(trial.bin.glob("transocks-exec-*"))
     words = {
         "exec": "transocks exec",
         "holder": "transocks.firewall.holder",
@@ -150,7 +150,7 @@ def test_kill_9_leaves_nothing(trial: Trial, victim: str) -> None:
         _wait_for_end(left)
     assert trial.rules() == before
     assert _processes(trial).keys() == inhabitants.keys()
-    assert set(Path("/tmp").glob("transocks-exec-*")) == folders
+    assert not list(trial.bin.glob("transocks-exec-*"))
 
 
 def test_needs_root_and_says_so(host_net: lab.Net) -> None:

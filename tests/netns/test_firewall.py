@@ -15,7 +15,7 @@ from pathlib import Path
 import lab
 import pytest
 from daemons import Daemon
-from scene import BEYOND, DIRECT, NOTHING, PRIVATE, REDIRECTED, REFUSED, Scene, backends, one_mode
+from scene import BACKENDS, BEYOND, DIRECT, NOTHING, PRIVATE, REDIRECTED, REFUSED, Scene, backends, one_mode
 
 from transocks.firewall import lock
 
@@ -114,6 +114,18 @@ INTRUDERS = {
 }
 
 
+NFT, IPTABLES, LEGACY = BACKENDS
+
+
+@pytest.mark.parametrize(
+    ("mode", "backend"),
+    [
+        pytest.param(mode, backend.values[0], marks=backend.marks)
+        for mode, tools in (("host", BACKENDS), ("gateway", (NFT, LEGACY)), ("tproxy", (NFT, IPTABLES)))
+        for backend in tools
+    ],
+    indirect=True,
+)
 def test_from_before_to_after(scene: Scene) -> None:
     """Applied, applied again, looked at, disturbed, looked at, removed: traffic and rules at each step."""
     with contextlib.ExitStack() as stack:
@@ -288,6 +300,7 @@ def test_another_mode_or_tool_takes_the_place(scene: Scene) -> None:
 
 
 @one_mode("tproxy")
+@backends(0, 1)
 def test_tproxy_without_transocks(scene: Scene) -> None:
     scene.start()
     scene.configure(when_down='"closed"')
@@ -309,6 +322,7 @@ def test_tproxy_without_transocks(scene: Scene) -> None:
     assert scene.connect(lab.WEB_V4) == DIRECT
 
 
+@pytest.mark.parametrize("mode", ["host", "tproxy"], indirect=True)
 @backends(0)
 def test_a_removal_that_keeps_connections(scene: Scene) -> None:
     before = scene.dump()
@@ -378,6 +392,7 @@ mark = 0x7473
 """
 
 
+@one_mode("host")
 @backends(0)
 def test_with_the_daemons(scene: Scene, tmp_path: Path) -> None:
     """One file for the daemon and its rules; whether it accepts is asked at the control socket."""

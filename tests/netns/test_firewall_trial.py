@@ -30,6 +30,7 @@ def _killed_after(scene: Scene, tool: str, times: int) -> None:
 
 
 @one_mode("host")
+@backends(0, 2)
 @pytest.mark.parametrize("hooked", [False, True])
 def test_killed_in_the_middle_of_a_trial_the_network_works_again(scene: Scene, hooked: bool) -> None:
     if scene.backend == "nft" and not hooked:
@@ -49,6 +50,7 @@ def test_killed_in_the_middle_of_a_trial_the_network_works_again(scene: Scene, h
 
 
 @one_mode("host")
+@backends(0, 1)
 def test_a_trial_is_confirmed_or_over(scene: Scene) -> None:
     before = scene.dump()
     scene.start()

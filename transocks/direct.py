@@ -8,6 +8,7 @@ from transocks.request import Request
 from transocks.upstream import Progress, Tunnel
 from usocksd.errors import Denied
 from usocksd.match import IPAddress, judged_addresses
+from usocksd.protected import PROTECTED_NETWORKS
 from usocksd.resolver import Resolver
 from usocksd.runtime.dial import Target, dial
 from usocksd.runtime.endpoint import Endpoint
@@ -53,8 +54,8 @@ class Direct:
         return hosts
 
     def _means_us(self, address: IPAddress) -> bool:
-        """Whether it is another host here than at the client: no name must lead a gateway's client into the gateway."""
+        """Whether it is another host here than at the client, or none: no name must lead a gateway's client into the
+        gateway, or to what gives the gateway its credentials."""
         return any(
-            each.is_loopback or each.is_link_local or each.is_multicast or each.is_unspecified or self._is_local(each)
-            for each in judged_addresses(address)
+            PROTECTED_NETWORKS.match(each) is not None or self._is_local(each) for each in judged_addresses(address)
         )

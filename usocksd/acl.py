@@ -25,31 +25,9 @@ from usocksd.match import (
     judged_addresses,
     parse_network,
 )
+from usocksd.protected import PROTECTED_NETWORKS
 from usocksd.site_index import PortIndex, SiteIndex, has_port, mask_of
 from usocksd.sites import Prefix, SiteList, parse_entry
-
-LOOPBACK = ("127.0.0.0/8", "::1/128")
-LINK_LOCAL = ("169.254.0.0/16", "fe80::/10")
-
-# What is denied unless a rule allows the address. The metadata services answer credentials to whoever asks.
-PROTECTED: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("loopback", LOOPBACK),
-    ("unspecified", ("0.0.0.0/8", "::/128")),  # RFC 1122 section 3.2.1.3; Linux connects these to loopback
-    ("link-local", LINK_LOCAL),
-    ("multicast", ("224.0.0.0/4", "ff00::/8")),
-    ("broadcast", ("255.255.255.255/32",)),
-    (
-        "cloud metadata",
-        (
-            "fd00:ec2::254/128",
-            "fd00:ec2::23/128",
-            "fd20:ce::254/128",
-            "100.100.100.200/32",
-            "192.0.0.192/32",
-            "168.63.129.16/32",
-        ),
-    ),
-)
 
 
 @frozen
@@ -125,7 +103,7 @@ class AccessRules:
         """`is_local` tells the addresses of this host."""
         self._rules = tuple(rules)
         self._is_local = is_local
-        self._protected = NetworkMap({parse_network(text): kind for kind, texts in PROTECTED for text in texts})
+        self._protected = PROTECTED_NETWORKS
         self._decisions = {1 << at: Decision(rule.allow, rule.name, rule.egress) for at, rule in enumerate(rules)}
         self._entries = {1 << at: rule.entry for at, rule in enumerate(rules) if rule.entry is not None}
 

@@ -10,9 +10,10 @@ from attrs import frozen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from usocksd.acl import PROTECTED, AccessRules, Decision, Rule, Step
+from usocksd.acl import AccessRules, Decision, Rule, Step
 from usocksd.clients import ClientRules
 from usocksd.match import IPAddress, canonical_host, judged_addresses, parse_network
+from usocksd.protected import PROTECTED
 from usocksd.sites import SiteList, entry_fault, parse_entry
 
 CLIENT = IPv4Address("10.9.9.9")

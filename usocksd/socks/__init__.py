@@ -21,11 +21,12 @@ from usocksd.socks.events import INQUIRY, NEED_DATA, Credentials, Established, I
 from usocksd.socks.probe import Probe
 from usocksd.socks.role import ClientRole
 from usocksd.socks.server import Server
-from usocksd.socks.wire import AddressType, Command, Method, Reply, Socks4Reply, Version
+from usocksd.socks.wire import SOCKS4_PROBE, AddressType, Command, Method, Reply, Socks4Reply, Version
 
 __all__ = [
     "INQUIRY",
     "NEED_DATA",
+    "SOCKS4_PROBE",
     "AddressType",
     "AuthenticationFailed",
     "Client",

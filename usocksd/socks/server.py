@@ -14,6 +14,7 @@ Rules of this file:
         │                │                                   └──────────rejected──> _over <──reply─┘   │
         │                └───────F5──> _over (with an offer of 02 too: by way of the verdict)          │
         └──────04──> _socks4_request ──────────────────────────────────────────────────────────────────┘
+                         └──F5──> _over
 
 and from everywhere that reads: a ClientFault ──> _faulty, which raises it again each time.
 """
@@ -255,6 +256,10 @@ class Server:
         end = self._field_end(8, "USERID")
         if end < 0:
             return self._need_data("inside its USERID")
+        if data[1] == _PROBE:
+            self.method = _PROBE
+            self._out += failure(_SOCKS4, Reply.COMMAND_NOT_SUPPORTED)  # what others say
+            return self._probed()
         user_id = data[8:end].decode(errors="replace")
         if data[4:7] == b"\0\0\0" and data[7]:
             start = end + 1

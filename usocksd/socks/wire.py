@@ -60,6 +60,11 @@ class Reply(IntEnum):
     ADDRESS_TYPE_NOT_SUPPORTED = 8
 
 
+SOCKS4_PROBE = bytes((4, Method.PROBE)) + bytes(7)
+"""What asks a SOCKS4 server whether it is there: a request with a command that does not exist, which any will refuse. A
+usocksd knows this one, and that nothing is wrong."""
+
+
 class Socks4Reply(IntEnum):
     """CD of a SOCKS4 reply. The last two are about identd, which nobody asks any more."""
 

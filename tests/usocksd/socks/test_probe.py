@@ -8,6 +8,7 @@ from conversation import after, error_of
 from usocksd.socks import (
     INQUIRY,
     NEED_DATA,
+    SOCKS4_PROBE,
     AuthenticationFailed,
     Client,
     ClientFault,
@@ -178,6 +179,19 @@ def test_ours_judges_credentials(pipelined: bool, right: bool) -> None:
         server.reject_credentials()
         probe.receive_data(server.data_to_send())
         assert isinstance(error_of(probe), AuthenticationFailed)
+
+
+@pytest.mark.parametrize("methods", METHODS)
+def test_ours_is_asked_by_socks4(methods: tuple[Method, ...]) -> None:
+    """It answers as any other, and knows that nobody tried anything."""
+    server = Server(methods=methods)
+    server.receive_data(SOCKS4_PROBE[:-1])
+    assert server.next_event() is NEED_DATA
+    server.receive_data(SOCKS4_PROBE[-1:] + b"\x04\x01")
+    assert server.next_event() is INQUIRY
+    assert server.data_to_send() == b"\x00\x5b" + bytes(6)
+    with pytest.raises(RuntimeError):
+        server.next_event()
 
 
 @pytest.mark.parametrize("methods", METHODS)

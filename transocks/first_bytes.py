@@ -25,14 +25,13 @@ NOTHING = First(b"", OTHER)
 
 
 class _Wait:
-    """For one client, and until when on trio's clock."""
+    """For one client (None: no more), and until when on trio's clock."""
 
-    __slots__ = ("client", "over", "until")
+    __slots__ = ("client", "until")
 
-    def __init__(self, client: Endpoint, until: float) -> None:
+    def __init__(self, client: Endpoint | None, until: float) -> None:
         self.client = client
         self.until = until
-        self.over = False
 
 
 class FirstBytes:
@@ -59,11 +58,11 @@ class FirstBytes:
         task_status.started()
         waits = self._waits
         while True:
-            while waits and (waits[0].over or waits[0].until <= trio.current_time()):
+            while waits and (waits[0].client is None or waits[0].until <= trio.current_time()):
                 wait = waits.popleft()
-                if not wait.over:
-                    wait.over = True
-                    wait.client.interrupt(DeadlineExpired())
+                client, wait.client = wait.client, None
+                if client is not None:
+                    client.interrupt(DeadlineExpired())
             if waits:
                 await trio.sleep_until(waits[0].until)
             else:
@@ -96,7 +95,7 @@ class FirstBytes:
                         break
                 if wait is None:
                     wait = self._begin(client)
-                if wait.over:  # also where it had no time to say so, between two pieces
+                if wait.client is None:  # also where it had no time to say so, between two pieces
                     break
                 piece = await client.receive()
         except DeadlineExpired:
@@ -105,14 +104,12 @@ class FirstBytes:
             raise PeerReset from None
         finally:
             if wait is not None:
-                wait.over = True
+                wait.client = None  # it stays in the queue for its time, and its session's socket need not
         return First(data, opening or sniffer.finish())
 
     def _begin(self, client: Endpoint) -> _Wait:
-        wait = _Wait(client, trio.current_time() + self._wait)
+        wait = _Wait(client if self._wait else None, trio.current_time() + self._wait)
         if self._wait:
             self._waits.append(wait)
             self._some.set()
-        else:
-            wait.over = True
         return wait

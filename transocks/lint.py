@@ -95,11 +95,11 @@ def _password(config: Config, source: str | None) -> Iterator[Fault]:
 def _groups(config: Config) -> Iterator[Fault]:
     """What a group says for nothing."""
     for key, group in config.keyed_groups():
-        seen: set[str] = set()
+        seen: set[ProxyURL] = set()
         for place, proxy in _urls(key, group):
-            if str(proxy) in seen:
+            if proxy in seen:  # (for another user it is another one)
                 yield Fault(place, str(proxy), "is there already: expected every proxy once")
-            seen.add(str(proxy))
+            seen.add(proxy)
         if len(seen) == 1 and group.policy != FAILOVER:
             at = key.replace("proxy_url", "policy")
             yield Fault(at, show(group.policy), "has no meaning for one proxy: remove it, or add proxies")

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import count
 from typing import Any
 
 from transocks.config import DIRECT, FAILOVER, ROUND_ROBIN, STICKY, GroupConfig, HealthConfig
 from transocks.direct import Direct
-from transocks.health import Attempt, Health
+from transocks.health import Health
 from transocks.original_dst import Destination
+from transocks.proxy_url import ProxyURL
 from transocks.request import Request
 from transocks.upstream import WAITING, Progress, Tunnel, Upstream, UpstreamMetrics
+from transocks.upstream_state import Attempt
 from usocksd.errors import DialError, Error, ResolveError
 from usocksd.match import rendezvous
 from usocksd.resolver import Resolver
@@ -79,6 +81,9 @@ class UpstreamGroup:
                     # It is not what it was: once more, step by step, unless what it was told can't be told again.
                     upstream.state.forget()
                     untried.appendleft(upstream)
+                elif attempt.pipelined and is_late(error):
+                    # It may not be, and drop what it does not expect. The next is asked step by step, to make sure.
+                    upstream.state.forget()
                 if not (untried or self._direct) or not goes_on(error, attempt) or reactor.clock() >= deadline:
                     raise
                 self._failovers[upstream].value += 1
@@ -124,11 +129,16 @@ def goes_on(error: Error, attempt: Attempt) -> bool:
         case AuthenticationFailed() | ResolveError():
             return True
         case DialError():
-            if error.step == WAITING:
-                return False  # its time is over
+            if is_late(error):
+                return False
             # Refused, when all that was sent was on the SYN, or before.
             return error.step == "connect" or not attempt.sent
     return not attempt.sent
+
+
+def is_late(error: Error) -> bool:
+    """Whether the upstream has been asked, and its time to answer is over."""
+    return isinstance(error, DialError) and error.step == WAITING
 
 
 class PoolMetrics:
@@ -163,20 +173,24 @@ class Upstreams:
     ) -> None:
         """`share`: see Health."""
         of_upstreams, of_groups = UpstreamMetrics(metrics), PoolMetrics(metrics)
-        # A proxy that wants PROXY headers is another one than the same without.
-        found = {
-            (url, group.proxy_protocol): Upstream(
-                url,
-                reactor=reactor,
-                resolver=resolver,
-                mark=mark,
-                fast_open=fast_open,
-                proxy_protocol=group.proxy_protocol,
-                metrics=of_upstreams,
-            )
-            for group in groups.values()
-            for url in group.proxy_url
-        }
+        # A proxy that wants PROXY headers is another one than the same without, and so is one for another user.
+        found: dict[tuple[ProxyURL, bool], Upstream] = {}
+        for url, proxied in ((url, group.proxy_protocol) for group in groups.values() for url in group.proxy_url):
+            if (url, proxied) not in found:
+                key = (
+                    (f"{url.username}@" if url.username is not None else "") + str(url) + (" PROXY" if proxied else "")
+                )
+                found[url, proxied] = Upstream(
+                    url,
+                    name=_new(str(url), {each.name for each in found.values()}),
+                    key=_new(key, {each.key for each in found.values()}),
+                    reactor=reactor,
+                    resolver=resolver,
+                    mark=mark,
+                    fast_open=fast_open,
+                    proxy_protocol=proxied,
+                    metrics=of_upstreams,
+                )
         self.groups = {
             name: UpstreamGroup(
                 name, group, [found[url, group.proxy_protocol] for url in group.proxy_url], direct, of_groups
@@ -199,6 +213,12 @@ class Upstreams:
     def status(self) -> dict[str, object]:
         """All groups as JSON values, for operators."""
         return {name: group.status() for name, group in self.groups.items()}
+
+
+def _new(text: str, taken: Collection[str]) -> str:
+    """This, or with a number behind it if that is taken."""
+    texts = (f"{text} ({number})" if number > 1 else text for number in count(1))
+    return next(each for each in texts if each not in taken)
 
 
 def _identity(upstream: Upstream) -> bytes:

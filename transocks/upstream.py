@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Awaitable, Sequence
 from math import inf
 from typing import NamedTuple, Protocol
 
 import trio
 
-from transocks.health import Answer, Attempt, ProbeTimedOut, State
+from transocks.health import ProbeTimedOut
 from transocks.http_connect import HttpConnect
 from transocks.original_dst import Destination
 from transocks.proxy_url import ProxyScheme, ProxyURL
 from transocks.request import Request
+from transocks.upstream_addresses import UpstreamAddresses
+from transocks.upstream_probes import Questions
+from transocks.upstream_state import Answer, Attempt, State
 from usocksd.errors import DialError, Error, ResolveError, UpstreamError
-from usocksd.match import IPAddress
 from usocksd.proxy_protocol import LOCAL_HEADER, header
 from usocksd.resolver import ABSENT, Resolver
 from usocksd.runtime.dial import Target, dial
@@ -23,35 +24,19 @@ from usocksd.runtime.endpoint import DeadlineExpired, Endpoint, PeerReset
 from usocksd.runtime.metrics import SECONDS, Metrics
 from usocksd.runtime.reactor import Reactor
 from usocksd.runtime.settings import Timeouts
-from usocksd.socks import (
-    AuthenticationFailed,
-    Client,
-    ClientRole,
-    Established,
-    Probe,
-    Probed,
-    RequestRefused,
-    Version,
-)
+from usocksd.socks import AuthenticationFailed, Client, ClientRole, Established, RequestRefused, Version
 
-# Seconds. When the name servers fail, or think for longer, the addresses that were known go on being used (RFC 8767).
-_RESOLVE_WITHIN = 1.0
-_STALE_FOR = 5.0
 # Whatever is asked, one that takes pipelining answers within a round trip; one that does not is silent. So many times
 # as long as its first answer took, and some seconds.
 _LEARN_TIMES, _LEARN_MORE = 2.0, 0.5
 # A timer that is so many seconds late tells of this process, not of the upstream.
 _LATE = 0.1
 
-# What is sent to see whether there is an answer; what that is does not matter. To HTTP, RFC 9110 section 9.3.7 calls it
-# a ping. SOCKS4 has nothing like it, so: a command that does not exist.
-_HTTP_PING = b"OPTIONS * HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n"
-_SOCKS4_PING = b"\x04\x00\x00\x00\x00\x00\x00\x00\x00"
-
 WAITING = "waiting for the answer of"
 """The step of a DialError: the upstream was asked, and has not answered in time."""
-# errno values that say that the host or its proxy is gone; others are about this connection or this host.
-_GONE = {errno.ECONNREFUSED, errno.ECONNRESET, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN}
+# errno values that say that the host or its proxy is gone; others are about this connection or this host. (A time-out
+# is silence, which is for probes to judge.)
+_GONE = {errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN}
 
 
 class Tunnel(NamedTuple):
@@ -85,6 +70,8 @@ class Upstream:
         self,
         url: ProxyURL,
         *,
+        name: str,
+        key: str,
         reactor: Reactor,
         resolver: Resolver,
         mark: int | None,
@@ -92,33 +79,27 @@ class Upstream:
         metrics: UpstreamMetrics,
         proxy_protocol: bool = False,
     ) -> None:
-        """`proxy_protocol`: it wants to be told whose connection it is."""
-        self.name = str(url)
-        """For log records: without user and password."""
-        self.key = self.name if url.username is None else f"{url.username}@{self.name}"
-        if proxy_protocol:
-            self.key += " PROXY"
+        """`name` is for records and metrics, without user and password; `key` for other workers, and not to be shown.
+        `proxy_protocol`: it wants to be told whose connection it is.
+        """
+        self.name = name
+        self.key = key
         self.scheme = url.scheme
-        self.state = State(self.name, reactor.clock)
-        self.addresses: frozenset[Destination] = frozenset()
-        """As far as they are known now."""
+        self.state = State(name, reactor.clock)
         self._url = url
         self._password = None if url.password is None else url.password.reveal()
         self._reactor = reactor
-        self._resolver = resolver
-        self._mark = mark
-        self._fast_open = fast_open
+        self._addresses = UpstreamAddresses(url, reactor=reactor, resolver=resolver, mark=mark, fast_open=fast_open)
         self._proxy_protocol = proxy_protocol
-        self._local = LOCAL_HEADER if proxy_protocol else b""
-        """What is in front of all that is said to it on our own behalf."""
-        self._targets: Sequence[Target] = ()
-        self._resolved: Sequence[IPAddress] = ()
-        self._stale_until = -inf
+        self._questions = Questions(url, LOCAL_HEADER if proxy_protocol else b"")
         self._ok, self._refused, self._failed = (
-            metrics.seconds.labels(self.name, result) for result in ("ok", "refused", "failed")
+            metrics.seconds.labels(name, result) for result in ("ok", "refused", "failed")
         )
-        if not isinstance(url.host, str):
-            self._learn((url.host,))
+
+    @property
+    def addresses(self) -> frozenset[Destination]:
+        """Where it is, as far as that is known now."""
+        return self._addresses.known
 
     async def connect(
         self,
@@ -140,15 +121,15 @@ class Upstream:
         reactor, state = self._reactor, self.state
         pipelined = attempt.pipelined = bool(state.pipelines)
         handshake = self._handshake(request, pipelined=pipelined)
-        if isinstance(self._url.host, str):
-            await self._resolve(client, deadline)
-        since = attempt.since = reactor.clock()
+        since = attempt.since
         state.enter(attempt)
         try:
-            endpoint, target = await dial(reactor, self._targets, deadline=deadline, client=client)
+            await self._addresses.refresh_for(client, deadline)
+            attempt.check()
+            since = reactor.clock()
+            endpoint, target = await dial(reactor, self._addresses.targets, deadline=deadline, client=client)
             try:
-                if attempt.left:  # in the moment in which it was connected
-                    raise PeerReset
+                attempt.check()
                 endpoint.deadline = reactor.clock() + timeouts.connect + timeouts.handshake
                 client.on_reset = endpoint.give_up
                 access.connected(endpoint, target)
@@ -181,18 +162,16 @@ class Upstream:
         """See health.Probed."""
         where = self.name
         with trio.move_on_after(connect) as scope:
-            # In haste, what is known has to do: slow name servers are not the upstream's fault.
-            if isinstance(self._url.host, str) and (learn or not self._targets):
-                await self._look_up(self._resolver.search(self._url.host))
+            await self._addresses.refresh(in_haste=not learn)
             began = trio.current_time()
-            endpoint, target = await dial(self._reactor, self._plain_targets(), deadline=inf)
+            endpoint, target = await self._dial_plainly()
         if scope.cancelled_caught:
             raise _timed_out(scope, where, "connect")
         where = str(target)
         connected = trio.current_time() - began
         try:
             with trio.move_on_after(max(answer, 3 * connected)) as scope:
-                ours = await self._ask_whether(endpoint)
+                ours = await self._questions.is_ours(endpoint)
             if scope.cancelled_caught:
                 raise _timed_out(scope, where, WAITING)
         except OSError as error:
@@ -201,19 +180,39 @@ class Upstream:
             endpoint.close()
         latency = trio.current_time() - began
         pipelines = True if ours else None
-        if learn and not ours and self.state.pipelines is None and self.scheme in _SOCKS5:
-            with trio.move_on_after(_LEARN_TIMES * latency + _LEARN_MORE):
-                pipelines = await self._takes_pipelining()
-            pipelines = bool(pipelines)
+        if learn and not ours and self.state.pipelines is None and self._questions.may_pipeline:
+            pipelines = await self._takes_pipelining(_LEARN_TIMES * latency + _LEARN_MORE)
         return Answer(latency, ours, pipelines)
+
+    async def _takes_pipelining(self, within: float) -> bool | None:
+        """None: it could not be asked this time, for want of descriptors, say."""
+        with trio.move_on_after(within):
+            try:
+                endpoint, _ = await self._dial_plainly()
+            except DialError:
+                return None
+            try:
+                return await self._questions.pipelines(endpoint)
+            finally:
+                endpoint.close()
+        return False
+
+    async def _dial_plainly(self) -> tuple[Endpoint, Target]:
+        """For probes, which are about the whole way: without Fast Open, which hides some of it."""
+        targets = [target._replace(fast_open=False) for target in self._addresses.targets]
+        return await dial(self._reactor, targets, deadline=inf)
 
     def _note(self, error: Error, seconds: float) -> None:
         """An attempt ended so, after so long."""
         (self._refused if isinstance(error, RequestRefused) else self._failed).observe(seconds)
         match error:
+            case RequestRefused():
+                self.state.heard = self._reactor.now
             case AuthenticationFailed():
                 self.state.failed(str(error))
             case DialError(step="connect") if error.errno in _GONE:
+                self.state.failed(str(error))
+            case ResolveError() if error.cause in ABSENT:
                 self.state.failed(str(error))
 
     async def _ask(self, endpoint: Endpoint, handshake: ClientRole, request: Request, attempt: Attempt) -> Tunnel:
@@ -234,10 +233,12 @@ class Upstream:
         await endpoint.send_all(data)
         while True:
             handshake.receive_data(await endpoint.receive())
-            state.heard = reactor.now
             event = handshake.next_event()
+            # (Whoever closes, or speaks something else, raises UpstreamFault: that is no sign of life.)
+            state.heard = reactor.now
             if isinstance(event, Established):
                 return Tunnel(endpoint, handshake.trailing_data, unsent)
+            attempt.check()
             if data := handshake.data_to_send():
                 await endpoint.send_all(data)
 
@@ -257,57 +258,6 @@ class Upstream:
         except ValueError as error:
             raise UpstreamError(str(error)) from None
 
-    async def _ask_whether(self, endpoint: Endpoint) -> bool:
-        """Whether it is a usocksd; returns as soon as it answers. Raises UpstreamError, OSError."""
-        if self.scheme not in _SOCKS5:
-            http = _HTTP_PING % self.name.removeprefix("http://").encode()
-            await endpoint.send_all(self._local + (http if self.scheme is ProxyScheme.HTTP else _SOCKS4_PING))
-            await endpoint.receive()  # the end will do: a program has seen to it
-            return False
-        return (await _drive(endpoint, Probe(self._url.username, self._password), self._local)).ours
-
-    async def _takes_pipelining(self) -> bool:
-        endpoint, _ = await dial(self._reactor, self._plain_targets(), deadline=inf)
-        try:
-            probe = Probe(self._url.username, self._password, pipelined=True)
-            first = await _drive(endpoint, probe, self._local)
-            return bool(first.pipelines or (await _drive(endpoint, probe)).pipelines)
-        except (OSError, UpstreamError):
-            return False
-        finally:
-            endpoint.close()
-
-    def _plain_targets(self) -> list[Target]:
-        """For probes, which are about the whole way: without Fast Open, which hides some of it."""
-        return [target._replace(fast_open=False) for target in self._targets]
-
-    async def _resolve(self, client: Endpoint, deadline: float) -> None:
-        """See to it that there are addresses, those in force now if the name servers tell them in time."""
-        now = self._reactor.clock()
-        if now >= self._stale_until:
-            within = min(deadline, now + _RESOLVE_WITHIN) if self._targets else deadline
-            await self._look_up(self._resolver.search_for(client, str(self._url.host), within))
-
-    async def _look_up(self, search: Awaitable[Sequence[IPAddress]]) -> None:
-        try:
-            self._learn(await search)
-        except ResolveError as error:
-            if not self._targets or error.cause in ABSENT:
-                raise
-            self._stale_until = self._reactor.clock() + _STALE_FOR
-
-    def _learn(self, addresses: Sequence[IPAddress]) -> None:
-        if addresses != self._resolved:
-            port = self._url.port
-            self._resolved = addresses
-            self._targets = [
-                Target(str(address), port, mark=self._mark, fast_open=self._fast_open) for address in addresses
-            ]
-            self.addresses = frozenset(Destination(str(address), port) for address in addresses)
-
-
-_SOCKS5 = (ProxyScheme.SOCKS5, ProxyScheme.SOCKS5H)
-
 
 class UpstreamMetrics:
     """What is measured of all upstreams."""
@@ -320,16 +270,6 @@ class UpstreamMetrics:
             "upstream",
             "result",
         )
-
-
-async def _drive(endpoint: Endpoint, probe: Probe, before: bytes = b"") -> Probed:
-    """Up to the next event of a probe; `before` goes in front of what it says."""
-    while not isinstance(event := probe.next_event(), Probed):
-        if data := probe.data_to_send():
-            await endpoint.send_all(before + data)
-            before = b""
-        probe.receive_data(await endpoint.receive())
-    return event
 
 
 def _timed_out(scope: trio.CancelScope, address: str, step: str) -> ProbeTimedOut:

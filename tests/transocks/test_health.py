@@ -12,9 +12,11 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from transocks.config import HealthConfig
-from transocks.health import Answer, Health, State
-from usocksd.errors import DialError, Error, UpstreamError
+from transocks.health import Health
+from transocks.upstream_state import Answer, State
+from usocksd.errors import DialError, UpstreamError
 from usocksd.runtime.metrics import Metrics
+from usocksd.runtime.service import Stopping
 
 REFUSED = DialError(errno.ECONNREFUSED, "192.0.2.1:1080")
 
@@ -133,14 +135,14 @@ class Upstream:
     def __init__(self, key: str = "one") -> None:
         self.key = key
         self.state = State(key, trio.current_time)
-        self.answer: Answer | Error = Answer(0.01)
+        self.answer: Answer | Exception = Answer(0.01)
         self.probes: list[tuple[float, bool]] = []
         """When, and whether in order to learn."""
 
     async def probe(self, *, connect: float, answer: float, learn: bool) -> Answer:
         self.probes.append((trio.current_time(), learn))
         await trio.lowlevel.checkpoint()
-        if isinstance(self.answer, Error):
+        if isinstance(self.answer, Exception):
             raise self.answer
         return self.answer
 
@@ -218,6 +220,19 @@ async def test_trouble_of_ones_own_is_no_verdict(autojump_clock: MockClock) -> N
         assert not world.upstream.state.up
 
     await in_a_world(test, keeping=True)
+
+
+async def test_a_probe_that_is_ended_with_the_process_ends_nothing_else(autojump_clock: MockClock) -> None:
+    """A worker that has drained for long enough ends all that is connected, and its tasks go on for a moment."""
+
+    async def test(world: World) -> None:
+        world.upstream.answer = Stopping()
+        world.upstream.state.failed("refused")
+        await trio.sleep(1)
+        assert len(world.upstream.probes) == 1
+        assert not world.upstream.state.up
+
+    await in_a_world(test, keeping=False)
 
 
 async def test_changes_are_recorded(autojump_clock: MockClock, caplog: pytest.LogCaptureFixture) -> None:

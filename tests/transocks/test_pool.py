@@ -20,19 +20,19 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from transocks.config import Config
 from transocks.direct import Direct
-from transocks.health import Answer
 from transocks.original_dst import Destination
 from transocks.pool import Upstreams
 from transocks.proxy_url import ProxyScheme
 from transocks.request import Request
 from transocks.upstream import Tunnel
+from transocks.upstream_state import Answer
 from usocksd.errors import Denied, DialError, Error, ResolveError
 from usocksd.resolver import Resolver
 from usocksd.runtime.config import parse
 from usocksd.runtime.dial import Target
 from usocksd.runtime.endpoint import Endpoint, PeerReset
 from usocksd.runtime.metrics import Metrics
-from usocksd.runtime.reactor import Reactor
+from usocksd.runtime.reactor import IN, Reactor
 from usocksd.runtime.settings import SocketAddress, Timeouts
 from usocksd.socks import RequestRefused, UpstreamFault
 
@@ -395,7 +395,7 @@ async def test_when_all_are_down_it_may_go_directly(world: World, name: str | No
 
 
 async def test_a_name_that_means_this_host_is_no_way_into_it(world: World) -> None:
-    with daemons.NameServer({"www.example": ["127.0.0.1", "::1", "169.254.169.254"]}) as dns:
+    with daemons.NameServer({"www.example": ["127.0.0.1", "::1", "169.254.169.254", "100.100.100.200"]}) as dns:
         world.dns = dns.address
         await world.configured(f"socks5://127.0.0.1:{daemons.closed_port()}", more='when_all_down = "direct"')
         for name in ("www.example", "localhost"):
@@ -583,6 +583,63 @@ async def test_the_only_one_is_waited_for(mock_clock: MockClock, world: World) -
     await session.tunnel()
 
 
+async def test_who_was_given_up_while_an_answer_came_does_not_wait_on(world: World) -> None:
+    """The event of that answer has woken its task, which another event of the same moment can't do again."""
+    first, second = await world.peers(silent, socks())
+    await world.configured(first, second)
+    session = world.ask()
+    await wait_all_tasks_blocked(0.005)
+    (asking,) = (each for each in world.reactor.handlers.values() if isinstance(each, Endpoint) and each.about is None
+                 and each.sock.family == socket.AF_INET)  # fmt: skip
+    await first.streams[0].send_all(b"\x05")
+    asking.on_event(IN)
+    world.state(first).failed("a test says so")
+    await session.tunnel()
+    assert session.through == [port(first), port(second)]
+
+
+async def test_the_time_of_a_client_is_no_verdict_on_a_proxy(mock_clock: MockClock, world: World) -> None:
+    """It may have been used up by another, or by this process, which did not run."""
+    with daemons.blackhole() as full:
+        await world.configured(f"socks5://127.0.0.1:{full}")
+        session = world.ask()
+        await world.pass_time(31)
+        with pytest.raises(DialError):
+            await session.tunnel()
+        assert next(iter(world.upstreams.groups["default"]._upstreams)).state.up
+
+
+async def test_one_that_is_silent_when_told_all_at_once_is_asked_step_by_step(
+    mock_clock: MockClock, world: World
+) -> None:
+    """The next time, since it may have been replaced unnoticed."""
+    (peer,) = await world.peers(socks())
+    steps, at_once = socks(), daemons.GREETING + ASK_WEB
+    peer.script = lambda heard: b"" if peer.pieces[-1] == [at_once] else steps(heard)
+    await world.configured(peer)
+    await world.answered(peer, Answer(0.001, ours=False, pipelines=True))
+    session = world.ask()
+    await world.pass_time(41)
+    with pytest.raises(DialError):
+        await session.tunnel()
+    await (await world.asked()).tunnel()
+    assert peer.pieces == [[at_once], [daemons.GREETING, ASK_WEB]]
+
+
+@pytest.mark.parametrize("script", [closing, lambda _: b"HTTP/1.1 400 Bad Request\r\n\r\n"])
+async def test_to_close_or_to_speak_something_else_is_no_sign_of_life(
+    world: World, script: Callable[[bytes], bytes | None]
+) -> None:
+    """Else steady traffic would keep up what no probe finds well."""
+    first, second = await world.peers(script, socks())
+    await world.configured(first, second)
+    began = trio.current_time()
+    world.clock.jump(0.1)
+    assert (await world.asked()).through == [port(first), port(second)]
+    world.state(first).failed("as a probe found that began meanwhile", began)
+    assert not world.state(first).up
+
+
 async def test_a_far_proxy_has_more_time(mock_clock: MockClock, world: World) -> None:
     (second,) = await world.peers(socks())
     with daemons.blackhole() as full:
@@ -657,7 +714,41 @@ async def test_groups_of_their_own(world: World) -> None:
     assert [(each["up"], each["why"]) for each in status["upstreams"]] == [(False, "a test says so"), (True, None)]
 
 
+async def test_one_proxy_with_two_users_is_two_upstreams(world: World) -> None:
+    (peer,) = await world.peers(closing)
+    url = f"127.0.0.1:{peer.port}"
+    urls = [f"socks5://{user}@{url}" for user in ("al:ice", "bob:b", "bob:c")]
+    upstreams = await world.configured(*urls)
+    await world.asked()
+    names = [f"socks5://{url}", f"socks5://{url} (2)", f"socks5://{url} (3)"]
+    status: Any = upstreams.status()["default"]
+    assert [each["upstream"] for each in status["upstreams"]] == names
+    assert world.counted("upstream_up") == {("default", name): 1 for name in names}
+    assert len({each.key for each in upstreams.groups["default"]._upstreams}) == 3
+
+
 # ---- names of upstreams
+
+
+async def test_an_upstream_whose_name_servers_are_silent_is_not_waited_for(mock_clock: MockClock, world: World) -> None:
+    (second,) = await world.peers(socks())
+    with daemons.NameServer({"proxy.test": None}) as dns:
+        world.dns = dns.address
+        await world.configured("socks5://proxy.test:1080", second)
+        session = world.ask()
+        await world.pass_time(SUSPECT)
+        await world.pass_time(SUSPECT)
+        await session.tunnel()
+        assert session.through == ["1080", port(second)]
+
+
+async def test_an_upstream_whose_name_has_no_address_is_down(world: World) -> None:
+    (second,) = await world.peers(socks())
+    with daemons.NameServer({}) as dns:
+        world.dns = dns.address
+        await world.configured("socks5://proxy.test:1080", second)
+        assert (await world.asked()).through == ["1080", port(second)]
+        assert (await world.asked()).through == [port(second)]
 
 
 async def test_an_upstream_by_ipv6(world: World) -> None:

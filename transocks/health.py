@@ -161,9 +161,10 @@ class Health:
             await trio.sleep(after)
             while state.waiting:
                 now = self._clock()
-                oldest, youngest = next(iter(state.waiting)), next(reversed(state.waiting))
+                # (Not the attempts themselves: what this task keeps outlives them.)
+                oldest, youngest = next(iter(state.waiting)).since, next(reversed(state.waiting)).since
                 # Who waits for long waits for a slow destination, most likely.
-                due = max(state.heard, probed, oldest.since) + max(after, (now - youngest.since) / 2)
+                due = max(state.heard, probed, oldest) + max(after, (now - youngest) / 2)
                 if now < due:
                     await trio.sleep(due - now)
                     continue

@@ -1,7 +1,7 @@
 """`./run`: the main job, shown in network namespaces: nothing of this machine's network is touched.
 
-A host with both daemons and the rules of iptables/ on it, and an Internet of its own beyond. Plain curl fetches a
-page through them; then the access records of both daemons tell what became of each fetch.
+A host with both daemons on it, the rules that `transocks rules apply` loads, and an Internet of its own beyond. Plain
+curl fetches pages through them; then the access records of both daemons tell what became of each fetch.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -27,16 +28,18 @@ import lab
 import samples
 
 ROOT = Path(__file__).resolve().parents[2]
-WWW, DENIED = "www.beyond.example", "denied.beyond.example"
-NAMES = {WWW: (lab.WEB_V4, lab.WEB_V6), DENIED: (lab.OTHER_V4, lab.OTHER_V6)}
+# Two sites of one server: by their address alone they are the same.
+WWW, DENIED = "www.beyond.example", "ads.beyond.example"
+NAMES = dict.fromkeys((WWW, DENIED), (lab.WEB_V4, lab.WEB_V6))
 EGRESS = [*lab.PROXY_V4[1:], *lab.PROXY_V6[1:]]  # not the first ones, which the kernel would take by itself
 CONFIGURATIONS: dict[str, dict[str, object]] = {  # what differs from the samples in deploy/
     "usocksd": {
         "outgoing.addresses": EGRESS,
-        "outgoing.deny_sites": [lab.OTHER_V4, lab.OTHER_V6],
+        "outgoing.deny_sites": [DENIED],
         "outgoing.mark": 0x7473,  # what the rules exempt
     },
-    "transocks": {"proxy_url": "socks5://127.0.0.1:1080"},
+    # socks5h: usocksd is asked for names, where the client's first bytes tell one.
+    "transocks": {"proxy_url": "socks5h://127.0.0.1:1080", "mark": 0x7473, "rules.mode": "host"},
 }
 PORTS = {"transocks": 1081, "usocksd": 1080}
 PATIENCE = 15.0  # seconds, for what takes milliseconds
@@ -105,7 +108,7 @@ class Demo:
 
     def start_the_world(self) -> None:
         outside = self.net.outside
-        for address in (lab.WEB_V4, lab.WEB_V6, lab.OTHER_V4, lab.OTHER_V6):
+        for address in (lab.WEB_V4, lab.WEB_V6):
             beyond.serve_web(outside.listen(address, 80))
         names = outside.socket(socket.AF_INET, socket.SOCK_DGRAM)
         names.bind((lab.NEXT_V4, 53))
@@ -138,14 +141,13 @@ class Demo:
         return "".join(file.read_text(encoding="utf-8") for file in files if file.exists())
 
     def load_rules(self) -> str:
-        """Load iptables/host.v4 and host.v6 as an operator would; returns what the tool says of itself."""
-        for tool, file in (("iptables-restore", "host.v4"), ("ip6tables-restore", "host.v6")):
-            done = self.net.proxy.run(
-                tool, "--noflush", input=(ROOT / "iptables" / file).read_text(encoding="utf-8"), check=False
-            )
-            if done.returncode:
-                raise DemoError(f"{tool} could not load iptables/{file}:\n{done.stderr.strip()}")
-        return self.net.proxy.run("iptables-restore", "--version").stdout.strip()
+        """Load the rules as an operator would; returns the first line of what that says."""
+        done = self.net.proxy.run(
+            sys.executable, "-m", "transocks", "rules", "apply", "-f", "/run/demo/transocks.toml", check=False
+        )
+        if done.returncode:
+            raise DemoError(f"the rules could not be loaded:\n{done.stderr.strip()}")
+        return done.stdout.partition("\n")[0]
 
     def fetch(self, fetch: Fetch) -> None:
         # Somebody's proxy settings and .curlrc have no place in here.
@@ -169,12 +171,9 @@ class Demo:
         for fetch in fetches:
             while not (fetch.transocks and fetch.usocksd) and time.monotonic() < deadline:
                 fetch.transocks = self._last_record("transocks", "client_addr", fetch.port)
-                # What transocks connects from is the client that usocksd sees. Where that never got so far as to be
-                # recorded, the destination finds it.
+                # What transocks connects from is the client that usocksd sees.
                 if source := str(fetch.transocks.get("src_addr", "")):
                     fetch.usocksd = self._last_record("usocksd", "client_addr", int(source.rpartition(":")[2]))
-                elif destination := fetch.transocks.get("dest_addr"):
-                    fetch.usocksd = self._refusal(str(destination))
                 time.sleep(0.01)
 
     def _records(self, name: str) -> list[dict[str, Any]]:
@@ -186,43 +185,41 @@ class Demo:
         found = [r for r in self._records(name) if str(r.get(key, "")).endswith(f":{port}")]
         return found[-1] if found else {}
 
-    def _refusal(self, destination: str) -> dict[str, Any]:
-        host, _, port = destination.rpartition(":")
-        wanted = (host.strip("[]"), int(port))
-        found = [r for r in self._records("usocksd") if (r.get("dest_host"), r.get("dest_port")) == wanted]
-        return found[-1] if found else {}
-
     def shell(self) -> None:
         """A shell on the host with the daemons, until it ends."""
         (self.folder / "bashrc").write_text(
-            "PS1='transocks demo \\$ '\ncd /run/demo\nunset http_proxy https_proxy all_proxy\n", encoding="utf-8"
+            "PS1='transocks demo \\$ '\ncd /run/demo\nunset http_proxy https_proxy all_proxy\n"
+            f"PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH\n",
+            encoding="utf-8",
         )
         print(
             f"\nA shell on the host with the daemons ({BOLD}exit{PLAIN} ends it all). The configurations and logs"
             f" are in its folder. Try:\n"
-            f"  curl -v http://{WWW}/      iptables -t nat -vnL TRANSOCKS      tail -f *.log\n"
+            f"  curl -v http://{WWW}/                        tail -f *.log\n"
+            f"  transocks rules verify -f transocks.toml              usocksd connections -f usocksd.toml\n"
+            f"  usocksd explain -f usocksd.toml {DENIED}:80\n"
         )
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the shell's
         self.net.proxy.popen("bash", "--rcfile", "/run/demo/bashrc", "-i").wait()
 
 
-def tell_the_path(rootless: bool, tool: str, before: Fetch) -> None:
+def tell_the_path(rootless: bool, applied: str, before: Fetch) -> None:
     means = "by user namespaces, without root" if rootless else "in network namespaces"
     print(
         f"{BOLD}One host, and an Internet of its own{PLAIN}, {means}: nothing of this machine's network is touched.\n"
     )
     stages = (
         ("curl", "knows of no proxy", ""),
-        ("iptables", "host.v4, host.v6", "exempt: mark 0x7473"),
-        ("transocks :1081", "recovers where", "it was going"),
+        ("firewall", "redirects all but", "mark 0x7473"),
+        ("transocks :1081", "recovers address", "and name"),
         ("usocksd :1080", "judges, and picks", "an egress address"),
         (WWW, lab.WEB_V4, lab.WEB_V6),
     )
     for line, style, between in ((0, BOLD, "-> "), (1, DIM, "   "), (2, DIM, "   ")):
         print("  " + between.join(f"{style}{stage[line]:<20}{PLAIN}" for stage in stages))
-    print(f"\n  {'rules':<15} iptables/host.v4 and host.v6, loaded by {tool}")
+    print(f"\n  {'rules':<15} transocks rules apply: {applied}")
     for name, settings in CONFIGURATIONS.items():
-        said = ", ".join(f"{key.rpartition('.')[2]} = {samples.toml(key, value)}" for key, value in settings.items())
+        said = ", ".join(f"{key} = {samples.toml(key, value)}" for key, value in settings.items())
         print(textwrap.fill(said, 116, initial_indent=f"  {name + '.toml':<15} ", subsequent_indent=" " * 18))
     print(f"\n  Before the rules, the web server saw this host as {before.saw}. Since then:\n")
 
@@ -265,20 +262,20 @@ def demo(net: lab.Net, keep: bool) -> bool:
     it.fetch(before)
     for name, settings in CONFIGURATIONS.items():
         it.start_daemon(name, settings)
-    tool = it.load_rules()
+    applied = it.load_rules()
     fetches = [
         Fetch((f"http://{lab.WEB_V4}/",)),
         Fetch((f"http://[{lab.WEB_V6}]/",)),
         Fetch(("-4", f"http://{WWW}/")),
-        Fetch(("-6", f"http://{WWW}/")),
         Fetch(("-4", f"http://{DENIED}/"), allowed=False),
+        Fetch(("-4", f"https://{DENIED}/"), allowed=False),
     ]
     for fetch in fetches:
         it.fetch(fetch)
     it.read_records(fetches)
-    tell_the_path(net.lab.rootless, tool, before)
+    tell_the_path(net.lab.rootless, applied, before)
     tell_the_fetches(fetches)
-    tell_the_records(fetches[-2:])
+    tell_the_records((fetches[2], fetches[-1]))
     good = all(fetch.right for fetch in fetches)
     done = (
         f"{GOOD}All fetches did what they should.{PLAIN}"

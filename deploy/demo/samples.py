@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 
 def derive(sample: str, settings: Mapping[str, object]) -> str:
-    """`sample` with settings put in place of the lines that show them, commented out or not.
+    """`sample` with settings put in place of the lines that show them, those and their table commented out or not.
 
     Keys are "table.key", or "key" for those before the first table. Raises KeyError for a setting that the sample
     does not show: then the sample has changed, and who derives from it must follow.
@@ -17,8 +17,10 @@ def derive(sample: str, settings: Mapping[str, object]) -> str:
     table = ""
     lines = []
     for line in sample.splitlines():
-        if header := re.match(r"\[([\w.]+)\]", line):
+        if header := re.match(r"#?\[([\w.]+)\]", line):
             table = header[1] + "."
+            lines.append(f"[{header[1]}]" if any(key.startswith(table) for key in left) else line)
+            continue
         shown = re.match(r"#?(\w+) = ", line)
         key = table + shown[1] if shown else ""
         lines.append(f"{shown[1]} = {toml(key, left.pop(key))}" if shown and key in left else line)

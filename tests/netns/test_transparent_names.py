@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 import socket
 import ssl
@@ -158,7 +159,7 @@ def test_rules_by_name(host_net: lab.Net, tmp_path: Path, certificates: Path) ->
         assert curl(host_net, certificates, DENIED, WEB[4]).returncode in (35, 56)
         # To the denied site's address, by the name of the allowed one: the allowed one is where it ends up.
         said = openssl("-servername", ALLOWED)
-        assert f"subject=CN = {ALLOWED}" in said
+        assert re.search(rf"subject=CN ?= ?{re.escape(ALLOWED)}\n", said)  # OpenSSL 3.2 left the blanks out
         assert "Verification: OK" in said
         record = client.record("proxy ends", dest_addr=f"{OTHER[4]}:443")
         assert record["name"] == ALLOWED

@@ -195,9 +195,9 @@ class Demo:
         print(
             f"\nA shell on the host with the daemons ({BOLD}exit{PLAIN} ends it all). The configurations and logs"
             f" are in its folder. Try:\n"
-            f"  curl -v http://{WWW}/                        tail -f *.log\n"
-            f"  transocks rules verify -f transocks.toml              usocksd connections -f usocksd.toml\n"
-            f"  usocksd explain -f usocksd.toml {DENIED}:80\n"
+            f"  curl -v http://{WWW}/            transocks rules verify -f transocks.toml\n"
+            f"  tail -f *.log                                 transocks doctor -f transocks.toml\n"
+            f"  usocksd explain --from 127.0.0.1 usocksd.toml {DENIED}:443\n"
         )
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the shell's
         self.net.proxy.popen("bash", "--rcfile", "/run/demo/bashrc", "-i").wait()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -276,6 +277,9 @@ def peers(listener: Socket, count: int) -> Counter[str]:
 @pytest.mark.parametrize("addresses", [1, 2])
 def test_1500_connections_to_one_destination(host_net: lab.Net, tmp_path: Path, addresses: int) -> None:
     net, pool = host_net, lab.PROXY_V4[1 : 1 + addresses]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < 4096:  # a login's is 1024
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
     net.proxy.sysctl("net.ipv4.ip_local_port_range", "40000 40999")
     with queue(net) as listener, usocksd(net, tmp_path, *pool) as server, contextlib.ExitStack() as clients:
         server.ready()

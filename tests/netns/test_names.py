@@ -64,7 +64,7 @@ def resolv_conf(net: lab.Net, *servers: str, more: str = "") -> None:
 def dnsmasq(net: lab.Net, *options: str, address: str = lab.NEXT_V4) -> Iterator[None]:
     """dnsmasq on the outside host, port 53, which knows what the options say and nothing else."""
     process = net.outside.popen(
-        "dnsmasq", "--keep-in-foreground", "--log-facility=-", "--conf-file=/dev/null", "--pid-file", "--user=root",
+        "dnsmasq", "--no-daemon", "--conf-file=/dev/null", "--pid-file=", "--user=",
         "--no-resolv", "--no-hosts", "--no-round-robin", "--bind-interfaces", f"--listen-address={address}",
         "--except-interface=lo", "--local=/test/", *options, stderr=-1, text=True,
     )  # fmt: skip

@@ -136,6 +136,8 @@ def test_iptables_is_read_as_the_kernel_does(host_net: lab.Net, ends: tuple[Sock
         pytest.skip(f"there is no {restore}")
     with inside(host_net) as net:
         for name, (expected, text) in IPTABLES.items():
+            if "--uid-owner" in text and host_net.lab.rootless:
+                continue  # there is one user id, so rules for others don't load
             host_net.client.run(restore, input=EMPTY)
             host_net.client.run(restore, "--noflush", input=text)
             assert (name, reached(host_net, *ends), read(host_net, net)) == (name, expected, expected)

@@ -138,7 +138,7 @@ class Host:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:
                 listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(bool(address)))
-            listener.bind((address or "::", port))
+            _bind(listener, address or "::", port)
             listener.listen(backlog)
         except BaseException:
             listener.close()
@@ -148,6 +148,20 @@ class Host:
     def sysctl(self, name: str, value: object) -> None:
         """Set a net.* kernel setting of this host, e.g. sysctl("net.ipv4.ip_forward", 1)."""
         self.lab.ask("write", self.name, "/proc/sys/" + name.replace(".", "/"), str(value))
+
+
+def _bind(sock: Socket, address: str, port: int) -> None:
+    """bind(2), within a few seconds: an address of IPv6 that is listed may not be there to bind yet."""
+    deadline = time.monotonic() + 5
+    while True:
+        try:
+            sock.bind((address, port))
+        except OSError as error:
+            if error.errno != errno.EADDRNOTAVAIL or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+        else:
+            return
 
 
 @dataclass

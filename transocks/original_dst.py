@@ -14,7 +14,7 @@ from typing import NamedTuple
 from usocksd.addresses import HostAddresses, SocketOwners
 from usocksd.errors import Error
 from usocksd.match import numeric_address
-from usocksd.runtime.hostport import join_port
+from usocksd.runtime.hostport import join_port, unmapped
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def original_destination(sock: SocketType) -> Destination:
     """
     local = sock.getsockname()
     # (A link-local address comes with its zone.)
-    host = local[0].removeprefix("::ffff:") if "." in local[0] else local[0].partition("%")[0]
+    host = unmapped(local[0]).partition("%")[0]
     try:
         if ":" in host:
             port, raw = _SOCKADDR_IN6.unpack(sock.getsockopt(socket.IPPROTO_IPV6, _SO_ORIGINAL_DST, 28))
@@ -78,7 +78,7 @@ def tproxy_destination(sock: SocketType, is_ours: Callable[[Destination], bool])
     itself. Raises NotRedirected.
     """
     host, port = sock.getsockname()[:2]
-    destination = Destination(host.removeprefix("::ffff:") if "." in host else host.partition("%")[0], port)
+    destination = Destination(unmapped(host).partition("%")[0], port)
     if is_ours(destination):
         raise NotRedirected("it was made to this port itself, no TPROXY rule brought it")
     return destination

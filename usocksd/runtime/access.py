@@ -15,7 +15,7 @@ from typing import Any
 from usocksd.errors import DialError, Error, NoEgress, ResolveError
 from usocksd.runtime.ending import Reason, RelayResult, Side
 from usocksd.runtime.formats import Severity, Template
-from usocksd.runtime.hostport import join_port
+from usocksd.runtime.hostport import join_port, unmapped
 from usocksd.runtime.log import Log
 from usocksd.runtime.metrics import BYTES, SECONDS, Counter, Histogram, Metrics
 from usocksd.runtime.request_id import request_ids
@@ -185,7 +185,7 @@ def pair_member(host: str, port: int) -> str:
     One end of a dual-stack socket sees the other's IPv4 address as ::ffff:192.0.2.1.
     """
     if ":" in host:
-        return join_port(host.removeprefix("::ffff:") if "." in host else host, port)
+        return join_port(unmapped(host), port)
     return f"{host}:{port}"
 
 

@@ -14,7 +14,7 @@ from socket import SocketType
 from usocksd.errors import Error
 from usocksd.runtime.endpoint import Endpoint, TransparentEndpoint
 from usocksd.runtime.fast_open import accept_fast_open
-from usocksd.runtime.hostport import join_port
+from usocksd.runtime.hostport import join_port, unmapped
 from usocksd.runtime.options import set_options
 from usocksd.runtime.reactor import Reactor
 
@@ -168,7 +168,7 @@ class Listener:
                 return
             host = address[0]
             if host[:7] == "::ffff:":  # of a socket for both families, which systemd may have opened
-                host = _as_ipv4(host)
+                host = unmapped(host)
             self._accepted(endpoint, host, address[1])
 
     def close(self) -> None:
@@ -199,11 +199,6 @@ class Listener:
                 "accepting is paused",
                 extra={"fields": {"error": cause, "waiting": queue_length(self._sock)}},
             )
-
-
-def _as_ipv4(host: str) -> str:
-    """An IPv4-mapped address as IPv4: one client has one address, to limits, rules and the PROXY protocol."""
-    return host[7:] if "." in host else host
 
 
 def queue_length(listener: socket.socket) -> int:

@@ -79,6 +79,7 @@ class FirstBytes:
             or destination.port in self._skip_ports
             or (len(self._skip_networks) and self._skip_networks.match(numeric_address(destination.host)))
         ):
+            client.watch()  # for its reset
             return NOTHING
         sniffer = Sniffer(destination.port)
         data = b""

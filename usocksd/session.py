@@ -87,7 +87,7 @@ class Sessions:
 
     async def serve(self, client: Endpoint, host: str, port: int) -> None:
         """Serve one accepted connection to its end. `host` is the client's numeric address."""
-        local = client.sock.getsockname()
+        local = client.local_address()
         access = client.about = self._access_log.begin(host, port, local)
         client.deadline = client.reactor.clock() + self._timeouts.handshake
         proxied = self._proxied.get(local[1])

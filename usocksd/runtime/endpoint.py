@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 import outcome
 import trio
 
+from usocksd.errors import Error
 from usocksd.runtime.reactor import BROKEN, MORE, OUT, Reactor
 
 T = TypeVar("T")
@@ -29,6 +30,10 @@ class DeadlineExpired(Exception):
 
 class PeerReset(Exception):
     """The client is gone (reset) while its session was busy elsewhere."""
+
+
+class Unwatched(Error):
+    """The kernel refuses to tell of events of this socket (fs.epoll.max_user_watches, or memory)."""
 
 
 class About(Protocol):
@@ -50,28 +55,52 @@ class Endpoint:
     transparent: bool = False
     """It came to a socket with IP_TRANSPARENT (ip(7)): our end of the connection is where the client was going."""
 
-    __slots__ = ("_task", "about", "deadline", "fd", "more", "on_reset", "reactor", "readable", "sock", "writable")
+    __slots__ = (
+        "_task",
+        "_watched",
+        "about",
+        "bound",
+        "deadline",
+        "fd",
+        "more",
+        "on_reset",
+        "reactor",
+        "readable",
+        "sock",
+        "writable",
+    )
 
-    def __init__(self, reactor: Reactor, sock: SocketType, *, connecting: bool = False) -> None:
+    def __init__(self, reactor: Reactor, sock: SocketType, *, connecting: bool = False, watched: bool = True) -> None:
+        """`watched`: events are wanted from now on; else from the first `receive` or `watch` on."""
         self.reactor = reactor
         self.sock = sock
         self.fd = sock.fileno()
         self.deadline = inf
-        self.readable = False
+        self.readable = not watched
         self.more = False
         """An event told of an end, an error or urgent data: read until there is nothing more to learn."""
         self.writable = not connecting
+        self.bound: tuple[str, int] | None = None
+        """Our end of an accepted connection, where its listener has but one address."""
         self.about: About | None = None
         """What its session says of the connection, on a client's endpoint."""
         self.on_reset: Callable[[], None] | None = None
         """Called when the peer is gone while no task waits here: the session is busy with something else."""
         self._task: trio.lowlevel.Task | None = None
-        reactor.register(self.fd, self, connecting=connecting)
+        self._watched = watched
+        if watched:
+            reactor.register(self.fd, self, connecting=connecting)
+        else:
+            reactor.handlers[self.fd] = self  # for the sake of its deadline
+
+    def local_address(self) -> tuple[str, int]:
+        """Our end of the connection, as getsockname(2) tells it."""
+        return self.bound or self.sock.getsockname()[:2]
 
     async def receive(self) -> bytes:
         """Up to 16 KiB as soon as there is any; b"" at the end of the stream.
 
-        Raises OSError as recv(2) does, DeadlineExpired, and whatever `interrupt` was given.
+        Raises OSError as recv(2) does, DeadlineExpired, Unwatched, and whatever `interrupt` was given.
         """
         while True:
             if not self.readable:
@@ -84,15 +113,31 @@ class Endpoint:
     def receive_now(self) -> bytes | None:
         """What `receive` would return without waiting, whatever epoll has said so far; None if there is nothing.
 
-        Raises OSError as recv(2) does.
+        Raises OSError as recv(2) does, and Unwatched.
         """
         try:
             data = self.sock.recv(_RECEIVE_SIZE)
         except BlockingIOError:
             self.readable = self.more = False
+            self.watch()
             return None
+        # Not before: what it has brought needs no event any more.
+        self.watch()
         self.readable = self.more or len(data) == _RECEIVE_SIZE
         return data
+
+    def watch(self) -> None:
+        """Events are wanted from now on. Of an accepted connection they are not at once: most clients have spoken by
+        the time that their session begins, and an event that says so would cost more than the asking.
+
+        Raises Unwatched.
+        """
+        if not self._watched:
+            self._watched = True
+            try:
+                self.reactor.register(self.fd, self)
+            except OSError as error:
+                raise Unwatched(f"no more sockets can be watched: {error.strerror} (epoll(7))") from None
 
     async def send_all(self, data: bytes) -> None:
         """Write all of `data`. Raises as `receive` does."""
@@ -107,7 +152,8 @@ class Endpoint:
         """Wait for a connect(2) in progress. Returns 0 or the errno it failed with."""
         while not self.writable:
             await self._wait()
-        return self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        # (What has failed says so in its event.)
+        return self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if self.more else 0
 
     async def proven(self) -> None:
         """Wait until the peer has answered to connect(2): it has, unless `unproven`."""
@@ -200,9 +246,10 @@ class Endpoint:
         self.writable = sent == len(data)
         return sent
 
-    async def _wait(self) -> None:
+    def _wait(self) -> Awaitable[None]:
+        # (Not a coroutine itself: that would be one more for each wait.)
         self._task = trio.lowlevel.current_task()
-        await trio.lowlevel.wait_task_rescheduled(self._abort)
+        return trio.lowlevel.wait_task_rescheduled(self._abort)  # noqa: ASYNC105  who calls this awaits it
 
     def _abort(self, _: object) -> trio.lowlevel.Abort:
         self._task = None

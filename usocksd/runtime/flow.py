@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from usocksd.runtime.ending import Reason, Side
 from usocksd.runtime.endpoint import Endpoint
 from usocksd.runtime.pipes import PIPE_SIZE, Pipe
-from usocksd.runtime.reactor import BROKEN, BUFFER_SIZE, MORE, OUT
+from usocksd.runtime.reactor import BUFFER_SIZE, ERR, MORE, OUT
 
 if TYPE_CHECKING:
     from usocksd.runtime.relay import Pair
@@ -96,7 +96,7 @@ class Flow:
         try:
             if flags & MORE:
                 self.more = True
-                if flags & BROKEN:
+                if flags & ERR:  # HUP alone says that both sides have said all they will
                     self._look_for_error()
             if flags & OUT:
                 reverse = self.reverse
@@ -126,6 +126,7 @@ class Flow:
         limit = pair.limits.half_closed if half_closed else pair.limits.idle
         if pair.active + limit > now:
             self.deadline = pair.active + limit
+            pair.keep_alive()
         else:
             pair.end(Reason.HALF_CLOSED if half_closed else Reason.IDLE, Side.PROXY)
 
@@ -344,7 +345,7 @@ class Flow:
             reverse.step()
 
     def _look_for_error(self) -> None:
-        """ERR or HUP was reported: a reset need not show as an error of recv (after a FIN it reads as the end)."""
+        """ERR was reported: a reset need not show as an error of recv (after a FIN it reads as the end)."""
         error = self.source.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if not error:
             return

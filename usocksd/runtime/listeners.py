@@ -15,7 +15,7 @@ from usocksd.errors import Error
 from usocksd.runtime.endpoint import Endpoint, TransparentEndpoint
 from usocksd.runtime.fast_open import accept_fast_open
 from usocksd.runtime.hostport import join_port, unmapped
-from usocksd.runtime.options import set_options
+from usocksd.runtime.options import keep_alive, set_options
 from usocksd.runtime.reactor import Reactor
 
 log = logging.getLogger(__name__)
@@ -29,9 +29,8 @@ _BATCH = 64
 _QUEUE = struct.Struct("=24xII")
 
 # What trio's documentation of serve_listeners argues for: out of descriptors or memory (EMFILE, ENFILE, ENOBUFS,
-# ENOMEM; ENOSPC when the user has too many epoll watches, epoll(7)), the connection stays in the queue, so wait a
-# little and go on (and say so, but not for every connection). The same for errors that nobody has foreseen: here an
-# exception would end every connection of the process.
+# ENOMEM), the connection stays in the queue, so wait a little and go on (and say so, but not for every connection). The
+# same for errors that nobody has foreseen: here an exception would end every connection of the process.
 #
 # accept(2) may report what went wrong with one connection while it was queued, or that a firewall forbade it. The
 # listener is well: go on with the next.
@@ -55,6 +54,7 @@ _PAUSE = 0.1
 # linux/in.h; Python has no name for it. The flag belongs to the socket, and this option is it for IPv6 too.
 _IP_TRANSPARENT = 19
 _SAY_AGAIN_AFTER = 10.0
+_ANY = ("0.0.0.0", "::")
 
 Accepted = Callable[[Endpoint, str, int], None]
 """What is called for each connection: its endpoint, and the peer's numeric address and port."""
@@ -95,6 +95,7 @@ def listen(host: str, port: int, *, reuse_port: bool = False, transparent: bool 
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         set_options(sock)
+        keep_alive(sock)
         if transparent:
             sock.setsockopt(socket.IPPROTO_IP, _IP_TRANSPARENT, 1)
         accept_fast_open(sock)
@@ -139,6 +140,7 @@ class Listener:
         self._accepted = accepted
         self._room = room
         self._endpoint = TransparentEndpoint if is_transparent(sock) else Endpoint
+        self._bound = _one_address(sock)
         self._said = -inf
         self.paused = False
         self._fd = sock.fileno()
@@ -160,12 +162,8 @@ class Listener:
                 return
             sock = SocketType(family, kind, protocol, fd)
             sock.setblocking(False)
-            try:
-                endpoint = self._endpoint(self._reactor, sock)
-            except OSError as error:
-                sock.close()
-                self._pause(os.strerror(error.errno or errno.EIO))
-                return
+            endpoint = self._endpoint(self._reactor, sock, watched=False)
+            endpoint.bound = self._bound
             host = address[0]
             if host[:7] == "::ffff:":  # of a socket for both families, which systemd may have opened
                 host = unmapped(host)
@@ -199,6 +197,12 @@ class Listener:
                 "accepting is paused",
                 extra={"fields": {"error": cause, "waiting": queue_length(self._sock)}},
             )
+
+
+def _one_address(sock: socket.socket) -> tuple[str, int] | None:
+    """The address of all connections to this listener, on our side; None if they have their own."""
+    host, port = sock.getsockname()[:2]
+    return None if is_transparent(sock) or host in _ANY else (host, port)
 
 
 def queue_length(listener: socket.socket) -> int:

@@ -21,6 +21,7 @@ import trio
 from usocksd.runtime.ending import Limits, Reason, RelayResult, Side
 from usocksd.runtime.endpoint import Endpoint
 from usocksd.runtime.flow import DELIVER_WITHIN, Flow
+from usocksd.runtime.options import KEEP_ALIVE_AFTER, keep_alive
 from usocksd.runtime.pipes import PipePool
 from usocksd.runtime.reactor import Reactor
 
@@ -144,10 +145,11 @@ class Pair:
 
     def start(self, to_upstream: bytes, to_client: bytes) -> None:
         """Take the endpoints over, deliver the leftovers, and look at what is already there."""
+        self._client.watch()
         for flow, leftover in ((self.up, to_upstream), (self.down, to_client)):
             self.reactor.handlers[flow.source.fd] = flow
             flow.tail = leftover
-        self.up.deadline = self.reactor.clock() + self.limits.idle
+        self.up.deadline = self.reactor.clock() + min(self.limits.idle, KEEP_ALIVE_AFTER)
         try:
             for flow in (self.up, self.down):
                 flow.start()
@@ -178,6 +180,10 @@ class Pair:
         """A bug in a step of this pair: raised in its own session."""
         self._failure = error
         self.end(Reason.ERROR, Side.PROXY)
+
+    def keep_alive(self) -> None:
+        """The pair lives long enough for its outgoing connection to be asked for signs of life; the client's is."""
+        keep_alive(self._upstream.sock)
 
     def side(self, endpoint: Endpoint) -> Side:
         return Side.CLIENT if endpoint is self._client else Side.UPSTREAM

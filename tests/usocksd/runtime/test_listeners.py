@@ -2,15 +2,17 @@ import errno
 import logging
 import os
 import socket
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, patch
 
 import pytest
 import trio
 
 from usocksd.runtime import listeners as listeners_module
-from usocksd.runtime.endpoint import Endpoint
+from usocksd.runtime.endpoint import DeadlineExpired, Endpoint, Unwatched
 from usocksd.runtime.listeners import Listener, ListenError, listen, queue, queue_length
 
 LOGGER = "usocksd.runtime.listeners"
@@ -259,28 +261,77 @@ async def test_out_of_descriptors_in_earnest(
     assert await server.accepted[0][0].receive() == b"patient"
 
 
-async def test_out_of_epoll_watches(
-    lab: Any, serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_out_of_epoll_watches(lab: Any, serve: Callable[..., Server]) -> None:
     """The connection is accepted already then, and lost; but its descriptor is not."""
     server = serve()
-    real = lab.reactor.register
-    fail = True
+    client, other = server.connect(2)
+    await lab.settle()
+    (lost, *_), (kept, *_) = server.accepted
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with patch.object(lab.reactor, "register", Mock(side_effect=full)):
+        with pytest.raises(Unwatched, match="no more sockets can be watched: No space left on device"):
+            await lost.receive()
+    lost.close()
+    assert client.recv(1) == b""
+    other.sendall(b"x")
+    assert await kept.receive() == b"x"
 
-    def register(*args: Any, **more: Any) -> None:
-        if fail:
-            raise OSError(errno.ENOSPC, "")
-        real(*args, **more)
 
-    lab.reactor.register = register
+async def test_what_the_client_has_said_by_now_needs_no_event(lab: Any, serve: Callable[..., Server]) -> None:
+    server = serve()
     (client,) = server.connect()
     await lab.settle()
-    fail = False
-    assert client.recv(1) == b""
+    ((endpoint, *_),) = server.accepted
+    client.sendall(b"first")
+    with patch.object(Endpoint, "on_event", Mock(side_effect=AssertionError)):
+        assert await endpoint.receive() == b"first"
+        await lab.settle()
+    client.sendall(b"second")
+    assert await endpoint.receive() == b"second"
+
+
+@pytest.mark.parametrize("speaks", [True, False])
+async def test_a_reset_is_noticed_from_the_first_receive_on(
+    lab: Any, serve: Callable[..., Server], *, speaks: bool
+) -> None:
+    server = serve()
+    (client,) = server.connect()
+    await lab.settle()
+    ((endpoint, *_),) = server.accepted
+    if speaks:
+        client.sendall(b"x")
+        assert await endpoint.receive() == b"x"
+    else:
+        endpoint.watch()
+        endpoint.watch()
+    called: list[bool] = []
+    endpoint.on_reset = lambda: called.append(True)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+    await lab.settle()
+    assert called == [True]
+
+
+async def test_a_deadline_counts_before_the_first_receive(lab: Any, serve: Callable[..., Server]) -> None:
+    server = serve()
     server.connect()
-    await lab.pass_time(0.2)
-    assert len(server.accepted) == 1
-    assert [record.getMessage() for record in caplog.records] == ["accepting is paused"]
+    await lab.settle()
+    ((endpoint, *_),) = server.accepted
+    endpoint.deadline = lab.clock.now + 1
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lab.pass_time, 1.5)
+        with pytest.raises(DeadlineExpired):
+            await endpoint.receive()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::1", "::"])
+async def test_our_end_of_a_connection(lab: Any, serve: Callable[..., Server], host: str) -> None:
+    server = serve(host)
+    server.connect()
+    await lab.settle()
+    ((endpoint, *_),) = server.accepted
+    assert endpoint.local_address() == endpoint.sock.getsockname()[:2]
+    assert (endpoint.bound is None) == (host in ("0.0.0.0", "::"))
 
 
 async def test_says_it_again_only_after_a_while(

@@ -2,12 +2,14 @@
 
     peer trusted? -> PROXY header -> client allowed? -> counted as that client's
 
-From then on it is a connection like others, and the client is the one that the header names.
+From then on it is a connection like others, and the client is the one that the header names. One that is not allowed
+learns so in answer to its request: a proxy that was reset would take this server for a broken one, and ask another.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import Enum
 
 import attrs
 
@@ -17,6 +19,16 @@ from usocksd.proxy_protocol import Header, HeaderFault, Receiver, unlikely
 from usocksd.runtime.endpoint import Endpoint
 from usocksd.socks import ClientFault, Kind, Server
 from usocksd.socks.answers import HTTP_ERROR
+
+
+class Named(Enum):
+    """What becomes of the client that a PROXY header names."""
+
+    ALLOWED = "allowed"
+    DENIED = "denied"
+    """By `clients`: to be answered so."""
+    GONE = "gone"
+    """The connection has been reset."""
 
 
 @attrs.frozen
@@ -31,18 +43,18 @@ class ProxiedListener:
     count_as: Callable[[Endpoint, str, int], bool]
     """See `usocksd.runtime.processes.plan.Parts`."""
 
-    async def learn_client(self, client: Endpoint, peer: tuple[str, int], server: Server, access: Access) -> bool:
+    async def learn_client(self, client: Endpoint, peer: tuple[str, int], server: Server, access: Access) -> Named:
         """Make it the connection of the client that `peer` names; `server` gets what came behind the header.
 
-        False if there is no such client; the peer knows, and so does the log. What is the peer's own (LOCAL) needs no
-        more than the peer's being trusted, which could as well claim to be somebody who is allowed.
+        GONE where the peer is not trusted, or the client has too many connections; the log knows. What is the peer's
+        own (LOCAL) needs no more than its being trusted: it could as well claim to be somebody who is allowed.
         Raises ClientFault, DeadlineExpired, OSError.
         """
         host, port = peer
         if not self.trusted.admits(host):
             access.peer_denied()
             client.reset()
-            return False
+            return Named.GONE
         receiver = Receiver()
         try:
             header = await _receive(client, receiver)
@@ -53,15 +65,13 @@ class ProxiedListener:
             else:
                 host, port = header.source
                 access.claimed(host, port)
-                if not self.clients.admits(host):
-                    access.client_denied()
-                    client.reset()
-                    return False
         except HeaderFault as fault:
             raise ClientFault(Kind.MALFORMED, HTTP_ERROR if fault.http else b"", str(fault)) from None
         if receiver.trailing_data:
             server.receive_data(receiver.trailing_data)
-        return self.count_as(client, host, port)
+        if header.source is not None and not self.clients.admits(host):
+            return Named.DENIED
+        return Named.ALLOWED if self.count_as(client, host, port) else Named.GONE
 
 
 async def _receive(client: Endpoint, receiver: Receiver) -> Header:

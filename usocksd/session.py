@@ -15,11 +15,11 @@ from functools import partial
 from usocksd.access_log import Access, AccessLog
 from usocksd.acl import AccessRules
 from usocksd.auth import FAILURE_TAKES, Users
-from usocksd.clients import ClientRules
+from usocksd.clients import ALLOW_FROM, ClientRules
 from usocksd.egress import EgressPools, Usable
 from usocksd.errors import CommandNotSupported, Denied, Error, NoEgress, ResolveError
 from usocksd.match import IPAddress, canonical_host, numeric_address
-from usocksd.proxied import ProxiedListener
+from usocksd.proxied import Named, ProxiedListener
 from usocksd.replies import reply_for
 from usocksd.resolver import ABSENT, NO_SUCH_NAME, Resolver
 from usocksd.runtime.dial import Target, dial
@@ -118,13 +118,18 @@ class Sessions:
         clock = client.reactor.clock
         server = Server(methods=self._methods)
         try:
-            if proxied is not None and not await proxied.learn_client(client, peer, server, access):
-                return None
+            named = Named.ALLOWED
+            if proxied is not None:
+                named = await proxied.learn_client(client, peer, server, access)
+                if named is Named.GONE:
+                    return None
             request = await self._handshake(client, server, access)
             if request is None:
                 access.probed()
                 await client.finish(server.data_to_send(), _LAST_WORD_WITHIN)
                 return None
+            if named is Named.DENIED:
+                raise Denied(ALLOW_FROM)
             deadline = clock() + self._timeouts.connect
             targets = await self._targets(request, client, access, deadline)
             upstream, target = await dial(client.reactor, targets, deadline=deadline, client=client)

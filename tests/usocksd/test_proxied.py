@@ -17,6 +17,7 @@ from usocksd.config import Config
 from usocksd.proxy_protocol import LOCAL_HEADER, SIGNATURE, header
 from usocksd.replay import Replay
 from usocksd.runtime import config as configuration
+from usocksd.socks import Reply
 
 CONFIG = """
 [incoming]
@@ -133,10 +134,12 @@ def test_a_stranger_is_reset_before_a_byte_is_read(server: Daemon, port: int) ->
 
 def test_the_claimed_client_is_judged(server: Daemon, port: int, destination: Served) -> None:
     with connected(port) as sock:  # by allow_from
-        sock.sendall(claim(("198.51.100.1", 1), destination))
-        assert is_reset(sock)
-        denied = server.record("denied access", client_addr="198.51.100.1:1")
-        assert (denied["peer_addr"], denied["error"]) == (name_of(sock), "not in allow_from")
+        sock.sendall(claim(("198.51.100.1", 1), destination) + b"payload")
+        assert receive_exactly(sock, 2) == b"\x05\x00"
+        assert receive_reply(sock)[0] == Reply.NOT_ALLOWED
+        assert receive_all(sock) == b""
+        denied = server.record("ruleset mismatch", client_addr="198.51.100.1:1")
+        assert (denied["peer_addr"], denied["rule"], denied["dest_host"]) == (name_of(sock), "allow_from", "127.0.0.1")
     with connected(port) as sock:  # by a rule
         sock.sendall(claim(("192.0.2.66", 2), destination))
         assert not granted(sock)

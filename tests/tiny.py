@@ -23,6 +23,7 @@ import usocksd
 ROOT = Path(usocksd.__file__).parents[1]
 PROGRAM = Path(__file__).with_name("tiny_daemon.py")
 
+ADOPTION = "usocksd.runtime.processes.adoption:"
 CREW = "usocksd.runtime.processes.crew:"
 MASTER = "usocksd.runtime.processes.master:"
 RELOADS = "usocksd.runtime.processes.reloads:"

@@ -194,7 +194,9 @@ DAEMON: Daemon[Any] = Daemon("tiny", Config, plan="__main__:plan", build="__main
 if __name__ == "__main__":
     for place, value in json.loads(os.environ.get("TINY_PATCH", "{}")).items():
         module, _, name = place.partition(":")
-        setattr(pkgutil.resolve_name(module), name, value)
+        home = pkgutil.resolve_name(module)
+        getattr(home, name)  # there has to be one, or the patch is for what the code was once
+        setattr(home, name, value)
     if limit := int(os.environ.get("TINY_DESCRIPTORS", "0")):
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     sys.exit(Program(DAEMON, "tiny", default="/nonexistent", required=True).main())

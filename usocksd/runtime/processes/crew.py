@@ -19,10 +19,10 @@ import trio
 
 from usocksd.errors import Error
 from usocksd.runtime.limits import COLUMNS, clear_column, make_table
-from usocksd.runtime.listeners import queue_length
 from usocksd.runtime.metrics import Metrics, Snapshot, lasting, total
+from usocksd.runtime.processes.adoption import Adoption
 from usocksd.runtime.processes.channel import Message
-from usocksd.runtime.processes.plan import Plan
+from usocksd.runtime.processes.generation import Generation
 from usocksd.runtime.processes.slots import Slots
 from usocksd.runtime.processes.worker_process import State, WorkerProcess
 from usocksd.runtime.settings import LogConfig
@@ -43,33 +43,6 @@ _STEADY_AFTER = 5.0
 _LAST_WORDS = 5.0
 # Their descriptors travel in one message (SCM_MAX_FD of unix(7)).
 _MOST_ADDRESSES = 200
-# A surplus socket is closed when nobody has waited in it for so long: longer than a handshake takes.
-_QUIET = 2.0
-
-
-@attrs.frozen
-class Generation:
-    """A configuration that is or was in force, and what its workers are told."""
-
-    number: int
-    text: str
-    source: str
-    plan: Plan
-    said: dict[str, Any]
-    """The plan as its worker has said it, with what only a later version knows"""
-    log: dict[str, str | None]
-    """As usocksd.runtime.log.setup takes it"""
-    since: float
-    """Seconds since the epoch"""
-
-    def as_json(self) -> dict[str, Any]:
-        """For the program that this process is about to become."""
-        return {key: value for key, value in attrs.asdict(self, recurse=False).items() if key != "plan"}
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Generation:
-        """From the program that this process was."""
-        return cls(**values, plan=Plan.from_json(values["said"]))
 
 
 @attrs.frozen
@@ -101,8 +74,7 @@ class Crew:
         """Sockets that nobody wants any more are still open, since there may be connections waiting in them."""
         self._nursery = nursery
         self._slots = slots
-        self._adopters: dict[int, WorkerProcess] = {}
-        self._covering = trio.Lock()
+        self._adoption = Adoption(slots, lambda: self.serving)
         self._failures: defaultdict[int, int] = defaultdict(int)
         self._born: dict[int, float] = {}
         self._restarts = metrics.counters("worker_restarts_total", "Workers that were replaced, by cause", "cause")
@@ -163,7 +135,7 @@ class Crew:
         """From now on this one is in force. Older ones drain."""
         generation = self.generation = candidate.generation
         self.level = None
-        self._adopters.clear()  # those were workers of the generation before
+        self._adoption.begin(generation.plan)
         self._failures.clear()
         for worker in candidate.workers:
             await worker.accept()
@@ -270,7 +242,7 @@ class Crew:
                 if worker.state is State.SERVING:
                     worker.state = State.SUSPECTED
                     log.warning("a worker is silent", extra={"fields": {"pid": worker.pid, "slot": worker.slot}})
-                    self._nursery.start_soon(self._cover)
+                    self._nursery.start_soon(self._adoption.cover)
                 if silent > _HUNG_AFTER and not worker.hung:
                     worker.hung = True
                     log.error("a worker hangs, ending it", extra={"fields": {"pid": worker.pid, "live": worker.live}})
@@ -279,6 +251,7 @@ class Crew:
     def take_over(self, generation: Generation, workers: Sequence[WorkerProcess]) -> None:
         """Go on with what an earlier version of this process has started."""
         self.generation = generation
+        self._adoption.begin(generation.plan)
         self.workers += workers
         for worker in workers:
             self._nursery.start_soon(self._watch, worker)
@@ -331,7 +304,7 @@ class Crew:
         async for message in worker.listen():
             if worker.state is State.SUSPECTED:
                 worker.state = State.SERVING
-                await self._cover()
+                await self._adoption.cover()
             if message["type"] == "share":
                 await self._pass_on(worker, message["value"])
         born = self._born.get(worker.pid, 0.0)
@@ -374,8 +347,14 @@ class Crew:
         event, self.changed = self.changed, trio.Event()
         event.set()
 
+    async def _empty(self, surplus: Sequence[socket.socket]) -> None:
+        await self._adoption.empty(surplus)
+        self._slots.settle()
+        self.emptying = False
+        self._tell_change()
+
     async def _replace(self, generation: Generation, slot: int) -> None:
-        await self._cover()
+        await self._adoption.cover()
         while True:
             delay = _BACKOFF[min(self._failures[slot], len(_BACKOFF) - 1)]
             await trio.sleep(delay if self.serving else min(delay, _BACKOFF_ALONE))
@@ -403,48 +382,4 @@ class Crew:
         await worker.accept()
         self._nursery.start_soon(self._watch, worker)
         log.info("a worker was replaced", extra={"fields": {"pid": worker.pid, "slot": slot}})
-        await self._cover()
-
-    async def _cover(self) -> None:
-        """Every slot is served: by its own worker, or by another that has adopted it until its own is there."""
-        async with self._covering:
-            generation = self.generation
-            if generation is None or self._slots.inherited:
-                return
-            serving = {worker.slot: worker for worker in self.serving}
-            for slot in range(generation.plan.workers):
-                adopter = self._adopters.get(slot)
-                if slot in serving:
-                    if adopter is not None:
-                        del self._adopters[slot]
-                        await adopter.send({"type": "release", "id": slot})
-                elif serving and (adopter is None or adopter not in serving.values()):
-                    adopter = self._adopters[slot] = min(serving.values(), key=lambda worker: worker.live)
-                    fds = self._slots.of(slot, generation.plan.listen)
-                    await adopter.send({"type": "adopt", "id": slot}, fds)
-
-    async def _empty(self, surplus: Sequence[socket.socket]) -> None:
-        """Have what waits in these sockets accepted, then close them: closed at once, they would reset it."""
-        adopters: list[WorkerProcess] = []
-        quiet = 0.0
-        # Bounded, for where nothing keeps new connections away from a dropped address (see slots.py).
-        with trio.move_on_after(_QUIET * 5):
-            while quiet < _QUIET:
-                serving = self.serving
-                if serving and not any(adopter in serving for adopter in adopters):
-                    adopters.append(serving[0])
-                    for sock in surplus:
-                        await serving[0].send({"type": "adopt", "id": -sock.fileno()}, [sock.fileno()])
-                await trio.sleep(_QUIET / 10)
-                quiet = 0.0 if any(map(queue_length, surplus)) else quiet + _QUIET / 10
-        for adopter in adopters:
-            for sock in surplus:
-                await adopter.send({"type": "release", "id": -sock.fileno()})
-            # An answer says that it has: until then they are in their groups, to be kept from choice.
-            with trio.move_on_after(_SUSPECT_AFTER):
-                await adopter.ask("measure")
-        for sock in surplus:
-            sock.close()
-        self._slots.settle()
-        self.emptying = False
-        self._tell_change()
+        await self._adoption.cover()

@@ -23,8 +23,9 @@ from usocksd.runtime.log import parse_level
 from usocksd.runtime.metrics import Metrics, lasting, total
 from usocksd.runtime.processes import handover
 from usocksd.runtime.processes.control import Handler
-from usocksd.runtime.processes.crew import Crew, Generation
+from usocksd.runtime.processes.crew import Crew
 from usocksd.runtime.processes.doors import Doors
+from usocksd.runtime.processes.generation import Generation
 from usocksd.runtime.processes.invocation import Invocation, MasterLog
 from usocksd.runtime.processes.notify import Notifier, inherited_sockets
 from usocksd.runtime.processes.plan import HANDOVER

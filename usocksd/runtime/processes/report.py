@@ -13,7 +13,8 @@ import trio
 from usocksd import __version__
 from usocksd.errors import ConfigError, Error
 from usocksd.runtime.metrics import Metrics, Snapshot, total
-from usocksd.runtime.processes.crew import Crew, Generation
+from usocksd.runtime.processes.crew import Crew
+from usocksd.runtime.processes.generation import Generation
 from usocksd.runtime.processes.invocation import MasterLog
 from usocksd.runtime.processes.slots import Slots, place_names
 from usocksd.runtime.processes.worker_process import State, WorkerProcess

@@ -143,7 +143,7 @@ def test_listens_all_the_time(tmp_path: Path, installed: Path) -> None:
 
 def test_told_to_stop_right_after_a_reload_into_a_new_version(tmp_path: Path, installed: Path) -> None:
     """The new version is not for this process any more; what is connected has its time, and no longer."""
-    with Tiny(tmp_path, root=installed, timeouts={"stop": 1.0}).ready() as tiny:
+    with Tiny(tmp_path, root=installed, timeouts={"stop": 1.5}).ready() as tiny:
         client = tiny.client(b"echo")
         install(installed, "99.1")
         tiny.signal(signal.SIGHUP)

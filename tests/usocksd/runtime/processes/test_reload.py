@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 from daemons import wait_until
-from tiny import CREW, RELOADS, Tiny, free_port, is_over, is_reset, lives, running
+from tiny import ADOPTION, CREW, RELOADS, Tiny, free_port, is_over, is_reset, lives, running
 
 # Seconds: how long a surplus socket is watched, and how long a reload waits for older generations.
-QUICKER = {CREW + "_QUIET": 0.5, RELOADS + "_PATIENCE": 0.3}
+QUICKER = {ADOPTION + "_QUIET": 0.5, RELOADS + "_PATIENCE": 0.3}
 
 
 class Load:
@@ -216,7 +216,7 @@ def test_workers_come_and_go(tmp_path: Path) -> None:
 
 def test_a_worker_that_empties_what_is_closed_and_dies(tmp_path: Path) -> None:
     """Another one goes on with it."""
-    with Tiny(tmp_path, workers=3, patch={CREW + "_QUIET": 1.5}).ready() as tiny:
+    with Tiny(tmp_path, workers=3, patch={ADOPTION + "_QUIET": 1.5}).ready() as tiny:
         tiny.expected.add("a worker ended")
         tiny.reload(workers=2)
         old = [row["pid"] for row in tiny.rows()]

@@ -1,0 +1,34 @@
+"""A configuration that is or was in force, and what its workers are told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+
+from usocksd.runtime.processes.plan import Plan
+
+
+@attrs.frozen
+class Generation:
+    """One of those; the next has the next number."""
+
+    number: int
+    text: str
+    source: str
+    plan: Plan
+    said: dict[str, Any]
+    """The plan as its worker has said it, with what only a later version knows"""
+    log: dict[str, str | None]
+    """As usocksd.runtime.log.setup takes it"""
+    since: float
+    """Seconds since the epoch"""
+
+    def as_json(self) -> dict[str, Any]:
+        """For the program that this process is about to become."""
+        return {key: value for key, value in attrs.asdict(self, recurse=False).items() if key != "plan"}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Generation:
+        """From the program that this process was."""
+        return cls(**values, plan=Plan.from_json(values["said"]))

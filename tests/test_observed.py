@@ -5,7 +5,9 @@ Both run in this process, over loopback. Where a redirected connection was going
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -13,6 +15,7 @@ from ipaddress import ip_network
 from pathlib import Path
 from socket import socket as Socket
 from typing import Any
+from unittest.mock import Mock
 
 import bcrypt
 import daemons
@@ -385,6 +388,18 @@ async def test_clients_that_wait_too_long_or_go(tmp_path: Path) -> None:
         daemons.reset(client)
         await proxy.over()
         assert proxy.counted("connections_total") == {("unknown", "timed_out"): 1, ("SOCKS5", "client_gone"): 1}
+
+
+async def test_a_client_that_can_t_be_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """epoll has no room for one more socket: it is closed, and the log does not blame the client."""
+    async with usocksd_running(tmp_path) as proxy:
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        monkeypatch.setattr(proxy.reactor, "register", Mock(side_effect=full))
+        with connected(proxy) as client:
+            assert await talking(client.recv, 1) == b""
+        await proxy.over()
+    (record,) = proxy.records("handshake failed")
+    assert record["error"] == "no more sockets can be watched: No space left on device (epoll(7))"
 
 
 async def test_a_denied_client(tmp_path: Path) -> None:

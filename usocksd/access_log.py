@@ -220,9 +220,9 @@ class Access(Connection):
         """The client, or what it asked for, has taken too long."""
         self._gave_up(server, _TIMED_OUT, "timed out")
 
-    def client_gone(self, server: Server) -> None:
-        """The client does not wait for its connection any more."""
-        self._gave_up(server, _GONE, "client is gone")
+    def client_gone(self, server: Server, cause: str = "client is gone") -> None:
+        """The client does not wait for its connection any more, or can't be served."""
+        self._gave_up(server, _GONE, cause)
 
     def _gave_up(self, server: Server, status: str, cause: str) -> None:
         self._count(server.version, status)

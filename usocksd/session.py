@@ -24,7 +24,7 @@ from usocksd.replies import reply_for
 from usocksd.resolver import ABSENT, NO_SUCH_NAME, Resolver
 from usocksd.runtime.dial import Target, dial
 from usocksd.runtime.ending import Limits
-from usocksd.runtime.endpoint import DeadlineExpired, Endpoint, PeerReset
+from usocksd.runtime.endpoint import DeadlineExpired, Endpoint, PeerReset, Unwatched
 from usocksd.runtime.pipes import PipePool
 from usocksd.runtime.relay import close_pair, relay
 from usocksd.runtime.settings import Timeouts
@@ -136,6 +136,9 @@ class Sessions:
         except ClientFault as fault:
             access.misspoke(fault, server, news=fault.kind is not Kind.TLS or self._is_news(access.client_host))
             await client.finish(fault.reply, _LAST_WORD_WITHIN)
+            return None
+        except Unwatched as error:
+            access.client_gone(server, str(error))
             return None
         except Error as error:
             reply = reply_for(error)

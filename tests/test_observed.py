@@ -6,12 +6,10 @@ Both run in this process, over loopback. Where a redirected connection was going
 from __future__ import annotations
 
 import errno
-import json
 import os
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from ipaddress import ip_network
 from pathlib import Path
 from socket import socket as Socket
 from typing import Any
@@ -22,201 +20,33 @@ import daemons
 import pytest
 import trio
 from daemons import GRANTED, GREETING, NameServer, Served, receive_exactly, receive_reply, request, socks5
+from inside import Proxy, transocks_inside, usocksd_inside
 
 import transocks.access_log
 import transocks.config
 import transocks.session
-import usocksd.access_log
-import usocksd.session
-from transocks.direct import Direct
-from transocks.first_bytes import FirstBytes
-from transocks.original_dst import Destination, LoopGuard, NotRedirected
-from transocks.pool import Upstreams
-from usocksd.acl import AccessRules
-from usocksd.addresses import HostAddresses
-from usocksd.auth import Users
-from usocksd.clients import ClientRules
-from usocksd.egress import EgressPools, Pool, Usable
-from usocksd.resolver import Resolver
-from usocksd.runtime import log as logging
+from transocks.original_dst import Destination, NotRedirected
 from usocksd.runtime.access import pair_member
-from usocksd.runtime.config import parse
 from usocksd.runtime.ending import Reason, Side
-from usocksd.runtime.endpoint import Endpoint
 from usocksd.runtime.flow import Flow
-from usocksd.runtime.listeners import Listener, listen
-from usocksd.runtime.metrics import Metrics
-from usocksd.runtime.pipes import PipePool
-from usocksd.runtime.reactor import Reactor
-from usocksd.runtime.settings import SocketAddress, Timeouts, parse_address
 
 WEB = Destination("203.0.113.80", 80)
 
 
-class Proxy(daemons.Log):
-    """A daemon in this process."""
-
-    def __init__(self, log: Path, metrics: Metrics, reactor: Reactor, port: int) -> None:
-        super().__init__(log)
-        self.metrics = metrics
-        self.reactor = reactor
-        self.port = port
-        self.live = 0
-        self.failures: list[Exception] = []
-        self.scopes: list[trio.CancelScope] = []
-        """Of every session."""
-
-    def count(self, name: str, *labels: str) -> float:
-        """A counter, a gauge, or how often something was observed."""
-        ((_, metric),) = [item for item in self.metrics.snapshot().items() if item[0].partition("_")[2] == name]
-        for values, numbers in metric["values"]:
-            if tuple(values) == labels:
-                return sum(numbers[:-1]) if metric["kind"] == "histogram" else numbers[0]
-        raise KeyError(labels)
-
-    def counted(self, name: str) -> dict[tuple[str, ...], float]:
-        """The children of a metric that have counted something."""
-        metric = next(m for full, m in self.metrics.snapshot().items() if full.partition("_")[2] == name)
-        return {tuple(values): numbers[0] for values, numbers in metric["values"] if any(numbers)}
-
-    def observed(self, name: str) -> float:
-        """The sum of what a histogram without labels has observed."""
-        metric = next(m for full, m in self.metrics.snapshot().items() if full.partition("_")[2] == name)
-        return float(metric["values"][0][1][-1])
-
-    def connections(self) -> list[dict[str, Any]]:
-        """What the sessions say of the live ones."""
-        found = []
-        for handler in self.reactor.handlers.values():
-            about = handler.source.about if isinstance(handler, Flow) else getattr(handler, "about", None)
-            if about is not None:
-                found.append(json.loads(json.dumps(about.describe())))
-        return found
-
-    async def over(self) -> None:
-        await self.until(lambda: not self.live, "every session ends")
-
-
-Session = Callable[[Endpoint, str, int], Awaitable[None]]
-
-
 @asynccontextmanager
-async def serving(proxy: Proxy, listener: Socket, session: Session) -> AsyncIterator[None]:
-    async def serve(endpoint: Endpoint, host: str, port: int) -> None:
-        try:
-            with trio.CancelScope() as scope:
-                proxy.scopes.append(scope)
-                await session(endpoint, host, port)
-        except Exception as error:
-            proxy.failures.append(error)
-        finally:
-            endpoint.close()
-            proxy.live -= 1
-
-    def accepted(endpoint: Endpoint, host: str, port: int) -> None:
-        proxy.live += 1
-        nursery.start_soon(serve, endpoint, host, port)
-
-    async with trio.open_nursery() as nursery:
-        await nursery.start(proxy.reactor.run)
-        accepting = Listener(proxy.reactor, listener, accepted, room=lambda: True)
-        try:
-            yield
-        finally:
-            accepting.close()
-            nursery.cancel_scope.cancel()
-    proxy.reactor.close()
+async def usocksd_running(folder: Path, incoming: str = "", more: str = "", **parts: Any) -> AsyncIterator[Proxy]:
+    """It connects to loopback, and to every name; `incoming` and `more` go into its configuration."""
+    sites = 'allow_sites = ["127.0.0.0/8", "::1", ".test", ""]\ndeny_sites = ["127.0.0.66"]'
+    async with usocksd_inside(folder, f"[incoming]\n{incoming}\n[outgoing]\n{sites}\n{more}", **parts) as proxy:
+        yield proxy
 
 
-@asynccontextmanager
-async def usocksd_running(
-    folder: Path,
-    *,
-    deny_sites: Sequence[str] = (),
-    allow_from: Sequence[str] = (),
-    users: Path | None = None,
-    dns: str = "127.0.0.1:53",
-    egress: EgressPools | None = None,
-    listener: Socket | None = None,
-    timeouts: Timeouts | None = None,
-) -> AsyncIterator[Proxy]:
-    log = logging.setup("usocksd", str(folder / "usocksd.log"), "debug", "json")
-    metrics, hosts, reactor = Metrics("usocksd"), HostAddresses(), Reactor(sweep_every=0.02)
-    host, _, port = dns.rpartition(":")
-    resolver = Resolver([SocketAddress(parse_address(host), int(port))], metrics)
-    sessions = usocksd.session.Sessions(
-        clients=ClientRules(map(ip_network, allow_from)),
-        users=Users(users) if users else None,
-        users_required=users is not None,
-        rules=AccessRules.compile(
-            allow_sites=["127.0.0.0/8", "::1", ".test", ""], deny_sites=deny_sites, is_local=hosts.is_local
-        ),
-        resolver=resolver,
-        egress=egress or EgressPools({}),
-        usable=lambda: Usable(hosts.current),
-        pipes=PipePool(16),
-        timeouts=timeouts or Timeouts(),
-        access_log=usocksd.access_log.AccessLog(log, metrics),
-    )
-    listener = listener or listen("127.0.0.1", 0)
-    proxy = Proxy(folder / "usocksd.log", metrics, reactor, listener.getsockname()[1])
-    try:
-        async with trio.open_nursery() as nursery:
-            await nursery.start(resolver.run)
-            async with serving(proxy, listener, sessions.serve):
-                yield proxy
-            nursery.cancel_scope.cancel()
-    finally:
-        log.close()
+def dns_servers(server: NameServer) -> str:
+    return f'[dns]\nservers = ["{server.address}"]\n'
 
 
-@asynccontextmanager
-async def transocks_running(folder: Path, url: str) -> AsyncIterator[Proxy]:
-    log = logging.setup("transocks", str(folder / "transocks.log"), "debug", "json")
-    metrics, hosts, reactor = Metrics("transocks"), HostAddresses(), Reactor()
-    config = parse(transocks.config.Config, f'proxy_url = "{url}"', "transocks.toml")
-    resolver = Resolver(None, metrics)
-    direct = Direct(resolver=resolver, mark=None, is_local=hosts.is_local)
-    upstreams = Upstreams(
-        config.groups(),
-        config.health,
-        reactor=reactor,
-        resolver=resolver,
-        mark=None,
-        fast_open=False,
-        direct=direct,
-        share=lambda _: None,
-        metrics=metrics,
-    )
-    listener = listen("127.0.0.1", 0)
-    proxy = Proxy(folder / "transocks.log", metrics, reactor, listener.getsockname()[1])
-    guard = LoopGuard(
-        listen_ports={proxy.port},
-        hosts=hosts,
-        upstreams=lambda: upstreams.addresses,
-        most_per_destination=9,
-        own_users=(),
-    )
-    routes, first_bytes = config.routes(), FirstBytes(config.names)
-    sessions = transocks.session.Sessions(
-        guard=guard,
-        first_bytes=first_bytes,
-        routes=routes,
-        ways={**upstreams.groups, "direct": direct},
-        names=config.names,
-        pipes=PipePool(16),
-        timeouts=Timeouts(),
-        access_log=transocks.access_log.AccessLog(log, metrics, routes.names),
-    )
-    try:
-        async with trio.open_nursery() as nursery:
-            await nursery.start(first_bytes.run)
-            async with serving(proxy, listener, sessions.serve):
-                yield proxy
-            nursery.cancel_scope.cancel()
-    finally:
-        guard.close()
-        log.close()
+def users_in(users: Path) -> str:
+    return f'[auth]\nusers_file = "{users}"\n'
 
 
 @pytest.fixture
@@ -290,7 +120,7 @@ async def test_a_reset_is_an_error_of_its_side(tmp_path: Path, side: str, direct
 
 
 async def test_every_way_for_a_relay_to_end_is_there_from_the_start(tmp_path: Path) -> None:
-    async with usocksd_running(tmp_path) as proxy:
+    async with usocksd_running(tmp_path, more='addresses = ["127.0.0.1"]\ndnsbl_domain = "list.test"') as proxy:
         snapshot = proxy.metrics.snapshot()
         ways = {tuple(labels) for labels, _ in snapshot["usocksd_relay_ended_total"]["values"]}
         assert ways == {(reason.name.lower(), side.value) for reason in Reason for side in Side}
@@ -362,9 +192,8 @@ SOCKS4_REQUEST = b"\x04\x01\x00\x50\x7f\x00\x00\x01me\x00"
 async def test_what_becomes_of_a_handshake(
     tmp_path: Path, handshake: Handshake, version: str, status: str, more: dict[str, tuple[str, ...]]
 ) -> None:
-    egress = EgressPools({"default": Pool((parse_address("127.0.0.1"),))})
     with NameServer({}) as dns:
-        async with usocksd_running(tmp_path, deny_sites=["127.0.0.66"], egress=egress, dns=dns.address) as proxy:
+        async with usocksd_running(tmp_path, more='addresses = ["127.0.0.1"]\n' + dns_servers(dns)) as proxy:
             with connected(proxy) as client:
                 await talking(handshake, client)
             await proxy.over()
@@ -378,7 +207,7 @@ async def test_what_becomes_of_a_handshake(
 
 
 async def test_clients_that_wait_too_long_or_go(tmp_path: Path) -> None:
-    async with usocksd_running(tmp_path, timeouts=Timeouts(handshake=0.1)) as proxy:
+    async with usocksd_running(tmp_path, more="[timeouts]\nhandshake = 0.1\n") as proxy:
         with connected(proxy) as client:
             assert await talking(client.recv, 1) == b""
         assert proxy.counted("connections_total") == {("unknown", "timed_out"): 1}
@@ -403,7 +232,7 @@ async def test_a_client_that_can_t_be_watched(tmp_path: Path, monkeypatch: pytes
 
 
 async def test_a_denied_client(tmp_path: Path) -> None:
-    async with usocksd_running(tmp_path, allow_from=["192.0.2.0/24"]) as proxy:
+    async with usocksd_running(tmp_path, 'allow_from = ["192.0.2.0/24"]') as proxy:
         with pytest.raises(ConnectionResetError), connected(proxy) as client:
             await talking(client.recv, 1)
         await proxy.over()
@@ -415,7 +244,7 @@ async def test_a_denied_client(tmp_path: Path) -> None:
 async def test_a_probe_is_answered_and_counted_and_no_news(tmp_path: Path, behind: bytes) -> None:
     users = tmp_path / "users"
     users.write_text("")
-    async with usocksd_running(tmp_path, users=users) as proxy:
+    async with usocksd_running(tmp_path, more=users_in(users)) as proxy:
         with connected(proxy) as client:
             client.sendall(b"\x05\x02\xf5\x00" + behind)
             client.shutdown(socket.SHUT_WR)
@@ -430,7 +259,7 @@ async def test_a_probe_is_answered_and_counted_and_no_news(tmp_path: Path, behin
 async def test_the_credentials_of_a_probe_are_judged_as_any(tmp_path: Path) -> None:
     users = tmp_path / "users"
     users.write_text(f"alice:{bcrypt.hashpw(b'secret', bcrypt.gensalt(4)).decode()}\n")
-    async with usocksd_running(tmp_path, users=users) as proxy:
+    async with usocksd_running(tmp_path, more=users_in(users)) as proxy:
         for password, status in ((b"\x06secret", b"\x01\x00"), (b"\x05wrong", b"\x01\x01")):
             with connected(proxy) as client:
                 client.sendall(b"\x05\x03\xf5\x00\x02\x01\x05alice" + password)
@@ -446,7 +275,7 @@ async def test_the_credentials_of_a_probe_are_judged_as_any(tmp_path: Path) -> N
 
 async def test_names_are_looked_up_once(tmp_path: Path, destination: Served) -> None:
     with NameServer({"here.test": ["127.0.0.1"]}) as dns:
-        async with usocksd_running(tmp_path, dns=dns.address) as proxy:
+        async with usocksd_running(tmp_path, more=dns_servers(dns)) as proxy:
             for hits in range(3):
                 with connected(proxy) as client:
                     assert (await talking(socks5, client, "here.test", destination.port))[0] == GRANTED
@@ -463,7 +292,7 @@ async def test_names_are_looked_up_once(tmp_path: Path, destination: Served) -> 
 async def test_the_user_whose_password_was_wrong_is_named_and_the_password_is_not(tmp_path: Path) -> None:
     users = tmp_path / "users"
     users.write_text(f"alice:{bcrypt.hashpw(b'correct horse', bcrypt.gensalt(4)).decode()}\n")
-    async with usocksd_running(tmp_path, users=users) as proxy:
+    async with usocksd_running(tmp_path, more=users_in(users)) as proxy:
         with connected(proxy) as client:
             await talking(say(b"\x05\x01\x02", b"\x01\x05alice\x07battery"), client)
         record = await proxy.recorded("handshake failed")
@@ -489,7 +318,7 @@ async def test_a_dual_stack_listener_shows_ipv4_as_ipv4(tmp_path: Path, destinat
 async def test_connections_tell_of_themselves(tmp_path: Path, destination: Served) -> None:
     users = tmp_path / "users"
     users.write_text(f"alice:{bcrypt.hashpw(b'secret', bcrypt.gensalt(4)).decode()}\n")
-    async with usocksd_running(tmp_path, users=users) as proxy:
+    async with usocksd_running(tmp_path, more=users_in(users)) as proxy:
         with connected(proxy) as client:
             await proxy.until(proxy.connections, "it is accepted")
             nothing = dict.fromkeys(("destination", "name", "user", "rule", "pool", "egress", "upstream", "peer"))
@@ -559,8 +388,11 @@ async def chain(
     """transocks, and the usocksd that is its upstream."""
     monkeypatch.setattr(transocks.session, "original_destination", lambda _: Destination("127.0.0.1", destination.port))
     async with AsyncExitStack() as stack:
-        end = await stack.enter_async_context(usocksd_running(tmp_path, deny_sites=["127.0.0.66"]))
-        yield await stack.enter_async_context(transocks_running(tmp_path, f"socks5://127.0.0.1:{end.port}")), end
+        end = await stack.enter_async_context(usocksd_running(tmp_path))
+        yield (
+            await stack.enter_async_context(transocks_inside(tmp_path, f'proxy_url = "socks5://127.0.0.1:{end.port}"')),
+            end,
+        )
 
 
 async def test_the_records_of_both_daemons_join_by_the_pair_of_sockets(chain: tuple[Proxy, Proxy]) -> None:
@@ -612,7 +444,7 @@ async def test_refusals_join_too(chain: tuple[Proxy, Proxy], monkeypatch: pytest
 async def test_an_upstream_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transocks.session, "original_destination", lambda _: WEB)
     url = f"http://127.0.0.1:{daemons.closed_port()}"
-    async with transocks_running(tmp_path, url) as proxy:
+    async with transocks_inside(tmp_path, f'proxy_url = "{url}"') as proxy:
         with pytest.raises(ConnectionResetError), connected(proxy) as client:
             await talking(client.recv, 1)
         await proxy.over()
@@ -625,7 +457,7 @@ async def test_what_was_not_redirected_or_goes_in_a_circle(tmp_path: Path, monke
     def not_redirected(_: object) -> Destination:
         raise NotRedirected("nobody did")
 
-    async with transocks_running(tmp_path, "socks5://127.0.0.1:1") as proxy:
+    async with transocks_inside(tmp_path, 'proxy_url = "socks5://127.0.0.1:1"') as proxy:
         for found in (not_redirected, lambda _: Destination("127.0.0.1", proxy.port)):
             monkeypatch.setattr(transocks.session, "original_destination", found)
             with pytest.raises(ConnectionResetError), connected(proxy) as client:

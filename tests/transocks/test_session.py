@@ -18,135 +18,29 @@ from socket import socket as Socket
 import daemons
 import pytest
 import trio
-from daemons import Daemon, Log, Served
+from daemons import Daemon, Served
+from inside import Proxy, transocks_inside
 
 import transocks.session
-from transocks.access_log import AccessLog
-from transocks.config import Config
-from transocks.direct import Direct
-from transocks.first_bytes import FirstBytes
-from transocks.original_dst import Destination, LoopGuard, NotRedirected
-from transocks.pool import Upstreams
-from transocks.routes import DIRECT
-from transocks.session import Sessions
-from usocksd.addresses import HostAddresses
-from usocksd.resolver import Resolver
-from usocksd.runtime import log as logging
-from usocksd.runtime.config import parse
-from usocksd.runtime.endpoint import Endpoint
-from usocksd.runtime.listeners import Listener, listen
-from usocksd.runtime.metrics import Metrics
-from usocksd.runtime.pipes import PipePool
-from usocksd.runtime.reactor import Reactor
-from usocksd.runtime.settings import SocketAddress as Server
-from usocksd.runtime.settings import Timeouts, parse_address
+from transocks.original_dst import Destination, NotRedirected
 
 WEB = Destination("203.0.113.80", 80)
 WEB_V6 = Destination("2001:db8:80::80", 443)
 
 
-class Proxy(Log):
-    """transocks in this process."""
-
-    def __init__(self, path: Path, port: int) -> None:
-        super().__init__(path)
-        self.port = port
-        self.live = 0
-        self.failures: list[BaseException] = []
-
-    async def connect(self) -> trio.SocketStream:
-        sock = trio.socket.socket()
-        try:
-            await sock.connect(("127.0.0.1", self.port))
-        except BaseException:
-            sock.close()
-            raise
-        return trio.SocketStream(sock)
-
-
 @asynccontextmanager
-async def running(
-    folder: Path,
-    url: str,
-    *,
-    dns: str = "127.0.0.1:53",
-    connect: float = 600,
-    handshake: float = 600,
-    most_per_destination: int = 1000,
-    more: str = "",
-) -> AsyncIterator[Proxy]:
-    log = logging.setup("transocks", str(folder / "log"), None, "json")
-    listener = listen("127.0.0.1", 0)
-    proxy = Proxy(folder / "log", listener.getsockname()[1])
-    reactor = Reactor(sweep_every=0.02)
-    hosts = HostAddresses()
-    host, _, port = dns.rpartition(":")
-    metrics = Metrics("transocks")
-    resolver = Resolver((Server(parse_address(host), int(port)),), metrics)
-    config = parse(Config, f'proxy_url = "{url}"\n{more}', "transocks.toml")
-    direct = Direct(resolver=resolver, mark=None, is_local=hosts.is_local)
-    upstreams = Upstreams(
-        config.groups(),
-        config.health,
-        reactor=reactor,
-        resolver=resolver,
-        mark=None,
-        fast_open=False,
-        direct=direct,
-        share=lambda _: None,
-        metrics=metrics,
-    )
-    guard = LoopGuard(
-        listen_ports={proxy.port},
-        hosts=hosts,
-        upstreams=lambda: upstreams.addresses,
-        most_per_destination=most_per_destination,
-        own_users=("nobody-has-this",),
-    )
-    routes = config.routes()
-    first_bytes = FirstBytes(config.names)
-    sessions = Sessions(
-        guard=guard,
-        first_bytes=first_bytes,
-        routes=routes,
-        ways={**upstreams.groups, DIRECT: direct},
-        names=config.names,
-        pipes=PipePool(16),
-        timeouts=Timeouts(connect=connect, handshake=handshake),
-        access_log=AccessLog(log, metrics, routes.names),
-    )
+async def running(folder: Path, url: str, *, connections: int = 1000, more: str = "") -> AsyncIterator[Proxy]:
+    async with transocks_inside(folder, f'proxy_url = "{url}"\n{more}', connections=connections) as proxy:
+        yield proxy
+        await proxy.over()
+        assert proxy.failures == []
 
-    async def serve(endpoint: Endpoint, host: str, port: int) -> None:
-        try:
-            await sessions.serve(endpoint, host, port)
-        except Exception as error:
-            proxy.failures.append(error)
-        finally:
-            endpoint.close()
-            proxy.live -= 1
 
-    def accepted(endpoint: Endpoint, host: str, port: int) -> None:
-        proxy.live += 1
-        nursery.start_soon(serve, endpoint, host, port)
+HASTY = "[timeouts]\nconnect = 0.1\nhandshake = 0.1\n"
 
-    try:
-        async with trio.open_nursery() as nursery:
-            await nursery.start(reactor.run)
-            await nursery.start(resolver.run)
-            await nursery.start(first_bytes.run)
-            await nursery.start(upstreams.health.run)
-            accepting = Listener(reactor, listener, accepted, room=lambda: True)
-            try:
-                yield proxy
-                await proxy.until(lambda: not proxy.live, "every session ends")
-                assert proxy.failures == []
-            finally:
-                accepting.close()
-                nursery.cancel_scope.cancel()
-    finally:
-        guard.close()
-        reactor.close()
-        log.close()
+
+def asking(dns: daemons.NameServer) -> str:
+    return f'[dns]\nservers = ["{dns.address}"]\n'
 
 
 @pytest.fixture(autouse=True)
@@ -315,23 +209,23 @@ async def test_every_step_has_a_deadline(tmp_path: Path) -> None:
     ):
         for number, (url, error, limits) in enumerate(
             (
-                ("socks5://upstream.test:1080", "upstream.test: timed out", {"connect": 0.1}),
-                (f"socks5://127.0.0.1:{full}", f"connect 127.0.0.1:{full}: Conn", {"connect": 0.1}),
+                ("socks5://upstream.test:1080", "upstream.test: timed out", HASTY),
+                (f"socks5://127.0.0.1:{full}", f"connect 127.0.0.1:{full}: Conn", HASTY),
                 (
                     f"socks5://127.0.0.1:{mute.port}",
                     "waiting for the answer of 127.0.0.1",
-                    {"connect": 0.1, "handshake": 0.1},
+                    HASTY,
                 ),
                 (
                     f"http://127.0.0.1:{mute_http.port}",
                     "waiting for the answer of 127.0.0.1",
-                    {"connect": 0.1, "handshake": 0.1},
+                    HASTY,
                 ),
             )
         ):
             folder = tmp_path / str(number)
             folder.mkdir()
-            async with running(folder, url, dns=dns.address, **limits) as proxy:
+            async with running(folder, url, more=asking(dns) + limits) as proxy:
                 assert await is_reset(proxy)
                 record = await proxy.recorded("failed to connect to proxy server")
                 assert record["error"].startswith(error)
@@ -343,7 +237,7 @@ async def test_the_upstream_by_name(tmp_path: Path) -> None:
         daemons.NameServer({"upstream.test": ["127.0.0.1"]}) as dns,
         Served(daemons.loopback(), script) as upstream,
     ):
-        async with running(tmp_path, f"socks5://upstream.test:{upstream.port}", dns=dns.address) as proxy:
+        async with running(tmp_path, f"socks5://upstream.test:{upstream.port}", more=asking(dns)) as proxy:
             stream = await proxy.connect()
             await stream.send_all(b"hello")
             assert await stream.receive_some() == b"hello"
@@ -437,7 +331,7 @@ async def test_no_destination_takes_it_all(tmp_path: Path, going_to: Callable[[D
 
     with Served(daemons.loopback(), grant) as upstream:
         url = f"socks5://127.0.0.1:{upstream.port}"
-        async with running(tmp_path, url, most_per_destination=3) as proxy:
+        async with running(tmp_path, url, connections=6) as proxy:
 
             async def works() -> trio.SocketStream:
                 stream = await proxy.connect()
@@ -627,7 +521,7 @@ async def test_past_the_proxy(tmp_path: Path, going_to: Callable[[Destination], 
         going_to(Destination("127.0.0.1", here.port))
         to = ".example.com" if by_name else "127.0.0.0/8"
         more = f'[[route]]\nto = ["{to}"]\nvia = "direct"\n'
-        async with running(tmp_path, "socks5h://127.0.0.1:9", dns=dns.address, more=more) as proxy:
+        async with running(tmp_path, "socks5h://127.0.0.1:9", more=asking(dns) + more) as proxy:
             stream = await proxy.connect()
             said = REQUEST.replace(b".com", b".com:%d" % here.port)
             if by_name:
@@ -649,7 +543,7 @@ async def test_past_the_proxy_a_name_that_leads_nowhere_has_the_route_of_its_add
     more = '[[route]]\nto = [".example.com"]\nvia = "direct"\n'
     with daemons.NameServer({}) as dns, Served(daemons.loopback(), granting(seen)) as upstream:
         url = f"socks5h://127.0.0.1:{upstream.port}"
-        async with running(tmp_path, url, dns=dns.address, more=more) as proxy:
+        async with running(tmp_path, url, more=asking(dns) + more) as proxy:
             stream = await proxy.connect()
             await exchange(stream, REQUEST)
             await stream.aclose()

@@ -13,9 +13,9 @@ import daemons
 import lab
 import pytest
 
-from transocks.doctor.loaded import loaded
-from transocks.doctor.ruleset import Packet
-from transocks.doctor.walk import walk
+from transocks.netfilter.loaded import loaded
+from transocks.netfilter.ruleset import Packet
+from transocks.netfilter.walk import walk
 
 PORT = 80
 REDIRECTED, DIRECT, REFUSED = "redirected", "direct", "refused"

@@ -2,8 +2,8 @@
 
     look -> the rules, as chains of conditions -> examples of what they redirect, walked through them -> checks
 
-`seen.py` reads the host, once; `nft.py` and `iptables.py` read rules; `walk.py` takes a packet through them; `flows.py`
-makes the packets; `checks/` judges. Nothing is changed, and only upstreams are connected to (`upstreams.py`).
+`seen.py` reads the host, once; `flows.py` makes the packets that are taken through its rules (transocks/netfilter/);
+`checks/` judges. Nothing is changed, and only upstreams are connected to (`upstreams.py`).
 """
 
 from __future__ import annotations

@@ -10,9 +10,21 @@ from typing import Literal
 
 import attrs
 
-from transocks.doctor.ruleset import UNKNOWN, Action, Chain, Kind, Match, Packet, Range, Rule, Ruleset, Unknown, Version
 from transocks.doctor.seen import Identity, Seen
-from transocks.doctor.walk import Step, Way, walk
+from transocks.netfilter.ruleset import (
+    UNKNOWN,
+    Action,
+    Chain,
+    Kind,
+    Match,
+    Packet,
+    Range,
+    Rule,
+    Ruleset,
+    Unknown,
+    Version,
+)
+from transocks.netfilter.walk import Step, Way, walk
 from usocksd.match import IPAddress
 
 # Somebody of whom the rules have not heard.

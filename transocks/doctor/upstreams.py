@@ -13,8 +13,8 @@ import trio
 
 from transocks.config import DIRECT, Config
 from transocks.doctor.flows import comes_back, sent
-from transocks.doctor.ruleset import Unknown
 from transocks.doctor.seen import Identity, Seen
+from transocks.netfilter.ruleset import Unknown
 from transocks.proxy_url import ProxyScheme, ProxyURL
 from usocksd.errors import Error, ResolveError, UpstreamError
 from usocksd.match import IPAddress

@@ -13,10 +13,10 @@ from transocks.doctor import State, judge
 from transocks.doctor.checks import redirection, settings, tracking
 from transocks.doctor.finding import Finding, fault, fine, unchecked, warning
 from transocks.doctor.flows import Flows
-from transocks.doctor.iptables import read_iptables
 from transocks.doctor.report import as_json, as_text
-from transocks.doctor.ruleset import Ruleset
 from transocks.doctor.seen import Identity, Seen
+from transocks.netfilter.iptables import read_iptables
+from transocks.netfilter.ruleset import Ruleset
 from transocks.proxy_url import parse_proxy_url
 from usocksd.runtime.settings import ListenAddress
 

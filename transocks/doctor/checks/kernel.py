@@ -12,8 +12,8 @@ from pathlib import Path
 
 from transocks.doctor.finding import Finding, fault, fine, unchecked, warning
 from transocks.doctor.flows import Flows
-from transocks.doctor.ruleset import Kind
 from transocks.doctor.seen import Seen
+from transocks.netfilter.ruleset import Kind
 
 _SO_ORIGINAL_DST = 80  # linux/netfilter_ipv4.h, and the same for IPv6
 _FEATURES = {

@@ -12,7 +12,7 @@ from transocks.doctor.finding import Finding, fault, fine, unchecked, warning
 from transocks.doctor.flows import EXAMPLES, NOBODY, Flows, Mode, comes_back, sent
 from transocks.doctor.seen import Identity, Seen
 from transocks.doctor.upstreams import proxies
-from transocks.doctor.walk import Step
+from transocks.netfilter.walk import Step
 from usocksd.match import IPAddress
 
 _DNS = 53

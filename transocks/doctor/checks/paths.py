@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from transocks.doctor.finding import Finding, fault, fine, unchecked, warning
 from transocks.doctor.flows import Flow, Flows, Mode
-from transocks.doctor.ruleset import UNKNOWN, Kind
 from transocks.doctor.seen import Seen
+from transocks.netfilter.ruleset import UNKNOWN, Kind
 
 
 def policy_routing(seen: Seen, flows: Flows) -> Iterator[Finding]:

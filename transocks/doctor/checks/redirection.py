@@ -8,9 +8,9 @@ import attrs
 
 from transocks.doctor.finding import Finding, fault, fine, unchecked, warning
 from transocks.doctor.flows import EXAMPLES, Flow, Flows, Mode, comes_back, local_ends, ports
-from transocks.doctor.ruleset import TCP_FLAGS, UNKNOWN, Hook, Kind, Packet, Version
 from transocks.doctor.seen import Seen
-from transocks.doctor.walk import Way, walk
+from transocks.netfilter.ruleset import TCP_FLAGS, UNKNOWN, Hook, Kind, Packet, Version
+from transocks.netfilter.walk import Way, walk
 
 
 def rules(seen: Seen, flows: Flows) -> Iterator[Finding]:

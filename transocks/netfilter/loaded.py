@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
 
-from transocks.doctor.iptables import read_iptables
-from transocks.doctor.nft import iptables_tables, read_nft
-from transocks.doctor.ruleset import Ruleset, Version, merged
+from transocks.netfilter.iptables import read_iptables
+from transocks.netfilter.nft import iptables_tables, read_nft
+from transocks.netfilter.ruleset import Ruleset, Version, merged
 from usocksd.errors import Error
 
 _TIMEOUT = 20.0  # seconds; nft takes one for 50,000 rules

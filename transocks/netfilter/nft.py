@@ -10,8 +10,8 @@ from collections.abc import Collection, Iterator, Mapping
 from ipaddress import ip_address, ip_network
 from typing import Any
 
-from transocks.doctor.nft_text import text_of
-from transocks.doctor.ruleset import (
+from transocks.netfilter.nft_text import text_of
+from transocks.netfilter.ruleset import (
     NEVER,
     TCP_FLAGS,
     Action,

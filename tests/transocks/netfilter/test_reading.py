@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transocks.doctor.iptables import read_iptables
-from transocks.doctor.nft import iptables_tables, read_nft
-from transocks.doctor.ruleset import UNKNOWN, Kind, Match, Packet, Range, Ruleset, merged
-from transocks.doctor.walk import Way, walk
+from transocks.netfilter.iptables import read_iptables
+from transocks.netfilter.nft import iptables_tables, read_nft
+from transocks.netfilter.ruleset import UNKNOWN, Kind, Match, Packet, Range, Ruleset, merged
+from transocks.netfilter.walk import Way, walk
 
 PACKET = Packet(
     version=4, destination=ip_address("203.0.113.1"), dport=443, oif="eth0", uid=1000, gid=100, source_type="local"

@@ -6,7 +6,7 @@ from enum import Enum
 
 import attrs
 
-from transocks.doctor.ruleset import UNKNOWN, Action, Chain, Hook, Kind, Packet, Rule, Ruleset
+from transocks.netfilter.ruleset import UNKNOWN, Action, Chain, Hook, Kind, Packet, Rule, Ruleset
 
 _DEEPEST = 16  # jumps that the kernel allows
 _ENDS = frozenset({Kind.DROP, Kind.REJECT, Kind.REDIRECT, Kind.DNAT})

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Iterator
 from ipaddress import ip_address, ip_network
 
-from transocks.doctor.ruleset import (
+from transocks.netfilter.ruleset import (
     NEVER,
     TCP_FLAGS,
     Action,

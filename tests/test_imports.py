@@ -140,9 +140,17 @@ def test_libraries_stay_in_their_rooms(module: str) -> None:
         assert not [name for name in MODULES[module] if within(name, "pyroute2", "netifaces")]
 
 
+def test_the_model_of_loaded_rules_knows_nobody_who_asks_it() -> None:
+    """Rule 5."""
+    for module in MODULES:
+        if within(module, "transocks.netfilter"):
+            ours = [name for name in MODULES[module] if within(name, "transocks")]
+            assert not [name for name in ours if not within(name, "transocks.netfilter")]
+
+
 @pytest.mark.parametrize("package", ["usocksd", "transocks"])
 def test_only_the_session_joins_stages(package: str) -> None:
-    """Rule 5: `cli` and `commands` wire objects together, and nothing imports them but each other."""
+    """Rule 6: `cli` and `commands` wire objects together, and nothing imports them but each other."""
     wiring = (f"{package}.cli", f"{package}.commands", f"{package}.__main__")
     for module in MODULES:
         if within(module, package) and not within(module, *wiring):

@@ -14,17 +14,14 @@ from transocks.doctor.seen import Identity, Seen
 from transocks.netfilter.ruleset import (
     UNKNOWN,
     Action,
-    Chain,
     Kind,
     Match,
     Packet,
     Range,
-    Rule,
-    Ruleset,
     Unknown,
     Version,
 )
-from transocks.netfilter.walk import Step, Way, walk
+from transocks.netfilter.walk import Step, Target, Way, targets, walk
 from usocksd.match import IPAddress
 
 # Somebody of whom the rules have not heard.
@@ -37,7 +34,6 @@ EXAMPLES: dict[Version, tuple[IPAddress, ...]] = {
 }
 LOOPBACK: dict[Version, IPAddress] = {4: IPv4Address("127.0.0.1"), 6: IPv6Address("::1")}
 _PORTS = (443, 80)
-_DEEPEST = 16
 
 
 class Mode(Enum):
@@ -49,29 +45,6 @@ class Mode(Enum):
     """those that are routed through, by REDIRECT or DNAT in the prerouting hook"""
     TPROXY = "tproxy"
     """those that are routed through, by TPROXY"""
-
-
-@attrs.frozen
-class Target:
-    """A rule that sends connections to a port of ours, and what has to hold on the way to it."""
-
-    chain: Chain
-    """the hooked one"""
-    inside: Chain
-    """the one that the rule is in"""
-    rule: Rule
-    action: Action
-    matches: tuple[Match, ...]
-
-    @property
-    def mode(self) -> Mode:
-        if self.action.kind is Kind.TPROXY:
-            return Mode.TPROXY
-        return Mode.HOST if self.chain.hook == "output" else Mode.GATEWAY
-
-    @property
-    def text(self) -> str:
-        return f"{self.inside}: {self.rule.text}"
 
 
 @attrs.frozen
@@ -90,7 +63,7 @@ class Flow:
 
     @property
     def mode(self) -> Mode:
-        return self.target.mode
+        return mode_of(self.target)
 
 
 class Flows:
@@ -114,7 +87,8 @@ class Flows:
             target
             for chain in ruleset.chains
             if chain.hook in {"prerouting", "output"}
-            for target in _targets(ruleset, chain, self.seen)
+            for target in targets(ruleset, chain, {Kind.REDIRECT, Kind.DNAT, Kind.TPROXY})
+            if target.action.port is not None and _ours(target.action, self.seen)
         )
 
     @cached_property
@@ -123,7 +97,7 @@ class Flows:
         found: dict[tuple[Mode, Version], Flow] = {}
         for target in self.targets:
             for version in _versions(target):
-                key = target.mode, version
+                key = mode_of(target), version
                 if key in found and found[key].arrives:
                     continue
                 flow = self._flow(target, version)
@@ -151,6 +125,13 @@ class Flows:
                 return flow
             first = first or flow
         return first
+
+
+def mode_of(target: Target) -> Mode:
+    """How it brings connections to transocks."""
+    if target.action.kind is Kind.TPROXY:
+        return Mode.TPROXY
+    return Mode.HOST if target.chain.hook == "output" else Mode.GATEWAY
 
 
 def ports(seen: Seen, kind: Kind) -> set[int]:
@@ -208,32 +189,6 @@ def sent(seen: Seen, who: Identity, address: IPAddress, port: int) -> Way:
 
 def _ours(action: Action, seen: Seen) -> bool:
     return action.address is None or seen.is_local(action.address)
-
-
-def _targets(ruleset: Ruleset, base: Chain, seen: Seen) -> Iterator[Target]:
-    barren: set[int] = set()  # chains that lead nowhere: seen once is enough, of the thousands that others may have
-
-    def look(chain: Chain, matches: tuple[Match, ...], depth: int) -> Iterator[Target]:
-        found = False
-        for rule in chain.rules:
-            conditions = (*matches, *rule.matches)
-            for action in rule.actions:
-                for target in below(chain, rule, action, conditions, depth):
-                    found = True
-                    yield target
-        if not found:
-            barren.add(id(chain))
-
-    def below(chain: Chain, rule: Rule, action: Action, conditions: tuple[Match, ...], depth: int) -> Iterator[Target]:
-        if action.kind in {Kind.REDIRECT, Kind.DNAT, Kind.TPROXY}:
-            if action.port is not None and _ours(action, seen):
-                yield Target(base, chain, rule, action, conditions)
-        elif action.kind in {Kind.JUMP, Kind.GOTO} and depth < _DEEPEST:
-            next_chain = ruleset.beside(chain, action.chain)
-            if next_chain is not None and id(next_chain) not in barren:
-                yield from look(next_chain, conditions, depth + 1)
-
-    yield from look(base, (), 0)
 
 
 def _versions(target: Target) -> Iterator[Version]:

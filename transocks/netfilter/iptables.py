@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import grp
 import pwd
-import shlex
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from ipaddress import ip_address, ip_network
 
 from transocks.netfilter.ruleset import (
@@ -14,7 +14,6 @@ from transocks.netfilter.ruleset import (
     Action,
     Chain,
     Hook,
-    IPAddress,
     Kind,
     Match,
     Range,
@@ -24,6 +23,7 @@ from transocks.netfilter.ruleset import (
     network_range,
     unknown,
 )
+from usocksd.match import IPAddress
 
 # netfilter_ipv4.h, enum nf_ip_hook_priorities
 _PRIORITIES = {"raw": -300, "mangle": -150, "nat": -100, "filter": 0, "security": 50}
@@ -33,7 +33,7 @@ _HOOKS: dict[str, Hook] = {
 }  # fmt: skip
 _SIMPLE = {
     "ACCEPT": Kind.ACCEPT, "DROP": Kind.DROP, "REJECT": Kind.REJECT, "RETURN": Kind.RETURN, "QUEUE": Kind.QUEUE,
-    "NFQUEUE": Kind.QUEUE, "NOTRACK": Kind.NOTRACK,
+    "NFQUEUE": Kind.QUEUE, "NOTRACK": Kind.NOTRACK, "NETMAP": Kind.DNAT,
 }  # fmt: skip
 # They do something on the way and let the packet go on.
 _PASSING = frozenset({
@@ -51,6 +51,7 @@ _WORDS = {
 _SILENT = frozenset({"--comment", "--transparent", "--nowildcard", "--restore-skmark"})
 _FREE_TEXT = frozenset({"--comment", "--log-prefix", "--nflog-prefix"})
 """Their values may begin with anything."""
+_WORD = re.compile(r'"((?:[^"\\]|\\.)*)"|(\S+)')
 _ALL = 0xFFFFFFFF
 
 
@@ -67,8 +68,8 @@ def read_iptables(text: str, version: Version) -> Ruleset:
             name, policy = line[1:].split()[:2]
             policies[name], rules[name] = policy, []
         elif line.startswith("-A "):
-            words = shlex.split(line)
-            rules[words[1]].append(_rule(words[2:], line, version, rules.keys() | _HOOKS.keys()))
+            words = _words(line)
+            rules[words[1]].append(_rule(words[2:], line, version, rules))
         elif line == "COMMIT":
             chains += (_chain(table, name, version, policies[name], rules[name]) for name in policies)
     return Ruleset(tuple(chains))
@@ -84,7 +85,7 @@ def _chain(table: str, name: str, version: Version, policy: str, rules: list[Rul
     )  # fmt: skip
 
 
-def _rule(words: list[str], line: str, version: Version, chains: set[str]) -> Rule:
+def _rule(words: list[str], line: str, version: Version, chains: Collection[str]) -> Rule:
     matches: list[Match] = []
     actions: list[Action] = []
     module = ""
@@ -97,15 +98,16 @@ def _rule(words: list[str], line: str, version: Version, chains: set[str]) -> Ru
         elif option in {"-j", "-g"}:
             # All behind it belongs to the target.
             extra = {name: more for name, more, _ in options[index + 1 :]}
-            for part in _target(option, values[0], extra, chains):
-                if isinstance(part, Match):
-                    matches.append(part)
-                else:
-                    actions.append(part)
+            actions += _target(option, values[0], extra, chains)
             break
         else:
             matches += _match(option, values, negate, module, version)
     return Rule(tuple(matches), tuple(actions), line)
+
+
+def _words(line: str) -> list[str]:
+    """As iptables-save writes them: double quotes around what needs them, backslashes in there. shlex is slow."""
+    return [re.sub(r"\\(.)", r"\1", quoted) if quoted else plain for quoted, plain in _WORD.findall(line)]
 
 
 def _options(words: list[str]) -> Iterator[tuple[str, list[str], bool]]:
@@ -149,7 +151,7 @@ def _known_match(option: str, values: list[str], negate: bool, module: str, vers
             return [Match("iif" if option == "-i" else "oif", (pattern,), negate)]
         case "--mark" if module == "mark":
             value, mask = _mark(first)
-            return [Match("mark", (Range(value, value),), negate, mask=mask)]
+            return [Match("mark", (Range(value, value),), negate, mask=None if mask == _ALL else mask)]
         case "--uid-owner" | "--gid-owner":
             group = option == "--gid-owner"
             return [Match("gid" if group else "uid", (_owner(first, group=group),), negate)]
@@ -161,8 +163,8 @@ def _known_match(option: str, values: list[str], negate: bool, module: str, vers
     raise KeyError(option)
 
 
-def _target(option: str, name: str, extra: dict[str, list[str]], chains: set[str]) -> Iterator[Action | Match]:
-    """What a rule does; a match beside it where it is not known what it does."""
+def _target(option: str, name: str, extra: dict[str, list[str]], chains: Collection[str]) -> Iterator[Action]:
+    """What a rule does."""
     if name in chains:
         yield Action(Kind.GOTO if option == "-g" else Kind.JUMP, chain=name)
     elif name in _SIMPLE:
@@ -185,8 +187,7 @@ def _target(option: str, name: str, extra: dict[str, list[str]], chains: set[str
         if "--notrack" in extra:
             yield Action(Kind.NOTRACK)
     elif name not in _PASSING:
-        yield unknown(name)
-        yield Action(Kind.DROP)
+        yield Action(Kind.UNKNOWN)
 
 
 def _set_mark(extra: dict[str, list[str]]) -> Iterator[Action]:

@@ -46,21 +46,20 @@ def read_nft(text: str, *, without: Collection[tuple[str, str]] = ()) -> Ruleset
 
     Raises ValueError for what is not nft's JSON.
     """
-    sets: dict[tuple[str, str, str], Any] = {}
+    sets: dict[tuple[str, str], dict[str, Any]] = {}
     chains: dict[tuple[Any, str, str], dict[str, Any]] = {}
     rules: dict[tuple[str, str, str], list[Rule]] = {}
     objects: list[Mapping[str, Any]] = json.loads(text)["nftables"]
     for entry in objects:
         kind, item = next(iter(entry.items()))
         if kind in {"set", "map"}:
-            sets[item["family"], item["table"], item["name"]] = item.get("elem", [])
+            sets.setdefault((item["family"], item["table"]), {})[item["name"]] = item.get("elem", [])
         elif kind == "chain":
             chains[item["family"], item["table"], item["name"]] = item
     for entry in objects:
         if (item := entry.get("rule")) is not None:
             key = item["family"], item["table"], item["chain"]
-            reader = _Reader({name: elements for (f, t, name), elements in sets.items() if (f, t) == key[:2]})
-            rules.setdefault(key, []).extend(reader.rules(item["expr"]))
+            rules.setdefault(key, []).extend(_Reader(sets.get(key[:2], {})).rules(item["expr"]))
     return Ruleset(
         tuple(
             Chain(
@@ -200,9 +199,8 @@ class _Reader:
         if protocol in {"tcp", "udp", "th"} and field in {"dport", "sport"}:
             own = [] if protocol == "th" else [Match("protocol", (protocol,))]
             return [*own, Match(field, tuple(_numbers(value) for value in values), negate)]
-        # Whatever it is of another protocol, it is not in a packet of this one.
         if protocol in {"icmp", "icmpv6", "sctp", "dccp", "esp", "ah"}:
-            return [NEVER]
+            return [Match("protocol", (protocol,))]
         raise _Unread
 
     def _values(self, right: Any) -> list[Any]:

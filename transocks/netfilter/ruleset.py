@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from enum import Enum
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 import attrs
 
-IPAddress: TypeAlias = IPv4Address | IPv6Address
+from usocksd.match import IPAddress, IPNetwork
+
 Version: TypeAlias = Literal[4, 6]
 Hook: TypeAlias = Literal["prerouting", "input", "forward", "output", "postrouting"]
 
@@ -33,7 +33,7 @@ class Range(NamedTuple):
     high: int
 
 
-def network_range(network: IPv4Network | IPv6Network) -> Range:
+def network_range(network: IPNetwork) -> Range:
     """The addresses of a network."""
     return Range(int(network.network_address), int(network.broadcast_address))
 
@@ -107,6 +107,23 @@ class Match:
             return False
         return self._has(value) is not self.negate
 
+    def implies(self, other: Match) -> bool:
+        """Whether `other` holds wherever this does, as far as that can be read off."""
+        if self == other:
+            return True
+        if self.field != other.field or other.version not in {None, self.version} or self.negate:
+            return False
+        return self.mask is other.mask is None and all(other._takes_all(value) for value in self.values)
+
+    def _takes_all(self, value: Range | str) -> bool:
+        """Whether it holds for everything in there, if the mask is None."""
+        if isinstance(value, str):
+            return self._has(value) is not self.negate
+        ranges = [v for v in self.values if isinstance(v, Range)]
+        if self.negate:
+            return all(value.high < low or high < value.low for low, high in ranges)
+        return any(low <= value.low and value.high <= high for low, high in ranges)
+
     def _has(self, value: Any) -> bool:
         if isinstance(value, frozenset):
             return any(text in value for text in self.values)
@@ -144,6 +161,8 @@ class Kind(Enum):
     MARK = "mark"
     NOTRACK = "notrack"
     QUEUE = "queue"
+    UNKNOWN = "unknown"
+    """not understood here: it may be the end, or not"""
 
 
 @attrs.frozen

@@ -1,12 +1,13 @@
-"""The way of a connection's first packet through the rules of one hook."""
+"""The way of a connection's first packet through the rules of one hook; and what these may do to any packet."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from enum import Enum
 
 import attrs
 
-from transocks.netfilter.ruleset import UNKNOWN, Action, Chain, Hook, Kind, Packet, Rule, Ruleset
+from transocks.netfilter.ruleset import UNKNOWN, Action, Chain, Hook, Kind, Match, Packet, Rule, Ruleset
 
 _DEEPEST = 16  # jumps that the kernel allows
 _ENDS = frozenset({Kind.DROP, Kind.REJECT, Kind.REDIRECT, Kind.DNAT})
@@ -133,6 +134,10 @@ class _Walk:
                 self.certain = False
                 self._note(Action(Kind.DROP), chain, rule)
                 return _End.STOPPED
+            case Kind.UNKNOWN:
+                self.certain = False
+                self._note(Action(Kind.DROP), chain, rule)
+                self.lost = True
             case Kind.JUMP | Kind.GOTO:
                 target = self.ruleset.beside(chain, action.chain)
                 if target is None or depth == _DEEPEST:
@@ -184,3 +189,43 @@ def walk(ruleset: Ruleset, hook: Hook, packet: Packet) -> Way:
         if not state.base(chain):
             break
     return Way(tuple(state.steps), state.packet)
+
+
+@attrs.frozen
+class Target:
+    """Something that a rule may do to packets of a hook, and what has to hold on the way to it."""
+
+    chain: Chain
+    """the hooked one"""
+    inside: Chain
+    """the one that the rule is in"""
+    rule: Rule
+    action: Action
+    matches: tuple[Match, ...]
+
+    @property
+    def text(self) -> str:
+        return f"{self.inside}: {self.rule.text}"
+
+
+def targets(ruleset: Ruleset, base: Chain, kinds: Collection[Kind]) -> Iterator[Target]:
+    """What the rules of a hooked chain may do of these kinds, and those of the chains that it leads to."""
+    barren: set[int] = set()  # chains that lead nowhere: seen once is enough, of the thousands that others may have
+
+    def look(chain: Chain, matches: tuple[Match, ...], depth: int) -> Iterator[Target]:
+        found = False
+        for rule in chain.rules:
+            conditions = (*matches, *rule.matches)
+            for action in rule.actions:
+                if action.kind in kinds:
+                    found = True
+                    yield Target(base, chain, rule, action, conditions)
+                if action.kind in {Kind.JUMP, Kind.GOTO} and depth < _DEEPEST:
+                    target = ruleset.beside(chain, action.chain)
+                    if target is not None and id(target) not in barren:
+                        yield from look(target, conditions, depth + 1)
+                        found = found or id(target) not in barren
+        if not found:
+            barren.add(id(chain))
+
+    yield from look(base, (), 0)

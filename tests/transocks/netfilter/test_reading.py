@@ -65,6 +65,7 @@ def out(ruleset: Ruleset, packet: Packet = PACKET) -> Way:
         ("-p tcp -m tcp --tcp-flags SYN,NS SYN", None),
         ("-m socket --transparent", False),
         ('-m comment --comment "-j DROP"', True),
+        (r'-m comment --comment "say \"-j DROP\" -d 10.0.0.0/8"', True),
         ("-m set --match-set white dst", None),
         ("-m cgroup --path user.slice", None),
         ("-m connmark --mark 0x1", None),

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
-from ipaddress import ip_network
 
 import attrs
 
 from transocks.firewall import live
 from transocks.firewall.config import Mode, Tool
-from transocks.firewall.foreign import Ours, Taken, in_nft, in_saved
-from transocks.firewall.live import CHAINS, TABLES, Routes, Routing, Ruleset
-from transocks.firewall.render import excluded, render_iptables, render_nft
+from transocks.firewall.foreign import table_of, taken
+from transocks.firewall.live import CHAINS, TABLES, Routes, Routing
+from transocks.firewall.render import render_iptables, render_nft
 from transocks.firewall.saved import Table, merge, select
 from transocks.firewall.verify import compare, force_nft, from_nft, from_saved, guards
-from transocks.firewall.wanted import MARK, Wanted
+from transocks.firewall.wanted import Wanted
+from transocks.netfilter.ruleset import Ruleset
 
 _FAMILIES = {False: "IPv4", True: "IPv6"}
 _OVER = (
@@ -32,25 +32,27 @@ class Report:
     notes: tuple[str, ...]
 
 
-def examine(wanted: Sequence[Wanted], tool: Tool, *, ipv6: bool = True) -> Report:
-    """Compare what is loaded with what should be. Takes CAP_NET_ADMIN and CAP_SYS_ADMIN. Raises FirewallError."""
+def examine(wanted: Sequence[Wanted], tool: Tool, loaded: Ruleset, *, ipv6: bool = True) -> Report:
+    """Compare what is loaded with what should be. Takes CAP_NET_ADMIN and CAP_SYS_ADMIN. Raises FirewallError.
+
+    loaded: every rule of this host, as `transocks.netfilter.loaded` reads it.
+    """
     families = (False, True) if ipv6 else (False,)
-    ruleset = live.ruleset() if live.has("nft") else Ruleset()
-    by_family = {six: live.saved_by_all(six) for six in families}
+    ruleset = live.ruleset() if live.has("nft") else live.Ruleset()
     check = _check_nft(wanted, ruleset) if tool is Tool.NFT else _check_iptables(wanted, families)
     faults: list[str] = []
     notes: list[str] = []
-    for said, fault in (*check, *_leftovers(wanted, tool, ruleset, by_family), *_check_routing(wanted, families)):
+    for said, fault in (*check, *_leftovers(wanted, tool, ruleset, loaded), *_check_routing(wanted, families)):
         (faults if fault else notes).append(said)
     for w in wanted:
         unheard = live.unheard(w, ipv6)
         faults += [f"nobody listens on {where}, where {w.mode.value} rules send connections" for where in unheard]
-        for found in _taken(w, tool, ruleset, by_family):
+        for found in taken(w, tool, loaded):
             (notes if found.some else faults).append(f"shadowed: {found.text}")
     return Report(tuple(dict.fromkeys(faults)), tuple(dict.fromkeys(notes)))
 
 
-def _check_nft(wanted: Sequence[Wanted], ruleset: Ruleset) -> Iterator[tuple[str, bool]]:
+def _check_nft(wanted: Sequence[Wanted], ruleset: live.Ruleset) -> Iterator[tuple[str, bool]]:
     reference = live.as_loaded("".join(render_nft(w) for w in wanted))
     for w in wanted:
         should = from_nft(reference.entries, reference.listing, w.table)
@@ -87,7 +89,7 @@ def _check_iptables(wanted: Sequence[Wanted], families: Sequence[bool]) -> Itera
 
 
 def _leftovers(
-    wanted: Sequence[Wanted], tool: Tool, ruleset: Ruleset, by_family: dict[bool, tuple[list[Table], set[str]]]
+    wanted: Sequence[Wanted], tool: Tool, ruleset: live.Ruleset, loaded: Ruleset
 ) -> Iterator[tuple[str, bool]]:
     """What is ours and not wanted: of another mode, or of the other tool."""
     needed = {w.table for w in wanted} if tool is Tool.NFT else set()
@@ -95,9 +97,12 @@ def _leftovers(
         if ("inet", name) in ruleset.tables() and name not in needed:
             yield f"not wanted: table inet {name} is loaded: apply or remove takes it away", True
     chains = {f"{w.chain}{kind}" for w in wanted for kind in ("", "-UDP")} if tool is Tool.IPTABLES else set()
-    for six, (tables, _) in by_family.items():
-        for table in select(tables, set(CHAINS) - chains):
-            yield f"not wanted: {_FAMILIES[six]} table {table.name} has {', '.join(table.chains)}", True
+    left: dict[str, list[str]] = {}
+    for chain in loaded.chains:
+        if chain.tool == "iptables" and chain.name in set(CHAINS) - chains:
+            left.setdefault(table_of(chain), []).append(chain.name)
+    for table, names in left.items():
+        yield f"not wanted: {table} has {', '.join(names)}", True
 
 
 def _check_routing(wanted: Sequence[Wanted], families: Sequence[bool]) -> Iterator[tuple[str, bool]]:
@@ -117,23 +122,3 @@ def _check_routing(wanted: Sequence[Wanted], families: Sequence[bool]) -> Iterat
     for routing in there:
         if routing not in should:
             yield f"not wanted: {_FAMILIES[routing.six]} routing rule: {' '.join(routing.rule)}", True
-
-
-def _taken(
-    wanted: Wanted, tool: Tool, ruleset: Ruleset, by_family: dict[bool, tuple[list[Table], set[str]]]
-) -> Iterator[Taken]:
-    priority = None if tool is Tool.IPTABLES else -150 if wanted.mode is Mode.TPROXY else -90
-    ours = Ours(
-        mode=wanted.mode,
-        chains=(wanted.chain,),
-        priority=priority,
-        excluded=tuple(ip_network(network) for network in excluded(wanted)),
-        mark=MARK if wanted.mark is None else wanted.mark,
-        ports=wanted.selection.ports,
-    )
-    # Of `transocks exec`, for one command.
-    skip = [place for place in ruleset.tables() if place[1] in TABLES or place[1].startswith("transocks_exec_")]
-    for six, (tables, by_nft) in by_family.items():
-        yield from in_saved(ours, tables, _FAMILIES[six])
-        skip += [("ip6" if six else "ip", name) for name in by_nft]
-    yield from in_nft(ours, ruleset.entries, ruleset.listing, skip)

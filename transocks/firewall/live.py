@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import sys
 from collections.abc import Iterable, Mapping
@@ -85,19 +84,6 @@ def _ruleset(output: str) -> Ruleset:
 def saved(six: bool) -> list[Table]:
     """What iptables-save says, or ip6tables-save. Raises FirewallError."""
     return parse_save(run(Step((_save(six),))))
-
-
-def saved_by_all(six: bool) -> tuple[list[Table], set[str]]:
-    """What both variants of iptables say, as far as they are here, and the names of the nft tables among that."""
-    family = "ip6tables" if six else "iptables"
-    text = run(Step((f"{family}-nft-save",))) if has(f"{family}-nft-save") else ""
-    by_nft = parse_save(text)
-    # What somebody has added by nft, and iptables has no words for, is left out with a remark.
-    names = {table.name for table in by_nft} - set(re.findall(r"^# Table `(\w+)' .*incompatible", text, re.MULTILINE))
-    other = next((name for name in (f"{family}-legacy-save", f"{family}-save") if has(name)), None)
-    if other is None or (text and not other.endswith("-legacy-save")):
-        return by_nft, names
-    return by_nft + parse_save(run(Step((other,)))), names
 
 
 def saved_as_loaded(texts: Iterable[str], six: bool) -> list[Table]:

@@ -15,8 +15,7 @@ import pkgutil
 import sys
 from collections.abc import Callable
 
-from transocks.firewall.steps import FirewallError
-from usocksd.errors import ConfigError
+from usocksd.errors import ConfigError, Error
 from usocksd.runtime.verbs.client import visible
 
 FAILED = 1
@@ -69,7 +68,7 @@ def _add(verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str, 
         except ConfigError as error:
             for fault in error.faults:
                 say(f"{error.source}: {fault}")
-        except FirewallError as error:
+        except Error as error:
             for line in str(error).splitlines():
                 say(line)
         return FAILED

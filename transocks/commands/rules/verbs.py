@@ -18,6 +18,7 @@ from transocks.firewall.examine import examine
 from transocks.firewall.render import render_iptables, render_nft
 from transocks.firewall.steps import FirewallError, choose_tool
 from transocks.firewall.wanted import Wanted, wanted_of
+from transocks.netfilter.loaded import loaded
 from usocksd.runtime import config as configuration
 from usocksd.runtime.verbs.client import Client, Refused, VerbError, visible
 
@@ -136,7 +137,7 @@ def confirm(args: argparse.Namespace) -> int:
 def verify(args: argparse.Namespace) -> int:
     """Print what is not as it should be."""
     order = _order(args)
-    report = examine(order.wanted, order.tool, ipv6=order.ipv6)
+    report = examine(order.wanted, order.tool, loaded(), ipv6=order.ipv6)
     for fault in report.faults:
         print(visible(fault))
     for note in report.notes:

@@ -30,7 +30,7 @@ def applied(seen: Seen, flows: Flows) -> Iterator[Finding]:
         return
     try:
         wanted = wanted_of(config.rules, config.listen, config.listen_tproxy, config.mark)
-        report = examine(wanted, tool, ipv6=has_ipv6())
+        report = examine(wanted, tool, seen.ruleset, ipv6=has_ipv6())
     except FirewallError as error:
         yield unchecked(_NAME, str(error))
         return

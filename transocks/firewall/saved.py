@@ -26,7 +26,7 @@ class Rule:
     @property
     def target(self) -> str | None:
         """What it jumps to, or what it says; None for a rule that only counts."""
-        match = re.search(r"(?:^| )-[jg] (\S+)", self.rest)
+        match = re.search(r"(?:^| )-[jg] (\S+)", re.sub(r'"(?:[^"\\]|\\.)*"', '""', self.rest))
         return match[1] if match else None
 
 

@@ -253,6 +253,12 @@ def test_changes_from_nothing_and_back() -> None:
     ]
 
 
+def test_a_comment_is_no_jump() -> None:
+    rule = '-A OUTPUT -p udp -m comment --comment "say \\"before -j TRANSOCKS \\"" -j ACCEPT\n'
+    (table,) = select(parse_save(SAVED.replace("-A TRANSOCKS -d 10", f"{rule}-A TRANSOCKS -d 10")), OWN)
+    assert table == select(parse_save(SAVED), OWN)[0]
+
+
 def test_hooks_are_put_right() -> None:
     wanted = parse_save(SAVED)[:1]
     twice = SAVED.replace("-A OUTPUT -p tcp -j TRANSOCKS\n", "-A OUTPUT -p tcp -j TRANSOCKS\n" * 2)

@@ -44,7 +44,7 @@ def _of_nft(run: Run) -> list[Ruleset]:
     theirs = iptables_tables(text)
     saved: list[Ruleset] = []
     for family, version, name in _FAMILIES:
-        tool = next(filter(shutil.which, (f"{name}-nft-save", f"{name}-save")), None)
+        tool = _tool(name)
         if tool and any(f == family for f, _ in theirs):
             saved.append(read_iptables(run(tool), version))
     read = {(chain.family, chain.table) for ruleset in saved for chain in ruleset.chains}
@@ -52,8 +52,14 @@ def _of_nft(run: Run) -> list[Ruleset]:
 
 
 def _of_iptables(run: Run) -> list[Ruleset]:
-    tools = ((f"{name}-save", version) for _, version, name in _FAMILIES)
-    return [read_iptables(run(tool), version) for tool, version in tools if shutil.which(tool)]
+    tools = ((_tool(name), version) for _, version, name in _FAMILIES)
+    return [read_iptables(run(tool), version) for tool, version in tools if tool]
+
+
+def _tool(name: str) -> str | None:
+    """What shows the tables of iptables-nft; where there is no such tool, those of the one iptables that there is."""
+    plain = () if shutil.which(f"{name}-legacy-save") else (f"{name}-save",)
+    return next(filter(shutil.which, (f"{name}-nft-save", *plain)), None)
 
 
 def _of_legacy(run: Run, net: Path) -> list[Ruleset]:

@@ -50,6 +50,13 @@ open | closed) ;;
 *) echo "POLICY: $POLICY: expected open or closed" >&2; exit 1 ;;
 esac
 
+# One change at a time, and not in the middle of one by `transocks rules`. Without the file nobody has made any.
+lock=/run/transocks-rules.lock
+if [ -r "$lock" ]; then
+    exec 9<"$lock"
+    flock -w 30 9 || { echo "$lock: another change of the rules has been at work for 30 s" >&2; exit 1; }
+fi
+
 case $1-$POLICY in
 redirect-*) redirect ;;
 stop-open) remove ;;

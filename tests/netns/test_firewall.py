@@ -8,8 +8,9 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import lab
@@ -230,6 +231,7 @@ def test_routing_goes_again_when_the_rules_do_not_load(scene: Scene) -> None:
 
 
 ALONE = """
+import subprocess
 import sys
 from transocks.cli import main
 from transocks.firewall import lock
@@ -443,7 +445,24 @@ def test_the_units_take_what_it_renders(scene: Scene) -> None:
     do("redirect")
     assert [scene.connect(a) for a in BEYOND] == [REDIRECTED] * 2
     assert "as they should be" in scene.rules("verify")
+    # A change that is under way is waited for.
+    with _changing(scene, f"nft flush ruleset; sleep 0.3; nft -f {rendered}"):
+        assert "as they should be" in scene.rules("verify")
+    with _changing(scene, "sleep 0.3; nft flush ruleset"):
+        do("redirect")
+    assert [scene.connect(a) for a in BEYOND] == [REDIRECTED] * 2
     do("stop")
     assert [scene.connect(a) for a in BEYOND] == [REFUSED] * 2
     do("remove")
     assert scene.dump() == before
+
+
+@contextlib.contextmanager
+def _changing(scene: Scene, script: str) -> Iterator[None]:
+    """Somebody has the lock, and runs this."""
+    locked = ("flock", "/run/transocks-rules.lock", "sh", "-ec", f"echo; {script}")
+    process = scene.net.proxy.popen(*locked, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    yield
+    assert process.wait(10) == 0

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
 
 import lab
 import pytest
-from scene import BEYOND, DIRECT, REDIRECTED, Scene, backends, one_mode
+from scene import BEYOND, DIRECT, PRIVATE, REDIRECTED, REFUSED, Scene, backends, one_mode
 
 
 def _killed_after(scene: Scene, tool: str, times: int) -> None:
@@ -39,7 +44,7 @@ def test_killed_in_the_middle_of_a_trial_the_network_works_again(scene: Scene, h
     # With iptables when all chains are filled, or one family is hooked in; with nft when it has done all: what comes
     # before only asks.
     tool, times = (
-        ("nft", 3) if scene.backend == "nft" else ("iptables-restore", 2) if hooked else ("ip6tables-restore", 1)
+        ("nft", 2) if scene.backend == "nft" else ("iptables-restore", 2) if hooked else ("ip6tables-restore", 1)
     )
     _killed_after(scene, tool, times)
     assert re.search(r"@active|-A OUTPUT -p tcp -j TRANSOCKS" if hooked else r"@active|:TRANSOCKS", scene.dump())
@@ -78,49 +83,112 @@ def test_a_trial_is_confirmed_or_over(scene: Scene) -> None:
 
 HOLD = """
 import sys
-import transocks.commands.rules.verbs as rules
+import transocks.commands.rules.hold as rules
 from transocks.cli import main
 rules.LOOK_EVERY, rules.IN_FORCE = 0.1, 1
 main(["rules", "hold", "-f", sys.argv[1]])
 """
 
 
+@contextlib.contextmanager
+def _hold(scene: Scene) -> Iterator[tuple[subprocess.Popen[str], Callable[[], str], Callable[[], str]]]:
+    """`hold`, what it says next, and what it tells the service manager next."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(f"{scene.folder}/notify{time.monotonic_ns()}")
+        manager.settimeout(10)
+        command = ["env", f"PATH={scene.bin}", f"NOTIFY_SOCKET={manager.getsockname()}"]
+        command += [sys.executable, "-c", HOLD, str(scene.config)]
+        holder = scene.net.proxy.popen(*command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert holder.stdout is not None
+        yield holder, holder.stdout.readline, lambda: manager.recv(1000).decode()
+        holder.kill()
+        holder.wait()
+
+
 @backends(0)
 @one_mode("host")
 def test_held_rules_are_in_force_while_transocks_accepts(scene: Scene) -> None:
     before = scene.dump()
-    command = ["env", f"PATH={scene.bin}", sys.executable, "-c", HOLD, str(scene.config)]
-    holder = scene.net.proxy.popen(*command, stdout=subprocess.PIPE, text=True)
-    assert holder.stdout is not None
-    assert holder.stdout.readline().startswith("open: transocks does not accept connections")
-    assert scene.connect(lab.WEB_V4) == DIRECT
-    scene.start()
-    assert holder.stdout.readline() == "in force\n"
-    assert [scene.connect(a) for a in BEYOND] == [REDIRECTED] * 2
-    assert "as they should be" in scene.rules("verify")
-    scene.stop()
-    assert holder.stdout.readline().startswith("open: ")
-    assert [scene.connect(a) for a in BEYOND] == [DIRECT] * 2
-    scene.start()
-    assert holder.stdout.readline() == "in force\n"
-    scene.net.proxy.run("nft", "flush", "ruleset")  # as a restart of nftables.service does
-    scene.until(REDIRECTED)
-    # Killed both: the kernel ends it.
-    holder.kill()
-    scene.stop()
-    scene.until(DIRECT)
-    assert "rolled back" in scene.rules("verify", status=1)
+    scene.rules("apply", "--force")  # of an operator, in force for good
+    with _hold(scene) as (holder, says, tells):
+        assert says().startswith("open: transocks does not accept connections")
+        assert re.match(r"READY=1\nSTATUS=open: .*\n?$", tells())
+        assert tells().startswith("STATUS=open: ")
+        assert scene.connect(lab.WEB_V4) == DIRECT
+        scene.start()
+        assert says() == "in force\n"
+        assert tells() == "STATUS=in force"
+        assert [scene.connect(a) for a in BEYOND] == [REDIRECTED] * 2
+        assert "as they should be" in scene.rules("verify")
+        scene.stop()
+        assert says().startswith("open: ")
+        assert [scene.connect(a) for a in BEYOND] == [DIRECT] * 2
+        scene.start()
+        assert says() == "in force\n"
+        scene.net.proxy.run("nft", "flush", "ruleset")  # as a restart of nftables.service does
+        scene.until(REDIRECTED)
+        # Killed both: the kernel ends it.
+        holder.kill()
+        scene.stop()
+        scene.until(DIRECT)
+        assert "rolled back" in scene.rules("verify", status=1)
 
     scene.start()
-    holder = scene.net.proxy.popen(*command, stdout=subprocess.PIPE, text=True)
-    assert holder.stdout is not None
-    assert holder.stdout.readline() == "in force\n"
-    with scene.connected(lab.WEB_V4) as (early, became):
-        assert became == REDIRECTED
-        holder.terminate()
-        assert holder.wait(10) == 0
-        assert scene.connect(lab.WEB_V4) == DIRECT
-        early.sendall(b"hello")  # connection tracking goes on
-        assert early.recv(10) == b"hello"
+    with _hold(scene) as (holder, says, tells):
+        assert says() == "in force\n"
+        with scene.connected(lab.WEB_V4) as (early, became):
+            assert became == REDIRECTED
+            holder.terminate()
+            assert holder.wait(10) == 0
+            assert tells().startswith("READY=1\nSTATUS=in force")
+            assert scene.connect(lab.WEB_V4) == DIRECT
+            early.sendall(b"hello")  # connection tracking goes on
+            assert early.recv(10) == b"hello"
     scene.rules("remove")
     assert scene.dump() == before
+
+
+@backends(0)
+@pytest.mark.parametrize("mode", ["host", "gateway", "tproxy"], indirect=True)
+def test_held_closed_no_connection_goes_directly(scene: Scene) -> None:
+    before = scene.dump()
+    scene.configure('when_down = "closed"\n')
+    if scene.mode == "gateway":  # and both at once
+        scene.config.write_text(scene.config.read_text().replace('"gateway"', '["gateway", "host"]'))
+    with _hold(scene) as (holder, says, tells):
+        assert says().startswith("closed: transocks does not accept connections")
+        assert tells().startswith("READY=1\nSTATUS=closed: ")
+        assert [scene.connect(a) for a in BEYOND] == [REFUSED] * 2
+        assert [scene.connect(a) for a in PRIVATE] == [DIRECT] * 2
+        scene.start()
+        assert says() == "in force\n"
+        assert [scene.connect(a) for a in (*BEYOND, *PRIVATE)] == [REDIRECTED, REDIRECTED, DIRECT, DIRECT]
+        assert "as they should be" in scene.rules("verify")
+        with scene.connected(lab.WEB_V4) as (early, became):
+            assert became == REDIRECTED
+            # Nobody puts the rules back now, and still: what is flushed is not let out.
+            os.kill(holder.pid, signal.SIGSTOP)
+            scene.net.proxy.run("nft", "flush", "ruleset")
+            assert [scene.connect(a) for a in (*BEYOND, *PRIVATE)] == [REFUSED, REFUSED, DIRECT, DIRECT]
+            os.kill(holder.pid, signal.SIGCONT)
+            scene.until(REDIRECTED)
+            scene.rules("remove", "--keep-connections")
+            scene.until(REDIRECTED)
+            early.sendall(b"hello")
+            assert early.recv(10) == b"hello"
+        holder.kill()
+        holder.wait()
+    assert scene.connect(lab.WEB_V4) == REDIRECTED, "the rules stay"
+    scene.stop()
+    assert [scene.connect(a) for a in BEYOND] == [REFUSED] * 2
+    scene.rules("remove")
+    assert scene.dump() == before
+
+
+@one_mode("host")
+@backends(0)
+def test_what_can_not_be_held_has_a_status_of_its_own(scene: Scene) -> None:
+    scene.configure(users=["nobody-of-this-name"])
+    assert "there is none of that name" in scene.rules("hold", status=os.EX_CONFIG)
+    scene.configure(ports=[0])
+    assert "rules.ports" in scene.rules("hold", status=os.EX_CONFIG)

@@ -10,8 +10,8 @@ from ipaddress import ip_address
 from transocks.doctor.finding import Finding, fault, fine, unchecked, warning
 from transocks.doctor.flows import EXAMPLES, Flows, Mode, ports
 from transocks.doctor.seen import Seen
-from transocks.doctor.sockets import connections
 from transocks.netfilter.ruleset import Kind, Version
+from transocks.sockets import connections
 from usocksd.runtime.hostport import join_port
 
 _NAME = "probe"

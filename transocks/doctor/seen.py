@@ -15,10 +15,10 @@ from pathlib import Path
 import attrs
 
 from transocks.config import Config
-from transocks.doctor.sockets import Listener, listeners
 from transocks.firewall import routing
 from transocks.netfilter.loaded import NotShown, loaded
 from transocks.netfilter.ruleset import UNKNOWN, Ruleset, Unknown
+from transocks.sockets import Listener, listeners
 from usocksd.addresses import HostAddresses
 from usocksd.match import IPAddress
 from usocksd.runtime.verbs.client import Answer, Client, VerbError

@@ -11,6 +11,8 @@ configuration says:
     live.py      what is loaded on this host, and what the tools make of a text
     lock.py      one change at a time
     change.py    applies, confirms, prolongs and removes
+    watch.py     hears when tables are deleted
+    guard.py     tables that nobody else can flush
     verify.py    compares what is loaded with what should be                        (pure)
     foreign.py   which rules of others take connections before ours                 (pure)
 """

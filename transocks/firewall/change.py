@@ -14,7 +14,7 @@ from transocks.firewall import live
 from transocks.firewall.config import Mode, Tool
 from transocks.firewall.live import CHAINS, TABLES, Routes, Routing, has
 from transocks.firewall.lock import alone
-from transocks.firewall.render import render_iptables, render_nft
+from transocks.firewall.render import render_all_nft, render_iptables
 from transocks.firewall.saved import Changes, Table, changes, merge, parse_save, select, write
 from transocks.firewall.steps import FirewallError, Step, complaint, run
 from transocks.firewall.verify import ACTIVE, force_nft, guards
@@ -60,7 +60,7 @@ def apply(wanted: Sequence[Wanted], tool: Tool, *, seconds: int | None = None, i
 def _apply_nft(wanted: Sequence[Wanted], seconds: int | None) -> None:
     needed = {w.table for w in wanted}
     gone = [f"delete table inet {name}\n" for name in _our_tables() if name not in needed]
-    run(Step(("nft", "-f", "-"), "".join([*(render_nft(w, seconds=seconds) for w in wanted), *gone])))
+    run(Step(("nft", "-f", "-"), "".join([render_all_nft(wanted, seconds=seconds), *gone])))
 
 
 def _apply_iptables(wanted: Sequence[Wanted], seconds: int | None, families: Iterable[bool]) -> None:
@@ -154,6 +154,12 @@ def prolong(wanted: Sequence[Wanted], seconds: int) -> None:
     run(Step(("nft", "-f", "-"), "".join(lines)))
 
 
+def in_force(wanted: Sequence[Wanted]) -> bool:
+    """Whether these are loaded by nft, and in force; what somebody has changed inside of a chain is for verify."""
+    text = "".join(f"get element inet {w.table} {ACTIVE} {{ tcp, udp }}\n" for w in wanted)
+    return complaint(Step(("nft", "-f", "-"), text)) is None
+
+
 @alone()
 def remove(*, keep: bool = False) -> list[str]:
     """Remove everything that is ours; returns what the tools complained of.
@@ -189,7 +195,7 @@ def _remove_nft(*, keep: bool) -> list[str]:
         tables = _our_tables()
         text = ""
         if not keep:
-            tables += [KEEP] if ("inet", KEEP) in live.ruleset().tables() else []
+            tables += [KEEP] if ("inet", KEEP) in live.tables() else []
         elif tables:
             if _TPROXY in tables:
                 tables.remove(_TPROXY)
@@ -204,7 +210,7 @@ def _remove_nft(*, keep: bool) -> list[str]:
 
 
 def _our_tables() -> list[str]:
-    there = live.ruleset().tables()
+    there = live.tables()
     return [name for name in TABLES if ("inet", name) in there]
 
 

@@ -11,7 +11,7 @@ from transocks.firewall import live
 from transocks.firewall.config import Mode, Tool
 from transocks.firewall.foreign import table_of, taken
 from transocks.firewall.live import CHAINS, TABLES, Routes, Routing
-from transocks.firewall.render import render_iptables, render_nft
+from transocks.firewall.render import render_all_nft, render_iptables
 from transocks.firewall.saved import Table, merge, select
 from transocks.firewall.verify import compare, force_nft, from_nft, from_saved, guards
 from transocks.firewall.wanted import Wanted
@@ -53,7 +53,7 @@ def examine(wanted: Sequence[Wanted], tool: Tool, loaded: Ruleset, *, ipv6: bool
 
 
 def _check_nft(wanted: Sequence[Wanted], ruleset: live.Ruleset) -> Iterator[tuple[str, bool]]:
-    reference = live.as_loaded("".join(render_nft(w) for w in wanted))
+    reference = live.as_loaded(render_all_nft(wanted))
     for w in wanted:
         should = from_nft(reference.entries, reference.listing, w.table)
         assert should is not None

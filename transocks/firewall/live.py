@@ -17,6 +17,8 @@ from transocks.firewall.config import Mode
 from transocks.firewall.saved import Table, merge, parse_save
 from transocks.firewall.steps import Step, run
 from transocks.firewall.wanted import Wanted
+from transocks.netfilter.nft_json import ruleset_json
+from transocks.sockets import listeners
 from usocksd.match import IPAddress
 
 PREFERENCE = 7474
@@ -60,12 +62,17 @@ class Ruleset:
         return {(found["family"], found["name"]) for entry in self.entries if (found := entry.get("table"))}
 
 
-_LIST = "nft -j list ruleset && nft -a list ruleset"
-
-
 def ruleset() -> Ruleset:
     """Everything that nft sees. Raises FirewallError."""
-    return _ruleset(run(Step(("sh", "-c", _LIST))))
+    entries = json.loads(ruleset_json(lambda *argv: run(Step(argv))))["nftables"]
+    return Ruleset(tuple(entries), run(Step(("nft", "-a", "list", "ruleset"))))
+
+
+def tables() -> set[tuple[str, str]]:
+    """Family and name of each table of nft. Raises FirewallError."""
+    return {
+        (words[1], words[2]) for line in run(Step(("nft", "list", "tables"))).splitlines() if (words := line.split())
+    }
 
 
 def as_loaded(text: str) -> Ruleset:
@@ -73,11 +80,8 @@ def as_loaded(text: str) -> Ruleset:
 
     Takes CAP_SYS_ADMIN.
     """
-    return _ruleset(run(Step(("unshare", "--net", "sh", "-c", f"nft -f - && {_LIST}"), text)))
-
-
-def _ruleset(output: str) -> Ruleset:
-    first, _, listing = output.partition("\n")
+    script = "nft -f - && nft -j list ruleset && nft -a list ruleset"
+    first, _, listing = run(Step(("unshare", "--net", "sh", "-c", script), text)).partition("\n")
     return Ruleset(tuple(json.loads(first)["nftables"]), listing)
 
 
@@ -175,6 +179,14 @@ def _ours(route: Mapping[str, Any]) -> bool:
 
 def listening(port: int) -> set[IPAddress]:
     """The addresses on which something listens on this TCP port, in the network namespace of this process."""
+    try:
+        # `transocks rules hold` asks each second: of /proc the kernel makes a walk over the table of all connections.
+        return {listener.address for listener in listeners() if listener.port == port}
+    except OSError:  # a kernel without, or netlink is forbidden
+        return _listening_by_proc(port)
+
+
+def _listening_by_proc(port: int) -> set[IPAddress]:
     found = set()
     for name in ("tcp", "tcp6"):
         try:

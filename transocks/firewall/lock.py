@@ -35,11 +35,12 @@ def alone() -> Iterator[None]:
 
 def _open() -> IO[bytes]:
     try:
-        return open(FILE, "ab", opener=_for_root)
+        # To read: where /run is read-only (in a service, say), it will do when the file is there.
+        return open(FILE, "rb", opener=_for_root)
     except OSError:
-        # A read-only /run, or that of another user: the network namespace itself, which all can open.
+        # A read-only /run without it, or that of another user: the network namespace itself, which all can open.
         return open("/proc/self/ns/net", "rb")
 
 
 def _for_root(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW, 0o600)
+    return os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW, 0o600)

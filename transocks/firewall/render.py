@@ -12,6 +12,8 @@ from ipaddress import IPv4Network, IPv6Network, collapse_addresses
 from itertools import product
 from pathlib import Path
 
+import attrs
+
 from transocks.firewall.config import Mode, Tool
 from transocks.firewall.saved import delete, parse_save
 from transocks.firewall.steps import RuleSet, Step
@@ -43,6 +45,17 @@ def render(tool: Tool, wanted: Wanted, *, ipv6: bool = True) -> RuleSet:
         unload += [Step((restore, "--noflush"), delete(table)) for table in parse_save(text)]
     # Removed in the opposite order: what hooked in last goes first.
     return RuleSet(tuple(load), tuple(unload[::-1]))
+
+
+def render_all_nft(wanted: Iterable[Wanted], *, seconds: int | None = None) -> str:
+    """The rules of several modes as one text, so one transaction; see `render_nft`."""
+    first, *others = (render_nft(w, seconds=seconds) for w in wanted)
+    return "".join([first, *map(_redefining, others)])
+
+
+def _redefining(text: str) -> str:
+    """nft takes a second definition in one text, or by one socket, for a mistake."""
+    return re.sub(r"^define\b", "redefine", text, flags=re.MULTILINE)
 
 
 def render_nft(wanted: Wanted, *, seconds: int | None = None) -> str:
@@ -77,6 +90,30 @@ def render_nft(wanted: Wanted, *, seconds: int | None = None) -> str:
     text = _multiply(text, _NFT_TCP, list(_nft_matches(selection, "tcp")))
     quic = list(_nft_matches(_without_ports(selection), "udp")) if _quic(wanted) else []
     return _multiply(text, _NFT_UDP, quic)
+
+
+def render_guard(wanted: Wanted) -> str:
+    """For guard.py: a table of its own that refuses what these rules select and is not redirected, for good.
+
+    It filters, behind where the rules redirect; what they or others have redirected or mapped it leaves alone. So it
+    does nothing while they are in force, and refuses when they are not.
+    """
+    name = f"{wanted.table}_guard"
+    text = _redefining(render_nft(attrs.evolve(wanted, name=name, closed=True)))
+    # A table that has an owner can't be mentioned without.
+    text = _replace(
+        text, rf"^table inet {name} .*\n(delete table .*)$", rf"table inet {name} {{ flags owner; }}\n\1", 1
+    )
+    text = _replace(text, rf"^(table inet {name} \{{)$", r"\1\n\tflags owner", 1)
+    if wanted.mode is Mode.TPROXY:
+        text = _replace(text, r"^\t\tmeta nfproto ipv[46] meta l4proto tcp tproxy .*\n", "", 2)
+        text = _replace(text, r"^\t\ttcp flags .* socket transparent 1 .*\n", "", 2)
+        return _replace(text, r"type filter hook prerouting priority -150", "type filter hook forward priority -10", 1)
+    text = _replace(text, r"^(\tchain exempt \{)$", r"\1\n\t\tct status dnat accept", 1)
+    text = _replace(text, r"^(\t\tmeta l4proto tcp) redirect to :\$transocks_port$", r"\1 reject with tcp reset", 1)
+    if wanted.mode is Mode.HOST:
+        return _replace(text, r"type nat hook output priority -90", "type filter hook output priority -10", 1)
+    return _replace(text, r"type nat hook prerouting priority -90", "type filter hook forward priority -10", 1)
 
 
 def _render_nft_tproxy(text: str, wanted: Wanted) -> str:

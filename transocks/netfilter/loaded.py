@@ -11,6 +11,7 @@ from typing import TypeAlias
 
 from transocks.netfilter.iptables import read_iptables
 from transocks.netfilter.nft import iptables_tables, read_nft
+from transocks.netfilter.nft_json import ruleset_json
 from transocks.netfilter.ruleset import Ruleset, Version, merged
 from usocksd.errors import Error
 
@@ -40,7 +41,7 @@ def loaded(run: Run | None = None, net: Path = Path("/proc/self/net")) -> Rulese
 
 def _of_nft(run: Run) -> list[Ruleset]:
     """Its own tables, and those of iptables-nft, which nft shows without what is in their matches."""
-    text = run("nft", "--json", "list", "ruleset")
+    text = ruleset_json(run)
     theirs = iptables_tables(text)
     saved: list[Ruleset] = []
     for family, version, name in _FAMILIES:

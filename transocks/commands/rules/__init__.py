@@ -5,12 +5,13 @@ apply     apply it: nothing else of ours is loaded then; --confirm SECONDS has i
 confirm   make it stay
 verify    say what is not as it should be
 remove    leave nothing of it
-hold      apply, and have it in force only while transocks accepts
+hold      apply, and see to it that it stays so: for when_down = "open", in force only while transocks accepts
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import pkgutil
 import sys
 from collections.abc import Callable
@@ -51,18 +52,28 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     _add(
         verbs,
         "hold",
-        'for when_down = "open" with nft: apply, and have the rules in force only while transocks accepts; in the'
-        " foreground, until a signal ends it and the rules with it",
+        "with nft: apply, and load the rules again when somebody has flushed them; in the foreground, until a signal"
+        ' comes. With when_down = "open" they are in force only while transocks accepts, and end with this; with'
+        ' "closed", they stay',
+        module="hold",
+        failed=os.EX_CONFIG,  # to try again makes no sense, and a service manager can tell
     )
 
 
-def _add(verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str, help: str) -> argparse.ArgumentParser:
+def _add(
+    verbs: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    help: str,
+    *,
+    module: str = "verbs",
+    failed: int = FAILED,
+) -> argparse.ArgumentParser:
     def say(line: str) -> None:
         print(f"transocks rules {name}: {visible(line)}", file=sys.stderr)
 
     def run(args: argparse.Namespace) -> int:
         # A daemon, which has the same command line, has no use for it.
-        verb: Callable[[argparse.Namespace], int] = pkgutil.resolve_name(f"{__name__}.verbs:{name}")
+        verb: Callable[[argparse.Namespace], int] = pkgutil.resolve_name(f"{__name__}.{module}:{name}")
         try:
             return verb(args)
         except ConfigError as error:
@@ -71,7 +82,7 @@ def _add(verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str, 
         except Error as error:
             for line in str(error).splitlines():
                 say(line)
-        return FAILED
+        return failed
 
     parser = verbs.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.", allow_abbrev=False)
     # The same option as before the verb: here it must not set a default over that one.

@@ -1,13 +1,10 @@
-"""What the verbs of `transocks rules` do. Each takes the arguments, and returns the exit status."""
+"""What the verbs of `transocks rules` do, but `hold`. Each takes the arguments, and returns the exit status."""
 
 from __future__ import annotations
 
 import argparse
 import os
-import signal
-import time
-from collections.abc import Iterator, Sequence
-from typing import NoReturn
+from collections.abc import Iterator
 
 import attrs
 
@@ -15,7 +12,8 @@ from transocks.config import Config
 from transocks.firewall import change, live
 from transocks.firewall.config import Mode, RulesConfig, Tool, WhenDown
 from transocks.firewall.examine import examine
-from transocks.firewall.render import render_iptables, render_nft
+from transocks.firewall.lock import alone
+from transocks.firewall.render import render_all_nft, render_iptables
 from transocks.firewall.steps import FirewallError, choose_tool
 from transocks.firewall.wanted import Wanted, wanted_of
 from transocks.netfilter.loaded import loaded
@@ -25,9 +23,7 @@ from usocksd.runtime.verbs.client import Client, Refused, VerbError, visible
 DEFAULT = "/etc/transocks.toml"
 FAILED = 1
 
-# For `hold`: how often it looks, for how long at a time the rules are in force, and how long a daemon may take to say
-# how it is.
-LOOK_EVERY, IN_FORCE, ANSWER_WITHIN = 1.0, 10, 2.0
+ANSWER_WITHIN = 2.0  # seconds that a daemon may take to say how it is
 _WELL = ("ready", "reloading")
 
 
@@ -42,7 +38,7 @@ class Order:
     ipv6: bool
 
 
-def _order(args: argparse.Namespace) -> Order:
+def order_of(args: argparse.Namespace) -> Order:
     """Read the configuration. Raises ConfigError, or FirewallError."""
     path: str = args.f or DEFAULT
     config = configuration.load(Config, path)
@@ -57,11 +53,11 @@ def _order(args: argparse.Namespace) -> Order:
 
 def render(args: argparse.Namespace) -> int:
     """Print what would be loaded."""
-    order = _order(args)
+    order = order_of(args)
+    if order.tool is Tool.NFT:
+        print(render_all_nft(order.wanted), end="")
+        return 0
     for wanted in order.wanted:
-        if order.tool is Tool.NFT:
-            print(render_nft(wanted), end="")
-            continue
         for six in (False, True) if order.ipv6 else (False,):
             print(f"# for {'ip6tables' if six else 'iptables'}-restore --noflush")
             if wanted.mode is Mode.TPROXY:
@@ -73,8 +69,8 @@ def render(args: argparse.Namespace) -> int:
 
 def apply(args: argparse.Namespace) -> int:
     """Load it, and say what that means."""
-    order = _order(args)
-    if (problem := _not_accepting(order)) is not None and not args.force:
+    order = order_of(args)
+    if (problem := not_accepting(order)) is not None and not args.force:
         raise FirewallError(f"{problem}; with --force the rules are applied all the same")
     change.apply(order.wanted, order.tool, seconds=args.confirm, ipv6=order.ipv6)
     print(*_what_now(order, args.confirm), sep="\n")
@@ -112,7 +108,7 @@ def _what_now(order: Order, seconds: int | None) -> Iterator[str]:
         )
 
 
-def _not_accepting(order: Order) -> str | None:
+def not_accepting(order: Order) -> str | None:
     """Why the rules would send connections to nobody, or None."""
     missing = [where for wanted in order.wanted for where in live.unheard(wanted, order.ipv6)]
     if missing:
@@ -136,8 +132,9 @@ def confirm(args: argparse.Namespace) -> int:
 
 def verify(args: argparse.Namespace) -> int:
     """Print what is not as it should be."""
-    order = _order(args)
-    report = examine(order.wanted, order.tool, loaded(), ipv6=order.ipv6)
+    order = order_of(args)
+    with alone():  # half of a change would read as faults
+        report = examine(order.wanted, order.tool, loaded(), ipv6=order.ipv6)
     for fault in report.faults:
         print(visible(fault))
     for note in report.notes:
@@ -153,48 +150,3 @@ def remove(args: argparse.Namespace) -> int:
     if complaints:
         raise FirewallError("\n".join(complaints))
     return 0
-
-
-def hold(args: argparse.Namespace) -> int:
-    """Apply, and have it in force only while transocks accepts; until a signal comes."""
-    order = _order(args)
-    if order.tool is not Tool.NFT:
-        raise FirewallError("needs nft: rules of iptables have nothing that ends by itself and can be prolonged")
-    if order.rules.when_down is WhenDown.CLOSED:
-        raise FirewallError('when_down is "closed": then the rules stay, whatever becomes of transocks; apply them')
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
-    try:
-        _hold_for_ever(order)
-    except KeyboardInterrupt:
-        return 0
-    finally:
-        change.remove(keep=True)  # what transocks carries goes on, for as long as it lives
-
-
-def _hold_for_ever(order: Order) -> NoReturn:
-    applied = False
-    in_force: bool | None = None
-    said: str | None = None
-    while True:
-        problem = _not_accepting(order)
-        if problem is None:
-            # At first, what is there may be of another configuration.
-            if not applied or not _prolonged(order.wanted, IN_FORCE):
-                change.apply(order.wanted, order.tool, seconds=IN_FORCE, ipv6=order.ipv6)
-                applied = True
-        elif in_force:
-            _prolonged(order.wanted, 0)  # if not, they end by themselves
-        if problem != said or in_force is None:
-            print(f"open: {problem}" if problem else "in force", flush=True)
-        in_force, said = problem is None, problem
-        time.sleep(LOOK_EVERY)
-
-
-def _prolonged(wanted: Sequence[Wanted], seconds: int) -> bool:
-    """Whether that could be done: not, when somebody has flushed the rules."""
-    try:
-        change.prolong(wanted, seconds)
-    except FirewallError:
-        return False
-    return True

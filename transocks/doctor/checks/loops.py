@@ -14,10 +14,10 @@ import attrs
 from transocks.doctor.finding import Finding, fault, fine, unchecked
 from transocks.doctor.flows import EXAMPLES, LOOPBACK, Flows, Mode, comes_back, sent
 from transocks.doctor.seen import Identity, Seen
-from transocks.doctor.sockets import Listener
 from transocks.doctor.upstreams import goes_direct, proxies
 from transocks.netfilter.ruleset import UNKNOWN, Unknown, Version
 from transocks.netfilter.walk import walk
+from transocks.sockets import Listener
 from usocksd.match import IPAddress
 
 _EXEMPT = "exempt it in the rules by its user, or by a mark that its configuration sets"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 import sys
@@ -23,6 +24,7 @@ _REQUEST = struct.Struct("=BBBxI48x")
 # family, state, timer, retransmits; port, peer's port, address, peer's address, ...; expires, queues, uid, inode
 _ANSWER = struct.Struct("=BBBB2s2s16s16s12xIIIII")
 _ATTRIBUTE = struct.Struct("=HH")
+_CODE = struct.Struct("=i")  # nlmsgerr
 _SKV6ONLY, _SOCKOPT = 11, 22
 _TRANSPARENT = 0x20 if sys.byteorder == "little" else 0x04  # the sixth bit of struct inet_diag_sockopt
 
@@ -75,7 +77,10 @@ def _dump(family: int, states: int) -> Iterator[bytes]:
             data = sock.recv(1 << 16)
             while data:
                 length, kind, _, _, _ = _HEADER.unpack_from(data)
-                if kind in {_NLMSG_ERROR, _NLMSG_DONE}:
+                if kind == _NLMSG_ERROR:
+                    code = -_CODE.unpack_from(data, _HEADER.size)[0]
+                    raise OSError(code, os.strerror(code))
+                if kind == _NLMSG_DONE:
                     return
                 yield data[_HEADER.size : length]
                 data = data[length + 3 & ~3 :]

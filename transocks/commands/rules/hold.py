@@ -1,0 +1,151 @@
+"""`transocks rules hold`: the rules stay as [rules] says, whoever flushes them; see docs/firewall.md.
+
+With when_down = "open" they are in force only while transocks accepts, for some seconds at a time: the kernel ends them
+should this process not be there to do so. With "closed" they are in force for good, and a guard, which nobody else can
+flush, refuses what they are not there to redirect.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+from typing import Protocol
+
+import attrs
+
+from transocks.commands.rules.verbs import Order, not_accepting, order_of
+from transocks.firewall import change
+from transocks.firewall.config import Tool, WhenDown
+from transocks.firewall.guard import Guard
+from transocks.firewall.render import render_guard
+from transocks.firewall.steps import FirewallError
+from transocks.firewall.watch import TableWatch
+from usocksd.runtime.processes.notify import Notifier
+from usocksd.runtime.verbs.client import visible
+
+LOOK_EVERY, IN_FORCE = 1.0, 10  # seconds: how often it looks, and for how long at a time rules that end are in force
+_STOP_WITHIN = 60.0  # another change of the rules may be under way, which has half of that
+
+
+class Held(Protocol):
+    """How the rules are held."""
+
+    def look(self) -> str:
+        """Put right what is not; returns how it is, in a line. Raises FirewallError."""
+
+    def end(self) -> str:
+        """Nobody looks any more; returns what that means, if there is something to say."""
+
+
+def hold(args: argparse.Namespace) -> int:
+    """Hold the rules until a signal comes. What it says goes to the service manager as well, if one has started it."""
+    order = order_of(args)
+    if order.tool is not Tool.NFT:
+        raise FirewallError("needs nft: rules of iptables have nothing that ends by itself and can be prolonged")
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
+    notifier = Notifier()
+    with TableWatch() as watch:
+        held: Held = _Closed(order, watch) if order.rules.when_down is WhenDown.CLOSED else _Open(order, watch)
+        try:
+            said: str | None = None
+            while True:
+                state = _state(held)
+                if said is None:
+                    notifier.ready(state)
+                if state != said:
+                    print(state, flush=True)
+                    notifier.status(state)
+                said = state
+                notifier.alive()
+                watch.wait(LOOK_EVERY)
+        except KeyboardInterrupt:
+            return 0
+        finally:
+            notifier.stopping("stopping", _STOP_WITHIN)
+            if last := held.end():
+                print(last, flush=True)
+
+
+def _state(held: Held) -> str:
+    try:
+        return held.look()
+    except FirewallError as error:  # as a cgroup that is not there yet: there may be one the next time
+        return visible(f"fault: {' '.join(str(error).split())}")
+
+
+@attrs.define
+class _Open:
+    _order: Order
+    _watch: TableWatch
+    _applied: bool = False
+    _in_force: bool | None = None  # None: what is there is of another configuration, say
+
+    def look(self) -> str:
+        if self._in_force:
+            self._keep()  # before the daemon is asked, which takes its time
+        problem = not_accepting(self._order)
+        if problem is not None:
+            if self._in_force is not False:
+                self._prolonged(0)  # if not, they end by themselves
+            self._in_force = False
+            return f"open: {problem}"
+        if not self._in_force:
+            self._keep()
+        self._in_force = True
+        return "in force"
+
+    def _keep(self) -> None:
+        if not self._applied or not self._prolonged(IN_FORCE):
+            _apply(self._order, self._watch, IN_FORCE)
+            self._applied = True
+
+    def _prolonged(self, seconds: int) -> bool:
+        """Whether that could be done: not, when somebody has flushed the rules."""
+        try:
+            change.prolong(self._order.wanted, seconds)
+        except FirewallError:
+            return False
+        return True
+
+    def end(self) -> str:
+        return "; ".join(change.remove(keep=True))  # what transocks carries goes on, for as long as it lives
+
+
+@attrs.define
+class _Closed:
+    _order: Order
+    _watch: TableWatch
+    _applied: bool = False
+    _guard: Guard | None = None
+    _unguarded: str | None = None
+
+    def look(self) -> str:
+        if self._guard is None or self._unguarded is not None:
+            self._load_guard()
+        if not self._applied or not change.in_force(self._order.wanted):
+            _apply(self._order, self._watch)
+            self._applied = True
+        problem = not_accepting(self._order)
+        state = "in force" if problem is None else f"closed: {problem}"
+        return state if self._unguarded is None else f"{state}; without a guard: {self._unguarded}"
+
+    def _load_guard(self) -> None:
+        try:
+            if self._guard is None:
+                self._guard = Guard()
+            self._guard.load("".join(map(render_guard, self._order.wanted)))
+        except FirewallError as error:  # an old kernel, say, or another `hold`: the rules are there all the same
+            self._unguarded = visible(" ".join(str(error).split()))
+        else:
+            self._unguarded = None
+
+    def end(self) -> str:
+        return "closed: the rules stay; `transocks rules remove` removes them"
+
+
+def _apply(order: Order, watch: TableWatch, seconds: int | None = None) -> None:
+    try:
+        change.apply(order.wanted, order.tool, seconds=seconds, ipv6=order.ipv6)
+    finally:
+        watch.forget()  # that was this

@@ -22,7 +22,14 @@ import lab
 
 ROOT = Path(__file__).parents[2]
 UNITS = ROOT / "deploy" / "systemd"
-SERVICES = ["usocksd.service", "transocks.service", "transocks-rules.service", "transocks-rules-early.service"]
+SERVICES = [
+    "usocksd.service",
+    "transocks.service",
+    "transocks-rules.service",
+    "transocks-rules-early.service",
+    "transocks-hold.service",
+    "transocks-hold-closed.service",
+]
 INSTALLED = re.compile(r"/opt/transocks/bin/\w+|/usr/local/lib/transocks/[\w.-]+")
 
 

@@ -125,7 +125,8 @@ def test_held_rules_are_in_force_while_transocks_accepts(scene: Scene) -> None:
         assert [scene.connect(a) for a in BEYOND] == [DIRECT] * 2
         scene.start()
         assert says() == "in force\n"
-        scene.net.proxy.run("nft", "flush", "ruleset")  # as a restart of nftables.service does
+        for _ in range(2):  # as a restart of nftables.service does
+            scene.net.proxy.run("nft", "flush", "ruleset")
         scene.until(REDIRECTED)
         # Killed both: the kernel ends it.
         holder.kill()
@@ -185,10 +186,23 @@ def test_held_closed_no_connection_goes_directly(scene: Scene) -> None:
     assert scene.dump() == before
 
 
+WATCH = """
+import subprocess
+from transocks.firewall.watch import TableWatch
+with TableWatch() as watch:
+    subprocess.run(["nft", "add table inet foreign; add chain inet foreign c"], check=True)
+    assert not watch.wait(0.01)
+    subprocess.run(["nft", "flush", "ruleset"], check=True)
+    assert watch.wait(10)
+    assert not watch.forget()
+"""
+
+
 @one_mode("host")
 @backends(0)
-def test_what_can_not_be_held_has_a_status_of_its_own(scene: Scene) -> None:
+def test_what_hold_hears_of_and_what_it_can_not_hold(scene: Scene) -> None:
     scene.configure(users=["nobody-of-this-name"])
     assert "there is none of that name" in scene.rules("hold", status=os.EX_CONFIG)
     scene.configure(ports=[0])
     assert "rules.ports" in scene.rules("hold", status=os.EX_CONFIG)
+    scene.net.proxy.run(sys.executable, "-c", WATCH)

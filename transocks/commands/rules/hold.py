@@ -24,6 +24,7 @@ from usocksd.runtime.processes.notify import Notifier
 from usocksd.runtime.verbs.client import visible
 
 LOOK_EVERY, IN_FORCE = 1.0, 10  # seconds: how often it looks, and for how long at a time rules that end are in force
+_AT_ONCE = 3  # how often it loads rules again that are gone as soon: nftables.service, restarted, flushes twice
 _STOP_WITHIN = 60.0  # another change of the rules may be under way, which has half of that
 
 
@@ -145,7 +146,10 @@ class _Closed:
 
 
 def _apply(order: Order, watch: TableWatch, seconds: int | None = None) -> None:
-    try:
-        change.apply(order.wanted, order.tool, seconds=seconds, ipv6=order.ipv6)
-    finally:
-        watch.forget()  # that was this
+    for _ in range(_AT_ONCE):
+        try:
+            change.apply(order.wanted, order.tool, seconds=seconds, ipv6=order.ipv6)
+        finally:
+            watch.forget()  # tables that this has deleted; and others' doing, so look
+        if change.in_force(order.wanted):
+            return

@@ -20,7 +20,7 @@ from usocksd.errors import Error
 from usocksd.runtime.fast_open import accept_fast_open
 from usocksd.runtime.hostport import join_port
 from usocksd.runtime.listeners import NO_SUCH_FAMILY, ListenError, is_transparent, listen, queue
-from usocksd.runtime.options import set_options
+from usocksd.runtime.options import keep_alive, set_options
 from usocksd.runtime.processes.plan import Address
 
 Place = tuple[str, int]
@@ -216,6 +216,7 @@ def check_inherited(sockets: Sequence[socket.socket]) -> None:
         if not internet or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             raise Error("socket activation (LISTEN_FDS): expected listening TCP sockets (ListenStream=ADDRESS:PORT)")
         set_options(sock)
+        keep_alive(sock)
         accept_fast_open(sock)
 
 

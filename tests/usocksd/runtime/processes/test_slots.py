@@ -292,7 +292,12 @@ def test_inherited_sockets_are_everybody_s(nothing_leaks: None) -> None:
     owner = socket.create_server(("127.0.0.1", 0))
     slots = Slots([owner.dup()])
     check_inherited(slots.inherited)
-    assert all(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_FASTOPEN) for sock in slots.inherited)
+    for level, option in (
+        (socket.IPPROTO_TCP, socket.TCP_FASTOPEN),
+        (socket.IPPROTO_TCP, socket.TCP_NODELAY),
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE),
+    ):
+        assert all(sock.getsockopt(level, option) for sock in slots.inherited)
     slots.open([V4], 4)
     assert slots.of(0, [V4]) == slots.of(3, [V4]) == slots.filenos()
     assert slots.names() == [owner.getsockname()]

@@ -227,6 +227,7 @@ class Upstream:
                 if endpoint.unproven:
                     await endpoint.send_all(data)
                     await endpoint.proven()
+                    attempt.check()
                     data = b""
                 attempt.sent = True
             data, unsent = data + unsent, b""

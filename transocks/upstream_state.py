@@ -46,11 +46,12 @@ class Attempt:
         self._replaceable = replaceable
 
     def check(self) -> None:
-        """Raise PeerReset if it is `left`. To be asked after every wait: it may have been left when that was over
-        already, and its task about to run, and then nobody says so again.
+        """Raise PeerReset if it is `left`, or the client is gone. To be asked after every wait: that may have come when
+        the wait was over already, and its task about to run, and then nobody says so again.
         """
         if self.left:
             raise PeerReset
+        self._client.check_peer()
 
     def leave(self) -> None:
         """Give it up, if the session has something else to try and may."""

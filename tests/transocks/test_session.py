@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from socket import socket as Socket
+from typing import Any
 
 import daemons
 import pytest
@@ -22,7 +23,10 @@ from daemons import Daemon, Served
 from inside import Proxy, transocks_inside
 
 import transocks.session
+import transocks.upstream
 from transocks.original_dst import Destination, NotRedirected
+from usocksd.runtime.dial import dial
+from usocksd.runtime.endpoint import Endpoint
 
 WEB = Destination("203.0.113.80", 80)
 WEB_V6 = Destination("2001:db8:80::80", 443)
@@ -245,8 +249,9 @@ async def test_the_upstream_by_name(tmp_path: Path) -> None:
         assert proxy.record("proxy starts")["upstream"] == f"socks5://upstream.test:{upstream.port}"
 
 
-@pytest.mark.parametrize("where", ["connecting", "asking"])
-async def test_a_client_that_goes_ends_the_attempt(tmp_path: Path, where: str) -> None:
+@pytest.mark.parametrize("where", ["connecting", "connected", "asking"])
+async def test_a_client_that_goes_ends_the_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """Also in the moment in which there is a connection to the upstream, and its task about to run."""
     asked = trio.Event()
     token = trio.lowlevel.current_trio_token()
 
@@ -255,16 +260,29 @@ async def test_a_client_that_goes_ends_the_attempt(tmp_path: Path, where: str) -
         token.run_sync_soon(asked.set)
         sock.recv(1)
 
+    async def dial_too_late(*arguments: Any, client: Endpoint | None = None, **more: Any) -> Any:
+        found = await dial(*arguments, client=client, **more)
+        if client is not None:  # it is no probe
+            await go()
+            await proxy.until(lambda: client.more, "the reactor has seen that")
+        return found
+
+    async def go() -> None:
+        stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
+        await stream.aclose()
+
+    if where == "connected":
+        monkeypatch.setattr(transocks.upstream, "dial", dial_too_late)
     with daemons.blackhole() as full, Served(daemons.loopback(), handle) as mute:
         port = full if where == "connecting" else mute.port
         async with running(tmp_path, f"socks5://127.0.0.1:{port}") as proxy:
             stream = await proxy.connect()
             if where == "asking":
                 await asked.wait()
-            else:
+            elif where == "connecting":
                 await proxy.until(lambda: proxy.live == 1, "it is accepted")
-            stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
-            await stream.aclose()
+            if where != "connected":
+                await go()
             assert (await proxy.recorded("client is gone"))["severity"] == "info"
 
 

@@ -237,3 +237,27 @@ def test_any_text_is_checked(tmp_path_factory: pytest.TempPathFactory, text: str
     file.write_text(f"[incoming]\nport = {text}", encoding="utf-8")
     for line in output(usocksd.cli.main, "check", "-q", str(file)).splitlines():
         assert re.match(rf"{re.escape(str(file))}:\d+:", line)
+
+
+@pytest.mark.parametrize("verb", [["check"], ["check", "--json"], ["explain", "--from", "10.0.0.1"]])
+@pytest.mark.parametrize("output", ["full", "pipe", "closed"])
+def test_what_can_t_be_written_is_no_answer(
+    file: Path, verb: list[str], output: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither "faults" nor "denied", which are 1. (And nobody wants to hear of a pipe into `head`.)"""
+    file.write_text("")
+    arguments = [*verb, str(file), *(["192.0.2.1:80"] if verb[0] == "explain" else [])]
+    with contextlib.ExitStack() as stack:
+        stdout = None
+        if output == "full":
+            stdout = stack.enter_context(open("/dev/full", "w"))
+        elif output == "pipe":
+            reader, writer = os.pipe()
+            os.close(reader)
+            stdout = stack.enter_context(open(writer, "w"))
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert usocksd.cli.main(arguments) == (0 if output == "closed" else 2)
+        if output == "closed":
+            sys.stdout.close()  # what stood in for it
+    said = "usocksd: can't write to standard output: No space left on device\n" if output == "full" else ""
+    assert capsys.readouterr().err == said

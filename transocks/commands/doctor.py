@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import sys
 
@@ -50,8 +49,6 @@ def _run(args: argparse.Namespace) -> int:
     from transocks.doctor import State, examine  # noqa: PLC0415
     from transocks.doctor.report import as_json, as_text  # noqa: PLC0415
 
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
     file = args.f or _DEFAULT
     try:
         config = configuration.load(Config, file)

@@ -6,7 +6,6 @@ import argparse
 import bz2
 import contextlib
 import gzip
-import io
 import json
 import lzma
 import os
@@ -104,17 +103,12 @@ def _parse_limit(text: str) -> int | None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return _diff(args)
     except ConfigError as error:
         trouble: Sequence[object] = [f"{error.source}: {fault}" for fault in error.faults]
-    except (Error, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+    except Error as error:
         trouble = str(error).split("\n")
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _TROUBLE
     except KeyboardInterrupt:
         return _INTERRUPTED
     for line in trouble:
@@ -149,13 +143,13 @@ def _diff(args: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _open(path: str) -> Iterator[IO[bytes]]:
-    if path == "-":
-        yield sys.stdin.buffer
-        return
     opener = _OPENERS.get(os.path.splitext(path)[1], open)
     try:
-        with opener(path, "rb") as file:
-            yield file
+        if path == "-":
+            yield sys.stdin.buffer
+        else:
+            with opener(path, "rb") as file:
+                yield file
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         reason = getattr(error, "strerror", None) or error
         raise Error(f"{path}: {reason}") from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import re
 import shutil
@@ -112,8 +111,6 @@ def _parse_destination(text: str) -> tuple[str, int]:
 
 
 def _run(daemon: Operated, args: argparse.Namespace) -> int:
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
     host, port = args.to
     request = {"client": args.client, "user": args.user, "host": host, "port": port}
     try:

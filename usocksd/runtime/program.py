@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import io
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,10 @@ from usocksd.runtime.processes.invocation import Invocation
 from usocksd.runtime.processes.plan import Daemon
 
 AddVerb = Callable[["argparse._SubParsersAction[argparse.ArgumentParser]"], None]
+
+# What only writing can end in; with verbs, to standard output.
+_NOT_WRITTEN = {errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+_TROUBLE = 2
 
 
 class Program:
@@ -41,7 +48,7 @@ class Program:
             return worker.main(self._daemon, int(channel))
         args = self._parser.parse_args(argv)
         run: Callable[[argparse.Namespace], int] = args.run
-        return run(args)
+        return run(args) if run == self._run_daemon else run_printing(self._daemon.name, run, args)
 
     def _make_parser(self, description: str, verbs: Sequence[AddVerb]) -> argparse.ArgumentParser:
         # Flags of the originals have one dash; two are taken as well.
@@ -71,3 +78,26 @@ class Program:
             return configuration.read(path), path
 
         return master.main(Invocation(self._daemon.name, read, args.logfile, args.loglevel, args.logformat))
+
+
+def run_printing(program: str, run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    """Run a verb; returns its exit status, or that of trouble when what it says can't be written: not 1, which is an
+    answer of some verbs.
+    """
+    if sys.stdout is None:  # closed
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  as long as the process
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is by itself
+    try:
+        status = run(args)
+        sys.stdout.flush()
+    except OSError as error:
+        if error.errno not in _NOT_WRITTEN or error.filename is not None:
+            raise
+        # What is left in the buffer has nowhere to go when Python flushes it at exit.
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        if error.errno != errno.EPIPE:  # as `| head` does
+            print(f"{program}: can't write to standard output: {error.strerror}", file=sys.stderr)
+        return _TROUBLE
+    return status

@@ -7,7 +7,6 @@ else: no socket is bound, no log is written, no name server asked beyond what lo
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import re
 import sys
@@ -108,8 +107,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
 
 def _run(daemon: Checked[Any], args: argparse.Namespace) -> int:
     """Run the verb; returns the exit status."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is by itself
     path: str | None = args.file or args.f
     file = path or daemon.default
     faults: list[Finding] = []

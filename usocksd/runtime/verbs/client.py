@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import json
-import os
 import socket
 import sys
 import time
@@ -107,21 +105,14 @@ def run_verb(
     daemon: Operated, verb: str, run: Callable[[Client, argparse.Namespace], None], args: argparse.Namespace
 ) -> int:
     """Run a verb, which asks and prints, and raises Error if there is nothing to print. Returns the exit status."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
     prefix = f"{daemon.name} {verb}: "
     try:
         run(Client(daemon.name, find_control(daemon, args, prefix)), args)
-        sys.stdout.flush()
     except Error as error:
         if args.json and isinstance(error, Refused):
             print_json(error.answer)
         for line in str(error).split("\n"):
             print(f"{prefix}{visible(line)}", file=sys.stderr)
-        return _FAILED
-    except BrokenPipeError:
-        # As `| head` does. What is left in the buffer has nowhere to go when Python flushes it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _FAILED
     except KeyboardInterrupt:
         return _INTERRUPTED

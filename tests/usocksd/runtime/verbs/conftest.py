@@ -57,6 +57,7 @@ trio.run(main)
 # A command line as the daemons have it, with a default configuration and control socket of the test's.
 _VERB = """
 import argparse, sys
+from usocksd.runtime.program import run_printing
 from usocksd.runtime.verbs.client import Operated
 from usocksd.runtime.verbs.parsers import add_parsers
 
@@ -65,7 +66,7 @@ parser = argparse.ArgumentParser("usocksd")
 parser.add_argument("-f")
 add_parsers(parser.add_subparsers(required=True), Operated("usocksd", config, control, ("user", "rule", "egress")))
 args = parser.parse_args(words)
-sys.exit(args.run(args))
+sys.exit(run_printing("usocksd", args.run, args))
 """
 
 

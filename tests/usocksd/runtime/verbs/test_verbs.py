@@ -332,7 +332,7 @@ def test_a_reader_that_has_seen_enough(bench: Bench) -> None:
         bench.command("status", "--json"), stdout=writing, stderr=subprocess.PIPE, text=True, check=False
     )
     os.close(writing)
-    assert (result.returncode, result.stderr) == (1, "")
+    assert (result.returncode, result.stderr) == (2, "")
 
 
 @pytest.mark.parametrize(

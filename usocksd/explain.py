@@ -27,6 +27,7 @@ UNREACHABLE: Final = "unreachable"
 """Allowed, and yet there is nowhere to connect to, or nothing to leave from."""
 
 REQUIRED: Final = "auth.required"
+NO_USERS: Final = "there are no users: with any password the client is let in, and is nobody to the rules"
 
 Json = dict[str, Any]
 
@@ -77,6 +78,7 @@ class Explainer:
             "rule": None,
             "pool": None,
             "error": None,
+            "note": None,
             "canonical": None,
             "absent": [],
             "steps": [],
@@ -90,12 +92,14 @@ class Explainer:
 
     async def _judge(self, asked: Asked, answer: Json) -> Json:
         """What to change in the answer."""
-        client, user, port = asked.client, asked.user, asked.port
         policy = self.policy
-        if not policy.clients.admits(client):
+        if not policy.clients.admits(asked.client):
             return {"rule": ALLOW_FROM, "error": "clients of this address are not admitted"}
-        if user is not None and policy.users is None:
-            return {"rule": USERS, "error": "there are no users: nobody can authenticate"}
+        if asked.user is not None and policy.users is None:
+            # As session.py does.
+            answer["note"] = NO_USERS
+            asked = attrs.evolve(asked, user=None)
+        client, user, port = asked.client, asked.user, asked.port
         if user is not None and user not in (policy.users or ()):
             return {"rule": USERS, "error": "there is no such user"}
         if user is None and policy.required:

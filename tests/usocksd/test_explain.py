@@ -208,11 +208,18 @@ def test_explained_for_people(server: Daemon) -> None:
     assert "  no mail: does not match, port 443 not in 25, 6000-6100\n" in verbose
 
 
+def test_a_user_where_there_are_none(server: Daemon, destination: Served) -> None:
+    """The daemon takes any password then, and no rule knows who that is: not the one that denies "ci"."""
+    text = run("explain", file_of(server), "--from", "127.0.0.1", "--user", "ci", f"open.test:{destination.port}")
+    first, second, *_ = text.splitlines()
+    assert first.startswith(f"127.0.0.1 (ci) to open.test:{destination.port}: allowed by this host")
+    assert second == "there are no users: with any password the client is let in, and is nobody to the rules"
+    assert "user is nobody" in text
+
+
 def test_what_comes_before_the_rules(server: Daemon, tmp_path: Path) -> None:
     text = run("explain", file_of(server), "--from", "203.0.113.1", "open.test:80", status=1)
     assert text == "203.0.113.1 to open.test:80: denied by allow_from: clients of this address are not admitted\n"
-    text = run("explain", file_of(server), "--from", "127.0.0.1", "--user", "ci", "open.test:80", status=1)
-    assert "users_file: there are no users" in text
     users = tmp_path / "users"
     users.write_text("ci:$2y$04$" + "a" * 53 + "\n")
     config = tmp_path / "users.toml"

@@ -184,6 +184,8 @@ async def _explain(config: Config, request: Json) -> Json:
 
 def _as_text(answer: Json, *, verbose: bool) -> Iterator[str]:
     yield visible(_headline(answer))
+    if note := answer.get("note"):  # (which a daemon of before there were any does not say)
+        yield note
     steps = answer["steps"]
     if steps:
         yield ""

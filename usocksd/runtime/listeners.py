@@ -15,7 +15,7 @@ from usocksd.errors import Error
 from usocksd.runtime.endpoint import Endpoint, TransparentEndpoint
 from usocksd.runtime.fast_open import accept_fast_open
 from usocksd.runtime.hostport import join_port, unmapped
-from usocksd.runtime.options import keep_alive, set_options
+from usocksd.runtime.options import set_listener_options
 from usocksd.runtime.reactor import Reactor
 
 log = logging.getLogger(__name__)
@@ -94,8 +94,7 @@ def listen(host: str, port: int, *, reuse_port: bool = False, transparent: bool 
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        set_options(sock)
-        keep_alive(sock)
+        set_listener_options(sock)
         if transparent:
             sock.setsockopt(socket.IPPROTO_IP, _IP_TRANSPARENT, 1)
         accept_fast_open(sock)

@@ -7,7 +7,6 @@ import socket
 # A peer that is silent for five minutes is asked, and taken for dead when it answers none of six probes in a minute.
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 300), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 6))
 
-
 KEEP_ALIVE_AFTER = 60.0
 """When a relay has lived so many seconds, its outgoing connection is worth the five system calls of `keep_alive`."""
 
@@ -18,6 +17,12 @@ def set_options(sock: socket.SocketType) -> None:
     """
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+
+
+def set_listener_options(sock: socket.SocketType) -> None:
+    """All of them, for the connections that it accepts: they inherit them."""
+    set_options(sock)
+    keep_alive(sock)
 
 
 def keep_alive(sock: socket.SocketType) -> None:

@@ -20,7 +20,7 @@ from usocksd.errors import Error
 from usocksd.runtime.fast_open import accept_fast_open
 from usocksd.runtime.hostport import join_port
 from usocksd.runtime.listeners import NO_SUCH_FAMILY, ListenError, is_transparent, listen, queue
-from usocksd.runtime.options import keep_alive, set_options
+from usocksd.runtime.options import set_listener_options
 from usocksd.runtime.processes.plan import Address
 
 Place = tuple[str, int]
@@ -215,8 +215,7 @@ def check_inherited(sockets: Sequence[socket.socket]) -> None:
         internet = sock.family in (socket.AF_INET, socket.AF_INET6) and sock.type == socket.SOCK_STREAM
         if not internet or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             raise Error("socket activation (LISTEN_FDS): expected listening TCP sockets (ListenStream=ADDRESS:PORT)")
-        set_options(sock)
-        keep_alive(sock)
+        set_listener_options(sock)
         accept_fast_open(sock)
 
 

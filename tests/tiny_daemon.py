@@ -63,6 +63,7 @@ from usocksd.runtime.settings import (
     ListenIP,
     ListenPort,
     LogConfig,
+    ReadableFile,
     SocketPath,
     Timeouts,
     Workers,
@@ -86,6 +87,7 @@ class Config:
     metrics_default: ListenPort = 0
     metrics_address: ListenIP = LOCALHOST[0]
     warning: Annotated[str, text(str, "a text")] = ""
+    file: ReadableFile | None = None
 
 
 def plan(config: Config) -> Plan:
@@ -134,6 +136,12 @@ def keeping(parts: Parts) -> tuple[Callable[[], Awaitable[None]], ...]:
 
 def build(config: Config, parts: Parts) -> Built:
     misbehave("build")
+    if config.file is not None:
+        say(file=parts.read(config.file).decode())
+    return make(parts)
+
+
+def make(parts: Parts) -> Built:
     if (FOLDER / "fail-build").exists():
         raise Error("can't build: the test says so")
     pipes = PipePool(most_pipes(parts.descriptors))

@@ -22,6 +22,7 @@ from attrs import Factory, define
 
 from usocksd.errors import ConfigError, Fault
 from usocksd.match import numeric_address
+from usocksd.runtime.named_files import read_file
 
 _logger = logging.getLogger("usocksd.auth")
 
@@ -54,13 +55,19 @@ class _Failures:
 class Users:
     """The users of an htpasswd file."""
 
-    def __init__(self, path: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
-        """Reads the file: a user, a colon and a bcrypt hash a line, as `htpasswd -B` writes it.
+    def __init__(
+        self,
+        path: Path,
+        *,
+        read: Callable[[Path], bytes] = read_file,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Takes the file, by `read`: a user, a colon and a bcrypt hash a line, as `htpasswd -B` writes it.
 
         Raises ConfigError with every line that is not so: other hashes can't be checked, or not safely.
         """
         self._clock = clock
-        self._hashes = _read(path)
+        self._hashes = _hashes_of(path, read)
         # For a user who is not there the same work is done as for one who is, see `_nobodys_hash`. Every worker has
         # to choose the same for a name, also tomorrow.
         self._costs = [hashed[4:6] for hashed in self._hashes.values()] or [b"10"]
@@ -154,9 +161,9 @@ class Users:
         return failures
 
 
-def _read(path: Path) -> dict[bytes, bytes]:
+def _hashes_of(path: Path, read: Callable[[Path], bytes]) -> dict[bytes, bytes]:
     try:
-        lines = path.read_text("utf-8-sig").splitlines()
+        lines = read(path).decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(str(path), [Fault("users_file", "", f"expected a readable text file: {error}")]) from None
     hashes: dict[bytes, bytes] = {}

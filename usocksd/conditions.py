@@ -34,7 +34,7 @@ def _list_file(value: str) -> SiteList:
     path = load.folder / value.removeprefix(_FILE)
     if path not in load.files:
         try:
-            load.files[path] = read_list(path, value)
+            load.files[path] = read_list(path, value, load.read)
         except ConfigError as error:
             problems = (str(fault).removeprefix("file: ") for fault in error.faults)
             faults = [Invalid(f"{path}: {problem}", shown=show(value)) for problem in problems]

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import stat
-from collections.abc import Iterator
+import io
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from usocksd.errors import ConfigError, Fault
 from usocksd.runtime.config import show
+from usocksd.runtime.named_files import NotRegular, read_file
 from usocksd.sites import Entry, SiteList, entry_fault, parse_entry
 
 _MOST_FAULTS = 10
 
 
-def read_list(path: Path, label: str) -> SiteList:
-    """What a file lists. `label` is what its entries are shown with.
+def read_list(path: Path, label: str, read: Callable[[Path], bytes] = read_file) -> SiteList:
+    """What a file lists. `label` is what its entries are shown with, and `read` reads the file.
 
     A million entries take two seconds. Raises ConfigError when it can't be read, or with the lines that are no
     entries, the first ten of them.
@@ -24,7 +25,8 @@ def read_list(path: Path, label: str) -> SiteList:
 
     def entries() -> Iterator[Entry]:
         nonlocal more
-        for number, line in enumerate(file, 1):
+        # A byte order mark is no fault, as in the configuration.
+        for number, line in enumerate(io.BytesIO(content.removeprefix(b"\xef\xbb\xbf")), 1):
             text = line.partition(b"#")[0].strip().decode("utf-8", "backslashreplace")
             if not text:
                 continue
@@ -37,15 +39,13 @@ def read_list(path: Path, label: str) -> SiteList:
                     more += 1
 
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe may block, a device never end
-            raise ConfigError(str(path), [Fault("file", "", "expected a regular file")])
-        with path.open("rb") as file:
-            if file.peek(3).startswith(b"\xef\xbb\xbf"):  # a byte order mark is no fault, as in the configuration
-                file.seek(3)
-            sites = SiteList(entries(), label)
+        content = read(path)
+    except NotRegular:
+        raise ConfigError(str(path), [Fault("file", "", "expected a regular file")]) from None
     except (OSError, ValueError) as error:  # ValueError: NUL in the path
         problem = getattr(error, "strerror", None) or str(error)
         raise ConfigError(str(path), [Fault("file", "", f"can't be read: {problem}")]) from None
+    sites = SiteList(entries(), label)
     if more:
         faults.append(Fault("file", "", f"{more} more lines like these"))
     if faults:

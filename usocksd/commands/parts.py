@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from usocksd.addresses import HostAddresses
 from usocksd.auth import Users
@@ -13,11 +14,12 @@ from usocksd.egress import EgressPools, Pool
 from usocksd.match import IPAddress
 from usocksd.policy import Policy
 from usocksd.runtime.metrics import Metrics
+from usocksd.runtime.named_files import read_file
 
 
-def make_users(config: Config) -> Users | None:
-    """Who can authenticate; None: nobody is asked to. Raises ConfigError for a bad users file."""
-    return Users(config.auth.users_file) if config.auth.users_file else None
+def make_users(config: Config, read: Callable[[Path], bytes] = read_file) -> Users | None:
+    """Who can authenticate; None: nobody is asked to. `read` reads the file. Raises ConfigError for a bad one."""
+    return Users(config.auth.users_file, read=read) if config.auth.users_file else None
 
 
 def make_policy(config: Config, users: Users | None, is_local: Callable[[IPAddress], bool]) -> Policy:

@@ -40,6 +40,7 @@ from cattrs.errors import AttributeValidationNote, IterableValidationNote
 from cattrs.gen import make_dict_structure_fn, override
 
 from usocksd.errors import ConfigError, Fault
+from usocksd.runtime.named_files import read_file
 
 T = TypeVar("T")
 
@@ -115,7 +116,9 @@ class Loading:
     folder: Path
     """of the configuration: what paths in it are relative to"""
     files: dict[Path, Any]
-    """other files, as far as they have been read: those that are named twice are read once"""
+    """other files, as far as they have been made out: those that are named twice are so once"""
+    read: Callable[[Path], bytes]
+    """how they are read: as named_files.read_file"""
 
 
 def loading() -> Loading:
@@ -145,8 +148,10 @@ def read(path: str | os.PathLike[str]) -> str:
     return text
 
 
-def parse(cls: type[T], text: str, source: str) -> T:
-    """Read TOML `text` as a `cls`, an attrs class. `source` is the file that it is from. Raises ConfigError."""
+def parse(cls: type[T], text: str, source: str, read: Callable[[Path], bytes] = read_file) -> T:
+    """Read TOML `text` as a `cls`, an attrs class. `source` is the file that it is from, and `read` reads those that it
+    names. Raises ConfigError.
+    """
     # The error is raised outside of the except blocks, else its context carries the values that it hides.
     try:
         table, faults = tomllib.loads(text), []
@@ -156,12 +161,12 @@ def parse(cls: type[T], text: str, source: str) -> T:
         faults = [Fault("file", "", "can't be read: a number or a nesting without measure")]
     if faults:
         raise ConfigError(source, faults)
-    return structure(cls, table, source)
+    return structure(cls, table, source, read)
 
 
-def structure(cls: type[T], table: object, source: str) -> T:
+def structure(cls: type[T], table: object, source: str, read: Callable[[Path], bytes] = read_file) -> T:
     """What `tomllib` has made of the text of the file `source`, as a `cls`. Raises ConfigError."""
-    token = _loading.set(Loading(Path(source).parent, {}))
+    token = _loading.set(Loading(Path(source).parent, {}, read))
     try:
         return _converter.structure(table, cls)
     except (BaseValidationError, Invalid) as exc:

@@ -11,10 +11,11 @@ from typing import Annotated, TypeVar
 
 import attrs
 
-from usocksd.runtime.config import Invalid, Parser
+from usocksd.runtime.config import Invalid, Parser, loading
 from usocksd.runtime.formats import FORMATS
 from usocksd.runtime.hostport import join_port
 from usocksd.runtime.log import LEVELS
+from usocksd.runtime.named_files import NotRegular
 
 T = TypeVar("T")
 
@@ -178,9 +179,11 @@ def _socket_path(value: str) -> str | None:
 def _readable_file(value: str) -> Path:
     path = Path(value)
     try:
-        if not path.is_file():
-            raise Invalid("expected a file that exists" if not path.exists() else "expected a regular file")
-        path.open("rb").close()
+        loading().read(path)
+    except NotRegular:
+        raise Invalid("expected a regular file") from None
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: NUL in the path
+        raise Invalid("expected a file that exists") from None
     except OSError as exc:
         raise Invalid(f"expected a readable file: {exc.strerror}") from None
     return path

@@ -270,7 +270,7 @@ def test_a_file_that_can_not_be_opened(tmp_path: Path, monkeypatch: pytest.Monke
     users = tmp_path / "users"
     users.touch()
 
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "open", refuse)  # mode bits do not hold root

@@ -20,6 +20,7 @@ import trio
 from usocksd.errors import Error
 from usocksd.runtime.limits import COLUMNS, clear_column, make_table
 from usocksd.runtime.metrics import Metrics, Snapshot, lasting, total
+from usocksd.runtime.named_files import NamedFiles
 from usocksd.runtime.processes.adoption import Adoption
 from usocksd.runtime.processes.channel import Message
 from usocksd.runtime.processes.generation import Generation
@@ -91,20 +92,22 @@ class Crew:
         Raises ConfigError with every fault, or Error; then nothing has changed.
         """
         workers: list[WorkerProcess] = []
+        files = NamedFiles()
         try:
             with trio.fail_after(_READY_WITHIN):
                 # Sockets that are still in their groups: nothing could be opened in their place, nor the others let go.
                 while self.emptying:
                     await self.changed.wait()
                 workers.append(self._start(number, 0))
-                plan, said = await workers[0].plan(text, source)
+                plan, said, files = await workers[0].plan(text, source)
                 if len(plan.listen) > _MOST_ADDRESSES:
                     raise Error(f"too many listening addresses: {len(plan.listen)}, expected at most {_MOST_ADDRESSES}")
-                generation = Generation(number, text, source, plan, said, log_order(plan.log), time.time())
+                generation = Generation(number, text, source, plan, said, log_order(plan.log), time.time(), files)
                 self._slots.open(plan.listen, plan.workers)
                 workers += [self._start(number, slot) for slot in range(1, plan.workers)]
                 await self._serve_all(generation, workers)
         except BaseException as error:
+            files.close()
             if workers:
                 self._give_up(workers)
             if isinstance(error, trio.TooSlowError):
@@ -114,6 +117,7 @@ class Crew:
 
     def dismiss(self, candidate: Candidate) -> None:
         """It is not to be in force after all."""
+        candidate.generation.files.close()
         self._give_up(candidate.workers)
 
     def _give_up(self, workers: Sequence[WorkerProcess]) -> None:
@@ -133,6 +137,8 @@ class Crew:
 
     async def commit(self, candidate: Candidate) -> None:
         """From now on this one is in force. Older ones drain."""
+        if self.generation is not None:
+            self.generation.files.close()
         generation = self.generation = candidate.generation
         self.level = None
         self._adoption.begin(generation.plan)
@@ -201,7 +207,8 @@ class Crew:
 
     def filenos(self) -> list[int]:
         """Every descriptor."""
-        return [self.table, *(worker.channel.fileno() for worker in self.workers)]
+        files = [] if self.generation is None else self.generation.files.fds
+        return [self.table, *files, *(worker.channel.fileno() for worker in self.workers)]
 
     # A worker's life
 
@@ -288,7 +295,7 @@ class Crew:
     async def _serve(self, generation: Generation, worker: WorkerProcess, *, configured: bool = False) -> None:
         plan = generation.plan
         if not configured:
-            await worker.configure(generation.text, generation.source)
+            await worker.configure(generation.text, generation.source, generation.files)
         order = {
             "log": generation.log | ({"level": self.level} if self.level and generation is self.generation else {}),
             "ports": self._slots.ports(plan.listen),

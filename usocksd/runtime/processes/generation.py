@@ -6,6 +6,7 @@ from typing import Any
 
 import attrs
 
+from usocksd.runtime.named_files import NamedFiles
 from usocksd.runtime.processes.plan import Plan
 
 
@@ -23,12 +24,14 @@ class Generation:
     """As usocksd.runtime.log.setup takes it"""
     since: float
     """Seconds since the epoch"""
+    files: NamedFiles
+    """What it names, closed when no worker of this generation will be started any more"""
 
     def as_json(self) -> dict[str, Any]:
-        """For the program that this process is about to become."""
-        return {key: value for key, value in attrs.asdict(self, recurse=False).items() if key != "plan"}
+        """For the program that this process is about to become, but for `files`."""
+        return {key: value for key, value in attrs.asdict(self, recurse=False).items() if key not in ("plan", "files")}
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Generation:
+    def from_json(cls, values: dict[str, Any], files: NamedFiles) -> Generation:
         """From the program that this process was."""
-        return cls(**values, plan=Plan.from_json(values["said"]))
+        return cls(**values, plan=Plan.from_json(values["said"]), files=files)

@@ -21,6 +21,7 @@ from usocksd.errors import Error
 from usocksd.runtime.limits import raise_descriptor_limit
 from usocksd.runtime.log import parse_level
 from usocksd.runtime.metrics import Metrics, lasting, total
+from usocksd.runtime.named_files import NamedFiles
 from usocksd.runtime.processes import handover
 from usocksd.runtime.processes.control import Handler
 from usocksd.runtime.processes.crew import Crew
@@ -316,6 +317,7 @@ class Master:
             "doors": self._doors.hand_over(),
             "table": crew.table,
             "generation": crew.generation.as_json(),
+            "files": [crew.generation.files.places, crew.generation.files.fds],
             "retired": total([crew.retired, lasting(self._metrics.snapshot())], bounded=True),
             "level": crew.level,
             "shared": crew.shared,
@@ -326,7 +328,11 @@ class Master:
         """Where the earlier version of this process has stopped."""
         crew, report = self._crew, self._report
         os.set_inheritable(crew.table, False)
-        generation = Generation.from_json(state["generation"])
+        # (Of a version that passes none on, they are read from where they lie.)
+        files = NamedFiles.received(*state.get("files", ({}, [])))
+        for fd in files.fds:
+            os.set_inheritable(fd, False)
+        generation = Generation.from_json(state["generation"], files)
         self._log.prepare(generation.plan.log)
         crew.retired, crew.level, crew.shared = state["retired"], state["level"], state.get("shared")
         crew.take_over(generation, [handover.restore_worker(worker) for worker in state["workers"]])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pkgutil
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -18,6 +19,7 @@ from usocksd.runtime.common import Common
 from usocksd.runtime.endpoint import Endpoint
 from usocksd.runtime.log import Log
 from usocksd.runtime.metrics import Metrics
+from usocksd.runtime.named_files import read_file
 from usocksd.runtime.reactor import Reactor
 from usocksd.runtime.service import Session
 from usocksd.runtime.settings import LogConfig
@@ -141,6 +143,8 @@ class Parts(NamedTuple):
     shared: Callable[[Callable[[Any], None]], None]
     """Have a function called with what is shared: at once if there is something, and whenever it is shared again. It
     may have been shared under another configuration."""
+    read: Callable[[Path], bytes] = read_file
+    """Read a file that the configuration names, as it was when that was read; for now, not for later."""
 
 
 class Built(NamedTuple):

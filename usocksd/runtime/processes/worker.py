@@ -24,6 +24,7 @@ from usocksd.runtime.limits import Tally, most_connections, raise_descriptor_lim
 from usocksd.runtime.listeners import Listener, is_transparent
 from usocksd.runtime.log import Log, parse_level, setup
 from usocksd.runtime.metrics import Metrics
+from usocksd.runtime.named_files import NamedFiles
 from usocksd.runtime.processes.channel import Channel, Message
 from usocksd.runtime.processes.plan import HANDOVER, Built, Daemon, Parts
 from usocksd.runtime.processes.vitals import Vitals
@@ -56,10 +57,11 @@ def main(daemon: Daemon[Any], fd: int) -> int:
 async def _run(daemon: Daemon[Any], fd: int) -> None:
     channel = Channel(trio.socket.from_stdlib_socket(socket.socket(fileno=fd)))
     with contextlib.closing(channel):
-        config = await _configure(daemon, channel)
-        received = None if config is None else await channel.receive()
-        if received is None:
+        configured = await _configure(daemon, channel)
+        received = None if configured is None else await channel.receive()
+        if configured is None or received is None:
             return
+        config, files = configured
         order, fds = received
         # The log is open before anything can go wrong that is worth a record.
         try:
@@ -69,7 +71,7 @@ async def _run(daemon: Daemon[Any], fd: int) -> None:
             await _answer_faults(channel, complaint)
             return
         try:
-            await Worker(daemon, channel, sink, order, fds).run(config)
+            await Worker(daemon, channel, sink, order, fds).run(config, files)
         except Error as error:
             await _answer_faults(channel, error)
         except OSError:
@@ -81,21 +83,29 @@ async def _run(daemon: Daemon[Any], fd: int) -> None:
             sink.close()
 
 
-async def _configure(daemon: Daemon[Any], channel: Channel) -> Any | None:
-    """The configuration, which the master has been told about; None when there is none to serve by."""
+async def _configure(daemon: Daemon[Any], channel: Channel) -> tuple[Any, NamedFiles] | None:
+    """The configuration, which the master has been told about, and the files that it names; None when there is none to
+    serve by.
+    """
     received = await channel.receive()
     if received is None:
         return None
-    order, _ = received
+    order, fds = received
+    # (A master of before there was this passes nothing on.)
+    files = NamedFiles.received(order.get("files", {}), fds)
+    first = order["plan"]
     try:
-        config = configuration.parse(daemon.config, order["text"], order["source"])
+        config = configuration.parse(daemon.config, order["text"], order["source"], files.keep if first else files.read)
         # One worker's answer is enough for the master, and the warnings in it take their time.
-        plan = daemon.plan(config).as_json() if order["plan"] else None
+        plan = daemon.plan(config).as_json() if first else None
     except Error as error:
         await _answer_faults(channel, error)
         return None
-    await channel.send({"type": "plan", "plan": plan})
-    return config
+    if first:
+        await channel.send({"type": "plan", "plan": plan, "files": files.places}, files.fds)
+    else:
+        await channel.send({"type": "plan", "plan": plan})
+    return config, files
 
 
 async def _answer_faults(channel: Channel, error: Error) -> None:
@@ -132,8 +142,9 @@ class Worker:
         self._sharing = trio.Event()
         self._keeping = trio.CancelScope()
 
-    async def run(self, config: Any) -> None:
-        """Serve until told to drain, or the master is gone, and then until the connections are.
+    async def run(self, config: Any, files: NamedFiles) -> None:
+        """Serve until told to drain, or the master is gone, and then until the connections are. `files` are those that
+        the configuration names.
 
         Raises Error when the daemon can't be put together.
         """
@@ -151,8 +162,10 @@ class Worker:
             count_as=self._count_as,
             share=self._share,
             shared=self._subscribe,
+            read=files.read,
         )
         built: Built = self._daemon.build(config, parts)
+        files.close()
         self._built = built
         with contextlib.closing(built):
             async with trio.open_nursery() as base:

@@ -19,6 +19,7 @@ import trio
 from usocksd import __version__
 from usocksd.errors import ConfigError, Error, Fault
 from usocksd.runtime.metrics import Snapshot
+from usocksd.runtime.named_files import NamedFiles
 from usocksd.runtime.processes.channel import Channel, Message
 from usocksd.runtime.processes.plan import Plan
 from usocksd.runtime.processes.worker import CHANNEL, IGNORED
@@ -119,29 +120,33 @@ class WorkerProcess:
         snapshot: Snapshot = self.alive.get("metrics", {})
         return snapshot
 
-    async def plan(self, text: str, source: str) -> tuple[Plan, dict[str, Any]]:
-        """Have it read a configuration, and say what is in it: as the master knows it, and as the worker has said it.
+    async def plan(self, text: str, source: str) -> tuple[Plan, dict[str, Any], NamedFiles]:
+        """Have it read a configuration, and say what is in it: as the master knows it, and as the worker has said it;
+        and the files that it names, which are the caller's to close.
 
         Raises ConfigError with every fault, WorkerEnded, or Error when a newer version says what this can't make out.
         """
         await self._order({"type": "configure", "text": text, "source": source, "plan": True})
-        values = (await self._expect("plan"))["plan"]
+        answer, fds = await self._expect("plan")
+        values, files = answer["plan"], NamedFiles.received(answer.get("files", {}), fds)
         try:
-            return Plan.from_json(values), values
+            return Plan.from_json(values), values, files
         except (KeyError, TypeError, ValueError):
+            files.close()
             version = values.get("version", "another")
             raise Error(f"version {version} can't be reloaded into from {__version__}: restart the daemon") from None
 
-    async def configure(self, text: str, source: str) -> None:
-        """Have it read a configuration. Raises as `plan` does."""
-        await self._order({"type": "configure", "text": text, "source": source, "plan": False})
+    async def configure(self, text: str, source: str, files: NamedFiles) -> None:
+        """Have it read a configuration, and the files that it names as they were. Raises as `plan` does."""
+        order = {"type": "configure", "text": text, "source": source, "plan": False, "files": files.places}
+        await self._order(order, files.fds)
         await self._expect("plan")
 
     async def serve(self, order: dict[str, Any], fds: Sequence[int]) -> None:
         """Have it make ready to serve; returns when it is. Raises Error with what it says is wrong, WorkerEnded."""
         self.ordered = True
         await self._order({"type": "serve", **order, "column": self.column}, fds)
-        ready = await self._expect("ready")
+        ready, _ = await self._expect("ready")
         self.version, self.handover = ready["version"], ready.get("handover", 0)
         self.verbs = ready.get("verbs", [])
         self.state = State.READY
@@ -207,11 +212,11 @@ class WorkerProcess:
         with contextlib.suppress(OSError):
             await self.channel.send(message, fds)
 
-    async def _expect(self, kind: str) -> Message:
+    async def _expect(self, kind: str) -> tuple[Message, list[int]]:
         while (received := await self.channel.receive()) is not None:
-            message, _ = received
+            message, fds = received
             if message["type"] == kind:
-                return message
+                return message, fds
             if message["type"] == "faults":
                 faults = [Fault(*fault) for fault in message["faults"]]
                 if message["source"]:

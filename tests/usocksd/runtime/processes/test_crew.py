@@ -15,6 +15,7 @@ from daemons import wait_until
 from tiny import CREW, PROCESS, REPORT, Tiny, free_port, is_over, lives, running
 
 from usocksd.runtime.metrics import Metrics
+from usocksd.runtime.named_files import NamedFiles
 from usocksd.runtime.processes.channel import Channel
 from usocksd.runtime.processes.crew import Crew
 from usocksd.runtime.processes.handover import restore_worker, worker_state
@@ -69,6 +70,38 @@ def test_a_worker_that_is_killed(tmp_path: Path) -> None:
         assert (record["pid"], record["exit_status"]) == (dead, -signal.SIGKILL)
         wait_until(lambda: tiny.metrics(port)[accepted] >= count + 60, "counted too")
         assert tiny.metrics(port)['tiny_worker_restarts_total{cause="signal"}'] == 1
+
+
+def test_files_are_what_they_were_when_the_configuration_came_into_force(tmp_path: Path) -> None:
+    """Also for a worker that takes a dead one's place, and after a reload that they have failed."""
+    named = tmp_path / "named"
+    named.write_text("first")
+    with Tiny(tmp_path, workers=2, file=str(named)).ready() as tiny:
+        tiny.expected |= {"a worker ended", "bad configuration", "reload failed"}
+        tiny.expected.add("nothing has changed: the configuration in force stays")
+
+        def replaced(content: str) -> None:
+            count = len(tiny.records("a worker was replaced"))
+            os.kill(tiny.workers()[0], signal.SIGKILL)
+            wait_until(lambda: len(tiny.records("a worker was replaced")) > count, "replaced")
+            new = tiny.records("a worker was replaced")[-1]["pid"]
+            tiny.record("tiny", pid=new, file=content)
+
+        opened = len(tiny.descriptors())
+        named.write_text("second")
+        replaced("first")
+        named.unlink()
+        for _ in range(3):
+            assert not tiny.ask("reload")["ok"]
+        replaced("first")
+        named.write_text("third")
+        assert tiny.ask("reload")["ok"]
+        wait_until(lambda: len(tiny.records("tiny", file="third")) == 2, "both have the third")
+        named.unlink()
+        settled(tiny, 2)
+        replaced("third")
+        settled(tiny, 2)
+        assert len(tiny.descriptors()) == opened
 
 
 def test_the_only_worker_is_killed(tmp_path: Path) -> None:
@@ -198,7 +231,7 @@ async def test_a_worker_that_takes_long_to_start(nothing_leaks: None, mock_clock
     text = "# more\n" * 300_000
     worker = WorkerProcess(1, 0, 0, os.getpid(), ours)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(worker.configure, text, "file")
+        nursery.start_soon(worker.configure, text, "file", NamedFiles())
         await trio.testing.wait_all_tasks_blocked()
         mock_clock.jump(50)
         await trio.testing.wait_all_tasks_blocked()

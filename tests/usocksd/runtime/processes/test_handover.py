@@ -47,8 +47,9 @@ def no_bytecode(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_new_version(tmp_path: Path, installed: Path) -> None:
-    metrics_port = free_port()
-    settings = {"workers": 2, "addresses": ["127.0.0.1", "::1"], "metrics_port": metrics_port}
+    metrics_port, named = free_port(), tmp_path / "named"
+    named.write_text("as it was")
+    settings = {"workers": 2, "addresses": ["127.0.0.1", "::1"], "metrics_port": metrics_port, "file": str(named)}
     with Tiny(tmp_path, root=installed, **settings).ready() as tiny:
         tiny.expected.add("a worker ended")
         held = tiny.one_each()
@@ -85,8 +86,11 @@ def test_a_new_version(tmp_path: Path, installed: Path) -> None:
         # No more descriptors than before, and the new version can do what the old one could.
         wait_until(lambda: len(tiny.descriptors()) <= opened, lambda: (opened, sorted(tiny.descriptors())))
         victim = tiny.who()[0]
+        named.unlink()
         os.kill(victim, signal.SIGKILL)
-        tiny.record("a worker was replaced")
+        new = tiny.record("a worker was replaced")["pid"]
+        assert tiny.record("tiny", pid=new, file="as it was")
+        named.touch()
         pid, version, sock = tiny.who()
         assert version == "99.1"
         tiny.reload(workers=1)

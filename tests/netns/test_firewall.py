@@ -189,10 +189,10 @@ def test_what_fails_half_way_is_undone(scene: Scene) -> None:
     scene.start()
     target = (scene.bin / "ip6tables-restore").readlink()
 
-    def fail(on_or_off: bool) -> None:
+    def fail(on_or_off: bool, how: str = "echo broken >&2; exit 1") -> None:
         (scene.bin / "ip6tables-restore").unlink()
         if on_or_off:  # it fails to hook in, when IPv4 is hooked in
-            script = '#!/bin/sh\ninput=$(/bin/cat)\ncase $input in *"-A OUTPUT"*) echo broken >&2; exit 1;; esac\n'
+            script = f'#!/bin/sh\ninput=$(/bin/cat)\ncase $input in *"-A OUTPUT"*) {how};; esac\n'
             (scene.bin / "ip6tables-restore").write_text(f'{script}echo "$input" | {target} "$@"\n')
             (scene.bin / "ip6tables-restore").chmod(0o755)
         else:
@@ -214,6 +214,13 @@ def test_what_fails_half_way_is_undone(scene: Scene) -> None:
     fail(False)
     scene.configure()
     scene.rules("apply")
+    assert scene.dump() == applied
+    # Ctrl-C at the same point waits until all is done.
+    scene.rules("remove")
+    fail(True, "kill -INT $PPID")
+    words = ["env", "--default-signal=INT", *scene.argv("apply")]
+    interrupted = scene.net.proxy.run(*words, check=False)
+    assert (interrupted.returncode, interrupted.stderr) == (130, "transocks rules apply: interrupted\n")
     assert scene.dump() == applied
 
 
@@ -297,6 +304,17 @@ def test_another_mode_or_tool_takes_the_place(scene: Scene) -> None:
         scene.configure(tool='"iptables"')
         scene.rules("apply", "--force")
         assert "transocks" not in scene.sh("nft list tables")
+    # The other variant of iptables, which the one that goes by this name does not show.
+    other = {"iptables-nft": "iptables-legacy", "iptables-legacy": "iptables-nft"}.get(scene.backend, "none")
+    if shutil.which(f"{other}-save"):
+        for verb in ("save", "restore"):
+            (scene.bin / f"{other}-{verb}").symlink_to(shutil.which(f"{other}-{verb}") or "")
+        scene.configure(tool='"iptables"')
+        for verb in ("apply --force", "remove"):
+            scene.sh(f"{other}-restore --noflush < {RULES / 'tproxy.v4'}")
+            assert f"IPv4 table mangle of {other} has TRANSOCKS-TPROXY" in scene.rules("verify", status=1)
+            scene.rules(*verb.split())
+            assert "TRANSOCKS" not in scene.sh(f"{other}-save")
     scene.rules("remove")
     assert scene.dump() == before
 

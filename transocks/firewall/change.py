@@ -16,7 +16,7 @@ from transocks.firewall.live import CHAINS, TABLES, Routes, Routing, has
 from transocks.firewall.lock import alone
 from transocks.firewall.render import render_all_nft, render_iptables
 from transocks.firewall.saved import Changes, Table, changes, merge, parse_save, select, write
-from transocks.firewall.steps import FirewallError, Step, complaint, run
+from transocks.firewall.steps import FirewallError, Step, complaint, run, unbroken
 from transocks.firewall.verify import ACTIVE, force_nft, guards
 from transocks.firewall.wanted import Wanted
 
@@ -32,6 +32,7 @@ add rule inet {KEEP} stays ct state new accept
 
 
 @alone()
+@unbroken()
 def apply(wanted: Sequence[Wanted], tool: Tool, *, seconds: int | None = None, ipv6: bool = True) -> None:
     """Make these rules the ones that are loaded, whatever was before. Raises FirewallError, and then that is as it was.
 
@@ -51,7 +52,7 @@ def apply(wanted: Sequence[Wanted], tool: Tool, *, seconds: int | None = None, i
         _run_all(added)
         raise
     # What another configuration has left: the other tool's rules, a routing mark that is not needed any more.
-    complaints = _remove_iptables() if tool is Tool.NFT else _remove_nft(keep=False)
+    complaints = _remove_iptables() if tool is Tool.NFT else [*_remove_nft(keep=False), *_remove_iptables(keep=True)]
     complaints += [said for six in families for said in _remove_routing(six, routing)]
     if complaints:
         raise FirewallError("applied, but what was there before is not all gone: " + "; ".join(complaints))
@@ -88,14 +89,15 @@ def _restore(todo: dict[bool, Changes]) -> None:
     for part in ("fill", "hook", "drop"):
         for six, found in todo.items():
             if text := getattr(found, part):
-                run(_restoring(six, text))
+                run(_restoring(live.iptables(six), text))
 
 
-def _restoring(six: bool, text: str) -> Step:
-    return Step(("ip6tables-restore" if six else "iptables-restore", "--noflush"), text)
+def _restoring(variant: str, text: str) -> Step:
+    return Step((f"{variant}-restore", "--noflush"), text)
 
 
 @alone()
+@unbroken()
 def confirm(*, ipv6: bool = True) -> bool:
     """Make what is in force for a time be in force for good; False if it was already.
 
@@ -133,7 +135,8 @@ def confirm(*, ipv6: bool = True) -> bool:
                 raise late
             timed = timed or bool(found)
             for table in {name for name, _, _ in found}:
-                run(_restoring(six, write(table, [f"-D {rule}" for name, rule, _ in found if name == table])))
+                lines = [f"-D {rule}" for name, rule, _ in found if name == table]
+                run(_restoring(live.iptables(six), write(table, lines)))
     if not loaded:
         raise FirewallError("there are no rules to confirm")
     return timed
@@ -161,6 +164,7 @@ def in_force(wanted: Sequence[Wanted]) -> bool:
 
 
 @alone()
+@unbroken()
 def remove(*, keep: bool = False) -> list[str]:
     """Remove everything that is ours; returns what the tools complained of.
 
@@ -214,16 +218,23 @@ def _our_tables() -> list[str]:
     return [name for name in TABLES if ("inet", name) in there]
 
 
-def _remove_iptables() -> list[str]:
+def _remove_iptables(*, keep: bool = False) -> list[str]:
+    """Of each variant, since an iptables of legacy shows nothing of nft's, nor the other way round.
+
+    keep: all but what goes by the name iptables itself.
+    """
     complaints: list[str] = []
-    for six in (False, True) if has("iptables-save") else ():
-        try:
-            found: list[Table] = select(live.saved(six), CHAINS)
-            for table in found:  # each by itself, so that one that fails keeps nothing of the others
-                complaints += _run_all([_restoring(six, changes([], [table]).drop)])
-        except FirewallError as error:
-            if not six or live.has_ipv6():
-                complaints.append(str(error))
+    for six in (False, True):
+        for variant in live.variants(six):
+            if keep and "-" not in variant:
+                continue
+            try:
+                found: list[Table] = select(live.saved(six, variant), CHAINS)
+                for table in found:  # each by itself, so that one that fails keeps nothing of the others
+                    complaints += _run_all([_restoring(variant, changes([], [table]).drop)])
+            except FirewallError as error:
+                if not six or live.has_ipv6():
+                    complaints.append(str(error))
     return complaints
 
 

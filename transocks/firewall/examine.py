@@ -9,7 +9,7 @@ import attrs
 
 from transocks.firewall import live
 from transocks.firewall.config import Mode, Tool
-from transocks.firewall.foreign import table_of, taken
+from transocks.firewall.foreign import taken
 from transocks.firewall.live import CHAINS, TABLES, Routes, Routing
 from transocks.firewall.render import render_all_nft, render_iptables
 from transocks.firewall.saved import Table, merge, select
@@ -42,7 +42,7 @@ def examine(wanted: Sequence[Wanted], tool: Tool, loaded: Ruleset, *, ipv6: bool
     check = _check_nft(wanted, ruleset) if tool is Tool.NFT else _check_iptables(wanted, families)
     faults: list[str] = []
     notes: list[str] = []
-    for said, fault in (*check, *_leftovers(wanted, tool, ruleset, loaded), *_check_routing(wanted, families)):
+    for said, fault in (*check, *_leftovers(wanted, tool, ruleset, families), *_check_routing(wanted, families)):
         (faults if fault else notes).append(said)
     for w in wanted:
         unheard = live.unheard(w, ipv6)
@@ -89,20 +89,20 @@ def _check_iptables(wanted: Sequence[Wanted], families: Sequence[bool]) -> Itera
 
 
 def _leftovers(
-    wanted: Sequence[Wanted], tool: Tool, ruleset: live.Ruleset, loaded: Ruleset
+    wanted: Sequence[Wanted], tool: Tool, ruleset: live.Ruleset, families: Sequence[bool]
 ) -> Iterator[tuple[str, bool]]:
-    """What is ours and not wanted: of another mode, or of the other tool."""
+    """What is ours and not wanted: of another mode, of the other tool, or of the other variant of iptables."""
     needed = {w.table for w in wanted} if tool is Tool.NFT else set()
     for name in TABLES:
         if ("inet", name) in ruleset.tables() and name not in needed:
             yield f"not wanted: table inet {name} is loaded: apply or remove takes it away", True
     chains = {f"{w.chain}{kind}" for w in wanted for kind in ("", "-UDP")} if tool is Tool.IPTABLES else set()
-    left: dict[str, list[str]] = {}
-    for chain in loaded.chains:
-        if chain.tool == "iptables" and chain.name in set(CHAINS) - chains:
-            left.setdefault(table_of(chain), []).append(chain.name)
-    for table, names in left.items():
-        yield f"not wanted: {table} has {', '.join(names)}", True
+    for six in families:
+        for variant in live.variants(six):
+            other = "-" in variant  # beside the one that `tool` means
+            for table in select(live.saved(six, variant), set(CHAINS) - (set() if other else chains)):
+                where = f"{_FAMILIES[six]} table {table.name}{f' of {variant}' if other else ''}"
+                yield f"not wanted: {where} has {', '.join(table.chains)}", True
 
 
 def _check_routing(wanted: Sequence[Wanted], families: Sequence[bool]) -> Iterator[tuple[str, bool]]:

@@ -85,21 +85,42 @@ def as_loaded(text: str) -> Ruleset:
     return Ruleset(tuple(json.loads(first)["nftables"]), listing)
 
 
-def saved(six: bool) -> list[Table]:
-    """What iptables-save says, or ip6tables-save. Raises FirewallError."""
-    return parse_save(run(Step((_save(six),))))
+def iptables(six: bool) -> str:
+    """The name of iptables for one family."""
+    return "ip6tables" if six else "iptables"
+
+
+def variants(six: bool) -> list[str]:
+    """What is here of iptables: first what goes by that name, then a variant beside it that may have rules, as
+    "iptables-legacy".
+    """
+    found: dict[str, str] = {}
+    for name in (iptables(six), f"{iptables(six)}-nft", f"{iptables(six)}-legacy"):
+        if name.endswith("-legacy") and not _has_legacy(six):  # looking would load its modules
+            continue
+        if (path := shutil.which(f"{name}-save")) is not None:
+            found.setdefault(os.path.realpath(path), name)
+    return list(found.values())
+
+
+def _has_legacy(six: bool) -> bool:
+    try:
+        return bool(Path(f"/proc/self/net/{iptables(six).removesuffix('tables')}_tables_names").read_text("ascii"))
+    except OSError:
+        return False
+
+
+def saved(six: bool, variant: str | None = None) -> list[Table]:
+    """What iptables-save says, or ip6tables-save, or that of another variant. Raises FirewallError."""
+    return parse_save(run(Step((f"{variant or iptables(six)}-save",))))
 
 
 def saved_as_loaded(texts: Iterable[str], six: bool) -> list[Table]:
     """What it would say of these texts, if that were all; as `as_loaded`."""
-    script = f"{_save(six).removesuffix('save')}restore --noflush && {_save(six)}"
+    script = f"{iptables(six)}-restore --noflush && {iptables(six)}-save"
     return merge(
         table for text in texts for table in parse_save(run(Step(("unshare", "--net", "sh", "-c", script), text)))
     )
-
-
-def _save(six: bool) -> str:
-    return "ip6tables-save" if six else "iptables-save"
 
 
 @attrs.frozen

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import attrs
 
@@ -35,7 +37,8 @@ class RuleSet:
 def run(step: Step) -> str:
     """Run a command; returns its standard output. Raises FirewallError when it can't be run, or fails."""
     try:
-        done = subprocess.run(step.argv, input=step.stdin, capture_output=True, text=True, check=False)
+        # A group of its own: Ctrl-C is for us, and we wait for what we have begun.
+        done = subprocess.run(step.argv, input=step.stdin, capture_output=True, text=True, check=False, process_group=0)
     except OSError as error:
         raise FirewallError(f"{step.argv[0]}: {error.strerror}") from None
     if done.returncode != 0:
@@ -50,6 +53,16 @@ def complaint(step: Step) -> str | None:
     except FirewallError as error:
         return str(error)
     return None
+
+
+@contextlib.contextmanager
+def unbroken() -> Iterator[None]:
+    """Ctrl-C and its like wait until the block is over: for steps that would leave half of something between them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def choose_tool(which: Callable[[str], str | None] = shutil.which) -> Tool | None:

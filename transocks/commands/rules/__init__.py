@@ -19,7 +19,7 @@ from collections.abc import Callable
 from usocksd.errors import ConfigError, Error
 from usocksd.runtime.verbs.client import visible
 
-FAILED = 1
+FAILED, INTERRUPTED = 1, 130
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -82,6 +82,9 @@ def _add(
         except Error as error:
             for line in str(error).splitlines():
                 say(line)
+        except KeyboardInterrupt:  # a change that was under way has been made
+            say("interrupted")
+            return INTERRUPTED
         return failed
 
     parser = verbs.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.", allow_abbrev=False)

@@ -362,7 +362,7 @@ def test_what_rules_and_pools_say_of_each_other() -> None:
     assert faults(
         """
         [outgoing]
-        mark = 0
+        mark = 1
         addresses = ["192.0.2.1"]
         [egress.default]
         [egress.partners]

@@ -143,6 +143,5 @@ class RulesConfig:
             expected = 'expected mode "gateway" or "tproxy" beside it: what this host sends comes in by none'
             yield Invalid(expected, shown=show(table["interfaces"]), at="interfaces")
         mark = table.get("tproxy_mark", 1)
-        # 253 to 255 are the kernel's own tables, and 0 is none: for the mark and for the table.
-        if Mode.TPROXY in modes and (mark == 0 or mark in (253, 254, 255)):
-            yield Invalid("expected another number than 0, 253, 254 and 255", shown=show(mark), at="tproxy_mark")
+        if Mode.TPROXY in modes and mark in (253, 254, 255):  # the kernel's own tables
+            yield Invalid("expected another number than 253, 254 and 255", shown=show(mark), at="tproxy_mark")

@@ -201,8 +201,8 @@ Count = Annotated[int, integer(0, 2**31 - 1)]
 Workers = Annotated[int, integer(1, MOST_WORKERS)]
 Seconds = Annotated[float, seconds()]
 SecondsOrZero = Annotated[float, seconds(zero=True)]
-Mark = Annotated[int, integer(0, 2**32 - 1)]
-"""SO_MARK of socket(7)"""
+Mark = Annotated[int, integer(1, 2**32 - 1)]
+"""SO_MARK of socket(7); not 0, which everybody's have: rules that exempt it would exempt everything."""
 HostIP = Annotated[IPAddress, text(_host_ip, 'an IP address, as in "192.0.2.1" or "2001:db8::1"')]
 ListenIP = Annotated[IPAddress, text(_listen_ip, 'an IP address, as in "127.0.0.1" or "::1"')]
 DnsServer = Annotated[

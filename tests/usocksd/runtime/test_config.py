@@ -158,7 +158,7 @@ def test_every_fault_of_a_text_is_reported_at_once() -> None:
             ports = [1, "80", 70000, true]
             addresses = ["127.0.0.1", "nowhere", "127.0.0.1"]
             entries = [{ port = 1 }, { prt = 2 }, 3]
-            mark = -1
+            mark = 0
             iface = "averylonginterface"
             [inner]
             port = true
@@ -181,7 +181,7 @@ def test_every_fault_of_a_text_is_reported_at_once() -> None:
             "entries[2]: 3: expected a table",
             'addresses[1]: "nowhere": expected an IP address, as in "127.0.0.1" or "::1"',
             'addresses[2]: "127.0.0.1": is there already, expected every address once',
-            "mark: -1: expected an integer from 0 to 4294967295",
+            "mark: 0: expected an integer from 1 to 4294967295",
             'iface: "averylonginterface": expected the name of an interface, at most 15 characters, as in "eth0"',
             "colour: unknown key, expected one of inner, ports, entries, addresses, host, iface, mark, file, "
             "drain, secret",

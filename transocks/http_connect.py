@@ -105,12 +105,13 @@ def _request(host: str, port: int, username: str | None, password: str | None) -
         raise ValueError(f"{host!r} can't be the host of a CONNECT request")
     lines = [f"CONNECT {authority} HTTP/1.1", f"Host: {authority}"]
     if username is not None:
-        lines.append(f"Proxy-Authorization: Basic {_basic(username, password or '')}")
+        lines.append(f"Proxy-Authorization: Basic {basic(username, password or '')}")
     return "\r\n".join([*lines, "", ""]).encode("ascii")
 
 
-def _basic(username: str, password: str) -> str:
-    # RFC 7617 section 2: the first colon divides the two, and neither may have control characters.
+def basic(username: str, password: str) -> str:
+    """Credentials as the Basic scheme has them. ValueError for those that it can't have: RFC 7617 section 2."""
+    # The first colon divides the two, and neither may have control characters.
     if ":" in username:
         raise ValueError("colon in the user name")
     if _CONTROL.search(username + password):

@@ -13,6 +13,12 @@ _SOCKS5 = (ProxyScheme.SOCKS5, ProxyScheme.SOCKS5H)
 _HTTP_PING = "OPTIONS * HTTP/1.1\r\nHost: {}\r\nConnection: close\r\n\r\n"
 
 
+def ping(url: ProxyURL) -> bytes:
+    """What an HTTP or SOCKS4 proxy is asked, which leads to no connection."""
+    http = _HTTP_PING.format(join_port(url.host, url.port)).encode()
+    return http if url.scheme is ProxyScheme.HTTP else SOCKS4_PROBE
+
+
 class Questions:
     """What one upstream is asked, each time on a new connection."""
 
@@ -26,8 +32,7 @@ class Questions:
         """Whether it is a usocksd; returns as soon as it answers. Raises UpstreamError, OSError."""
         if self._url.scheme in _SOCKS5:
             return (await self._next(endpoint, Probe(self._url.username, self._password), self._before)).ours
-        http = _HTTP_PING.format(join_port(self._url.host, self._url.port)).encode()
-        await endpoint.send_all(self._before + (http if self._url.scheme is ProxyScheme.HTTP else SOCKS4_PROBE))
+        await endpoint.send_all(self._before + ping(self._url))
         await endpoint.receive()  # the end will do: a program has seen to it
         return False
 

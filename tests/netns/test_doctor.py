@@ -7,7 +7,7 @@ import json
 import re
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from socket import socket as Socket
 from typing import Any
@@ -17,6 +17,8 @@ import lab
 import pytest
 from daemons import Daemon, Served
 from forks import Commands
+
+from usocksd.socks.answers import HTTP_ERROR
 
 RULES = Path(__file__).parents[2] / "iptables"
 FAR = lab.NEXT_V4  # where the upstream is, if not on the host itself
@@ -313,6 +315,47 @@ def test_upstream(host_net: lab.Net, tmp_path: Path) -> None:
                 found = doctor(host_net, config)
             assert list(found.faults) == ["upstream"]
             assert complaint in found.faults["upstream"]
+
+
+def test_what_upstreams_answer(host_net: lab.Net, tmp_path: Path) -> None:
+    """One look at all of them: what each answers to what asks for no connection, and what is said of that."""
+    answers = [
+        ("http://{}", b"HTTP/1.1 400 Bad Request\r\n\r\n", "ok", "answers"),
+        ("http://{}", HTTP_ERROR, "fault", "501 SOCKS proxy, not HTTP"),
+        ("http://{}", b"220 mail\r\n", "fault", "not HTTP/1"),
+        ("http://{}", b"HTTP/1.1 407 You?\r\n\r\n", "fault", "407 You?"),
+        ("http://user:wrong@{}", b"HTTP/1.1 407 Who?\r\n\r\n", "fault", "407 Who?"),
+        ("http://{}", b"", "not checked", "closes without an answer"),
+        ("socks4a://{}", b"\0\x5b" + bytes(6), "ok", "answers"),
+        ("socks4a://{}", b"\5\xff", "fault", "not SOCKS4"),
+        ("socks5://{}", b"\5\xff", "fault", "other than no credentials"),
+    ]
+    asked: list[bytes] = []
+
+    def serve(answer: bytes) -> Callable[[Socket], None]:
+        def one(sock: Socket) -> None:
+            asked.append(sock.recv(1000))
+            sock.sendall(answer)
+
+        return one
+
+    with standing(host_net, tmp_path) as config, contextlib.ExitStack() as stack:
+        load(host_net, "nft")
+        servers = [
+            stack.enter_context(Served(host_net.outside.listen(FAR), serve(answer))) for _, answer, _, _ in answers
+        ]
+        urls = [url.format(f"{FAR}:{server.port}") for (url, *_), server in zip(answers, servers, strict=True)]
+        config.write_text(config.read_text().replace(f'"socks5://{FAR}:1080"', str(urls)))
+        found = doctor(host_net, config)
+    for (_, _, state, said), server in zip(answers, servers, strict=True):
+        assert [said in seen for seen in found.of(state, "upstream") if f":{server.port}" in seen] == [True]
+    assert sum(b"\r\nProxy-Authorization: Basic dXNlcjp3cm9uZw==\r\n" in question for question in asked) == 1
+    mends = [f["do"] for f in found.findings if "407" in f["seen"] or "credentials" in f["seen"]]
+    assert sorted(mend.split(" proxy_url")[0] for mend in mends) == [
+        "put user and password in",
+        "put user and password into",
+        "put user and password into",
+    ]
 
 
 def test_kernel_settings(gateway_net: lab.Net, tmp_path: Path) -> None:

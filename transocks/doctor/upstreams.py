@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -14,19 +15,23 @@ import trio
 from transocks.config import DIRECT, Config
 from transocks.doctor.flows import comes_back, sent
 from transocks.doctor.seen import Identity, Seen
+from transocks.http_connect import HttpConnect, basic
 from transocks.netfilter.ruleset import Unknown
 from transocks.proxy_url import ProxyScheme, ProxyURL
+from transocks.upstream_probes import ping
 from usocksd.errors import Error, ResolveError, UpstreamError
 from usocksd.match import IPAddress
 from usocksd.proxy_protocol import LOCAL_HEADER
 from usocksd.resolver import Resolver
 from usocksd.runtime.hostport import join_port
 from usocksd.runtime.metrics import Metrics
-from usocksd.socks import Probe, Probed
+from usocksd.socks import NEED_DATA, Probe, Probed, RequestRefused
 
 PATIENCE = 3.0
 """Seconds for all of them together."""
 
+_NOT_HTTP = re.compile(r"\bnot (an )?HTTP", re.IGNORECASE)
+"""How a usocksd says so, and Tor."""
 _SOCKS5 = (ProxyScheme.SOCKS5, ProxyScheme.SOCKS5H)
 
 
@@ -39,6 +44,8 @@ class Greeted:
     """None: its name has none"""
     problem: str | None
     seconds: float
+    doubt: str | None = None
+    """why its answer says little"""
     redirected: bool = False
     """It was not greeted, since the rules would have brought that to transocks."""
 
@@ -107,25 +114,52 @@ async def _greet_address(proxy: ProxyURL, address: IPAddress, seen: Seen) -> Gre
     if seen.ruleset is not None and comes_back(sent(seen, seen.daemon, address, proxy.port), seen):
         return Greeted(proxy=proxy, address=address, problem=None, seconds=0.0, redirected=True)
     problem: str | None = f"no answer within {PATIENCE:g} s"
+    doubt: str | None = None
     with trio.move_on_after(PATIENCE):
         try:
             with trio.socket.from_stdlib_socket(_socket_of(seen.daemon, address)) as sock:
                 await sock.connect((str(address), proxy.port))
-                if proxy.scheme in _SOCKS5:
-                    await _handshake(trio.SocketStream(sock), proxy, _header(proxy, seen.config))
+                ask = _handshake if proxy.scheme in _SOCKS5 else _ping
+                doubt = await ask(trio.SocketStream(sock), proxy, _header(proxy, seen.config))
             problem = None
         except (UpstreamError, Error) as error:
             problem = str(error)
         except (trio.BrokenResourceError, OSError) as error:
             cause = error.__cause__ if isinstance(error, trio.BrokenResourceError) else error
             problem = os.strerror(cause.errno) if isinstance(cause, OSError) and cause.errno else str(error)
-    return Greeted(proxy=proxy, address=address, problem=problem, seconds=time.monotonic() - since)
+    return Greeted(proxy=proxy, address=address, problem=problem, seconds=time.monotonic() - since, doubt=doubt)
 
 
 def _header(proxy: ProxyURL, config: Config) -> bytes:
     """What has to be in front of all else: "this connection is about nobody", of the PROXY protocol."""
     wanted = any(group.proxy_protocol and proxy in group.proxy_url for group in config.groups().values())
     return LOCAL_HEADER if wanted else b""
+
+
+async def _ping(stream: trio.SocketStream, proxy: ProxyURL, before: bytes) -> str | None:
+    """HTTP or SOCKS4: any answer of that protocol will do. Returns why there is doubt, if there is. Raises
+    UpstreamError, BrokenResourceError.
+    """
+    question = ping(proxy)
+    if proxy.username is not None and proxy.scheme is ProxyScheme.HTTP:
+        credentials = basic(proxy.username, proxy.password.reveal() if proxy.password else "")
+        question = question[:-2] + f"Proxy-Authorization: Basic {credentials}\r\n\r\n".encode()
+    await stream.send_all(before + question)
+    answer = HttpConnect(str(proxy.host), proxy.port)  # reads what a CONNECT would be answered with, too
+    while data := await stream.receive_some(1024):
+        if proxy.scheme is not ProxyScheme.HTTP:
+            if data[:1] != b"\0":
+                raise UpstreamError(f"the server answers with {data[:8]!r}, which is not SOCKS4")
+            return None
+        answer.receive_data(data)
+        try:
+            if answer.next_event() is not NEED_DATA:
+                return None
+        except RequestRefused as error:
+            if _NOT_HTTP.search(str(error)):
+                raise
+            return None
+    return "it closes without an answer to what asks for no connection; is it a proxy of this kind?"
 
 
 async def _handshake(stream: trio.SocketStream, proxy: ProxyURL, before: bytes) -> None:

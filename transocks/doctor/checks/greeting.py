@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from transocks.doctor.finding import Finding, fault, fine, unchecked, warning
 from transocks.doctor.flows import Flows
 from transocks.doctor.seen import Seen
-from transocks.doctor.upstreams import describe, greet_all
+from transocks.doctor.upstreams import Greeted, describe, greet_all
 
 
 def upstreams(seen: Seen, flows: Flows) -> Iterator[Finding]:
@@ -20,6 +20,9 @@ def upstreams(seen: Seen, flows: Flows) -> Iterator[Finding]:
             if one.redirected:
                 yield unchecked("upstream", f"{describe(one)}: connections to it are redirected to transocks")
             elif one.problem is None:
+                if one.doubt is not None:
+                    yield unchecked("upstream", f"{describe(one)}: {one.doubt}")
+                    continue
                 yield fine("upstream", f"{describe(one)} answers, in {one.seconds * 1000:.0f} ms")
             elif seen.ruleset is None:
                 # Nor is it known then whether the greeting got there.
@@ -29,12 +32,19 @@ def upstreams(seen: Seen, flows: Flows) -> Iterator[Finding]:
                 )  # fmt: skip
             else:
                 say = warning if answering else fault
-                yield say("upstream", f"{describe(one)}: {one.problem}", _do(one.problem, str(proxy)))
+                yield say("upstream", f"{describe(one)}: {one.problem}", _do(one))
 
 
-def _do(problem: str, proxy: str) -> str:
-    if "user name" in problem:
+def _do(one: Greeted) -> str:
+    problem, proxy = one.problem or "", one.proxy
+    if one.address is None:
+        return "see that its name resolves on this host, or put its address into proxy_url"
+    if "no credentials" in problem or (" 407" in problem and proxy.username is None):
+        return "put user and password into proxy_url (percent-encoded)"
+    if "other than a user name" in problem:
+        return "take user and password out of proxy_url, if it wants none"
+    if "user name" in problem or " 407" in problem:
         return "put user and password in proxy_url right (percent-encoded)"
-    if "SOCKS" in problem:
+    if "SOCKS" in problem or "HTTP" in problem:
         return f"look what listens there: {proxy} is to be a proxy of this kind"
     return "start it, or put proxy_url right; look for a firewall on the way"

@@ -60,7 +60,11 @@ def _try(seen: Seen, version: Version) -> Finding:
 def _failed(to: str, error: OSError) -> Finding:
     if error.errno == errno.ECONNREFUSED:
         return fault(_NAME, f"a connection to {to} was refused", "start transocks, or look at `listeners`")
-    return fault(_NAME, f"a connection to {to} was not redirected: {error.strerror}", "look at `rules`")
+    there_is_none = error.errno in {errno.ENETUNREACH, errno.EHOSTUNREACH}
+    return fault(
+        _NAME, f"a connection to {to} was not redirected: {error.strerror}",
+        f"look at `{'routes' if there_is_none else 'rules'}`",
+    )  # fmt: skip
 
 
 def _accepted_at(sock: socket.socket) -> int | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ipaddress import ip_address
+import errno
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 import attrs
@@ -10,14 +11,16 @@ import pytest
 
 from transocks.config import Config
 from transocks.doctor import State, judge
-from transocks.doctor.checks import redirection, settings, tracking
+from transocks.doctor.checks import paths, redirection, settings, tracking
 from transocks.doctor.finding import Finding, fault, fine, unchecked, warning
 from transocks.doctor.flows import Flows
 from transocks.doctor.report import as_json, as_text
-from transocks.doctor.seen import Identity, Seen
+from transocks.doctor.seen import Identity, Link, Seen
+from transocks.firewall.routing import Route
 from transocks.netfilter.iptables import read_iptables
 from transocks.netfilter.ruleset import Ruleset
 from transocks.proxy_url import parse_proxy_url
+from usocksd.match import IPAddress
 from usocksd.runtime.settings import ListenAddress
 
 SEEN = Seen(
@@ -64,6 +67,36 @@ def test_old_connections(seen: Seen, rules: str, loose: str, said: str | None) -
     findings = list(redirection.old_connections(seen, Flows(seen)))
     assert [f.state for f in findings] == ([State.WARNING] if said else [])
     assert said is None or said in findings[0].seen
+
+
+@pytest.mark.parametrize(
+    ("links", "unreachable", "state"),
+    [
+        ((4, 6), (), State.OK),
+        ((4, 6), (4, 6), State.FAULT),
+        ((4, 6), (4,), State.WARNING),
+        ((4, 6), (6,), State.OK),
+        ((4,), (4, 6), State.FAULT),
+        ((6,), (4,), State.OK),
+    ],
+)
+def test_a_destination_without_a_route(
+    seen: Seen, links: tuple[int, ...], unreachable: tuple[int, ...], state: State
+) -> None:
+    def route(destination: IPAddress) -> Route:
+        if destination.version in unreachable:
+            raise OSError(errno.ENETUNREACH, "Network is unreachable")
+        return Route(local=False, device="eth0", gateway=None)
+
+    rules = "*nat\n:OUTPUT ACCEPT [0:0]\n-A OUTPUT -p tcp -j REDIRECT --to-ports 1081\nCOMMIT\n"
+    networks = {4: ip_network("192.0.2.0/24"), 6: ip_network("2001:db8::/64")}
+    seen = attrs.evolve(
+        seen, route=route, links=(Link("eth0", (ip_network("fe80::/64"), *(networks[version] for version in links))),),
+        ruleset=Ruleset((*read_iptables(rules, 4).chains, *read_iptables(rules, 6).chains)),
+    )  # fmt: skip
+    finding = only(paths.way_out(seen, Flows(seen)))
+    assert (finding.check, finding.state) == ("routes", state)
+    assert state is State.OK or "no rule is asked (Network is unreachable)" in finding.seen
 
 
 @pytest.mark.parametrize(

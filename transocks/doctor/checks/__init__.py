@@ -7,7 +7,7 @@ from transocks.doctor.checks.limits import descriptors
 from transocks.doctor.checks.listening import listeners
 from transocks.doctor.checks.loops import loops
 from transocks.doctor.checks.names import resolver
-from transocks.doctor.checks.paths import dnat_to_loopback, forwarding, policy_routing, reverse_path
+from transocks.doctor.checks.paths import dnat_to_loopback, forwarding, policy_routing, reverse_path, way_out
 from transocks.doctor.checks.redirection import both_families, input_chain, old_connections, quic, rules
 from transocks.doctor.checks.settings import fast_open, nonlocal_bind, port_range, ports_in_time_wait
 from transocks.doctor.checks.tracking import conntrack
@@ -22,6 +22,7 @@ CHECKS: tuple[Check, ...] = (
     upstreams,
     input_chain,
     resolver,
+    way_out,
     policy_routing,
     reverse_path,
     forwarding,

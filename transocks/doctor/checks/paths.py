@@ -11,6 +11,29 @@ from transocks.doctor.seen import Seen
 from transocks.netfilter.ruleset import UNKNOWN, Kind
 
 
+def way_out(seen: Seen, flows: Flows) -> Iterator[Finding]:
+    """Where an application wants to go there has to be a route, or no rule is asked, though what they redirect does not
+    take it. A host that reaches nothing but its proxy often has none.
+    """
+    used = {network.version for link in seen.links for network in link.networks if not network.is_link_local}
+    mine = [flow for flow in flows.best if flow.mode is Mode.HOST and flow.version in used]
+    missing: dict[int, str] = {}
+    for flow in mine:
+        try:
+            seen.route(flow.packet.destination)
+        except OSError as error:
+            missing[flow.version] = f"no route to {flow.packet.destination}, so no rule is asked ({error.strerror})"
+    if 4 in missing or len(missing) == len(mine) > 0:  # without IPv6 applications take IPv4
+        version = min(missing)
+        say = fault if len(missing) == len(mine) else warning
+        yield say(
+            "routes", f"IPv{version}: {missing[version]}",
+            f"ip -{version} route add default via any address of a network here: what is redirected does not go there",
+        )  # fmt: skip
+    elif mine:
+        yield fine("routes", "there is one to where the redirected connections of this host mean to go")
+
+
 def policy_routing(seen: Seen, flows: Flows) -> Iterator[Finding]:
     """What TPROXY has taken has to be routed to this host itself: asked of the kernel, with the mark and all."""
     for flow in flows.arriving:

@@ -522,8 +522,12 @@ def test_applied_rules(host_net: lab.Net, tmp_path: Path) -> None:
         host_net.proxy.run(sys.executable, "-m", "transocks", "rules", "apply", "--force", "-f", config)
         assert doctor(host_net, config).faults == {}
         host_net.proxy.run("nft", "insert rule inet transocks redirect_tcp tcp dport 22 accept")
+        host_net.proxy.run("iptables", "-t", "raw", "-A", "OUTPUT", "-p", "tcp", "--dport", "81", "-j", "NOTRACK")
         found = doctor(host_net, config)
     assert list(found.faults) == ["applied rules"]
+    mends = {f["seen"].split()[0]: f["do"] for f in found.findings if f["state"] == "fault"}
+    assert mends["not"].startswith("transocks rules apply ")
+    assert "applying ours again does not help" in mends["shadowed:"]
 
 
 def test_probe(host_net: lab.Net, tmp_path: Path) -> None:

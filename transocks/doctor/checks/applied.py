@@ -36,7 +36,11 @@ def applied(seen: Seen, flows: Flows) -> Iterator[Finding]:
         return
     faults = [line for line in report.faults if not line.startswith(_OTHERWISE)]
     for line in faults:
-        yield fault(_NAME, line, "transocks rules apply (and `verify` tells the same)")
+        if line.startswith("shadowed: "):
+            do = "change that rule, or take it out: applying ours again does not help"
+        else:
+            do = "transocks rules apply (and `verify` tells the same)"
+        yield fault(_NAME, line, do)
     for line in report.notes:
         yield warning(_NAME, line, "see transocks rules verify")
     if not faults:

@@ -329,6 +329,7 @@ def test_what_upstreams_answer(host_net: lab.Net, tmp_path: Path) -> None:
         ("socks4a://{}", b"\0\x5b" + bytes(6), "ok", "answers"),
         ("socks4a://{}", b"\5\xff", "fault", "not SOCKS4"),
         ("socks5://{}", b"\5\xff", "fault", "other than no credentials"),
+        ("socks5://{}", b"", "fault", "closed within the handshake"),
     ]
     asked: list[bytes] = []
 
@@ -350,6 +351,8 @@ def test_what_upstreams_answer(host_net: lab.Net, tmp_path: Path) -> None:
     for (_, _, state, said), server in zip(answers, servers, strict=True):
         assert [said in seen for seen in found.of(state, "upstream") if f":{server.port}" in seen] == [True]
     assert sum(b"\r\nProxy-Authorization: Basic dXNlcjp3cm9uZw==\r\n" in question for question in asked) == 1
+    closed = [f["do"] for f in found.findings if "closed within" in f["seen"]]
+    assert ["`allow_from`" in do and "PROXY header" in do for do in closed] == [True]
     mends = [f["do"] for f in found.findings if "407" in f["seen"] or "credentials" in f["seen"]]
     assert sorted(mend.split(" proxy_url")[0] for mend in mends) == [
         "put user and password in",

@@ -55,6 +55,11 @@ def proxies(config: Config) -> tuple[ProxyURL, ...]:
     return tuple(dict.fromkeys(url for group in config.groups().values() for url in group.proxy_url))
 
 
+def begins_with_header(proxy: ProxyURL, config: Config) -> bool:
+    """Whether a connection to it begins with a header of the PROXY protocol."""
+    return any(group.proxy_protocol and proxy in group.proxy_url for group in config.groups().values())
+
+
 def goes_direct(config: Config) -> bool:
     """Whether transocks may connect to destinations by itself."""
     ways = (*(route.via for route in config.route), *(group.when_all_down for group in config.groups().values()))
@@ -132,8 +137,7 @@ async def _greet_address(proxy: ProxyURL, address: IPAddress, seen: Seen) -> Gre
 
 def _header(proxy: ProxyURL, config: Config) -> bytes:
     """What has to be in front of all else: "this connection is about nobody", of the PROXY protocol."""
-    wanted = any(group.proxy_protocol and proxy in group.proxy_url for group in config.groups().values())
-    return LOCAL_HEADER if wanted else b""
+    return LOCAL_HEADER if begins_with_header(proxy, config) else b""
 
 
 async def _ping(stream: trio.SocketStream, proxy: ProxyURL, before: bytes) -> str | None:

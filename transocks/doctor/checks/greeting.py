@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from transocks.doctor.finding import Finding, fault, fine, unchecked, warning
 from transocks.doctor.flows import Flows
 from transocks.doctor.seen import Seen
-from transocks.doctor.upstreams import Greeted, describe, greet_all
+from transocks.doctor.upstreams import Greeted, begins_with_header, describe, greet_all
 
 
 def upstreams(seen: Seen, flows: Flows) -> Iterator[Finding]:
@@ -32,10 +32,10 @@ def upstreams(seen: Seen, flows: Flows) -> Iterator[Finding]:
                 )  # fmt: skip
             else:
                 say = warning if answering else fault
-                yield say("upstream", f"{describe(one)}: {one.problem}", _do(one))
+                yield say("upstream", f"{describe(one)}: {one.problem}", _do(one, seen))
 
 
-def _do(one: Greeted) -> str:
+def _do(one: Greeted, seen: Seen) -> str:
     problem, proxy = one.problem or "", one.proxy
     if one.address is None:
         return "see that its name resolves on this host, or put its address into proxy_url"
@@ -47,4 +47,11 @@ def _do(one: Greeted) -> str:
         return "put user and password in proxy_url right (percent-encoded)"
     if "SOCKS" in problem or "HTTP" in problem:
         return f"look what listens there: {proxy} is to be a proxy of this kind"
+    if "closed within" in problem or "reset by peer" in problem:
+        # It is there, and will have none of this.
+        if begins_with_header(proxy, seen.config):
+            doubt = "whether it expects a PROXY header on this port, and trusts this host's address (its `trusted`)"
+        else:
+            doubt = "whether it admits this host's address (its `allow_from`), or expects a PROXY header on this port"
+        return f"look into its log; {doubt}"
     return "start it, or put proxy_url right; look for a firewall on the way"

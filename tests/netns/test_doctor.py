@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
+import shutil
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -288,6 +290,19 @@ def test_others_rules_come_first(host_net: lab.Net, tmp_path: Path) -> None:
         found = doctor(host_net, config)
     assert list(found.faults) == ["rules"]
     assert "host, IPv4: others' rules take it before ours: nft table ip squid, chain out" in found.faults["rules"]
+
+
+@pytest.mark.skipif(
+    "nft" not in os.path.realpath(shutil.which("iptables") or "") or shutil.which("iptables-legacy") is None,
+    reason="there is no other variant beside iptables",
+)
+def test_rules_that_iptables_does_not_show(host_net: lab.Net, tmp_path: Path) -> None:
+    with standing(host_net, tmp_path) as config:
+        load(host_net, "iptables")
+        host_net.proxy.run("iptables-legacy", "-t", "nat", "-A", "PREROUTING", "-p", "tcp", "-j", "ACCEPT")
+        assert "rules of iptables-legacy too" in doctor(host_net, config).warnings["tools"]
+        host_net.proxy.run("iptables-legacy", "-t", "nat", "-F")  # the table stays
+        assert doctor(host_net, config).warnings == {}
 
 
 def test_not_tracked(host_net: lab.Net, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 import attrs
 
 from transocks.config import Config
-from transocks.firewall import routing
+from transocks.firewall import live, routing
+from transocks.firewall.steps import FirewallError
 from transocks.netfilter.loaded import NotShown, loaded
 from transocks.netfilter.ruleset import UNKNOWN, Ruleset, Unknown
 from transocks.sockets import Listener, listeners
@@ -65,6 +66,8 @@ class Seen:
     status: Answer | None = None
     """what the running daemon says of itself"""
     root: bool
+    hidden_legacy: bool = False
+    """iptables-legacy has rules, and is not what goes by the name iptables"""
     proc: Path = Path("/proc")
     tools: frozenset[str] = frozenset()
     route: Callable[..., routing.Route] = routing.lookup
@@ -117,7 +120,7 @@ def look(config: Config, config_file: str) -> Seen:
         daemon=Identity(
             uid=UNKNOWN if uid is None else uid, gid=UNKNOWN if gid is None else gid, mark=config.mark or 0
         ),
-        pid=pid, status=status, root=root,
+        pid=pid, status=status, root=root, hidden_legacy=root and _hidden_legacy(),
         tools=frozenset(tool for tool in ("nft", "iptables", "ip6tables", "iptables-legacy") if shutil.which(tool)),
     )  # fmt: skip
 
@@ -128,6 +131,15 @@ def _ruleset(root: bool) -> tuple[Ruleset | None, str]:
         return loaded(), ""
     except NotShown as error:
         return None, str(error) if root else "firewall rules are shown to root only"
+
+
+def _hidden_legacy() -> bool:
+    """Empty tables are no rules: they stay until the next boot when it was given up."""
+    beside = ((six, variant) for six in (False, True) for variant in live.variants(six) if variant.endswith("-legacy"))
+    try:
+        return any(table.rules for six, variant in beside for table in live.saved(six, variant))
+    except FirewallError:
+        return False
 
 
 def _ask(path: str | None) -> tuple[int | None, int | None, int | None, Answer | None]:

@@ -85,9 +85,7 @@ def tools(seen: Seen, flows: Flows) -> Iterator[Finding]:
     variant = _variant()
     names = ["nft"] if "nft" in seen.tools else []
     names += [f"iptables ({variant})"] if "iptables" in seen.tools else []
-    legacy = bool(seen.read("net/ip_tables_names") or seen.read("net/ip6_tables_names"))
-    ours = {(chain.tool, chain.family, chain.table) for chain in (seen.ruleset.chains if seen.ruleset else ())}
-    if legacy and variant == "nft" and any(tool == "iptables" for tool, _, _ in ours):
+    if seen.hidden_legacy:
         yield warning(
             "tools", f"{', '.join(names)}; and there are rules of iptables-legacy too, which iptables does not show",
             "look at iptables-legacy-save, and move what is needed from there to one of the two",

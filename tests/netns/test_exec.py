@@ -153,6 +153,15 @@ def test_kill_9_leaves_nothing(trial: Trial, victim: str) -> None:
     assert not list(trial.bin.glob("transocks-exec-*"))
 
 
+def test_where_ipv6_is_switched_off(host_net: lab.Net) -> None:
+    """/proc/net/if_inet6 is there then, and empty: there is no ::1 to listen on."""
+    if host_net.lab.rootless:
+        pytest.skip("without root there is one group id, so nothing tells a command's connections from others")
+    host_net.client.sysctl("net.ipv6.conf.all.disable_ipv6", 1)
+    command = [sys.executable, "-m", "transocks", "exec", "--", "true"]
+    assert host_net.client.run("timeout", "20", *command, check=False).returncode == 0
+
+
 def test_needs_root_and_says_so(host_net: lab.Net) -> None:
     if host_net.lab.rootless:
         return  # in there the one user is root

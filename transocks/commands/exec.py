@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import errno
 import os
 import pwd
 import shutil
@@ -29,6 +30,7 @@ import attrs
 
 from transocks.firewall.config import Mode
 from transocks.firewall.holder import Held
+from transocks.firewall.live import uses_ipv6
 from transocks.firewall.render import render
 from transocks.firewall.steps import FirewallError, choose_tool
 from transocks.firewall.wanted import Selection, Wanted
@@ -101,7 +103,7 @@ def _exec(command: Sequence[str]) -> int:
     gid = FIRST_GID + os.getpid()
     if not _allowed_gid(gid):
         raise ExecError("this user namespace has not enough group ids to tell the command's connections from others")
-    ipv6 = os.path.exists("/proc/net/if_inet6")
+    ipv6 = uses_ipv6()
     with _Signals() as signals, contextlib.ExitStack() as stack:
         folder = tempfile.mkdtemp(prefix="transocks-exec-")
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -166,8 +168,12 @@ def _free_port(ipv6: bool) -> int:
             port: int = four.getsockname()[1]
             if not ipv6:
                 return port
-            with contextlib.suppress(OSError), socket.create_server(("::1", port), family=socket.AF_INET6):
-                return port
+            try:
+                with socket.create_server(("::1", port), family=socket.AF_INET6):
+                    return port
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise ExecError(f"can't listen on ::1: {error.strerror}") from None
 
 
 def _start(name: str, config: str, folder: str) -> subprocess.Popen[bytes]:

@@ -97,6 +97,8 @@ class Flows:
         found: dict[tuple[Mode, Version], Flow] = {}
         for target in self.targets:
             for version in _versions(target):
+                if version == 6 and not self.seen.ipv6:
+                    continue
                 key = mode_of(target), version
                 if key in found and found[key].arrives:
                     continue

@@ -66,6 +66,8 @@ class Seen:
     status: Answer | None = None
     """what the running daemon says of itself"""
     root: bool
+    ipv6: bool = True
+    """some interface has an address of it; with disable_ipv6=1 nobody can listen, nor send"""
     hidden_legacy: bool = False
     """iptables-legacy has rules, and is not what goes by the name iptables"""
     proc: Path = Path("/proc")
@@ -120,7 +122,7 @@ def look(config: Config, config_file: str) -> Seen:
         daemon=Identity(
             uid=UNKNOWN if uid is None else uid, gid=UNKNOWN if gid is None else gid, mark=config.mark or 0
         ),
-        pid=pid, status=status, root=root, hidden_legacy=root and _hidden_legacy(),
+        pid=pid, status=status, root=root, ipv6=live.uses_ipv6(), hidden_legacy=root and _hidden_legacy(),
         tools=frozenset(tool for tool in ("nft", "iptables", "ip6tables", "iptables-legacy") if shutil.which(tool)),
     )  # fmt: skip
 

@@ -99,6 +99,15 @@ def test_a_destination_without_a_route(
     assert state is State.OK or "no rule is asked (Network is unreachable)" in finding.seen
 
 
+def test_where_ipv6_is_switched_off_its_rules_matter_to_nobody(seen: Seen) -> None:
+    rules = "*nat\n:OUTPUT ACCEPT [0:0]\n-A OUTPUT -p tcp -j REDIRECT --to-ports 1081\nCOMMIT\n"
+    both = Ruleset((*read_iptables(rules, 4).chains, *read_iptables(rules, 6).chains))
+    found = [
+        [flow.version for flow in Flows(attrs.evolve(seen, ruleset=both, ipv6=ipv6)).best] for ipv6 in (True, False)
+    ]
+    assert found == [[4, 6], [4]]
+
+
 @pytest.mark.parametrize(
     ("waiting", "reuse", "state"),
     [(9, 2, State.OK), (60, 2, State.WARNING), (95, 2, State.FAULT), (95, 1, State.OK)],

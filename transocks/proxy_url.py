@@ -80,6 +80,8 @@ def parse_proxy_url(value: str) -> ProxyURL:
         raise Invalid("expected HOST:PORT, with an IPv6 address in brackets, at the end") from None
     if not isinstance(host, str) and (host.is_unspecified or host.is_multicast):
         raise Invalid("expected the address of one host, not the unspecified address or multicast")
+    if not isinstance(host, str) and host.version == 6 and host.is_link_local:
+        raise Invalid("expected an address that needs no zone: a link-local one can't be connected to without")
     if port is None and scheme is not ProxyScheme.HTTP:
         port = 1080
     if not port:

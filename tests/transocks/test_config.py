@@ -248,6 +248,7 @@ def test_a_proxy_url_prints_without_the_password() -> None:
         ("socks5://:s3cret@proxy", "expected a user of 1 to 255 bytes"),
         (f"socks5://me:s3cret{'x' * 255}@proxy", "expected a user of 1 to 255 bytes"),
         ("socks5://me:s3cret@0.0.0.0", "expected the address of one host"),
+        ("socks5://me:s3cret@[fe80::1]", "expected an address that needs no zone"),
     ],
 )
 def test_faults_of_proxy_url_never_show_it(url: str, expected: str) -> None:

@@ -96,7 +96,7 @@ class WorkerProcess:
                 )
         except OSError as error:
             ours.close()
-            raise Error(f"can't start a worker: {error.strerror}") from None
+            raise Error(f"can't start a worker: {error.filename or sys.executable}: {error.strerror}") from None
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         # The master waits for all its children itself, also for those that an earlier version of it has started.

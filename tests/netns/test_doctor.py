@@ -368,7 +368,7 @@ def test_what_upstreams_answer(host_net: lab.Net, tmp_path: Path) -> None:
     assert sum(b"\r\nProxy-Authorization: Basic dXNlcjp3cm9uZw==\r\n" in question for question in asked) == 1
     closed = [f["do"] for f in found.findings if "closed within" in f["seen"]]
     assert ["`allow_from`" in do and "PROXY header" in do for do in closed] == [True]
-    mends = [f["do"] for f in found.findings if "407" in f["seen"] or "credentials" in f["seen"]]
+    mends = [f["do"] for f in found.findings if " 407 " in f["seen"] or "credentials" in f["seen"]]
     assert sorted(mend.split(" proxy_url")[0] for mend in mends) == [
         "put user and password in",
         "put user and password into",

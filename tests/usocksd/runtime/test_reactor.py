@@ -390,7 +390,7 @@ async def test_resumed_work_gets_one_turn_at_a_time_and_others_get_theirs(lab: A
 
 
 async def test_many_more_sockets_than_a_batch(lab: Any) -> None:
-    ends = [lab.endpoint() for _ in range(600)]
+    ends = [lab.endpoint() for _ in range(300)]
     for _, peer in ends:
         peer.push(b"x")
     for endpoint, _ in ends:

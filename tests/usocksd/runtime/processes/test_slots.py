@@ -13,6 +13,7 @@ import pytest
 
 from usocksd.errors import Error
 from usocksd.runtime.listeners import ListenError, is_transparent, listen, may_be_transparent, queue_length
+from usocksd.runtime.processes import slots as slots_module
 from usocksd.runtime.processes.plan import Address, Plan
 from usocksd.runtime.processes.slots import Slots, check_inherited, place_names
 
@@ -103,6 +104,15 @@ def test_a_group_that_shrinks(slots: Slots, address: Address) -> None:
         assert min(spread(place, rest)) > 300
 
 
+def may_refuse() -> bool:
+    with socket.socket() as sock:
+        return slots_module._refuse(sock)
+
+
+needs_filters = pytest.mark.skipif(not may_refuse(), reason="this kernel wants CAP_NET_ADMIN for filters on sockets")
+
+
+@needs_filters
 def test_an_address_that_is_dropped(slots: Slots) -> None:
     """What waits there is still to be accepted; new ones wait in vain, and are refused once it is closed."""
     slots.open([V4, V6], 2)
@@ -129,6 +139,7 @@ def test_an_address_that_is_dropped(slots: Slots) -> None:
     socket.create_connection(v4, 5).close()
 
 
+@needs_filters
 def test_refusing_lets_in_who_waits(slots: Slots) -> None:
     slots.open([V4], 1)
     slots.release([V4], 1)

@@ -105,15 +105,16 @@ def _request(host: str, port: int, username: str | None, password: str | None) -
         raise ValueError(f"{host!r} can't be the host of a CONNECT request")
     lines = [f"CONNECT {authority} HTTP/1.1", f"Host: {authority}"]
     if username is not None:
-        lines.append(f"Proxy-Authorization: Basic {basic(username, password or '')}")
+        lines.append(authorization(username, password))
     return "\r\n".join([*lines, "", ""]).encode("ascii")
 
 
-def basic(username: str, password: str) -> str:
-    """Credentials as the Basic scheme has them. ValueError for those that it can't have: RFC 7617 section 2."""
+def authorization(username: str, password: str | None) -> str:
+    """The header line with credentials. ValueError for those that the Basic scheme can't have: RFC 7617 section 2."""
+    password = password or ""
     # The first colon divides the two, and neither may have control characters.
     if ":" in username:
         raise ValueError("colon in the user name")
     if _CONTROL.search(username + password):
         raise ValueError("control character in the user name or password")
-    return b64encode(f"{username}:{password}".encode()).decode("ascii")
+    return f"Proxy-Authorization: Basic {b64encode(f'{username}:{password}'.encode()).decode('ascii')}"

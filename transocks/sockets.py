@@ -11,6 +11,7 @@ from ipaddress import ip_address
 
 import attrs
 
+from transocks.netlink import HEADER, messages
 from usocksd.match import IPAddress
 
 # linux/netlink.h, linux/sock_diag.h, linux/inet_diag.h
@@ -19,7 +20,6 @@ _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _DUMP_REQUEST = 0x301  # NLM_F_REQUEST | NLM_F_DUMP
 _LISTEN = 1 << 10  # include/net/tcp_states.h
 _CONNECTED = ~_LISTEN & 0xFFF
-_HEADER = struct.Struct("=IHHII")
 _REQUEST = struct.Struct("=BBBxI48x")
 # family, state, timer, retransmits; port, peer's port, address, peer's address, ...; expires, queues, uid, inode
 _ANSWER = struct.Struct("=BBBB2s2s16s16s12xIIIII")
@@ -72,18 +72,15 @@ def _dump(family: int, states: int) -> Iterator[bytes]:
     with socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, _NETLINK_SOCK_DIAG) as sock:
         sock.settimeout(2)
         body = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, states)
-        sock.send(_HEADER.pack(_HEADER.size + len(body), _SOCK_DIAG_BY_FAMILY, _DUMP_REQUEST, 1, 0) + body)
+        sock.send(HEADER.pack(HEADER.size + len(body), _SOCK_DIAG_BY_FAMILY, _DUMP_REQUEST, 1, 0) + body)
         while True:
-            data = sock.recv(1 << 16)
-            while data:
-                length, kind, _, _, _ = _HEADER.unpack_from(data)
+            for kind, message in messages(sock.recv(1 << 16)):
                 if kind == _NLMSG_ERROR:
-                    code = -_CODE.unpack_from(data, _HEADER.size)[0]
+                    code = -_CODE.unpack_from(message)[0]
                     raise OSError(code, os.strerror(code))
                 if kind == _NLMSG_DONE:
                     return
-                yield data[_HEADER.size : length]
-                data = data[length + 3 & ~3 :]
+                yield message
 
 
 def _listener(message: bytes) -> Listener:

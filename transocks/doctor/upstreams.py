@@ -15,7 +15,7 @@ import trio
 from transocks.config import DIRECT, Config
 from transocks.doctor.flows import comes_back, sent
 from transocks.doctor.seen import Identity, Seen
-from transocks.http_connect import HttpConnect, basic
+from transocks.http_connect import HttpConnect, authorization
 from transocks.netfilter.ruleset import Unknown
 from transocks.proxy_url import ProxyScheme, ProxyURL
 from transocks.upstream_probes import ping
@@ -146,8 +146,8 @@ async def _ping(stream: trio.SocketStream, proxy: ProxyURL, before: bytes) -> st
     """
     question = ping(proxy)
     if proxy.username is not None and proxy.scheme is ProxyScheme.HTTP:
-        credentials = basic(proxy.username, proxy.password.reveal() if proxy.password else "")
-        question = question[:-2] + f"Proxy-Authorization: Basic {credentials}\r\n\r\n".encode()
+        line = authorization(proxy.username, proxy.password.reveal() if proxy.password else None)
+        question = question.removesuffix(b"\r\n") + f"{line}\r\n\r\n".encode()
     await stream.send_all(before + question)
     answer = HttpConnect(str(proxy.host), proxy.port)  # reads what a CONNECT would be answered with, too
     while data := await stream.receive_some(1024):

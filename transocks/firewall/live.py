@@ -17,6 +17,7 @@ from transocks.firewall.config import Mode
 from transocks.firewall.saved import Table, merge, parse_save
 from transocks.firewall.steps import Step, run
 from transocks.firewall.wanted import Wanted
+from transocks.netfilter.loaded import has_legacy
 from transocks.netfilter.nft_json import ruleset_json
 from transocks.sockets import listeners
 from usocksd.match import IPAddress
@@ -96,18 +97,11 @@ def variants(six: bool) -> list[str]:
     """
     found: dict[str, str] = {}
     for name in (iptables(six), f"{iptables(six)}-nft", f"{iptables(six)}-legacy"):
-        if name.endswith("-legacy") and not _has_legacy(six):  # looking would load its modules
+        if name.endswith("-legacy") and not has_legacy(iptables(six)):
             continue
         if (path := shutil.which(f"{name}-save")) is not None:
             found.setdefault(os.path.realpath(path), name)
     return list(found.values())
-
-
-def _has_legacy(six: bool) -> bool:
-    try:
-        return bool(Path(f"/proc/self/net/{iptables(six).removesuffix('tables')}_tables_names").read_text("ascii"))
-    except OSError:
-        return False
 
 
 def saved(six: bool, variant: str | None = None) -> list[Table]:

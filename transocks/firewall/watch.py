@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import select
 import socket
-import struct
 import time
-from collections.abc import Iterator
 from types import TracebackType
 
 from transocks.firewall.steps import FirewallError
+from transocks.netlink import messages
 
 _NETLINK_NETFILTER = 12
 _GROUP_NFTABLES = 1 << 6  # NFNLGRP_NFTABLES is 7
 _DELTABLE = 10 << 8 | 2  # NFNL_SUBSYS_NFTABLES, NFT_MSG_DELTABLE
-_HEADER = struct.Struct("=IHHII")  # nlmsghdr: length, type, flags, sequence number, port id
 _LARGEST = 1 << 16
 
 
@@ -51,18 +49,10 @@ class TableWatch:
         found = False
         while True:
             try:
-                messages = self._socket.recv(_LARGEST)
+                data = self._socket.recv(_LARGEST)
             except BlockingIOError:
                 return found
             except OSError:  # ENOBUFS: more has happened than fits, and nobody knows what
                 found = True
             else:
-                found = found or _DELTABLE in _types(messages)
-
-
-def _types(messages: bytes) -> Iterator[int]:
-    at = 0
-    while at + _HEADER.size <= len(messages):
-        length, kind, *_ = _HEADER.unpack_from(messages, at)
-        yield kind
-        at += max(length + 3 & ~3, _HEADER.size)
+                found = found or any(kind == _DELTABLE for kind, _ in messages(data))

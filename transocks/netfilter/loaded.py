@@ -15,6 +15,7 @@ from transocks.netfilter.nft_json import ruleset_json
 from transocks.netfilter.ruleset import Ruleset, Version, merged
 from usocksd.errors import Error
 
+_NET = Path("/proc/self/net")
 _TIMEOUT = 20.0  # seconds; nft takes one for 50,000 rules
 
 Run: TypeAlias = Callable[..., str]
@@ -27,7 +28,7 @@ class NotShown(Error):
     """The rules can't be read."""
 
 
-def loaded(run: Run | None = None, net: Path = Path("/proc/self/net")) -> Ruleset:
+def loaded(run: Run | None = None, net: Path = _NET) -> Ruleset:
     """All of them; takes CAP_NET_ADMIN. Nothing is loaded by looking. Raises NotShown."""
     run = run or _run
     try:
@@ -64,19 +65,20 @@ def _tool(name: str) -> str | None:
 
 
 def _of_legacy(run: Run, net: Path) -> list[Ruleset]:
-    """Where it has tables: where it has none, its tool would make them."""
+    """Where it has tables."""
     return [
         read_iptables(run(f"{name}-legacy-save"), version)
         for _, version, name in _FAMILIES
-        if shutil.which(f"{name}-legacy-save") and _names(net / f"{name.removesuffix('tables')}_tables_names")
+        if shutil.which(f"{name}-legacy-save") and has_legacy(name, net)
     ]
 
 
-def _names(file: Path) -> str:
+def has_legacy(name: str, net: Path = _NET) -> bool:
+    """Whether there are tables of the legacy iptables, or ip6tables: `name`. Who asks its tool makes them."""
     try:
-        return file.read_text("ascii").strip()
+        return bool((net / f"{name.removesuffix('tables')}_tables_names").read_text("ascii").strip())
     except OSError:  # there never were any
-        return ""
+        return False
 
 
 def _run(*argv: str) -> str:

@@ -41,12 +41,9 @@ class NamedFiles:
         content = read_file(path)
         if self.fd is None:
             self.fd = os.memfd_create("named files")
-        start = os.lseek(self.fd, 0, os.SEEK_END)
-        with open(self.fd, "wb", buffering=0, closefd=False) as file:
-            view = memoryview(content)
-            while view:
-                view = view[file.write(view) :]
-        self.places[str(path)] = start, len(content)
+        with open(self.fd, "ab", closefd=False) as file:
+            self.places[str(path)] = file.tell(), len(content)
+            file.write(content)
         return content
 
     def read(self, path: Path) -> bytes:
@@ -55,11 +52,11 @@ class NamedFiles:
         if place is None or self.fd is None:
             return read_file(path)
         start, size = place
-        pieces = []
+        pieces = []  # (By pread: who has been passed the descriptor shares its position.)
         while size and (piece := os.pread(self.fd, size, start)):
             pieces.append(piece)
             start, size = start + len(piece), size - len(piece)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        return b"".join(pieces)
 
     @property
     def fds(self) -> list[int]:

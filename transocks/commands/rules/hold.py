@@ -72,7 +72,11 @@ def _state(held: Held) -> str:
     try:
         return held.look()
     except FirewallError as error:  # as a cgroup that is not there yet: there may be one the next time
-        return visible(f"fault: {' '.join(str(error).split())}")
+        return f"fault: {_in_a_line(error)}"
+
+
+def _in_a_line(error: FirewallError) -> str:
+    return visible(" ".join(str(error).split()))
 
 
 @attrs.define
@@ -137,7 +141,7 @@ class _Closed:
                 self._guard = Guard()
             self._guard.load("".join(map(render_guard, self._order.wanted)))
         except FirewallError as error:  # an old kernel, say, or another `hold`: the rules are there all the same
-            self._unguarded = visible(" ".join(str(error).split()))
+            self._unguarded = _in_a_line(error)
         else:
             self._unguarded = None
 

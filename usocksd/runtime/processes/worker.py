@@ -101,10 +101,8 @@ async def _configure(daemon: Daemon[Any], channel: Channel) -> tuple[Any, NamedF
     except Error as error:
         await _answer_faults(channel, error)
         return None
-    if first:
-        await channel.send({"type": "plan", "plan": plan, "files": files.places}, files.fds)
-    else:
-        await channel.send({"type": "plan", "plan": plan})
+    news = files if first else NamedFiles()
+    await channel.send({"type": "plan", "plan": plan, "files": news.places}, news.fds)
     return config, files
 
 

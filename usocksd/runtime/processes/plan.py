@@ -6,7 +6,6 @@ the master needs nothing of what a daemon is made of.
 
 from __future__ import annotations
 
-import os
 import pkgutil
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import attrs
 
+from usocksd.runtime.cgroup import usable_cpus
 from usocksd.runtime.common import Common
 from usocksd.runtime.endpoint import Endpoint
 from usocksd.runtime.log import Log
@@ -108,7 +108,7 @@ def make_plan(common: Common, *, version: str, warnings: Sequence[str]) -> Plan:
     return Plan(
         version=version,
         listen=tuple(Address(str(at.address), at.port, at.optional, at.transparent) for _, at in common.listen),
-        workers=common.workers or len(os.sched_getaffinity(0)),
+        workers=common.workers or usable_cpus(),
         log=common.log,
         metrics=Metering(str(common.metrics_address), port, required) if port else None,
         control=common.control,

@@ -1,9 +1,9 @@
 """The three log formats of the original programs: values in, one finished line out. No I/O.
 
 They are those of github.com/cybozu-go/log (plain.go, logfmt.go, json.go), byte for byte where that library is
-deterministic, so that existing log pipelines keep working. Rules of this file:
+deterministic (JSON: where all is printable), so that existing log pipelines keep working. Rules of this file:
 
-- A record is one line: in plain and logfmt no control character survives quoting, in JSON none of ASCII's.
+- A record is one line, and nothing in it moves a terminal: what is not printable is escaped, in every format.
 - What is not UTF-8 becomes U+FFFD. Python says "not UTF-8" with lone surrogates (`surrogateescape`).
 - A key that is not allowed is a bug, and a ValueError; no value is an error.
 

@@ -15,7 +15,6 @@ from json.encoder import encode_basestring
 from typing import Final
 
 _SURROGATES = re.compile(r"[\ud800-\udfff]+")
-_JSON_ESCAPED = re.compile(r'["\\\x00-\x1f\x7f\ud800-\udfff]')
 _JSON_SHORT: Final = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 _GO_SHORT: Final = {**_JSON_SHORT, "\a": "\\a", "\b": "\\b", "\f": "\\f", "\v": "\\v"}
 _SPECIAL: Final = {"nan": "NaN", "inf": "+Inf", "-inf": "-Inf"}
@@ -40,15 +39,25 @@ def _go_escape(char: str) -> str:
 
 
 def json_quote(text: str) -> str:
-    """`text` as the original's JSON format writes it: ASCII's controls escaped, others as they are."""
+    """`text` as a JSON string, whatever is not printable escaped; what is not UTF-8 is U+FFFD each.
+
+    The original has all but ASCII's controls as they are: U+0085 and U+2028, which end lines for some readers, and
+    U+009B and U+202E, which terminals obey.
+    """
     if text.isprintable():
         return encode_basestring(text)
-    return '"' + _JSON_ESCAPED.sub(_json_escape, text) + '"'
+    return (
+        '"' + "".join([char if char.isprintable() and char not in '"\\' else _json_escape(char) for char in text]) + '"'
+    )
 
 
-def _json_escape(match: re.Match[str]) -> str:
-    code = ord(match[0])
-    return _JSON_SHORT.get(match[0]) or f"\\u{code if code < 0x80 else 0xFFFD:04x}"
+def _json_escape(char: str) -> str:
+    if short := _JSON_SHORT.get(char):
+        return short
+    code = ord(char)
+    if code >= 0x10000:  # RFC 8259 section 7: as a surrogate pair
+        return f"\\u{0xD7C0 + (code >> 10):04x}\\u{0xDC00 | code & 0x3FF:04x}"
+    return f"\\u{0xFFFD if 0xD800 <= code < 0xE000 else code:04x}"
 
 
 def go_float(number: float) -> str:

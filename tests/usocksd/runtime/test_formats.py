@@ -122,9 +122,24 @@ def test_go_quoting(text: str, quoted: str) -> None:
     assert go_quote(text) == quoted
 
 
-def test_json_quoting_is_that_of_the_original() -> None:
+def test_json_quoting_is_that_of_the_original_but_for_what_is_not_printable() -> None:
     assert json_quote("\b\f\n\r\t\x7f\x00") == r'"\u0008\u000c\n\r\t\u007f\u0000"'
-    assert json_quote("\u2028\xa0\n") == '"\u2028\xa0\\n"'
+    assert json_quote('日本語 ☺ \U0001f600 \\"\n') == '"日本語 ☺ \U0001f600 \\\\\\"\\n"'
+    assert json_quote("\x85\x9b\xa0\u2028\u202e\ufeff") == r'"\u0085\u009b\u00a0\u2028\u202e\ufeff"'
+    assert json_quote("\U000e0001\U0010ffff") == r'"\udb40\udc01\udbff\udfff"'
+    assert json_quote("\n\ud800\udfff") == r'"\n\ufffd\ufffd"'
+
+
+@given(st.text())
+def test_a_record_has_nothing_in_it_that_a_terminal_obeys_and_json_reads_back(text: str) -> None:
+    fields = {"user": text, "of_list": [text], "of_mapping": {text: text}}
+    for formatter in (Plain("t", "h"), Logfmt("t", "h"), JSON("t", "h")):
+        line = formatter.format(0.0, Severity.INFO, text, fields).decode()
+        assert line.endswith("\n")
+        assert line[:-1].isprintable(), formatter.name
+        assert len(line.splitlines()) == 1
+    read = json.loads(line)
+    assert read["message"] == read["user"] == re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ protected addresses all other rules that allow do not match.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from ipaddress import IPv6Network
 
 from attrs import frozen
 
@@ -99,10 +100,13 @@ class AccessRules:
 
     _MOST_REMEMBERED = 16384
 
-    def __init__(self, rules: Sequence[Rule], is_local: Callable[[IPAddress], bool]) -> None:
-        """`is_local` tells the addresses of this host."""
+    def __init__(
+        self, rules: Sequence[Rule], is_local: Callable[[IPAddress], bool], nat64: Sequence[IPv6Network] = ()
+    ) -> None:
+        """`is_local` tells the addresses of this host; `nat64` are as `judged_addresses` takes them."""
         self._rules = tuple(rules)
         self._is_local = is_local
+        self._nat64 = tuple(nat64)
         self._protected = PROTECTED_NETWORKS
         self._decisions = {1 << at: Decision(rule.allow, rule.name, rule.egress) for at, rule in enumerate(rules)}
         self._entries = {1 << at: rule.entry for at, rule in enumerate(rules) if rule.entry is not None}
@@ -135,12 +139,14 @@ class AccessRules:
         deny_sites: Sequence[str] = (),
         deny_ports: Sequence[int] = (),
         is_local: Callable[[IPAddress], bool],
+        nat64: Sequence[IPv6Network] = (),
     ) -> AccessRules:
         """These rules in order, then the lists of [outgoing], and at the end the built-in protection.
 
-        `is_local` tells the addresses of this host. Raises ValueError for an entry that has an `entry_fault`.
+        `is_local` tells the addresses of this host; `nat64` are as `judged_addresses` takes them. Raises ValueError for
+        an entry that has an `entry_fault`.
         """
-        return cls((*rules, *rules_of_lists(allow_sites, deny_sites, deny_ports)), is_local)
+        return cls((*rules, *rules_of_lists(allow_sites, deny_sites, deny_ports)), is_local, nat64)
 
     def decide_name(
         self, client: IPAddress, user: str | None, host: IPAddress | str, port: int, *, sent: str | None = None
@@ -178,7 +184,7 @@ class AccessRules:
         bit, kind = self._find(client, user, host, address, port, sent=sent)
         decision = self._decision(bit, kind, host, address, port, sent=sent)
         name, ip = (host, address) if isinstance(host, str) else (None, host)
-        judged = () if ip is None else judged_addresses(ip)
+        judged = () if ip is None else judged_addresses(ip, self._nat64)
         steps = []
         for at, rule in enumerate(self._rules):
             shown = "to" if rule.entry is None and not rule.complement else rule.name
@@ -243,7 +249,7 @@ class AccessRules:
                 return mask & -mask, None
         else:
             to, address = self._sites.nameless, host
-        judged = judged_addresses(address)
+        judged = judged_addresses(address, self._nat64)
         direct = self._sites.of_address(address)
         to = (to | direct | self._anywhere) ^ self._complement
         # An address is allowed as itself only: what it embeds can forbid it but not permit it.
@@ -299,7 +305,7 @@ class AccessRules:
         name, ip = (host, address) if isinstance(host, str) else (None, host)
         if sent is not None and self._sites.of_name(sent) & bit:
             name = sent
-        judged = () if ip is None else judged_addresses(ip)
+        judged = () if ip is None else judged_addresses(ip, self._nat64)
         text = entry(name, judged[:1] if decision.allowed else judged, port)
         return Decision(decision.allowed, f"{decision.rule} {text}", decision.egress)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from ipaddress import IPv6Network
 from typing import Annotated, Any
 
 import attrs
@@ -26,7 +27,7 @@ from usocksd.conditions import (
     empty_lists,
     site_lists,
 )
-from usocksd.match import IPAddress, canonical_host
+from usocksd.match import NAT64_LENGTHS, IPAddress, canonical_host
 from usocksd.runtime.common import Common
 from usocksd.runtime.config import KEY, Distinct, Invalid, show
 from usocksd.runtime.settings import (
@@ -64,6 +65,13 @@ def _dnsbl_domain(value: str) -> str | None:
     return _domain(value) if value else None  # "" is how the original's configuration says none
 
 
+def _nat64(value: str) -> IPv6Network:
+    network = IPv6Network(value)
+    if network.prefixlen not in NAT64_LENGTHS:
+        raise ValueError
+    return network
+
+
 def _user(value: str) -> str:
     if not value or ":" in value or not value.isprintable():  # as in a users file
         raise ValueError
@@ -91,6 +99,9 @@ _BUILT_IN_NAME = re.compile(
 RuleName = Annotated[str, text(_rule_name, NAME_EXPECTED)]
 User = Annotated[str, text(_user, "the name of a user")]
 PoolName = Annotated[str, text(_pool_name, 'a name of at most 64 letters, digits, "-" and "_"')]
+Nat64Prefix = Annotated[
+    IPv6Network, text(_nat64, 'the prefix of a NAT64, of 32, 40, 48, 56, 64 or 96 bits, as in "2001:db8:64::/96"')
+]
 Domain = Annotated[str, text(_domain, 'a domain, as in "dnsbl.example.org"')]
 
 
@@ -173,6 +184,8 @@ class Outgoing:
     allow_sites: tuple[Site, ...] = ()
     deny_sites: tuple[Site, ...] = ()
     deny_ports: tuple[ListenPort, ...] = ()
+    nat64_prefixes: tuple[Nat64Prefix, ...] = ()
+    """of this network's translators, besides 64:ff9b::/96: what is behind them is judged as the IPv4 address"""
     iface: Interface = None
     addresses: tuple[HostIP, ...] = ()
     dnsbl_domain: Annotated[str | None, text(_dnsbl_domain, 'a domain, as in "dnsbl.example.org"')] = None
@@ -307,6 +320,7 @@ class Config:
             deny_sites=self.outgoing.deny_sites,
             deny_ports=self.outgoing.deny_ports,
             is_local=is_local,
+            nat64=self.outgoing.nat64_prefixes,
         )
 
     def common(self) -> Common:

@@ -131,34 +131,57 @@ def parse_network(text: str) -> IPNetwork:
     return network
 
 
-# Prefixes below which the last 32 bits are the IPv4 address that finally gets the packets: IPv4-mapped and
-# -compatible (RFC 4291 section 2.5.5), NAT64 (RFC 6052 section 2.1, RFC 8215 in its /96 form).
-_LAST_32_BITS = (
-    (IPv6Network("::ffff:0:0/96"), 0),
-    (IPv6Network("::/96"), 0),
-    (IPv6Network("64:ff9b::/96"), 0),
-    (IPv6Network("64:ff9b:1::/48"), 0),
-    (IPv6Network("2002::/16"), 80),  # 6to4, RFC 3056 section 2: the IPv4 address follows the prefix
-)
+# Where an IPv6 address has the IPv4 address that its packets finally get to: prefix, how far the 32 bits are from the
+# end, and what they are XORed with.
 _EMBEDDED = tuple(
-    (int(network.network_address) >> (128 - network.prefixlen), 128 - network.prefixlen, shift)
-    for network, shift in _LAST_32_BITS
+    (int(network.network_address) >> (128 - network.prefixlen), 128 - network.prefixlen, shift, mask)
+    for network, shift, mask in (
+        (IPv6Network("::ffff:0:0/96"), 0, 0),  # IPv4-mapped and -compatible, RFC 4291 section 2.5.5
+        (IPv6Network("::/96"), 0, 0),
+        (IPv6Network("::ffff:0:0:0/96"), 0, 0),  # IPv4-translated, RFC 2765 section 2.1
+        (IPv6Network("64:ff9b::/96"), 0, 0),  # NAT64, RFC 6052 section 2.1
+        (IPv6Network("2002::/16"), 80, 0),  # 6to4, RFC 3056 section 2
+        (IPv6Network("2001::/32"), 64, 0),  # Teredo, RFC 4380 section 4: the server,
+        (IPv6Network("2001::/32"), 0, 0xFFFFFFFF),  # and the client
+    )
 )
+_ISATAP = 0x5EFE  # RFC 5214 section 6.1: with or without the bit that says "universal"
+_UNIVERSAL = 0x02000000
+_LOCAL_NAT64 = 0x0064FF9B0001  # 64:ff9b:1::/48, RFC 8215
+
+NAT64_LENGTHS = (32, 40, 48, 56, 64, 96)
+"""How long the prefix of a NAT64 may be (RFC 6052 section 2.2)."""
 
 
-def judged_addresses(ip: IPAddress) -> tuple[IPAddress, ...]:
-    """The address itself, and the IPv4 address inside if packets to it may end up there: a denial of any
-    denies it.
+def judged_addresses(ip: IPAddress, nat64: Iterable[IPv6Network] = ()) -> tuple[IPAddress, ...]:
+    """The address itself, and the IPv4 addresses inside to which its packets may get: a denial of any denies it.
+
+    `nat64` are the prefixes of this network's translators, of `NAT64_LENGTHS`: nothing else tells them from others.
     """
     if isinstance(ip, IPv4Address):
         return (ip,)
     number = int(ip)
     if number <= 1:  # :: and ::1 are in ::/96 but embed nothing
         return (ip,)
-    for prefix, below, shift in _EMBEDDED:
-        if number >> below == prefix:
-            return (ip, IPv4Address(number >> shift & 0xFFFFFFFF))
-    return (ip,)
+    inside = [
+        number >> shift & 0xFFFFFFFF ^ mask for prefix, below, shift, mask in _EMBEDDED if number >> below == prefix
+    ]
+    if number >> 32 & 0xFFFFFFFF & ~_UNIVERSAL == _ISATAP:
+        inside.append(number & 0xFFFFFFFF)
+    translated = [_translated(number, network.prefixlen) for network in nat64 if ip in network]
+    if not translated and number >> 80 == _LOCAL_NAT64:
+        # Whose length is the operator's choice. What is in 0.0.0.0/8 at another length than the usual is zeros.
+        longer = (_translated(number, length) for length in (48, 56, 64))
+        translated = [number & 0xFFFFFFFF, *(each for each in longer if each >> 24)]
+    return (ip, *map(IPv4Address, dict.fromkeys(inside + translated)))
+
+
+def _translated(number: int, length: int) -> int:
+    """The IPv4 address behind a prefix of this length: bits 64 to 71 are left out (RFC 6052 section 2.2)."""
+    if length == 96:
+        return number & 0xFFFFFFFF
+    without = number >> 64 << 56 | number & (1 << 56) - 1
+    return without >> (120 - 32 - length) & 0xFFFFFFFF
 
 
 class NameSet:

@@ -17,6 +17,7 @@ PROTECTED: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("link-local", LINK_LOCAL),
     ("multicast", ("224.0.0.0/4", "ff00::/8")),
     ("broadcast", ("255.255.255.255/32",)),
+    ("site-local", ("fec0::/10",)),  # deprecated by RFC 3879: what still has one is on a network of one's own
     (
         "cloud metadata",
         (

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from usocksd.acl import AccessRules, Decision, Rule, Step
 from usocksd.clients import ClientRules
+from usocksd.config import Config
 from usocksd.match import IPAddress, canonical_host, judged_addresses, parse_network
 from usocksd.protected import PROTECTED
+from usocksd.runtime.config import parse
 from usocksd.sites import SiteList, entry_fault, parse_entry
 
 CLIENT = IPv4Address("10.9.9.9")
@@ -130,6 +132,9 @@ def test_resolved_addresses_meet_the_address_entries() -> None:
 
 PROTECTED_SPELLINGS = {
     "loopback": [
+        "2001:0:4136:e378:8000:63bf:80ff:fffe",
+        "2001:db8::5efe:7f00:1",
+        "::ffff:0:127.0.0.1",
         "127.0.0.1",
         "127.255.0.9",
         "::1",
@@ -142,6 +147,7 @@ PROTECTED_SPELLINGS = {
     "link-local": ["169.254.169.254", "0xa9fea9fe", "fe80::1%eth0", "2002:a9fe:a9fe::", "::169.254.169.254"],
     "multicast": ["224.0.0.1", "239.255.255.250", "ff02::1"],
     "broadcast": ["255.255.255.255"],
+    "site-local": ["fec0::1", "feff::1"],
     "cloud metadata": [
         "fd00:ec2::254",
         "fd00:ec2::23",
@@ -160,6 +166,20 @@ def test_protected_addresses_are_denied_however_they_are_reached(kind: str, text
     assert not isinstance(host, str)
     assert rules().decide_name(CLIENT, None, host, 80) == Decision(False, f"built-in: {kind}")
     assert rules().decide_address(CLIENT, None, "www.example.com", host, 80) == Decision(False, f"built-in: {kind}")
+
+
+def test_what_is_behind_a_nat64_of_this_network_is_judged_as_the_ipv4_address() -> None:
+    config = parse(
+        Config,
+        '[outgoing]\nnat64_prefixes = ["2001:db8:64::/96"]\ndeny_sites = ["10.0.0.0/8"]\n',
+        "usocksd.toml",
+    )
+    known = config.access_rules(lambda _: False)
+    assert asked(known, "2001:db8:64::10.0.0.1") == Decision(False, 'deny_sites "10.0.0.0/8"')
+    assert asked(known, "2001:db8:64::127.0.0.1") == Decision(False, "built-in: loopback")
+    assert asked(known, "2001:db8:64::192.0.2.1").allowed
+    steps = known.trace(CLIENT, None, IPv6Address("2001:db8:64::a00:1"), 443)
+    assert steps[-1].why == 'deny_sites has "10.0.0.0/8"'
 
 
 def test_a_rule_for_the_address_lifts_the_protection_and_one_for_a_name_does_not() -> None:

@@ -449,7 +449,8 @@ def test_the_sample_shows_every_setting_and_its_default(tmp_path: Path) -> None:
     assert (config.log.level, config.log.format) == ("info", "plain")
     unset = {"addresses": None, "allow_from": None, "metrics_port": None, "proxy_protocol": None}
     assert attrs.evolve(config.incoming, **unset) == default.incoming
-    assert attrs.evolve(config.outgoing, iface=None, addresses=(), dnsbl_domain=None, mark=None) == default.outgoing
+    unset = {"iface": None, "addresses": (), "dnsbl_domain": None, "mark": None, "nat64_prefixes": ()}
+    assert attrs.evolve(config.outgoing, **unset) == default.outgoing
 
 
 def test_the_sample_names_the_default_clients() -> None:

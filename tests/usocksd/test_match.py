@@ -4,7 +4,7 @@ import contextlib
 import socket
 import subprocess
 import sys
-from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
 
 import pytest
 from hypothesis import given
@@ -203,13 +203,71 @@ def test_networks() -> None:
         ("2002:a9fe:a9fe:ffff:1:2:3:4", "169.254.169.254"),
         ("::127.0.0.1", "127.0.0.1"),
         ("::ffff:127.0.0.1", "127.0.0.1"),
+        ("::ffff:0:127.0.0.1", "127.0.0.1"),
+        ("2001:db8:1:2:0:5efe:10.0.0.1", "10.0.0.1"),
+        ("2001:db8:1:2:200:5efe:10.0.0.1", "10.0.0.1"),
     ],
 )
 def test_an_embedded_ipv4_address_is_judged_too(ip: str, inside: str) -> None:
     assert judged_addresses(ip_address(ip)) == (IPv6Address(ip), IPv4Address(inside))
 
 
-@pytest.mark.parametrize("ip", ["127.0.0.1", "::1", "::", "2001:db8::7f00:1", "64:ff9c::7f00:1", "2003:7f00:1::"])
+def test_of_teredo_the_server_and_the_client_are_judged() -> None:
+    # The example of RFC 4380 section 4: obfuscated port and address of the client.
+    teredo = IPv6Address("2001:0:4136:e378:8000:63bf:3fff:fdd2")
+    assert judged_addresses(teredo)[1:] == (IPv4Address("65.54.227.120"), IPv4Address("192.0.2.45"))
+
+
+def test_one_address_may_embed_several() -> None:
+    judged = judged_addresses(IPv6Address("2002:7f00:1:0:0:5efe:10.0.0.1"))
+    assert judged[1:] == (IPv4Address("127.0.0.1"), IPv4Address("10.0.0.1"))
+
+
+# RFC 6052 section 2.4 has these for 2001:db8::/32.
+@pytest.mark.parametrize(
+    ("prefix", "ip"),
+    [
+        ("2001:db8::/32", "2001:db8:c000:221::"),
+        ("2001:db8:100::/40", "2001:db8:1c0:2:21::"),
+        ("2001:db8:122::/48", "2001:db8:122:c000:2:2100::"),
+        ("2001:db8:122:300::/56", "2001:db8:122:3c0:0:221::"),
+        ("2001:db8:122:344::/64", "2001:db8:122:344:c0:2:2100::"),
+        ("2001:db8:122:344::/96", "2001:db8:122:344::192.0.2.33"),
+    ],
+)
+def test_behind_a_prefix_of_a_nat64_that_is_known_the_ipv4_address_is_judged(prefix: str, ip: str) -> None:
+    address = IPv6Address(ip)
+    assert judged_addresses(address) == (address,)
+    assert judged_addresses(address, [IPv6Network("2001:db8:ffff::/96"), IPv6Network(prefix)])[1:] == (
+        IPv4Address("192.0.2.33"),
+    )
+
+
+@pytest.mark.parametrize(
+    "ip",
+    [
+        "64:ff9b:1::10.0.0.1",
+        "64:ff9b:1:a00:0:100::",
+        "64:ff9b:1:a00:0:100:1:2",  # the rest should be zero, and is ignored (RFC 6052 section 2.2)
+        "64:ff9b:1:ff0a:0:1::",
+        "64:ff9b:1:ffff:a:0:100::",
+    ],
+)
+def test_the_local_prefix_of_nat64_may_have_any_length(ip: str) -> None:
+    assert IPv4Address("10.0.0.1") in judged_addresses(IPv6Address(ip))
+    if ip.endswith("10.0.0.1"):
+        assert judged_addresses(IPv6Address(ip))[1:] == (IPv4Address("10.0.0.1"),)
+
+
+def test_a_known_length_of_the_local_prefix_of_nat64_is_the_only_one() -> None:
+    known = [IPv6Network("64:ff9b:1:a00::/96")]
+    assert judged_addresses(IPv6Address("64:ff9b:1:a00::192.0.2.1"), known)[1:] == (IPv4Address("192.0.2.1"),)
+
+
+@pytest.mark.parametrize(
+    "ip",
+    ["127.0.0.1", "::1", "::", "2001:db8::7f00:1", "64:ff9c::7f00:1", "2003:7f00:1::", "2001:1::1", "::1:5efe:7f00:1"],
+)
 def test_nothing_else_embeds_anything(ip: str) -> None:
     assert judged_addresses(ip_address(ip)) == (ip_address(ip),)
 

@@ -118,7 +118,7 @@ def _metrics(common: Common, host: Host) -> Iterator[Fault]:
         return
     yield from _address(key, address, host)
     # A monitoring network of one's own is what the setting is for.
-    if address.is_unspecified or address.is_global:
+    if address.is_unspecified or (address.is_global and not getattr(address, "is_site_local", False)):
         reach = "everybody who reaches this host" if address.is_unspecified else "the Internet"
         yield Fault(key, str(address), f"lets {reach} read the metrics: expected loopback or a private address")
     for other, listen in common.listen:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,6 @@ class Fetch:
     allowed: bool = True
     status: int = -1  # curl's exit status
     code: str = ""  # HTTP's
-    port: int = 0  # the client's, by which the records are found
     saw: str = ""  # the address that the web server saw
     complaint: str = ""
     transocks: dict[str, Any] = field(default_factory=dict)  # the last access record of it
@@ -152,38 +151,39 @@ class Demo:
     def fetch(self, fetch: Fetch) -> None:
         # Somebody's proxy settings and .curlrc have no place in here.
         environment = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
-        output = r"%{http_code} %{local_port}"
         done = self.net.client.run(
-            "curl", "-q", "-sS", "-i", "--max-time", "10", "-w", "\n" + output, *fetch.arguments,
+            "curl", "-q", "-sS", "-i", "--max-time", "10", "-w", r"\n%{http_code}", *fetch.arguments,
             check=False, env=environment,
         )  # fmt: skip
-        page, _, numbers = done.stdout.rpartition("\n")
+        page, _, fetch.code = done.stdout.rpartition("\n")
         fetch.status, fetch.complaint = done.returncode, done.stderr.strip()
-        fetch.code, port = numbers.split()
-        fetch.port = int(port)
         for line in page.splitlines():
             if line.lower().startswith("x-your-address:"):
                 fetch.saw = line.split(":", 1)[1].strip()
 
-    def read_records(self, fetches: Iterable[Fetch]) -> None:
-        """Find the access records of each fetch, waiting until they are there: they are written behind the relay."""
+    def fetch_recorded(self, fetch: Fetch) -> None:
+        """Fetch, and wait for the access records: they are written behind the relay.
+
+        Nobody else is redirected, so transocks's next record is of this fetch. curl's own port would not tell: since
+        8.14 it is -1 after a handshake that failed.
+        """
+        earlier = len(self._records("transocks"))
+        self.fetch(fetch)
         deadline = time.monotonic() + PATIENCE
-        for fetch in fetches:
-            while not (fetch.transocks and fetch.usocksd) and time.monotonic() < deadline:
-                fetch.transocks = self._last_record("transocks", "client_addr", fetch.port)
-                # What transocks connects from is the client that usocksd sees.
-                if source := str(fetch.transocks.get("src_addr", "")):
-                    fetch.usocksd = self._last_record("usocksd", "client_addr", int(source.rpartition(":")[2]))
-                time.sleep(0.01)
+        while not (fetch.transocks and fetch.usocksd) and time.monotonic() < deadline:
+            fetch.transocks = next(iter(self._records("transocks")[earlier:]), {})
+            # What transocks connects from is the client that usocksd sees.
+            source = fetch.transocks.get("src_addr")
+            fetch.usocksd = next((r for r in self._records("usocksd") if source and r["client_addr"] == source), {})
+            time.sleep(0.01)
 
     def _records(self, name: str) -> list[dict[str, Any]]:
+        """Its access records of connections that are over, in their order."""
         lines = (self.folder / f"{name}.log").read_text(encoding="utf-8").split("\n")[:-1]
         records = [json.loads(line) for line in lines]
-        return [r for r in records if r.get("type") == "access" and r["message"] != "proxy starts"]
-
-    def _last_record(self, name: str, key: str, port: int) -> dict[str, Any]:
-        found = [r for r in self._records(name) if str(r.get(key, "")).endswith(f":{port}")]
-        return found[-1] if found else {}
+        return [
+            r for r in records if r.get("type") == "access" and r["message"] not in {"proxy starts", "not redirected"}
+        ]
 
     def shell(self) -> None:
         """A shell on the host with the daemons, until it ends."""
@@ -271,8 +271,7 @@ def demo(net: lab.Net, keep: bool) -> bool:
         Fetch(("-4", f"https://{DENIED}/"), allowed=False),
     ]
     for fetch in fetches:
-        it.fetch(fetch)
-    it.read_records(fetches)
+        it.fetch_recorded(fetch)
     tell_the_path(net.lab.rootless, applied, before)
     tell_the_fetches(fetches)
     tell_the_records((fetches[2], fetches[-1]))

@@ -49,7 +49,7 @@ setup_packages() {
 # python_here: a Python that is new enough, the plain one first.
 python_here() {
     local name
-    for name in python3 python3.13 python3.12 python3.11; do
+    for name in python3 python3.14 python3.13 python3.12 python3.11; do
         if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             command -v "$name"
             return
@@ -66,7 +66,7 @@ find_python() {
     if command -v apt-get >/dev/null; then
         ((EUID != 0)) || apt-cache show python3 >/dev/null 2>&1 || quietly apt-get update -qq || true
         # Debian 12 and Ubuntu 24.04 have it as python3; Ubuntu 22.04 has 3.10 as that, and python3.11 beside it.
-        local -a candidates=(python3.13 python3.12 python3.11)
+        local -a candidates=(python3.14 python3.13 python3.12 python3.11)
         command -v python3 >/dev/null || candidates=(python3 "${candidates[@]}")
         for name in "${candidates[@]}"; do
             apt-cache show "$name" >/dev/null 2>&1 || continue

@@ -6,6 +6,7 @@ It is put together by its own `build`. What a worker would give to it is given h
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -32,13 +33,13 @@ C = TypeVar("C")
 
 
 class Proxy(daemons.Log):
-    """The daemon, listening on `port` of loopback."""
+    """The daemon, listening on `host` and `port` of loopback."""
 
-    def __init__(self, log: Path, metrics: Metrics, reactor: Reactor, port: int) -> None:
+    def __init__(self, log: Path, metrics: Metrics, reactor: Reactor, address: tuple[str, int]) -> None:
         super().__init__(log)
         self.metrics = metrics
         self.reactor = reactor
-        self.port = port
+        self.host, self.port = address
         self.live = 0
         """Sessions."""
         self.failures: list[Exception] = []
@@ -48,9 +49,9 @@ class Proxy(daemons.Log):
 
     async def connect(self) -> trio.SocketStream:
         """A connection to it."""
-        sock = trio.socket.socket()
+        sock = trio.socket.socket(socket.AF_INET6 if ":" in self.host else socket.AF_INET)
         try:
-            await sock.connect(("127.0.0.1", self.port))
+            await sock.connect((self.host, self.port))
         except BaseException:
             sock.close()
             raise
@@ -97,10 +98,12 @@ async def usocksd_inside(folder: Path, text: str = "", *, listener: Socket | Non
 
 
 @asynccontextmanager
-async def transocks_inside(folder: Path, text: str, *, connections: int = 1000) -> AsyncIterator[Proxy]:
-    """transocks with this configuration, with descriptors for so many connections."""
-    build = transocks.commands.serve.build
-    async with _inside("transocks", folder, transocks.config.Config, text, build, connections=connections) as proxy:
+async def transocks_inside(
+    folder: Path, text: str, *, connections: int = 1000, host: str = "127.0.0.1"
+) -> AsyncIterator[Proxy]:
+    """transocks with this configuration on this loopback address, with descriptors for so many connections."""
+    build, kind, listener = transocks.commands.serve.build, transocks.config.Config, listen(host, 0)
+    async with _inside("transocks", folder, kind, text, build, listener=listener, connections=connections) as proxy:
         yield proxy
 
 
@@ -118,7 +121,7 @@ async def _inside(
     log = logging.setup(name, str(folder / f"{name}.log"), "debug", "json")
     listener = listener or listen("127.0.0.1", 0)
     metrics, reactor = Metrics(name), Reactor(sweep_every=0.02)
-    proxy = Proxy(folder / f"{name}.log", metrics, reactor, listener.getsockname()[1])
+    proxy = Proxy(folder / f"{name}.log", metrics, reactor, listener.getsockname()[:2])
     parts = Parts(
         log=log,
         reactor=reactor,

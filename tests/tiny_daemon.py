@@ -5,7 +5,7 @@ What a client sends first is what becomes of its connection: "echo", "who" (tell
 what to relay to. The log tells of it.
 
 The environment tells what else: TINY_PATCH is a JSON object of constants ("module:name") and their values, and files in
-the folder TINY_FOLDER make workers misbehave: {hold,die}-{import,build}, fail-build, fail-task. With the file "keep"
+the folder TINY_FOLDER make workers misbehave: {hold,die,bug}-{import,plan,build}, fail-build, fail-task. With the file "keep"
 there one worker finds out something for all: its own process number.
 """
 
@@ -33,6 +33,8 @@ def misbehave(where: str) -> None:
             time.sleep(0.005)
     if (FOLDER / f"die-{where}").exists():
         os._exit(3)
+    if (FOLDER / f"bug-{where}").exists():
+        raise ZeroDivisionError(f"on purpose, in {where}")
 
 
 if "TRANSOCKS_CHANNEL" in os.environ and __name__ == "__main__":
@@ -91,6 +93,7 @@ class Config:
 
 
 def plan(config: Config) -> Plan:
+    misbehave("plan")
     listen = [ListenAddress(at, port, config.optional) for at in config.addresses for port in config.ports]
     common = Common(
         listen=tuple(("addresses", at) for at in listen),

@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import netifaces
 import trio
 
+from usocksd.errors import Error
 from usocksd.match import IPAddress, numeric_address
 
 _logger = logging.getLogger("usocksd.addresses")
@@ -40,7 +41,7 @@ class HostAddresses:
     """The addresses that this host has right now."""
 
     def __init__(self) -> None:
-        """Takes the snapshot; it stays what it is until `watch` runs."""
+        """Takes the snapshot; it stays what it is until `watch` runs. Raises Error where the system gives none."""
         self.current: frozenset[IPAddress] = _snapshot()
         # An address can be on several interfaces, and goes with the last of them.
         self._assigned: set[tuple[IPAddress, int]] = set()
@@ -151,7 +152,14 @@ def _texts(addresses: Iterable[IPAddress]) -> list[str]:
 
 def _snapshot() -> frozenset[IPAddress]:
     found: set[IPAddress] = set()
-    for name in netifaces.interfaces():
+    try:
+        names = netifaces.interfaces()
+    except OSError as error:
+        raise Error(
+            f"can't list the addresses of this host: {error.strerror}; a sandbox has to allow netlink sockets"
+            " (AF_NETLINK in RestrictAddressFamilies= of the unit)"
+        ) from None
+    for name in names:
         try:
             families = netifaces.ifaddresses(name)
         except ValueError:  # it went meanwhile

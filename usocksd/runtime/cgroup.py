@@ -19,17 +19,17 @@ def usable_cpus(proc: Path = _PROC) -> int:
     return max(min([len(os.sched_getaffinity(0)), *(ceil(quota) for quota in quotas if quota < inf)]), 1)
 
 
-def oom_kills(proc: Path = _PROC) -> tuple[int, bool]:
-    """How many processes the kernel has killed for want of memory so far, and whether only those of this process's
-    own control group are counted; otherwise it is those of the whole system (0 where the kernel does not count).
+def oom_kills(proc: Path = _PROC) -> int | None:
+    """How many processes the kernel has killed for want of memory so far: of this process's control group, or of the
+    whole system where it is in none that counts. None where nobody counts.
     """
     for group in _groups("memory", proc):
         for name in ("memory.events", "memory.oom_control"):
             count = _value(group / name, "oom_kill")
             if count is not None:
-                return count, True
+                return count
         break
-    return _value(proc / "vmstat", "oom_kill") or 0, False
+    return _value(proc / "vmstat", "oom_kill")
 
 
 def _quota(group: Path) -> float:

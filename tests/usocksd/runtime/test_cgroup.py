@@ -98,12 +98,12 @@ def test_kills_of_the_own_group(host: Host, name: str) -> None:
     host.member("0::/a/b" if name == "memory__events" else "7:memory:/a/b")
     host.group("a", **{name: "oom_kill 9\n"})
     host.group("a/b", **{name: "oom 5\nunder_oom 0\noom_kill 2\noom_group_kill 0\n"})
-    assert oom_kills(host.proc) == (2, True)
+    assert oom_kills(host.proc) == 2
 
 
 def test_kills_of_the_whole_system(host: Host) -> None:
-    assert oom_kills(host.proc) == (0, False)
+    assert oom_kills(host.proc) is None
     host.write(host.proc / "vmstat", "oom_kill 3\n")
     host.mount("cgroup2")
     host.member("0::/")
-    assert oom_kills(host.proc) == (3, False)
+    assert oom_kills(host.proc) == 3

@@ -23,9 +23,10 @@ from usocksd.runtime.metrics import Metrics, Snapshot, lasting, total
 from usocksd.runtime.named_files import NamedFiles
 from usocksd.runtime.processes.adoption import Adoption
 from usocksd.runtime.processes.channel import Message
+from usocksd.runtime.processes.coroner import Coroner
 from usocksd.runtime.processes.generation import Generation
 from usocksd.runtime.processes.slots import Slots
-from usocksd.runtime.processes.worker_process import State, WorkerProcess
+from usocksd.runtime.processes.worker_process import LAST_WORDS, State, WorkerProcess
 from usocksd.runtime.settings import LogConfig
 
 log = logging.getLogger(__name__)
@@ -40,8 +41,6 @@ _LOOK_EVERY = 0.5
 _BACKOFF = (0.0, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0)
 _BACKOFF_ALONE = 0.5
 _STEADY_AFTER = 5.0
-# What a worker has for its last words when its connections are ended, before it is killed.
-_LAST_WORDS = 5.0
 # Their descriptors travel in one message (SCM_MAX_FD of unix(7)).
 _MOST_ADDRESSES = 200
 
@@ -76,6 +75,7 @@ class Crew:
         self._nursery = nursery
         self._slots = slots
         self._adoption = Adoption(slots, lambda: self.serving)
+        self._coroner = Coroner()
         self._failures: defaultdict[int, int] = defaultdict(int)
         self._born: dict[int, float] = {}
         self._restarts = metrics.counters("worker_restarts_total", "Workers that were replaced, by cause", "cause")
@@ -171,7 +171,7 @@ class Crew:
     async def stop(self, within: float) -> None:
         """End all workers; returns when they have."""
         self.stopping = True
-        with trio.move_on_after(within + _LAST_WORDS):
+        with trio.move_on_after(within + LAST_WORDS):
             await self.drain(self.workers, within)
             while self.workers:
                 await self.changed.wait()
@@ -223,15 +223,14 @@ class Crew:
                 break
             for worker in self.workers:
                 if worker.pid == pid:
-                    worker.exit_status = os.waitstatus_to_exitcode(status)
-                    worker.exited.set()
+                    code = os.waitstatus_to_exitcode(status)
+                    worker.ended(code, self._coroner.cause(code, killed=worker.killed))
         for worker in self.workers:
             if worker.exit_status is None:
                 try:
                     os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
                 except ChildProcessError:  # reaped already, before this process became this version
-                    worker.exit_status = 0
-                    worker.exited.set()
+                    worker.ended(0, "unknown")
 
     async def look_after(self) -> None:
         """Find those that hang."""
@@ -318,7 +317,12 @@ class Crew:
         await self._bury(worker)
         generation = self.generation
         expected = worker.state is State.DRAINING
-        fields = {"pid": worker.pid, "generation": worker.generation, "exit_status": worker.exit_status}
+        fields = {
+            "pid": worker.pid,
+            "generation": worker.generation,
+            "exit_status": worker.exit_status,
+            "cause": worker.cause,
+        }
         if expected and worker.exit_status == 0:
             log.log(logging.DEBUG if self.stopping else logging.INFO, "a worker has drained", extra={"fields": fields})
         else:
@@ -339,11 +343,11 @@ class Crew:
 
     async def _bury(self, worker: WorkerProcess) -> None:
         """It has closed its channel, or was killed: see it end, and keep what it counted."""
-        with trio.move_on_after(_LAST_WORDS):
+        with trio.move_on_after(LAST_WORDS):
             await worker.exited.wait()
         worker.kill()
         await worker.exited.wait()
-        worker.channel.close()
+        worker.close()
         self.retired = total([self.retired, lasting(worker.metrics)], bounded=True)
         self.workers.remove(worker)
         self._born.pop(worker.pid, None)

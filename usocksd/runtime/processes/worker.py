@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import socket
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,6 +40,9 @@ CHANNEL = "TRANSOCKS_CHANNEL"
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """What the terminal or a service manager sends to all is for the master, which tells us."""
 
+STDERR = "TRANSOCKS_STDERR"
+"""In the environment of a worker: the descriptor of the master's stderr."""
+
 HEARTBEAT = 0.5
 """Seconds between signs of life."""
 
@@ -50,37 +54,66 @@ def main(daemon: Daemon[Any], fd: int) -> int:
     """The worker process. Returns the exit status."""
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
-    trio.run(_run, daemon, fd)
+    _take_stderr()
+    return trio.run(_run, daemon, fd)
+
+
+def _take_stderr() -> None:
+    """Have the master's stderr back. Until here there was a file in its place, which the master reads should we die."""
+    number = os.environ.pop(STDERR, None)
+    if number is None:
+        return
+    early, stderr = os.dup(2), int(number)
+    os.dup2(stderr, 2)
+    os.close(stderr)
+    with contextlib.suppress(OSError), open(early, "rb") as file:
+        file.seek(0)
+        os.write(2, file.read())
+
+
+async def _run(daemon: Daemon[Any], fd: int) -> int:
+    channel = Channel(trio.socket.from_stdlib_socket(socket.socket(fileno=fd)))
+    with contextlib.closing(channel):
+        try:
+            await _work(daemon, channel)
+        except Error as error:
+            await _answer_faults(channel, error)
+        except Exception as error:
+            # First, since the master ends us when it has the answer.
+            traceback.print_exc()
+            await _answer_faults(channel, Error(f"internal error: {_brief(error)}"))
+            return 1
     return 0
 
 
-async def _run(daemon: Daemon[Any], fd: int) -> None:
-    channel = Channel(trio.socket.from_stdlib_socket(socket.socket(fileno=fd)))
-    with contextlib.closing(channel):
-        configured = await _configure(daemon, channel)
-        received = None if configured is None else await channel.receive()
-        if configured is None or received is None:
-            return
-        config, files = configured
-        order, fds = received
-        # The log is open before anything can go wrong that is worth a record.
-        try:
-            sink = setup(daemon.name, **order["log"])
-        except OSError as error:
-            complaint = Error(f"can't open the log file {order['log']['filename']}: {error.strerror}")
-            await _answer_faults(channel, complaint)
-            return
-        try:
-            await Worker(daemon, channel, sink, order, fds).run(config, files)
-        except Error as error:
-            await _answer_faults(channel, error)
-        except OSError:
-            log.warning("the master is gone")
-        except Exception:
-            log.critical("internal error", exc_info=True)
-            raise
-        finally:
-            sink.close()
+async def _work(daemon: Daemon[Any], channel: Channel) -> None:
+    """From the configuration to the last connection. What is raised before it is ready keeps it from starting."""
+    configured = await _configure(daemon, channel)
+    received = None if configured is None else await channel.receive()
+    if configured is None or received is None:
+        return
+    config, files = configured
+    order, fds = received
+    # The log is open before anything can go wrong that is worth a record.
+    try:
+        sink = setup(daemon.name, **order["log"])
+    except OSError as error:
+        raise Error(f"can't open the log file {order['log']['filename']}: {error.strerror}") from None
+    try:
+        await Worker(daemon, channel, sink, order, fds).run(config, files)
+    except Error:
+        raise
+    except Exception:
+        log.critical("internal error", exc_info=True)
+        raise
+    finally:
+        sink.close()
+
+
+def _brief(error: BaseException) -> str:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return "".join(traceback.format_exception_only(error)).strip()
 
 
 async def _configure(daemon: Daemon[Any], channel: Channel) -> tuple[Any, NamedFiles] | None:
@@ -189,7 +222,7 @@ class Worker:
                     self._vitals = Vitals(self._service, self._metrics, self._sink, self._limit)
                     settle_memory()
                     ready = {"version": __version__, "handover": HANDOVER, "verbs": list(built.verbs)}
-                    await self._channel.send({"type": "ready", **ready})
+                    await self._send({"type": "ready", **ready})
                     base.start_soon(self._report)
                     base.start_soon(self._send_shared)
                     sessions.start_soon(self._obey)

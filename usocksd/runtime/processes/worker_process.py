@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import math
 import os
 import signal
@@ -22,11 +23,17 @@ from usocksd.runtime.metrics import Snapshot
 from usocksd.runtime.named_files import NamedFiles
 from usocksd.runtime.processes.channel import Channel, Message
 from usocksd.runtime.processes.plan import Plan
-from usocksd.runtime.processes.worker import CHANNEL, IGNORED
+from usocksd.runtime.processes.worker import CHANNEL, IGNORED, STDERR
+
+log = logging.getLogger(__name__)
 
 _numbers = itertools.count(1)
 # A worker that reads nothing for so long, in seconds, is not waited for; it will be found to hang.
 _SEND_WITHIN = 2.0
+# So much of what a worker has said on stderr before it ended is logged, in bytes.
+_MOST_SAID = 16 * 1024
+LAST_WORDS = 5.0
+"""Seconds that a worker has to end, once it has been told to or has closed its channel, before it is killed."""
 
 
 class State(Enum):
@@ -42,7 +49,7 @@ class State(Enum):
 
 
 class WorkerEnded(Error):
-    """A worker ended before it was ready."""
+    """A worker ended before it was ready. The message tells why, as far as one can know."""
 
 
 class WorkerProcess:
@@ -68,9 +75,15 @@ class WorkerProcess:
         """When that was."""
         self.exit_status: int | None = None
         """As subprocess.Popen.returncode has it."""
+        self.cause = ""
+        """How it ended, in words."""
         self.exited = trio.Event()
+        self.killed = False
+        """By this process."""
         self.hung = False
         """It was killed for its silence."""
+        self._stderr: int | None = None
+        """What it says before it can say it otherwise; closed once it is ready, or has ended."""
         self._ended = False
         self._questions: dict[int, trio.MemorySendChannel[list[Any]]] = {}
 
@@ -80,28 +93,34 @@ class WorkerProcess:
 
         Raises Error when the system has no room for one more process.
         """
-        try:
-            ours, theirs = socket.socketpair()
-        except OSError as error:
-            raise Error(f"can't start a worker: {error.strerror}") from None
         # It inherits the mask: until it ignores these signals, they would end it.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)
-        try:
-            with theirs:
+        with contextlib.ExitStack() as opened, contextlib.ExitStack() as theirs:
+            try:
+                ours, end = socket.socketpair()
+                opened.enter_context(ours)
+                theirs.enter_context(end)
+                early = os.memfd_create("stderr")
+                opened.callback(os.close, early)
+                stderr = _duplicate_stderr()
+                theirs.callback(os.close, stderr)
                 process = subprocess.Popen(
                     [sys.executable, *sys.orig_argv[1:]],
-                    env={**os.environ, CHANNEL: str(theirs.fileno())},
-                    pass_fds=[theirs.fileno()],
+                    env={**os.environ, CHANNEL: str(end.fileno()), STDERR: str(stderr)},
+                    pass_fds=[end.fileno(), stderr],
                     stdin=subprocess.DEVNULL,
+                    stderr=early,
                 )
-        except OSError as error:
-            ours.close()
-            raise Error(f"can't start a worker: {error.filename or sys.executable}: {error.strerror}") from None
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            except OSError as error:
+                raise Error(f"can't start a worker: {error.filename or sys.executable}: {error.strerror}") from None
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            opened.pop_all()
         # The master waits for all its children itself, also for those that an earlier version of it has started.
         process.returncode = 0
-        return cls(generation, slot, column, process.pid, Channel(trio.socket.from_stdlib_socket(ours)))
+        worker = cls(generation, slot, column, process.pid, Channel(trio.socket.from_stdlib_socket(ours)))
+        worker._stderr = early
+        return worker
 
     @property
     def coming(self) -> bool:
@@ -151,6 +170,7 @@ class WorkerProcess:
         self.verbs = ready.get("verbs", [])
         self.state = State.READY
         self.seen = trio.current_time()
+        self._close_stderr()
 
     async def accept(self) -> None:
         """Have it accept connections."""
@@ -196,8 +216,19 @@ class WorkerProcess:
     def kill(self) -> None:
         """End it at once."""
         if self.exit_status is None:
+            self.killed = True
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
+
+    def ended(self, status: int, cause: str) -> None:
+        """It has; `status` is as `exit_status`."""
+        self.exit_status, self.cause = status, cause
+        self.exited.set()
+
+    def close(self) -> None:
+        """Nothing more is to be heard of it."""
+        self.channel.close()
+        self._close_stderr()
 
     def _answered(self, message: Message) -> None:
         sender = self._questions.get(message["id"])
@@ -222,4 +253,29 @@ class WorkerProcess:
                 if message["source"]:
                     raise ConfigError(message["source"], faults)
                 raise Error(faults[0].expected)
-        raise WorkerEnded(f"a worker (pid {self.pid}) ended before it was ready")
+        # Killed now, it could not say why.
+        with trio.move_on_after(LAST_WORDS):
+            await self.exited.wait()
+        raise WorkerEnded(f"a worker (pid {self.pid}) ended before it was ready: {self._last_words()}")
+
+    def _last_words(self) -> str:
+        """How it ended, with the last line of what it said on stderr. All of that goes to the log."""
+        cause = self.cause or "it has closed its channel"
+        said = "" if self._stderr is None else os.pread(self._stderr, _MOST_SAID, 0).decode(errors="replace").strip()
+        self._close_stderr()
+        if not said:
+            return cause
+        log.error("the last words of a worker", extra={"fields": {"pid": self.pid, "stderr": said}})
+        return f"{cause}: {said.splitlines()[-1]}"
+
+    def _close_stderr(self) -> None:
+        if self._stderr is not None:
+            os.close(self._stderr)
+            self._stderr = None
+
+
+def _duplicate_stderr() -> int:
+    try:
+        return os.dup(2)
+    except OSError:  # closed before we were started
+        return os.open(os.devnull, os.O_WRONLY)

@@ -68,6 +68,7 @@ def test_a_worker_that_is_killed(tmp_path: Path) -> None:
         wait_until(lambda: listeners(tiny, other) == 1, "the adopted slot was released")
         record = tiny.record("a worker ended")
         assert (record["pid"], record["exit_status"]) == (dead, -signal.SIGKILL)
+        assert record["cause"].startswith("killed by signal 9")
         wait_until(lambda: tiny.metrics(port)[accepted] >= count + 60, "counted too")
         assert tiny.metrics(port)['tiny_worker_restarts_total{cause="signal"}'] == 1
 

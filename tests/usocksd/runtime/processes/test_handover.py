@@ -217,9 +217,10 @@ _OTHER = _CHANGED.replace("{change}", '{"listen": "everywhere", "log": None}')
 def test_a_new_version_that_does_not_work(tmp_path: Path, installed: Path) -> None:
     with Tiny(tmp_path, root=installed).ready() as tiny:
         tiny.expected |= {"reload failed", "nothing has changed: the configuration in force stays"}
+        tiny.expected.add("the last words of a worker")
         good = (installed / "usocksd" / "__init__.py").read_text()
         (installed / "usocksd" / "__init__.py").write_text("raise ImportError('half of it is missing')\n")
-        assert not tiny.ask("reload")["ok"]
+        assert "ImportError: half of it is missing" in tiny.ask("reload")["error"]
         assert lives(tiny.client(b"echo"))
         (installed / "usocksd" / "__init__.py").write_text(good)
         install(installed, "99.1")

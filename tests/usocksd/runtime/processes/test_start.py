@@ -57,7 +57,27 @@ def test_a_task_that_can_t_start(tmp_path: Path) -> None:
 def test_a_worker_that_dies(tmp_path: Path, where: str) -> None:
     (tmp_path / f"die-{where}").touch()
     (fault,) = faults(Tiny(tmp_path, *JSON))
-    assert fault.endswith("ended before it was ready")
+    assert fault.endswith("ended before it was ready: exit status 3")
+
+
+@pytest.mark.parametrize("where", ["import", "plan", "build"])
+def test_a_worker_with_a_fault_of_ours(tmp_path: Path, where: str) -> None:
+    """The cause is in the record, however early it is; the traceback is on stderr or in the log."""
+    (tmp_path / f"bug-{where}").touch()
+    tiny = Tiny(tmp_path, *JSON)
+    told = tiny.refused()
+    (fault,) = [record["error"] for record in told if record["message"] == "can't start"]
+    assert fault.endswith(f"ZeroDivisionError: on purpose, in {where}")
+    assert "Traceback" in tiny.stderr() + "".join(tiny.lines())
+    if where == "import":
+        assert "ended before it was ready: exit status 1: " in fault
+
+
+def test_what_a_worker_says_before_it_starts(tmp_path: Path) -> None:
+    """Warnings of the interpreter, say: they get to the stderr that the daemon was given."""
+    with Tiny(tmp_path, environment={"PYTHONPROFILEIMPORTTIME": "1"}).ready() as tiny:
+        workers = tiny.stderr().count("| site\n")
+        assert workers == 2  # master and worker
 
 
 def test_a_worker_that_never_gets_ready(tmp_path: Path) -> None:

@@ -255,7 +255,8 @@ def test_control(tmp_path: Path) -> None:
     assert said(good / "new") == ""
     (good / "file").touch()
     assert "is no socket" in said(good / "file")
-    assert f"{tmp_path / 'none'} does not exist" in said(tmp_path / "none" / "sock")
+    assert said(tmp_path / "made-by-the-daemon" / "sock") == ""
+    assert f"{tmp_path / 'no' / 'ne'} does not exist" in said(tmp_path / "no" / "ne" / "sock")
     assert f"{good / 'file'} is not a directory" in said(good / "file" / "sock")
     good.chmod(0o777)
     assert "everybody may replace it" in said(good / "new")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import attrs
 
+from usocksd.runtime.control_path import control_path
 from usocksd.runtime.settings import IPAddress, LimitsConfig, ListenAddress, LogConfig, Timeouts
 
 
@@ -31,3 +32,10 @@ class Common:
     control_default: str | None
     more: Mapping[str, object]
     """what else of this daemon's settings is worth showing, by key, without secrets"""
+
+    @property
+    def control_here(self) -> str | None:
+        """Where this user's daemon has its control socket; see control_path.py."""
+        if self.control is None or self.control_default is None:
+            return self.control
+        return control_path(self.control, self.control_default)

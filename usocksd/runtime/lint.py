@@ -19,6 +19,7 @@ import attrs
 from usocksd.errors import Fault
 from usocksd.runtime.common import Common
 from usocksd.runtime.config import show
+from usocksd.runtime.control_path import NotPrivate, check_folder
 from usocksd.runtime.limits import most_connections
 from usocksd.runtime.settings import LOCALHOST, IPAddress, Timeouts
 
@@ -87,8 +88,8 @@ def lint_common(common: Common, host: Host) -> Iterator[Fault]:
     yield from _workers(common, host)
     yield from _limits(common, host)
     yield from _timeouts(common.timeouts)
-    if common.control is not None:
-        yield from _control(common.control, common.control_default)
+    if common.control is not None and common.control_here is not None:
+        yield from _control(common.control, common.control_here)
     if common.log.filename is not None:
         yield from _log_file(common.log.filename)
 
@@ -191,7 +192,8 @@ def _timeouts(timeouts: Timeouts) -> Iterator[Fault]:
         )
 
 
-def _control(path: str, default: str | None) -> Iterator[Fault]:
+def _control(shown: str, path: str) -> Iterator[Fault]:
+    """Whether the control socket can be made at `path`, which is `shown` in the configuration."""
     folder = Path(path).parent
     problem = None
     try:
@@ -204,14 +206,17 @@ def _control(path: str, default: str | None) -> Iterator[Fault]:
             problem = f"everybody may replace it, since {folder} is writable for all: chmod o-w {folder}"
         elif not stat.S_ISSOCK(Path(path).stat().st_mode):
             problem = "is there and is no socket: expected the path of one"
+        check_folder(path)
     except FileNotFoundError:
-        # /run/NAME, which the unit makes (RuntimeDirectory=), is gone while the service is down.
-        if path != default and not folder.exists():
+        # (The daemon makes the folder, where that is all that is missing.)
+        if not folder.exists() and not os.access(folder.parent, os.W_OK | os.X_OK, effective_ids=True):
             problem = f"{folder} does not exist: create it (RuntimeDirectory= of the unit does)"
     except OSError as error:
         problem = f"can't be looked at: {error.strerror}"
+    except NotPrivate as error:
+        problem = str(error)
     if problem is not None:
-        yield Fault("control", show(path), problem)
+        yield Fault("control", show(shown), problem)
 
 
 def _log_file(name: str) -> Iterator[Fault]:

@@ -23,6 +23,7 @@ from typing import Any, Final, TypeAlias
 import trio
 
 from usocksd.errors import ConfigError, Error
+from usocksd.runtime.control_path import NotPrivate, make_folder
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class ControlSocket:
 
     @classmethod
     def open(cls, path: str, name: str) -> ControlSocket:
-        """Make the socket `path`, in place of one that a daemon has left behind. `name` is the daemon's, for errors.
+        """Make the socket `path`, its folder too, in place of one that a daemon has left behind. `name` is for errors.
 
         Raises ControlError when that can't be done, or another process listens there.
         """
@@ -73,6 +74,7 @@ class ControlSocket:
         try:
             # The file gets the mode that the socket has before bind(), so at no moment can others connect.
             os.fchmod(sock.fileno(), stat.S_IRUSR | stat.S_IWUSR)
+            make_folder(path)
             with _locked(os.path.dirname(path) or "."):
                 _remove_stale(path, name)
                 sock.bind(path)
@@ -81,6 +83,9 @@ class ControlSocket:
         except ControlError:
             sock.close()
             raise
+        except NotPrivate as error:
+            sock.close()
+            raise ControlError(f"can't open the control socket {path}: {error}") from None
         except OSError as error:
             sock.close()
             raise ControlError(f"can't open the control socket {path}: {error.strerror or error}") from None

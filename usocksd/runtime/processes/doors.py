@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+from contextlib import suppress
 from typing import Any
 
 import trio
@@ -20,8 +21,15 @@ from usocksd.runtime.processes.slots import restore_socket
 log = logging.getLogger(__name__)
 
 
+# A door that could not be opened is tried again so often, in seconds.
+_AGAIN_AFTER = 1.0
+
+
 class Doors:
-    """Open and closed as the configuration in force says."""
+    """Open and closed as the configuration in force says.
+
+    What another process has, an earlier daemon that still drains for example, is taken over once it is free.
+    """
 
     def __init__(self, name: str, nursery: trio.Nursery, report: Report, handlers: Handlers) -> None:
         self._name = name
@@ -31,7 +39,10 @@ class Doors:
         self._exporter: Exporter | None = None
         self._metering: Metering | None = None
         self._control: ControlSocket | None = None
+        self._control_path: str | None = None
+        """Where it is, or should be."""
         self._serving = trio.CancelScope()
+        self._trying = trio.CancelScope()
 
     def prepare(self, metering: Metering | None) -> Exporter | None:
         """The metrics endpoint of a configuration to come: the present one if it is the same.
@@ -43,10 +54,7 @@ class Doors:
         if self._exporter is not None and self._metering is not None and metering[:2] == self._metering[:2]:
             return self._exporter
         try:
-            if self._exporter is None or self._exporter.address[1] != metering.port:
-                # As in slots.py: with SO_REUSEPORT alone, another instance's port would be shared unnoticed.
-                listen(metering.host, metering.port).close()
-            return self._export(listen(metering.host, metering.port, reuse_port=True))
+            return self._open_metrics(metering)
         except ListenError as error:
             if metering.required:
                 raise
@@ -63,20 +71,21 @@ class Doors:
         old, self._exporter, self._metering = self._exporter, exporter, metering
         self.drop(old)
         self._report.metrics_address = None if exporter is None else join_port(*exporter.address)
-        if self._control is not None and self._control.path == control:
-            return
-        if self._control is not None:
+        if self._control is not None and self._control.path != control:
             self._control.close()  # whoever has asked for this reload there is answered
             self._control = None
-        if control is not None:
+        self._control_path = control
+        if self._control is None and control is not None:
             try:
                 self._serve(ControlSocket.open(control, self._name))
             except ControlError as error:
                 log.warning("no control socket", extra={"fields": {"error": str(error)}})
+        self._try_again()
 
     def close(self) -> None:
         """The daemon has ended."""
         self._serving.cancel()
+        self._trying.cancel()
         if self._control is not None:
             self._control.close()
         if self._exporter is not None:
@@ -93,6 +102,7 @@ class Doors:
             "metrics": None if self._exporter is None else self._exporter.fileno(),
             "metering": self._metering,
             "control": None if control is None else [control.path, control.fileno(), *control.inode],
+            "control_path": self._control_path,
         }
 
     def take_over(self, state: dict[str, Any]) -> None:
@@ -104,6 +114,46 @@ class Doors:
         if state["control"] is not None:
             path, fd, *inode = state["control"]
             self._serve(ControlSocket(path, restore_socket(fd), (inode[0], inode[1])))
+        # (An older version does not tell it.)
+        self._control_path = state.get("control_path", None if self._control is None else self._control.path)
+        self._try_again()
+
+    def _open_metrics(self, metering: Metering) -> Exporter:
+        if self._exporter is None or self._exporter.address[1] != metering.port:
+            # As in slots.py: with SO_REUSEPORT alone, another instance's port would be shared unnoticed.
+            listen(metering.host, metering.port).close()
+        return self._export(listen(metering.host, metering.port, reuse_port=True))
+
+    def _try_again(self) -> None:
+        """Until every door is open, or another configuration is in force."""
+        self._trying.cancel()
+        if self._is_open:
+            return
+        scope = self._trying = trio.CancelScope()
+
+        async def keep_trying() -> None:
+            with scope:
+                while not self._is_open:
+                    await trio.sleep(_AGAIN_AFTER)
+                    self._open_missing()
+
+        self._nursery.start_soon(keep_trying)
+
+    @property
+    def _is_open(self) -> bool:
+        metrics = self._metering is None or self._exporter is not None
+        return metrics and (self._control_path is None or self._control is not None)
+
+    def _open_missing(self) -> None:
+        if self._metering is not None and self._exporter is None:
+            with suppress(ListenError):
+                self._exporter = self._open_metrics(self._metering)
+                address = self._report.metrics_address = join_port(*self._exporter.address)
+                log.info("metrics endpoint is there now", extra={"fields": {"address": address}})
+        if self._control_path is not None and self._control is None:
+            with suppress(ControlError):
+                self._serve(ControlSocket.open(self._control_path, self._name))
+                log.info("control socket is there now", extra={"fields": {"path": self._control_path}})
 
     def _export(self, sock: socket.socket) -> Exporter:
         token = trio.lowlevel.current_trio_token()

@@ -111,7 +111,7 @@ def make_plan(common: Common, *, version: str, warnings: Sequence[str]) -> Plan:
         workers=common.workers or usable_cpus(),
         log=common.log,
         metrics=Metering(str(common.metrics_address), port, required) if port else None,
-        control=common.control,
+        control=common.control_here,
         drain=common.timeouts.drain,
         stop=common.timeouts.stop,
         connections=common.limits.connections,

@@ -164,7 +164,7 @@ def effective(common: Common) -> dict[str, object]:
         "listen": [str(listen) for _, listen in common.listen],
         "metrics": join_port(common.metrics_address, port) if port else None,
         "metrics_if_port_is_free": common.metrics_port is None,
-        "control": common.control,
+        "control": common.control_here,
         "workers": common.workers or host.cpus,
         "limits.connections": common.limits.connections,
         "limits.connections_by_descriptors": connections_of_descriptors(common, host),

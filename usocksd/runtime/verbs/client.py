@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import socket
 import sys
 import time
@@ -15,6 +16,7 @@ from typing import Any, Final, TypeAlias
 import attrs
 
 from usocksd.errors import Error
+from usocksd.runtime.control_path import NotPrivate, check_folder, control_path
 
 Answer: TypeAlias = dict[str, Any]
 
@@ -120,7 +122,8 @@ def run_verb(
 
 
 def find_control(daemon: Operated, args: argparse.Namespace, prefix: str) -> str:
-    """Where the control socket is: as --control says, or else the configuration. Raises VerbError if there is none.
+    """Where the control socket is: as --control says, or else the configuration. Raises VerbError if there is none, or
+    somebody else may have made it.
 
     What is wrong with the configuration is said behind `prefix` on stderr, and the default is taken.
     """
@@ -135,7 +138,7 @@ def find_control(daemon: Operated, args: argparse.Namespace, prefix: str) -> str
             raise ValueError("control is not a string")
     except FileNotFoundError as error:
         if args.f is None:
-            return daemon.control
+            return _default(daemon)
         fault = str(error.strerror)
     except OSError as error:
         fault = error.strerror or str(error)
@@ -144,9 +147,22 @@ def find_control(daemon: Operated, args: argparse.Namespace, prefix: str) -> str
     else:
         if not control:
             raise VerbError(f"{config} says that there is no control socket")
-        return control
-    print(f"{prefix}{visible(config)}: {visible(fault)}; trying {daemon.control}", file=sys.stderr)
-    return daemon.control
+        return _default(daemon) if control == daemon.control else control
+    path = _default(daemon)
+    print(f"{prefix}{visible(config)}: {visible(fault)}; trying {path}", file=sys.stderr)
+    return path
+
+
+def _default(daemon: Operated) -> str:
+    """This user's own daemon, or else the system's."""
+    path = control_path(daemon.control, daemon.control)
+    if path == daemon.control or (not os.path.exists(path) and os.path.exists(daemon.control)):
+        return daemon.control
+    try:
+        check_folder(path)
+    except NotPrivate as error:
+        raise VerbError(str(error)) from None
+    return path
 
 
 def print_json(answer: Answer) -> None:

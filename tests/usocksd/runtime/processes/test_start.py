@@ -107,6 +107,9 @@ def test_a_log_file_that_can_t_be_opened(tmp_path: Path) -> None:
     assert fault == f"can't open the log file {log}: No such file or directory"
 
 
+SOON = {"usocksd.runtime.processes.doors:_AGAIN_AFTER": 0.05}
+
+
 def test_a_metrics_port_that_is_taken(tmp_path: Path) -> None:
     """Asked for, it is an error, told at once; by default, no more than a warning."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -115,10 +118,15 @@ def test_a_metrics_port_that_is_taken(tmp_path: Path) -> None:
             f"can't listen on 127.0.0.1:{port}: Address already in use"
         ]
         (tmp_path / "second").mkdir()
-        with Tiny(tmp_path / "second", metrics_port=None, metrics_default=port, warning="odd").ready() as tiny:
+        with Tiny(
+            tmp_path / "second", metrics_port=None, metrics_default=port, warning="odd", patch=SOON
+        ).ready() as tiny:
             assert tiny.record("no metrics endpoint")["severity"] == "warning"
             assert tiny.record("odd")["severity"] == "warning"
             assert tiny.ask("status")["metrics"] is None
+            taken.close()
+            assert tiny.record("metrics endpoint is there now")["address"] == f"127.0.0.1:{port}"
+            assert tiny.ask("status")["metrics"] == f"127.0.0.1:{port}"
 
 
 def test_too_many_addresses(tmp_path: Path) -> None:
@@ -135,10 +143,17 @@ def test_too_many_addresses(tmp_path: Path) -> None:
 
 
 def test_a_control_socket_that_is_taken(tmp_path: Path) -> None:
+    """By a daemon that still drains, say: once that is gone, the socket is the other one's."""
     (tmp_path / "second").mkdir()
-    with Tiny(tmp_path).ready(), Tiny(tmp_path / "second", control=str(tmp_path / "control")).ready() as second:
+    control = str(tmp_path / "control")
+    with Tiny(tmp_path).ready() as first, Tiny(tmp_path / "second", control=control, patch=SOON).ready() as second:
         second.record("no control socket")
         second.client(b"echo")
+        assert first.ask("status")["pid"] == first.pid
+        first.signal(signal.SIGTERM)
+        assert first.ended() == 0
+        second.record("control socket is there now")
+        assert second.ask("status")["pid"] == second.pid
 
 
 def test_an_environment_that_makes_no_sense(tmp_path: Path) -> None:

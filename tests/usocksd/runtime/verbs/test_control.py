@@ -402,7 +402,7 @@ Prepare = Callable[[Path], Any]
 @pytest.mark.parametrize(
     ("prepare", "place", "error"),
     [
-        (lambda folder: None, "missing/control.sock", "No such file or directory"),
+        (lambda folder: None, "much/missing/control.sock", "No such file or directory"),
         (lambda folder: (folder / "control.sock").write_text("mine"), "control.sock", "something else of that name"),
         (lambda folder: (folder / "control.sock").symlink_to("x"), "control.sock", "something else of that name"),
         (lambda folder: (folder / "file").touch(), "file/control.sock", "Not a directory"),

@@ -12,7 +12,6 @@ import re
 import time
 from collections.abc import Callable
 from hashlib import blake2b
-from ipaddress import IPv4Address
 from pathlib import Path
 from secrets import token_bytes
 
@@ -21,7 +20,7 @@ import trio
 from attrs import Factory, define
 
 from usocksd.errors import ConfigError, Fault
-from usocksd.match import numeric_address
+from usocksd.runtime.limits import owner
 from usocksd.runtime.named_files import read_file
 
 _logger = logging.getLogger("usocksd.auth")
@@ -76,7 +75,7 @@ class Users:
         # Until when a success counts as one. What is there longer only says that this was right once.
         self._remembered: dict[bytes, float] = {}
         self._checks: dict[bytes, _Check] = {}
-        self._failures: dict[str, _Failures] = {}
+        self._failures: dict[bytes, _Failures] = {}
         self._limiter = trio.CapacityLimiter(_THREADS)
 
     @property
@@ -148,16 +147,14 @@ class Users:
         return False
 
     def _failures_of(self, client: str) -> _Failures:
-        address = numeric_address(client)
-        # Who has one IPv6 address has the 2**64 of its network.
-        owner = client if isinstance(address, IPv4Address) else address.packed[:8].hex()
+        whose = owner(client)
         now = self._clock()
-        failures = self._failures.get(owner)
+        failures = self._failures.get(whose)
         if failures is None or failures.until <= now:
-            self._failures.pop(owner, None)
+            self._failures.pop(whose, None)
             if len(self._failures) >= _MOST_REMEMBERED:
                 del self._failures[next(iter(self._failures))]
-            failures = self._failures[owner] = _Failures(now + _WITHIN)
+            failures = self._failures[whose] = _Failures(now + _WITHIN)
         return failures
 
 

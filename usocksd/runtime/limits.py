@@ -5,8 +5,10 @@ from __future__ import annotations
 import mmap
 import os
 import resource
+import socket
 from hashlib import blake2b
 from pathlib import Path
+from secrets import token_bytes
 
 # Kept back for what is not a connection: log file, epoll, name and state files.
 _RESERVE = 48
@@ -52,7 +54,8 @@ def most_name_sockets(descriptors: int) -> int:
 
 
 # Rows of the shared table: the first counts all connections, the others those of clients, by hash. Two clients that
-# share a row share the limit too; with so many rows that needs hundreds of clients at their limit at once.
+# share a row share the limit too; with so many rows that needs hundreds of clients at their limit at once. Behind the
+# rows is the key of the hash: without one, anybody could find addresses that share the row of a client.
 _ROWS = 1 << 14
 COLUMNS = 256
 """One for each worker there can be at a time: of the present generation, of two that drain, and of one to come."""
@@ -61,24 +64,38 @@ NOBODY = 0
 _CELL = 4
 _ROW = COLUMNS * _CELL
 _SIZE = _ROWS * _ROW
+_KEY = 32
+_MAPPED = bytes(10) + b"\xff\xff"
 
 
 def make_table() -> int:
-    """A descriptor of the memory that all workers count in: a row a client, a column a worker."""
+    """A descriptor of the memory that all workers count in: a row a client, a column a worker, and a key of its own."""
     fd = os.memfd_create("connections", os.MFD_CLOEXEC)
     os.ftruncate(fd, _SIZE)
+    os.pwrite(fd, token_bytes(_KEY), _SIZE)
     return fd
+
+
+def owner(client: str) -> bytes:
+    """What all addresses have in common that the client with this numeric address can use: an IPv4 address is one, of
+    IPv6 everybody has the 2**64 of a network (of a link, where the address has a zone).
+    """
+    address, _, zone = client.partition("%")
+    if ":" not in address:
+        return socket.inet_aton(address)
+    packed = socket.inet_pton(socket.AF_INET6, address)
+    return packed[12:] if packed.startswith(_MAPPED) else packed[:8] + zone.encode()
 
 
 def clear_column(fd: int, column: int) -> None:
     """A worker is gone, and with it what it counted. Memory that nobody has written to stays unused."""
     end = 0
-    while True:
+    while end < _SIZE:
         try:
             start = os.lseek(fd, end, os.SEEK_DATA)
         except OSError:  # ENXIO: nothing but holes from here on
             return
-        end = os.lseek(fd, start, os.SEEK_HOLE)
+        end = min(os.lseek(fd, start, os.SEEK_HOLE), _SIZE)
         for at in range(start - start % _ROW + column * _CELL, end, _ROW):
             if any(os.pread(fd, _CELL, at)):
                 os.pwrite(fd, bytes(_CELL), at)
@@ -91,19 +108,20 @@ class Tally:
     """
 
     def __init__(self, fd: int, column: int, *, most: int, per_client: int) -> None:
-        """`most` in all and `per_client` from one address; 0 is no limit."""
+        """`most` in all and `per_client` from one `owner`; 0 is no limit."""
         self._most = most
         self._per_client = per_client
         self._column = column
         self._counts = bool(most or per_client)
         if self._counts:
             self._cells = memoryview(mmap.mmap(fd, _SIZE)).cast("i")
+            self._key = os.pread(fd, _KEY, _SIZE)
 
     def row(self, client: str) -> int:
         """Where this client, by its numeric address, is counted."""
         if not self._counts:
             return 0
-        return 1 + int.from_bytes(blake2b(client.encode(), digest_size=4).digest()) % (_ROWS - 1)
+        return 1 + int.from_bytes(blake2b(owner(client), key=self._key, digest_size=4).digest()) % (_ROWS - 1)
 
     def exceeded(self, row: int) -> str | None:
         """The limit that forbids one more connection of this row, if one does: its name in [limits]."""

@@ -15,6 +15,7 @@ from usocksd.runtime.limits import (
     most_connections,
     most_name_sockets,
     most_pipes,
+    owner,
 )
 
 ROOT = Path(usocksd.__file__).parents[1]
@@ -127,6 +128,44 @@ def test_without_limits_nothing_is_counted(table: int) -> None:
     row = tally.row("192.0.2.1")
     tally.add(row, 1000)
     assert tally.exceeded(row) is None
-    assert os.fstat(table).st_blocks == 0
+    empty = os.fstat(table).st_blocks
+    assert empty <= 8  # the key's page
     clear_column(table, 0)
-    assert os.fstat(table).st_blocks == 0
+    assert os.fstat(table).st_blocks == empty
+
+
+def test_clients_are_hashed_with_a_key_that_nobody_knows(table: int) -> None:
+    """Who can tell which addresses share a row can use up the limit of a client that he chooses."""
+    clients = [f"192.0.2.{number}" for number in range(256)]
+    other = make_table()
+    try:
+        here, again, there = (
+            [Tally(fd, column, most=0, per_client=1).row(client) for client in clients]
+            for fd, column in ((table, 0), (table, 1), (other, 0))
+        )
+    finally:
+        os.close(other)
+    assert here == again
+    assert sum(a == b for a, b in zip(here, there, strict=True)) < 8
+    # The key is not something that a worker's end clears.
+    for column in range(64):
+        clear_column(table, column)
+    assert [Tally(table, 2, most=0, per_client=1).row(client) for client in clients] == here
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("2001:db8::1", "2001:db8::ffff:2", True),
+        ("2001:db8::1", "2001:db8:0:1::1", False),
+        ("fe80::1%eth0", "fe80::2%eth0", True),
+        ("fe80::1%eth0", "fe80::1%eth1", False),
+        ("::ffff:192.0.2.1", "192.0.2.1", True),
+        ("192.0.2.1", "192.0.2.2", False),
+        ("::ffff:192.0.2.1", "::ffff:192.0.2.2", False),
+    ],
+)
+def test_whose_addresses_count_together(table: int, one: str, other: str, same: bool) -> None:
+    assert (owner(one) == owner(other)) is same
+    tally = Tally(table, 0, most=0, per_client=1)
+    assert not same or tally.row(one) == tally.row(other)

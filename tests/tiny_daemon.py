@@ -5,7 +5,7 @@ What a client sends first is what becomes of its connection: "echo", "who" (tell
 what to relay to. The log tells of it.
 
 The environment tells what else: TINY_PATCH is a JSON object of constants ("module:name") and their values, and files in
-the folder TINY_FOLDER make workers misbehave: {hold,die,bug}-{import,plan,build}, fail-build, fail-task. With the file "keep"
+the folder TINY_FOLDER make workers misbehave: {hold,die,bug}-{import,plan,build}, fail-build, fail-task, choosy (takes nothing that is shared). With the file "keep"
 there one worker finds out something for all: its own process number.
 """
 
@@ -123,6 +123,8 @@ def keeping(parts: Parts) -> tuple[Callable[[], Awaitable[None]], ...]:
     known: list[Any] = []
 
     def learn(value: Any) -> None:
+        if (FOLDER / "choosy").exists():
+            raise ValueError("can't take it: the test says so")
         known.append(value)
         say(known=value)
 

@@ -313,6 +313,9 @@ class Crew:
                 await self._adoption.cover()
             if message["type"] == "share":
                 await self._pass_on(worker, message["value"])
+            elif message["type"] == "refuse" and worker in self.serving and message["value"] == self.shared:
+                self.shared = None
+                log.warning("what the workers can't take is not handed on", extra={"fields": {"pid": worker.pid}})
         born = self._born.get(worker.pid, 0.0)
         await self._bury(worker)
         generation = self.generation
@@ -383,6 +386,9 @@ class Crew:
                     await self._serve(generation, worker)
             except (Error, trio.TooSlowError) as error:
                 failure = str(error) or "not ready in time"
+            except Exception as error:  # it speaks another language: no reason to end the others
+                failure = f"internal error: {error}"
+                log.exception("internal error")
             wanted = not self.stopping and self.generation is generation
             if wanted and failure is None:
                 break

@@ -1,7 +1,8 @@
 """A worker: reads the configuration that its master sends, serves the sockets that it hands over, and reports.
 
 configure -> plan or faults;  serve -> ready;  accept;  then `alive` twice a second, until `drain` or the master's end.
-What the keeper finds out for all goes as `share` to the master, and comes back to every worker as `shared`.
+What the keeper finds out for all goes as `share` to the master, and comes back to every worker as `shared`; one that
+can't take it says `refuse`.
 """
 
 from __future__ import annotations
@@ -168,9 +169,9 @@ class Worker:
         self._shared: list[Any] = [order["shared"]] if order.get("shared") is not None else []
         """What was shared last, if anything"""
         self._subscribers: list[Callable[[Any], None]] = []
-        self._to_share: list[Any] = []
-        """What this worker shares next, if anything"""
-        self._sharing = trio.Event()
+        self._news: dict[str, Any] = {}
+        """What the master is to hear next: a value to "share", or one to "refuse". Only the latest counts."""
+        self._newsworthy = trio.Event()
         self._keeping = trio.CancelScope()
 
     async def run(self, config: Any, files: NamedFiles) -> None:
@@ -224,47 +225,52 @@ class Worker:
                     ready = {"version": __version__, "handover": HANDOVER, "verbs": list(built.verbs)}
                     await self._send({"type": "ready", **ready})
                     base.start_soon(self._report)
-                    base.start_soon(self._send_shared)
+                    base.start_soon(self._send_news)
                     sessions.start_soon(self._obey)
                 await self._send(self._vitals.alive(last=True) | {"type": "ended"})
                 base.cancel_scope.cancel()
 
     async def _obey(self) -> None:
-        """What the master says."""
+        """What the master says. An order that can't be followed, of another version, say, is logged and left out."""
         async with trio.open_nursery() as orders:
             while (received := await self._channel.receive()) is not None:
                 order, fds = received
-                match order["type"]:
-                    case "accept":
-                        self._service.listen(self._sockets)
-                        if self._order.get("keeper"):
-                            orders.start_soon(self._keep)
-                    case "drain":
-                        # Said again with less time, that counts.
-                        self._draining = True
-                        self._keeping.cancel()
-                        orders.start_soon(self._service.drain, order["within"])
-                    case "adopt":
-                        self._adopt_more(order["id"], fds)
-                    case "release":
-                        self._service.close(self._adopted.pop(order["id"], []))
-                    case "reopen":
-                        self._sink.reopen()
-                    case "level":
-                        self._sink.set_level(parse_level(order["level"]))
-                    case "measure" | "connections" | "status" as question:
-                        await self._answer(question, order["id"])
-                    case "shared":
-                        self._shared = [order["value"]]
-                        for subscriber in self._subscribers:
-                            subscriber(order["value"])
-                    case "verb":
-                        orders.start_soon(self._answer_verb, order["id"], order["request"])
+                try:
+                    await self._follow(order, fds, orders)
+                except Exception:
+                    log.exception("an order of the master can't be followed", extra={"fields": {"type": order["type"]}})
             # The master's end: nobody would tell us anything any more.
             log.warning("the master is gone, draining")
             self._draining = True
             self._keeping.cancel()
             await self._service.drain(self._order["stop"])
+
+    async def _follow(self, order: Message, fds: Sequence[int], orders: trio.Nursery) -> None:
+        match order["type"]:
+            case "accept":
+                self._service.listen(self._sockets)
+                if self._order.get("keeper"):
+                    orders.start_soon(self._keep)
+            case "drain":
+                # Said again with less time, that counts.
+                self._draining = True
+                self._keeping.cancel()
+                orders.start_soon(self._service.drain, order["within"])
+            case "adopt":
+                self._adopt_more(order["id"], fds)
+            case "release":
+                self._service.close(self._adopted.pop(order["id"], []))
+            case "reopen":
+                self._sink.reopen()
+            case "level":
+                self._sink.set_level(parse_level(order["level"]))
+            case "measure" | "connections" | "status" as question:
+                await self._answer(question, order["id"])
+            case "shared":
+                self._shared = [order["value"]]
+                self._deliver(self._subscribers)
+            case "verb":
+                orders.start_soon(self._answer_verb, order["id"], order["request"])
 
     def _adopt_more(self, number: int, fds: Sequence[int]) -> None:
         """Accept from these too, until told to release them."""
@@ -287,20 +293,35 @@ class Worker:
         return self._service.count_as(endpoint, host, port)
 
     def _share(self, value: Any) -> None:
-        self._to_share = [value]
-        self._sharing.set()
+        self._news["share"] = value
+        self._newsworthy.set()
 
     def _subscribe(self, subscriber: Callable[[Any], None]) -> None:
         self._subscribers.append(subscriber)
-        for value in self._shared:
-            subscriber(value)
+        self._deliver([subscriber])
 
-    async def _send_shared(self) -> None:
+    def _deliver(self, subscribers: Sequence[Callable[[Any], None]]) -> None:
+        """What is shared, to these. What one of them can't take (another version has shared it, say) is dropped, and
+        the master told, so that it does not hand it on.
+        """
+        for value in self._shared:
+            for subscriber in subscribers:
+                try:
+                    subscriber(value)
+                except Exception:
+                    log.warning("what was shared can't be taken", exc_info=True)
+                    self._shared = []
+                    self._news["refuse"] = value
+                    self._newsworthy.set()
+                    return
+
+    async def _send_news(self) -> None:
         while True:
-            await self._sharing.wait()
-            self._sharing = trio.Event()
-            (value,) = self._to_share
-            await self._send({"type": "share", "value": value})
+            await self._newsworthy.wait()
+            self._newsworthy = trio.Event()
+            while self._news:
+                kind, value = self._news.popitem()
+                await self._send({"type": kind, "value": value})
 
     async def _answer_verb(self, number: int, request: Message) -> None:
         verb = request["verb"]
@@ -323,13 +344,17 @@ class Worker:
             await trio.sleep(HEARTBEAT)
 
     async def _answer(self, question: str, number: int) -> None:
-        match question:
-            case "measure":
-                rows: list[Any] = [self._vitals.measure()]
-            case "status":
-                rows = [self._built.status()]
-            case _:
-                rows = [row | {"worker": os.getpid()} for row in self._service.connections()]
+        rows: list[Any] = []
+        try:
+            match question:
+                case "measure":
+                    rows = [self._vitals.measure()]
+                case "status":
+                    rows = [self._built.status()]
+                case _:
+                    rows = [row | {"worker": os.getpid()} for row in self._service.connections()]
+        except Exception:  # whoever asks does not wait in vain
+            log.exception("internal error", extra={"fields": {"question": question}})
         for start in range(0, max(len(rows), 1), _LISTED_AT_ONCE):
             part = rows[start : start + _LISTED_AT_ONCE]
             last = start + _LISTED_AT_ONCE >= len(rows)

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import fields
 from enum import Enum
 from typing import Any
 
@@ -19,7 +20,7 @@ import trio
 
 from usocksd import __version__
 from usocksd.errors import ConfigError, Error, Fault
-from usocksd.runtime.metrics import Snapshot
+from usocksd.runtime.metrics import Snapshot, lasting, total
 from usocksd.runtime.named_files import NamedFiles
 from usocksd.runtime.processes.channel import Channel, Message
 from usocksd.runtime.processes.plan import Plan
@@ -82,6 +83,8 @@ class WorkerProcess:
         """By this process."""
         self.hung = False
         """It was killed for its silence."""
+        self._legible: bool | None = None
+        """Whether its signs of life can be read; not known before the first."""
         self._stderr: int | None = None
         """What it says before it can say it otherwise; closed once it is ready, or has ended."""
         self._ended = False
@@ -197,7 +200,7 @@ class WorkerProcess:
             self._questions.pop(number, None)
 
     async def listen(self) -> AsyncIterator[Message]:
-        """Take note of what it says, until its end; yields its signs of life, and what it shares."""
+        """Take note of what it says, until its end; yields its signs of life, and what it shares or refuses."""
         while (received := await self.channel.receive()) is not None:
             message, _ = received
             self.seen = trio.current_time()
@@ -205,9 +208,12 @@ class WorkerProcess:
                 case "answer":
                     self._answered(message)
                 case "alive" | "ended":
-                    self.alive = message
+                    if self._legible is None:
+                        self._legible = self._reads(message)
+                    if self._legible:
+                        self.alive = message
                     yield message
-                case "share":
+                case "share" | "refuse":
                     yield message
         self._ended = True
         for sender in self._questions.values():
@@ -230,6 +236,17 @@ class WorkerProcess:
         self.channel.close()
         self._close_stderr()
 
+    def _reads(self, message: Message) -> bool:
+        """Whether its figures can be added up. Another version might give them in another form; one that serves is
+        worth more than its figures, and nothing in it may end this process.
+        """
+        try:
+            total([lasting(message["metrics"])])
+            return isinstance(message["live"], int)
+        except (LookupError, TypeError, ValueError, AttributeError):
+            log.exception("the figures of a worker can't be read", extra={"fields": {"pid": self.pid}})
+            return False
+
     def _answered(self, message: Message) -> None:
         sender = self._questions.get(message["id"])
         if sender is None:
@@ -249,7 +266,8 @@ class WorkerProcess:
             if message["type"] == kind:
                 return message, fds
             if message["type"] == "faults":
-                faults = [Fault(*fault) for fault in message["faults"]]
+                # (A later version may say more of each.)
+                faults = [Fault(*fault[: len(fields(Fault))]) for fault in message["faults"]]
                 if message["source"]:
                     raise ConfigError(message["source"], faults)
                 raise Error(faults[0].expected)

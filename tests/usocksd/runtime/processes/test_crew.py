@@ -12,7 +12,7 @@ import pytest
 import trio
 import trio.testing
 from daemons import wait_until
-from tiny import CREW, PROCESS, REPORT, Tiny, free_port, is_over, lives, running
+from tiny import CREW, PROCESS, REPORT, WORKER, Tiny, free_port, is_over, lives, running
 
 from usocksd.runtime.metrics import Metrics
 from usocksd.runtime.named_files import NamedFiles
@@ -321,3 +321,34 @@ def kinds(names: list[str]) -> dict[str, int]:
 def uptime() -> float:
     """The time since the machine was started, in seconds."""
     return float(Path("/proc/uptime").read_text(encoding="ascii").split()[0])
+
+
+def test_what_nobody_can_take_is_dropped(tmp_path: Path) -> None:
+    """A value of another version, say: those that serve go on, and those to come never hear of it."""
+    (tmp_path / "keep").touch()
+    (tmp_path / "choosy").touch()
+    with Tiny(tmp_path, workers=2).ready() as tiny:
+        tiny.expected |= {"what was shared can't be taken", "a worker ended"}
+        wait_until(lambda: len(tiny.records("what was shared can't be taken")) == 2, "both were told")
+        tiny.record("what the workers can't take is not handed on")
+        (keeper,) = {record["pid"] for record in tiny.records("tiny", keeps=True)}
+        before = tiny.one_each()
+        (other,) = set(before) - {keeper}
+        os.kill(other, signal.SIGKILL)
+        tiny.record("a worker was replaced")
+        assert lives(before[keeper])
+        assert {lives(sock) for sock in tiny.one_each().values()} == {True}
+        assert len(tiny.records("what was shared can't be taken")) == 2
+        assert len(tiny.records("a worker ended")) == 1
+
+
+def test_an_order_that_can_t_be_followed(tmp_path: Path) -> None:
+    """Of a later master, say, with another idea of log levels."""
+    told = "an order of the master can't be followed"
+    with Tiny(tmp_path, patch={WORKER + "parse_level": None}).ready() as tiny:
+        tiny.expected.add(told)
+        client = tiny.client(b"echo")
+        assert tiny.ask("log-level", level="info")["ok"]
+        assert tiny.record(told)["type"] == "level"
+        assert lives(client)
+        assert not tiny.records("a worker ended")

@@ -189,7 +189,29 @@ def test_a_plan_that_can_t_be_made_out(tmp_path: Path, installed: Path) -> None:
             assert tiny.who()[0] == worker
 
 
+def test_workers_whose_figures_can_t_be_made_out(tmp_path: Path, installed: Path) -> None:
+    """They serve all the same, and neither they nor their end are the master's."""
+    port = free_port()
+    with Tiny(tmp_path, root=installed, metrics_port=port).ready() as tiny:
+        tiny.expected |= {"the figures of a worker can't be read", "a worker ended"}
+        install(installed, "99.1", plan=_OTHER_FIGURES)
+        assert tiny.ask("reload")["ok"]
+        tiny.record("the workers are of a newer version, which can't take over from this master: restart it")
+        worker, version, _ = tiny.who()
+        assert version == "99.1"
+        tiny.record("the figures of a worker can't be read")
+        assert tiny.ask("status")["state"] == "ready"
+        assert tiny.metrics(port)['tiny_workers{state="serving"}'] == 1
+        os.kill(worker, signal.SIGKILL)
+        tiny.record("a worker was replaced")
+        assert tiny.who()[1] == "99.1"
+
+
 # What other versions might say, as an end of plan.py.
+_OTHER_FIGURES = """
+HANDOVER = 0
+Metrics.snapshot = lambda self: {"name": "in another form"}
+"""
 _CHANGED = """
 _as_json = Plan.as_json
 

@@ -96,6 +96,7 @@ def _enter(agent: int, rootless: bool, net: str, path: str) -> None:
     os.chroot(".")
     os.chdir(here)
     os.environ["PATH"] = path
+    transocks.tools.SBIN = ()
 
 
 def _take(end: socket.socket) -> None:
@@ -114,5 +115,6 @@ if __name__ == "__main__":
     import transocks.cli
     import transocks.commands.rules.verbs
     import transocks.doctor.checks
+    import transocks.tools
 
     _serve(socket.socket(fileno=int(sys.argv[1])))

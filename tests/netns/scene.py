@@ -24,6 +24,8 @@ BACKENDS = [
 ]
 BEYOND = (lab.WEB_V4, lab.WEB_V6)
 PRIVATE = (lab.PRIVATE_V4, lab.PRIVATE_V6)
+# Programs that are not in PATH are not installed.
+ONLY_PATH = "import sys; from transocks import cli, tools; tools.SBIN = (); {more} sys.exit(cli.main())"
 REDIRECTED, DIRECT, REFUSED, NOTHING = "redirected", "direct", "refused", "no answer"
 
 
@@ -68,8 +70,8 @@ class Scene:
     def _listen(self) -> str:
         return "" if self.mode == "gateway" else "localhost"
 
-    def argv(self, *words: str) -> list[str]:
-        python = [sys.executable, "-m", "transocks", "rules", *words]
+    def argv(self, *words: str, more: str = "") -> list[str]:
+        python = [sys.executable, "-c", ONLY_PATH.format(more=more), "rules", *words]
         return ["env", f"PATH={self.bin}", *python, *(["-f", str(self.config)])]
 
     def rules(self, *words: str, status: int = 0) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 
 import lab
 import pytest
+from scene import ONLY_PATH
 
 # Connects, tells its own port and user, and what it was told; then waits for a line, if asked to.
 CONNECT = """
@@ -37,7 +38,7 @@ class Trial:
 
     def argv(self, *command: str, **environment: str) -> list[str]:
         settings = [f"{key}={value}" for key, value in environment.items()]
-        python = [sys.executable, "-m", "transocks", "exec", "--", *command]
+        python = [sys.executable, "-c", ONLY_PATH.format(more=""), "exec", "--", *command]
         return ["env", "-u", "SUDO_USER", f"PATH={self.bin}", f"TMPDIR={self.bin}", *settings, *python]
 
     def start(self, *command: str) -> subprocess.Popen[str]:
@@ -137,7 +138,7 @@ def test_kill_9_leaves_nothing(trial: Trial, victim: str) -> None:
     assert trial.rules() != before
     assert list(trial.bin.glob("transocks-exec-*"))
     words = {
-        "exec": "transocks exec",
+        "exec": "cli.main()",
         "holder": "transocks.firewall.holder",
         "usocksd": "-m usocksd",
         "transocks": "-m transocks -f",

@@ -240,8 +240,10 @@ def test_routing_goes_again_when_the_rules_do_not_load(scene: Scene) -> None:
 ALONE = """
 import subprocess
 import sys
+from transocks import tools
 from transocks.cli import main
 from transocks.firewall import lock
+tools.SBIN = ()
 lock._WITHIN = 0.1
 sys.exit(10 * main(["rules", "apply", "-f", sys.argv[1]]) + main(["rules", "remove", "-f", sys.argv[1]]))
 """

@@ -84,7 +84,9 @@ def test_a_trial_is_confirmed_or_over(scene: Scene) -> None:
 HOLD = """
 import sys
 import transocks.commands.rules.hold as rules
+from transocks import tools
 from transocks.cli import main
+tools.SBIN = ()
 rules.LOOK_EVERY, rules.IN_FORCE = 0.1, 1
 main(["rules", "hold", "-f", sys.argv[1]])
 """

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import errno
 import os
 import pwd
@@ -23,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import attrs
@@ -34,13 +33,13 @@ from transocks.firewall.live import uses_ipv6
 from transocks.firewall.render import render
 from transocks.firewall.steps import FirewallError, choose_tool
 from transocks.firewall.wanted import Selection, Wanted
+from transocks.tools import die_with_parent
 from usocksd.errors import Error
 
 FAILED, NOT_EXECUTABLE, NOT_FOUND = 125, 126, 127  # as env(1) and others that run a command
 READY_WITHIN = 15.0  # seconds for a daemon to listen, which takes a fraction of one
 # Group ids up here are nobody's by convention; a process id, at most 22 bits (proc(5), pid_max), makes them unique.
 FIRST_GID = 0x74000000
-PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 class ExecError(Error):
@@ -133,7 +132,7 @@ def _exec(command: Sequence[str]) -> int:
             group=gid,
             extra_groups=user.groups,
             env=user.environment,
-            preexec_fn=_die_with_parent(),  # noqa: PLW1509
+            preexec_fn=die_with_parent(),  # noqa: PLW1509
         )
         with child:
             signals.forward_to(child)
@@ -182,7 +181,7 @@ def _start(name: str, config: str, folder: str) -> subprocess.Popen[bytes]:
     # What goes wrong is said on our stderr. A session of its own: what the terminal sends is for the command.
     return subprocess.Popen(
         [sys.executable, "-m", name, "-f", str(path), "-loglevel", "error"],
-        stdin=subprocess.DEVNULL, stdout=2, start_new_session=True, preexec_fn=_die_with_parent(),  # noqa: PLW1509
+        stdin=subprocess.DEVNULL, stdout=2, start_new_session=True, preexec_fn=die_with_parent(),  # noqa: PLW1509
     )  # fmt: skip
 
 
@@ -215,19 +214,6 @@ def _ending() -> Iterator[list[subprocess.Popen[bytes]]]:
                 process.wait(READY_WITHIN)
             process.kill()
             process.wait()
-
-
-def _die_with_parent() -> Callable[[], None]:
-    """For preexec_fn: SIGKILL when this process ends, however. Single-threaded, we may run Python after fork()."""
-    prctl = ctypes.CDLL(None).prctl
-    parent = os.getpid()
-
-    def arrange() -> None:
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:  # it ended before we asked
-            os._exit(FAILED)
-
-    return arrange
 
 
 class _Signals:

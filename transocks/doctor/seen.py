@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pwd
-import shutil
 import socket
 import struct
 import sys
@@ -20,6 +19,7 @@ from transocks.firewall.steps import FirewallError
 from transocks.netfilter.loaded import NotShown, loaded
 from transocks.netfilter.ruleset import UNKNOWN, Ruleset, Unknown
 from transocks.sockets import Listener, listeners
+from transocks.tools import which
 from usocksd.addresses import HostAddresses
 from usocksd.match import IPAddress
 from usocksd.runtime.verbs.client import Answer, Client, VerbError
@@ -123,7 +123,7 @@ def look(config: Config, config_file: str) -> Seen:
             uid=UNKNOWN if uid is None else uid, gid=UNKNOWN if gid is None else gid, mark=config.mark or 0
         ),
         pid=pid, status=status, root=root, ipv6=live.uses_ipv6(), hidden_legacy=root and _hidden_legacy(),
-        tools=frozenset(tool for tool in ("nft", "iptables", "ip6tables", "iptables-legacy") if shutil.which(tool)),
+        tools=frozenset(tool for tool in ("nft", "iptables", "ip6tables", "iptables-legacy") if which(tool)),
     )  # fmt: skip
 
 

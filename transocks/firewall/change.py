@@ -16,9 +16,10 @@ from transocks.firewall.live import CHAINS, TABLES, Routes, Routing, has
 from transocks.firewall.lock import alone
 from transocks.firewall.render import render_all_nft, render_iptables
 from transocks.firewall.saved import Changes, Table, changes, merge, parse_save, select, write
-from transocks.firewall.steps import FirewallError, Step, complaint, run, unbroken
+from transocks.firewall.steps import FirewallError, Step, complaint, run
 from transocks.firewall.verify import ACTIVE, force_nft, guards
 from transocks.firewall.wanted import Wanted
+from transocks.tools import unbroken
 
 KEEP = "transocks_nat"
 """An nft table that does nothing but need connection tracking: see `remove`."""

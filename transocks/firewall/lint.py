@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import grp
 import pwd
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 
 from transocks.firewall.config import Mode, RulesConfig, Tool
+from transocks.tools import which
 from usocksd.errors import Fault
 from usocksd.runtime.lint import Host
 
 
 def lint_rules(rules: RulesConfig, mark: int | None, host: Host) -> Iterator[Fault]:
     """Key, value, and what is wrong with it. `mark`: of the proxy's own connections."""
-    if rules.tool is not None and not shutil.which("nft" if rules.tool is Tool.NFT else "iptables-restore"):
+    if rules.tool is not None and not which("nft" if rules.tool is Tool.NFT else "iptables-restore"):
         yield Fault("rules.tool", rules.tool.value, "is not installed here")
     if Mode.HOST in rules.mode and mark is None and not rules.exempt_users:
         yield Fault(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,12 @@ import attrs
 
 from transocks.firewall.config import Mode
 from transocks.firewall.saved import Table, merge, parse_save
-from transocks.firewall.steps import Step, run
+from transocks.firewall.steps import FirewallError, Step, run, run_json
 from transocks.firewall.wanted import Wanted
 from transocks.netfilter.loaded import has_legacy
 from transocks.netfilter.nft_json import ruleset_json
 from transocks.sockets import listeners
+from transocks.tools import which
 from usocksd.match import IPAddress
 
 PREFERENCE = 7474
@@ -48,7 +48,7 @@ def uses_ipv6() -> bool:
 
 def has(program: str) -> bool:
     """Whether a program is installed."""
-    return shutil.which(program) is not None
+    return which(program) is not None
 
 
 @attrs.frozen
@@ -65,8 +65,8 @@ class Ruleset:
 
 def ruleset() -> Ruleset:
     """Everything that nft sees. Raises FirewallError."""
-    entries = json.loads(ruleset_json(lambda *argv: run(Step(argv))))["nftables"]
-    return Ruleset(tuple(entries), run(Step(("nft", "-a", "list", "ruleset"))))
+    entries = _entries(lambda: ruleset_json(lambda *argv: run(Step(argv))))
+    return Ruleset(entries, run(Step(("nft", "-a", "list", "ruleset"))))
 
 
 def tables() -> set[tuple[str, str]]:
@@ -83,7 +83,14 @@ def as_loaded(text: str) -> Ruleset:
     """
     script = "nft -f - && nft -j list ruleset && nft -a list ruleset"
     first, _, listing = run(Step(("unshare", "--net", "sh", "-c", script), text)).partition("\n")
-    return Ruleset(tuple(json.loads(first)["nftables"]), listing)
+    return Ruleset(_entries(lambda: first), listing)
+
+
+def _entries(ask: Callable[[], str]) -> tuple[Mapping[str, Any], ...]:
+    try:
+        return tuple(json.loads(ask())["nftables"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise FirewallError(f"what nft says of its rules in JSON can't be read: {error}") from None
 
 
 def iptables(six: bool) -> str:
@@ -99,7 +106,7 @@ def variants(six: bool) -> list[str]:
     for name in (iptables(six), f"{iptables(six)}-nft", f"{iptables(six)}-legacy"):
         if name.endswith("-legacy") and not has_legacy(iptables(six)):
             continue
-        if (path := shutil.which(f"{name}-save")) is not None:
+        if (path := which(f"{name}-save")) is not None:
             found.setdefault(os.path.realpath(path), name)
     return list(found.values())
 
@@ -144,9 +151,9 @@ class Routing:
 
 def routing_rules(six: bool) -> list[Routing]:
     """Of the routing policy, those rules that are of our shape: for any mark. Raises FirewallError."""
-    answer = run(Step(("ip", "-N", "-json", "-6" if six else "-4", "rule", "show", "pref", str(PREFERENCE))))
+    answer = run_json(Step(("ip", "-N", "-json", "-6" if six else "-4", "rule", "show", "pref", str(PREFERENCE))))
     found = []
-    for rule in json.loads(answer or "[]"):
+    for rule in answer or ():
         mark, table = int(str(rule.get("fwmark", "0")), 0), str(rule.get("table"))
         if mark and table == str(mark):
             found.append(Routing(mark, six))
@@ -164,8 +171,8 @@ class Routes:
     def here(cls, six: bool) -> Routes:
         """Those of this host. Raises FirewallError."""
         # Of all tables, since asking for one that has never been is an error.
-        answer = run(Step(("ip", "-N", "-json", "-6" if six else "-4", "route", "show", "table", "all")))
-        return cls(six, tuple(json.loads(answer or "[]")))
+        answer = run_json(Step(("ip", "-N", "-json", "-6" if six else "-4", "route", "show", "table", "all")))
+        return cls(six, tuple(answer or ()))
 
     def has(self, routing: Routing) -> bool:
         """Whether its route is there."""

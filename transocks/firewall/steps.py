@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import shutil
-import signal
-import subprocess
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable
+from typing import Any
 
 import attrs
 
+from transocks import tools
 from transocks.firewall.config import Tool
 from usocksd.errors import Error
 
@@ -35,15 +34,20 @@ class RuleSet:
 
 
 def run(step: Step) -> str:
-    """Run a command; returns its standard output. Raises FirewallError when it can't be run, or fails."""
+    """Run a command; returns its standard output. Raises FirewallError when it can't be run, fails, or does not end."""
     try:
-        # A group of its own: Ctrl-C is for us, and we wait for what we have begun.
-        done = subprocess.run(step.argv, input=step.stdin, capture_output=True, text=True, check=False, process_group=0)
-    except OSError as error:
-        raise FirewallError(f"{step.argv[0]}: {error.strerror}") from None
-    if done.returncode != 0:
-        raise FirewallError(f"{' '.join(step.argv)}: {done.stderr.strip() or f'exit status {done.returncode}'}")
-    return done.stdout
+        return tools.run(*step.argv, stdin=step.stdin)
+    except tools.ToolError as error:
+        raise FirewallError(str(error)) from None
+
+
+def run_json(step: Step) -> Any:
+    """The same of a command that answers in JSON; None if it says nothing."""
+    answer = run(step)
+    try:
+        return json.loads(answer) if answer.strip() else None
+    except ValueError as error:
+        raise FirewallError(f"{' '.join(step.argv)}: not JSON: {error}") from None
 
 
 def complaint(step: Step) -> str | None:
@@ -55,17 +59,7 @@ def complaint(step: Step) -> str | None:
     return None
 
 
-@contextlib.contextmanager
-def unbroken() -> Iterator[None]:
-    """Ctrl-C and its like wait until the block is over: for steps that would leave half of something between them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def choose_tool(which: Callable[[str], str | None] = shutil.which) -> Tool | None:
+def choose_tool(which: Callable[[str], str | None] = tools.which) -> Tool | None:
     """nft where it is (one transaction for both families), else iptables, else None."""
     if which("nft"):
         return Tool.NFT

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
@@ -13,13 +10,14 @@ from transocks.netfilter.iptables import read_iptables
 from transocks.netfilter.nft import iptables_tables, read_nft
 from transocks.netfilter.nft_json import ruleset_json
 from transocks.netfilter.ruleset import Ruleset, Version, merged
+from transocks.tools import run as tools_run
+from transocks.tools import which
 from usocksd.errors import Error
 
 _NET = Path("/proc/self/net")
-_TIMEOUT = 20.0  # seconds; nft takes one for 50,000 rules
 
 Run: TypeAlias = Callable[..., str]
-"""Runs a command, words as arguments, and returns what it says; raises OSError if it fails."""
+"""Runs a command, words as arguments, and returns what it says; raises Error if it fails."""
 
 _FAMILIES: tuple[tuple[str, Version, str], ...] = (("ip", 4, "iptables"), ("ip6", 6, "ip6tables"))
 
@@ -30,10 +28,10 @@ class NotShown(Error):
 
 def loaded(run: Run | None = None, net: Path = _NET) -> Ruleset:
     """All of them; takes CAP_NET_ADMIN. Nothing is loaded by looking. Raises NotShown."""
-    run = run or _run
+    run = run or tools_run
     try:
-        found = [*(_of_nft(run) if shutil.which("nft") else _of_iptables(run)), *_of_legacy(run, net)]
-    except (OSError, ValueError, LookupError, subprocess.SubprocessError) as error:
+        found = [*(_of_nft(run) if which("nft") else _of_iptables(run)), *_of_legacy(run, net)]
+    except (Error, ValueError, LookupError) as error:
         raise NotShown(str(error) or type(error).__name__) from None
     if not found:
         raise NotShown("there is neither nft nor iptables")
@@ -60,8 +58,8 @@ def _of_iptables(run: Run) -> list[Ruleset]:
 
 def _tool(name: str) -> str | None:
     """What shows the tables of iptables-nft; where there is no such tool, those of the one iptables that there is."""
-    plain = () if shutil.which(f"{name}-legacy-save") else (f"{name}-save",)
-    return next(filter(shutil.which, (f"{name}-nft-save", *plain)), None)
+    plain = () if which(f"{name}-legacy-save") else (f"{name}-save",)
+    return next(filter(which, (f"{name}-nft-save", *plain)), None)
 
 
 def _of_legacy(run: Run, net: Path) -> list[Ruleset]:
@@ -69,7 +67,7 @@ def _of_legacy(run: Run, net: Path) -> list[Ruleset]:
     return [
         read_iptables(run(f"{name}-legacy-save"), version)
         for _, version, name in _FAMILIES
-        if shutil.which(f"{name}-legacy-save") and has_legacy(name, net)
+        if which(f"{name}-legacy-save") and has_legacy(name, net)
     ]
 
 
@@ -79,11 +77,3 @@ def has_legacy(name: str, net: Path = _NET) -> bool:
         return bool((net / f"{name.removesuffix('tables')}_tables_names").read_text("ascii").strip())
     except OSError:  # there never were any
         return False
-
-
-def _run(*argv: str) -> str:
-    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=_TIMEOUT, check=False)
-    if done.returncode:
-        said = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit status {done.returncode}"]
-        raise OSError(f"{os.path.basename(argv[0])}: {said[0]}")
-    return done.stdout.decode(errors="replace")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from transocks import tools as tools_module
 from transocks.netfilter.loaded import loaded
 
 NFT = '{"nftables": [{"table": {"family": "ip", "name": "nat"}}, {"chain": {"family": "ip", "table": "nat", "name": "c"}}]}'
@@ -32,5 +33,6 @@ def test_each_rule_is_read_once(
         (tmp_path / tool).touch(0o755)
     (tmp_path / "ip_tables_names").write_text("nat\n")
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(tools_module, "SBIN", ())
     ruleset = loaded(lambda *argv: NFT if argv[0] == "nft" else SAVED, tmp_path)
     assert [chain.tool for chain in ruleset.chains] == read

@@ -13,13 +13,16 @@ from __future__ import annotations
 import argparse
 import os
 import pkgutil
+import signal
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
+from transocks.tools import Capability, lacking
 from usocksd.errors import ConfigError, Error
 from usocksd.runtime.verbs.client import visible
 
-FAILED, INTERRUPTED = 1, 130
+FAILED = 1
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -28,10 +31,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "rules",
         help="render, apply, verify and remove the redirect rules",
         description="The rules that redirect connections to transocks, as [rules] of the configuration says. All but"
-        " `render` need root. Exit status: 0 if all is well.",
+        " `render` need root. Exit status: 0 if all is well; 1 if not; 128 + N if signal N came.",
     )
     verbs = parser.add_subparsers(title="verbs", required=True)
-    _add(verbs, "render", "print what `apply` would load, and run nothing")
+    _add(verbs, "render", "print what `apply` would load, and run nothing", needs=())
     apply = _add(verbs, "apply", "load the rules, in the place of what is loaded of ours")
     apply.add_argument(
         "--confirm",
@@ -41,7 +44,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     apply.add_argument("--force", action="store_true", help="also when transocks does not accept connections")
     _add(verbs, "confirm", "after `apply --confirm`: let the rules stay")
-    _add(verbs, "verify", "say what is missing, changed, reordered, or taken by rules of others before ours")
+    _add(
+        verbs,
+        "verify",
+        "say what is missing, changed, reordered, or taken by rules of others before ours",
+        needs=(Capability.CAP_NET_ADMIN, Capability.CAP_SYS_ADMIN),
+    )
     remove = _add(verbs, "remove", "remove everything: rules of every mode and tool, and TPROXY's routing")
     remove.add_argument(
         "--keep-connections",
@@ -67,6 +75,7 @@ def _add(
     *,
     module: str = "verbs",
     failed: int = FAILED,
+    needs: tuple[Capability, ...] = (Capability.CAP_NET_ADMIN,),
 ) -> argparse.ArgumentParser:
     def say(line: str) -> None:
         print(f"transocks rules {name}: {visible(line)}", file=sys.stderr)
@@ -74,7 +83,12 @@ def _add(
     def run(args: argparse.Namespace) -> int:
         # A daemon, which has the same command line, has no use for it.
         verb: Callable[[argparse.Namespace], int] = pkgutil.resolve_name(f"{__name__}.{module}:{name}")
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) == signal.SIG_DFL:
+                signal.signal(number, _interrupt)
         try:
+            if missing := lacking(*needs):
+                raise Error(f"needs {missing}: run it as root, with sudo for example")
             return verb(args)
         except ConfigError as error:
             for fault in error.faults:
@@ -82,9 +96,10 @@ def _add(
         except Error as error:
             for line in str(error).splitlines():
                 say(line)
-        except KeyboardInterrupt:  # a change that was under way has been made
-            say("interrupted")
-            return INTERRUPTED
+        except KeyboardInterrupt as interrupt:  # a change that was under way has been made, or undone
+            undone = interrupt.__context__
+            say(f"interrupted: {undone}" if isinstance(undone, Error) else "interrupted")
+            return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
         return failed
 
     parser = verbs.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.", allow_abbrev=False)
@@ -92,6 +107,10 @@ def _add(
     parser.add_argument("-f", metavar="CONFIG", default=argparse.SUPPRESS, help="configuration file")
     parser.set_defaults(run=run)
     return parser
+
+
+def _interrupt(number: int, _: object) -> NoReturn:
+    raise KeyboardInterrupt(number)
 
 
 def _seconds(value: str) -> int:

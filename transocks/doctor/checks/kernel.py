@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import gzip
 import os
-import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from transocks.doctor.finding import Finding, fault, fine, unchecked, warning
 from transocks.doctor.flows import Flows
 from transocks.doctor.seen import Seen
 from transocks.netfilter.ruleset import Kind
+from transocks.tools import which
 
 _SO_ORIGINAL_DST = 80  # linux/netfilter_ipv4.h, and the same for IPv6
 _FEATURES = {
@@ -95,5 +95,5 @@ def tools(seen: Seen, flows: Flows) -> Iterator[Finding]:
 
 
 def _variant() -> str:
-    path = os.path.realpath(shutil.which("iptables") or "")
+    path = os.path.realpath(which("iptables") or "")
     return "nft" if "nft" in os.path.basename(path) else "legacy" if "legacy" in os.path.basename(path) else path

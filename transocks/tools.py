@@ -1,0 +1,159 @@
+"""The system's own programs, nft and ip for example: where they are, and how they are run."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from enum import Enum
+
+from usocksd.errors import Error
+
+SBIN = ("/usr/local/sbin", "/usr/sbin", "/sbin")
+"""Searched behind PATH, in which users of Debian have none of these."""
+WITHIN, GRACE = 20.0, 3.0
+"""Seconds that a program may take (nft takes one for 50,000 rules), and once somebody has asked us to stop."""
+
+
+class Capability(Enum):
+    """Of linux/capability.h."""
+
+    CAP_NET_ADMIN = 12
+    CAP_SYS_ADMIN = 21
+
+
+_LOOK_EVERY = 0.1  # seconds, whether somebody has asked us to stop
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+class ToolError(Error):
+    """A program could not be run, failed, or did not end; the message has the command and the program's own words."""
+
+
+def which(program: str) -> str | None:
+    """The path of a program; None if it is not installed."""
+    return shutil.which(program, path=_search_path())
+
+
+def _search_path() -> str:
+    return os.pathsep.join([os.environ.get("PATH", os.defpath), *SBIN])
+
+
+def lacking(*needed: Capability) -> str:
+    """The names of those of these capabilities that this process has not, in its own user namespace; "" if none."""
+    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+        (effective,) = (int(line.split()[1], 16) for line in file if line.startswith("CapEff:"))
+    return " and ".join(capability.name for capability in needed if not effective >> capability.value & 1)
+
+
+def run(*argv: str, stdin: str = "") -> str:
+    """Run a program; returns its standard output. It is killed after WITHIN, and when this process ends.
+
+    Bytes that are not UTF-8 become surrogates, and the same bytes again in `stdin`: rules of others have such comments.
+    Raises ToolError.
+    """
+    program, command = which(argv[0]), " ".join(argv)
+    if program is None:
+        raise ToolError(f"{argv[0]} is not installed")
+    pipe = subprocess.PIPE
+    try:
+        process = subprocess.Popen(
+            argv, executable=program, env={**os.environ, "PATH": _search_path()}, stdin=pipe, stdout=pipe, stderr=pipe,
+            # A group of its own: what the terminal sends is for us, and we end what has begun.
+            process_group=0, preexec_fn=die_with_parent(), encoding="utf-8", errors="surrogateescape",  # noqa: PLW1509
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ToolError(f"{command}: {getattr(error, 'strerror', None) or error}") from None
+    try:
+        out, err = _communicate(process, command, stdin)
+    except BaseException:
+        _kill(process)
+        raise
+    if process.returncode != 0:
+        raise ToolError(f"{command}: {err.strip() or _ended(process.returncode)}")
+    return out
+
+
+def _communicate(process: subprocess.Popen[str], command: str, stdin: str) -> tuple[str, str]:
+    started = time.monotonic()
+    feed: str | None = stdin
+    while True:
+        asked = _Asked.at
+        until = started + WITHIN if asked is None else min(started + WITHIN, max(started, asked) + GRACE)
+        try:
+            return process.communicate(feed, timeout=max(0.0, min(_LOOK_EVERY, until - time.monotonic())))
+        except subprocess.TimeoutExpired:
+            feed = None  # what was not taken yet is remembered
+        if time.monotonic() >= until and asked is None:
+            raise ToolError(
+                f"{command}: did not end within {WITHIN:g} s, and was killed: another program may keep the rules"
+                " locked, or the kernel be in trouble (dmesg tells); try again"
+            )
+        if time.monotonic() >= until:
+            raise ToolError(f"{command}: did not end within {GRACE:g} s of the signal, and was killed")
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    for pipe in (process.stdin, process.stdout, process.stderr):
+        with contextlib.suppress(BrokenPipeError):
+            pipe.close()  # type: ignore[union-attr]
+    with contextlib.suppress(subprocess.TimeoutExpired):  # it waits for the kernel, and can't be killed
+        process.wait(_LOOK_EVERY)
+
+
+def _ended(status: int) -> str:
+    return f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+
+
+class _Asked:
+    """When somebody has asked us to stop, while `unbroken`."""
+
+    at: float | None = None
+
+
+@contextlib.contextmanager
+def unbroken() -> Iterator[None]:
+    """Ctrl-C and its like wait until the block is over: for steps that would leave half of something between them.
+
+    Programs that run meanwhile go on, for GRACE seconds at most: then they are killed, and the block has a ToolError to
+    undo what it has begun. By handlers and not by a mask, which programs would inherit. For the main thread.
+    """
+    numbers: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        _Asked.at = _Asked.at or time.monotonic()
+        numbers.append(number)
+
+    ignored = (signal.SIG_IGN, None)  # as by nohup(1)
+    before = {number: found for number in _STOPPING if (found := signal.getsignal(number)) not in ignored}
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield
+    finally:
+        _Asked.at = None
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if numbers:
+            signal.raise_signal(numbers[0])
+
+
+def die_with_parent() -> Callable[[], None]:
+    """For preexec_fn: SIGKILL when this thread ends, however."""
+    prctl = ctypes.CDLL(None).prctl
+    parent = os.getpid()
+
+    def arrange() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:  # it ended before we asked
+            os._exit(125)
+
+    return arrange

@@ -53,7 +53,7 @@ def test_the_sample_is_well(name: str) -> None:
     lines = done.stdout.splitlines()
     assert lines[0] == f"{SAMPLES / name}.toml: 0 faults, 0 warnings"
     shown = dict(line.split(maxsplit=1) for line in lines[1:])
-    assert shown["timeouts.idle"] == "3600 s"
+    assert shown["timeouts.idle"] == "7440 s"
     assert shown["limits.per_client"] == "no limit of its own"
     assert shown["control"] == f"/run/{name}/control.sock"
     assert int(shown["workers"]) == len(os.sched_getaffinity(0))
@@ -114,11 +114,11 @@ def test_the_users_belong_to_it(file: Path, tmp_path: Path) -> None:
 
 
 def test_warnings_are_faults_if_strict(file: Path) -> None:
-    file.write_text(f"{PROXY}[timeouts]\n# first\nhandshake = 5000\n")
+    file.write_text(f"{PROXY}[timeouts]\n# first\nhandshake = 9000\n")
     for arguments, status in (((), 0), (("--strict",), 1)):
         done = check("transocks", "check", *arguments, file)
         assert done.returncode == status
-        assert done.stderr.startswith(f"{file}:4: warning: timeouts.handshake: 5000: ")
+        assert done.stderr.startswith(f"{file}:4: warning: timeouts.handshake: 9000: ")
         assert done.stdout.startswith(f"{file}: 0 faults, 1 warnings\n  listen ")
 
 

@@ -23,6 +23,7 @@ from usocksd.errors import Denied, Error, ResolveError
 from usocksd.match import numeric_address
 from usocksd.runtime.ending import Limits
 from usocksd.runtime.endpoint import Endpoint, PeerReset
+from usocksd.runtime.keepalive import KeepAlive
 from usocksd.runtime.pipes import PipePool
 from usocksd.runtime.relay import close_pair, relay
 from usocksd.runtime.settings import Timeouts
@@ -46,6 +47,7 @@ class Sessions:
         names: NamesConfig,
         pipes: PipePool,
         timeouts: Timeouts,
+        keepalive: KeepAlive,
         access_log: AccessLog,
     ) -> None:
         """`ways` are where routes lead, by what they call it."""
@@ -56,7 +58,7 @@ class Sessions:
         self._trust_outer = names.when_ech == NAME
         self._fall_back = names.when_unresolved == ADDRESS
         self._timeouts = timeouts
-        self._limits = Limits(timeouts.idle, timeouts.half_closed)
+        self._limits = Limits(timeouts.idle, timeouts.half_closed, keepalive)
         self._access_log = access_log
         self._pipes = pipes
 

@@ -25,6 +25,7 @@ from usocksd.resolver import ABSENT, NO_SUCH_NAME, Resolver
 from usocksd.runtime.dial import Target, dial
 from usocksd.runtime.ending import Limits
 from usocksd.runtime.endpoint import DeadlineExpired, Endpoint, PeerReset, Unwatched
+from usocksd.runtime.keepalive import KeepAlive
 from usocksd.runtime.pipes import PipePool
 from usocksd.runtime.relay import close_pair, relay
 from usocksd.runtime.settings import Timeouts
@@ -61,6 +62,7 @@ class Sessions:
         usable: Callable[[], Usable],
         pipes: PipePool,
         timeouts: Timeouts,
+        keepalive: KeepAlive,
         access_log: AccessLog,
         proxied: ProxiedListener | None = None,
     ) -> None:
@@ -80,7 +82,7 @@ class Sessions:
         self._egress = egress
         self._usable = usable
         self._timeouts = timeouts
-        self._limits = Limits(timeouts.idle, timeouts.half_closed)
+        self._limits = Limits(timeouts.idle, timeouts.half_closed, keepalive)
         self._access_log = access_log
         self._pipes = pipes
         self._spoke_tls: set[str] = set()

@@ -37,7 +37,7 @@ def test_defaults() -> None:
     assert config.outgoing.addresses == ()
     assert config.outgoing.mark is None
     assert config.auth == Auth(users_file=None, required=False)
-    assert config.timeouts.idle == 3600
+    assert config.timeouts.idle == 7440
     assert config.log.level is None
     assert (config.limits.connections, config.limits.per_client, config.workers) == (0, 0, None)
 

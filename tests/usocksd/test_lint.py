@@ -314,7 +314,7 @@ def test_workers_and_limits() -> None:
     [
         ("idle = 5\nhalf_closed = 5\nhandshake = 5", []),
         ("idle = 5", ["handshake", "half_closed"]),
-        ("handshake = 4000", ["handshake"]),
+        ("handshake = 8000", ["handshake"]),
         ("stop = 601", ["drain"]),
         ("stop = 0\ndrain = 0", []),
         ("drain = 0", ["drain"]),

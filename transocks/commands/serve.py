@@ -16,6 +16,7 @@ from usocksd.addresses import HostAddresses
 from usocksd.errors import Error
 from usocksd.resolver import Resolver
 from usocksd.runtime.dial import check_mark
+from usocksd.runtime.keepalive import KeepAlive
 from usocksd.runtime.limits import most_name_sockets, most_pipes
 from usocksd.runtime.pipes import PipePool
 from usocksd.runtime.processes.plan import Built, Parts, Plan, make_plan
@@ -63,6 +64,7 @@ def build(config: Config, parts: Parts) -> Built:
     )
     routes = config.routes()
     first_bytes = FirstBytes(config.names)
+    keepalive = KeepAlive(config.timeouts.keepalive)
     sessions = Sessions(
         guard=guard,
         first_bytes=first_bytes,
@@ -71,6 +73,7 @@ def build(config: Config, parts: Parts) -> Built:
         names=config.names,
         pipes=PipePool(most_pipes(parts.descriptors)),
         timeouts=config.timeouts,
+        keepalive=keepalive,
         access_log=AccessLog(parts.log, parts.metrics, routes.names),
     )
     return Built(
@@ -78,5 +81,6 @@ def build(config: Config, parts: Parts) -> Built:
         (hosts.watch, resolver.run, upstreams.health.run, first_bytes.run),
         guard.close,
         keeping=(upstreams.health.keep,),
+        keepalive=keepalive,
         status=lambda: {"upstreams": upstreams.status()},
     )

@@ -15,6 +15,7 @@ from usocksd.lint import warnings
 from usocksd.proxied import ProxiedListener
 from usocksd.resolver import Resolver
 from usocksd.runtime.dial import check_mark
+from usocksd.runtime.keepalive import KeepAlive
 from usocksd.runtime.limits import most_name_sockets, most_pipes
 from usocksd.runtime.pipes import PipePool
 from usocksd.runtime.processes.plan import Built, Parts, Plan, make_plan
@@ -47,6 +48,7 @@ def build(config: Config, parts: Parts) -> Built:
     in_front, proxied = config.incoming.proxy_protocol, None
     if in_front is not None and policy.trusted is not None:
         proxied = ProxiedListener(in_front.port, policy.trusted, policy.clients, parts.count_as)
+    keepalive = KeepAlive(config.timeouts.keepalive)
     sessions = Sessions(
         clients=policy.clients,
         users=users,
@@ -57,6 +59,7 @@ def build(config: Config, parts: Parts) -> Built:
         usable=listings.usable,
         pipes=PipePool(most_pipes(parts.descriptors)),
         timeouts=config.timeouts,
+        keepalive=keepalive,
         access_log=AccessLog(parts.log, parts.metrics),
         proxied=proxied,
     )
@@ -67,5 +70,6 @@ def build(config: Config, parts: Parts) -> Built:
         keeping=(lookups.run,),
         verbs={"explain": explainer.explain},
         proxied=() if proxied is None else (proxied.port,),
+        keepalive=keepalive,
         status=lambda: {"pools": listings.status()},
     )

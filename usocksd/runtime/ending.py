@@ -6,6 +6,10 @@ from enum import StrEnum
 from math import inf
 from typing import NamedTuple
 
+from usocksd.runtime.keepalive import KeepAlive
+
+_KEEPALIVE = KeepAlive()
+
 
 class Reason(StrEnum):
     """Why a relay ended, as access records show it."""
@@ -43,8 +47,11 @@ class RelayResult(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """Seconds without a byte in either direction after which a relay is ended; inf for never."""
+    """Seconds without a byte in either direction after which a relay is ended; inf for never. And how it is kept from
+    being forgotten until then.
+    """
 
     idle: float = inf
     half_closed: float = inf
     """The same once one side has said all it will say."""
+    keepalive: KeepAlive = _KEEPALIVE

@@ -323,7 +323,8 @@ class Flow:
             # The end of a stream is a sign of life too: from here on the shorter patience counts.
             now = pair.active = pair.half_closed = pair.reactor.now
             pair.first = pair.side(self.source)
-            pair.up.deadline = min(pair.up.deadline, now + pair.limits.half_closed)
+            limits = pair.limits
+            pair.up.deadline = min(pair.up.deadline, now + min(limits.half_closed, limits.keepalive.half_after))
 
     def _source_broke(self, error: int) -> None:
         self.error = self.error or error

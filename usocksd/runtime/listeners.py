@@ -15,6 +15,7 @@ from usocksd.errors import Error
 from usocksd.runtime.endpoint import Endpoint, TransparentEndpoint
 from usocksd.runtime.fast_open import accept_fast_open
 from usocksd.runtime.hostport import join_port, unmapped
+from usocksd.runtime.keepalive import Timing, keep_alive
 from usocksd.runtime.options import set_listener_options
 from usocksd.runtime.reactor import Reactor
 
@@ -175,6 +176,10 @@ class Listener:
                 self.on_event(0)
         self._reactor.unregister(self._fd)
         self._sock.close()
+
+    def keep_alive(self, timing: Timing) -> None:
+        """What is accepted from now on is asked for signs of life like this."""
+        keep_alive(self._sock, timing)
 
     def on_deadline(self, now: float) -> None:
         """A pause is over."""

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import socket
 
-# A peer that is silent for five minutes is asked, and taken for dead when it answers none of six probes in a minute.
-_KEEPALIVE = ((socket.TCP_KEEPIDLE, 300), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 6))
-
-KEEP_ALIVE_AFTER = 60.0
-"""When a relay has lived so many seconds, its outgoing connection is worth the five system calls of `keep_alive`."""
+from usocksd.runtime.keepalive import KeepAlive, keep_alive
 
 
 def set_options(sock: socket.SocketType) -> None:
@@ -22,14 +18,4 @@ def set_options(sock: socket.SocketType) -> None:
 def set_listener_options(sock: socket.SocketType) -> None:
     """All of them, for the connections that it accepts: they inherit them."""
     set_options(sock)
-    keep_alive(sock)
-
-
-def keep_alive(sock: socket.SocketType) -> None:
-    """SO_KEEPALIVE, so that dead peers go away.
-
-    Not TCP_USER_TIMEOUT: it would also end connections to a peer that lives and has closed its window.
-    """
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in _KEEPALIVE:
-        sock.setsockopt(socket.IPPROTO_TCP, option, value)
+    keep_alive(sock, KeepAlive().open)  # a worker puts in what its configuration says

@@ -21,7 +21,7 @@ import trio
 from usocksd.runtime.ending import Limits, Reason, RelayResult, Side
 from usocksd.runtime.endpoint import Endpoint
 from usocksd.runtime.flow import DELIVER_WITHIN, Flow
-from usocksd.runtime.options import KEEP_ALIVE_AFTER, keep_alive
+from usocksd.runtime.keepalive import keep_alive
 from usocksd.runtime.pipes import PipePool
 from usocksd.runtime.reactor import Reactor
 
@@ -149,7 +149,7 @@ class Pair:
         for flow, leftover in ((self.up, to_upstream), (self.down, to_client)):
             self.reactor.handlers[flow.source.fd] = flow
             flow.tail = leftover
-        self.up.deadline = self.reactor.clock() + min(self.limits.idle, KEEP_ALIVE_AFTER)
+        self.up.deadline = self.reactor.clock() + min(self.limits.idle, self.limits.keepalive.after)
         try:
             for flow in (self.up, self.down):
                 flow.start()
@@ -181,9 +181,16 @@ class Pair:
         self._failure = error
         self.end(Reason.ERROR, Side.PROXY)
 
-    def keep_alive(self) -> None:
-        """The pair lives long enough for its outgoing connection to be asked for signs of life; the client's is."""
-        keep_alive(self._upstream.sock)
+    def keep_alive(self, *, again: bool = False) -> None:
+        """The pair lives long enough to be worth the system calls that ask its peers for signs of life.
+
+        While both directions are open, the client's has them from its listener; `again`: it may have other ones.
+        """
+        half_closed = self.first is not None
+        timing = self.limits.keepalive.half if half_closed else self.limits.keepalive.open
+        keep_alive(self._upstream.sock, timing)
+        if half_closed or again:
+            keep_alive(self._client.sock, timing)
 
     def side(self, endpoint: Endpoint) -> Side:
         return Side.CLIENT if endpoint is self._client else Side.UPSTREAM

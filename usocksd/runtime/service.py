@@ -9,7 +9,7 @@ import socket
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from math import inf
 from operator import attrgetter
-from typing import Any
+from typing import Any, NoReturn
 
 import outcome
 import trio
@@ -18,6 +18,7 @@ from usocksd.runtime.ending import Reason, Side
 from usocksd.runtime.endpoint import DeadlineExpired, Endpoint, PeerReset
 from usocksd.runtime.flow import Flow
 from usocksd.runtime.hostport import join_port
+from usocksd.runtime.keepalive import KeepAlive
 from usocksd.runtime.limits import NOBODY, Tally
 from usocksd.runtime.listeners import Listener
 from usocksd.runtime.metrics import Metrics
@@ -37,6 +38,7 @@ _COLLECT_AFTER = 50_000
 _SHED_AT_ONCE = 32
 _SHED_AFTER = 60.0
 _SAY_AGAIN_AFTER = 10.0
+_LOOK_AT_TIMERS_EVERY = 2.0
 # So many tasks without a connection are kept, some 2 KB each.
 _MOST_IDLE = 64
 
@@ -63,6 +65,7 @@ class Service:
         tally: Tally,
         metrics: Metrics,
         proxied: Collection[int] = (),
+        keepalive: KeepAlive,
     ) -> None:
         self.live = 0
         """Connections that are being served."""
@@ -73,6 +76,7 @@ class Service:
         self._sessions = sessions
         self._tally = tally
         self._proxied = proxied
+        self._keepalive = keepalive
         self._rows: dict[Endpoint, int] = {}
         """Where those are counted of which it was not known at accept."""
         self._idle: list[trio.lowlevel.Task] = []
@@ -98,8 +102,20 @@ class Service:
             )
             for sock in sockets
         ]
+        for listener in listeners:
+            listener.keep_alive(self._keepalive.open)
         self._listeners += listeners
         return listeners
+
+    async def keep_alive(self) -> NoReturn:
+        """Have every connection outlive what this host's connection tracking asks, also when that changes."""
+        while True:
+            if self._keepalive.look():
+                for listener in self._listeners:
+                    listener.keep_alive(self._keepalive.open)
+                for pair in self._pairs():
+                    pair.keep_alive(again=True)
+            await trio.sleep(_LOOK_AT_TIMERS_EVERY)
 
     def close(self, listeners: Sequence[Listener]) -> None:
         """Accept no more from these."""

@@ -14,6 +14,7 @@ import attrs
 from usocksd.runtime.config import Invalid, Parser, loading
 from usocksd.runtime.formats import FORMATS
 from usocksd.runtime.hostport import join_port
+from usocksd.runtime.keepalive import KEEPALIVE
 from usocksd.runtime.log import LEVELS
 from usocksd.runtime.named_files import NotRegular
 
@@ -201,6 +202,8 @@ Count = Annotated[int, integer(0, 2**31 - 1)]
 Workers = Annotated[int, integer(1, MOST_WORKERS)]
 Seconds = Annotated[float, seconds()]
 SecondsOrZero = Annotated[float, seconds(zero=True)]
+KeepAliveSeconds = Annotated[int, integer(1, 32767)]
+"""what TCP_KEEPIDLE takes, tcp(7)"""
 Mark = Annotated[int, integer(1, 2**32 - 1)]
 """SO_MARK of socket(7); not 0, which everybody's have: rules that exempt it would exempt everything."""
 HostIP = Annotated[IPAddress, text(_host_ip, 'an IP address, as in "192.0.2.1" or "2001:db8::1"')]
@@ -266,10 +269,12 @@ class Timeouts:
     """from accept to the end of the client's request; transocks: for the proxy's part of the answer to ours"""
     connect: Seconds = 30.0
     """for resolving and connecting to the destination, all its addresses together"""
-    idle: Seconds = 3600.0
+    idle: Seconds = 7440.0
     """without a byte in either direction"""
     half_closed: Seconds = 300.0
     """the same once one direction has ended"""
+    keepalive: KeepAliveSeconds = KEEPALIVE
+    """until a silent peer is asked for a sign of life; sooner where connection tracking forgets sooner"""
     stop: SecondsOrZero = 30.0
     """how long a graceful stop waits for connections to end"""
     drain: SecondsOrZero = 600.0

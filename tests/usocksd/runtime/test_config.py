@@ -461,9 +461,9 @@ def test_what_is_no_dns_server(server: str) -> None:
 
 
 def test_timeouts() -> None:
-    assert attrs.astuple(Timeouts()) == (10.0, 30.0, 3600.0, 300.0, 30.0, 600.0)
+    assert attrs.astuple(Timeouts()) == (10.0, 30.0, 7440.0, 300.0, 180, 30.0, 600.0)
     assert parse(Timeouts, "handshake = 0.5\nidle = 60\nstop = 0", "") == Timeouts(handshake=0.5, idle=60.0, stop=0.0)
-    assert len(faults("handshake = 0\nconnect = 0\nidle = 0\nhalf_closed = 0\nstop = -1", Timeouts)) == 5
+    assert len(faults("handshake = 0\nconnect = 0\nidle = 0\nhalf_closed = 0\nstop = -1\nkeepalive = 0", Timeouts)) == 6
 
 
 @pytest.mark.parametrize(

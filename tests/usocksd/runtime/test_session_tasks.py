@@ -10,6 +10,7 @@ import trio
 
 from usocksd.runtime import service as service_module
 from usocksd.runtime.endpoint import Endpoint
+from usocksd.runtime.keepalive import KeepAlive
 from usocksd.runtime.limits import Tally
 from usocksd.runtime.listeners import listen
 from usocksd.runtime.metrics import Metrics
@@ -24,7 +25,9 @@ class Served:
         self.fault: Exception | None = None
         # (Without limits nothing is counted, and no table needed.)
         tally = Tally(-1, 0, most=0, per_client=0)
-        self.service = Service(lab.reactor, self._session, sessions, most=1000, tally=tally, metrics=Metrics("tiny"))
+        self.service = Service(
+            lab.reactor, self._session, sessions, most=1000, tally=tally, metrics=Metrics("tiny"), keepalive=KeepAlive()
+        )
         self._sock = listen("127.0.0.1", 0)
         self._address = self._sock.getsockname()
         self._listeners = self.service.listen([self._sock])

@@ -17,6 +17,7 @@ import attrs
 from usocksd.runtime.cgroup import usable_cpus
 from usocksd.runtime.common import Common
 from usocksd.runtime.endpoint import Endpoint
+from usocksd.runtime.keepalive import KeepAlive
 from usocksd.runtime.log import Log
 from usocksd.runtime.metrics import Metrics
 from usocksd.runtime.named_files import read_file
@@ -163,6 +164,8 @@ class Built(NamedTuple):
     when there is none. One worker is asked, so it is for what all know."""
     proxied: Collection[int] = ()
     """Ports whose connections a proxy makes for its clients: they count for nobody until `Parts.count_as`."""
+    keepalive: KeepAlive = KeepAlive()
+    """What the relays of `session` go by. It is kept up to date with the timers of this host."""
     status: Callable[[], dict[str, Any]] = dict
     """What the answer to `status` has under "daemon": JSON values that are the same in all workers."""
 

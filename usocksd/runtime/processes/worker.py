@@ -219,7 +219,9 @@ class Worker:
                         tally=tally,
                         metrics=self._metrics,
                         proxied=built.proxied,
+                        keepalive=built.keepalive,
                     )
+                    base.start_soon(self._service.keep_alive)
                     self._vitals = Vitals(self._service, self._metrics, self._sink, self._limit)
                     settle_memory()
                     ready = {"version": __version__, "handover": HANDOVER, "verbs": list(built.verbs)}

@@ -106,9 +106,9 @@ class Client(Greeting):
         return self._established(Established(host, int.from_bytes(data[end - 2 : end])))
 
     def _socks4_reply(self) -> Event:
-        # VN, CD, DSTPORT, DSTIP
+        # VN, CD, DSTPORT, DSTIP. VN should be 0; some servers put SOCKS's version there.
         data = self._buffer
-        self._check_version(data, 0)
+        self._check_version(data, 4 if data.startswith(b"\x04") else 0)
         if len(data) >= 2 and data[1] != Socks4Reply.GRANTED:
             self._refused(data[1], Socks4Reply)
         if len(data) < 8:

@@ -9,7 +9,7 @@ Rules of this file:
 - A fault is raised once the whole message is there, where its length can be known: closing a socket with
   unread bytes makes the kernel send RST, which may take the reply with it.
 
-    _version ──05──> _greeting ──00──────────────────────────────────────> _socks5_request ──> _owes_reply
+    _version ──05──> _greeting ──00──> (_unasked_credentials, if 02 was offered) ──> _socks5_request ──> _owes_reply
         │                ├───────02──> _credentials ──> _owes_verdict ──accepted──┘                │   │
         │                │                                   └──────────rejected──> _over <──reply─┘   │
         │                └───────F5──> _over (with an offer of 02 too: by way of the verdict)          │
@@ -51,6 +51,8 @@ _PROBE = Method.PROBE
 
 _COMMANDS = {int(command): command for command in Command}
 _SOCKS4_COMMANDS = {int(command): command for command in (Command.CONNECT, Command.BIND)}
+
+_AUTHENTICATION_VERSIONS = (AUTHENTICATION_VERSION, _SOCKS5)
 
 _JUST_NO_AUTHENTICATION = b"\x05\x01\x00"  # the greeting of nearly every client
 _TLS_HANDSHAKE = 0x16  # the content type that opens a TLS connection (RFC 8446 section 5.1)
@@ -179,18 +181,38 @@ class Server:
         self.method = method
         self._buffer = data[end:]
         self._out += METHOD_SELECTION[method]
-        self._state = Server._socks5_request if method is _NO_AUTHENTICATION else Server._credentials
+        if method is not _NO_AUTHENTICATION:
+            self._state = Server._credentials
+        else:
+            unasked = Method.USERNAME_PASSWORD in offered
+            self._state = Server._unasked_credentials if unasked else Server._socks5_request
+        return self._state(self)
+
+    def _unasked_credentials(self) -> Event:
+        # A client that does not wait for the method selection may have sent its credentials, and then wants them
+        # answered before it goes on. Nobody judges them.
+        data = self._buffer
+        if not data:
+            return self._need_data("after its greeting")
+        if data[0] == AUTHENTICATION_VERSION:
+            end = _end_of_credentials(data)
+            if end < 0:
+                return self._need_data("inside its credentials")
+            self._buffer = data[end:]
+            self._out += AUTHENTICATION_SUCCESS
+        self._state = Server._socks5_request
         return self._state(self)
 
     def _credentials(self) -> Event:
-        # VER, ULEN, UNAME, PLEN, PASSWD (RFC 1929 section 2). It asks for 1 to 255 bytes of each, but
-        # clients with an empty user name or password exist.
+        # RFC 1929 section 2. It asks for 1 to 255 bytes of each, but clients with an empty user name or password
+        # exist, and so do clients that put SOCKS's version in front.
         data = self._buffer
-        if data and data[0] != AUTHENTICATION_VERSION:
+        if data and data[0] not in _AUTHENTICATION_VERSIONS:
             self._fail(Kind.MALFORMED, AUTHENTICATION_FAILURE, f"authentication of version {data[0]}")
-        size = len(data)
-        if size < 2 or size <= (middle := 2 + data[1]) or size < (end := middle + 1 + data[middle]):
+        end = _end_of_credentials(data)
+        if end < 0:
             return self._need_data("inside its credentials")
+        middle = 2 + data[1]
         try:
             event = Credentials(data[2:middle].decode(), data[middle + 1 : end].decode())
         except UnicodeDecodeError:
@@ -329,3 +351,11 @@ class Server:
             raise RuntimeError("there are no credentials to judge")
         self._out += answer
         self._state = state
+
+
+def _end_of_credentials(data: bytes) -> int:
+    """How long VER, ULEN, UNAME, PLEN, PASSWD at the beginning of `data` are; -1 when there is more to come."""
+    size = len(data)
+    if size < 2 or size <= (middle := 2 + data[1]) or size < (end := middle + 1 + data[middle]):
+        return -1
+    return end

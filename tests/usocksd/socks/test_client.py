@@ -187,8 +187,16 @@ def test_socks4_refused(code: int) -> None:
     assert error.reply is Socks4Reply(code)
 
 
+def test_socks4_with_its_version_in_the_reply() -> None:
+    """Reply VN is 0, and 4 from some servers, which others' clients take."""
+    client = after(Client("192.0.2.7", 80, version=Version.SOCKS4), b"\x04", b"\x5a\x9c\x40\xc6\x33\x64\x09payload")
+    assert client.next_event() == Established("198.51.100.9", 40000)
+    assert client.trailing_data == b"payload"
+    error = error_of(after(Client("192.0.2.7", 80, version=Version.SOCKS4), b"\x04\x5b"))
+    assert isinstance(error, RequestRefused)
+
+
 def test_socks4_malformed_answer() -> None:
-    """Reply VN is 0."""
     error = error_of(after(Client("192.0.2.7", 80, version=Version.SOCKS4), b"\x05\x00"))
     assert isinstance(error, UpstreamFault)
 

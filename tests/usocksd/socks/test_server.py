@@ -220,7 +220,33 @@ def test_credentials_of_any_length(message: bytes, username: str, password: str)
     assert server.next_event() == Credentials(username, password)
 
 
-@pytest.mark.parametrize("message", [b"\x05\x01u\x01p", b"\x01\x01\xff\x01p", b"\x01\x01u\x02\xc3\x28"])
+def test_credentials_of_version_5() -> None:
+    """RFC 1929 wants 1. Some clients put SOCKS's version there, and other servers take it."""
+    server = server_after(b"\x05\x01\x02\x05\x01u\x01p", methods=PASSWORD_ONLY)
+    assert server.next_event() == Credentials("u", "p")
+    server.accept_credentials()
+    assert server.data_to_send() == b"\x05\x02" + b"\x01\x00"
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 3])
+def test_credentials_that_nobody_asked_for(pieces: int) -> None:
+    """Tor's and go-socks5's tests write greeting, credentials and request at once, and wait for three answers."""
+    said = b"\x05\x02\x00\x02" + b"\x01\x02me\x06secret" + CONNECT_V4 + b"payload"
+    size = -(-len(said) // pieces)
+    server = server_after(*(said[at : at + size] for at in range(0, len(said), size)))
+    request = server.next_event()
+    assert isinstance(request, Request)
+    assert (request.host, server.method) == ("192.0.2.7", Method.NO_AUTHENTICATION)
+    assert server.data_to_send() == b"\x05\x00" + b"\x01\x00"
+    assert server.trailing_data == b"payload"
+
+
+@pytest.mark.parametrize("said", [b"\x05\x01\x00" + b"\x01\x01u\x01p", b"\x05\x02\x00\x02" + b"\x01\x01u\x01p" * 2])
+def test_credentials_that_were_not_offered_or_twice(said: bytes) -> None:
+    assert fault_of(server_after(said + CONNECT_V4)).kind is Kind.MALFORMED
+
+
+@pytest.mark.parametrize("message", [b"\x02\x01u\x01p", b"\x01\x01\xff\x01p", b"\x01\x01u\x02\xc3\x28"])
 def test_malformed_credentials(message: bytes) -> None:
     """RFC 1929: a wrong version and text that is not UTF-8 get a complete failure status."""
     fault = fault_of(server_after(b"\x05\x01\x02", message, methods=PASSWORD_ONLY))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from typing import NamedTuple, NoReturn
 
 import trio
@@ -10,6 +11,7 @@ import trio
 from transocks.original_dst import Destination
 from transocks.route_settings import NamesConfig
 from transocks.sniff import OTHER, Opening, Sniffer
+from usocksd.conditions import Ports
 from usocksd.match import NetworkMap, numeric_address
 from usocksd.runtime.endpoint import DeadlineExpired, Endpoint, PeerReset
 
@@ -29,33 +31,25 @@ class _Wait:
 
     __slots__ = ("client", "until")
 
-    def __init__(self, client: Endpoint | None, until: float) -> None:
-        self.client = client
+    def __init__(self, client: Endpoint, until: float) -> None:
+        self.client: Endpoint | None = client
         self.until = until
 
 
-class FirstBytes:
-    """Reads them: as many as it takes to know the name, `size` or little more at most, for up to `wait` seconds.
+class _Waits:
+    """Waits that all take `seconds`, so that they end in the order in which they began.
 
-    A client that says nothing speaks a protocol in which the server is first, and has waited in vain: `skip_ports` and
-    `skip_networks` (of destinations) are where nobody is asked to.
-
-    Deadlines of the reactor may be half a second late, and a scope of trio costs 7 us. But all these waits take the
-    same time, so they end in the order in which they began: a queue and one task, `run`, do it for a tenth of that.
+    Deadlines of the reactor may be half a second late, and a scope of trio costs 7 us. A queue and one task, `run`, do
+    it for a tenth of that.
     """
 
-    def __init__(self, names: NamesConfig) -> None:
-        self._sniff = names.sniff
-        self._wait = names.wait
-        self._size = names.size
-        self._skip_ports = frozenset(port for first, last in names.skip_ports for port in range(first, last + 1))
-        self._skip_networks = NetworkMap(dict.fromkeys(names.skip_networks, True))
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
         self._waits: deque[_Wait] = deque()
         self._some = trio.Event()
 
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> NoReturn:
+    async def run(self) -> NoReturn:
         """End waits when it is time, until cancelled."""
-        task_status.started()
         waits = self._waits
         while True:
             while waits and (waits[0].client is None or waits[0].until <= trio.current_time()):
@@ -69,22 +63,57 @@ class FirstBytes:
                 self._some = trio.Event()
                 await self._some.wait()
 
+    def begin(self, client: Endpoint) -> _Wait:
+        """One more. Its `client` is None when it is over; set it to None to end it before that."""
+        wait = _Wait(client, trio.current_time() + self._seconds)
+        self._waits.append(wait)
+        self._some.set()
+        return wait
+
+
+class FirstBytes:
+    """Reads them: as many as it takes to know the name, `size` or little more at most.
+
+    A client that says nothing speaks a protocol in which the server is first, and has waited in vain: so it has `wait`
+    seconds to begin. Once it has begun, the rest is on its way, and may have been lost on it: that has `long_wait`
+    seconds, and so has the beginning on ports where clients speak first. `skip_ports` and `skip_networks` (of
+    destinations) are where nobody is asked to.
+    """
+
+    def __init__(self, names: NamesConfig) -> None:
+        self._sniff = names.sniff
+        self._size = names.size
+        self._skip_ports = _ports(names.skip_ports)
+        self._client_first_ports = _ports(names.client_first_ports)
+        self._skip_networks = NetworkMap(dict.fromkeys(names.skip_networks, True))
+        self._waits = names.wait > 0
+        self._short, self._long = _Waits(names.wait), _Waits(names.long_wait)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """End waits when it is time, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._short.run)
+            nursery.start_soon(self._long.run)
+            task_status.started()
+
     async def read(self, client: Endpoint, destination: Destination) -> First:
         """What the client says first, on its way to `destination`. Raises PeerReset when it is gone.
 
         If the client ends its side meanwhile, that is left for the relay to see again.
         """
+        port = destination.port
         if (
             not self._sniff
-            or destination.port in self._skip_ports
+            or port in self._skip_ports
             or (len(self._skip_networks) and self._skip_networks.match(numeric_address(destination.host)))
         ):
             client.watch()  # for its reset
             return NOTHING
-        sniffer = Sniffer(destination.port)
+        sniffer = Sniffer(port)
         data = b""
         opening = None
         wait = None
+        is_long = False
         try:
             # Mostly it has spoken by now, at the latest while those before it were served: then this is all.
             piece = client.receive_now()
@@ -94,8 +123,13 @@ class FirstBytes:
                     opening = sniffer.feed(piece)
                     if opening is not None or len(data) >= self._size:
                         break
-                if wait is None:
-                    wait = self._begin(client)
+                if not self._waits:
+                    break
+                if wait is None or (data and not is_long):
+                    if wait is not None:
+                        wait.client = None
+                    is_long = bool(data) or port in self._client_first_ports
+                    wait = (self._long if is_long else self._short).begin(client)
                 if wait.client is None:  # also where it had no time to say so, between two pieces
                     break
                 piece = await client.receive()
@@ -108,9 +142,6 @@ class FirstBytes:
                 wait.client = None  # it stays in the queue for its time, and its session's socket need not
         return First(data, opening or sniffer.finish())
 
-    def _begin(self, client: Endpoint) -> _Wait:
-        wait = _Wait(client if self._wait else None, trio.current_time() + self._wait)
-        if self._wait:
-            self._waits.append(wait)
-            self._some.set()
-        return wait
+
+def _ports(ranges: Iterable[Ports]) -> frozenset[int]:
+    return frozenset(port for first, last in ranges for port in range(first, last + 1))

@@ -41,6 +41,9 @@ SERVER_FIRST = (
 )
 """Ports of protocols in which the server speaks first: a wait for the client would be in vain."""
 
+CLIENT_FIRST = ((80, 80), (443, 443))
+"""Ports of protocols in which the client speaks first, HTTP and TLS: one that is silent there is only slow."""
+
 # What records and metrics say where no [[route]] decided, and what those without a name are called.
 _BUILT_IN_NAME = re.compile(r"default|route \d+")
 
@@ -62,10 +65,13 @@ class NamesConfig:
 
     sniff: bool = True
     wait: Annotated[float, seconds(zero=True)] = 0.3
-    """how long the client has to begin"""
+    """how long the client has to begin; 0: nobody is waited for"""
+    long_wait: Annotated[float, seconds()] = 5.0
+    """how long it has on `client_first_ports`, and for the rest once it has begun"""
     size: Annotated[int, integer(1024, MOST)] = MOST
     """bytes to be looked at, at most"""
     skip_ports: tuple[Ports, ...] = SERVER_FIRST
+    client_first_ports: tuple[Ports, ...] = CLIENT_FIRST
     skip_networks: tuple[Network, ...] = ()
     send: Send = NAME
     """what proxies that take names are asked for"""

@@ -47,6 +47,8 @@ TRANSOCKS = """
 listen = {listen}
 proxy_url = "{url}"
 mark = 0x7473
+[names]
+long_wait = 1
 [timeouts]
 connect = 5
 """

@@ -176,7 +176,7 @@ def test_the_wait(host_net: lab.Net, tmp_path: Path) -> None:
     """A server that speaks first is heard, on the ports of such protocols at once, and after the wait on others; a
     client that trickles waits once.
     """
-    wait = 1.0
+    wait, long_wait = 1.0, 2.0
 
     def greet(sock: Socket) -> None:
         sock.sendall(b"220 welcome\r\n")
@@ -193,7 +193,10 @@ def test_the_wait(host_net: lab.Net, tmp_path: Path) -> None:
 
     said = f"GET / HTTP/1.1\r\nHost: {ALLOWED}\r\n\r\n".encode()
     with (
-        both(host_net, tmp_path, rules=USOCKSD, more=f"[names]\nwait = {wait}\n") as (client, _),
+        both(host_net, tmp_path, rules=USOCKSD, more=f"[names]\nwait = {wait}\nlong_wait = {long_wait}\n") as (
+            client,
+            _,
+        ),
         Served(host_net.outside.listen(WEB[4], 25), greet),
         Served(host_net.outside.listen(WEB[4], 2500), greet),
         Served(host_net.outside.listen(WEB[4], 80), daemons.echo) as web,

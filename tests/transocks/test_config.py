@@ -390,6 +390,7 @@ def test_names_and_routes() -> None:
         [names]
         wait = 0
         skip_ports = [22, "6000-6100"]
+        client_first_ports = [80, "8000-8099"]
         skip_networks = ["10.0.0.0/8"]
         [upstream.partners]
         proxy_url = "socks5h://192.0.2.1"
@@ -406,6 +407,7 @@ def test_names_and_routes() -> None:
         "transocks.toml",
     )
     assert config.names.skip_ports == ((22, 22), (6000, 6100))
+    assert config.names.client_first_ports == ((80, 80), (8000, 8099))
     assert config.routes().names == ["route 1", "no mail"]
     client, web = ip_address("192.168.1.1"), ip_address("203.0.113.80")
     assert config.routes().decide(client, web, "a.partner.example", 443) == Decision("route 1", "partners", False)
@@ -419,8 +421,10 @@ def test_faults_of_names_and_routes() -> None:
         [names]
         sniff = "yes"
         wait = -1
+        long_wait = 0
         size = 100
         skip_ports = ["ssh"]
+        client_first_ports = [-1]
         skip_networks = ["example.com"]
         send = "both"
         when_unresolved = "direct"
@@ -445,7 +449,7 @@ def test_faults_of_names_and_routes() -> None:
         """
     )
     expected = [
-        "names.sniff", "names.wait", "names.size", "names.skip_ports[0]", "names.skip_networks[0]", "names.send",
+        "names.sniff", "names.wait", "names.long_wait", "names.size", "names.skip_ports[0]", "names.client_first_ports[0]", "names.skip_networks[0]", "names.send",
         "names.when_unresolved", "names.when_ech", "route[1].to", "route[1].send", "route[2].name", "route[2].to[0]",
         "route[2].from[0]", "route[2].ports[0]", "route[2].via", "route[3].name", "route[3].form", "route[1].name",
         "route[0].via",

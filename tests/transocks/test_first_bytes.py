@@ -76,22 +76,52 @@ async def test_what_comes_in_time_and_in_pieces() -> None:
         nursery.cancel_scope.cancel()
 
 
-@pytest.mark.parametrize("said", [b"", b"GET / HTTP/1.1\r\nHos"])
-async def test_who_says_nothing_or_not_enough_goes_on(said: bytes) -> None:
-    async with reading(0.05) as (first_bytes, client, endpoint):
+OTHER_PORT = Destination(WEB.host, 2500)
+
+
+@pytest.mark.parametrize(
+    ("destination", "said", "short", "long"),
+    [
+        (OTHER_PORT, b"", 0.05, LONG),
+        (OTHER_PORT, b"GET / HTTP/1.1\r\nHos", LONG, 0.05),
+        (WEB, b"", LONG, 0.05),
+        (WEB, b"GET / HTTP/1.1\r\nHos", LONG, 0.05),
+    ],
+)
+async def test_who_says_nothing_or_not_enough_goes_on(
+    destination: Destination, said: bytes, short: float, long: float
+) -> None:
+    """Soon, where the server may be the one to speak; later, where it is known that the client is."""
+    async with reading(short, long_wait=long) as (first_bytes, client, endpoint):
         client.sendall(said)
         began = trio.current_time()
-        found = await first_bytes.read(endpoint, WEB)
+        found = await first_bytes.read(endpoint, destination)
         assert found.data == said
         assert found.opening.name is None
-        assert 0.05 <= trio.current_time() - began < 0.05 + 1
+        assert 0.05 <= trio.current_time() - began < LONG
         # It is read on as if nothing had been.
         client.sendall(b"t: x")
         assert await endpoint.receive() == b"t: x"
 
 
+async def test_the_rest_of_what_has_begun_is_waited_for(mock_clock: trio.testing.MockClock) -> None:
+    """Its second segment was lost, say, and is sent again after a second."""
+    async with reading(0.3, long_wait=5) as (first_bytes, client, endpoint), trio.open_nursery() as nursery:
+
+        async def talk() -> None:
+            await trio.testing.wait_all_tasks_blocked(0.005)
+            for part, seconds in ((REQUEST[:0], 0.29), (REQUEST[:20], 4.9), (REQUEST[20:], 0)):
+                client.sendall(part)
+                await trio.testing.wait_all_tasks_blocked(0.005)
+                mock_clock.jump(seconds)
+
+        nursery.start_soon(talk)
+        assert await first_bytes.read(endpoint, OTHER_PORT) == First(REQUEST, NAMED)
+        nursery.cancel_scope.cancel()
+
+
 async def test_a_trickle_is_given_one_wait_and_no_more() -> None:
-    async with reading(0.05) as (first_bytes, client, endpoint), trio.open_nursery() as nursery:
+    async with reading(LONG, long_wait=0.05) as (first_bytes, client, endpoint), trio.open_nursery() as nursery:
 
         async def trickle() -> None:
             while True:
@@ -108,7 +138,7 @@ async def test_a_trickle_is_given_one_wait_and_no_more() -> None:
 
 async def test_waits_end_one_by_one() -> None:
     """One reader for all: a wait that is over early neither ends nor delays another."""
-    async with reading(0.1) as (first_bytes, quick, quick_endpoint):
+    async with reading(0.1, long_wait=0.1) as (first_bytes, quick, quick_endpoint):
         reactor = quick_endpoint.reactor
         pairs = [connected_pair() for _ in range(3)]
         for ours, _ in pairs:

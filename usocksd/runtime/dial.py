@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from math import inf
 from socket import SocketType
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import trio
 
@@ -17,6 +20,8 @@ from usocksd.runtime.hostport import join_port
 from usocksd.runtime.options import set_options
 from usocksd.runtime.reactor import Reactor
 
+E = TypeVar("E", bound=Endpoint)
+
 # ip(7), since Linux 4.2: choose the port at connect, not at bind. With it ports run out per destination address and
 # port; without it some 28,000 of them limit a source address over all destinations. Python 3.11 has no name for it.
 _IP_BIND_ADDRESS_NO_PORT = 24
@@ -24,8 +29,10 @@ _STREAM = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
 # RFC 8305, section 5: how long one attempt is given before the next address is tried beside it, in seconds. Down to
 # the shortest that is recommended there, for all of many addresses to be tried in the first half of the time.
 _ATTEMPT_DELAY, _SHORTEST_DELAY = 0.25, 0.1
-# Who owns a name decides how many addresses it has: not how many descriptors a client takes at a time.
+# How many attempts of a race may be under way.
 _MOST_ATTEMPTS = 16
+# Seconds that an attempt has at most where the next may not begin beside it: a lost SYN is sent again after one.
+_LONGEST_ALONE = 3.0
 # So long, in seconds, a source that was out of ports for a destination is not the first to be asked again: the kernel
 # looks at each of the 28,000 ports before it says so, which takes 2 ms of this process.
 _SPENT_FOR = 1.0
@@ -84,7 +91,14 @@ async def dial(
 
 async def _connect(reactor: Reactor, target: Target, deadline: float, client: Endpoint | None) -> Endpoint:
     since = reactor.clock()
-    endpoint = _start(reactor, target)
+    endpoint = _start(
+        reactor,
+        target,
+        lambda sock, unproven: (
+            Unproven(reactor, sock, target.host, str(target)) if unproven else Endpoint(reactor, sock, connecting=True)
+        ),
+        fast_open=target.fast_open,
+    )
     endpoint.deadline = deadline
     if endpoint.unproven:
         return endpoint
@@ -114,12 +128,15 @@ async def _connect(reactor: Reactor, target: Target, deadline: float, client: En
 _spent: dict[tuple[str | None, str, int], float] = {}
 
 
-def _start(reactor: Reactor, target: Target) -> Endpoint:
-    """Everything up to a connect(2) in progress, from the first source that can be used."""
+def _start(reactor: Reactor, target: Target, make: Callable[[SocketType, bool], E], *, fast_open: bool = False) -> E:
+    """Everything up to a connect(2) in progress, from the first source that can be used.
+
+    `make` gets the socket, and whether connect(2) has returned without an answer, which only `fast_open` allows.
+    """
     failure: DialError | None = None
     for source in _promising(target, reactor.clock()):
         try:
-            return _start_from(reactor, target, source)
+            return _start_from(reactor, target, source, make, fast_open=fast_open)
         except DialError as error:
             # Out of ports, or not on this host any more. With whatever else it is another source would not help.
             if error.errno != errno.EADDRNOTAVAIL:
@@ -146,7 +163,14 @@ def _promising(target: Target, now: float) -> Sequence[str | None]:
     return [each for each in sources if _spent.get((each, target.host, target.port), now) <= now] or sources[:1]
 
 
-def _start_from(reactor: Reactor, target: Target, source: str | None) -> Endpoint:
+def _start_from(
+    reactor: Reactor,
+    target: Target,
+    source: str | None,
+    make: Callable[[SocketType, bool], E],
+    *,
+    fast_open: bool,
+) -> E:
     v6 = ":" in target.host
     step = "socket"
     try:
@@ -166,16 +190,14 @@ def _start_from(reactor: Reactor, target: Target, source: str | None) -> Endpoin
             sock.setsockopt(socket.IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT, 1)
             sock.bind((source, 0))
         step = "connect"
-        fast_open = target.fast_open and ask_for_fast_open(sock, target.host, reactor.clock())
+        fast_open = fast_open and ask_for_fast_open(sock, target.host, reactor.clock())
         code = sock.connect_ex((target.host, target.port))
         if code == errno.EADDRNOTAVAIL and (source is not None or not v6):
             # (For IPv6 without a source it may be that this host has no address to leave from.)
             raise OutOfPorts(str(target))
         if code not in (0, errno.EINPROGRESS):
             raise DialError(code, str(target), step)
-        if fast_open and code == 0:
-            return Unproven(reactor, sock, target.host, str(target))
-        return Endpoint(reactor, sock, connecting=True)
+        return make(sock, fast_open and code == 0)
     except OSError as error:
         sock.close()
         raise DialError(error.errno or errno.EIO, str(target), step) from None
@@ -194,87 +216,148 @@ def _in_time_wait() -> int | None:
         return None
 
 
-class _Race:
-    """Attempts begin a moment apart, or as soon as the one before has failed; the first to connect wins.
+class _Attempt(Endpoint):
+    """One attempt of a race, which is told of everything that happens to it."""
 
-    When there are too many at a time the one that has waited longest is given up.
+    __slots__ = ("race", "target")
+
+    def __init__(self, race: _Race, target: Target, reactor: Reactor, sock: SocketType) -> None:
+        self.race: _Race | None = race
+        self.target = target
+        super().__init__(reactor, sock, connecting=True)
+
+    def on_event(self, flags: int) -> None:
+        super().on_event(flags)
+        if self.race is not None:
+            self.race.news.set()
+
+    def interrupt(self, reason: BaseException) -> None:
+        if self.race is not None:
+            self.race.stop(reason)
+        else:
+            super().interrupt(reason)
+
+
+class _Race:
+    """Attempts begin a moment apart, or as soon as one has failed; the first to connect wins.
+
+    All of it is one task, which looks at every attempt before it begins another: once one has connected, none does.
+
+    A session counts as two descriptors. What a race has open beyond that it borrows from `reactor.spare`, and no more
+    than it leaves there for others. With nothing to borrow an attempt has its share of the time and then gives way to
+    the next.
     """
 
     def __init__(self, reactor: Reactor, targets: Sequence[Target], deadline: float) -> None:
+        self.news = trio.Event()
+        """Set when something has happened to an attempt."""
         self._reactor = reactor
-        self._targets = targets
+        self._untried = deque(targets)
         self._deadline = deadline
         spread = (deadline - reactor.clock()) / (2 * len(targets))
         self._delay = max(min(_ATTEMPT_DELAY, spread), _SHORTEST_DELAY)
-        self._waiting: dict[trio.Event, trio.CancelScope] = {}  # in the order in which they began
-        self._won: list[tuple[Endpoint, Target]] = []
+        self._running: dict[_Attempt, None] = {}
+        """In the order in which they began. All but one are borrowed."""
         self._failed: list[DialError] = []
-        self._stopped: list[Exception] = []
-        self._gone = False
-        self._scope = trio.CancelScope()
+        self._stopped: BaseException | None = None
+        # In trio's time: when the next attempt may begin beside those that run, and when in place of one of them.
+        self._beside_at = self._instead_at = -inf
 
     async def run(self, client: Endpoint | None) -> tuple[Endpoint, Target]:
         """As `dial`."""
+        if client is not None:
+            client.on_reset = partial(self.stop, PeerReset())
+        winner = None
         try:
-            with self._scope:
-                async with trio.open_nursery() as nursery:
-                    if client is not None:
-                        client.on_reset = self._give_up
-                    for target in self._targets:
-                        # Past it, each attempt would begin only to end: with many targets, for a long time.
-                        if self._failed and self._reactor.clock() >= self._deadline:
-                            break
-                        await self._begin(nursery, target)
-        except BaseException:
-            # Cancelled, perhaps in the moment in which an attempt had won.
-            for endpoint, _ in self._won:
-                endpoint.close()
-            raise
+            while (winner := self._connected()) is None:
+                if self._stopped is not None:
+                    raise self._stopped
+                if self._untried and self._may_begin():
+                    self._begin(self._untried.popleft())
+                elif self._running:
+                    await self._wait()
+                else:
+                    raise self._failed[0]
+            winner.race = None
+            return winner, winner.target
+        except DeadlineExpired:
+            if self._failed:
+                raise self._failed[0] from None
+            oldest = next(iter(self._running))
+            raise DialError(errno.ETIMEDOUT, str(oldest.target)) from None
         finally:
             if client is not None:
                 client.on_reset = None
-        if self._won:
-            return self._won[0]
-        if self._stopped:
-            raise self._stopped[0]
-        if self._gone:
-            raise PeerReset
-        raise self._failed[0]
+            self._reactor.spare += max(len(self._running) - 1, 0)
+            for attempt in self._running:
+                if attempt is not winner:
+                    attempt.close()
 
-    async def _begin(self, nursery: trio.Nursery, target: Target) -> None:
-        """Returns when the next attempt may begin."""
-        if len(self._waiting) == _MOST_ATTEMPTS:
-            next(iter(self._waiting.values())).cancel()
-        settled = trio.Event()
-        self._waiting[settled] = trio.CancelScope()
-        nursery.start_soon(self._attempt, target, settled)
-        with trio.move_on_after(self._delay):
-            await settled.wait()
+    def stop(self, reason: BaseException) -> None:
+        """End it with `reason`."""
+        self._stopped = self._stopped or reason
+        self.news.set()
 
-    async def _attempt(self, target: Target, settled: trio.Event) -> None:
-        endpoint = None
+    def _connected(self) -> _Attempt | None:
+        """The one that has, if one has. Those that have failed are out."""
+        for attempt in list(self._running):
+            if attempt.writable:
+                error = attempt.connect_error()
+                if not error:
+                    return attempt
+                self._failed.append(DialError(error, str(attempt.target)))
+                self._drop(attempt)
+                self._beside_at = -inf
+        return None
+
+    def _may_begin(self) -> bool:
+        """Whether it is time for another attempt, and room: the one that has waited longest gives way if it has to."""
+        running = self._running
+        if not running:
+            # Past the deadline each would begin only to end: with many targets, for a long time.
+            return not self._failed or self._reactor.clock() < self._deadline
+        now = trio.current_time()
+        if now < self._beside_at:
+            return False
+        if len(running) < _MOST_ATTEMPTS:
+            if len(running) <= self._reactor.spare:
+                return True
+            if now < self._instead_at:
+                return False
+        self._drop(next(iter(running)))
+        return True
+
+    def _begin(self, target: Target) -> None:
+        # With Fast Open one would be chosen that has not answered: see `dial`.
         try:
-            with self._waiting[settled]:
-                # Of several one would be chosen that has not answered: see `dial`.
-                waited_for = target._replace(fast_open=False)
-                endpoint = await _connect(self._reactor, waited_for, self._deadline, None)
+            attempt = _start(self._reactor, target, lambda sock, _: _Attempt(self, target, self._reactor, sock))
         except DialError as error:
             self._failed.append(error)
-        except Exception as error:
-            # The process stops, say. Not through the nursery, which would wrap it.
-            self._stopped.append(error)
-            self._scope.cancel()
-        finally:
-            del self._waiting[settled]
-            settled.set()
-        if endpoint is None:
             return
-        if self._won:
-            endpoint.close()
-        else:
-            self._won.append((endpoint, target))
-            self._scope.cancel()
+        attempt.deadline = self._deadline
+        if self._running:
+            self._reactor.spare -= 1
+        self._running[attempt] = None
+        now = trio.current_time()
+        self._beside_at = now + self._delay
+        share = (self._deadline - self._reactor.clock()) / (len(self._untried) + 1)
+        self._instead_at = now + min(max(share, self._delay), _LONGEST_ALONE)
 
-    def _give_up(self) -> None:
-        self._gone = True
-        self._scope.cancel()
+    def _drop(self, attempt: _Attempt) -> None:
+        if len(self._running) > 1:
+            self._reactor.spare += 1
+        del self._running[attempt]
+        attempt.close()
+
+    async def _wait(self) -> None:
+        """For news, or for the time at which another attempt may begin."""
+        self.news = trio.Event()
+        at, now = inf, trio.current_time()
+        if self._untried:
+            # (Another race may give something back meanwhile.)
+            at = self._beside_at if now < self._beside_at else min(self._instead_at, now + self._delay)
+        with trio.move_on_at(at):
+            await self.news.wait()
+            return
+        # A process that was busy finds its timers and its events due in one turn: the events are looked at first.
+        await trio.lowlevel.checkpoint()

@@ -152,6 +152,10 @@ class Endpoint:
         """Wait for a connect(2) in progress. Returns 0 or the errno it failed with."""
         while not self.writable:
             await self._wait()
+        return self.connect_error()
+
+    def connect_error(self) -> int:
+        """0 or the errno that connect(2) failed with; for one that is `writable` by now."""
         # (What has failed says so in its event.)
         return self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if self.more else 0
 

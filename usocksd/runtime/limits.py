@@ -19,6 +19,8 @@ _FOR_PIPES = 16
 # One of so many is for asking name servers, two for each name. Half of them is kept back: a session that waits for a
 # name does not use its second descriptor.
 _FOR_NAMES = 16
+# One of so many is for addresses that are tried beside others.
+_FOR_RACES = 16
 
 
 def raise_descriptor_limit() -> int:
@@ -39,7 +41,7 @@ def most_connections(descriptors: int) -> int:
     What this process had open when it started (sockets that it inherited, say) is gone from them already.
     """
     open_now = len(os.listdir("/proc/self/fd"))
-    kept = _RESERVE + 2 * most_pipes(descriptors) + most_name_sockets(descriptors) // 2
+    kept = _RESERVE + 2 * most_pipes(descriptors) + most_name_sockets(descriptors) // 2 + most_spare(descriptors)
     return max((descriptors - open_now - kept) // _PER_CONNECTION, 1)
 
 
@@ -51,6 +53,11 @@ def most_pipes(descriptors: int) -> int:
 def most_name_sockets(descriptors: int) -> int:
     """How many sockets to name servers the share of `descriptors` that is theirs allows."""
     return max(descriptors // _FOR_NAMES, 2)
+
+
+def most_spare(descriptors: int) -> int:
+    """How many sockets the share of `descriptors` that is for races allows, beside the one that each session has."""
+    return descriptors // _FOR_RACES
 
 
 # Rows of the shared table: the first counts all connections, the others those of clients, by hash. Two clients that

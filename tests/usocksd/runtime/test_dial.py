@@ -5,8 +5,9 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -342,6 +343,105 @@ async def test_many_black_holes_do_not_hide_the_last_address(
     assert lab.reactor.handlers == {}
 
 
+class Accepting:
+    """A listener that tells how many have connected to it."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        self._listener.setblocking(False)
+        self.target = Target(*self._listener.getsockname())
+
+    def came(self) -> int:
+        count = 0
+        with suppress(BlockingIOError):
+            while True:
+                self._listener.accept()[0].close()
+                count += 1
+        return count
+
+
+@pytest.mark.parametrize(
+    "before",
+    [[], ["refuses"], ["refuses", "refuses"], ["silent"], ["silent", "refuses"], ["refuses", "silent"]],
+    ids=" ".join,
+)
+async def test_nothing_is_connected_to_behind_the_winner(
+    lab: Any,
+    before: list[str],
+    open_sockets: ExitStack,
+    refusing: Target,
+    black_hole: Target,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However short the delay: loopback answers at once."""
+    monkeypatch.setattr(dial_module, "_ATTEMPT_DELAY", 0.005)
+    monkeypatch.setattr(dial_module, "_SHORTEST_DELAY", 0.005)
+    there, behind = Accepting(open_sockets), Accepting(open_sockets)
+    kinds = {"refuses": refusing, "silent": black_hole}
+    for last in ([], [refusing], [black_hole]):
+        targets = [*(kinds[each] for each in before), there.target, *last, behind.target]
+        endpoint, chosen = await dial(lab.reactor, targets, deadline=lab.clock.now + 9)
+        await lab.settle()
+        assert chosen is there.target
+        assert (there.came(), behind.came()) == (1, 0)
+        endpoint.close()
+    assert lab.reactor.handlers == {}
+
+
+async def test_an_answer_that_came_in_time_wins_in_a_busy_process(
+    lab: Any, open_sockets: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer and the time for the next attempt are found in one turn."""
+    monkeypatch.setattr(dial_module, "_ATTEMPT_DELAY", 0.001)
+    monkeypatch.setattr(dial_module, "_SHORTEST_DELAY", 0.001)
+    there, behind = Accepting(open_sockets), Accepting(open_sockets)
+
+    async def run() -> None:
+        endpoint, _ = await dial(lab.reactor, [there.target, behind.target], deadline=lab.clock.now + 9)
+        endpoint.close()
+
+    for _ in range(50):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run)
+            while not lab.reactor.handlers:
+                await trio.lowlevel.checkpoint()
+            time.sleep(0.002)  # noqa: ASYNC251
+    await lab.settle()
+    assert behind.came() == 0
+
+
+@pytest.mark.parametrize("spare", [0, 1, 3])
+async def test_what_races_have_open_is_borrowed(
+    lab: Any, black_hole: Target, answering: Callable[..., Target], spare: int
+) -> None:
+    """With nothing to borrow, attempts take turns, and the last address is reached all the same."""
+    lab.reactor.spare = spare
+    most = 0
+    target = answering()
+
+    async def run() -> None:
+        endpoint, chosen = await dial(lab.reactor, [black_hole] * 3 + [target], deadline=lab.clock.now + 0.4)
+        assert chosen is target
+        endpoint.close()
+
+    async def look() -> None:
+        nonlocal most
+        while True:
+            most = max(most, len(lab.reactor.handlers))
+            assert lab.reactor.spare >= 0
+            await trio.sleep(0.001)
+
+    async with trio.open_nursery() as watching:
+        watching.start_soon(look)
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(run)
+        watching.cancel_scope.cancel()
+    assert most <= 3 + spare
+    assert lab.reactor.spare == spare
+    assert lab.reactor.handlers == {}
+
+
 async def test_all_refuse(lab: Any, refusing: Target) -> None:
     with pytest.raises(DialError) as caught:
         await dial(lab.reactor, [refusing, refusing], deadline=lab.clock.now + 10)
@@ -435,18 +535,17 @@ async def test_cancelling_at_any_moment_leaves_nothing_open(
 async def test_cancelled_in_the_moment_of_success(
     lab: Any, answering: Callable[..., Target], black_hole: Target
 ) -> None:
-    """Both cancels, of the race by its winner and of the whole, come in one turn."""
+    """The answer and the cancel come in one turn."""
     target = answering()
     with trio.CancelScope() as scope:
-        real = dial_module._connect
+        real = dial_module._Attempt.on_event
 
-        async def connect(*args: Any) -> Any:
-            endpoint = await real(*args)
+        def on_event(attempt: Any, flags: int) -> None:
+            real(attempt, flags)
             scope.cancel()
-            return endpoint
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(dial_module, "_connect", connect)
+            patch.setattr(dial_module._Attempt, "on_event", on_event)
             endpoint, _ = await dial(lab.reactor, [target, black_hole], deadline=lab.clock.now + 10)
             endpoint.close()
     assert lab.reactor.handlers == {}

@@ -22,7 +22,7 @@ from usocksd import __version__
 from usocksd.errors import ConfigError, Error, Fault
 from usocksd.runtime import config as configuration
 from usocksd.runtime.endpoint import Endpoint
-from usocksd.runtime.limits import Tally, most_connections, raise_descriptor_limit
+from usocksd.runtime.limits import Tally, most_connections, most_spare, raise_descriptor_limit
 from usocksd.runtime.listeners import Listener, is_transparent
 from usocksd.runtime.log import Log, parse_level, setup
 from usocksd.runtime.metrics import Metrics
@@ -160,11 +160,11 @@ class Worker:
         *listeners, self._table = fds
         self._sockets = [_adopt(fd) for fd in listeners]
         self._adopted: dict[int, list[Listener]] = {}
-        self._reactor = Reactor()
+        self._limit = raise_descriptor_limit()
+        self._reactor = Reactor(spare=most_spare(self._limit))
         self._metrics = Metrics(daemon.name)
         self._daemon = daemon
         self._draining = False
-        self._limit = raise_descriptor_limit()
         # (A master of before there was anything to share says nothing of it.)
         self._shared: list[Any] = [order["shared"]] if order.get("shared") is not None else []
         """What was shared last, if anything"""

@@ -119,7 +119,7 @@ def test_warnings_are_faults_if_strict(file: Path) -> None:
         done = check("transocks", "check", *arguments, file)
         assert done.returncode == status
         assert done.stderr.startswith(f"{file}:4: warning: timeouts.handshake: 9000: ")
-        assert done.stdout.startswith(f"{file}: 0 faults, 1 warnings\n  listen ")
+        assert done.stdout.startswith(f"{file}: 0 faults, 1 warning\n  listen ")
 
 
 def test_json(file: Path) -> None:

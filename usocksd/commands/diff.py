@@ -24,6 +24,7 @@ from usocksd.replay import Change, Group, Replay
 from usocksd.runtime import config as configuration
 from usocksd.runtime.hostport import join_port
 from usocksd.runtime.verbs.client import visible
+from usocksd.runtime.words import counted
 
 _SAME, _DIFFERENT, _TROUBLE, _INTERRUPTED = 0, 1, 2, 130
 
@@ -182,7 +183,8 @@ def _as_text(replay: Replay, args: argparse.Namespace, pools: dict[str, int]) ->
     unknown = replay.count(Change.UNKNOWN)
     different = replay.requests - replay.same - unknown
     yield f"{visible(args.old)} -> {visible(args.new)}"
-    yield f"{replay.requests:,} requests, recorded {_until_second(replay.first)} to {_until_second(replay.last)}"
+    first, last = _until_second(replay.first), _until_second(replay.last)
+    yield f"{counted(replay.requests, 'request')}, recorded {first} to {last}"
     yield f"{replay.same:,} decided the same, {different:,} differently, {unknown:,} unknown"
     for change in Change:
         yield from _section(change, replay.groups(change), args.limit)
@@ -199,7 +201,7 @@ def _section(change: Change, groups: Sequence[Group], limit: int | None) -> Iter
         yield f"{group.count:>10,}  {visible(_rules(group))}"
         yield f"{'':>10}  e.g. {visible(_example(group))}"
     if rest := groups[len(groups[:limit]) :]:
-        yield f"{sum(group.count for group in rest):>10,}  in {len(rest)} more groups (--limit 0 shows all)"
+        yield f"{sum(group.count for group in rest):>10,}  in {counted(len(rest), 'more group')} (--limit 0 shows all)"
 
 
 def _rules(group: Group) -> str:
@@ -256,9 +258,9 @@ def _notes(replay: Replay, args: argparse.Namespace, pools: dict[str, int]) -> I
             f"{_request(replay.disagreement)}): it was not in force then, or the host had other addresses"
         )
     if unasked := replay.skipped[Skipped.NO_REQUEST]:
-        notes.append(f"{unasked:,} connections came to no request")
+        notes.append(f"{counted(unasked, 'connection')} came to no request")
     if unreadable := replay.skipped[Skipped.UNREADABLE]:
-        notes.append(f"{unreadable:,} lines could not be read")
+        notes.append(f"{counted(unreadable, 'line')} could not be read")
     if notes:
         yield ""
         for note in notes:

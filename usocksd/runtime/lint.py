@@ -22,6 +22,7 @@ from usocksd.runtime.config import show
 from usocksd.runtime.control_path import NotPrivate, check_folder
 from usocksd.runtime.limits import most_connections
 from usocksd.runtime.settings import LOCALHOST, IPAddress, Timeouts
+from usocksd.runtime.words import counted
 
 
 @attrs.frozen(kw_only=True)
@@ -255,7 +256,11 @@ def first_few(faults: Iterator[Fault], most: int = 10) -> Iterator[Fault]:
         else:
             last, more = fault, more + 1
     if last is not None:
-        yield last if more == 1 else Fault(last.path, last.value, f"{last.expected} ({more - 1} others like it)")
+        yield (
+            last
+            if more == 1
+            else Fault(last.path, last.value, f"{last.expected} ({counted(more - 1, 'other')} like it)")
+        )
 
 
 def _user() -> str:

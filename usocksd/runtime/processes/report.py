@@ -18,6 +18,7 @@ from usocksd.runtime.processes.generation import Generation
 from usocksd.runtime.processes.invocation import MasterLog
 from usocksd.runtime.processes.slots import Slots, place_names
 from usocksd.runtime.processes.worker_process import State, WorkerProcess
+from usocksd.runtime.words import counted
 
 # Rates are those of so many seconds.
 _RATES_OVER = 0.5
@@ -90,7 +91,8 @@ class Report:
         crew = self._crew
         number = crew.generation.number if crew.generation else 0
         drain = f", generations that drain: {', '.join(map(str, crew.draining))}" if crew.draining else ""
-        return f"{self.health}: generation {number}, {len(crew.serving)} workers, {self.live} connections{drain}"
+        workers, connections = counted(len(crew.serving), "worker"), counted(self.live, "connection")
+        return f"{self.health}: generation {number}, {workers}, {connections}{drain}"
 
     def collect(self) -> Snapshot:
         """All metrics, of this process and its workers, those that have ended included."""

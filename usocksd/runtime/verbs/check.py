@@ -24,6 +24,7 @@ from usocksd.runtime.hostport import join_port
 from usocksd.runtime.lint import Host, connections_of_descriptors
 from usocksd.runtime.locate import Lines
 from usocksd.runtime.verbs.client import visible
+from usocksd.runtime.words import counted
 
 C = TypeVar("C")
 
@@ -135,7 +136,7 @@ def _run(daemon: Checked[Any], args: argparse.Namespace) -> int:
         for finding in findings:
             print(f"{visible(finding.place)}: {severity}: {visible(finding)}", file=sys.stderr)
     if not args.quiet:
-        _print_settings(f"{file}: {len(faults)} faults, {len(warnings)} warnings", settings or {})
+        _print_settings(f"{file}: {counted(len(faults), 'fault')}, {counted(len(warnings), 'warning')}", settings or {})
     return 0 if ok else 1
 
 

@@ -14,23 +14,32 @@ from rich.text import Text
 
 from usocksd.runtime.verbs.client import Client, print_json
 from usocksd.runtime.verbs.selection import Connection, select
-from usocksd.runtime.verbs.show import Column, cell, duration, make_console, make_table, plain_table, rate, size
+from usocksd.runtime.verbs.show import KEEP, Column, cell, duration, make_console, make_table, plain_table, rate, size
+from usocksd.runtime.words import counted
 
 SAMPLE = 0.5
 """Seconds over which rates are taken."""
 
-# Heading, and whether it holds numbers. The requested name, and what only one of the daemons has, go in between.
-_FIRST = (("client", False), ("destination", False))
-_OPTIONAL = ("peer", "name", "user", "rule", "egress", "route", "upstream")
+# The requested name, and what only one of the daemons has, go in between.
+_FIRST = (Column("client", keep=KEEP + 3), Column("destination", keep=KEEP + 2))
+_OPTIONAL = {
+    "peer": Column("peer", keep=1),
+    "name": Column("name", keep=9, text=True),
+    "user": Column("user", keep=4, text=True),
+    "rule": Column("rule", keep=3, text=True),
+    "egress": Column("egress", keep=2),
+    "route": Column("route", keep=3, text=True),
+    "upstream": Column("upstream", keep=2, text=True),
+}
 _LAST = (
-    ("state", False),
-    ("age", True),
-    ("idle", True),
-    ("tx", True),
-    ("rx", True),
-    ("tx/s", True),
-    ("rx/s", True),
-    ("worker", True),
+    Column("state", keep=1),
+    Column("age", number=True, keep=8),
+    Column("idle", number=True, keep=7),
+    Column("tx", number=True, keep=5),
+    Column("rx", number=True, keep=6),
+    Column("tx/s", number=True, keep=KEEP),
+    Column("rx/s", number=True, keep=KEEP + 1),
+    Column("worker", number=True, keep=0),
 )
 
 
@@ -48,7 +57,7 @@ def run(client: Client, args: argparse.Namespace) -> None:
         else:
             with Live(console=console, screen=True, auto_refresh=False) as live:
                 for answer in samples:
-                    live.update(_render(answer, args, console.height), refresh=True)
+                    live.update(_render(answer, args, console), refresh=True)
 
 
 def _samples(client: Client, every: float | None) -> Iterator[dict[str, Any]]:
@@ -79,17 +88,17 @@ def _print(answer: dict[str, Any], args: argparse.Namespace, console: Console) -
     title, columns, rows = _tabulate(answer, args)
     print(title)
     if console.is_terminal:
-        console.print(make_table(columns, rows))
+        console.print(make_table(columns, rows, console.width))
     else:
         print("\n".join(plain_table(columns, rows)))
     if args.watch:
         print(flush=True)
 
 
-def _render(answer: dict[str, Any], args: argparse.Namespace, room: int) -> Group:
-    """The table below its title, in `room` lines."""
-    title, columns, rows = _tabulate(answer, args, room - 2)
-    return Group(Text(title, no_wrap=True), make_table(columns, rows))
+def _render(answer: dict[str, Any], args: argparse.Namespace, console: Console) -> Group:
+    """The table below its title, on one screen."""
+    title, columns, rows = _tabulate(answer, args, console.height - 2)
+    return Group(Text(title, no_wrap=True), make_table(columns, rows, console.width))
 
 
 def _tabulate(
@@ -101,11 +110,11 @@ def _tabulate(
     shown = found[: args.limit][:room]
     tx, rx = (sum(connection[f"{way}_rate"] for connection in found) for way in ("tx", "rx"))
     title = f"{time.strftime('%H:%M:%S')}  " if args.watch else ""
-    title += f"{len(found)} of {len(everything)}" if args.filters else str(len(found))
-    title += f" connections, tx {rate(tx)}, rx {rate(rx)}"
+    title += f"{len(found):,} of " if args.filters else ""
+    title += f"{counted(len(everything), 'connection')}, tx {rate(tx)}, rx {rate(rx)}"
     title += f"; {len(shown)} shown" if len(shown) < len(found) else ""
     optional = [key for key in _OPTIONAL if any(connection.get(key) is not None for connection in shown)]
-    columns = [*_FIRST, *((key, False) for key in optional), *_LAST]
+    columns = [*_FIRST, *(_OPTIONAL[key] for key in optional), *_LAST]
     return title, columns, [_row(connection, optional) for connection in shown]
 
 

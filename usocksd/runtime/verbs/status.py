@@ -10,22 +10,23 @@ from rich.table import Table
 from rich.text import Text
 
 from usocksd.runtime.verbs.client import Answer, Client, print_json
-from usocksd.runtime.verbs.show import cell, duration, make_console, make_table, put, rate, size
+from usocksd.runtime.verbs.show import Column, cell, duration, make_console, make_table, put, rate, size
+from usocksd.runtime.words import counted
 
 # Of a pool with more addresses in trouble only so many are named.
 _MOST_NAMED = 4
 _HEALTHY = {"ready", "reloading"}
 _COLUMNS = (
-    ("generation", False),
-    ("worker", True),
-    ("slot", True),
-    ("state", False),
-    ("version", False),
-    ("connections", True),
-    ("files", True),
-    ("memory", True),
-    ("cpu", True),
-    ("silent", True),
+    Column("generation", keep=3),
+    Column("worker", number=True, keep=9),
+    Column("slot", number=True, keep=0),
+    Column("state", keep=8),
+    Column("version", keep=1),
+    Column("connections", number=True, keep=7),
+    Column("files", number=True, keep=2),
+    Column("memory", number=True, keep=6),
+    Column("cpu", number=True, keep=5),
+    Column("silent", number=True, keep=4),
 )
 
 
@@ -39,11 +40,13 @@ def run(client: Client, args: argparse.Namespace) -> None:
     put(console, _summary(answer))
     if answer["generations"]:
         put(console)
-        put(console, make_table(_COLUMNS, _workers(answer)))
+        put(console, make_table(_COLUMNS, _workers(answer), console.width))
 
 
 def _summary(answer: Answer) -> Table:
     table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for label, text, bad in _facts(answer):
         table.add_row(cell(label, "bold") if label else "", cell(text, "bold red" if bad else ""))
     return table
@@ -66,7 +69,7 @@ def _facts(answer: Answer) -> Iterator[tuple[str, str, bool]]:
     yield "listening", ", ".join(answer["listening"]) or "nowhere", not answer["listening"]
     yield "metrics", answer["metrics"] or "nowhere", False
     dropped = answer["log"]["dropped"]
-    yield "log", f"level {answer['log']['level']}, {_records(dropped)} dropped", bool(dropped)
+    yield "log", f"level {answer['log']['level']}, {counted(dropped, 'record')} dropped", bool(dropped)
     connections = answer["connections"]
     limits = [f"limit {connections['limit']}"] if connections["limit"] else []
     limits += [f"limit per client {connections['per_client']}"] if connections["per_client"] else []
@@ -93,7 +96,7 @@ def _egress(pool: dict[str, Any]) -> tuple[str, bool]:
     addresses, local = pool["addresses"], pool["local"]
     absent = [address for address in addresses if address not in local]
     listed = [f"{address} ({', '.join(domains)})" for address, domains in pool["listed"].items()]
-    parts = [f"{len(addresses)} address{'' if len(addresses) == 1 else 'es'}"]
+    parts = [counted(len(addresses), "address", "addresses")]
     parts += [f"{what}: {_few(some)}" for what, some in (("not on this host", absent), ("listed", listed)) if some]
     return "; ".join(parts), bool(absent or listed)
 
@@ -111,10 +114,6 @@ def _upstreams(group: dict[str, Any]) -> tuple[str, bool]:
 def _few(texts: list[str]) -> str:
     more = [] if len(texts) <= _MOST_NAMED else [f"{len(texts) - _MOST_NAMED} more"]
     return ", ".join(texts[:_MOST_NAMED] + more)
-
-
-def _records(count: int) -> str:
-    return f"{count} record{'' if count == 1 else 's'}"
 
 
 def _workers(answer: Answer) -> Iterator[list[Text]]:

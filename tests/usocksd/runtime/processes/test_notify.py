@@ -48,13 +48,13 @@ def test_states(tmp_path: Path, manager: tuple[Manager, str]) -> None:
     environment = {"NOTIFY_SOCKET": name, "WATCHDOG_USEC": "200000"}
     with Tiny(tmp_path, environment=environment, patch={MASTER + "_STATUS_EVERY": 0.05}) as tiny:
         first = hears.hear("READY", "1")
-        assert first["STATUS"] == "ready: generation 1, 1 workers, 0 connections"
+        assert first["STATUS"] == "ready: generation 1, 1 worker, 0 connections"
         assert not any("RELOADING" in message for message in hears.heard)
         hears.hear("WATCHDOG", "1")
         hears.hear("WATCHDOG", "1")
         before = time.monotonic()
         client = tiny.client(b"echo")
-        wait_until(lambda: "1 connections" in hears.hear("STATUS")["STATUS"], "the status tells")
+        wait_until(lambda: "1 connection" in hears.hear("STATUS")["STATUS"], "the status tells")
         tiny.signal(signal.SIGHUP)
         reloading = hears.hear("RELOADING", "1")
         assert before <= int(reloading["MONOTONIC_USEC"]) / 1e6 <= time.monotonic()

@@ -198,7 +198,7 @@ def test_watch_into_a_pipe(bench: Bench, connection: Make) -> None:
         _rest, errors = verb.communicate(timeout=20)
     assert (verb.returncode, errors) == (0, "")
     for title, heading, row, empty in (seen[:4], seen[4:]):
-        assert " 1 connections, " in title
+        assert " 1 connection, " in title
         assert heading.startswith("client")
         assert row.startswith("198.51.100.10:40001")
         assert empty == "\n"

@@ -1,7 +1,7 @@
 """The metrics endpoint: /metrics as OpenMetrics or Prometheus text, /healthz as one word.
 
-It lives in threads of its own, so that no client of it can hold up the master: one that accepts, and one for each of
-the few connections that there may be at a time, each bounded in time.
+It lives in a thread of its own, so that no client of it can hold up the master. That thread never waits for a client:
+it reads and writes what goes at once, and when it has more clients than there may be, one makes room for the next.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import selectors
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
+from io import BytesIO
 from itertools import accumulate
-from math import inf
-from typing import Any
+from typing import Any, TypeAlias
 from urllib.parse import urlsplit
 
 import trio
@@ -28,20 +29,36 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
+from usocksd.runtime.limits import owner
 from usocksd.runtime.metrics import Kind, Snapshot
 
 log = logging.getLogger(__name__)
 
 READY = "ready"
 
-# A scrape takes milliseconds. Who takes longer than this for request and answer together is cut off.
-_PATIENCE = 10.0
-_SWEEP_EVERY = 1.0
-_MOST_CLIENTS = 16
-# With so many there, one that has been there for this long makes room for the next.
-_YOUNG = 1.0
+# A scrape takes milliseconds. Who takes longer than this to ask, or to take the answer, is cut off.
+_ASK_WITHIN = 2.0
+_TAKE_WITHIN = 10.0
+_MOST_CLIENTS = 64
+_MOST_SAID = 16 * 1024
 # When no connection can be accepted (no descriptors left, say), so long until the next try.
 _PAUSE = 0.2
+
+
+Bodies: TypeAlias = dict[str, bytes]
+"""What those get who have asked before it was collected, by content type: many scrapes cost no more than one."""
+
+
+class _Client:
+    """One connection, and how far it is."""
+
+    def __init__(self, sock: socket.socket, host: str) -> None:
+        self.sock = sock
+        self.owner = owner(host)
+        self.until = time.monotonic() + _ASK_WITHIN
+        self.said = b""
+        self.asked = False
+        self.answer = memoryview(b"")
 
 
 class Exporter:
@@ -50,8 +67,8 @@ class Exporter:
     def __init__(self, listener: socket.socket, collect: Callable[[], Snapshot], health: Callable[[], str]) -> None:
         """`listener` is the exporter's from now on, until it is closed with it.
 
-        Both functions are called in threads of the exporter's, and may go through trio.from_thread. `collect` gives
-        the sum of all processes; `health` one word, and everything but READY is an HTTP error (503), so that a load
+        Both functions are called in the exporter's thread, and may go through trio.from_thread. `collect` gives the
+        sum of all processes; `health` one word, and everything but READY is an HTTP error (503), so that a load
         balancer looks elsewhere.
         """
         self.address: tuple[str, int] = listener.getsockname()[:2]
@@ -60,11 +77,13 @@ class Exporter:
         listener.setblocking(False)
         self._listener = listener
         self._waker, self._woken = socket.socketpair()
-        self._clients: dict[socket.socket, float] = {}
-        """Since when each has been connected, the oldest first."""
-        self._lock = threading.Lock()
-        self._acceptor = threading.Thread(target=self._accept, name="metrics", daemon=True)
-        self._acceptor.start()
+        self._closing = False
+        self._clients: dict[_Client, None] = {}
+        """The oldest first."""
+        self._waiting: list[_Client] = []
+        """Those who have asked for what takes longer to tell."""
+        self._selector = selectors.DefaultSelector()
+        threading.Thread(target=self._run, name="metrics", daemon=True).start()
 
     def fileno(self) -> int:
         """The listening socket's descriptor."""
@@ -72,77 +91,144 @@ class Exporter:
 
     def close(self) -> None:
         """Accept no more; who has asked already gets its answer."""
-        self._waker.close()
-        self._acceptor.join()
+        # The thread is not waited for: it may be about to ask the thread that calls this.
+        self._closing = True
         self._listener.close()
-        self._cut(before=inf, how=socket.SHUT_RD)
+        self._waker.close()
+
+    def _run(self) -> None:
+        with self._selector as selector, self._woken:
+            selector.register(self._woken, selectors.EVENT_READ)
+            with contextlib.suppress(ValueError, KeyError):  # closed already
+                selector.register(self._listener, selectors.EVENT_READ)
+            while not self._closing:
+                self._turn()
+            selector.unregister(self._woken)
+            for client in list(self._clients):
+                if not client.asked:
+                    self._drop(client)
+            while self._clients:
+                self._turn()
+
+    def _turn(self) -> None:
+        """Do what can be done at once, for all of them, and then what takes longer."""
+        now = time.monotonic()
+        until = min((client.until for client in self._clients), default=None)
+        wait = None if until is None else max(until - now, 0.0)
+        for key, _ in self._selector.select(0.0 if self._waiting else wait):
+            if isinstance(key.data, _Client):
+                self._go_on(key.data)
+            elif key.fileobj is self._listener and not self._closing:
+                self._accept()
+        now = time.monotonic()
+        for client in [client for client in self._clients if client.until <= now]:
+            self._drop(client)
+        waiting, self._waiting = self._waiting, []
+        bodies: Bodies = {}
+        for client in waiting:
+            if client in self._clients:
+                self._answer(client, bodies)
 
     def _accept(self) -> None:
-        with self._woken, selectors.DefaultSelector() as selector:
-            selector.register(self._listener, selectors.EVENT_READ)
-            selector.register(self._woken, selectors.EVENT_READ)
-            while True:
-                ready = [key.fileobj for key, _ in selector.select(_SWEEP_EVERY if self._clients else None)]
-                if self._woken in ready:
-                    return
-                now = time.monotonic()
-                self._cut(before=now - _PATIENCE)
-                if ready:
-                    self._accept_one(now)
+        for _ in range(_MOST_CLIENTS):
+            try:
+                self._admit(*self._listener.accept())
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno == errno.ECONNABORTED:
+                    continue
+                if self._clients:
+                    self._make_room()
+                elif not self._closing:
+                    time.sleep(_PAUSE)
+                return
 
-    def _accept_one(self, now: float) -> None:
+    def _admit(self, sock: socket.socket, address: tuple[str, int]) -> None:
+        if len(self._clients) >= _MOST_CLIENTS:
+            self._make_room()
+        sock.setblocking(False)
+        client = _Client(sock, address[0])
+        self._clients[client] = None
+        self._selector.register(sock, selectors.EVENT_READ, client)
+        self._go_on(client)  # most have said it all by now
+
+    def _make_room(self) -> None:
+        """The client with most connections has one less."""
+        ((crowd, _),) = Counter(client.owner for client in self._clients).most_common(1)
+        self._drop(next(client for client in self._clients if client.owner == crowd))
+
+    def _go_on(self, client: _Client) -> None:
+        """Read from it, or write to it."""
         try:
-            sock, address = self._listener.accept()
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.ECONNABORTED):
-                time.sleep(_PAUSE)
+            if client.asked:
+                self._send(client)
+            else:
+                self._read(client)
+        except BlockingIOError:
+            pass
+        except OSError:  # reset, say: that is the client's affair
+            self._drop(client)
+
+    def _read(self, client: _Client) -> None:
+        data = client.sock.recv(_MOST_SAID)
+        client.said += data
+        if data and len(client.said) < _MOST_SAID and not any(end in client.said for end in (b"\r\n\r\n", b"\n\n")):
             return
-        with self._lock:
-            oldest = next(iter(self._clients), None)
-            full = len(self._clients) >= _MOST_CLIENTS
-            if full and oldest is not None and self._clients[oldest] < now - _YOUNG:
-                _shut(oldest)
-                del self._clients[oldest]
-                full = False
-            if not full:
-                self._clients[sock] = now
+        if not client.said:
+            self._drop(client)
+            return
+        client.asked = True
+        client.until = time.monotonic() + _TAKE_WITHIN
+        self._selector.unregister(client.sock)
+        # A health check does not wait for scrapes.
+        if b"/metrics" in client.said.partition(b"\n")[0]:
+            self._waiting.append(client)
+        else:
+            self._answer(client, {})
+
+    def _answer(self, client: _Client, bodies: Bodies) -> None:
         try:
-            if full:
-                raise RuntimeError("too many clients")
-            threading.Thread(target=self._serve, args=(sock, address), name="metrics client", daemon=True).start()
-        except RuntimeError as error:
-            log.debug("metrics are not served", extra={"fields": {"client_addr": address[0], "error": error}})
-            self._forget(sock)
-            sock.close()
+            client.answer = memoryview(_Handler(client.said, self, bodies).answer)
+        except Exception:  # nothing that a client says ends this thread
+            log.exception("metrics failed")
+            self._drop(client)
+            return
+        client.until = time.monotonic() + _TAKE_WITHIN
+        self._selector.register(client.sock, selectors.EVENT_WRITE, client)
+        self._go_on(client)
 
-    def _serve(self, sock: socket.socket, address: Any) -> None:
-        try:
-            # Reset, timed out or cut off: that is the client's affair.
-            with contextlib.suppress(OSError), sock:
-                sock.settimeout(_PATIENCE)
-                _Handler(sock, address, self)
-                sock.shutdown(socket.SHUT_WR)
-        finally:
-            self._forget(sock)
+    def _send(self, client: _Client) -> None:
+        client.answer = client.answer[client.sock.send(client.answer) :]
+        if not client.answer:
+            client.sock.shutdown(socket.SHUT_WR)
+            self._drop(client)
 
-    def _forget(self, sock: socket.socket) -> None:
-        with self._lock:
-            self._clients.pop(sock, None)
-
-    def _cut(self, *, before: float, how: int = socket.SHUT_RDWR) -> None:
-        """Shut what has been connected since before then; its thread finds that out, and ends."""
-        with self._lock:
-            for sock, since in self._clients.items():
-                if since < before:
-                    _shut(sock, how)
+    def _drop(self, client: _Client) -> None:
+        self._clients.pop(client, None)
+        with contextlib.suppress(KeyError, ValueError):  # it waits for its answer, and is not looked at
+            self._selector.unregister(client.sock)
+        client.sock.close()
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """One request. (HTTP/1.0: the connection ends with its answer.)"""
+    """One request, and its answer. (HTTP/1.0: the connection ends with it.)"""
 
-    def __init__(self, sock: socket.socket, address: Any, exporter: Exporter) -> None:
+    def __init__(self, said: bytes, exporter: Exporter, bodies: Bodies) -> None:
         self._exporter = exporter
-        super().__init__(sock, address, exporter)  # type: ignore[arg-type]  # it is only kept as `server`
+        self._bodies = bodies
+        self.rfile, self._written = BytesIO(said), BytesIO()
+        self.wfile = self._written
+        super().__init__(None, None, None)  # type: ignore[arg-type]  # they are only kept
+
+    @property
+    def answer(self) -> bytes:
+        return self._written.getvalue()
+
+    def setup(self) -> None:
+        """There are no files to be made of a socket."""
+
+    finish = setup
 
     def do_GET(self) -> None:
         try:
@@ -169,12 +255,18 @@ class _Handler(BaseHTTPRequestHandler):
         """A scrape is no news."""
 
     def _answer(self) -> tuple[HTTPStatus, str, bytes]:
-        match urlsplit(self.path).path:
+        try:
+            path = urlsplit(self.path).path
+        except ValueError:
+            return HTTPStatus.BAD_REQUEST, "text/plain", b"no such address can be\n"
+        match path:
             case "/metrics":
                 encode, kind = choose_encoder(self.headers.get("Accept", ""))
-                registry = CollectorRegistry()
-                registry.register(_Collected(self._exporter.collect()))
-                return HTTPStatus.OK, kind, encode(registry)
+                if kind not in self._bodies:
+                    registry = CollectorRegistry()
+                    registry.register(_Collected(self._exporter.collect()))
+                    self._bodies[kind] = encode(registry)
+                return HTTPStatus.OK, kind, self._bodies[kind]
             case "/healthz":
                 word = self._exporter.health()
                 status = HTTPStatus.OK if word == READY else HTTPStatus.SERVICE_UNAVAILABLE
@@ -207,8 +299,3 @@ def _family(name: str, metric: dict[str, Any]) -> Metric:
     for values, (number,) in metric["values"]:
         numbers.add_metric(values, number)
     return numbers
-
-
-def _shut(sock: socket.socket, how: int = socket.SHUT_RDWR) -> None:
-    with contextlib.suppress(OSError):
-        sock.shutdown(how)

@@ -64,11 +64,11 @@ def served() -> Iterator[Served]:
     served = Served()
     yield served
     served.exporter.close()
-    daemons.wait_until(lambda: not clients(), "the threads of its clients end")
+    daemons.wait_until(lambda: not threads(), "its thread ends")
 
 
-def clients() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "metrics client"]
+def threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "metrics"]
 
 
 def fill(metrics: Metrics) -> None:
@@ -199,9 +199,17 @@ async def test_collecting_in_trio_and_after_its_end(served: Served, caplog: pyte
     assert caplog.text == ""
 
 
-def test_garbage_and_impatient_clients_are_no_news(served: Served, capfd: pytest.CaptureFixture[str]) -> None:
-    for garbage in (b"", b"\x16\x03\x01" + bytes(100) + b"\n\n", b"GET /metrics\r\n", b"X" * 70_000 + b"\r\n\r\n"):
-        with served.connect() as client:
+def test_garbage_and_impatient_clients_are_no_news(
+    served: Served, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    for garbage in (
+        b"",
+        b"GET http://[/metrics HTTP/1.0\r\n\r\n",
+        b"\x16\x03\x01" + bytes(100) + b"\n\n",
+        b"GET /metrics\r\n",
+        b"X" * 70_000 + b"\r\n\r\n",
+    ):
+        with served.connect() as client, contextlib.suppress(OSError):  # reset in the middle of too much
             client.sendall(garbage)
             client.shutdown(socket.SHUT_WR)
             daemons.receive_all(client)
@@ -210,55 +218,72 @@ def test_garbage_and_impatient_clients_are_no_news(served: Served, capfd: pytest
         client.sendall(said)
         daemons.reset(client)
     assert served.get("/healthz")[0].status == 200
-    daemons.wait_until(lambda: not clients(), "their threads end")
     assert capfd.readouterr() == ("", "")
+    assert caplog.text == ""
 
 
-def test_slow_clients_do_not_keep_others_out(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_YOUNG", 0.0)
-    slow = [served.connect() for _ in range(3 * module._MOST_CLIENTS)]
+@pytest.mark.parametrize("said", [b"", b"GET /metrics HTTP/1.1\r\n", b"GET /metrics HTTP/1.1\r\n\r\n"])
+def test_many_slow_clients_keep_nobody_out(served: Served, said: bytes) -> None:
+    """Silent ones, those in the middle of their request, and those who don't take the answer."""
+    large(served)
+    slow = [served.connect() for _ in range(2 * module._MOST_CLIENTS)]
     try:
         for client in slow:
-            client.sendall(b"GET /metrics HTTP/1.1\r\n")
-        assert served.get("/healthz")[0].status == 200
-        daemons.wait_until(lambda: len(clients()) <= module._MOST_CLIENTS, lambda: f"{len(clients())} threads are few")
-        assert slow[0].recv(1) == b""  # the oldest made room
+            client.sendall(said)
+        for _ in range(3):
+            assert served.get("/healthz")[0].status == 200
+            assert served.get("/metrics")[0].status == 200
+        with contextlib.suppress(ConnectionResetError):  # the oldest made room
+            daemons.receive_all(slow[0])
     finally:
         for client in slow:
             client.close()
 
 
-def test_more_clients_than_there_may_be_are_turned_away(served: Served) -> None:
-    """All of them in their first second: none has to make room yet."""
-    release = threading.Event()
+def test_room_is_made_by_whoever_has_most(served: Served) -> None:
+    """One who comes from another address keeps his place, however slow he is."""
+    with socket.create_connection(("127.0.0.1", served.port), daemons.PATIENCE, ("127.0.0.2", 0)) as early:
+        early.sendall(b"GET /healthz HTTP/1.0\r\n")
+        crowd = [served.connect() for _ in range(2 * module._MOST_CLIENTS)]
+        try:
+            assert crowd[0].recv(1) == b""
+            early.sendall(b"\r\n")
+            assert daemons.receive_all(early).endswith(b"ready\n")
+        finally:
+            for client in crowd:
+                client.close()
+
+
+def test_a_flood_of_scrapes_costs_little_more_than_one(served: Served) -> None:
+    """All that have asked meanwhile get one collection; and a health check comes first."""
+    began, go_on = threading.Event(), threading.Event()
+    collections = []
 
     def collect() -> Snapshot:
-        release.wait(daemons.PATIENCE)
+        collections.append(bool(select.select([check], [], [], 0)[0]))
+        began.set()
+        assert go_on.wait(daemons.PATIENCE)
         return {}
 
     served.collect = collect
-    many = [served.connect() for _ in range(module._MOST_CLIENTS)]
-    try:
-        for client in many:
+    with contextlib.ExitStack() as stack:
+        check = stack.enter_context(served.connect())
+        scrapes = [stack.enter_context(served.connect()) for _ in range(20)]
+        scrapes[0].sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        assert began.wait(daemons.PATIENCE)
+        for client in scrapes[1:]:
             client.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
-        daemons.wait_until(lambda: len(clients()) == module._MOST_CLIENTS, "all are served")
-        with served.connect() as client:
-            assert client.recv(1) == b""
-        assert len(clients()) == module._MOST_CLIENTS
-        release.set()
-        for client in many:
+        check.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+        go_on.set()
+        for client in scrapes:
             assert daemons.receive_all(client).startswith(b"HTTP/1.0 200 ")
-    finally:
-        release.set()
-        for client in many:
-            client.close()
+        assert collections == [False, True]
 
 
 @pytest.mark.parametrize("drip", [b"", b"x"])
-def test_who_takes_too_long_is_cut_off(served: Served, monkeypatch: pytest.MonkeyPatch, drip: bytes) -> None:
+def test_who_takes_too_long_to_ask_is_cut_off(served: Served, monkeypatch: pytest.MonkeyPatch, drip: bytes) -> None:
     """Also who says something all the time, so that no single wait is long."""
-    monkeypatch.setattr(module, "_PATIENCE", 0.2)
-    monkeypatch.setattr(module, "_SWEEP_EVERY", 0.05)
+    monkeypatch.setattr(module, "_ASK_WITHIN", 0.2)
     with served.connect() as client:
         client.sendall(b"GET /metrics HTTP/1.1\r\nX: ")
         deadline = time.monotonic() + daemons.PATIENCE
@@ -271,14 +296,19 @@ def test_who_takes_too_long_is_cut_off(served: Served, monkeypatch: pytest.Monke
 
 
 def test_who_does_not_read_is_cut_off(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_PATIENCE", 0.2)
-    rules = served.metrics.counters("denied_total", "Denied", "rule")
-    for number in range(20_000):
-        rules.labels(f"{number:0500}")
+    monkeypatch.setattr(module, "_TAKE_WITHIN", 0.2)
+    large(served)
     with served.connect() as client:
         client.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
-        daemons.wait_until(clients, "it is served")
-        daemons.wait_until(lambda: not clients(), "it is cut off")
+        daemons.wait_until(lambda: select.select([client], [], [], 0)[0], "the answer begins")
+        daemons.wait_until(lambda: not served.exporter._clients, "it is cut off")
+
+
+def large(served: Served) -> None:
+    """Have it tell more than the buffers of a connection take."""
+    rules = served.metrics.counters("denied_total", "Denied", "rule")
+    for number in range(2000):
+        rules.labels(f"{number:05000}")
 
 
 def test_close_gives_the_port_back_at_once_and_finishes_what_was_asked() -> None:
@@ -292,15 +322,15 @@ def test_close_gives_the_port_back_at_once_and_finishes_what_was_asked() -> None
 
     served.collect = collect
     with served.connect() as client, served.connect() as silent:
+        daemons.wait_until(lambda: len(served.exporter._clients) == 2, "both are there")
         client.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
         assert asked.wait(daemons.PATIENCE)
-        daemons.wait_until(lambda: len(clients()) == 2, "both are there")
         served.exporter.close()
         listen("127.0.0.1", served.port).close()
-        assert silent.recv(1) == b""
         release.set()
+        assert silent.recv(1) == b""
         assert daemons.receive_all(client).startswith(b"HTTP/1.0 200 ")
-    daemons.wait_until(lambda: not clients(), "its threads end")
+    daemons.wait_until(lambda: not threads(), "its thread ends")
 
 
 def test_a_socket_may_be_handed_on() -> None:

@@ -63,6 +63,8 @@ class ControlSocket:
         self._sock = sock
         self._listener: trio.SocketListener | None = None
         self._clients = 0
+        self._silent: dict[trio.CancelScope, None] = {}
+        """Those who have not asked yet, the oldest first: where they are waited for."""
 
     @classmethod
     def open(cls, path: str, name: str) -> ControlSocket:
@@ -135,10 +137,13 @@ class ControlSocket:
                 answer: bytes | None
                 if uid not in (0, os.geteuid()):
                     answer = _refusal(f"permission denied: only root and user {os.geteuid()} may ask")
-                elif self._clients > MOST_CLIENTS:
+                elif self._clients > MOST_CLIENTS and not self._silent:
                     answer = _refusal(f"busy: {MOST_CLIENTS} others are being answered")
                 else:
-                    answer = await _answer(handlers, stream, pid, uid)
+                    if self._clients > MOST_CLIENTS:
+                        self._make_room()
+                    line = await self._receive_request(stream)
+                    answer = await _answer(handlers, line, pid, uid)
                 if answer is not None:
                     # Shielded, so that the verb that ends the daemon has its answer too.
                     with trio.CancelScope(shield=True, deadline=trio.current_time() + ANSWER_WITHIN):
@@ -148,14 +153,27 @@ class ControlSocket:
         finally:
             self._clients -= 1
 
+    def _make_room(self) -> None:
+        """Wait no longer for the one who has been silent longest."""
+        scope = next(iter(self._silent))
+        del self._silent[scope]
+        scope.cancel()
 
-async def _answer(handlers: Handlers, stream: trio.SocketStream, pid: int, uid: int) -> bytes | None:
+    async def _receive_request(self, stream: trio.SocketStream) -> bytes | None:
+        """None if it takes too long."""
+        with trio.move_on_after(REQUEST_WITHIN) as patience:
+            self._silent[patience] = None
+            try:
+                return await _receive_line(stream)
+            finally:
+                self._silent.pop(patience, None)
+        return None
+
+
+async def _answer(handlers: Handlers, line: bytes | None, pid: int, uid: int) -> bytes | None:
     """The answer to a client's request, encoded; None for one who never asks."""
-    line = b""
-    with trio.move_on_after(REQUEST_WITHIN) as patience:
-        line = await _receive_line(stream)
-    if patience.cancelled_caught:
-        return _refusal(f"no request within {REQUEST_WITHIN:.0f} s")
+    if line is None:
+        return _refusal(f"no request within {REQUEST_WITHIN:.0f} s, or too many others came meanwhile")
     if not line:
         return None
     if len(line) > MOST_BYTES:

@@ -10,12 +10,13 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import lab
 import pytest
-from daemons import Daemon
+from daemons import Daemon, wait_until
 from scene import BACKENDS, BEYOND, DIRECT, NOTHING, PRIVATE, REDIRECTED, REFUSED, Scene, backends, one_mode
 
 from transocks.firewall import lock
@@ -486,3 +487,71 @@ def _changing(scene: Scene, script: str) -> Iterator[None]:
     process.stdout.readline()
     yield
     assert process.wait(10) == 0
+
+
+CLIENT = """
+{mark}
+control = "{control}"
+listen = "localhost:1081"
+proxy_url = ["socks5://{upstream}"{more}]
+[rules]
+mode = "host"
+{rules}
+"""
+
+
+@one_mode("host")
+@backends(0)
+def test_apply_refuses_loops_and_upstreams_that_are_down(scene: Scene, tmp_path: Path) -> None:
+    """With real daemons on one host. What would be refused is not begun."""
+    before = scene.dump()
+    control = tmp_path / "control.sock"
+    popen = scene.net.proxy.popen
+
+    def client(
+        *, upstream: str = "127.0.0.1:1080", more: str = "", mark: str = "mark = 0x7473", rules: str = ""
+    ) -> Daemon:
+        config = CLIENT.format(control=control, upstream=upstream, more=more, mark=mark, rules=rules)
+        scene.config = Path(tempfile.mkdtemp(dir=tmp_path), "transocks.toml")
+        return Daemon("transocks", config, scene.config.parent, popen=popen)
+
+    def said(status: int, *words: str) -> str:
+        out = scene.rules("apply", *words, status=status)
+        if status:
+            assert "nothing was changed; with --force" in out
+            assert scene.dump() == before
+        else:
+            scene.rules("remove")
+        return out
+
+    (tmp_path / "unmarked").mkdir()
+    with Daemon("usocksd", USOCKSD.replace("mark = 0x7473", ""), tmp_path / "unmarked", popen=popen) as server:
+        server.ready()
+        with client() as daemon:
+            daemon.ready()
+            out = said(1)
+            assert "a loop: the rules would send to transocks what the upstream 127.0.0.1:1080 on this host" in out
+            assert "It is a usocksd without the mark 0x7473: set mark = 0x7473 in both" in out
+            assert "warning: a loop: " in said(0, "--force")
+        with client(rules='exempt_users = ["root"]') as daemon:
+            daemon.ready()
+            said(0)
+        with client(rules='users = ["nobody"]') as daemon:
+            daemon.ready()
+            said(0)
+    with Daemon("usocksd", USOCKSD, tmp_path, popen=popen) as server:
+        server.ready()
+        with client(more=', "socks5://127.0.0.1:9"') as daemon:
+            daemon.ready()
+            wait_until(lambda: daemon.records("upstream is down"), lambda: "it is down")
+            out = said(0)
+            assert "warning: 1 of 2 upstreams of default do not answer: socks5://127.0.0.1:9" in out
+            assert "a loop" not in out
+    with client(upstream="127.0.0.1:9") as daemon:
+        daemon.ready()
+        wait_until(lambda: daemon.records("upstream is down"), lambda: "it is down")
+        assert "no upstream of default answers, so every connection would be reset" in said(1)
+        assert "warning: no upstream of default answers" in said(0, "--force")
+    with client(upstream="203.0.113.99:1080", mark="") as daemon:
+        daemon.ready()
+        assert "the rules would send transocks's own connections to its upstream 203.0.113.99:1080" in said(1)

@@ -9,6 +9,7 @@ configuration says:
     render.py    from the files in iptables/ to what the tools take                 (pure)
     saved.py     what iptables-save prints, and the changes between two of it       (pure)
     live.py      what is loaded on this host, and what the tools make of a text
+    loops.py     whether the proxies' own connections would come back
     lock.py      one change at a time
     change.py    applies, confirms, prolongs and removes
     watch.py     hears when tables are deleted

@@ -42,7 +42,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="SECONDS",
         help="they end by themselves after SECONDS, unless `transocks rules confirm` comes: the kernel sees to that",
     )
-    apply.add_argument("--force", action="store_true", help="also when transocks does not accept connections")
+    apply.add_argument(
+        "--force",
+        action="store_true",
+        help="also when transocks does not accept connections, when none of its upstreams answers, and when its own"
+        " connections, or those of an upstream on this host, would come back to it",
+    )
     _add(verbs, "confirm", "after `apply --confirm`: let the rules stay")
     _add(
         verbs,

@@ -8,7 +8,6 @@ flush, refuses what they are not there to redirect.
 from __future__ import annotations
 
 import argparse
-import signal
 from typing import Protocol
 
 import attrs
@@ -17,6 +16,7 @@ from transocks.commands.rules.verbs import Order, not_accepting, order_of
 from transocks.firewall import change
 from transocks.firewall.config import Tool, WhenDown
 from transocks.firewall.guard import Guard
+from transocks.firewall.loops import loops
 from transocks.firewall.render import render_guard
 from transocks.firewall.steps import FirewallError
 from transocks.firewall.watch import TableWatch
@@ -43,8 +43,8 @@ def hold(args: argparse.Namespace) -> int:
     order = order_of(args)
     if order.tool is not Tool.NFT:
         raise FirewallError("needs nft: rules of iptables have nothing that ends by itself and can be prolonged")
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
+    for problem in loops(order.config, order.wanted):
+        print(f"warning: {visible(problem)}", flush=True)
     notifier = Notifier()
     with TableWatch() as watch:
         held: Held = _Closed(order, watch) if order.rules.when_down is WhenDown.CLOSED else _Open(order, watch)

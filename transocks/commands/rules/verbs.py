@@ -8,17 +8,18 @@ from collections.abc import Iterator
 
 import attrs
 
-from transocks.config import Config
+from transocks.config import DIRECT, Config
 from transocks.firewall import change, live
 from transocks.firewall.config import Mode, RulesConfig, Tool, WhenDown
 from transocks.firewall.examine import examine
 from transocks.firewall.lock import alone
+from transocks.firewall.loops import loops
 from transocks.firewall.render import render_all_nft, render_iptables
 from transocks.firewall.steps import FirewallError, choose_tool
 from transocks.firewall.wanted import Wanted, wanted_of
 from transocks.netfilter.loaded import loaded
 from usocksd.runtime import config as configuration
-from usocksd.runtime.verbs.client import Client, Refused, VerbError, visible
+from usocksd.runtime.verbs.client import Answer, Client, Refused, VerbError, visible
 
 DEFAULT = "/etc/transocks.toml"
 FAILED = 1
@@ -70,10 +71,16 @@ def render(args: argparse.Namespace) -> int:
 def apply(args: argparse.Namespace) -> int:
     """Load it, and say what that means."""
     order = order_of(args)
-    if (problem := not_accepting(order)) is not None and not args.force:
-        raise FirewallError(f"{problem}; with --force the rules are applied all the same")
+    problem, status = _ask(order)
+    problems = [*([problem] if problem else []), *_all_down(status), *loops(order.config, order.wanted)]
+    if problems and not args.force:
+        raise FirewallError(
+            "\n".join([*problems, "nothing was changed; with --force the rules are applied all the same"])
+        )
     change.apply(order.wanted, order.tool, seconds=args.confirm, ipv6=order.ipv6)
     print(*_what_now(order, args.confirm), sep="\n")
+    for problem in (*problems, *_some_down(status)):
+        print(f"warning: {visible(problem)}")
     return 0
 
 
@@ -101,26 +108,53 @@ def _what_now(order: Order, seconds: int | None) -> Iterator[str]:
     else:
         held = "`transocks rules hold` or the units" if order.tool is Tool.NFT else "nft with `transocks rules hold`"
         yield f"{down} {'go directly' if modes == [Mode.TPROXY] else f'are refused; {held} can let them out'}"
-    if Mode.HOST in modes and order.config.mark is None and not order.rules.exempt_users:
-        yield (
-            "warning: neither `mark` nor `rules.exempt_users` is set, so nothing exempts the proxies' own connections:"
-            " those to public addresses come back to them"
-        )
 
 
 def not_accepting(order: Order) -> str | None:
     """Why the rules would send connections to nobody, or None."""
+    return _ask(order)[0]
+
+
+def _ask(order: Order) -> tuple[str | None, Answer]:
+    """The same, and what the daemon says of itself; empty where it can't be asked."""
     missing = [where for wanted in order.wanted for where in live.unheard(wanted, order.ipv6)]
     if missing:
-        return f"transocks does not accept connections: nobody listens on {' and '.join(missing)}"
+        return f"transocks does not accept connections: nobody listens on {' and '.join(missing)}", {}
     path = order.config.control
     if path is None or not os.path.exists(path):
-        return None
+        return None, {}
     try:
-        state = Client("transocks", path).ask("status", timeout=ANSWER_WITHIN)["state"]
+        status = Client("transocks", path).ask("status", timeout=ANSWER_WITHIN)
     except (VerbError, Refused) as error:
-        return f"whether transocks accepts connections can't be told: {error}"
-    return None if state in _WELL else f"transocks does not accept connections: it is {state}"
+        return f"whether transocks accepts connections can't be told: {error}", {}
+    state = status["state"]
+    return None if state in _WELL else f"transocks does not accept connections: it is {state}", status
+
+
+def _all_down(status: Answer) -> Iterator[str]:
+    """Groups of upstreams of which the daemon knows that none answers, where that means a refusal."""
+    for name, group, down in _groups(status):
+        if down and len(down) == len(group["upstreams"]) and group["when_all_down"] != DIRECT:
+            yield f"no upstream of {name} answers, so every connection would be reset: {_why(down)}"
+
+
+def _some_down(status: Answer) -> Iterator[str]:
+    """The same of those where some answer, or where connections go directly."""
+    for name, group, down in _groups(status):
+        if len(down) == len(group["upstreams"]) and group["when_all_down"] == DIRECT:
+            yield f"no upstream of {name} answers, so transocks connects directly: {_why(down)}"
+        elif 0 < len(down) < len(group["upstreams"]):
+            yield f"{len(down)} of {len(group['upstreams'])} upstreams of {name} do not answer: {_why(down)}"
+
+
+def _groups(status: Answer) -> Iterator[tuple[str, Answer, list[Answer]]]:
+    """Name, group, and those that are down."""
+    for name, group in (status.get("daemon") or {}).get("upstreams", {}).items():
+        yield name, group, [each for each in group["upstreams"] if not each["up"]]
+
+
+def _why(down: list[Answer]) -> str:
+    return "; ".join(f"{each['upstream']}: {each['why']}" for each in down)
 
 
 def confirm(args: argparse.Namespace) -> int:

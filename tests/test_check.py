@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 
 import transocks.cli
 import usocksd.cli
+import usocksd.commands.check
 
 PROXY = 'proxy_url = "socks5://127.0.0.1:1080"\n'
 SAMPLES = Path(__file__).parents[1] / "deploy"
@@ -261,3 +263,15 @@ def test_what_can_t_be_written_is_no_answer(
             sys.stdout.close()  # what stood in for it
     said = "usocksd: can't write to standard output: No space left on device\n" if output == "full" else ""
     assert capsys.readouterr().err == said
+
+
+def test_without_a_file_the_defaults_are_judged(tmp_path: Path) -> None:
+    missing, said = tmp_path / "usocksd.toml", io.StringIO()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("-f")
+    usocksd.commands.check.add_parser(parser.add_subparsers(), default=str(missing))
+    for words, status in ((["check"], 0), (["check", "--strict"], 1)):
+        args = parser.parse_args(words)
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+            assert args.run(args) == status
+        assert f"{missing}:1: warning: file: there is none, so the defaults are judged\n" in said.getvalue()

@@ -17,7 +17,7 @@ from transocks.routes import DEFAULT, DIRECT, REJECT, Routes
 from usocksd.conditions import as_table
 from usocksd.match import canonical_host
 from usocksd.runtime.common import Common
-from usocksd.runtime.config import Invalid, Parser, show
+from usocksd.runtime.config import Invalid, Located, Parser, show
 from usocksd.runtime.settings import (
     ANY_ADDRESS,
     LOCALHOST,
@@ -166,7 +166,7 @@ _WHERE_RULES_SEND = {
 
 
 @attrs.frozen(kw_only=True)
-class Config:
+class Config(Located):
     """The whole of transocks.toml; only `proxy_url` is required."""
 
     proxy_url: ProxyURLs

@@ -11,17 +11,18 @@ from transocks.original_dst import OWN_USERS
 from transocks.proxy_url import ProxyURL
 from transocks.route_settings import NAME
 from usocksd.addresses import HostAddresses
+from usocksd.conditions import unclear_networks, unclear_sites
 from usocksd.errors import Fault
 from usocksd.runtime.config import show
-from usocksd.runtime.lint import Host, lint_common, readable_by_all
+from usocksd.runtime.lint import Host, first_few, lint_common, readable_by_all
 from usocksd.runtime.listeners import may_be_transparent
 from usocksd.runtime.settings import LOCALHOST, IPAddress, ListenAddress
 from usocksd.site_index import SiteIndex, has_networks, has_ports, mask_of
 
 
 def warnings(config: Config, source: str | None = None) -> list[str]:
-    """A line for each of `lint`, for the log."""
-    return [str(fault) for fault in lint(config, source)]
+    """A line for each of `lint`, with its place, for the log."""
+    return [fault.at(config.lines.source) for fault in lint(config, source)]
 
 
 def lint(config: Config, source: str | None = None) -> list[Fault]:
@@ -31,7 +32,7 @@ def lint(config: Config, source: str | None = None) -> list[Fault]:
     changes nothing.
     """
     host = Host.here(HostAddresses().current)
-    return [
+    found = [
         *lint_common(config.common(), host),
         *_loop(config, host),
         *_tproxy(config),
@@ -39,8 +40,10 @@ def lint(config: Config, source: str | None = None) -> list[Fault]:
         *_groups(config),
         *_direct(config),
         *_routes(config),
+        *first_few(unclear_networks("names.skip_networks", config.names.skip_networks)),
         *(lint_rules(config.rules, config.mark, host) if config.rules is not None else ()),
     ]
+    return config.lines.locate(found)
 
 
 def _urls(key: str, group: GroupConfig) -> Iterator[tuple[str, ProxyURL]]:
@@ -151,8 +154,11 @@ def _routes(config: Config) -> Iterator[Fault]:
         if covering:
             by = (covering & -covering).bit_length() - 1
             name = show(written.name) if written.name else ""
-            above = f"route[{by}] {show(routes[by].name)}" if config.route[by].name else f"route[{by}]"
+            above = f"route {by + 1}" + (f" {show(routes[by].name)}" if config.route[by].name else "")
+            above += f" (line {config.lines.line_of(f'route[{by}]')})" if config.lines.source else ""
             yield Fault(key, name, f"never decides, since {above} above has all of it: remove it, or move it up")
+        yield from first_few(unclear_networks(f"{key}.from", written.from_ or ()))
+        yield from first_few(unclear_sites(f"{key}.to", written.to or ()))
         entries = [entry for sites in route.to or () for entry in sites.entries()]
         if not config.names.sniff and entries and all(isinstance(entry, str) and entry for entry in entries):
             yield Fault(f"{key}.to", "", "has names only, and names.sniff is false: it never decides")

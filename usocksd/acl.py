@@ -50,6 +50,8 @@ class Step:
     rule: str
     matched: bool
     why: str
+    line: int | None = None
+    """of the rule in its file, where one line is it"""
 
 
 @frozen(kw_only=True)
@@ -66,6 +68,8 @@ class Rule:
     egress: str = "default"
     complement: bool = False
     """whether it matches what `to` has not"""
+    line: int | None = None
+    """in the configuration"""
     entry: Callable[[str | None, Sequence[IPAddress], int], str] | None = None
     """Of a list that stands for many rules, one an entry: the entry that has a name, an address or the port"""
 
@@ -198,7 +202,7 @@ class AccessRules:
                     *([] if rule.to is None else [f"{shown} has {entry}" if entry else f"{shown} has it not"]),
                     *([] if rule.ports is None else [f"port is {port}"]),
                 ]
-                steps.append(Step(decision.rule, True, ", ".join(reasons) or "it has no conditions"))
+                steps.append(Step(decision.rule, True, ", ".join(reasons) or "it has no conditions", rule.line))
                 return steps
             if rule.clients is not None and not any(client in network for network in rule.clients):
                 why = f"from has not {client}"
@@ -213,7 +217,7 @@ class AccessRules:
             else:
                 protection = self._kind(judged)
                 why = f"{ip} is protected ({protection}), which only an entry with the address lifts"
-            steps.append(Step(rule.name, False, why))
+            steps.append(Step(rule.name, False, why, rule.line))
         if kind is not None:
             steps.append(Step(decision.rule, True, f"{ip} is protected ({kind})"))
         else:

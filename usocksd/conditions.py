@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from ipaddress import IPv4Address, IPv4Network, IPv6Network
 from typing import Annotated, Any
 
-from usocksd.errors import ConfigError
+from usocksd.errors import ConfigError, Fault
 from usocksd.lists import read_list
-from usocksd.match import IPNetwork, parse_network
+from usocksd.match import IPNetwork, canonical_host, numeric_address, parse_network
 from usocksd.runtime.config import Invalid, Parser, loading, show
 from usocksd.runtime.settings import text
 from usocksd.sites import SiteList, entry_fault, parse_entry
@@ -46,6 +47,35 @@ def _list_file(value: str) -> SiteList:
     return sites
 
 
+class Written4(IPv4Network):
+    """A network that was written as another address of it, `written`: "203.0.113.7/24"."""
+
+    written: str
+
+
+class Written6(IPv6Network):
+    """The same of IPv6."""
+
+    written: str
+
+
+def _network(value: str) -> IPNetwork:
+    return as_written(parse_network(value), value)
+
+
+def as_written(network: IPNetwork, value: str) -> IPNetwork:
+    """The same network, which knows its text if that has another address than its first."""
+    if numeric_address(value.partition("/")[0]) == numeric_address(str(network.network_address)):
+        return network
+    found: Written4 | Written6
+    if isinstance(network, IPv4Network):
+        found = Written4((network.network_address, network.prefixlen))
+    else:
+        found = Written6((network.network_address, network.prefixlen))
+    found.written = value
+    return found
+
+
 def _ports(value: object) -> tuple[int, int]:
     """First and last port."""
     if isinstance(value, str):
@@ -67,7 +97,7 @@ Destination = Annotated[
     str | SiteList,
     text(_destination, 'a host, ".domain", an address, a network, or a file of these as in "file:blocked.txt"'),
 ]
-Network = Annotated[IPNetwork, text(parse_network, 'a network or an IP address, as in "10.0.0.0/8" or "192.0.2.1"')]
+Network = Annotated[IPNetwork, text(_network, 'a network or an IP address, as in "10.0.0.0/8" or "192.0.2.1"')]
 
 
 Ports = Annotated[tuple[int, int], Parser(_ports, 'a port or a range, as in 25 or "6000-6100", from 0 to 65535')]
@@ -98,6 +128,39 @@ def empty_lists(*conditions: tuple[str, tuple[object, ...] | None, str]) -> list
     ]
 
 
+def unclear_networks(key: str, networks: Iterable[IPNetwork]) -> Iterator[Fault]:
+    """Networks that read as if a part of them were meant."""
+    for index, network in enumerate(networks):
+        if isinstance(network, Written4 | Written6):
+            yield Fault(f"{key}[{index}]", show(network.written), _all_of(network.written, network))
+
+
+def unclear_sites(key: str, entries: Iterable[object]) -> Iterator[Fault]:
+    """Entries of a site list that read as if a part of a network were meant, or the whole of another."""
+    for index, entry in enumerate(entries):
+        if (
+            not isinstance(entry, str)
+            or entry.startswith(".")
+            or not (entry[-1:].isdigit() or "x" in entry or ":" in entry)
+        ):
+            continue
+        if "/" in entry:
+            network = _network(entry)
+            if isinstance(network, Written4 | Written6):
+                yield Fault(f"{key}[{index}]", show(entry), _all_of(entry, network))
+        elif isinstance(host := canonical_host(entry), IPv4Address) and ":" not in entry and str(host) != entry:
+            parts = entry.split(".")
+            wider = ""
+            if len(parts) < 4 and all(part.isdigit() and int(part) < 256 for part in parts):
+                wider = f', or "{".".join([*parts, *["0"] * (4 - len(parts))])}/{8 * len(parts)}" for a network'
+            yield Fault(f"{key}[{index}]", show(entry), f'is the address {host}: write "{host}"{wider}')
+
+
+def _all_of(written: str, network: IPNetwork) -> str:
+    address = written.partition("/")[0]
+    return f'is all of {network}: write "{network}", or "{address}" for the one address'
+
+
 def as_table(value: object) -> dict[str, Any]:
     """A table as TOML has it; an empty one if it is something else, which is a fault of its own."""
     return value if isinstance(value, dict) else {}
@@ -114,5 +177,5 @@ def duplicate_names(rules: Iterable[Mapping[str, object]], key: str) -> Iterator
     for index, rule in enumerate(rules):
         name = rule.get("name")
         if isinstance(name, str) and first.setdefault(name, index) != index:
-            also = f"is the name of {key}[{first[name]}] too, expected another"
+            also = f"is the name of {key} {first[name] + 1} too, expected another"
             yield Invalid(also, shown=show(name), at=f"{key}[{index}].name")

@@ -29,7 +29,7 @@ from usocksd.conditions import (
 )
 from usocksd.match import NAT64_LENGTHS, IPAddress, canonical_host
 from usocksd.runtime.common import Common
-from usocksd.runtime.config import KEY, Distinct, Invalid, show
+from usocksd.runtime.config import KEY, Distinct, Invalid, Located, show
 from usocksd.runtime.settings import (
     ANY_ADDRESS,
     LOCALHOST,
@@ -249,7 +249,7 @@ class Auth:
 
 
 @attrs.frozen(kw_only=True)
-class Config:
+class Config(Located):
     """The whole of usocksd.toml; every table has defaults, so an empty file is a configuration."""
 
     log: LogConfig = attrs.field(factory=LogConfig)
@@ -305,9 +305,14 @@ class Config:
                 to=None if rule.to is None else site_lists(rule.to),
                 ports=rule.ports,
                 egress=rule.egress or "default",
+                line=self.line_of_rule(number - 1),
             )
             for number, rule in enumerate(self.rule, 1)
         ]
+
+    def line_of_rule(self, at: int) -> int | None:
+        """Where in the file this of `rule` begins; None if it is from none."""
+        return self.lines.line_of(f"rule[{at}]") if self.lines.source else None
 
     def access_rules(self, is_local: Callable[[IPAddress], bool]) -> AccessRules:
         """[[rule]] and the lists of [outgoing], to be asked. `is_local` tells the addresses of this host.

@@ -88,11 +88,17 @@ def covered_rules(config: Config) -> Iterator[Fault]:
             done.add(keys[at])
             best = min((bit for bit in left if bit & covering), key=lambda bit: (left[bit] != _Left(), bit))
             by = best.bit_length() - 1
-            said = left[best].said(f"rule[{by}] {show(rules[by].name)} above")
-            yield Fault(keys[at], show(rule.name) if at < above else "", said)
+            said = left[best].said(f"{_named(by, config.rule[by].name, rules[by].line)} above")
+            name = config.rule[at].name if at < above else None
+            yield Fault(keys[at], show(name) if name else "", said)
         elif rule.complement:
             # Of allow_sites the first part, which denies what it has not. It decides, whatever becomes of the other.
             done.add(keys[at])
+
+
+def _named(at: int, name: str | None, line: int | None) -> str:
+    """A rule, and where it is."""
+    return f"rule {at + 1}" + (f" {show(name)}" if name else "") + ("" if line is None else f" (line {line})")
 
 
 @frozen

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import errno as _errno
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+_NUMBERED = re.compile(r"^(rule|route)\[(\d+)\](\.?)")
 
 
 class Error(Exception):
@@ -80,17 +83,29 @@ class Fault:
     """One thing that is wrong in a configuration: where, what stands there, and what would be right."""
 
     path: str
+    """as TOML has it: `rule[0].to[1]` is the second entry of the first rule"""
     value: str
     expected: str
+    line: int | None = None
+
+    @property
+    def key(self) -> str:
+        """The path for people. Rules count from 1, as records name those without a name."""
+        return _NUMBERED.sub(lambda match: f"{match[1]} {int(match[2]) + 1}{': ' if match[3] else ''}", self.path)
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.value}: {self.expected}" if self.value else f"{self.path}: {self.expected}"
+        return ": ".join(filter(None, (self.key, self.value, self.expected)))
+
+    def at(self, source: str) -> str:
+        """The same with its place, as compilers write it. `source` is the file."""
+        place = source if self.line is None else f"{source}:{self.line}"
+        return f"{place}: {self}" if source else str(self)
 
 
 class ConfigError(Error):
     """A configuration that can't be used: every fault of it at once."""
 
     def __init__(self, source: str, faults: Sequence[Fault]) -> None:
-        super().__init__("\n".join(f"{source}: {fault}" for fault in faults))
+        super().__init__("\n".join(fault.at(source) for fault in faults))
         self.source = source
         self.faults = tuple(faults)

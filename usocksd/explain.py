@@ -163,7 +163,7 @@ class Explainer:
 
     def _steps(self, *asked: Any, address: IPAddress | None = None, sent: str | None = None) -> list[Json]:
         return [
-            {"rule": step.rule, "matched": step.matched, "why": step.why}
+            {"rule": step.rule, "line": step.line, "matched": step.matched, "why": step.why}
             for step in self.policy.rules.trace(*asked, address=address, sent=sent)
         ]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from usocksd.addresses import HostAddresses
 from usocksd.auth import Users
 from usocksd.clients import DEFAULT_CLIENTS
+from usocksd.conditions import unclear_networks, unclear_sites
 from usocksd.config import Config, PoolConfig
 from usocksd.coverage import covered_entries, covered_networks, covered_rules, idle_sites
 from usocksd.errors import ConfigError, Fault
@@ -24,8 +25,8 @@ _RESOLV_CONF = Path("/etc/resolv.conf")
 
 
 def warnings(config: Config, source: str | None = None) -> list[str]:
-    """A line for each of `lint`, for the log."""
-    return [str(fault) for fault in lint(config, source)]
+    """A line for each of `lint`, with its place, for the log."""
+    return [fault.at(config.lines.source) for fault in lint(config, source)]
 
 
 def lint(config: Config, source: str | None = None) -> list[Fault]:
@@ -36,18 +37,22 @@ def lint(config: Config, source: str | None = None) -> list[Fault]:
     """
     host = Host.here(HostAddresses().current)
     outgoing = config.outgoing
-    return [
+    found = [
         *lint_common(config.common(), host),
         *_open_proxy(config),
+        *first_few(unclear_networks("incoming.allow_from", config.incoming.allow_from or ())),
         *first_few(covered_networks("incoming.allow_from", config.incoming.allow_from or ())),
         *_trusted(config),
         *_rules(config),
         *covered_rules(config),
         *_pools(config, host),
+        *first_few(unclear_sites("outgoing.allow_sites", outgoing.allow_sites)),
+        *first_few(unclear_sites("outgoing.deny_sites", outgoing.deny_sites)),
         *idle_sites(outgoing.allow_sites, outgoing.deny_sites, searching=_searching()),
         *_ports(outgoing.deny_ports),
         *_users(config),
     ]
+    return config.lines.locate(found)
 
 
 # [incoming]
@@ -79,6 +84,7 @@ def _trusted(config: Config) -> Iterator[Fault]:
         if network.prefixlen == 0:
             problem = "lets everybody claim to be any client: name your proxies' addresses"
             yield Fault(f"{key}[{index}]", f'"{network}"', problem)
+    yield from first_few(unclear_networks(key, trusted))
     yield from first_few(covered_networks(key, trusted))
 
 
@@ -95,7 +101,9 @@ def _rules(config: Config) -> Iterator[Fault]:
     admitted += () if proxied is None else proxied.trusted
     for at, rule in enumerate(config.rule):
         key = f"rule[{at}]"
+        yield from first_few(unclear_sites(f"{key}.to", rule.to or ()))
         if rule.from_ is not None:
+            yield from first_few(unclear_networks(f"{key}.from", rule.from_))
             yield from first_few(covered_networks(f"{key}.from", rule.from_))
             if not any(
                 one.version == other.version and one.overlaps(other) for one in rule.from_ for other in admitted

@@ -146,13 +146,24 @@ def test_routes_that_do_nothing() -> None:
     """
     found = warnings(parse(Config, PROXY + routes, ""))
     assert [warning.partition(", ")[0] for warning in found] == [
-        "route[1]: never decides",
-        'route[3].send: "name": its proxies take addresses only: expected socks5h in used',
-        "route[4]: never decides",
+        "route 2: never decides",
+        'route 4: send: "name": its proxies take addresses only: expected socks5h in used',
+        "route 5: never decides",
         'upstream.unused: no route leads there: expected a route with via = "unused"',
     ]
-    assert 'since route[0] "all of it" above' in found[0]
-    assert "since route[3] above" in found[2]
+    assert 'since route 1 "all of it" above' in found[0]
+    assert "since route 4 above" in found[2]
+
+
+def test_networks_that_read_as_one_address() -> None:
+    route = '[[route]]\nvia = "reject"\nfrom = ["10.1.2.3/8"]\nto = ["10.0.0"]\n'
+    names = '[names]\nskip_networks = ["10.1.2.3/8"]\n'
+    rules = '[rules]\nmode = "gateway"\nfrom = ["10.1.2.3/8"]\nto = ["10.0.0.1/8"]\nexclude = ["::1/64"]\n'
+    wanted = ["route[0].from[0]", "route[0].to[0]", "names.skip_networks[0]", "rules.from[0]", "rules.to[0]"]
+    assert [key for key in keys(PROXY + 'listen = ":1081"\n' + route + names + rules) if key[-1] == "]"] == [
+        *wanted,
+        "rules.exclude[0]",
+    ]
 
 
 def test_routes_by_name_that_nobody_looks_for() -> None:

@@ -241,6 +241,8 @@ def test_auth(tmp_path: Path) -> None:
     assert faults("[auth]\nrequired = true") == [
         "auth.required: true: expected users_file to name the users who may authenticate"
     ]
+    relative = '[auth]\nusers_file = "users"'
+    assert parse(Config, relative, str(users.parent / "usocksd.toml")).auth == Auth(users_file=users, required=True)
     assert faults('[auth]\nusers_file = "/nonexistent/users"') == [
         'auth.users_file: "/nonexistent/users": expected a file that exists'
     ]
@@ -329,33 +331,33 @@ def test_every_fault_of_rules_and_pools() -> None:
         dnsbl_domains = ["10.0.0.1"]
         """
     )
-    assert [fault.partition(": ")[0] for fault in found] == [
-        "rule[0].action",
-        "rule[0].form",
-        "rule[1].name",
-        "rule[1].action",
-        "rule[2].name",
-        "rule[2].from[0]",
-        "rule[2].from[1]",
-        "rule[2].user[0]",
-        "rule[2].user[1]",
-        "rule[2].to[0]",
-        "rule[2].to[1]",
-        *(f"rule[2].ports[{at}]" for at in range(6)),
-        "rule[3].from",
-        "rule[3].to",
-        "rule[3].egress",
+    assert [re.sub(r"^((?:rule \d+: )?[^:]*): .*", r"\1", fault) for fault in found] == [
+        "rule 1: action",
+        "rule 1: form",
+        "rule 2: name",
+        "rule 2: action",
+        "rule 3: name",
+        "rule 3: from[0]",
+        "rule 3: from[1]",
+        "rule 3: user[0]",
+        "rule 3: user[1]",
+        "rule 3: to[0]",
+        "rule 3: to[1]",
+        *(f"rule 3: ports[{at}]" for at in range(6)),
+        "rule 4: from",
+        "rule 4: to",
+        "rule 4: egress",
         'egress."a b"',
         'egress."a b".adresses',
         "egress.pool.addresses[0]",
         "egress.pool.sticky",
         "egress.pool.dnsbl_domains[0]",
         "egress.pool.when_all_listed",
-        "rule[2].egress",
+        "rule 3: egress",
     ]
-    assert "rule[0].form: unknown key, did you mean from?" in found
-    assert 'rule[1].action: missing: expected one of "allow", "deny"' in found
-    assert "rule[3].to: []: expected at least one, or no such key if the rule holds for any destination" in found
+    assert "rule 1: form: unknown key, did you mean from?" in found
+    assert 'rule 2: action: missing: expected one of "allow", "deny"' in found
+    assert "rule 4: to: []: expected at least one, or no such key if the rule holds for any destination" in found
 
 
 def test_what_rules_and_pools_say_of_each_other() -> None:
@@ -376,8 +378,8 @@ def test_what_rules_and_pools_say_of_each_other() -> None:
         egress = "default"
         """
     ) == [
-        'rule[1].name: "x": is the name of rule[0] too, expected another',
-        'rule[0].egress: "partner": no such pool: expected one of "default", "partners"',
+        'rule 2: name: "x": is the name of rule 1 too, expected another',
+        'rule 1: egress: "partner": no such pool: expected one of "default", "partners"',
         "outgoing.addresses: expected here or in [egress.default], which is the same pool",
         "outgoing.mark: expected here or in [egress.default], which is the same pool",
     ]
@@ -422,6 +424,8 @@ def keys(table: dict[str, Any], prefix: str = "") -> set[str]:
 def settings(cls: type[Any], prefix: str = "") -> set[str]:
     found: set[str] = set()
     for field in attrs.fields(attrs.resolve_types(cls)):
+        if not field.init:
+            continue
         key = f"{prefix}{field.metadata.get(KEY, field.name)}"
         args = get_args(field.type)
         if get_origin(field.type) is Mapping:

@@ -186,7 +186,7 @@ def test_explained_for_people(server: Daemon) -> None:
     lines = text.splitlines()
     lines[11:13] = sorted(lines[11:13], reverse=True)  # name servers shuffle the addresses
     assert lines == [
-        "127.0.0.1 to both.test:443: allowed by this host, pool listed, leaves from 127.0.0.1",
+        "127.0.0.1 to both.test:443: allowed by this host (line 34), pool listed, leaves from 127.0.0.1",
         "",
         "rules on both.test",
         "  6 rules do not match:",
@@ -197,22 +197,22 @@ def test_explained_for_people(server: Daemon) -> None:
         "  default: allows it, no rule has decided",
         "",
         "addresses of both.test",
-        '  127.0.0.66  denied by blocked: to has "127.0.0.66"',
-        "  127.0.0.1   allowed by this host, pool listed, from 127.0.0.1",
+        '  127.0.0.66  denied by blocked (line 12): to has "127.0.0.66"',
+        "  127.0.0.1   allowed by this host (line 34), pool listed, from 127.0.0.1",
         "",
         "pool listed: 0 of 2 addresses here and not listed",
         "  127.0.0.1  listed by dnsbl.test",
         "  192.0.2.78  not on this host",
     ]
     verbose = run("explain", file_of(server), "both.test:443", "--from", "127.0.0.1", "-v")
-    assert "  no mail: does not match, port 443 not in 25, 6000-6100\n" in verbose
+    assert "  no mail (line 24): does not match, port 443 not in 25, 6000-6100\n" in verbose
 
 
 def test_a_user_where_there_are_none(server: Daemon, destination: Served) -> None:
     """The daemon takes any password then, and no rule knows who that is: not the one that denies "ci"."""
     text = run("explain", file_of(server), "--from", "127.0.0.1", "--user", "ci", f"open.test:{destination.port}")
     first, second, *_ = text.splitlines()
-    assert first.startswith(f"127.0.0.1 (ci) to open.test:{destination.port}: allowed by this host")
+    assert first.startswith(f"127.0.0.1 (ci) to open.test:{destination.port}: allowed by this host (line 34)")
     assert second == "there are no users: with any password the client is let in, and is nobody to the rules"
     assert "user is nobody" in text
 
@@ -227,7 +227,7 @@ def test_what_comes_before_the_rules(server: Daemon, tmp_path: Path) -> None:
     assert "auth.required" in run("explain", str(config), "--from", "127.0.0.1", "open.test:80", status=1)
     assert "no such user" in run("explain", str(config), "--from", "127.0.0.1", "--user", "x", "a:80", status=1)
     text = run("explain", str(config), "--from", "127.0.0.1", "--user", "ci", "open.test:80", status=1)
-    assert text.startswith("127.0.0.1 (ci) to open.test:80: denied by not for ci\n")
+    assert text.startswith("127.0.0.1 (ci) to open.test:80: denied by not for ci (line 20)\n")
 
 
 def test_what_nobody_can_be_asked_for(server: Daemon) -> None:
@@ -255,8 +255,8 @@ def test_explain_with_a_faulty_file_names_every_fault(tmp_path: Path) -> None:
     config = tmp_path / "bad.toml"
     config.write_text('[incoming]\nport = 70000\n[[rule]]\naction = "perhaps"\n')
     text = run("explain", str(config), "--from", "127.0.0.1", "a:80", status=2)
-    assert "incoming.port" in text
-    assert "rule[0].action" in text
+    assert f"{config}:2: incoming.port: 70000" in text
+    assert f"{config}:4: rule 1: action:" in text
 
 
 async def test_search_domains_make_other_names(dns: NameServer, tmp_path: Path) -> None:
@@ -326,7 +326,7 @@ def test_what_a_change_would_do(server: Daemon, requests: list[dict[str, Any]], 
         f"{len(REQUESTS) - 3} decided the same, 2 differently, 1 unknown",
         "",
         "2 would be denied",
-        "         2  this host -> blocked",
+        "         2  this host (line 34) -> blocked (line 12)",
     ]
     assert lines[6].startswith("            e.g. 127.0.0.1 to open.test:")
     assert f"note: pool listed is another one in {new}: 3 of the requests would leave from it" in lines
@@ -387,8 +387,8 @@ def test_fifty_rules_fit_on_a_screen(fifty: Path, tmp_path: Path) -> None:
     lines = text.splitlines()
     assert len(lines) <= 24
     assert max(map(len, lines)) <= 110
-    assert lines[0] == "203.0.113.1 to www.department-48.example:443: denied by department 48, rule"
-    assert lines[-1] == '  department 48, rule: denies it, to has ".department-48.example"'
+    assert lines[0] == "203.0.113.1 to www.department-48.example:443: denied by department 48, rule (line 197)"
+    assert lines[-1] == '  department 48, rule (line 197): denies it, to has ".department-48.example"'
     assert "  48 rules do not match:" in lines
 
     log = tmp_path / "access.log"

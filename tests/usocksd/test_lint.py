@@ -77,9 +77,9 @@ def test_nothing_is_wrong_with_the_defaults() -> None:
 def test_each_is_one_line_with_key_value_and_mend() -> None:
     said = text('[incoming]\naddresses = ["192.0.2.4"]\n[timeouts]\nidle = 200\n')
     assert said.splitlines() == [
-        "incoming.addresses[0]: 192.0.2.4: not an address of this host, so it can't be listened on: add it to an"
+        "usocksd.toml:2: incoming.addresses[0]: 192.0.2.4: not an address of this host, so it can't be listened on: add it to an"
         " interface, remove it here, or set net.ipv4.ip_nonlocal_bind=1",
-        "timeouts.half_closed: 300: a silent connection lives longer once half of it has ended: expected at most"
+        "usocksd.toml:3: timeouts.half_closed: 300: a silent connection lives longer once half of it has ended: expected at most"
         " timeouts.idle, which is 200",
     ]
 
@@ -207,7 +207,7 @@ def test_an_open_proxy(incoming: str, open_proxy: bool, tmp_path: Path) -> None:
 
 
 def test_clients_that_are_listed_twice() -> None:
-    toml = '[incoming]\nallow_from = ["10.1.0.0/16", "10.0.0.0/8", "::1", "10.0.0.9/8", "192.0.2.1", "::1", "::/64"]'
+    toml = '[incoming]\nallow_from = ["10.1.0.0/16", "10.0.0.0/8", "::1", "10.0.0.0/8", "192.0.2.1", "::1", "::/64"]'
     assert found(toml) == [
         ("incoming.allow_from[0]", '"10.1.0.0/16"'),
         ("incoming.allow_from[2]", '"::1/128"'),
@@ -498,9 +498,9 @@ def covered(*rules: str, more: str = "") -> list[str]:
     """Which rule each rule is said to be covered by, as "2 by 0" """
     toml = "".join(f"[[rule]]\n{rule}\n" for rule in rules) + more
     return [
-        f"{fault.path.removeprefix('rule')} by {match[1]}"
+        f"{fault.path.removeprefix('rule')} by {int(match[1]) - 1}"
         for fault in lint(parse(Config, toml, ""))
-        if (match := re.match(r"(?:never decides, since )?rule\[(\d+)\] .* has all of it", fault.expected))
+        if (match := re.match(r"(?:never decides, since )?rule (\d+) .*has all of it", fault.expected))
     ]
 
 
@@ -572,7 +572,7 @@ def test_lists_that_a_rule_above_covers() -> None:
 )
 def test_what_a_rule_above_leaves(above: str, rule: str, said: str) -> None:
     (fault,) = lint(parse(Config, f'[[rule]]\nname = "top"\n{above}\n[[rule]]\n{rule}\n', ""))
-    assert fault.expected == said.format('rule[0] "top" above')
+    assert fault.expected == said.format('rule 1 "top" above')
 
 
 def test_a_long_list_in_many_rules_is_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -653,6 +653,36 @@ def test_what_no_request_is(tmp_path: Path) -> None:
         ("rule[0].from[1]", '"203.0.113.7/32"'),
         ("rule[0].user[1]", '"alcie"'),
     ]
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ("203.0.113.7/24", 'is all of 203.0.113.0/24: write "203.0.113.0/24", or "203.0.113.7" for the one address'),
+        ("2001:db8::1/32", 'is all of 2001:db8::/32: write "2001:db8::/32", or "2001:db8::1" for the one address'),
+        ("10.0.0", 'is the address 10.0.0.0: write "10.0.0.0", or "10.0.0.0/24" for a network'),
+        ("10.1", 'is the address 10.0.0.1: write "10.0.0.1", or "10.1.0.0/16" for a network'),
+        ("0x7f000001", 'is the address 127.0.0.1: write "127.0.0.1"'),
+        ("::ffff:10.1.2.3/104", 'is all of 10.0.0.0/8: write "10.0.0.0/8", or "::ffff:10.1.2.3" for the one address'),
+    ],
+)
+def test_what_reads_as_something_else(entry: str, said: str) -> None:
+    def warned(toml: str) -> list[str]:
+        return [fault.expected for fault in lint(parse(Config, toml, "")) if fault.expected == said]
+
+    assert warned(f'[outgoing]\ndeny_sites = ["x.example", "{entry}"]\n') == [said]
+    assert warned(f'[outgoing]\nallow_sites = ["{entry}"]\n') == [said]
+    assert warned(f'[[rule]]\naction = "deny"\nto = ["{entry}"]\n') == [said]
+    if "/" in entry:
+        assert warned(f'[[rule]]\naction = "deny"\nfrom = ["10.9.9.9", "{entry}"]\n') == [said]
+        assert warned(f'[incoming]\nallow_from = ["{entry}"]\n') == [said]
+        proxied = '[incoming.proxy_protocol]\nport = 1090\ntrusted = ["{entry}"]\n'
+        assert warned(proxied.format(entry=entry)) == [said]
+
+
+def test_what_reads_as_what_it_is() -> None:
+    clear = ["10.0.0.0/8", "192.0.2.1", "2001:db8::1", "::ffff:172.16.0.0/108", "::ffff:192.0.2.9", "box", "x4", ".x4"]
+    assert found(f"[outgoing]\ndeny_sites = {clear}\n") == []
 
 
 def test_ports() -> None:

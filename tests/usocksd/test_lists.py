@@ -96,12 +96,12 @@ def test_faults_name_the_rule_the_file_and_the_line(tmp_path: Path) -> None:
         load(Config, file)
     faults = [str(fault) for fault in caught.value.faults]
     assert faults[0].startswith(
-        f'rule[0].to[1]: "file:bad.txt": {tmp_path}/bad.txt: line 2: "*.example": expected a host'
+        f'rule 1: to[1]: "file:bad.txt": {tmp_path}/bad.txt: line 2: "*.example": expected a host'
     )
     assert faults[1:] == [
-        f'rule[0].to[1]: "file:bad.txt": {tmp_path}/bad.txt: line 3: "b c": expected one entry a line',
-        f'rule[0].to[2]: "file:none.txt": {tmp_path}/none.txt: can\'t be read: No such file or directory',
-        f'rule[0].to[3]: "file:": {tmp_path}: expected a regular file',
+        f'rule 1: to[1]: "file:bad.txt": {tmp_path}/bad.txt: line 3: "b c": expected one entry a line',
+        f'rule 1: to[2]: "file:none.txt": {tmp_path}/none.txt: can\'t be read: No such file or directory',
+        f'rule 1: to[3]: "file:": {tmp_path}: expected a regular file',
     ]
 
 
@@ -135,5 +135,5 @@ def test_a_reload_reads_them_again_and_a_bad_one_changes_nothing(tmp_path: Path,
         path.write_text("www.example.com\nnot a host\n")
         server.signal(signal.SIGHUP)
         failed = server.record("bad configuration")
-        assert f'rule[0].to[0]: "file:blocked.txt": {path}: line 2: "not a host"' in str(failed)
+        assert f'rule 1: to[0]: "file:blocked.txt": {path}: line 2: "not a host"' in str(failed)
         assert reply(server) == 2

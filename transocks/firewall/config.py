@@ -10,6 +10,7 @@ from typing import Annotated
 
 import attrs
 
+from usocksd.conditions import as_written
 from usocksd.match import IPNetwork, parse_network
 from usocksd.runtime.config import KEY, Invalid, Parser, show
 from usocksd.runtime.settings import Interface, Mark, integer, text
@@ -93,7 +94,7 @@ def _interface(value: object) -> str:
 def _network(value: str) -> IPNetwork:
     """Like that of other settings, but IPv6 stays IPv6: packets with IPv4-mapped addresses are of that family."""
     parse_network(value)
-    return ip_network(value, strict=False)
+    return as_written(ip_network(value, strict=False), value)
 
 
 Modes = Annotated[tuple[Mode, ...], Parser(_modes, _MODES)]

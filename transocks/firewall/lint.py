@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 from transocks.firewall.config import Mode, RulesConfig, Tool
 from transocks.tools import which
+from usocksd.conditions import unclear_networks
 from usocksd.errors import Fault
-from usocksd.runtime.lint import Host
+from usocksd.runtime.lint import Host, first_few
 
 
 def lint_rules(rules: RulesConfig, mark: int | None, host: Host) -> Iterator[Fault]:
@@ -29,6 +30,8 @@ def lint_rules(rules: RulesConfig, mark: int | None, host: Host) -> Iterator[Fau
     for key, users in (("users", rules.users), ("exempt_users", rules.exempt_users)):
         yield from _accounts(key, users, pwd.getpwnam)
     yield from _accounts("groups", rules.groups, grp.getgrnam)
+    for key, networks in (("from", rules.from_), ("to", rules.to), ("exclude", rules.exclude or ())):
+        yield from first_few(unclear_networks(f"rules.{key}", networks))
     for index, name in enumerate(rules.interfaces):
         if name not in host.interfaces:
             yield Fault(f"rules.interfaces[{index}]", name, "no interface of this host has that name now")

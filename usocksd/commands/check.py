@@ -9,9 +9,11 @@ from usocksd.errors import ConfigError
 from usocksd.runtime.verbs import check
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add this verb to the command line."""
-    check.add_parser(subparsers, check.Checked("usocksd", Config, "/etc/usocksd.toml", False, _examine))
+def add_parser(
+    subparsers: argparse._SubParsersAction[argparse.ArgumentParser], default: str = "/etc/usocksd.toml"
+) -> None:
+    """Add this verb to the command line; `default` is the file that need not be there."""
+    check.add_parser(subparsers, check.Checked("usocksd", Config, default, False, _examine))
 
 
 def _examine(config: Config, source: str | None) -> check.Examined:

@@ -14,10 +14,10 @@ import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import IO, Any, Final
+from typing import IO, Any, Final, TypeAlias
 
 from usocksd.config import Config
-from usocksd.errors import ConfigError, Error
+from usocksd.errors import Error
 from usocksd.policy import Outcome
 from usocksd.records import Record, Skipped, lines_of
 from usocksd.replay import Change, Group, Replay
@@ -106,8 +106,6 @@ def _parse_limit(text: str) -> int | None:
 def _run(args: argparse.Namespace) -> int:
     try:
         return _diff(args)
-    except ConfigError as error:
-        trouble: Sequence[object] = [f"{error.source}: {fault}" for fault in error.faults]
     except Error as error:
         trouble = str(error).split("\n")
     except KeyboardInterrupt:
@@ -135,10 +133,11 @@ def _diff(args: argparse.Namespace) -> int:
     if not replay.requests:
         raise Error(_nothing(replay, args.since))
     pools = _changed_pools(old, new, replay)
+    places = _places(old), _places(new)
     if args.json:
-        print(json.dumps(_as_json(replay, args, logs, pools)), flush=True)
+        print(json.dumps(_as_json(replay, args, logs, pools, places)), flush=True)
     else:
-        print("\n".join(_as_text(replay, args, pools)), flush=True)
+        print("\n".join(_as_text(replay, args, pools, places)), flush=True)
     return _SAME if replay.same == replay.requests and not pools else _DIFFERENT
 
 
@@ -166,6 +165,19 @@ def _nothing(replay: Replay, since: str | None) -> str:
     return text
 
 
+_Places: TypeAlias = dict[str, int | None]
+
+
+def _places(config: Config) -> _Places:
+    """The lines of the rules, by name."""
+    return {rule.name or f"rule {at + 1}": config.line_of_rule(at) for at, rule in enumerate(config.rule)}
+
+
+def _named(rule: str, places: _Places) -> str:
+    line = places.get(rule)
+    return rule if line is None else f"{rule} (line {line})"
+
+
 def _changed_pools(old: Config, new: Config, replay: Replay) -> dict[str, int]:
     """The pools that are not what they were and requests leave from, with the number of these."""
     before, after = old.pools(), new.pools()
@@ -179,7 +191,9 @@ def _changed_pools(old: Config, new: Config, replay: Replay) -> dict[str, int]:
 # ---- for people
 
 
-def _as_text(replay: Replay, args: argparse.Namespace, pools: dict[str, int]) -> Iterator[str]:
+def _as_text(
+    replay: Replay, args: argparse.Namespace, pools: dict[str, int], places: tuple[_Places, _Places]
+) -> Iterator[str]:
     unknown = replay.count(Change.UNKNOWN)
     different = replay.requests - replay.same - unknown
     yield f"{visible(args.old)} -> {visible(args.new)}"
@@ -187,42 +201,46 @@ def _as_text(replay: Replay, args: argparse.Namespace, pools: dict[str, int]) ->
     yield f"{counted(replay.requests, 'request')}, recorded {first} to {last}"
     yield f"{replay.same:,} decided the same, {different:,} differently, {unknown:,} unknown"
     for change in Change:
-        yield from _section(change, replay.groups(change), args.limit)
+        yield from _section(change, replay.groups(change), args.limit, places)
     yield from _notes(replay, args, pools)
 
 
-def _section(change: Change, groups: Sequence[Group], limit: int | None) -> Iterator[str]:
+def _section(
+    change: Change, groups: Sequence[Group], limit: int | None, places: tuple[_Places, _Places]
+) -> Iterator[str]:
     if not groups:
         return
     total = sum(group.count for group in groups)
     yield ""
     yield f"{total:,} {_TITLES[change]}"
     for group in groups[:limit]:
-        yield f"{group.count:>10,}  {visible(_rules(group))}"
+        yield f"{group.count:>10,}  {visible(_rules(group, *places))}"
         yield f"{'':>10}  e.g. {visible(_example(group))}"
     if rest := groups[len(groups[:limit]) :]:
         yield f"{sum(group.count for group in rest):>10,}  in {counted(len(rest), 'more group')} (--limit 0 shows all)"
 
 
-def _rules(group: Group) -> str:
-    change, before, after, old_pool, new_pool = group.difference
+def _rules(group: Group, old: _Places, new: _Places) -> str:
+    change, rule, other, old_pool, new_pool = group.difference
+    before, after = _named(rule, old), _named(other, new)
     match change:
         case Change.POOL:
             return f"{before}, pool {old_pool} -> {after}, pool {new_pool}"
         case Change.UNKNOWN:
-            return f"{_verdict(group.old)} -> {_verdict(group.new)}: {group.new.why or group.old.why}"
+            return f"{_verdict(group.old, old)} -> {_verdict(group.new, new)}: {group.new.why or group.old.why}"
     return f"{before} -> {after}"
 
 
-def _verdict(outcome: Outcome) -> str:
+def _verdict(outcome: Outcome, places: _Places) -> str:
+    rule = _named(outcome.rule, places)
     match outcome.allowed:
         case None if outcome.rule:
-            return f"name allowed by {outcome.rule}"
+            return f"name allowed by {rule}"
         case None:
             return "unknown"
         case True:
-            return f"allowed by {outcome.rule}"
-    return f"denied by {outcome.rule}"
+            return f"allowed by {rule}"
+    return f"denied by {rule}"
 
 
 def _example(group: Group) -> str:
@@ -270,7 +288,13 @@ def _notes(replay: Replay, args: argparse.Namespace, pools: dict[str, int]) -> I
 # ---- for programs
 
 
-def _as_json(replay: Replay, args: argparse.Namespace, logs: Sequence[str], pools: dict[str, int]) -> dict[str, Any]:
+def _as_json(
+    replay: Replay,
+    args: argparse.Namespace,
+    logs: Sequence[str],
+    pools: dict[str, int],
+    places: tuple[_Places, _Places],
+) -> dict[str, Any]:
     unknown = replay.count(Change.UNKNOWN)
     return {
         "old": args.old,
@@ -290,8 +314,8 @@ def _as_json(replay: Replay, args: argparse.Namespace, logs: Sequence[str], pool
             {
                 "change": change.value,
                 "count": group.count,
-                "old": _outcome(group.old, group.difference.old),
-                "new": _outcome(group.new, group.difference.new),
+                "old": _outcome(group.old, group.difference.old, places[0]),
+                "new": _outcome(group.new, group.difference.new, places[1]),
                 "example": _record(group.example),
             }
             for change in Change
@@ -300,10 +324,11 @@ def _as_json(replay: Replay, args: argparse.Namespace, logs: Sequence[str], pool
     }
 
 
-def _outcome(outcome: Outcome, rule: str) -> dict[str, Any]:
+def _outcome(outcome: Outcome, rule: str, places: _Places) -> dict[str, Any]:
     return {
         "allowed": outcome.allowed,
         "rule": rule or None,
+        "line": places.get(rule),
         "pool": outcome.pool or None,
         "addresses": list(outcome.reach),
         "unknown": outcome.why or None,

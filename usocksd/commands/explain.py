@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from usocksd.config import Config
-from usocksd.errors import ConfigError, Error
+from usocksd.errors import Error
 from usocksd.match import numeric_address
 from usocksd.runtime import config as configuration
 from usocksd.runtime.hostport import join_port
@@ -119,8 +119,6 @@ def _run(daemon: Operated, args: argparse.Namespace) -> int:
             print(json.dumps(answer), flush=True)
         else:
             print("\n".join(_as_text(answer, verbose=args.verbose)), flush=True)
-    except ConfigError as error:
-        trouble: Sequence[object] = [f"{error.source}: {fault}" for fault in error.faults]
     except Error as error:
         trouble = str(error).split("\n")
     except KeyboardInterrupt:
@@ -141,7 +139,8 @@ def _ask(daemon: Operated, args: argparse.Namespace, request: Json) -> Json:
 def _judge(daemon: Operated, args: argparse.Namespace, request: Json) -> Json:
     path: str | None = args.file or args.f
     if path is None and not Path(daemon.config).exists():
-        config = configuration.structure(Config, {}, daemon.config)
+        print(f"usocksd explain: there is no {daemon.config}: judged by the defaults", file=sys.stderr)
+        config = configuration.parse(Config, "", daemon.config)
     else:
         config = configuration.load(Config, path or daemon.config)
     # Not for the command lines of other verbs: trio and what it needs take a tenth of a second to load.
@@ -219,7 +218,8 @@ def _headline(answer: Json) -> str:
     text = f"{who} to {join_port(answer['host'], answer['port'])}: {answer['verdict']}"
     if answer["rule"] is not None:
         by = "" if answer["verdict"] != "unreachable" else ", allowed"
-        text += f"{by} by {answer['rule']}"
+        line = next((step["line"] for step in _all_steps(answer) if step["rule"] == answer["rule"]), None)
+        text += f"{by} by {_named(answer['rule'], line)}"
     if answer["error"] is not None:
         text += f": {answer['error']}"
     source = next((each["sources"][0] for each in answer["addresses"] if each["sources"]), None)
@@ -228,12 +228,23 @@ def _headline(answer: Json) -> str:
     return text
 
 
+def _all_steps(answer: Json) -> Iterator[Json]:
+    yield from answer["steps"]
+    for each in answer["addresses"]:
+        yield from each["steps"]
+
+
+def _named(rule: str, line: int | None) -> str:
+    """A rule, and where it is in the configuration."""
+    return rule if line is None else f"{rule} (line {line})"
+
+
 def _steps(steps: Sequence[Json], *, allowed: bool, verbose: bool, indent: str = "  ") -> Iterator[str]:
     """The rules that did not match, then the one that did, and whether it `allowed` the request."""
     *others, last = steps
     if verbose or len(others) <= _FEW_STEPS:
         for step in others:
-            yield visible(f"{indent}{step['rule']}: does not match, {step['why']}")
+            yield visible(f"{indent}{_named(step['rule'], step['line'])}: does not match, {step['why']}")
     else:
         groups: dict[str, list[str]] = {}
         for step in others:
@@ -252,7 +263,9 @@ def _steps(steps: Sequence[Json], *, allowed: bool, verbose: bool, indent: str =
                 break_on_hyphens=False,
                 break_long_words=False,
             )
-    yield visible(f"{indent}{last['rule']}: {'allows' if allowed else 'denies'} it, {last['why']}")
+    yield visible(
+        f"{indent}{_named(last['rule'], last['line'])}: {'allows' if allowed else 'denies'} it, {last['why']}"
+    )
 
 
 def _width() -> int:
@@ -262,8 +275,8 @@ def _width() -> int:
 def _verdict(each: Json, *, verbose: bool) -> str:
     """The verdict on a resolved address."""
     if not each["allowed"]:
-        return f"denied by {each['rule']}: {each['steps'][-1]['why']}"
-    text = f"allowed by {each['rule']}, pool {each['pool']}"
+        return f"denied by {_named(each['rule'], each['steps'][-1]['line'])}: {each['steps'][-1]['why']}"
+    text = f"allowed by {_named(each['rule'], each['steps'][-1]['line'])}, pool {each['pool']}"
     if each["error"] is not None:
         return f"{text}, but {each['error']}"
     first, *others = each["sources"]

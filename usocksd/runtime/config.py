@@ -40,6 +40,7 @@ from cattrs.errors import AttributeValidationNote, IterableValidationNote
 from cattrs.gen import make_dict_structure_fn, override
 
 from usocksd.errors import ConfigError, Fault
+from usocksd.runtime.locate import Lines
 from usocksd.runtime.named_files import read_file
 
 T = TypeVar("T")
@@ -48,6 +49,8 @@ KEY: Final = "key"
 """In the metadata of a field: the key that stands for it in the file, where that is no name in Python ("from")."""
 
 _loading: ContextVar[Loading] = ContextVar("loading")
+
+_NOWHERE: Final = Lines("")
 
 _SHOWN_MAX = 80  # characters of a value that a fault shows
 
@@ -119,6 +122,19 @@ class Loading:
     """other files, as far as they have been made out: those that are named twice are so once"""
     read: Callable[[Path], bytes]
     """how they are read: as named_files.read_file"""
+    lines: Lines
+
+
+def _lines() -> Lines:
+    load = _loading.get(None)
+    return _NOWHERE if load is None else load.lines
+
+
+@attrs.frozen(kw_only=True)
+class Located:
+    """The base of a configuration: it knows where in its text the keys are."""
+
+    lines: Lines = attrs.field(init=False, eq=False, repr=False, factory=_lines)
 
 
 def loading() -> Loading:
@@ -161,16 +177,18 @@ def parse(cls: type[T], text: str, source: str, read: Callable[[Path], bytes] = 
         faults = [Fault("file", "", "can't be read: a number or a nesting without measure")]
     if faults:
         raise ConfigError(source, faults)
-    return structure(cls, table, source, read)
+    return structure(cls, table, source, read, Lines(text, source))
 
 
-def structure(cls: type[T], table: object, source: str, read: Callable[[Path], bytes] = read_file) -> T:
+def structure(
+    cls: type[T], table: object, source: str, read: Callable[[Path], bytes] = read_file, lines: Lines = _NOWHERE
+) -> T:
     """What `tomllib` has made of the text of the file `source`, as a `cls`. Raises ConfigError."""
-    token = _loading.set(Loading(Path(source).parent, {}, read))
+    token = _loading.set(Loading(Path(source).parent, {}, read, lines))
     try:
         return _converter.structure(table, cls)
     except (BaseValidationError, Invalid) as exc:
-        faults = list(_faults(exc, ""))
+        faults = lines.locate(_faults(exc, ""))
     finally:
         _loading.reset(token)
     raise ConfigError(source, faults)
@@ -361,7 +379,7 @@ def _faults(exc: BaseException, path: str) -> Iterator[Fault]:
         case Invalid():
             yield Fault(_join(path, exc.at), exc.shown or "", exc.expected)
         case ForbiddenExtraKeysError():
-            known = [_key(field) for field in attrs.fields(exc.cl)]
+            known = [_key(field) for field in attrs.fields(exc.cl) if field.init]
             for key in sorted(exc.extra_fields):
                 yield Fault(_join(path, _quoted(key)), "", _unknown(key, known))
         case ClassValidationError() | IterableValidationError():

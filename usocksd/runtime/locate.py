@@ -8,6 +8,11 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import cached_property
+
+from usocksd.errors import Fault
 
 _PART = r"""(?:[\w-]+|"[^"\n]*"|'[^'\n]*')"""
 _KEYS = rf"{_PART}(?:[ \t]*\.[ \t]*{_PART})*"
@@ -17,18 +22,25 @@ _PATH = re.compile(r"(.*?)(?:\[(\d+)\])?", re.DOTALL)
 
 
 class Lines:
-    """The lines of one text."""
+    """The lines of one text; `source` is the file that it is from."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, source: str = "") -> None:
+        self.source = source
         self._text = text
-        self._newlines = [match.start() for match in re.finditer("\n", text)]
-        self._ends: dict[str, int] = {}
-        """where each key's "=" and each table's "]" is, by key path"""
         self._items: dict[str, list[int]] = {}
+
+    @cached_property
+    def _newlines(self) -> list[int]:
+        return [match.start() for match in re.finditer("\n", self._text)]
+
+    @cached_property
+    def _ends(self) -> dict[str, int]:
+        """Where each key's "=" and each table's "]" is, by key path."""
+        ends: dict[str, int] = {}
         # How many tables each array has so far; a key path through one means its last.
         numbers: dict[str, int] = {}
         table = ""
-        for place in _PLACE.finditer(text):
+        for place in _PLACE.finditer(self._text):
             if place["table"] is None:
                 path = f"{table}.{_plain(place['key'])}" if table else _plain(place["key"])
             else:
@@ -36,9 +48,10 @@ class Lines:
                 if place["open"] == "[[":
                     numbers[path] = numbers.get(path, -1) + 1
                 path = table = _numbered(path, numbers)
-            self._ends.setdefault(path, place.end())
+            ends.setdefault(path, place.end())
             while path := _outer(path):  # which may be there in no other way: [table.inner]
-                self._ends.setdefault(path, place.end())
+                ends.setdefault(path, place.end())
+        return ends
 
     def line_of(self, path: str) -> int:
         """The line, from 1, of the value with this key path ("outgoing.deny_sites[2]") as `Fault` has it.
@@ -55,6 +68,13 @@ class Lines:
             items = self._items_of(key)
             at = items[int(index)] if int(index) < len(items) else at
         return bisect_left(self._newlines, at) + 1
+
+    def locate(self, faults: Iterable[Fault]) -> list[Fault]:
+        """These with the lines of their keys. (Of what is no key, as in syntax errors, the path says the line.)"""
+        return [
+            fault if fault.path.startswith("line ") else replace(fault, line=self.line_of(fault.path))
+            for fault in faults
+        ]
 
     def _items_of(self, key: str) -> list[int]:
         """Where the items of the list with this key are."""

@@ -178,9 +178,10 @@ def _socket_path(value: str) -> str | None:
 
 
 def _readable_file(value: str) -> Path:
-    path = Path(value)
+    load = loading()
+    path = load.folder / value
     try:
-        loading().read(path)
+        load.read(path)
     except NotRegular:
         raise Invalid("expected a regular file") from None
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: NUL in the path

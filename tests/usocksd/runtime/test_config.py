@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from usocksd.errors import ConfigError
+from usocksd.errors import ConfigError, Fault
 from usocksd.runtime.config import KEY, Distinct, Invalid, SecretStr, load, loading, parse, show, structure
 from usocksd.runtime.settings import (
     DnsConfig,
@@ -317,6 +317,12 @@ def test_load_reads_a_file(tmp_path: Path) -> None:
     assert load(Outer, str(path)).mark == 7
 
 
+def test_rules_are_named_as_records_name_them() -> None:
+    assert str(Fault("rule[0].to[1]", '"x"', "expected another")) == 'rule 1: to[1]: "x": expected another'
+    assert str(Fault("route[9]", "", "expected another")) == "route 10: expected another"
+    assert str(Fault("outgoing.rule[0]", "", "expected another")) == "outgoing.rule[0]: expected another"
+
+
 def test_load_names_the_file_in_each_fault(tmp_path: Path) -> None:
     path = tmp_path / "test.toml"
     path.write_text("mark = -1\ndrain = -1\n")
@@ -324,8 +330,7 @@ def test_load_names_the_file_in_each_fault(tmp_path: Path) -> None:
         load(Outer, path)
     assert caught.value.source == str(path)
     lines = str(caught.value).splitlines()
-    assert len(lines) == 2
-    assert all(line.startswith(f"{path}: ") for line in lines)
+    assert [line.partition(": ")[0] for line in lines] == [f"{path}:1", f"{path}:2"]
 
 
 def test_load_of_a_missing_file_and_of_a_directory(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from transocks.tools import Capability, lacking
-from usocksd.errors import ConfigError, Error
+from usocksd.errors import Error
 from usocksd.runtime.verbs.client import visible
 
 FAILED = 1
@@ -95,9 +95,6 @@ def _add(
             if missing := lacking(*needs):
                 raise Error(f"needs {missing}: run it as root, with sudo for example")
             return verb(args)
-        except ConfigError as error:
-            for fault in error.faults:
-                say(f"{error.source}: {fault}")
         except Error as error:
             for line in str(error).splitlines():
                 say(line)

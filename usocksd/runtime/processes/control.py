@@ -190,7 +190,7 @@ async def _answer(handlers: Handlers, line: bytes | None, pid: int, uid: int) ->
     try:
         return _encode({"ok": True, **await handler(request)})
     except ConfigError as error:
-        return _refusal(f"bad configuration {error.source}", faults=[str(fault) for fault in error.faults])
+        return _refusal(f"bad configuration {error.source}", faults=[fault.at(error.source) for fault in error.faults])
     except Error as error:
         return _refusal(str(error))
     except Exception:

@@ -30,7 +30,8 @@ def complain(level: int, message: str, error: Error) -> None:
     """A record for each fault of a configuration, or for what else is in the way."""
     if isinstance(error, ConfigError):
         for fault in error.faults:
-            log.log(level, "bad configuration", extra={"fields": {"file": error.source, "error": str(fault)}})
+            place: dict[str, object] = {"file": error.source} | ({} if fault.line is None else {"line": fault.line})
+            log.log(level, "bad configuration", extra={"fields": {**place, "error": str(fault)}})
     else:
         log.log(level, message, extra={"fields": {"error": str(error)}})
 

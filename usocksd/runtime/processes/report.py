@@ -11,7 +11,7 @@ from typing import Any
 import trio
 
 from usocksd import __version__
-from usocksd.errors import ConfigError, Error
+from usocksd.errors import Error
 from usocksd.runtime.metrics import Metrics, Snapshot, total
 from usocksd.runtime.processes.crew import Crew
 from usocksd.runtime.processes.generation import Generation
@@ -64,7 +64,7 @@ class Report:
 
     def reloaded(self, error: Error | None) -> None:
         """A reload is over."""
-        faults = [str(fault) for fault in error.faults] if isinstance(error, ConfigError) else [str(error)]
+        faults = str(error).split("\n")
         self.last_reload = {"at": _text(time.time()), "ok": error is None, "faults": faults if error else []}
         self._reloads.labels("failed" if error else "ok").value += 1
         self._last_ok.value = 0 if error else 1

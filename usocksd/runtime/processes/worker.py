@@ -145,7 +145,7 @@ async def _answer_faults(channel: Channel, error: Error) -> None:
     faults: tuple[Fault, ...] = (Fault("", "", str(error)),)
     if isinstance(error, ConfigError):
         source, faults = error.source, error.faults
-    rows = [[fault.path, fault.value, fault.expected] for fault in faults]
+    rows = [[fault.path, fault.value, fault.expected, fault.line] for fault in faults]
     with contextlib.suppress(OSError):
         await channel.send({"type": "faults", "source": source, "faults": rows})
 

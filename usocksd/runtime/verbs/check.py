@@ -22,7 +22,6 @@ from usocksd.runtime import config as configuration
 from usocksd.runtime.common import Common
 from usocksd.runtime.hostport import join_port
 from usocksd.runtime.lint import Host, connections_of_descriptors
-from usocksd.runtime.locate import Lines
 from usocksd.runtime.verbs.client import visible
 from usocksd.runtime.words import counted
 
@@ -115,14 +114,15 @@ def _run(daemon: Checked[Any], args: argparse.Namespace) -> int:
     settings: dict[str, object] | None = None
     try:
         if path is None and not daemon.required and not Path(file).exists():
-            config, source = configuration.structure(daemon.config, {}, file), None
+            config, source = configuration.parse(daemon.config, "", file), None
+            warnings = [Finding(file, 1, None, "file", "", "there is none, so the defaults are judged")]
         else:
             config, source = configuration.load(daemon.config, file), file
         examined = daemon.examine(config, source)
     except ConfigError as error:
         faults = _findings(error.source, error.faults)
     else:
-        warnings = _findings(file, examined.warnings)
+        warnings += _findings(file, examined.warnings)
         if examined.error is None:
             settings = effective(examined.common)
         else:
@@ -141,20 +141,15 @@ def _run(daemon: Checked[Any], args: argparse.Namespace) -> int:
 
 
 def _findings(file: str, faults: Iterable[Fault]) -> list[Finding]:
-    try:
-        text = Path(file).read_text("utf-8-sig", "replace")
-    except OSError:  # which is a fault of its own, or there is none and all is default
-        text = ""
-    lines = Lines(text)
-    return sorted((_locate(fault, file, lines) for fault in faults), key=lambda finding: finding.line)
+    return sorted((_locate(fault, file) for fault in faults), key=lambda finding: finding.line)
 
 
-def _locate(fault: Fault, file: str, lines: Lines) -> Finding:
+def _locate(fault: Fault, file: str) -> Finding:
     """Syntax errors, and those of files that are not TOML, bring their place along instead of a key."""
     if match := re.fullmatch(r"line (\d+)(?:, column (\d+))?", fault.path):
         column = None if match[2] is None else int(match[2])
         return Finding(file, int(match[1]), column, "", fault.value, fault.expected)
-    return Finding(file, lines.line_of(fault.path), None, fault.path, fault.value, fault.expected)
+    return Finding(file, fault.line or 1, None, fault.key, fault.value, fault.expected)
 
 
 def effective(common: Common) -> dict[str, object]:

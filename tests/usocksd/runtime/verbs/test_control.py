@@ -155,7 +155,7 @@ async def test_every_fault_of_a_configuration(path: str) -> None:
         assert await ask(path, b'{"verb": "faults"}\n') == {
             "ok": False,
             "error": "bad configuration a.toml",
-            "faults": ["port: 0: expected more", "file: expected one"],
+            "faults": ["a.toml: port: 0: expected more", "a.toml: file: expected one"],
         }
 
 

@@ -140,12 +140,15 @@ def test_reload_with_faults(bench: Bench) -> None:
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr.splitlines() == [
         "usocksd reload: bad configuration /etc/usocksd.toml",
-        "usocksd reload: port: 70000: expected less",
-        r"usocksd reload: port: \x1b[31m: expected less",
+        "usocksd reload: /etc/usocksd.toml: port: 70000: expected less",
+        r"usocksd reload: /etc/usocksd.toml: port: \x1b[31m: expected less",
     ]
     result = bench.run("reload", "--json")
     assert result.returncode == 1
-    assert json.loads(result.stdout)["faults"] == ["port: 70000: expected less", "port: \x1b[31m: expected less"]
+    assert json.loads(result.stdout)["faults"] == [
+        "/etc/usocksd.toml: port: 70000: expected less",
+        "/etc/usocksd.toml: port: \x1b[31m: expected less",
+    ]
 
 
 def test_drain(bench: Bench) -> None:

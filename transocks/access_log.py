@@ -16,6 +16,7 @@ from usocksd.runtime.dial import Target
 from usocksd.runtime.endpoint import Endpoint
 from usocksd.runtime.log import Log
 from usocksd.runtime.metrics import Metrics
+from usocksd.socks import Reply, RequestRefused
 
 _KEYS = (
     "request_id",
@@ -43,6 +44,8 @@ _NO_UPSTREAM = "unknown"
 _NOT_REDIRECTED, _LOOP, _GONE = "not_redirected", "loop", "client_gone"
 _REJECTED = "rejected"
 _UNVERIFIED = "unverified"
+# What says that the proxy's rules deny it, of SOCKS5 and HTTP: nothing is wrong.
+_DENIED = frozenset({Reply.NOT_ALLOWED, 403})
 _GRANTED, _REFUSED, _UNREACHABLE = "granted", "upstream_refused", "upstream_unreachable"
 
 
@@ -168,6 +171,8 @@ class Access(Connection):
                 self._records.not_connected(error)
                 message = "failed to connect to proxy server"
                 status = _REFUSED if isinstance(error, UpstreamError) else _UNREACHABLE
+                if isinstance(error, RequestRefused) and error.reply in _DENIED:
+                    level = logging.WARNING
         self._count(status)
         self._event(level, message, error=str(error))
 

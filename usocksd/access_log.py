@@ -239,13 +239,13 @@ class Access(Connection):
             case Denied():
                 self.rule, self.pool = error.rule, None
                 self._records.denied.labels(error.rule).value += 1
-                message = "ruleset mismatch"
+                level, message = logging.WARNING, "ruleset mismatch"
             case CommandNotSupported():
-                message = "command not supported"
+                level, message = logging.WARNING, "command not supported"
             case _:
                 self._records.not_connected(error)
-                message = "dial to destination failed"
-        self._event(logging.ERROR, message, **self._resolved(), error=str(error))
+                level, message = logging.ERROR, "dial to destination failed"
+        self._event(level, message, **self._resolved(), error=str(error))
 
     def _count(self, version: Version | None, status: str) -> None:
         self._records.connections[version, status].value += 1

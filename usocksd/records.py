@@ -5,13 +5,14 @@ The other side is access_log.py; docs/explain.md says what `usocksd diff` goes b
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 from typing import Any
 
 from attrs import frozen
 
+from usocksd.log_lines import read_fields
 from usocksd.match import numeric_address
 
 
@@ -54,21 +55,24 @@ class Skipped(Enum):
     NO_REQUEST = "no_request"
     """an access record of a connection that came to no request"""
     UNREADABLE = "unreadable"
-    """not a record in JSON"""
+    """not a record"""
+
+
+# As JSON, logfmt and plain have it.
+_ENDS = (b'"message":"proxy ends', b' message="proxy ends', b' info: "proxy ends')
+_CANDIDATE = re.compile(r"(?:^| )([0-9a-f.:]+(?:%\S+)?) (?:allowed|denied) ")
 
 
 def read_record(line: bytes) -> Record | Skipped:
     """What a line of the log says about a request. The first record of each connection counts."""
     # Half of a busy log: not worth parsing. (Inside of a string the quotes would be escaped.)
-    if b'"message":"proxy ends' in line:
+    if any(mark in line for mark in _ENDS):
         return Skipped.OTHER
     if not line.strip():
         return Skipped.OTHER
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return Skipped.UNREADABLE
-    if not isinstance(record, dict):
+        record = read_fields(line)
+    except ValueError:
         return Skipped.UNREADABLE
     if record.get("type") != "access" or "client_addr" not in record:
         return Skipped.OTHER
@@ -97,15 +101,26 @@ def _parse(record: Mapping[str, Any]) -> Record | Skipped:
     allowed = message != "ruleset mismatch"
     candidates: tuple[str, ...] | None
     if (found := record.get("candidates")) is not None:
-        if not isinstance(found, list):
-            raise ValueError("not a list")
-        candidates = tuple(_address(_text(each).partition(" ")[0]) for each in found)
+        candidates = tuple(_candidates(found))
     elif dialled is not None:
         candidates = (dialled,)  # by a version that did not record the others
     else:
         candidates = () if allowed else None
     name = None if record.get("dest_name") is None else _text(record["dest_name"])
     return Record(at, Asked(client, user, host, port, name, candidates, dialled, peer, own), allowed)
+
+
+def _candidates(found: object) -> Iterator[str]:
+    """The addresses in ["ADDRESS VERDICT RULE", ...], or in plain: "[ADDRESS VERDICT RULE ADDRESS ...]".
+
+    (Rules have any name. One that is made like the next of the list is the admin's.)
+    """
+    if isinstance(found, str) and found.startswith("[") and found.endswith("]"):
+        found = [f"{match[1]} " for match in _CANDIDATE.finditer(found[1:-1])]
+    if not isinstance(found, list):
+        raise ValueError("not a list")
+    for each in found:
+        yield _address(_text(each).partition(" ")[0])
 
 
 def _host_of(address: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from usocksd.policy import Policy
 from usocksd.records import Asked, Record, Skipped, lines_of, read_record
 from usocksd.replay import Change, Replay
 from usocksd.runtime import config as configuration
+from usocksd.runtime.formats import FORMATS, Severity
 
 AT = "2026-11-23T09:47:58.777489Z"
 
@@ -52,6 +54,18 @@ def line(message: str = "proxy starts", **fields: Any) -> bytes:
     return json.dumps({k: v for k, v in (record | fields).items() if v is not ...}, separators=(",", ":")).encode()
 
 
+def lines(message: str = "proxy starts", **fields: Any) -> dict[str, bytes]:
+    """The same record in each format, as the daemon writes it."""
+    record = json.loads(line(message, **fields))
+    for key in ("topic", "logged_at", "severity", "utsname", "message"):
+        del record[key]
+    moment = datetime.fromisoformat(AT).timestamp()
+    return {
+        name: FORMATS[name]("usocksd", "vm").format(moment, Severity.INFO, message, record)
+        for name in ("plain", "logfmt", "json")
+    }
+
+
 def asked(
     host: str | None = "www.example.com", candidates: Sequence[str] | None = ("203.0.113.5",), **more: Any
 ) -> Asked:
@@ -60,6 +74,46 @@ def asked(
 
 
 # ---- records
+
+
+TROUBLE = 'a "b" [203.0.113.9 x=1\\ \n\u2028 {}] \x07=\x1b'
+RECORDS: list[tuple[str, dict[str, Any]]] = [
+    ("proxy starts", {}),
+    ("proxy starts", {"user": TROUBLE, "rule": TROUBLE, "dest_host": TROUBLE, "dest_name": "www.example.com"}),
+    ("proxy starts", {"candidates": [], "dest_addr": None}),
+    ("proxy starts", {"candidates": ...}),
+    ("proxy starts", {"peer_addr": "[2001:db8::1]:4000", "client_addr": "[2001:db8::2]:4000", "dest_port": 65535}),
+    (
+        "ruleset mismatch",
+        {"candidates": ["203.0.113.5 denied rule 1", '2001:db8::5 denied deny_sites "2001:db8::/32"']},
+    ),
+    ("dial to destination failed", {"dest_addr": ..., "candidates": ["203.0.113.5 allowed default"]}),
+    ("denied access", {"dest_host": ..., "error": "not in allow_from"}),
+    ("proxy ends", {"elapsed": 0.002208, "reason": "closed"}),
+    ("proxy ends with an error", {}),
+    ("handshake failed", {"dest_host": ..., "tried_user": 'info: "proxy ends'}),
+    ("addresses of this host changed", {"type": ..., "client_addr": ..., "added": ["203.0.113.5"], "removed": []}),
+]
+
+
+@pytest.mark.parametrize(("message", "fields"), RECORDS)
+def test_every_format_is_read_alike(message: str, fields: dict[str, Any]) -> None:
+    read = {name: read_record(text) for name, text in lines(message, **fields).items()}
+    assert read["json"] is not Skipped.UNREADABLE
+    assert read["plain"] == read["logfmt"] == read["json"]
+
+
+@given(st.text(), st.text())
+def test_what_clients_chose_is_read_back_from_every_format(user: str, host: str) -> None:
+    read = [read_record(text) for text in lines(user=user, dest_host=host).values()]
+    assert isinstance(read[2], Record)
+    assert read[0] == read[1] == read[2]
+
+
+@given(st.binary())
+def test_any_line_is_read(line: bytes) -> None:
+    for before in (b"", b"topic=", b"2026-11-23T09:47:58.777489Z vm usocksd info: "):
+        read_record(before + line)
 
 
 def test_what_a_record_says() -> None:
@@ -119,7 +173,9 @@ def test_a_client_that_was_not_admitted() -> None:
         (b"\n", Skipped.OTHER),
         (line("handshake failed", dest_host=..., dest_port=...), Skipped.NO_REQUEST),
         (line("command not supported"), Skipped.NO_REQUEST),
-        (b"topic=usocksd type=access message=x", Skipped.UNREADABLE),
+        (b"topic=usocksd type=access message=x", Skipped.OTHER),
+        (b"topic=usocksd type=access message=x y", Skipped.UNREADABLE),
+        (b"Nov 23 09:47:58 vm usocksd[4711]: from a journal", Skipped.UNREADABLE),
         (b"[1, 2]", Skipped.UNREADABLE),
         (b"[" * 100_000, Skipped.UNREADABLE),
         (line(client_addr="nobody:1"), Skipped.UNREADABLE),

@@ -215,7 +215,7 @@ def test_denied_by_rule(server: Daemon, dns: NameServer, destination: Served) ->
             assert (reply, bound, bound_port) == (2, "0.0.0.0", 0), host
             assert ends(client)
             record = server.record("ruleset mismatch", client_addr=name_of(client))
-            assert (record["rule"], record["severity"], record["dest_host"]) == (rule, "error", host)
+            assert (record["rule"], record["severity"], record["dest_host"]) == (rule, "warning", host)
             assert record["error"] == f"denied by {rule}"
     # What the rules deny by name is never asked for.
     assert not {"forbidden.test", "www.example.com"} & set(dns.asked)

@@ -10,6 +10,7 @@ import json
 import lzma
 import os
 import re
+import shlex
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
@@ -29,7 +30,7 @@ from usocksd.runtime.words import counted
 _SAME, _DIFFERENT, _TROUBLE, _INTERRUPTED = 0, 1, 2, 130
 
 _DESCRIPTION = """\
-Tell which of the connections in an access log (in JSON) would be decided differently if OLD were replaced by NEW:
+Tell which of the connections in an access log would be decided differently if OLD were replaced by NEW:
 denied or allowed, sent out through another pool, or able to reach other addresses of their name; by rule, with an
 example of each. Denied connections are among them. What the log can't tell is unknown, and counted as that.
 
@@ -66,7 +67,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="FILE",
         nargs="+",
         action="extend",
-        help="access logs in JSON, also .gz, .bz2 and .xz; - is standard input (default: [log] filename of OLD)",
+        help="access logs, also .gz, .bz2 and .xz; - is standard input (default: [log] filename of OLD)",
     )
     parser.add_argument(
         "--since",
@@ -123,7 +124,10 @@ def _diff(args: argparse.Namespace) -> int:
     old, new = (configuration.load(Config, path) for path in (args.old, args.new))
     logs: list[str] = args.log or ([old.log.filename] if old.log.filename else [])
     if not logs:
-        raise Error(f"{args.old} has no [log] filename: name the access log with --log")
+        raise Error(
+            f"{args.old} has no [log] filename: name the access log with --log, or have it on standard input, as in"
+            f" journalctl -u usocksd -o cat | usocksd diff {shlex.join([args.old, args.new])} --log -"
+        )
     is_local = HostAddresses().is_local
     before, after = (make_policy(config, make_users(config), is_local) for config in (old, new))
     replay = Replay(before, after)
@@ -161,7 +165,7 @@ def _nothing(replay: Replay, since: str | None) -> str:
     if since:
         text += f" since {since}"
     if unreadable := replay.skipped[Skipped.UNREADABLE]:
-        text += f'; {unreadable} lines are not in JSON: it takes a log that was written with format = "json" in [log]'
+        text += f"; {counted(unreadable, 'line is', 'lines are')} no records of usocksd (of a journal, take -o cat)"
     return text
 
 

@@ -59,8 +59,29 @@ def test_json() -> None:
     )
 
 
+def test_what_is_none_is_left_out_where_people_read() -> None:
+    fields = {"a": None, "b": 2, "c": None}
+    for formatter, text in (
+        (Plain, '2001-12-03T13:45:01.123456Z localhost tag info: "m" b=2 d="x"'),
+        (
+            Logfmt,
+            'topic=tag logged_at=2001-12-03T13:45:01.123456Z severity=info utsname=localhost message="m" b=2 d="x"',
+        ),
+        (
+            JSON,
+            '{"topic":"tag","logged_at":"2001-12-03T13:45:01.123456Z","severity":"info","utsname":"localhost",'
+            '"message":"m","a":null,"b":2,"c":null,"d":"x","e":null}',
+        ),
+    ):
+        template = formatter("tag", "localhost").template(Severity.INFO, "m", fields, ("d", "e"))
+        assert template.render(NOW, ("x", None)).decode() == text + "\n"
+        assert (
+            formatter("tag", "localhost").format(NOW, Severity.INFO, "m", fields | {"d": "x", "e": None})
+            == (text + "\n").encode()
+        )
+
+
 VALUES = [
-    (None, "null", "null", "null"),
     (True, "true", "true", "true"),
     (False, "false", "false", "false"),
     (-12345, "-12345", "-12345", "-12345"),

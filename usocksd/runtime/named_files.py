@@ -68,6 +68,10 @@ class NamedFiles:
         """What was passed on."""
         return cls(fds[0] if fds else None, {path: (start, size) for path, (start, size) in places.items()})
 
+    def copy(self) -> NamedFiles:
+        """The same, to be closed by itself."""
+        return NamedFiles(None if self.fd is None else os.dup(self.fd), dict(self.places))
+
     def close(self) -> None:
         """Let go of the memory. A second time does nothing."""
         if self.fd is not None:

@@ -85,9 +85,15 @@ class Crew:
     # A generation comes, and its predecessors go
 
     async def prepare(
-        self, number: int, text: str, source: str, log_order: Callable[[LogConfig], dict[str, str | None]]
+        self,
+        number: int,
+        text: str,
+        source: str,
+        log_order: Callable[[LogConfig], dict[str, str | None]],
+        kept: NamedFiles | None = None,
     ) -> Candidate:
-        """Start the workers of a new configuration; returns when all are ready. None has accepted anything yet.
+        """Start the workers of a new configuration; returns when all are ready. None has accepted anything yet. Files
+        that are `kept` are not read again.
 
         Raises ConfigError with every fault, or Error; then nothing has changed.
         """
@@ -99,7 +105,7 @@ class Crew:
                 while self.emptying:
                     await self.changed.wait()
                 workers.append(self._start(number, 0))
-                plan, said, files = await workers[0].plan(text, source)
+                plan, said, files = await workers[0].plan(text, source, kept)
                 if len(plan.listen) > _MOST_ADDRESSES:
                     raise Error(f"too many listening addresses: {len(plan.listen)}, expected at most {_MOST_ADDRESSES}")
                 generation = Generation(number, text, source, plan, said, log_order(plan.log), time.time(), files)

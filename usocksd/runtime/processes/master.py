@@ -49,6 +49,9 @@ _VERB_WITHIN = 60.0
 _ANSWERED_AFTER = 0.5
 _HEARD_AFTER = 0.05
 
+MOST_SECONDS = 86400
+"""A trial takes a day at most."""
+
 _SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD}
 
 
@@ -130,6 +133,7 @@ class Master:
             "status": lambda _: self._report.status(),
             "connections": lambda _: self._report.connections(),
             "reload": self._on_reload,
+            "confirm": self._on_confirm,
             "drain": self._on_drain,
             "log-level": self._on_log_level,
         }
@@ -233,10 +237,18 @@ class Master:
                 return dict(row["answer"])
         raise Error("no worker serves")
 
-    async def _on_reload(self, _: dict[str, Any]) -> dict[str, Any]:
-        await self._reloads.ask_and_wait()
-        assert self._crew.generation is not None
-        return {"generation": self._crew.generation.number}
+    async def _on_reload(self, request: dict[str, Any]) -> dict[str, Any]:
+        seconds = request.get("confirm")
+        if seconds is not None and (type(seconds) is not int or not 1 <= seconds <= MOST_SECONDS):
+            raise Error(f"confirm: expected seconds, an integer from 1 to {MOST_SECONDS}")
+        await self._reloads.ask_and_wait(seconds)
+        generation, trial = self._crew.generation, self._report.trial
+        assert generation is not None
+        left = None if trial is None else trial.left
+        return {"generation": generation.number, "confirm_within": left, "warnings": list(generation.plan.warnings)}
+
+    async def _on_confirm(self, _: dict[str, Any]) -> dict[str, Any]:
+        return {"confirmed": self._reloads.confirm()}
 
     async def _on_drain(self, _: dict[str, Any]) -> dict[str, Any]:
         if not self._report.draining:  # a second time does not mean "at once", as it does for signals

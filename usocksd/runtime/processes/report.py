@@ -17,6 +17,7 @@ from usocksd.runtime.processes.crew import Crew
 from usocksd.runtime.processes.generation import Generation
 from usocksd.runtime.processes.invocation import MasterLog
 from usocksd.runtime.processes.slots import Slots, place_names
+from usocksd.runtime.processes.trial import Trial
 from usocksd.runtime.processes.worker_process import State, WorkerProcess
 from usocksd.runtime.words import counted
 
@@ -40,6 +41,8 @@ class Report:
         """The daemon stops."""
         self.reloading = False
         self.last_reload: dict[str, Any] | None = None
+        self.trial: Trial | None = None
+        """What is in force is on trial."""
         self.metrics_address: str | None = None
         self._log = log
         self._crew = crew
@@ -126,6 +129,7 @@ class Report:
                 "generation": generation.number,
                 "since": _text(generation.since),
                 "last_reload": self.last_reload,
+                "confirm_within": None if self.trial is None else self.trial.left,
             },
             "listening": place_names(self._slots),
             "metrics": self.metrics_address,

@@ -142,13 +142,14 @@ class WorkerProcess:
         snapshot: Snapshot = self.alive.get("metrics", {})
         return snapshot
 
-    async def plan(self, text: str, source: str) -> tuple[Plan, dict[str, Any], NamedFiles]:
+    async def plan(self, text: str, source: str, kept: NamedFiles | None) -> tuple[Plan, dict[str, Any], NamedFiles]:
         """Have it read a configuration, and say what is in it: as the master knows it, and as the worker has said it;
-        and the files that it names, which are the caller's to close.
+        and the files that it names, which are the caller's to close. Those that are `kept` are not read again.
 
         Raises ConfigError with every fault, WorkerEnded, or Error when a newer version says what this can't make out.
         """
-        await self._order({"type": "configure", "text": text, "source": source, "plan": True})
+        order = {"type": "configure", "text": text, "source": source, "plan": True}
+        await self._order(order | ({"files": kept.places} if kept else {}), kept.fds if kept else ())
         answer, fds = await self._expect("plan")
         values, files = answer["plan"], NamedFiles.received(answer.get("files", {}), fds)
         try:

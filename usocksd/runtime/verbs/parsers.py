@@ -10,6 +10,8 @@ from usocksd.runtime.log import LEVELS
 from usocksd.runtime.verbs import selection
 from usocksd.runtime.verbs.client import Operated, run_verb
 
+_DAY = 86400
+
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
@@ -39,14 +41,27 @@ def add_parsers(subparsers: Subparsers, daemon: Operated) -> None:
         metavar="SECONDS",
         help="show them again every SECONDS (2), until Ctrl-C; rates are over that time",
     )
-    _add(
+    reload = _add(
         subparsers,
         daemon,
         "reload",
         help="read the configuration again",
         description="Read the configuration again, as SIGHUP does, and wait until the new one serves; connections"
-        " that there are go on. If it is bad, say all that is wrong: the daemon goes on with the old one. Exit"
-        " status: 0 if the new configuration serves, else 1.",
+        " that there are go on. If it is bad, say all that is wrong: the daemon goes on with the old one. What it warns"
+        " of is said too. Exit status: 0 if the new configuration serves, else 1.",
+    )
+    reload.add_argument(
+        "--confirm",
+        metavar="SECONDS",
+        type=_parse_seconds,
+        help=f"go back to the configuration before after SECONDS, unless `{daemon.name} confirm` comes first",
+    )
+    _add(
+        subparsers,
+        daemon,
+        "confirm",
+        help="keep a configuration that is on trial",
+        description="Keep the configuration that `reload --confirm` has brought into force for a time.",
     )
     _add(
         subparsers,
@@ -65,6 +80,12 @@ def add_parsers(subparsers: Subparsers, daemon: Operated) -> None:
         " processes, until the daemon reloads or ends.",
     )
     level.add_argument("level", nargs="?", choices=list(LEVELS), metavar="LEVEL", help=", ".join(LEVELS))
+
+
+def _parse_seconds(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 0 < int(text) <= _DAY):
+        raise argparse.ArgumentTypeError(f"expected seconds, from 1 to {_DAY}, not {text!r}")
+    return int(text)
 
 
 def _add(

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Final
 
-from usocksd.runtime.verbs.client import Client, print_json
+from usocksd.runtime.verbs.client import Client, print_json, visible
 
 TIMEOUT: Final = 120.0
 """Seconds: new workers have to start, and others may reload at the same time."""
 
 
 def run(client: Client, args: argparse.Namespace) -> None:
-    """Ask, and print which generation serves now."""
-    answer = client.ask("reload", timeout=TIMEOUT)
+    """Ask, and print which generation serves now, what its configuration is warned of, and for how long it is."""
+    trial = {} if args.confirm is None else {"confirm": args.confirm}
+    answer = client.ask("reload", timeout=TIMEOUT, **trial)
     if args.json:
         print_json(answer)
-    else:
-        print(f"{client.name} has reloaded: generation {answer['generation']} serves")
+        return
+    for warning in answer.get("warnings", ()):
+        print(f"{client.name} reload: warning: {visible(warning)}", file=sys.stderr)
+    print(f"{client.name} has reloaded: generation {answer['generation']} serves")
+    if (left := answer.get("confirm_within")) is not None:
+        print(
+            f"for {left:.0f} s: then the configuration before comes back, unless `{client.name} confirm` comes first."
+            " New connections show whether all is well: open one now"
+        )

@@ -66,6 +66,8 @@ def _facts(answer: Answer) -> Iterator[tuple[str, str, bool]]:
         yield "last reload", f"{last['at']}, {'done' if last['ok'] else 'refused:'}", not last["ok"]
         for fault in last["faults"]:
             yield "", fault, True
+    if (left := config.get("confirm_within")) is not None:
+        yield "on trial", f"for {left:.0f} s more, unless `{answer['name']} confirm` comes before", True
     yield "listening", ", ".join(answer["listening"]) or "nowhere", not answer["listening"]
     yield "metrics", answer["metrics"] or "nowhere", False
     dropped = answer["log"]["dropped"]

@@ -61,7 +61,7 @@ def test_a_new_version(tmp_path: Path, installed: Path) -> None:
         opened = len(tiny.descriptors())
         control = (tmp_path / "control").stat().st_ino
         install(installed, "99.1")
-        assert tiny.ask("reload") == {"ok": True, "generation": 2}
+        assert tiny.ask("reload")["generation"] == 2
         is_now(tiny, "99.1")
         status = tiny.ask("status")
         assert (status["version"], status["pid"]) == ("99.1", tiny.pid)
@@ -166,7 +166,7 @@ def test_a_plan_that_says_more(tmp_path: Path, installed: Path) -> None:
     with Tiny(tmp_path, root=installed, patch=patch, metrics_port=free_port()).ready() as tiny:
         client = tiny.client(b"echo")
         install(installed, "99.1", plan=_MORE)
-        assert tiny.ask("reload") == {"ok": True, "generation": 2}
+        assert tiny.ask("reload")["generation"] == 2
         is_now(tiny, "99.1")
         assert tiny.ask("status")["version"] == "99.1"
         assert lives(client)

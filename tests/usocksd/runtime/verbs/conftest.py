@@ -42,7 +42,8 @@ async def main():
     async def drain(request):
         scope.cancel()
         return {}
-    handlers = {verb: handler(verb) for verb in ("status", "connections", "reload", "log-level")} | {"drain": drain}
+    verbs = ("status", "connections", "reload", "confirm", "log-level")
+    handlers = {verb: handler(verb) for verb in verbs} | {"drain": drain}
     async with trio.open_nursery() as nursery:
         with trio.CancelScope() as scope:
             await nursery.start(lambda task_status: sock.serve(handlers, task_status=task_status))

@@ -129,9 +129,33 @@ def test_status_of_egress_pools(bench: Bench) -> None:
 
 
 def test_reload(bench: Bench) -> None:
-    bench.start(reload={"generation": 4})
+    answer = {"generation": 4, "confirm_within": None, "warnings": []}
+    bench.start(reload=answer)
     assert bench.lines("reload") == ["usocksd has reloaded: generation 4 serves"]
-    assert bench.json("reload") == {"ok": True, "generation": 4}
+    assert bench.json("reload") == {"ok": True, **answer}
+
+
+def test_reload_on_trial(bench: Bench) -> None:
+    bench.start(
+        reload={"generation": 4, "confirm_within": 59.9, "warnings": ["x.toml:3: rule 1: \x1b[31m: remove it"]},
+        confirm={"confirmed": True},
+    )
+    result = bench.run("reload", "--confirm", "60")
+    assert result.stdout.splitlines() == [
+        "usocksd has reloaded: generation 4 serves",
+        "for 60 s: then the configuration before comes back, unless `usocksd confirm` comes first. New connections show"
+        " whether all is well: open one now",
+    ]
+    assert result.stderr == "usocksd reload: warning: x.toml:3: rule 1: \\x1b[31m: remove it\n"
+    assert bench.lines("confirm") == ["confirmed: the configuration stays"]
+    for wrong in ("0", "86401", "1m", "-1"):
+        assert bench.run("reload", f"--confirm={wrong}").returncode == 2
+
+
+def test_nothing_to_confirm(bench: Bench) -> None:
+    bench.start(confirm={"confirmed": False})
+    assert bench.lines("confirm") == ["nothing to confirm: the configuration is there to stay"]
+    assert bench.json("confirm") == {"ok": True, "confirmed": False}
 
 
 def test_reload_with_faults(bench: Bench) -> None:

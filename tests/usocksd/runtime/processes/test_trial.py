@@ -1,0 +1,122 @@
+"""A configuration on trial: it goes by itself, unless somebody confirms it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from daemons import wait_until
+from tiny import RELOADS, Tiny, free_port, lives
+
+NOBODY = "nobody has confirmed the configuration: the one before comes back"
+STILL = "nothing has changed: the configuration in force stays"
+
+
+def files(tiny: Tiny) -> list[str]:
+    """What the workers of each generation have found in the file that their configuration names."""
+    return [record["file"] for record in tiny.records("tiny") if "file" in record]
+
+
+def test_it_goes_by_itself(tmp_path: Path) -> None:
+    """Back to the text of before, and to the files that it names, whatever lies there now; also over a crash."""
+    named, first, second = tmp_path / "named", free_port(), free_port()
+    named.write_text("old")
+    with Tiny(tmp_path, ports=[first], file=str(named)).ready() as tiny:
+        tiny.expected.add("a worker ended")
+        client = tiny.client(b"echo", port=first)
+        named.write_text("new")
+        tiny.write(ports=[second], warning="there is something to say")
+        answer = tiny.ask("reload", confirm=2)
+        assert (answer["ok"], answer["generation"], answer["warnings"]) == (True, 2, ["there is something to say"])
+        assert 0 < answer["confirm_within"] <= 2
+        assert lives(tiny.client(b"echo", port=second))
+        named.write_text("newer")
+        (worker,) = (row["pid"] for row in tiny.rows() if row["state"] == "serving")
+        os.kill(worker, signal.SIGKILL)
+        tiny.record(NOBODY)
+        wait_until(lambda: tiny.generation() == 3, "it is back")
+        assert files(tiny)[:2] == ["old", "new"]
+        assert files(tiny)[-1] == "old"
+        status = tiny.ask("status")
+        assert status["listening"] == [f"127.0.0.1:{first}"]
+        config = status["config"]
+        assert (config["generation"], config["confirm_within"], config["last_reload"]["ok"]) == (3, None, False)
+        (fault,) = config["last_reload"]["faults"]
+        assert fault == f"{tiny.config}: not confirmed within 2 s: what was in force before it is again"
+        assert lives(client)
+        assert lives(tiny.client(b"echo", port=first))
+        assert not tiny.ask("confirm")["confirmed"]
+        # The file says what it said: that is for the admin to mend.
+        assert tiny.ask("reload")["generation"] == 4
+        assert tiny.ask("status")["listening"] == [f"127.0.0.1:{second}"]
+
+
+def test_it_stays_when_it_is_confirmed(tmp_path: Path) -> None:
+    """And is what the next trial goes back to."""
+    with Tiny(tmp_path, warning="first").ready() as tiny:
+        assert tiny.ask("confirm") == {"ok": True, "confirmed": False}
+        tiny.write(warning="second")
+        assert tiny.ask("reload", confirm=86400)["warnings"] == ["second"]
+        assert 86000 < tiny.ask("status")["config"]["confirm_within"] <= 86400
+        assert tiny.ask("confirm") == {"ok": True, "confirmed": True}
+        assert tiny.ask("status")["config"]["confirm_within"] is None
+        tiny.write(warning="third")
+        assert tiny.ask("reload", confirm=1)["warnings"] == ["third"]
+        wait_until(lambda: tiny.generation() == 4, "the second is back")
+        assert tiny.records("second")
+        assert [r["message"] for r in tiny.records() if r["message"] in ("first", "second", "third")] == [
+            "first",
+            "second",
+            "third",
+            "second",
+        ]
+
+
+def test_another_reload_is_no_confirmation(tmp_path: Path) -> None:
+    """Nor does it give more time, unless it is on trial itself; what comes back is what was before the first."""
+    with Tiny(tmp_path, warning="first").ready() as tiny:
+        tiny.write(warning="second")
+        assert tiny.ask("reload", confirm=86400)["ok"]
+        tiny.write(warning="third")
+        assert 86000 < tiny.ask("reload")["confirm_within"] <= 86400
+        tiny.write(warning="fourth")
+        assert tiny.ask("reload", confirm=1)["confirm_within"] <= 1
+        wait_until(lambda: tiny.generation() == 5, "the first is back")
+        assert [r["message"] for r in tiny.records() if r["severity"] == "warning"][-1] == "first"
+
+
+def test_a_trial_that_can_not_begin_is_none(tmp_path: Path) -> None:
+    with Tiny(tmp_path).ready() as tiny:
+        tiny.expected |= {"bad configuration", STILL}
+        for seconds in (0, -1, 86401, True, 1.5, "1"):
+            answer = tiny.ask("reload", confirm=seconds)
+            assert answer == {"ok": False, "error": "confirm: expected seconds, an integer from 1 to 86400"}
+        good = tiny.config.read_text()
+        tiny.config.write_text("ports = 1")
+        assert not tiny.ask("reload", confirm=1)["ok"]
+        assert not tiny.ask("confirm")["confirmed"]
+        tiny.config.write_text(good)
+        assert tiny.ask("reload") == {"ok": True, "generation": 2, "confirm_within": None, "warnings": []}
+
+
+def test_it_tries_again_to_come_back(tmp_path: Path) -> None:
+    with Tiny(tmp_path, patch={RELOADS + "_RETURN_AGAIN": 0.1}).ready() as tiny:
+        tiny.expected |= {"reload failed", STILL}
+        assert tiny.ask("reload", confirm=1)["ok"]
+        tiny.flag("fail-build").touch()
+        tiny.record(STILL)
+        tiny.flag("fail-build").unlink()
+        wait_until(lambda: tiny.generation() == 3, "it is back")
+        assert len(tiny.records(NOBODY)) >= 2
+
+
+@pytest.mark.parametrize("reloads", [0, 3])
+def test_a_stop_does_not_wait_for_it(tmp_path: Path, reloads: int) -> None:
+    with Tiny(tmp_path).ready() as tiny:
+        assert tiny.ask("reload", confirm=86400)["ok"]
+        for _ in range(reloads):
+            tiny.signal(signal.SIGHUP)
+        tiny.end()
+        assert tiny.records("stopping with a configuration that nobody has confirmed: the next start reads it again")

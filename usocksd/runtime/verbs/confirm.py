@@ -1,0 +1,18 @@
+"""NAME confirm: keep a configuration that is on trial."""
+
+from __future__ import annotations
+
+import argparse
+
+from usocksd.runtime.verbs.client import Client, print_json
+
+
+def run(client: Client, args: argparse.Namespace) -> None:
+    """Ask, and print whether there was something to confirm."""
+    answer = client.ask("confirm")
+    if args.json:
+        print_json(answer)
+    elif answer["confirmed"]:
+        print("confirmed: the configuration stays")
+    else:
+        print("nothing to confirm: the configuration is there to stay")

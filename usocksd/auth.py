@@ -1,8 +1,16 @@
 """Who a client is: users and passwords from an htpasswd file.
 
-bcrypt is slow on purpose. It runs in a thread of its own limiter, once per user and password in a while: a success
-is remembered for a minute, as a keyed hash with a key that never leaves the process. Equal questions at the same
-time share one check, so that a client opening fifty connections at once makes one try, not fifty.
+bcrypt is slow on purpose. It runs in threads, a few at a time, once per user and password in a while: a success is
+remembered for a minute, as a keyed hash with a key that never leaves the process. Equal questions at the same time
+share one check, so that a client opening fifty connections at once makes one try, not fifty.
+
+Whoever guesses must not keep out those who know. So checks have a line for each of these: who was right before; who
+names a user and has not been wrong often of late; who names a user; and anybody else. In each the last to come is the
+first to go on, since with more tries than there is time for, those who came first are too late anyway; they are refused
+unseen.
+
+None of this tells which users there are: every refusal takes the same time, which depends only on how many tries there
+were when the question came.
 """
 
 from __future__ import annotations
@@ -10,7 +18,10 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from enum import IntEnum
 from hashlib import blake2b
 from pathlib import Path
 from secrets import token_bytes
@@ -27,13 +38,21 @@ _logger = logging.getLogger("usocksd.auth")
 
 _BCRYPT = re.compile(r"\$2[aby]\$(0[4-9]|[12][0-9]|3[01])\$[./A-Za-z0-9]{53}")
 _LONGEST_PASSWORD = 72  # bytes that bcrypt looks at; htpasswd cuts off the rest too
-FAILURE_TAKES = 1.0
-"""Seconds, beyond the check itself."""
+# Seconds that a refusal takes: with few tries at a time, and at most.
+_FAILURE_TAKES, _FAILURE_TAKES_AT_MOST = 2.0, 8.0
+# Of these so much is kept for the check itself, as a share of the shorter one.
+_FOR_THE_CHECK = 0.5
+# What a check of cost 10 takes on a slow machine, in seconds; and a refusal takes at least so many times that.
+_COST_10 = 0.1
+_SLACK = 4
 
 _REMEMBER_FOR = 60.0
 _MOST_REMEMBERED = 10_000
 _THREADS = 2
+# So many may wait in each of the lines.
+_MOST_WAITING = 256
 _MOST_FAILURES, _WITHIN = 20, 60.0  # of one client
+_SUSPECT_AFTER = 4  # tries of one client that were wrong, or are under way
 
 
 @define(eq=False)
@@ -51,6 +70,61 @@ class _Failures:
     told: bool = False
 
 
+class Rank(IntEnum):
+    """Whose check comes first."""
+
+    WAS_RIGHT = 0
+    """This user with this password was right before."""
+    USER = 1
+    """There is this user, and the client has not been wrong often of late."""
+    SUSPECT = 2
+    """There is this user."""
+    ANYBODY = 3
+
+
+class _Line:
+    """Whose turn it is: so many at a time, the lowest rank first, and of one rank the last that came.
+
+    The last free place is not for those who may be guessing.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._free = most
+        self._waiting = {rank: deque[trio.Event](maxlen=_MOST_WAITING) for rank in Rank}
+
+    @asynccontextmanager
+    async def turn(self, rank: Rank) -> AsyncIterator[None]:
+        """Waits for one. With too many that wait, those that came first do so for ever."""
+        if self._has_place(rank):
+            self._free -= 1
+        else:
+            mine = trio.Event()
+            self._waiting[rank].append(mine)
+            try:
+                await mine.wait()
+            except trio.Cancelled:
+                if mine.is_set():
+                    self._end()
+                with suppress(ValueError):
+                    self._waiting[rank].remove(mine)
+                raise
+        try:
+            yield
+        finally:
+            self._end()
+
+    def _has_place(self, rank: Rank) -> bool:
+        return self._free > (rank >= Rank.SUSPECT)
+
+    def _end(self) -> None:
+        self._free += 1
+        for rank, waiting in self._waiting.items():
+            if waiting and self._has_place(rank):
+                self._free -= 1
+                waiting.pop().set()
+                return
+
+
 class Users:
     """The users of an htpasswd file."""
 
@@ -60,9 +134,14 @@ class Users:
         *,
         read: Callable[[Path], bytes] = read_file,
         clock: Callable[[], float] = time.monotonic,
+        failure_takes: float | None = None,
+        waits: float | None = None,
     ) -> None:
         """Takes the file, by `read`: a user, a colon and a bcrypt hash a line, as `htpasswd -B` writes it.
 
+        A refusal comes `failure_takes` seconds after the question, or later where there are many tries; by default
+        that is two seconds, more where hashes have costs beyond 12. With `waits`, a check must begin in so many
+        seconds, and not just in time for the refusal.
         Raises ConfigError with every line that is not so: other hashes can't be checked, or not safely.
         """
         self._clock = clock
@@ -76,7 +155,14 @@ class Users:
         self._remembered: dict[bytes, float] = {}
         self._checks: dict[bytes, _Check] = {}
         self._failures: dict[bytes, _Failures] = {}
-        self._limiter = trio.CapacityLimiter(_THREADS)
+        self._line = _Line(_THREADS)
+        self._check_takes = _COST_10 * 2.0 ** (max(map(int, self._costs)) - 10)
+        slow = _SLACK * self._check_takes
+        self.failure_takes = max(_FAILURE_TAKES, slow) if failure_takes is None else failure_takes
+        """Seconds; in a crowd it is more."""
+        self._waits = waits
+        self._tries = 0
+        """How many are yet to be answered."""
 
     @property
     def names(self) -> frozenset[str]:
@@ -84,23 +170,36 @@ class Users:
         return frozenset(name.decode() for name in self._hashes)
 
     async def verify(self, username: str, password: str, client: str) -> bool:
-        """Whether this is the password of this user. A wrong one takes a second longer to say so.
+        """Whether this is the password of this user. If not, it takes `failure_takes` seconds or more to say so.
 
         `client` is the numeric address of who asks; after too many failures within a minute its tries all
         fail unseen, until the minute is over. But for what was right before: who shares an address with somebody
         who does not know his password is not locked out.
         """
+        asked = trio.current_time()
         name, secret = username.encode(), password.encode()
         digest = blake2b(len(name).to_bytes(4, "big") + name + secret, key=self._key, digest_size=32).digest()
         until = self._remembered.get(digest)
         if until is not None and until > self._clock():
             return True
+        takes = self._refusal_takes()
         success = False
-        if until is not None or self._may_try(client):
-            success = await self._shared_check(digest, name, secret, client)
-        if not success:
-            await trio.sleep(FAILURE_TAKES)
+        self._tries += 1
+        try:
+            if until is not None or self._may_try(client):
+                waits = takes - self.failure_takes * _FOR_THE_CHECK if self._waits is None else self._waits
+                with trio.move_on_after(waits):
+                    success = await self._shared_check(digest, name, secret, client)
+            if not success:
+                await trio.sleep_until(asked + takes)
+        finally:
+            self._tries -= 1
         return success
+
+    def _refusal_takes(self) -> float:
+        """Seconds: time enough for as many checks as there are tries, within bounds."""
+        crowd = self._tries * self._check_takes / _THREADS
+        return max(min(crowd, _FAILURE_TAKES_AT_MOST), self.failure_takes)
 
     async def _shared_check(self, digest: bytes, name: bytes, secret: bytes, client: str) -> bool:
         while (check := self._checks.get(digest)) is not None:
@@ -109,9 +208,16 @@ class Users:
                 return check.success
         check = self._checks[digest] = _Check()
         failures = self._failures_of(client)
+        if digest in self._remembered:
+            rank = Rank.WAS_RIGHT
+        elif name in self._hashes:
+            rank = Rank.USER if failures.count < _SUSPECT_AFTER else Rank.SUSPECT
+        else:
+            rank = Rank.ANYBODY
         failures.count += 1  # before the answer is known, or a thousand tries at once would count as none
         try:
-            check.success = await trio.to_thread.run_sync(self._check, name, secret, limiter=self._limiter)
+            async with self._line.turn(rank):
+                check.success = await trio.to_thread.run_sync(self._check, name, secret)
         finally:
             del self._checks[digest]
             check.done.set()

@@ -14,7 +14,7 @@ from functools import partial
 
 from usocksd.access_log import Access, AccessLog
 from usocksd.acl import AccessRules
-from usocksd.auth import FAILURE_TAKES, Users
+from usocksd.auth import Users
 from usocksd.clients import ALLOW_FROM, ClientRules
 from usocksd.egress import EgressPools, Usable
 from usocksd.errors import CommandNotSupported, Denied, Error, NoEgress, ResolveError
@@ -194,7 +194,7 @@ class Sessions:
             access.authenticated(None)
             server.accept_credentials()
         elif await client.meanwhile(
-            client.deadline + FAILURE_TAKES,  # so that who is wrong at the last moment still hears of it
+            client.deadline + self._users.failure_takes,  # so that who is wrong at the last moment still hears of it
             partial(self._users.verify, credentials.username, client=access.client_host),
             credentials.password,
         ):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+from math import inf
 from pathlib import Path
 
 import bcrypt
@@ -9,7 +10,7 @@ import trio
 import trio.testing
 
 import usocksd.auth
-from usocksd.auth import Users
+from usocksd.auth import Rank, Users
 from usocksd.errors import ConfigError
 
 
@@ -31,8 +32,13 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def users(tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Users:
-    monkeypatch.setattr(usocksd.auth, "FAILURE_TAKES", 0.0)
+def users(file: Path, clock: Clock) -> Users:
+    """Who is wrong hears it at once, and everybody has all the time there is."""
+    return Users(file, clock=clock, failure_takes=0.0, waits=inf)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
     file = tmp_path / "users"
     lines = [
         "# made by htpasswd -B",
@@ -45,7 +51,7 @@ def users(tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> User
         f"empty:{hashed('')}",
     ]
     file.write_text("\n".join(lines), "utf-8")
-    return Users(file, clock=clock)
+    return file
 
 
 class Checks:
@@ -105,14 +111,122 @@ async def test_a_wrong_password(users: Users, user: str, password: str) -> None:
     assert not await users.verify(user, password, "10.0.0.1")
 
 
-async def test_a_failure_takes_its_time(
-    users: Users, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
-) -> None:
-    monkeypatch.setattr(usocksd.auth, "FAILURE_TAKES", 1.0)
-    for user in ("alice", "nobody"):
+async def test_every_refusal_takes_the_same_time(file: Path, autojump_clock: trio.testing.MockClock) -> None:
+    """Whether there is such a user or not, whoever else wants to know, and whether it was looked at at all."""
+    users = Users(file)
+    took: list[float] = []
+
+    async def guess(user: str, client: str) -> None:
         before = trio.current_time()
-        assert not await users.verify(user, "wrong", "10.0.0.1")
-        assert trio.current_time() - before >= 1
+        assert not await users.verify(user, "wrong", client)
+        took.append(trio.current_time() - before)
+
+    async with trio.open_nursery() as nursery:
+        for number in range(40):
+            for user in ("alice", "nobody"):
+                nursery.start_soon(guess, user, f"10.0.{number % 2}.1")
+    async with users._line.turn(Rank.USER), users._line.turn(Rank.USER), trio.open_nursery() as nursery:
+        for user in ("alice", "nobody"):
+            nursery.start_soon(guess, user, "10.0.0.2")
+    assert took == pytest.approx([2.0] * 82)
+
+
+async def test_in_a_crowd_refusals_take_longer(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    """There is more time for those who are right; and it says nothing about users who they were that came before."""
+    file = tmp_path / "users"
+    file.write_text(f"alice:$2b$10${'.' * 53}\n")
+    crowds = []
+    for user in ("alice", "nobody"):
+        users = Users(file)
+        took: list[float] = []
+
+        async def guess(user: str, client: str, users: Users = users, took: list[float] = took) -> None:
+            before = trio.current_time()
+            assert not await users.verify(user, "wrong", client)
+            took.append(trio.current_time() - before)
+
+        async with users._line.turn(Rank.USER), users._line.turn(Rank.USER), trio.open_nursery() as nursery:
+            for number in range(400):
+                nursery.start_soon(guess, user, f"10.0.{number // 250}.{number % 250}")
+        crowds.append(took)
+    assert crowds[0] == pytest.approx(crowds[1])
+    assert (min(crowds[0]), max(crowds[0])) == pytest.approx((2.0, 8.0))
+
+
+def test_dear_hashes_give_a_refusal_more_time(tmp_path: Path) -> None:
+    file = tmp_path / "users"
+    for cost, takes in (("04", 2.0), ("12", 2.0), ("13", 3.2), ("15", 12.8)):
+        file.write_text(f"alice:$2b${cost}${'.' * 53}\n")
+        assert Users(file).failure_takes == pytest.approx(takes)
+
+
+async def test_who_guesses_does_not_keep_out_who_knows(
+    users: Users, checks: Checks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While all wait: first who was right before, then who names a user and was not wrong often, and the last first."""
+    order: list[str] = []
+    secrets = {"alice": "secret", "bob": "hunter2", "carol": "pass:word", "empty": ""}
+
+    async def ask(user: str, password: str, client: str) -> None:
+        await users.verify(user, password, client)
+        order.append(user)
+
+    assert await users.verify("alice", "secret", "10.0.0.1")
+    users._remembered = dict.fromkeys(users._remembered, 0.0)  # long ago
+    for number in range(4):
+        await users.verify("bob", f"wrong {number}", "10.0.0.9")
+    async with trio.open_nursery() as nursery:
+        async with users._line.turn(Rank.USER), users._line.turn(Rank.USER):
+            for number in range(3):
+                nursery.start_soon(ask, f"nobody {number}", "wrong", f"10.0.1.{number}")
+            await trio.testing.wait_all_tasks_blocked()
+            for user, client in (
+                ("bob", "10.0.0.9"),
+                ("alice", "10.0.0.1"),
+                ("carol", "10.0.0.3"),
+                ("empty", "10.0.0.4"),
+            ):
+                nursery.start_soon(ask, user, secrets[user], client)
+                await trio.testing.wait_all_tasks_blocked()
+            # One at a time, so that the order can be seen.
+            users._line._free -= 1
+        users._line._free += 1
+    assert order[:4] == ["alice", "empty", "carol", "bob"]
+    assert len(order) == 7
+
+
+async def test_a_line_is_bounded_and_who_is_at_its_end_is_refused(
+    file: Path, checks: Checks, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(usocksd.auth, "_MOST_WAITING", 3)
+    users = Users(file, waits=inf)
+    results: list[str] = []
+
+    async def ask(number: int) -> None:
+        await users.verify(f"nobody {number}", "wrong", f"10.0.0.{number}")
+        results.append(f"nobody {number}")
+
+    async with trio.open_nursery() as nursery:
+        async with users._line.turn(Rank.USER), users._line.turn(Rank.USER):
+            for number in range(9):
+                nursery.start_soon(ask, number)
+                await trio.testing.wait_all_tasks_blocked()
+        while len(results) < 3:
+            await trio.sleep(1)
+        nursery.cancel_scope.cancel()
+    assert sorted(results) == ["nobody 6", "nobody 7", "nobody 8"]
+    assert checks.count == 3
+
+
+async def test_whoever_goes_while_waiting_leaves_no_gap(users: Users) -> None:
+    line = users._line
+    async with line.turn(Rank.USER), line.turn(Rank.USER):
+        with trio.move_on_after(0):
+            async with line.turn(Rank.USER):
+                raise AssertionError
+    for _ in range(3):
+        async with line.turn(Rank.SUSPECT):
+            pass
 
 
 async def test_an_unknown_user_costs_what_a_known_one_does(users: Users, checks: Checks) -> None:
@@ -121,17 +235,14 @@ async def test_an_unknown_user_costs_what_a_known_one_does(users: Users, checks:
     assert checks.hashes[0][4:6] == b"04"
 
 
-async def test_unknown_users_cost_what_known_ones_do_where_these_differ(
-    tmp_path: Path, checks: Checks, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(usocksd.auth, "FAILURE_TAKES", 0.0)
+async def test_unknown_users_cost_what_known_ones_do_where_these_differ(tmp_path: Path, checks: Checks) -> None:
     file = tmp_path / "users"
     dear = bcrypt.hashpw(b"secret", bcrypt.gensalt(rounds=5)).decode()
     file.write_text(f"alice:{hashed('secret')}\nbob:{dear}\n")
     names = [f"nobody {n}" for n in range(60)]
     costs = []
     for _ in range(2):  # two workers
-        users = Users(file)
+        users = Users(file, failure_takes=0.0, waits=inf)
         checks.hashes.clear()
         for number, name in enumerate(names):
             assert not await users.verify(name, "x", f"10.0.0.{number}")
@@ -181,9 +292,8 @@ async def test_who_waits_for_anothers_check_goes_on_when_that_one_is_cancelled(u
             results.append(await users.verify("alice", "secret", "10.0.0.1"))
 
     scopes = [trio.CancelScope() for _ in range(3)]
-    users._limiter.total_tokens = 1
-    # No thread is free: the first one waits for it, the others for the first.
-    async with trio.open_nursery() as nursery, users._limiter:
+    # It is nobody's turn: the first one waits for it, the others for the first.
+    async with trio.open_nursery() as nursery, users._line.turn(Rank.USER), users._line.turn(Rank.USER):
         for scope in scopes:
             nursery.start_soon(ask, scope)
         await trio.testing.wait_all_tasks_blocked()

@@ -134,7 +134,7 @@ def test_usocksd_never_imports_transocks(module: str) -> None:
 
 def test_libraries_stay_in_their_rooms(module: str) -> None:
     """Rule 4."""
-    if not within(module, "usocksd.name_servers", "usocksd.dnsbl"):
+    if not within(module, "usocksd.name_servers", "usocksd.name_query", "usocksd.dnsbl"):
         assert not [name for name in MODULES[module] if within(name, "dns")]
     if not within(module, "usocksd.addresses", "transocks.firewall"):
         assert not [name for name in MODULES[module] if within(name, "pyroute2", "netifaces")]

@@ -40,14 +40,15 @@ class Direct:
         reactor = client.reactor
         deadline = reactor.clock() + timeouts.connect
         host, port = request.destination
-        hosts = [host] if request.name is None else await self._hosts(request.name, host, client, deadline)
+        hosts = [host] if request.name is None else await self._hosts(request, request.name, client, deadline)
         targets = [Target(each, port, mark=self._mark) for each in hosts]
         endpoint, target = await dial(reactor, targets, deadline=deadline, client=client)
         access.connected(endpoint, target)
         return Tunnel(endpoint, b"", request.first)
 
-    async def _hosts(self, name: str, original: str, client: Endpoint, deadline: float) -> list[str]:
-        found = await self._resolver.resolve_for(client, name, deadline)
+    async def _hosts(self, request: Request, name: str, client: Endpoint, deadline: float) -> list[str]:
+        original = request.destination.host
+        found = await self._resolver.resolve_for(client, request.client.host, name, deadline)
         hosts = [str(each) for each in found if str(each) == original or not self._means_us(each)]
         if not hosts:
             raise Denied(f"the way past the proxies: {name} is {found[0]}")

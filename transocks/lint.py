@@ -13,6 +13,7 @@ from transocks.route_settings import NAME
 from usocksd.addresses import HostAddresses
 from usocksd.conditions import unclear_networks, unclear_sites
 from usocksd.errors import Fault
+from usocksd.resolv_conf import lint_servers
 from usocksd.runtime.config import show
 from usocksd.runtime.lint import Host, first_few, lint_common, readable_by_all
 from usocksd.runtime.listeners import may_be_transparent
@@ -34,6 +35,7 @@ def lint(config: Config, source: str | None = None) -> list[Fault]:
     host = Host.here(HostAddresses().current)
     found = [
         *lint_common(config.common(), host),
+        *(lint_servers(config.dns.servers) if config.dns.resolver == "dns" else ()),
         *_loop(config, host),
         *_tproxy(config),
         *_password(config, source),

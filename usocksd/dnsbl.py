@@ -13,7 +13,6 @@ from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import dns.exception
 import dns.name
 import dns.reversename
 import trio
@@ -168,7 +167,6 @@ class Lookups:
         self._servers = NameServers(servers, resolv_conf, lifetime=lifetime, clock=clock)
         self._shortest = shortest
         self._after_failure = after_failure
-        self._lifetime = lifetime
         self._clock = clock
         self._listed: set[Listing] = set()
         self._unanswered: dict[Listing, str] = {}
@@ -218,12 +216,10 @@ class Lookups:
         self._unanswered.pop(question, None)
         async with limiter:
             try:
-                # dnspython's own limit goes by wall time, which may jump.
-                with trio.fail_after(self._lifetime):
-                    found = await self._servers.ask(query_name(question), "A")
-            except (ResolveError, dns.exception.DNSException, trio.TooSlowError) as error:
+                found = await self._servers.addresses(query_name(question))
+            except ResolveError as error:
                 listed, ttl = None, self._after_failure
-                self._unanswered[question] = str(error.__cause__ or error) or "timed out"
+                self._unanswered[question] = str(error)
             else:
                 listed = verdict(found.addresses)
                 ttl = _NEGATIVE_WITHOUT_SOA if found.ttl is None else found.ttl

@@ -7,7 +7,6 @@ import socket
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from ipaddress import IPv4Network, IPv6Network, collapse_addresses
-from pathlib import Path
 
 from usocksd.addresses import HostAddresses
 from usocksd.auth import Users
@@ -17,11 +16,10 @@ from usocksd.config import Config, PoolConfig
 from usocksd.coverage import covered_entries, covered_networks, covered_rules, idle_sites
 from usocksd.errors import ConfigError, Fault
 from usocksd.match import parse_network
+from usocksd.resolv_conf import RESOLV_CONF, lint_servers, parse
 from usocksd.runtime.config import show
 from usocksd.runtime.lint import Host, first_few, lint_common, lint_mark, readable_by_all
 from usocksd.sites import SiteList
-
-_RESOLV_CONF = Path("/etc/resolv.conf")
 
 
 def warnings(config: Config, source: str | None = None) -> list[str]:
@@ -39,6 +37,7 @@ def lint(config: Config, source: str | None = None) -> list[Fault]:
     outgoing = config.outgoing
     found = [
         *lint_common(config.common(), host),
+        *(lint_servers(config.dns.servers, RESOLV_CONF) if config.dns.resolver == "dns" else ()),
         *_open_proxy(config),
         *first_few(unclear_networks("incoming.allow_from", config.incoming.allow_from or ())),
         *first_few(covered_networks("incoming.allow_from", config.incoming.allow_from or ())),
@@ -131,15 +130,11 @@ def _rules(config: Config) -> Iterator[Fault]:
 
 
 def _searching() -> bool:
-    """Whether search domains make other names of those that clients ask for, as far as this host is set up so.
-
-    resolv.conf(5): without "search" and "domain" it is the domain that the name of the host is in.
-    """
-    try:
-        lines = _RESOLV_CONF.read_text("utf-8", "replace").splitlines()
-    except OSError:
-        lines = []
-    return "." in socket.gethostname() or any(line.split()[:1] in (["search"], ["domain"]) for line in lines)
+    """Whether search domains make other names of those that clients ask for, as far as this host is set up so."""
+    text = ""
+    with contextlib.suppress(OSError):
+        text = RESOLV_CONF.read_text("utf-8", "replace")
+    return bool(parse(text, hostname=socket.gethostname()).search)
 
 
 # [outgoing] and [egress]

@@ -7,8 +7,8 @@ What this file keeps:
 2. `cached` is plain dictionaries; only what it does not know costs a task switch.
 3. Askers of one name share one query. It belongs to none of them: it goes on when one gives up, and ends when
    the last one has gone.
-4. What can't be answered costs the asker its deadline and nobody else anything: no threads, and where sockets would
-   run out the newest goes first. (getaddrinfo is threads and a queue, which is why it is not the default.)
+4. What can't be answered costs the asker its deadline and nobody else anything: few are asked for at a time, they give
+   way to clients who ask for fewer, and what is past all hope fails at once (turns.py).
 """
 
 from __future__ import annotations
@@ -26,11 +26,14 @@ from attrs import Factory, define, frozen
 from usocksd.errors import ResolveError
 from usocksd.hosts_file import HostsFile, in_turn
 from usocksd.match import IPAddress, canonical_host, numeric_address
-from usocksd.name_servers import SERVERS_FAILED, TIMED_OUT, NameServers
+from usocksd.name_query import SERVERS_FAILED, TIMED_OUT, Found
+from usocksd.name_servers import FAMILIES, NameServers
+from usocksd.resolv_conf import RESOLV_CONF
 from usocksd.runtime.endpoint import DeadlineExpired, Endpoint
+from usocksd.runtime.limits import owner
 from usocksd.runtime.metrics import SECONDS, Metrics
 from usocksd.runtime.settings import SocketAddress
-from usocksd.turns import Turns
+from usocksd.turns import Refused, Ticket, Turns
 
 _logger = logging.getLogger("usocksd.resolver")
 
@@ -42,6 +45,10 @@ _PARTIAL_TTL = 10.0  # one family answered, the other did not
 # RFC 8305 section 3: whoever has addresses of one family does not wait long for a server that drops the other query.
 _RESOLUTION_DELAY = 0.2
 _MOST_NAMES = 10_000
+_MOST_FAILURES = 2000  # names that have no address are anybody's to invent
+# So many names are asked for at a time, and may wait for that. Name servers answer within milliseconds; what does not
+# is not to become the work of this process.
+_AT_ONCE, _MOST_WAITING = 256, 1024
 # Each is judged and recorded for every connection, and whoever owns the name says how many there are.
 _MOST_ADDRESSES = 256
 _LONGEST_NAME = 253
@@ -51,6 +58,7 @@ _MOST_THREADS = 64  # that may wait in getaddrinfo at a time
 
 NO_SUCH_NAME = "no such name"
 NO_ADDRESS = "no address"
+TOO_MANY = "too many names are asked for"
 ABSENT = frozenset({NO_SUCH_NAME, NO_ADDRESS})
 """The causes that say: this name is none, so ask for the next one that it may stand for."""
 
@@ -77,15 +85,19 @@ class _Entry:
     expires: float = 0.0
 
 
+_UNANSWERED, _SILENCE = _Entry((), TIMED_OUT), _Entry((), TIMED_OUT, _FAILURE_TTL)
 _LOCALHOST = _Entry((numeric_address("::1"), numeric_address("127.0.0.1")))
 
 
 @define(eq=False)
 class _Query:
     since: float
+    ticket: Ticket
     waiters: int = 0
     scope: trio.CancelScope = Factory(trio.CancelScope)
     done: trio.Event = Factory(trio.Event)
+    known: _Entry = _SILENCE
+    """So far"""
     outcome: _Entry = _Entry((), "resolver stopped")
 
 
@@ -99,9 +111,9 @@ class Resolver:
         *,
         system: bool = False,
         sockets: int = 1000,
-        resolv_conf: Path = Path("/etc/resolv.conf"),
+        resolv_conf: Path = RESOLV_CONF,
         hosts: Path = Path("/etc/hosts"),
-        lifetime: float = 10.0,
+        lifetime: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`servers` replace those of `resolv_conf`, whose search domains and options stay in force.
@@ -109,8 +121,9 @@ class Resolver:
         `system`: ask getaddrinfo(3), and with it whatever nsswitch.conf(5) names, instead of name servers. glibc is
         told, for the whole process, to leave searching to us.
 
-        `sockets`: so many are open to name servers at a time, two for each name; further names wait, see turns.py.
-        `lifetime`: seconds for one name, all its queries and servers together. Both files are read when they
+        `sockets`: so many are open to name servers at a time, at most two for each name; further names wait, see
+        turns.py. `lifetime`: seconds for one name, all its queries and servers together; None: what resolv.conf says.
+        Both files are read when they
         change, looked at once a second at most; a missing one is an empty one, and one that can't be read stays what
         it was.
         """
@@ -119,13 +132,15 @@ class Resolver:
             # resolv.conf(5): replaces the search list, here by one that adds nothing to a name. A dot at the end of
             # the name would say the same, but to DNS alone: /etc/hosts knows no name with one.
             os.environ["LOCALDOMAIN"] = "."
-        self._turns = Turns(max(sockets // 2, 1))
-        self._lifetime = lifetime
+        at_once = _MOST_THREADS if system else min(max(sockets // 2, 1), _AT_ONCE)
+        self._turns = Turns(at_once, waiting=_MOST_WAITING)
         self._clock = clock
         self._servers = NameServers(servers, resolv_conf, lifetime=lifetime, clock=clock)
         self._hosts = HostsFile(hosts)
         self._next_check = 0.0
         self._cache: dict[str, _Entry] = {}
+        self._failures: dict[str, _Entry] = {}
+        """The same, of names without an address."""
         self._queries: dict[str, _Query] = {}
         self._nursery: trio.Nursery | None = None
         self._hits = metrics.counter("dns_cache_hits_total", "Names that the cache had an answer for")
@@ -134,7 +149,7 @@ class Resolver:
         )
         self._seconds = {
             cause: seconds.labels(cause.replace(" ", "_") or "ok")
-            for cause in ("", NO_SUCH_NAME, NO_ADDRESS, TIMED_OUT, SERVERS_FAILED)
+            for cause in ("", NO_SUCH_NAME, NO_ADDRESS, TIMED_OUT, SERVERS_FAILED, TOO_MANY)
         }
         self._reread()
 
@@ -156,10 +171,10 @@ class Resolver:
         if self._clock() >= self._next_check:
             self._reread()
         absolute = text.endswith(_DOTS) or not isinstance(host, str) or _is_localhost(name)
-        if absolute or not self._servers.search or self._hosts.addresses(name):
+        if absolute or not self._servers.conf.search or self._hosts.addresses(name):
             return (name,)
-        others = [f"{name}.{domain}" for domain in self._servers.search if len(name) + len(domain) < _LONGEST_NAME]
-        return (name, *others) if name.count(".") >= self._servers.ndots else (*others, name)
+        others = [f"{name}.{domain}" for domain in self._servers.conf.search if len(name) + len(domain) < _LONGEST_NAME]
+        return (name, *others) if name.count(".") >= self._servers.conf.ndots else (*others, name)
 
     def cached(self, name: str) -> tuple[IPAddress, ...] | None:
         """The addresses of a name if they are known without asking anybody; None means: call `resolve`.
@@ -176,7 +191,7 @@ class Resolver:
         now = self._clock()
         if now >= self._next_check:
             self._reread()
-        entry = self._cache.get(name)
+        entry = self._cache.get(name) or self._failures.get(name)
         if entry is not None and entry.expires > now:
             self._hits.value += 1
             return entry
@@ -193,14 +208,17 @@ class Resolver:
         listed = self._hosts.addresses(host) if self._threads is None else ()
         return _Entry(listed) if listed else None
 
-    async def resolve(self, name: str) -> tuple[IPAddress, ...]:
+    async def resolve(self, name: str, client: str | None = None) -> tuple[IPAddress, ...]:
         """The addresses of a name, in the order in which to try them: the families in turn, IPv6 first.
 
         Asks for this name and no other, whatever the search domains. Give it a deadline with a cancel scope; it has
-        its own too, the `lifetime`. Raises ResolveError with cause "no such name", "no address", "timed out",
-        "servers failed", or "not a host name".
+        its own too, the `lifetime`. `client`: the numeric address of the one that it is for. Raises ResolveError with
+        cause "no such name", "no address", "timed out", "servers failed", "too many names are asked for" (this client,
+        of those who wait), or "not a host name".
         """
-        entry = self._known(name) or await self._shared_query(str(canonical_host(name)))
+        entry = self._known(name)
+        if entry is None:
+            entry = await self._shared_query(str(canonical_host(name)), b"" if client is None else owner(client))
         if not entry.addresses:
             raise ResolveError(name, entry.cause)
         return entry.addresses
@@ -214,7 +232,7 @@ class Resolver:
 
     async def search_for(self, client: Endpoint, text: str, deadline: float) -> tuple[IPAddress, ...]:
         """What `search` says, on behalf of a session. Raises as `resolve_for` does."""
-        return await self._first(text, lambda name: self.resolve_for(client, name, deadline))
+        return await self._first(text, lambda name: self.resolve_for(client, None, name, deadline))
 
     async def _first(self, text: str, ask: Callable[[str], Awaitable[tuple[IPAddress, ...]]]) -> tuple[IPAddress, ...]:
         try:
@@ -232,8 +250,11 @@ class Resolver:
                     cause = NO_ADDRESS
         raise ResolveError(text, cause)
 
-    async def resolve_for(self, client: Endpoint, name: str, deadline: float) -> tuple[IPAddress, ...]:
-        """What `resolve` says, on behalf of a session, until `deadline` (on the reactor's clock).
+    async def resolve_for(
+        self, client: Endpoint, host: str | None, name: str, deadline: float
+    ) -> tuple[IPAddress, ...]:
+        """What `resolve` says, on behalf of the session of `client`, whose address is `host` (None: the name is not
+        the client's), until `deadline` (on the reactor's clock).
 
         Raises ResolveError, also for a time-out, and PeerReset when `client` is gone meanwhile.
         """
@@ -243,18 +264,20 @@ class Resolver:
                 raise ResolveError(name, entry.cause)
             return entry.addresses
         try:
-            return await client.meanwhile(deadline, self.resolve, name)
+            return await client.meanwhile(deadline, lambda name: self.resolve(name, host), name)
         except DeadlineExpired:
             raise ResolveError(name, TIMED_OUT) from None
 
-    async def _shared_query(self, host: str) -> _Entry:
+    async def _shared_query(self, host: str, asker: bytes) -> _Entry:
         query = self._queries.get(host)
         if query is None:
             if self._nursery is None:
                 raise RuntimeError("Resolver.run is not running")
-            query = _Query(self._clock())
+            query = _Query(self._clock(), Ticket(asker))
             self._nursery.start_soon(self._answer, host, query)
             self._queries[host] = query
+        elif asker != query.ticket.owner:
+            self._turns.shared(query.ticket, asker)
         query.waiters += 1
         try:
             await query.done.wait()
@@ -267,12 +290,16 @@ class Resolver:
 
     async def _answer(self, host: str, query: _Query) -> None:
         """The task of one query."""
+        ask = self._ask_servers if self._threads is None else self._ask_system
         try:
             with query.scope:
-                if self._threads is None:
-                    await self._ask_servers(host, query)
-                else:
-                    await self._ask_system(host, query, self._threads)
+                try:
+                    with trio.move_on_after(self._servers.lifetime):
+                        async with self._turns.turn(query.ticket):
+                            await ask(host, query)
+                except Refused:
+                    query.known = _Entry((), TOO_MANY)
+                self._settle(host, query, query.known)
         except Exception:  # one name's fault, never that of the others
             _logger.exception("resolver failed", extra={"fields": {"name": host}})
             self._settle(host, query, _Entry((), SERVERS_FAILED, _FAILURE_TTL))
@@ -283,38 +310,35 @@ class Resolver:
     async def _ask_servers(self, host: str, query: _Query) -> None:
         answers: list[_Entry] = []
 
-        async def ask(kind: str) -> None:
-            answer = await self._ask(host, kind)
-            answers.append(answer)
-            if len(answers) == 2:
-                nursery.cancel_scope.cancel()  # the delay below, if it runs
-            elif answer.addresses:
-                await trio.sleep(_RESOLUTION_DELAY)
-                # The askers go on with this; the other family may still come, for the next ones.
-                self._settle(host, query, _combine([answer, _Entry((), TIMED_OUT)]))
+        def told(_: object, found: Found | ResolveError) -> None:
+            answers.append(_entry(found))
+            query.known = _combine(answers if len(answers) == 2 else [*answers, _UNANSWERED])
+            if len(answers) == 1 and query.known.addresses:
+                nursery.start_soon(settle_with_one)
 
-        # dnspython's own limit goes by wall time, which may jump.
-        with trio.move_on_after(self._lifetime):
-            async with self._turns.turn(), trio.open_nursery() as nursery:
-                nursery.start_soon(ask, "AAAA")
-                nursery.start_soon(ask, "A")
-        missing = 2 - len(answers)
-        self._settle(host, query, _combine([*answers, *[_Entry((), TIMED_OUT)] * missing]))
+        async def settle_with_one() -> None:
+            await trio.sleep(_RESOLUTION_DELAY)
+            # The askers go on with this; the other family may still come, for the next ones.
+            self._settle(host, query, query.known)
 
-    async def _ask_system(self, host: str, query: _Query, threads: trio.CapacityLimiter) -> None:
-        entry = _Entry((), TIMED_OUT, _FAILURE_TTL)
-        with trio.move_on_after(self._lifetime):
-            # A thread in getaddrinfo can't be stopped: nobody waits for it any more, and it keeps its place among
-            # `threads` until it is back.
-            entry = await trio.to_thread.run_sync(_getaddrinfo, host, abandon_on_cancel=True, limiter=threads)
-        self._settle(host, query, entry)
+        async with trio.open_nursery() as nursery:
+            await self._servers.ask(host, FAMILIES, told)
+            nursery.cancel_scope.cancel()
+
+    async def _ask_system(self, host: str, query: _Query) -> None:
+        # A thread in getaddrinfo can't be stopped: nobody waits for it any more, and it keeps its place among
+        # the threads until it is back.
+        query.known = await trio.to_thread.run_sync(_getaddrinfo, host, abandon_on_cancel=True, limiter=self._threads)
 
     def _settle(self, host: str, query: _Query, entry: _Entry) -> None:
         known = _Entry(entry.addresses, entry.cause, expires=self._clock() + entry.ttl)
         self._cache.pop(host, None)
-        if len(self._cache) >= _MOST_NAMES:
-            del self._cache[next(iter(self._cache))]  # the one that has been there longest
-        self._cache[host] = known
+        self._failures.pop(host, None)
+        kept, most = (self._cache, _MOST_NAMES) if entry.addresses else (self._failures, _MOST_FAILURES)
+        if entry.ttl:
+            if len(kept) >= most:
+                del kept[next(iter(kept))]  # the one that has been there longest
+            kept[host] = known
         if not query.done.is_set():
             self._seconds[entry.cause].observe(self._clock() - query.since)
             query.outcome = known
@@ -325,21 +349,21 @@ class Resolver:
         if self._queries.get(host) is query:
             del self._queries[host]
 
-    async def _ask(self, host: str, kind: str) -> _Entry:
-        try:
-            found = await self._servers.ask(host, kind)
-        except ResolveError as error:
-            return _Entry((), error.cause)
-        if found.addresses:
-            return _Entry(tuple(map(numeric_address, found.addresses)), "", _clamp(found.ttl or 0.0, _LONGEST_TTL))
-        ttl = 0.0 if found.ttl is None else _clamp(found.ttl, _LONGEST_NEGATIVE_TTL)
-        return _Entry((), NO_ADDRESS if found.exists else NO_SUCH_NAME, ttl)
-
     def _reread(self) -> None:
         self._next_check = self._clock() + _CHECK_FILES_EVERY
         changed = [self._hosts.reread(), self._servers.reread()]
         if any(changed):
             self._cache.clear()
+            self._failures.clear()
+
+
+def _entry(found: Found | ResolveError) -> _Entry:
+    if isinstance(found, ResolveError):
+        return _Entry((), found.cause)
+    if found.addresses:
+        return _Entry(tuple(map(numeric_address, found.addresses)), "", _clamp(found.ttl or 0.0, _LONGEST_TTL))
+    ttl = 0.0 if found.ttl is None else _clamp(found.ttl, _LONGEST_NEGATIVE_TTL)
+    return _Entry((), NO_ADDRESS if found.exists else NO_SUCH_NAME, ttl)
 
 
 def _is_localhost(name: str) -> bool:

@@ -274,7 +274,7 @@ class Sessions:
                 continue
             access.rule, access.pool = decision.rule, decision.egress
             try:
-                return name, await self._resolver.resolve_for(client, name, deadline)
+                return name, await self._resolver.resolve_for(client, access.client_host, name, deadline)
             except ResolveError as error:
                 if error.cause not in ABSENT:
                     raise

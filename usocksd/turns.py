@@ -1,11 +1,13 @@
-"""Who goes next when there are more names to ask for than sockets: the newest.
+"""Who goes next when there are more names to ask for than may be asked at a time.
 
-What has an answer has it quickly; what piles up has none. So under pressure the newest goes first, and one that has
-had its chance gives way: names that nobody answers for don't hold up the others.
+What has an answer has it quickly; what piles up has none. So a client that has many names waiting is the one whose
+names wait: the next turn goes to whoever has the fewest, and of its names to the newest; one that has had its chance
+gives way to clients with fewer. What is past all hope is refused at once.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -16,59 +18,146 @@ _SURE_OF = 1.0
 _LOOK_EVERY = 0.25
 
 
+class Refused(Exception):
+    """Too many wait."""
+
+
+class Ticket:
+    """What somebody wants a turn for."""
+
+    def __init__(self, owner: bytes) -> None:
+        self.owner = owner
+        self.scope = trio.CancelScope()
+        self.refused = False
+        self.called = trio.Event()
+
+
 class Turns:
     """At most so many at a time. `run` must be running for those that never end to give way."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, *, waiting: int) -> None:
+        """`waiting`: so many may wait."""
         self._free = most
-        self._running: dict[trio.CancelScope, float] = {}
+        self._may_wait = waiting
+        self._running: dict[Ticket, float] = {}
         """Since when, the oldest first."""
-        self._waiting: dict[trio.Event, None] = {}
-        """The newest last."""
+        self._of: Counter[bytes] = Counter()
+        """How many of each owner are running."""
+        self._waiting: dict[bytes, dict[Ticket, None]] = {}
+        """By owner; the newest last."""
+        self._wait = 0
         self._pressure = trio.Event()
 
     @asynccontextmanager
-    async def turn(self) -> AsyncIterator[None]:
-        """Waits for one. When it has to give way to others, what is inside is cancelled, and nothing raised."""
+    async def turn(self, ticket: Ticket) -> AsyncIterator[None]:
+        """Waits for one. When it has to give way to others, what is inside is cancelled, and nothing raised.
+
+        Raises Refused when too many wait, and this one has more of them than others.
+        """
         if self._free:
             self._free -= 1
+            self._begin(ticket)
         else:
-            await self._wait()
-        scope = trio.CancelScope()
-        self._running[scope] = trio.current_time()
+            await self._queue(ticket)
         try:
-            with scope:
+            with ticket.scope:
                 yield
         finally:
-            del self._running[scope]
-            self._pass_on()
+            del self._running[ticket]
+            self._count(ticket.owner, -1)
+            self._free += 1
+            self._call_next()
+
+    def shared(self, ticket: Ticket, owner: bytes) -> None:
+        """Somebody else wants the same: it is a matter of whoever has fewer."""
+        if self._load(owner) >= self._load(ticket.owner):
+            return
+        if ticket in self._running:
+            self._count(ticket.owner, -1)
+            self._count(owner, 1)
+            ticket.owner = owner
+        elif ticket in self._waiting.get(ticket.owner, ()):
+            self._take_out(ticket)
+            ticket.owner = owner
+            self._put_in(ticket)
 
     async def run(self) -> None:
         """Until cancelled."""
         while True:
-            if not self._waiting:
+            if not self._wait:
                 self._pressure = trio.Event()
                 await self._pressure.wait()
             await trio.sleep(_LOOK_EVERY)
-            sure = trio.current_time() - _SURE_OF
-            done = [scope for scope, since in self._running.items() if since <= sure]
-            for scope in done[: len(self._waiting)]:
-                scope.cancel()
+            self._make_room()
 
-    async def _wait(self) -> None:
-        event = trio.Event()
-        self._waiting[event] = None
+    def _make_room(self) -> None:
+        """Those that have had their chance give way to as many of others who have fewer."""
+        sure = trio.current_time() - _SURE_OF
+        done = [ticket for ticket, since in self._running.items() if since <= sure]
+        load = Counter(self._of)
+        # (Stable: of one owner the oldest first.)
+        done.sort(key=lambda ticket: -load[ticket.owner])
+        wanted = sorted(load[owner] for owner, tickets in self._waiting.items() for _ in tickets)
+        for ticket, least in zip(done, wanted, strict=False):
+            if load[ticket.owner] < max(least, 1):
+                break
+            ticket.scope.cancel()
+
+    async def _queue(self, ticket: Ticket) -> None:
+        self._put_in(ticket)
         self._pressure.set()
+        if self._wait > self._may_wait:
+            crowd = max(self._waiting.values(), key=len)
+            self._refuse(next(iter(crowd)))
         try:
-            await event.wait()
+            await ticket.called.wait()
         except trio.Cancelled:
-            if self._waiting.pop(event, event) is event:  # it was given a turn in the same moment
-                self._pass_on()
+            if ticket in self._running:  # it was given a turn in the same moment
+                del self._running[ticket]
+                self._count(ticket.owner, -1)
+                self._free += 1
+                self._call_next()
+            elif not ticket.refused:
+                self._take_out(ticket)
             raise
+        if ticket.refused:
+            raise Refused
 
-    def _pass_on(self) -> None:
-        if self._waiting:
-            event, _ = self._waiting.popitem()
-            event.set()
-        else:
-            self._free += 1
+    def _refuse(self, ticket: Ticket) -> None:
+        self._take_out(ticket)
+        ticket.refused = True
+        ticket.called.set()
+
+    def _call_next(self) -> None:
+        if not self._free or not self._wait:
+            return
+        # (Of those with as few the one that came last.)
+        owner = min(reversed(self._waiting), key=lambda owner: self._of[owner])
+        ticket = next(reversed(self._waiting[owner]))
+        self._take_out(ticket)
+        self._free -= 1
+        self._begin(ticket)
+        ticket.called.set()
+
+    def _begin(self, ticket: Ticket) -> None:
+        self._running[ticket] = trio.current_time()
+        self._count(ticket.owner, 1)
+
+    def _put_in(self, ticket: Ticket) -> None:
+        self._waiting.setdefault(ticket.owner, {})[ticket] = None
+        self._wait += 1
+
+    def _take_out(self, ticket: Ticket) -> None:
+        tickets = self._waiting[ticket.owner]
+        del tickets[ticket]
+        self._wait -= 1
+        if not tickets:
+            del self._waiting[ticket.owner]
+
+    def _load(self, owner: bytes) -> int:
+        return self._of[owner] + len(self._waiting.get(owner, ()))
+
+    def _count(self, owner: bytes, number: int) -> None:
+        self._of[owner] += number
+        if not self._of[owner]:
+            del self._of[owner]

@@ -3,6 +3,7 @@
 import contextlib
 import socket
 import sys
+import time
 from collections import deque
 from collections.abc import Iterator
 from itertools import count
@@ -11,6 +12,8 @@ from bench.attacks.harness import USOCKSD, Attack, begin, by_address, by_name, e
 
 ECHO, DNS = 7000, 5300
 NAMES = 20_000
+# A second, well below what one worker accepts: what is measured is what names cost, not a flood of connections.
+RATE = 1000
 
 
 @contextlib.contextmanager
@@ -24,7 +27,9 @@ def servers() -> Iterator[None]:
 def attack(port: int) -> None:
     """One client that waits for all of them, and asks for another when one has failed."""
     kept: deque[socket.socket] = deque()
+    began = time.monotonic()
     for number in count():
+        time.sleep(max(began + number / RATE - time.monotonic(), 0))
         if len(kept) == NAMES:
             kept.popleft().close()
         with contextlib.suppress(OSError):

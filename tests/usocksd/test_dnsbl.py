@@ -325,7 +325,7 @@ async def test_a_bad_resolv_conf_does_not_end_the_lookups(
     resolv_conf = tmp_path / "resolv.conf"
     resolv_conf.write_text("search a..b\nnameserver bogus\nnameserver 127.0.0.1\n")
     with NameServer({f"10.100.51.198.{DOMAIN}": ["127.0.0.2"]}) as server:
-        monkeypatch.setattr("usocksd.name_servers._PORT", int(server.address.rpartition(":")[2]))
+        monkeypatch.setattr("usocksd.name_servers.PORT", int(server.address.rpartition(":")[2]))
         keeper = Keeper(tasks, None, ONE, resolv_conf=resolv_conf)
         await until(lambda: keeper.listed == {ONE})
         keeper.scope.cancel()

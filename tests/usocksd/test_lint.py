@@ -36,7 +36,7 @@ CLIENT = "10.9.9.9"
 def no_search_domains() -> Iterator[None]:
     """Whatever the host that the tests run on has."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(usocksd.lint, "_RESOLV_CONF", Path("/nonexistent"))
+        patch.setattr(usocksd.lint, "RESOLV_CONF", Path("/nonexistent"))
         patch.setattr(socket, "gethostname", lambda: "proxy1")
         yield
 
@@ -604,7 +604,7 @@ def test_a_long_list_in_many_rules_is_looked_at_once(tmp_path: Path, monkeypatch
 
 def test_search_domains_make_other_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """secret.corp.example is what allow_sites has, and what the client called "secret" is what deny_sites has."""
-    monkeypatch.setattr(usocksd.lint, "_RESOLV_CONF", tmp_path / "resolv.conf")
+    monkeypatch.setattr(usocksd.lint, "RESOLV_CONF", tmp_path / "resolv.conf")
     allow, deny = [".corp.example"], ["secret", ""]
     idle = [f"deny_sites[{n}] denies nothing, since allow_sites has nothing of it: remove it" for n in range(2)]
     assert sites(allow, deny) == idle
@@ -615,6 +615,21 @@ def test_search_domains_make_other_names(tmp_path: Path, monkeypatch: pytest.Mon
     assert sites(allow, deny) == idle
     monkeypatch.setattr(socket, "gethostname", lambda: "proxy1.corp.example")
     assert sites(allow, deny) == idle[1:]
+
+
+def test_name_servers_that_can_be_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    conf = tmp_path / "resolv.conf"
+    monkeypatch.setattr(usocksd.lint, "RESOLV_CONF", conf)
+    conf.write_text("nameserver fe80::1\nnameserver ::1%nosuch0\nnameserver 0.0.0.0\nnameserver ::1%lo\nnameserver x\n")
+    assert [(key, value) for key, value in found("") if key == str(conf)] == [
+        (str(conf), '"fe80::1"'),
+        (str(conf), '"::1%nosuch0"'),
+    ]
+    assert "fe80::1%eth0" in text("")
+    # With others in the configuration nobody asks these, and the system's own resolver is the system's.
+    for toml in ('[dns]\nservers = ["127.0.0.1"]', '[dns]\nresolver = "system"'):
+        assert str(conf) not in text(toml)
+    assert "dns.servers" in text('[dns]\nservers = ["fe80::1"]')
 
 
 def test_users_that_need_not_say_who_they_are(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def net(delayed_net: tuple[lab.Net, DelayLine], monkeypatch: pytest.MonkeyPatch)
         return sock
 
     monkeypatch.setattr(dial_module, "SocketType", socket_there)
-    monkeypatch.setattr(fast_open, "_avoided", {})
+    monkeypatch.setattr(fast_open, "_blamed", {})
     yield net
     line.loses = lambda packet: False
 
@@ -226,3 +226,20 @@ async def test_where_such_syns_get_lost_it_costs_a_second_once(ask: Ask, link: D
     assert time.monotonic() - since > 1
     answer = await fewest(2, lambda: ask(HELLO, fast=True))
     assert not answer.unproven
+
+
+async def test_a_lost_syn_is_remembered_for_longer_each_time(ask: Ask, link: DelayLine) -> None:
+    """Any may be lost by chance: a minute the first time, and one that arrives ends the blame."""
+
+    def let_time_pass() -> float:
+        blame = fast_open._blamed[lab.NEXT_V4]
+        fast_open._blamed[lab.NEXT_V4] = blame._replace(until=0)
+        return blame.seconds
+
+    link.loses = opens_fast
+    for seconds in (60, 120):
+        await ask(HELLO, fast=True)
+        assert let_time_pass() == seconds
+    link.loses = lambda packet: False
+    await ask(HELLO, fast=True)
+    assert not fast_open._blamed

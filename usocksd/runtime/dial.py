@@ -120,7 +120,7 @@ async def _connect(reactor: Reactor, target: Target, deadline: float, client: En
         raise DialError(error, str(target))
     if target.fast_open:
         now = reactor.clock()
-        answered(target.host, now - since, now)
+        answered(endpoint.sock, target.host, now - since, now)
     return endpoint
 
 

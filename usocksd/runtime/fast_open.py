@@ -8,7 +8,8 @@ it connects as ever. What is left to us:
 - A SYN may arrive twice, and its bytes with it, as two connections. So only such bytes may go with it as do no harm
   when said twice: a proxy's handshake, a TLS hello.
 - Some firewalls drop a SYN that has the option, or data. The kernel sends it again without, after a second, and does
-  not remember that (net.ipv4.tcp_fastopen_blackhole_timeout_sec is 0 by default). So we do, for an hour.
+  not remember that (net.ipv4.tcp_fastopen_blackhole_timeout_sec is 0 by default). So we do: for a minute, since any SYN
+  may get lost, and for twice as long each time that the next one with it is lost too, up to an hour.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import socket
+from typing import NamedTuple
 
 from usocksd.errors import DialError
+from usocksd.runtime import tcp_info
 from usocksd.runtime.endpoint import DeadlineExpired, Endpoint
 from usocksd.runtime.reactor import OUT, Reactor
 
@@ -27,13 +30,22 @@ _TCP_FASTOPEN_CONNECT = 30
 _NOT_CONNECTED = (2, 7)
 # So many connections that began with data may wait for the rest of their handshake. Past that, a SYN's data is ignored.
 _QUEUE = 1024
-# The first SYN is sent again after a second (RFC 6298, section 2.1). What took nearly as long has lost one.
+# The first SYN is sent again after a second (RFC 6298, section 2.1). What took nearly as long may have lost one.
 _LOST_AFTER = 0.9
-_AVOID_FOR = 3600.0
+_AVOID_FOR, _AVOID_FOR_AT_MOST = 60.0, 3600.0
 _MOST_AVOIDED = 4096
 
-# Until when not to be asked for it: hosts that a SYN with it does not get to, on the reactor's clock.
-_avoided: dict[str, float] = {}
+
+class _Blame(NamedTuple):
+    """A SYN with it was lost on the way to a host."""
+
+    until: float
+    """when not to be asked for it, on the reactor's clock"""
+    seconds: float
+    """how long that was"""
+
+
+_blamed: dict[str, _Blame] = {}
 
 
 def accept_fast_open(listener: socket.socket) -> None:
@@ -46,7 +58,7 @@ def ask_for_fast_open(sock: socket.SocketType, host: str, now: float) -> bool:
     """Have the connect(2) that follows use it. False if it will not: such SYNs have been lost on the way to `host`, or
     the kernel knows no Fast Open.
     """
-    if _avoided and _avoided.get(host, now) > now:
+    if _blamed and host in _blamed and _blamed[host].until > now:
         return False
     try:
         sock.setsockopt(socket.IPPROTO_TCP, _TCP_FASTOPEN_CONNECT, 1)
@@ -55,12 +67,20 @@ def ask_for_fast_open(sock: socket.SocketType, host: str, now: float) -> bool:
     return True
 
 
-def answered(host: str, took: float, now: float) -> None:
-    """A SYN with Fast Open got its answer after `took` seconds."""
-    if took >= _LOST_AFTER:
-        if len(_avoided) >= _MOST_AVOIDED:
-            _avoided.clear()
-        _avoided[host] = now + _AVOID_FOR
+def answered(sock: socket.SocketType, host: str, took: float, now: float) -> None:
+    """A SYN with Fast Open to `host` got its answer after `took` seconds."""
+    blame = _blamed.get(host) if _blamed else None
+    if blame is not None and blame.until > now:
+        return  # it went without, or began before that
+    # (What takes long without a loss is far away, or this process did not run.)
+    if took < _LOST_AFTER or not tcp_info.retransmitted(sock):
+        if blame is not None:
+            del _blamed[host]
+        return
+    if len(_blamed) >= _MOST_AVOIDED:
+        _blamed.clear()
+    seconds = _AVOID_FOR if blame is None else min(2 * blame.seconds, _AVOID_FOR_AT_MOST)
+    _blamed[host] = _Blame(now + seconds, seconds)
 
 
 class Unproven(Endpoint):
@@ -109,13 +129,12 @@ class Unproven(Endpoint):
             raise self._cause(error) from None
 
     def on_event(self, flags: int) -> None:
-        if self.unproven and flags & OUT:
-            # The event of a socket that has not connected yet says too that it is writable.
-            state = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
-            if self._since is not None and state not in _NOT_CONNECTED:
-                self.unproven = False
-                now = self.reactor.now
-                answered(self._host, now - self._since, now)
+        since = self._since if flags & OUT else None
+        # (The event of a socket that has not connected yet says too that it is writable.)
+        if self.unproven and since is not None and tcp_info.state(self.sock) not in _NOT_CONNECTED:
+            self.unproven = False
+            now = self.reactor.now
+            answered(self.sock, self._host, now - since, now)
         super().on_event(flags)
 
     def _cause(self, error: OSError | DeadlineExpired) -> Exception:

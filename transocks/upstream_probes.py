@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from transocks.http_connect import HttpConnect
 from transocks.proxy_url import ProxyScheme, ProxyURL
 from usocksd.errors import UpstreamError
 from usocksd.runtime.endpoint import Endpoint
-from usocksd.runtime.hostport import join_port
-from usocksd.socks import SOCKS4_PROBE, Probe, Probed
+from usocksd.socks import NEED_DATA, SOCKS4_PROBE, Kind, Probe, Probed, RequestRefused, UpstreamFault
 
 _SOCKS5 = (ProxyScheme.SOCKS5, ProxyScheme.SOCKS5H)
-# What it is does not matter, as long as there is an answer. RFC 9110 section 9.3.7 calls it a ping.
-_HTTP_PING = "OPTIONS * HTTP/1.1\r\nHost: {}\r\nConnection: close\r\n\r\n"
+# What an HTTP proxy is asked to connect to: an address to which TCP connects nowhere, so that connect(2) fails at once,
+# and sends nothing. A CONNECT is what it is there for, and nothing of it is passed on: the harm that a probe does ends
+# here. Any other request can be taken for one to the proxy itself: pproxy and older tinyproxy connect to what Host
+# says, or to port 80 of their host without one, and pass the request on, to themselves if that is where they listen.
+_NOWHERE = ("255.255.255.255", 1)
 
 
 def ping(url: ProxyURL) -> bytes:
     """What an HTTP or SOCKS4 proxy is asked, which leads to no connection."""
-    http = _HTTP_PING.format(join_port(url.host, url.port)).encode()
-    return http if url.scheme is ProxyScheme.HTTP else SOCKS4_PROBE
+    return _connect_nowhere(url).data_to_send() if url.scheme is ProxyScheme.HTTP else SOCKS4_PROBE
+
+
+def _connect_nowhere(url: ProxyURL) -> HttpConnect:
+    password = None if url.password is None else url.password.reveal()
+    return HttpConnect(*_NOWHERE, username=url.username, password=password)
 
 
 class Questions:
@@ -32,9 +39,26 @@ class Questions:
         """Whether it is a usocksd; returns as soon as it answers. Raises UpstreamError, OSError."""
         if self._url.scheme in _SOCKS5:
             return (await self._next(endpoint, Probe(self._url.username, self._password), self._before)).ours
-        await endpoint.send_all(self._before + ping(self._url))
-        await endpoint.receive()  # the end will do: a program has seen to it
+        # The end will do for an answer: a program has seen to it.
+        if self._url.scheme is ProxyScheme.HTTP:
+            await self._is_http(endpoint)
+        else:
+            await endpoint.send_all(self._before + SOCKS4_PROBE)
+            await endpoint.receive()
         return False
+
+    async def _is_http(self, endpoint: Endpoint) -> None:
+        """Any answer of HTTP will do, but that it wants other credentials."""
+        handshake = _connect_nowhere(self._url)
+        await endpoint.send_all(self._before + handshake.data_to_send())
+        try:
+            while handshake.next_event() is NEED_DATA:
+                handshake.receive_data(await endpoint.receive())
+        except RequestRefused:
+            pass
+        except UpstreamFault as fault:
+            if fault.kind is not Kind.EOF:
+                raise
 
     @property
     def may_pipeline(self) -> bool:

@@ -1,4 +1,6 @@
-"""What other SOCKS servers make of a probe, where they are installed: whether they take greeting and request at once."""
+"""What other proxies make of a probe, where they are installed: that it does no harm, and whether SOCKS servers take
+greeting and request at once.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +17,8 @@ from pathlib import Path
 import daemons
 import pytest
 
+from transocks.proxy_url import parse_proxy_url
+from transocks.upstream_probes import ping
 from usocksd.socks import Client, Established, Probe, Probed
 
 DANTE_CONF = """\
@@ -32,19 +36,33 @@ PATH = os.environ.get("PATH", "") + ":/usr/sbin"
 @pytest.fixture
 def port(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[int]:
     """One of them at work, on this port."""
+    with started(request.param, tmp_path) as port:
+        yield port
+
+
+@contextlib.contextmanager
+def started(name: str, tmp_path: Path) -> Iterator[int]:
+    """That one at work: its port."""
     port = daemons.closed_port()
-    if request.param.startswith("pproxy"):
+    if name.startswith("pproxy"):
         if importlib.util.find_spec("pproxy") is None:
             pytest.skip("pproxy is not installed")
-        user = "#me:key" if request.param.endswith("user") else ""
-        command = [sys.executable, "-m", "pproxy", "-l", f"socks5://127.0.0.1:{port}{user}"]
+        user = "#me:key" if name.endswith("user") else ""
+        scheme = "http" if name.endswith("HTTP") else "socks5"
+        command = [sys.executable, "-m", "pproxy", "-l", f"{scheme}://127.0.0.1:{port}{user}"]
     else:
-        program = shutil.which(request.param, path=PATH)
+        program = shutil.which(name, path=PATH)
         if program is None:
-            pytest.skip(f"{request.param} is not installed")
+            pytest.skip(f"{name} is not installed")
         (tmp_path / "danted.conf").write_text(DANTE_CONF.format(port=port))
-        arguments = {"danted": ["-f", str(tmp_path / "danted.conf")]}
-        command = [program, *arguments.get(request.param, ["-i", "127.0.0.1", "-p", str(port)])]
+        (tmp_path / "tinyproxy.conf").write_text(
+            f"Port {port}\nListen 127.0.0.1\nAllow 127.0.0.0/8\nLogLevel Critical\n"
+        )
+        arguments = {
+            "danted": ["-f", str(tmp_path / "danted.conf")],
+            "tinyproxy": ["-d", "-c", str(tmp_path / "tinyproxy.conf")],
+        }
+        command = [program, *arguments.get(name, ["-i", "127.0.0.1", "-p", str(port)])]
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     ) as server:
@@ -107,3 +125,20 @@ def test_a_pipelined_client_gets_through_with_its_payload(port: int) -> None:
                 client.receive_data(sock.recv(4096))
             sock.sendall(b"hello")
             assert daemons.receive_exactly(sock, 5) == b"hello"
+
+
+@pytest.mark.parametrize(("name", "says"), [("tinyproxy", b"HTTP/1."), ("pproxy with HTTP", b"")])
+def test_a_probe_of_an_http_proxy_is_answered_and_does_no_harm(name: str, says: bytes, tmp_path: Path) -> None:
+    """pproxy closes, and connected to itself without end when it was sent `OPTIONS *` with itself as Host."""
+    with started(name, tmp_path) as port:
+        before = connections(port)
+        with socket.create_connection(("127.0.0.1", port), daemons.PATIENCE) as sock:
+            sock.sendall(ping(parse_proxy_url(f"http://127.0.0.1:{port}")))
+            assert sock.recv(4096).startswith(says)
+        assert connections(port) <= before + 2  # each may be seen from both ends
+
+
+def connections(port: int) -> int:
+    """How many there are to this port, those that are over and in TIME_WAIT among them."""
+    rows = Path("/proc/net/tcp").read_text().splitlines()[1:]
+    return sum(f":{port:04X} " in row for row in rows)

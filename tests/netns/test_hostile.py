@@ -121,7 +121,7 @@ def test_an_impatient_upstream(host_net: lab.Net, tmp_path: Path, scheme: str) -
     cuts = iter([(cut, how) for cut in range(len(said)) for how in (Socket.close, reset)] * 8)
 
     def leave(sock: Socket) -> None:
-        if sock.recv(1000).startswith((b"\x05\x02\xf5", b"OPTIONS ")):
+        if sock.recv(1000).startswith((b"\x05\x02\xf5", b"CONNECT 255.255.255.255:1 ")):
             sock.sendall(said[:2])  # a probe
             return
         cut, how = next(cuts)

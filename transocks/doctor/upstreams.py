@@ -15,7 +15,7 @@ import trio
 from transocks.config import DIRECT, Config
 from transocks.doctor.flows import comes_back, sent
 from transocks.doctor.seen import Identity, Seen
-from transocks.http_connect import HttpConnect, authorization
+from transocks.http_connect import HttpConnect
 from transocks.netfilter.ruleset import Unknown
 from transocks.proxy_url import ProxyScheme, ProxyURL
 from transocks.upstream_probes import ping
@@ -144,11 +144,7 @@ async def _ping(stream: trio.SocketStream, proxy: ProxyURL, before: bytes) -> st
     """HTTP or SOCKS4: any answer of that protocol will do. Returns why there is doubt, if there is. Raises
     UpstreamError, BrokenResourceError.
     """
-    question = ping(proxy)
-    if proxy.username is not None and proxy.scheme is ProxyScheme.HTTP:
-        line = authorization(proxy.username, proxy.password.reveal() if proxy.password else None)
-        question = question.removesuffix(b"\r\n") + f"{line}\r\n\r\n".encode()
-    await stream.send_all(before + question)
+    await stream.send_all(before + ping(proxy))
     answer = HttpConnect(str(proxy.host), proxy.port)  # reads what a CONNECT would be answered with, too
     while data := await stream.receive_some(1024):
         if proxy.scheme is not ProxyScheme.HTTP:

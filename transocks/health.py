@@ -7,6 +7,9 @@ What this file keeps, beside upstream_state.py:
 2. A slow destination is no fault of its upstream. So silence alone marks nothing down: it has the upstream probed, on
    a connection of its own, one at a time however many attempts wait.
 3. What timed out in a process that did not run proves nothing.
+4. One that answers late may have had a bad moment: it is asked once more. One that goes on so is slow, and is used
+   when no other is well.
+5. Silence counts against one that is known to answer probes, or through which nothing has ever come.
 """
 
 from __future__ import annotations
@@ -30,7 +33,15 @@ log = logging.getLogger(__name__)
 _FIRST_PAUSE = 0.5
 # What went wrong here, not there. (EADDRNOTAVAIL: out of ports.)
 _OURS = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL, errno.EPERM, errno.EACCES}
+# What says that the host or its proxy is gone; others are about this connection or this host. (A time-out is silence,
+# which is for probes to judge.)
+_GONE = {errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN}
 _TRIES_IF_LATE = 3
+
+
+def is_gone(error: Error) -> bool:
+    """Whether it says that nobody is there."""
+    return isinstance(error, DialError) and error.step == "connect" and error.errno in _GONE
 
 
 class ProbeTimedOut(DialError):
@@ -38,6 +49,7 @@ class ProbeTimedOut(DialError):
 
     def __init__(self, address: str, step: str, *, late: bool) -> None:
         super().__init__(errno.ETIMEDOUT, address, step)
+        self.accepted = step != "connect"
         self.late = late
 
 
@@ -135,7 +147,7 @@ class Health:
     async def _check(self, upstream: Probed) -> None:
         """Probe it, without haste."""
         timeout = self._config.timeout
-        await self._probe(upstream, connect=timeout, answer=timeout, learn=True)
+        await self._probe(upstream, connect=timeout, answer=timeout, hasty=False)
         self._news.set()
 
     async def _recover(self, upstream: Probed) -> None:
@@ -166,44 +178,66 @@ class Health:
                 # Who waits for long waits for a slow destination, most likely.
                 due = max(state.heard, probed, oldest) + max(after, (now - youngest) / 2)
                 if now < due:
-                    await trio.sleep(due - now)
+                    # In steps: those that come meanwhile are due before.
+                    await trio.sleep(min(due - now, after))
                     continue
                 await self._suspect(upstream)
                 probed = self._clock()
 
     async def _suspect(self, upstream: Probed) -> None:
         """Probe it, in haste: its attempts wait."""
-        limit = self._config.suspect_timeout
-        # (A probe is a round trip to connect, and one to answer.)
-        usual = 1.5 * (upstream.state.latency or 0.0)
-        await self._probe(upstream, connect=max(limit, usual), answer=max(limit, usual), learn=False)
+        state, limit = upstream.state, self._config.suspect_timeout
+        # (What it took the last time counts for one that is slow only, since that is how it is known to be.)
+        usual = 1.5 * (state.latency or 0.0) if state.slow else 0.0
+        await self._probe(upstream, connect=self._haste(state.round_trip), answer=max(limit, usual), hasty=True)
 
-    async def _probe(self, upstream: Probed, *, connect: float, answer: float, learn: bool) -> None:
+    def _haste(self, round_trip: float) -> float:
+        """How long one so far away has for each step of a probe that is in haste."""
+        return max(self._config.suspect_timeout, 3 * round_trip)
+
+    async def _probe(self, upstream: Probed, *, connect: float, answer: float, hasty: bool) -> None:
+        state, asked_again = upstream.state, False
         for tries_left in reversed(range(_TRIES_IF_LATE)):
             began = self._clock()
             try:
-                found = await upstream.probe(connect=connect, answer=answer, learn=learn)
+                found = await upstream.probe(connect=connect, answer=answer, learn=not hasty)
             except ProbeTimedOut as error:
                 if error.late and tries_left:
                     continue
-                self._unanswered(upstream, error, began)
+                self._unanswered(upstream, error, began, hasty=hasty)
             except Error as error:
-                self._unanswered(upstream, error, began)
+                self._unanswered(upstream, error, began, hasty=hasty)
             except Stopping:
                 pass  # all that is connected is ended, since this process is about to: that is no finding
             else:
-                self._answered(upstream, found, began)
+                slow = found.latency - found.round_trip > self._haste(found.round_trip)
+                if slow and not (state.slow or hasty or asked_again):
+                    asked_again = True
+                    continue
+                self._answered(upstream, found._replace(slow=slow), began)
             return
 
     def _answered(self, upstream: Probed, answer: Answer, began: float) -> None:
+        state = upstream.state
+        was_slow = state.slow
         self._counters[upstream.key][True].value += 1
-        upstream.state.answered(answer, began)
+        state.answered(answer, began)
+        if state.slow != was_slow and state.has_others:
+            fields = {"upstream": state.name, "latency": round(answer.latency, 3)}
+            log.info(f"upstream is {'slow' if state.slow else 'no longer slow'}", extra={"fields": fields})
 
-    def _unanswered(self, upstream: Probed, error: Error, began: float) -> None:
+    def _unanswered(self, upstream: Probed, error: Error, began: float, *, hasty: bool) -> None:
         if isinstance(error, DialError) and error.errno in _OURS:
             return
         self._counters[upstream.key][False].value += 1
-        upstream.state.failed(str(error), began)
+        state = upstream.state
+        if isinstance(error, ProbeTimedOut) and error.accepted and state.latency is None:
+            # It has never answered a probe. Perhaps it answers none, and a client can tell.
+            if not hasty:
+                state.trial = not state.up
+            if state.worked or not hasty:
+                return
+        state.failed(str(error), began, gone=is_gone(error))
 
     def _changed(self, state: State) -> None:
         fields: dict[str, Any] = {"upstream": state.name}

@@ -105,16 +105,19 @@ class UpstreamGroup:
             key = f"{request.client.host} {request.name or request.destination.host}".encode()
             return deque(rendezvous(key, upstreams, _identity))
         assert self._policy == ROUND_ROBIN
-        up = [each for each in upstreams if each.state.up] or upstreams
+        up = [each for each in upstreams if each.state.well] or upstreams
         first = next(self._turn) % len(up)
         return deque((*up[first:], *up[:first], *(each for each in upstreams if each not in up)))
 
     def _next(self, untried: deque[Upstream]) -> Upstream | None:
-        """The next to try, taken out: one that is up, or else the first; None: go directly."""
-        for upstream in untried:
-            if upstream.state.up:
-                untried.remove(upstream)
-                return upstream
+        """The next to try, taken out: one that is well, or else up, or else the first; None: go directly."""
+        found = next((each for each in untried if each.state.well), None)
+        if found is None:
+            found = next((each for each in untried if each.state.up), None)
+        if found is not None:
+            untried.remove(found)
+            found.state.trial = False
+            return found
         # What is known may be out of date, so they are asked all the same.
         return None if self._direct is not None else untried.popleft()
 

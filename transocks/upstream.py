@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 import trio
 
-from transocks.health import ProbeTimedOut
+from transocks.health import ProbeTimedOut, is_gone
 from transocks.http_connect import HttpConnect
 from transocks.original_dst import Destination
 from transocks.proxy_url import ProxyScheme, ProxyURL
@@ -19,6 +19,7 @@ from transocks.upstream_state import Answer, Attempt, State
 from usocksd.errors import DialError, Error, ResolveError, UpstreamError
 from usocksd.proxy_protocol import LOCAL_HEADER, header
 from usocksd.resolver import ABSENT, Resolver
+from usocksd.runtime import tcp_info
 from usocksd.runtime.dial import Target, dial
 from usocksd.runtime.endpoint import DeadlineExpired, Endpoint, PeerReset
 from usocksd.runtime.metrics import SECONDS, Metrics
@@ -34,9 +35,8 @@ _LATE = 0.1
 
 WAITING = "waiting for the answer of"
 """The step of a DialError: the upstream was asked, and has not answered in time."""
-# errno values that say that the host or its proxy is gone; others are about this connection or this host. (A time-out
-# is silence, which is for probes to judge.)
-_GONE = {errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN}
+# So many seconds after it was silent it is asked again whether it takes pipelining: that may have been a bad moment.
+_ASK_AGAIN_AFTER = 600.0
 
 
 class Tunnel(NamedTuple):
@@ -92,6 +92,7 @@ class Upstream:
         self._addresses = UpstreamAddresses(url, reactor=reactor, resolver=resolver, mark=mark, fast_open=fast_open)
         self._proxy_protocol = proxy_protocol
         self._questions = Questions(url, LOCAL_HEADER if proxy_protocol else b"")
+        self._asked_again_at = 0.0
         self._ok, self._refused, self._failed = (
             metrics.seconds.labels(name, result) for result in ("ok", "refused", "failed")
         )
@@ -156,6 +157,7 @@ class Upstream:
         finally:
             state.waiting.pop(attempt, None)
         self._ok.observe(reactor.clock() - since)
+        state.worked_now()
         return tunnel
 
     async def probe(self, *, connect: float, answer: float, learn: bool) -> Answer:
@@ -174,15 +176,23 @@ class Upstream:
                 ours = await self._questions.is_ours(endpoint)
             if scope.cancelled_caught:
                 raise _timed_out(scope, where, WAITING)
+            round_trip = tcp_info.round_trip(endpoint.sock)
         except OSError as error:
             raise DialError(error.errno or errno.EIO, where, "probe") from None
         finally:
             endpoint.close()
         latency = trio.current_time() - began
         pipelines = True if ours else None
-        if learn and not ours and self.state.pipelines is None and self._questions.may_pipeline:
+        if learn and not ours and self._may_learn():
+            self._asked_again_at = self._reactor.clock() + _ASK_AGAIN_AFTER
             pipelines = await self._takes_pipelining(_LEARN_TIMES * latency + _LEARN_MORE)
-        return Answer(latency, ours, pipelines)
+        return Answer(latency, ours, pipelines, connected if round_trip is None else round_trip)
+
+    def _may_learn(self) -> bool:
+        """Whether to find out if it takes pipelining."""
+        known = self.state.pipelines
+        again = known is False and self._reactor.clock() >= self._asked_again_at
+        return self._questions.may_pipeline and (known is None or again)
 
     async def _takes_pipelining(self, within: float) -> bool | None:
         """None: it could not be asked this time, for want of descriptors, say."""
@@ -210,8 +220,8 @@ class Upstream:
                 self.state.heard = self._reactor.now
             case AuthenticationFailed():
                 self.state.failed(str(error))
-            case DialError(step="connect") if error.errno in _GONE:
-                self.state.failed(str(error))
+            case DialError() if is_gone(error):
+                self.state.failed(str(error), gone=True)
             case ResolveError() if error.cause in ABSENT:
                 self.state.failed(str(error))
 

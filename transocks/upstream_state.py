@@ -1,7 +1,11 @@
 """What one worker knows of an upstream: whether it is up, since when and why, and who waits for it.
 
-What this file keeps: whatever is newer counts. Every finding has the time at which it began to be true (on the
-reactor's clock, which is the same for all processes of a host), and an upstream that was heard of since is not down.
+What this file keeps:
+
+- Whatever is newer counts. Every finding has the time at which it began to be true (on the reactor's clock, which is
+  the same for all processes of a host), and an upstream that was heard of since is not down.
+- A connection that succeeds is the best evidence. A probe is only the next best.
+- One bad sample decides nothing for long: docs/design.md says what bounds each thing that is remembered here.
 """
 
 from __future__ import annotations
@@ -9,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from math import inf
 from typing import Any, NamedTuple
 
 import trio
@@ -25,6 +30,10 @@ class Answer(NamedTuple):
     """It is a usocksd: takes greeting, credentials, request and payload in one segment."""
     pipelines: bool | None = None
     """It takes greeting, credentials and request in one; None: not known."""
+    round_trip: float = 0.0
+    """In seconds, as the kernel has measured it: however busy the program was."""
+    slow: bool = False
+    """It took longer than is waited for one that hangs."""
 
 
 class Attempt:
@@ -54,8 +63,10 @@ class Attempt:
         self._client.check_peer()
 
     def leave(self) -> None:
-        """Give it up, if the session has something else to try and may."""
-        if self._replaceable and not self.sent and not self.left:
+        """Give it up, if there is something else to try: for this session, or, where the client has to ask again, for
+        the next.
+        """
+        if self._replaceable and not self.left:
             self.left = True
             if self._client.on_reset is not None:
                 self._client.on_reset()
@@ -73,7 +84,15 @@ class State:
         self.since: float | None = None
         """When that was last found to be otherwise, in seconds since the epoch; None: not since the start."""
         self.latency: float | None = None
-        """Of the last probe, in seconds."""
+        """Of the last probe, in seconds; None: it has answered none since it was last gone."""
+        self.round_trip = 0.0
+        """The shorter one of the last two probes, in seconds."""
+        self.slow = False
+        """It answers, and takes longer for it than is waited for one that hangs."""
+        self.worked = False
+        """There was a tunnel through it, since it was last gone."""
+        self.trial = False
+        """It is down, and the next client may try it: it accepts connections, and may be one that answers no probes."""
         self.ours: bool | None = None
         self.pipelines: bool | None = None
         self.heard = 0.0
@@ -87,6 +106,7 @@ class State:
         self.changed: Callable[[State], None] = lambda _: None
         """Called when it goes down or comes up, unless another worker has found that out."""
         self._at = 0.0
+        self._last_round_trip = inf
         self._clock = clock
         self._idle: trio.Event | None = None
 
@@ -103,8 +123,26 @@ class State:
             self._idle = trio.Event()
             await self._idle.wait()
 
-    def failed(self, why: str, at: float | None = None) -> None:
-        """It does not answer: what began `at` (None: now) says so. Attempts that wait for it go elsewhere."""
+    @property
+    def well(self) -> bool:
+        """Whether to try it before those that are not."""
+        return self.trial or (self.up and not self.slow)
+
+    def worked_now(self) -> None:
+        """There is a tunnel through it: no probe says more."""
+        self.heard = now = self._clock()
+        self.worked = True
+        if not self.up and self._set_up(now):
+            self.since = time.time()
+            self.changed(self)
+
+    def failed(self, why: str, at: float | None = None, *, gone: bool = False) -> None:
+        """It does not answer: what began `at` (None: now) says so. Attempts that wait for it go elsewhere.
+
+        `gone`: nobody is there, and who comes in its place may be another.
+        """
+        if gone:
+            self.latency, self.worked = None, False
         if self._set_down(why, self._clock() if at is None else at):
             self.since = time.time()
             self.changed(self)
@@ -126,7 +164,8 @@ class State:
     def as_json(self) -> dict[str, Any]:
         """As `take` takes it, in another process."""
         found = {"up": self.up, "why": self.why, "since": self.since, "at": self._at}
-        return found | {"latency": self.latency, "ours": self.ours, "pipelines": self.pipelines}
+        found |= {"latency": self.latency, "ours": self.ours, "pipelines": self.pipelines}
+        return found | {"round_trip": self.round_trip, "slow": self.slow}
 
     def take(self, found: dict[str, Any]) -> None:
         """What the keeper has found, if that is newer than what is known here."""
@@ -135,7 +174,8 @@ class State:
             return
         if found["up"]:
             if found["latency"] is not None:
-                self._learn(Answer(found["latency"], bool(found["ours"]), found["pipelines"]))
+                ours, pipelines = bool(found["ours"]), found["pipelines"]
+                self._learn(Answer(found["latency"], ours, pipelines, found["round_trip"], found["slow"]))
             changed = self._set_up(at)
         else:
             changed = self._set_down(found["why"], at)
@@ -151,12 +191,16 @@ class State:
             "why": self.why or None,
             "since": None if since is None else since.isoformat(timespec="seconds").replace("+00:00", "Z"),
             "latency": None if self.latency is None else round(self.latency, 6),
+            "slow": self.slow,
             "ours": self.ours,
             "pipelines": self.pipelines,
         }
 
     def _learn(self, answer: Answer) -> None:
-        self.latency = answer.latency
+        self.latency, self.slow = answer.latency, answer.slow
+        # One that was long may have waited in a queue on the way.
+        self.round_trip = min(answer.round_trip, self._last_round_trip)
+        self._last_round_trip = answer.round_trip
         if answer.pipelines is not None or answer.ours != self.ours:
             self.pipelines = answer.pipelines
         if self.ours and not answer.ours:
@@ -175,6 +219,7 @@ class State:
 
     def _set_up(self, at: float) -> bool:
         was, self.up, self.why, self._at = self.up, True, "", max(at, self._at)
+        self.trial = False
         self._show()
         return not was
 

@@ -287,6 +287,28 @@ def test_one_that_accepts_and_never_answers(host_net: lab.Net, tmp_path: Path) -
         assert [record["tries"] for record in daemon.records("proxy starts")] == [2] + [1] * 19
 
 
+def test_one_that_was_stopped_for_a_while_and_then_vanishes(host_net: lab.Net, tmp_path: Path) -> None:
+    """It answers the probe that waits for it when it goes on, seconds late; its next silence is not borne for as long."""
+    with (
+        proxies(host_net, tmp_path, 2) as (first, second),
+        destination(host_net),
+        transocks(host_net, tmp_path, [first.url, second.url], interval=30) as daemon,
+    ):
+        wait_until(lambda: all(each["latency"] for each in upstreams(tmp_path)), "both have answered")
+        first.hang()
+        assert once(host_net, SPEAKS_FIRST).error is None
+        since = time.monotonic()
+        wait_until(lambda: time.monotonic() > since + 2.5, "a probe has waited for two seconds")
+        first.go_on()
+        wait_until(lambda: upstreams(tmp_path)[0]["up"], "it is up again")
+        assert not upstreams(tmp_path)[0].get("slow")
+        first.vanish()
+        tries = [once(host_net, SPEAKS_FIRST) for _ in range(2)]
+        assert [each for each in tries if each.error or each.took >= SOON] == []
+        wait_until(lambda: len(daemon.records("proxy starts")) == 3, "all are recorded")
+        assert {record["upstream"] for record in daemon.records("proxy starts")} == {second.url}
+
+
 def test_all_are_gone(host_net: lab.Net, tmp_path: Path) -> None:
     gone = ["socks5://127.0.0.1:9", "http://127.0.0.1:9"]
     more = f"""

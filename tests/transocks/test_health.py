@@ -12,7 +12,7 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from transocks.config import HealthConfig
-from transocks.health import Health
+from transocks.health import Health, ProbeTimedOut
 from transocks.upstream_state import Answer, State
 from usocksd.errors import DialError, UpstreamError
 from usocksd.runtime.metrics import Metrics
@@ -129,6 +129,9 @@ def test_what_was_heard_of_here_since_is_not_down(state: State, clock: Clock) ->
 # ---- probes
 
 
+SILENT = ProbeTimedOut("192.0.2.1:1080", "waiting for the answer of", late=False)
+
+
 class Upstream:
     """Answers probes as a test says."""
 
@@ -136,15 +139,18 @@ class Upstream:
         self.key = key
         self.state = State(key, trio.current_time)
         self.answer: Answer | Exception = Answer(0.01)
+        self.once: list[Answer | Exception] = []
+        """What it answers before that, one after the other."""
         self.probes: list[tuple[float, bool]] = []
         """When, and whether in order to learn."""
 
     async def probe(self, *, connect: float, answer: float, learn: bool) -> Answer:
         self.probes.append((trio.current_time(), learn))
         await trio.lowlevel.checkpoint()
-        if isinstance(self.answer, Exception):
-            raise self.answer
-        return self.answer
+        answer = self.once.pop(0) if self.once else self.answer
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
 
 class World:
@@ -259,5 +265,112 @@ async def test_what_is_shared_may_be_of_another_configuration(autojump_clock: Mo
         assert not world.upstream.state.up
         await trio.sleep(1)  # found out by the keeper, and recovered here
         assert world.upstream.state.up
+
+    await in_a_world(test, keeping=False)
+
+
+# ---- what one bad sample can do
+
+
+async def test_one_late_answer_is_not_believed(autojump_clock: MockClock) -> None:
+    """It was stopped for a while, say, and answers when it goes on."""
+
+    async def test(world: World) -> None:
+        upstream = world.upstream
+        upstream.once = [Answer(5.0, round_trip=0.001)]
+        upstream.state.failed("no answer")
+        upstream.probes.clear()
+        await trio.sleep(1)
+        assert len(upstream.probes) == 2
+        assert (upstream.state.up, upstream.state.slow, upstream.state.latency) == (True, False, 0.01)
+
+    await in_a_world(test, keeping=False)
+
+
+async def test_one_that_goes_on_being_late_is_slow(autojump_clock: MockClock, caplog: pytest.LogCaptureFixture) -> None:
+    async def test(world: World) -> None:
+        upstream = world.upstream
+        upstream.state.has_others = True
+        upstream.answer = Answer(0.8, round_trip=0.001)
+        await trio.sleep(10.5)
+        assert (upstream.state.up, upstream.state.slow, upstream.state.well) == (True, True, False)
+        assert world.shared[-1]["one"]["slow"]
+        upstream.answer = Answer(0.01)
+        await trio.sleep(10)
+        assert upstream.state.well
+        assert [record.message for record in caplog.records] == ["upstream is slow", "upstream is no longer slow"]
+
+    caplog.set_level("INFO")
+    await in_a_world(test, keeping=True)
+
+
+@pytest.mark.parametrize(("latency", "slow"), [(1.1, False), (2.2, True)])
+async def test_far_is_not_slow(autojump_clock: MockClock, latency: float, slow: bool) -> None:
+    async def test(world: World) -> None:
+        world.upstream.answer = Answer(latency, round_trip=0.5)
+        await trio.sleep(10.5)
+        assert world.upstream.state.slow is slow
+
+    await in_a_world(test, keeping=True)
+
+
+def test_one_long_round_trip_is_not_believed(state: State, clock: Clock) -> None:
+    for round_trip, believed in ((0.1, 0.1), (3.0, 0.1), (0.2, 0.2), (0.5, 0.2), (0.5, 0.5)):
+        state.answered(Answer(1.0, round_trip=round_trip), clock.now)
+        assert state.round_trip == believed
+
+
+def test_what_is_shared_has_all_of_it(state: State, clock: Clock) -> None:
+    keeper = State(state.name, clock)
+    clock.now += 1
+    keeper.answered(Answer(0.8, round_trip=0.1, slow=True), clock.now)
+    state.take(json.loads(json.dumps(keeper.as_json())))
+    assert (state.latency, state.round_trip, state.slow) == (0.8, 0.1, True)
+
+
+# ---- upstreams that answer no probes
+
+
+async def test_silence_of_one_that_never_answered_a_probe_says_nothing(autojump_clock: MockClock) -> None:
+    async def test(world: World) -> None:
+        upstream = world.upstream
+        upstream.answer = SILENT
+        await trio.sleep(30)
+        assert not upstream.state.up  # it had answered the first one
+        upstream.state.failed("refused", gone=True)
+        upstream.state.worked_now()  # another program, by which a client got through
+        assert upstream.state.up
+        await trio.sleep(30)
+        assert upstream.state.up
+
+    await in_a_world(test, keeping=True)
+
+
+async def test_one_that_never_answered_is_given_a_client_now_and_then(autojump_clock: MockClock) -> None:
+    async def test(world: World) -> None:
+        state = world.upstream.state
+        world.upstream.answer = SILENT
+        state.failed("neither probes nor clients hear of it")
+        assert not state.well
+        await trio.sleep(1)
+        assert (state.up, state.well) == (False, True)
+        state.worked_now()
+        assert (state.up, state.trial) == (True, False)
+        # One that is known to answer them has no such trial.
+        state.answered(Answer(0.01), trio.current_time())
+        await trio.sleep(1)
+        state.failed("silent")
+        await trio.sleep(20)
+        assert (state.up, state.well) == (False, False)
+
+    await in_a_world(test, keeping=False)
+
+
+async def test_one_that_refuses_has_no_trial(autojump_clock: MockClock) -> None:
+    async def test(world: World) -> None:
+        world.upstream.answer = REFUSED
+        world.upstream.state.failed("refused")
+        await trio.sleep(20)
+        assert (world.upstream.state.up, world.upstream.state.well) == (False, False)
 
     await in_a_world(test, keeping=False)

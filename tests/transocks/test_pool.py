@@ -24,9 +24,9 @@ from transocks.original_dst import Destination
 from transocks.pool import Upstreams
 from transocks.proxy_url import ProxyScheme
 from transocks.request import Request
-from transocks.upstream import Tunnel
+from transocks.upstream import Tunnel, Unanswered, Upstream
 from transocks.upstream_state import Answer
-from usocksd.errors import Denied, DialError, Error, ResolveError
+from usocksd.errors import Denied, DialError, Error, ResolveError, UpstreamError
 from usocksd.resolver import Resolver
 from usocksd.runtime.config import parse
 from usocksd.runtime.dial import Target
@@ -555,19 +555,19 @@ async def test_a_slow_destination_is_not_the_fault_of_its_proxy(mock_clock: Mock
     assert session.through == [port(first)]
 
 
-async def test_what_may_not_be_repeated_waits(mock_clock: MockClock, world: World) -> None:
+async def test_what_may_not_be_repeated_ends_with_its_proxy(mock_clock: MockClock, world: World) -> None:
+    """As soon as that is found to be down: its client can ask again, and is given to another."""
     first, second = await world.peers(silent, socks())
     await world.configured(first, second)
     await world.answered(first, Answer(0.001, ours=True, pipelines=True))
-    hasty = world.ask(Request(CLIENT, WEB, first=HELLO, repeatable=True))
-    patient = world.ask(Request(CLIENT, WEB, first=b"POST"))
+    moves = world.ask(Request(CLIENT, WEB, first=HELLO, repeatable=True))
+    ends = world.ask(Request(CLIENT, WEB, first=b"POST"))
     await world.pass_time(SUSPECT)
     await world.pass_time(SUSPECT)
-    await hasty.tunnel()
-    assert not patient.done.is_set()
-    (its,) = [stream for stream, heard in zip(first.streams, first.heard, strict=True) if heard.endswith(b"POST")]
-    await its.send_all(b"\x05\x00" + GRANTED)
-    assert (await patient.tunnel()).unsent == b""
+    await moves.tunnel()
+    with pytest.raises(Unanswered):
+        await ends.tunnel()
+    assert ends.through == [port(first)]
 
 
 async def test_the_only_one_is_waited_for(mock_clock: MockClock, world: World) -> None:
@@ -645,13 +645,138 @@ async def test_a_far_proxy_has_more_time(mock_clock: MockClock, world: World) ->
     with daemons.blackhole() as full:
         await world.configured(f"socks5://127.0.0.1:{full}", second)
         state = next(iter(world.upstreams.groups["default"]._upstreams)).state
-        state.answered(Answer(1.0), trio.current_time())
+        state.answered(Answer(1.0, round_trip=0.5), trio.current_time())
         session = world.ask()
         await world.pass_time(SUSPECT)
         await world.pass_time(SUSPECT)
         assert not session.done.is_set()
         await world.pass_time(1.51 - SUSPECT)
         await session.tunnel()
+
+
+async def test_a_slow_destination_hides_no_hung_proxy(mock_clock: MockClock, world: World) -> None:
+    """An attempt that has waited for long is looked after ever less often; one that comes then is not."""
+    first, second = await world.peers(slow, socks())
+    await world.configured(first, second)
+    patient = world.ask()
+    for _ in range(40):
+        await world.pass_time(SUSPECT)
+    first.script = silent
+    session = world.ask()
+    await world.pass_time(SUSPECT)
+    await world.pass_time(SUSPECT)
+    await session.tunnel()
+    assert session.through == [port(first), port(second)]
+    await patient.tunnel()
+
+
+async def test_one_that_is_slow_comes_after_those_that_are_well(world: World) -> None:
+    first, second, third = await world.peers(socks(), socks(), socks())
+    await world.configured(first, second, third, more='when_all_down = "direct"')
+    await world.answered(first, Answer(2.0, slow=True))
+    assert (await world.asked()).through == [port(second)]
+    world.state(second).failed("a test says so")
+    assert (await world.asked()).through == [port(third)]
+    world.state(third).failed("a test says so")
+    assert (await world.asked()).through == [port(first)]
+
+
+@pytest.mark.parametrize("policy", ["failover", "round-robin", "sticky"])
+async def test_one_on_trial_gets_one_client(world: World, policy: str) -> None:
+    first, second = await world.peers(closing, socks())
+    await world.configured(first, second, more=f'policy = "{policy}"')
+    state = world.state(first)
+    state.failed("a test says so")
+    state.trial = True
+    used = [(await world.asked()).through for _ in range(4)]
+    assert sum(port(first) in each for each in used) <= 1
+    assert (policy == "sticky") or [port(first), port(second)] in used
+    assert not state.up
+
+
+async def test_a_tunnel_says_that_a_proxy_is_up(world: World) -> None:
+    """All are down, so they are asked all the same, and the one that serves is up again at once."""
+    first, second = await world.peers(closing, socks())
+    await world.configured(first, second)
+    for peer in (first, second):
+        world.state(peer).failed("a test says so")
+    await (await world.asked()).tunnel()
+    assert (world.state(first).up, world.state(second).up) == (False, True)
+    assert (await world.asked()).through == [port(second)]
+
+
+# ---- probes
+
+
+def upstream_of(world: World) -> Upstream:
+    (found,) = world.upstreams.groups["default"]._upstreams
+    return found
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.0 403 Forbidden\r\n\r\n", None])
+async def test_an_http_proxy_is_asked_for_nothing_that_it_could_pass_on(world: World, answer: bytes | None) -> None:
+    """Any answer will do, and so will the end."""
+    (peer,) = await world.peers(lambda heard: answer if heard.endswith(b"\r\n\r\n") else b"")
+    await world.configured(f"http://me:secret@127.0.0.1:{peer.port}")
+    assert not (await upstream_of(world).probe(connect=1, answer=1, learn=True)).ours
+    assert peer.heard == [
+        b"CONNECT 255.255.255.255:1 HTTP/1.1\r\nHost: 255.255.255.255:1\r\n"
+        b"Proxy-Authorization: Basic bWU6c2VjcmV0\r\n\r\n"
+    ]
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 407 No\r\n\r\n", b"\x05\xff"])
+async def test_an_http_proxy_that_will_not_do(world: World, answer: bytes) -> None:
+    (peer,) = await world.peers(lambda _: answer)
+    await world.configured(f"http://127.0.0.1:{peer.port}")
+    with pytest.raises(UpstreamError):
+        await upstream_of(world).probe(connect=1, answer=1, learn=True)
+
+
+async def test_an_http_proxy_that_answers_connects_only(mock_clock: MockClock, world: World) -> None:
+    """It is up for those who get through, whatever probes hear, and is not left out for a slow destination."""
+
+    def script(heard: bytes) -> bytes:
+        return b"HTTP/1.1 200 OK\r\n\r\n" if b"CONNECT 203.0.113.80:" in heard else b""
+
+    peer, second = await world.peers(script, socks())
+    await world.configured(f"http://127.0.0.1:{peer.port}", second)
+    await (await world.asked()).tunnel()
+    session = world.ask(Request(CLIENT, Destination("203.0.113.81", 443)))
+    for _ in range(10):
+        await world.pass_time(SUSPECT)
+    assert world.state(peer).up
+    assert not session.done.is_set()
+    assert (await world.asked()).through == [port(peer).rpartition(":")[2]]
+
+
+async def test_one_silence_is_no_answer_for_ever(mock_clock: MockClock, world: World) -> None:
+    """Whether it takes pipelining is asked again."""
+    (peer,) = await world.peers(socks())
+    pipelined = b"\x05\x02\xf5\x00" + daemons.request("0.0.0.0", 0)
+    steps = socks()
+    peer.script = lambda heard: b"" if heard.startswith(pipelined) else steps(heard)
+    await world.configured(peer)
+    upstream = upstream_of(world)
+
+    async def learn() -> bool | None:
+        answers: list[Answer] = []
+
+        async def probe() -> None:
+            answers.append(await upstream.probe(connect=5, answer=5, learn=True))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(probe)
+            await world.pass_time(1)
+        upstream.state.answered(answers[0], trio.current_time())
+        known: bool | None = upstream.state.pipelines
+        return known
+
+    assert await learn() is False
+    peer.script = lambda heard: GRANTED[:1] + b"\x00" + GRANTED if heard.startswith(pipelined) else steps(heard)
+    assert await learn() is False
+    world.clock.jump(600)
+    assert await learn() is True
 
 
 async def test_silence_of_this_process_proves_nothing(mock_clock: MockClock, world: World) -> None:

@@ -12,13 +12,14 @@ import socket
 import struct
 from collections.abc import Iterable
 from ipaddress import IPv6Address
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import netifaces
 import trio
 
 from usocksd.errors import Error
 from usocksd.match import IPAddress, numeric_address
+from usocksd.runtime.metrics import Counter, Metrics
 
 _logger = logging.getLogger("usocksd.addresses")
 
@@ -34,15 +35,20 @@ _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _NLM_F_REQUEST, _NLM_F_DUMP_INTR, _NLM_F_DUMP = 0x1, 0x10, 0x300
 _IFA_F_OPTIMISTIC, _IFA_F_TENTATIVE = 0x04, 0x40
 _NLMSGHDR = struct.Struct("=IHHII")  # length, type, flags, sequence, port
+# Seconds until it is tried again to watch, twice as long each time.
+_TRY_AGAIN_FIRST, _TRY_AGAIN_AT_LEAST = 0.5, 30.0
 _RECEIVE_SIZE = 1 << 16  # the kernel fills at most 32 KiB into one message of a dump
 
 
 class HostAddresses:
     """The addresses that this host has right now."""
 
-    def __init__(self) -> None:
-        """Takes the snapshot; it stays what it is until `watch` runs. Raises Error where the system gives none."""
+    def __init__(self, metrics: Metrics | None = None) -> None:
+        """Takes the snapshot; it stays what it is until `watch` runs."""
         self.current: frozenset[IPAddress] = _snapshot()
+        name, help = "addresses_watched", "Whether changes of the addresses of this host are noticed"
+        self._watched = Counter() if metrics is None else metrics.minimum(name, help)
+        self._complained = False
         # An address can be on several interfaces, and goes with the last of them.
         self._assigned: set[tuple[IPAddress, int]] = set()
 
@@ -55,57 +61,80 @@ class HostAddresses:
     async def watch(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keeps `current` true until cancelled; has started when it is so for the first time.
 
-        `current` becomes another set when, and only when, an address came or went. Where netlink is forbidden
-        (in a sandbox) it says so in the log and returns, and the snapshot stays.
+        `current` becomes another set when, and only when, an address came or went. When it can't (netlink is
+        forbidden in a sandbox, or there is no descriptor left) it says so, in the log and in a metric, the addresses
+        stay what they were, and it tries again.
         """
-        try:
-            events = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
-        except OSError as error:
-            _logger.warning("addresses of this host are not watched", extra={"fields": {"error": str(error)}})
-            task_status.started()
-            return
         # Loading any part of pyroute2 loads all of it, 0.2 s and 12 MB: not in processes that don't watch.
         from pyroute2.netlink.rtnl import marshal as rtnl  # type: ignore[import-untyped] # noqa: PLC0415
 
         marshal = rtnl.MarshalRtnl()
-        with trio.socket.from_stdlib_socket(events) as receiver:
-            # Subscribed before the dump: what changes meanwhile is told by an event that is applied after it.
-            events.bind((0, _RTMGRP_ADDRESSES))
-            await self._dump(marshal)
-            task_status.started()
-            while True:
-                try:
-                    data = await receiver.recv(_RECEIVE_SIZE)
-                except OSError as error:
-                    if error.errno != errno.ENOBUFS:
-                        fields = {"error": str(error)}
-                        _logger.error("addresses of this host are no longer watched", extra={"fields": fields})
-                        return
-                    # The kernel dropped events. Those still queued are older: applied after the dump they
-                    # would bring back what the dropped ones took away.
-                    _discard_queued(events)
+        after = _TRY_AGAIN_FIRST
+        while True:
+            try:
+                with _netlink() as events, trio.socket.from_stdlib_socket(events) as receiver:
+                    # Subscribed before the dump: what changes meanwhile is told by an event that is applied after it.
+                    events.bind((0, _RTMGRP_ADDRESSES))
                     await self._dump(marshal)
-                else:
-                    self._apply(marshal.parse(data))
-                    self._publish()
+                    self._watching()
+                    task_status.started()
+                    task_status, after = trio.TASK_STATUS_IGNORED, _TRY_AGAIN_FIRST
+                    await self._follow(receiver, events, marshal)
+            except OSError as error:
+                self._not_watching(error)
+            task_status.started()
+            task_status = trio.TASK_STATUS_IGNORED
+            await trio.sleep(after)
+            after = min(2 * after, _TRY_AGAIN_AT_LEAST)
+
+    async def _follow(self, receiver: trio.socket.SocketType, events: socket.socket, marshal: _Marshal) -> NoReturn:
+        """Raises OSError when it can't any more."""
+        while True:
+            try:
+                data = await receiver.recv(_RECEIVE_SIZE)
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+                # The kernel dropped events. Those still queued are older: applied after the dump they
+                # would bring back what the dropped ones took away.
+                _discard_queued(events)
+                await self._dump(marshal)
+            else:
+                self._apply(marshal.parse(data))
+                self._publish()
+
+    def _watching(self) -> None:
+        self._watched.value = 1
+        if self._complained:
+            self._complained = False
+            _logger.info("addresses of this host are watched again")
+
+    def _not_watching(self, error: OSError) -> None:
+        self._watched.value = 0
+        if not self._complained:
+            self._complained = True
+            fields = {"error": str(error)}
+            _logger.error("addresses of this host are not watched: they stay what they were", extra={"fields": fields})
 
     async def _dump(self, marshal: _Marshal) -> None:
-        """Asks for all addresses. The kernel answers from memory, so this does not block."""
+        """Asks for all addresses. The kernel answers from memory, so this does not block. Raises OSError."""
         complete = False
         while not complete:
             await trio.lowlevel.checkpoint()
             self._assigned.clear()
-            with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as asker:
+            with _netlink() as asker:
                 body = struct.pack("=BBBBi", socket.AF_UNSPEC, 0, 0, 0, 0)  # struct ifaddrmsg
                 asker.send(_request(_RTM_GETADDR, _NLM_F_DUMP, body))
-                complete = True
-                while True:
+                complete, last = True, False
+                while not last:
                     messages = list(marshal.parse(asker.recv(_RECEIVE_SIZE)))
                     self._apply(messages)
-                    # The list changed under the dump's feet and may lack any address: ask again.
-                    complete &= not any(m["header"]["flags"] & _NLM_F_DUMP_INTR for m in messages)
-                    if any(m["header"]["type"] in {_NLMSG_DONE, _NLMSG_ERROR} for m in messages):
-                        break
+                    for header in (message["header"] for message in messages):
+                        # The list changed under the dump's feet and may lack any address: ask again.
+                        complete &= not header["flags"] & _NLM_F_DUMP_INTR
+                        last |= header["type"] == _NLMSG_DONE
+                        if header["type"] == _NLMSG_ERROR:
+                            raise OSError(errno.EIO, f"the kernel does not tell them: {header['error']}")
         self._publish()
 
     def _apply(self, messages: Iterable[_Message]) -> None:
@@ -133,6 +162,10 @@ class HostAddresses:
         self.current = now
         fields = {"added": _texts(now - before), "removed": _texts(before - now)}
         _logger.info("addresses of this host changed", extra={"fields": fields})
+
+
+def _netlink() -> socket.socket:
+    return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
 
 
 def _discard_queued(sock: socket.socket) -> None:

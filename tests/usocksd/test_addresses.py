@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import resource
 import shutil
 import socket
 import subprocess
@@ -13,9 +14,11 @@ from pathlib import Path
 
 import pytest
 import trio
+from trio.testing import MockClock
 
 from usocksd.addresses import HostAddresses, SocketOwners
 from usocksd.match import IPAddress
+from usocksd.runtime.metrics import Metrics
 
 
 def test_the_snapshot_has_loopback_and_all_of_it_is_local() -> None:
@@ -40,7 +43,7 @@ def in_namespace(command: list[str]) -> list[str] | None:
     return None
 
 
-@pytest.mark.parametrize("scenario", ["comes_and_goes", "overrun", "point_to_point"])
+@pytest.mark.parametrize("scenario", ["comes_and_goes", "overrun", "point_to_point", "no_descriptors"])
 def test_addresses_come_and_go(scenario: str) -> None:
     command = in_namespace([sys.executable, __file__, scenario])
     if command is None:
@@ -62,8 +65,10 @@ class Changes(logging.Handler):
         super().__init__()
         self._addresses = addresses
         self._changed = trio.Event()
+        self.heard: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
+        self.heard.append(record.getMessage())
         self._changed.set()
 
     async def until(self, condition: Callable[[frozenset[IPAddress]], bool]) -> None:
@@ -175,24 +180,55 @@ def test_another_users_socket_and_one_bound_to_a_device() -> None:
     owners.close()
 
 
-async def test_where_netlink_is_forbidden_the_snapshot_stays(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("code", [errno.EAFNOSUPPORT, errno.EMFILE])
+async def test_while_they_cannot_be_watched_the_addresses_stay_what_they_were(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, autojump_clock: MockClock, code: int
 ) -> None:
-    addresses = HostAddresses()
+    """From the start, or later: then it is tried again."""
+    caplog.set_level(logging.INFO)
+    metrics = Metrics("test")
+    addresses = HostAddresses(metrics)
     snapshot = addresses.current
 
-    def forbidden(*_: object) -> socket.socket:
-        raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+    def refused() -> socket.socket:
+        raise OSError(code, os.strerror(code))
+
+    def watched() -> bool:
+        return bool(metrics.snapshot()["test_addresses_watched"]["values"][0][1][0])
 
     async with trio.open_nursery() as nursery:
         with monkeypatch.context() as patch:
-            patch.setattr("usocksd.addresses.socket.socket", forbidden)
+            patch.setattr("usocksd.addresses._netlink", refused)
             await nursery.start(addresses.watch)
-    assert addresses.current is snapshot
-    assert "not watched" in caplog.text
+            await trio.sleep(300)
+            assert addresses.current is snapshot
+            assert not watched()
+        await trio.sleep(31)
+        assert watched()
+        nursery.cancel_scope.cancel()
+    first, again = (record.message for record in caplog.records if "watched" in record.message)
+    assert "not watched" in first
+    assert "again" in again
 
 
-SCENARIOS = {"comes_and_goes": comes_and_goes, "overrun": overrun, "point_to_point": point_to_point}
+async def no_descriptors(addresses: HostAddresses, changes: Changes) -> None:
+    """None is left when the addresses have to be asked for anew, and then there are some."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    many_changes_at_once()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1, hard))
+    changes.heard.clear()
+    while "addresses of this host are not watched: they stay what they were" not in changes.heard:
+        await trio.sleep(0.01)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    await changes.until(lambda now: len(now) >= 2999)
+
+
+SCENARIOS = {
+    "comes_and_goes": comes_and_goes,
+    "overrun": overrun,
+    "point_to_point": point_to_point,
+    "no_descriptors": no_descriptors,
+}
 
 
 async def main(scenario: str) -> None:

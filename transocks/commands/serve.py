@@ -35,7 +35,7 @@ def build(config: Config, parts: Parts) -> Built:
             "listen_tproxy: none of the sockets has IP_TRANSPARENT; sockets of systemd need Transparent=yes in their"
             " unit, and a master of an older version has to be restarted"
         )
-    hosts = HostAddresses()
+    hosts = HostAddresses(parts.metrics)
     resolver = Resolver(
         config.dns.servers,
         parts.metrics,

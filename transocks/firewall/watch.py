@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import select
 import socket
 import time
@@ -52,7 +53,9 @@ class TableWatch:
                 data = self._socket.recv(_LARGEST)
             except BlockingIOError:
                 return found
-            except OSError:  # ENOBUFS: more has happened than fits, and nobody knows what
-                found = True
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    return True  # look, and hear again later
+                found = True  # more has happened than fits, and nobody knows what
             else:
                 found = found or any(kind == _DELTABLE for kind, _ in messages(data))

@@ -33,7 +33,7 @@ def build(config: Config, parts: Parts) -> Built:
     """Put usocksd together. Raises Error when it can't serve."""
     for pool in config.pools().values():
         check_mark(pool.mark)
-    hosts = HostAddresses()
+    hosts = HostAddresses(parts.metrics)
     users = make_users(config, parts.read)
     policy = make_policy(config, users, hosts.is_local)
     egress, listings = make_egress(config, hosts, parts.metrics)

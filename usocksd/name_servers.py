@@ -20,6 +20,7 @@ import trio
 from usocksd.errors import ResolveError
 from usocksd.name_query import SERVERS_FAILED, TIMED_OUT, Found, Kind, NameQuery, NameServer, Told
 from usocksd.resolv_conf import PORT, ResolvConf, parse
+from usocksd.runtime.hostport import join_port
 from usocksd.runtime.settings import SocketAddress
 from usocksd.watched_file import WatchedFile
 
@@ -54,6 +55,11 @@ class NameServers:
     def lifetime(self) -> float:
         """Seconds until who asks for a name gives it up."""
         return self.conf.timeout * self.conf.attempts if self._lifetime is None else self._lifetime
+
+    def status(self) -> dict[str, bool]:
+        """Each server, as address and port, and whether it is not known to be silent."""
+        now = self._clock()
+        return {join_port(server.host, server.port): server.silent_until <= now for server in self._servers}
 
     def reread(self) -> bool:
         """Read resolv.conf if it has changed; tells whether it had."""

@@ -159,6 +159,11 @@ class Resolver:
             task_status.started()
             await self._turns.run()
 
+    @property
+    def servers(self) -> dict[str, bool]:
+        """The name servers, and whether each answers as far as that is known; none where the system is asked."""
+        return {} if self._threads is not None else self._servers.status()
+
     def full_names(self, text: str) -> tuple[str, ...]:
         """The names that a host name as a client sent it may stand for, canonical, in the order in which to ask.
 

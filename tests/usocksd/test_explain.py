@@ -259,6 +259,19 @@ def test_explain_with_a_faulty_file_names_every_fault(tmp_path: Path) -> None:
     assert f"{config}:4: rule 1: action:" in text
 
 
+def test_who_waits_is_told_for_what(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "usocksd.toml"
+    with NameServer({"slow.test": None}) as silent:
+        config.write_text(f'[dns]\nservers = ["{silent.address}"]\n[timeouts]\nconnect = 1.5\n')
+        assert main(["explain", str(config), "--from", "127.0.0.1", "slow.test:80"]) == 1
+    out, err = capsys.readouterr()
+    assert "unreachable" in out
+    assert err.splitlines() == [
+        f"usocksd explain: waiting for name servers: {silent.address}",
+        f"usocksd explain: no answer from {silent.address}",
+    ]
+
+
 async def test_search_domains_make_other_names(dns: NameServer, tmp_path: Path) -> None:
     """Each name is judged before it is asked for, and the first that exists is the one."""
     resolv_conf = tmp_path / "resolv.conf"
@@ -358,8 +371,8 @@ def test_diff_in_trouble(server: Daemon, tmp_path: Path) -> None:
     assert "No such file" in run("diff", *same, "--log", "/nowhere.log", status=2)
     assert "/nowhere.toml" in run("diff", "/nowhere.toml", "/nowhere.toml", "--log", "x", status=2)
     assert "--since" in run("diff", *same, "--log", "x", "--since", "yesterday", status=2)
-    (tmp_path / "plain.log").write_text('2026-11-23T09:47:58Z vm usocksd info: "proxy starts" type="access"\n')
-    assert 'format = "json"' in run("diff", *same, "--log", str(tmp_path / "plain.log"), status=2)
+    (tmp_path / "journal").write_text('Nov 23 09:47:58 vm usocksd[1]: 2026-11-23T09:47:58Z vm usocksd info: "x"\n')
+    assert "1 line could not be read (a journal" in run("diff", *same, "--log", str(tmp_path / "journal"), status=2)
 
 
 # ---- fifty rules

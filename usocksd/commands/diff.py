@@ -165,7 +165,7 @@ def _nothing(replay: Replay, since: str | None) -> str:
     if since:
         text += f" since {since}"
     if unreadable := replay.skipped[Skipped.UNREADABLE]:
-        text += f"; {counted(unreadable, 'line is', 'lines are')} no records of usocksd (of a journal, take -o cat)"
+        text += f"; {counted(unreadable, 'line')} could not be read (a journal has to be printed with -o cat)"
     return text
 
 

@@ -8,10 +8,11 @@ import re
 import shutil
 import sys
 import textwrap
+import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from usocksd.config import Config
 from usocksd.errors import Error
@@ -20,6 +21,9 @@ from usocksd.runtime import config as configuration
 from usocksd.runtime.hostport import join_port
 from usocksd.runtime.settings import split_port
 from usocksd.runtime.verbs.client import Client, Operated, find_control, visible
+
+if TYPE_CHECKING:
+    from usocksd.resolver import Resolver
 
 Json = dict[str, Any]
 
@@ -38,6 +42,9 @@ own resolver and what it knows of its egress addresses.
 
 Exit status: 0 if it would be connected, 1 if not (a rule denies it, the name has no address, there is no egress
 address), 2 for trouble (a faulty file, a wrong command line, no daemon)."""
+
+# Whoever waits for longer, in seconds, is told for what.
+_SAY_AFTER: Final = 1.0
 
 # What is shown without --verbose.
 _FEW_STEPS: Final = 4
@@ -133,7 +140,13 @@ def _run(daemon: Operated, args: argparse.Namespace) -> int:
 def _ask(daemon: Operated, args: argparse.Namespace, request: Json) -> Json:
     args.f = args.file or args.f
     client = Client(daemon.name, find_control(daemon, args, "usocksd explain: "))
-    return client.ask("explain", timeout=_ANSWER_WITHIN, **request)
+    saying = threading.Timer(_SAY_AFTER, _say, ["waiting for the daemon, which asks its name servers"])
+    saying.daemon = True
+    saying.start()
+    try:
+        return client.ask("explain", timeout=_ANSWER_WITHIN, **request)
+    finally:
+        saying.cancel()
 
 
 def _judge(daemon: Operated, args: argparse.Namespace, request: Json) -> Json:
@@ -168,14 +181,28 @@ async def _explain(config: Config, request: Json) -> Json:
     explainer = Explainer(policy, resolver, egress, listings, min(config.timeouts.connect, _RESOLVE_WITHIN))
     async with trio.open_nursery() as nursery:
         await nursery.start(resolver.run)
+        nursery.start_soon(_say_what_takes_long, resolver)
         unanswered = await lookups.once()
         answer = await explainer.explain(request)
         nursery.cancel_scope.cancel()
+    if silent := [server for server, answers in resolver.servers.items() if not answers]:
+        _say(f"no answer from {', '.join(silent)}")
     for each, why in unanswered.items():
         for pool in answer["pools"].values():
             if str(each.address) in pool["addresses"]:
                 pool.setdefault("unanswered", {}).setdefault(str(each.address), {})[each.domain] = why
     return answer
+
+
+async def _say_what_takes_long(resolver: Resolver) -> None:
+    import trio  # noqa: PLC0415
+
+    await trio.sleep(_SAY_AFTER)
+    _say(f"waiting for name servers: {', '.join(resolver.servers) or 'those that the system asks'}")
+
+
+def _say(what: str) -> None:
+    print(f"usocksd explain: {visible(what)}", file=sys.stderr, flush=True)
 
 
 # ---- for people

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import pwd
 import select
+import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +24,8 @@ from scene import ONLY_PATH
 # Connects, tells its own port and user, and what it was told; then waits for a line, if asked to.
 CONNECT = """
 import os, socket, sys
-with socket.create_connection((sys.argv[1], 80), 5) as s:
+with socket.create_connection((sys.argv[1], 80), 10) as s:
+    s.sendall(b"hello\\n")  # as HTTP does: who is silent on port 80 is waited for
     print(s.getsockname()[1], os.getuid(), s.recv(100).decode(), flush=True)
 if len(sys.argv) > 2:
     sys.stdin.readline()
@@ -35,10 +38,11 @@ class Trial:
     bin: Path
     tool: str
     servers: list[socket.socket]
+    more: str = ""
 
     def argv(self, *command: str, **environment: str) -> list[str]:
         settings = [f"{key}={value}" for key, value in environment.items()]
-        python = [sys.executable, "-c", ONLY_PATH.format(more=""), "exec", "--", *command]
+        python = [sys.executable, "-c", ONLY_PATH.format(more=self.more), "exec", "--", *command]
         return ["env", "-u", "SUDO_USER", f"PATH={self.bin}", f"TMPDIR={self.bin}", *settings, *python]
 
     def start(self, *command: str) -> subprocess.Popen[str]:
@@ -78,6 +82,14 @@ def trial(request: pytest.FixtureRequest, host_net: lab.Net, tmp_path: Path) -> 
     yield Trial(host_net, tmp_path, request.param, servers)
     for server in servers:
         server.close()
+
+
+def plain_python(*arguments: str) -> tuple[str, ...]:
+    """For users who can't see this one's."""
+    python = "/usr/bin/python3"
+    if not os.access(python, os.X_OK):
+        pytest.skip(f"{python} is not installed")
+    return (python, "-c", CONNECT, *arguments)
 
 
 def python(*arguments: str) -> tuple[str, ...]:
@@ -126,6 +138,96 @@ def test_runs_as_the_user_who_called_sudo(trial: Trial) -> None:
     assert (uid, home) == (str(entry.pw_uid), entry.pw_dir)
     assert str(entry.pw_gid) in groups.split()
     assert "0" not in groups.split()
+
+
+HIERARCHIES = "from transocks.firewall import cgroups as c; real = c._hierarchies; c._hierarchies = lambda: iter({});"
+
+
+@pytest.fixture(params=["cgroup2", "net_cls", "group"])
+def hold(request: pytest.FixtureRequest, trial: Trial, tmp_path: Path) -> Iterator[str]:
+    """What of this host tells the command's connections from others: nothing else is there."""
+    kind: str = request.param
+    kept = {"cgroup2": "[h for h in real() if h[0]]", "net_cls": "[h for h in real() if not h[0]]", "group": "[]"}[kind]
+    trial.more = HIERARCHIES.format(kept)
+    mount = tmp_path / "net_cls"
+    if kind == "net_cls":
+        mount.mkdir()
+        mounted = trial.net.client.run("mount", "-t", "cgroup", "-o", "net_cls", "none", str(mount), check=False)
+        if mounted.returncode:
+            pytest.skip(f"no net_cls here: {mounted.stderr}")
+    if kind != "group":
+        there = f"{trial.more} print([c.end(each.folder) for each in c.make('transocks_exec_test', 1)])"
+        if trial.net.client.run(sys.executable, "-c", there).stdout == "[]\n":
+            pytest.skip(f"no {kind} here in which a cgroup can be made")
+    yield kind
+    if kind == "net_cls":
+        trial.net.client.run("umount", str(mount))
+
+
+def test_what_changes_its_group_is_held(trial: Trial, hold: str) -> None:
+    setpriv = shutil.which("setpriv")
+    assert setpriv is not None
+    for address in (lab.WEB_V4, lab.WEB_V6):
+        process = trial.start(setpriv, "--reuid=65534", "--regid=65534", "--clear-groups", *plain_python(address))
+        there = trial.answer()
+        out, err = process.communicate(timeout=20)
+        assert out, err
+        port, uid, _ = out.split()
+        assert uid == "65534"
+        assert (int(port) == there) == (hold == "group")
+        assert ("what changes its group (su, sudo, setpriv) connects directly" in err) == (hold == "group")
+
+
+def test_what_is_left_behind_is_held_until_it_ends(trial: Trial, hold: str) -> None:
+    before = trial.rules()
+    go = trial.bin / "go"
+    os.mkfifo(go)
+    later = f"(read -r line < {go}; exec {' '.join(map(shlex.quote, python(lab.WEB_V4)))}) & exit 3"
+    process = trial.start("/bin/sh", "-c", later)
+    assert process.stderr is not None
+    said = process.stderr.readline() if hold != "group" else process.stderr.readline() + process.stderr.readline()
+    assert "the command has ended, and left behind: sh (" in said
+    go.write_text("go\n")
+    there = trial.answer()
+    out, err = process.communicate(timeout=10)
+    assert out, err
+    assert int(out.split()[0]) != there
+    assert process.returncode == 3
+    assert trial.rules() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_what_is_left_behind(trial: Trial, number: signal.Signals) -> None:
+    before = trial.rules()
+    # A shell's background processes ignore SIGINT; this one ignores SIGTERM too.
+    process = trial.start("/bin/sh", "-c", "(trap '' TERM; /bin/sleep 1000) & exit 4")
+    assert process.stderr is not None
+    while "and left behind: " not in process.stderr.readline():
+        pass
+    while any(line.startswith("/bin/sleep 1000") for line in _processes(trial).values()):
+        process.send_signal(number)
+        time.sleep(0.05)
+    process.communicate(timeout=10)
+    assert process.returncode == 4
+    assert trial.rules() == before
+
+
+def test_kill_9_ends_what_is_left_behind_before_the_rules(trial: Trial) -> None:
+    inhabitants, before = _processes(trial), trial.rules()
+    trial.more = HIERARCHIES.format("real()")
+    process = trial.start("/bin/sh", "-c", "/bin/sleep 1000 & exit 0")
+    assert process.stderr is not None
+    if "no cgroup" in (said := process.stderr.readline()):
+        process.terminate()
+        process.communicate(timeout=10)
+        pytest.skip("no cgroup here")
+    assert "and left behind: sleep (" in said
+    process.kill()
+    process.communicate(timeout=10)
+    for left in _processes(trial).keys() - inhabitants.keys():
+        _wait_for_end(left)
+    assert trial.rules() == before
+    assert _processes(trial).keys() == inhabitants.keys()
 
 
 @pytest.mark.parametrize("victim", ["exec", "holder", "usocksd", "transocks"])

@@ -17,6 +17,7 @@ from types import TracebackType
 
 import cattrs
 
+from transocks.firewall import cgroups
 from transocks.firewall.apply import apply, remove
 from transocks.firewall.steps import FirewallError, RuleSet
 
@@ -24,12 +25,14 @@ from transocks.firewall.steps import FirewallError, RuleSet
 class Held:
     """Rules in force for the time of a `with` block, or of this process's life if that is shorter.
 
-    folder is deleted with them. Entering raises FirewallError when the rules can't be loaded.
+    folder is deleted with them. cgroup: the folder of one that is ended before them; "": none. Entering raises
+    FirewallError when the rules can't be loaded.
     """
 
-    def __init__(self, rules: RuleSet, folder: str) -> None:
+    def __init__(self, rules: RuleSet, folder: str, cgroup: str = "") -> None:
         self._rules = rules
         self._folder = folder
+        self._cgroup = cgroup
 
     def __enter__(self) -> Held:
         # A session of its own: what the terminal sends is for the command.
@@ -37,7 +40,7 @@ class Held:
             [sys.executable, "-m", __name__ if __name__ != "__main__" else "transocks.firewall.holder"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
-        order = {"rules": cattrs.unstructure(self._rules), "folder": self._folder}
+        order = {"rules": cattrs.unstructure(self._rules), "folder": self._folder, "cgroup": self._cgroup}
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
@@ -70,8 +73,15 @@ class Held:
                 except BrokenPipeError:
                     continue
         if self._process.wait() != 0:  # it was killed itself: then this is left to us
-            remove(self._rules)
-            shutil.rmtree(self._folder, ignore_errors=True)
+            _end(self._rules, self._folder, self._cgroup)
+
+
+def _end(rules: RuleSet | None, folder: str, cgroup: str) -> None:
+    if cgroup:
+        cgroups.end(cgroup)  # first: without the rules it would connect directly
+    if rules is not None:
+        remove(rules)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def main() -> int:
@@ -93,9 +103,7 @@ def main() -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the interpreter complains when it ends
     sys.stdin.read()
-    if not answer:
-        remove(rules)
-    shutil.rmtree(order["folder"], ignore_errors=True)
+    _end(None if answer else rules, order["folder"], order["cgroup"])
     return 0
 
 

@@ -6,6 +6,7 @@ often, there is an error and no rules.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from ipaddress import IPv4Network, IPv6Network, collapse_addresses
@@ -192,10 +193,7 @@ def _quic(wanted: Wanted) -> bool:
 
 
 def _without_ports(selection: Selection) -> Selection:
-    return Selection(
-        users=selection.users, groups=selection.groups, cgroups=selection.cgroups,
-        interfaces=selection.interfaces, from_=selection.from_, to=selection.to,
-    )  # fmt: skip
+    return attrs.evolve(selection, ports=())
 
 
 # ---- selection: alternatives, each of which is a line
@@ -217,7 +215,11 @@ def _nft_matches(selection: Selection, protocol: str) -> Iterable[str]:
     """Matches, with a space behind each. What none of several lines has is "", which stands for everything."""
     who = [f"meta skuid {_nft_set(map(str, selection.users))} "] if selection.users else []
     who += [f"meta skgid {_nft_set(map(str, selection.groups))} "] if selection.groups else []
-    who += [f'socket cgroupv2 level {path.count("/") + 1} "{path}" ' for path in selection.cgroups]
+    who += [
+        f'socket cgroupv2 level {path.count("/") + 1} "{os.path.normpath(f"{selection.cgroups_at}/{path}")}" '
+        for path in selection.cgroups
+    ]
+    who += [f"meta cgroup {classid} " for classid in selection.classids]
     names = _nft_set(f'"{name}"' for name in selection.interfaces)
     inside = f"iifname {names} " if selection.interfaces else ""
     ports = _nft_set(_range(pair, "-") for pair in merged(selection.ports))
@@ -233,6 +235,7 @@ def _iptables_matches(selection: Selection, version: int) -> Iterable[str]:
     who = [f"-m owner --uid-owner {user} " for user in selection.users]
     who += [f"-m owner --gid-owner {group} " for group in selection.groups]
     who += [f'-m cgroup --path "{path}" ' for path in selection.cgroups]
+    who += [f"-m cgroup --cgroup {classid} " for classid in selection.classids]
     inside = [f"-i {name} " for name in selection.interfaces]
     where = [f"-m multiport --dports {ports} " for ports in _multiports(merged(selection.ports))]
     for found, sources, destinations in _families(selection):

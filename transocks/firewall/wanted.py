@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import grp
+import os
 import pwd
 from collections.abc import Callable, Iterable, Sequence
 
@@ -13,17 +14,23 @@ from transocks.firewall.steps import FirewallError
 from usocksd.match import IPAddress, IPNetwork
 from usocksd.runtime.settings import ListenAddress
 
+CGROUPS = "/sys/fs/cgroup"
 MARK = 0x7473
 """What the files leave alone when nothing else is said."""
 
 
 @attrs.frozen(kw_only=True)
 class Selection:
-    """Which traffic. Of users, groups and cgroups one has to match; all else that is given narrows that further."""
+    """Which traffic. Of users, groups, cgroups and class ids one has to match; all else narrows that further."""
 
     users: tuple[int, ...] = ()
     groups: tuple[int, ...] = ()
     cgroups: tuple[str, ...] = ()
+    """paths in the hierarchy of version 2"""
+    cgroups_at: str = "."
+    """where that is mounted, from /sys/fs/cgroup: "unified", where version 1 is there too"""
+    classids: tuple[int, ...] = ()
+    """of cgroups of version 1, by net_cls"""
     interfaces: tuple[str, ...] = ()
     from_: tuple[IPNetwork, ...] = ()
     to: tuple[IPNetwork, ...] = ()
@@ -70,7 +77,7 @@ class Wanted:
         """What of the selection means something in this mode: the rest is for the mode beside it."""
         if self.mode is Mode.HOST:
             return attrs.evolve(self.selection, interfaces=())
-        return attrs.evolve(self.selection, users=(), groups=(), cgroups=())
+        return attrs.evolve(self.selection, users=(), groups=(), cgroups=(), classids=())
 
 
 def wanted_of(
@@ -81,6 +88,7 @@ def wanted_of(
         users=tuple(_ids(rules.users, "users", lambda name: pwd.getpwnam(name).pw_uid)),
         groups=tuple(_ids(rules.groups, "groups", lambda name: grp.getgrnam(name).gr_gid)),
         cgroups=rules.cgroups,
+        cgroups_at=cgroups_at() if rules.cgroups else ".",
         interfaces=rules.interfaces,
         from_=rules.from_,
         to=rules.to,
@@ -105,6 +113,13 @@ def wanted_of(
             )
         )
     return found
+
+
+def cgroups_at() -> str:
+    """Where cgroups of version 2 are, from /sys/fs/cgroup, where nft looks for them."""
+    with open("/proc/self/mounts", encoding="utf-8", errors="surrogateescape") as file:
+        mounts = [mount for _, mount, kind, *_ in map(str.split, file) if kind == "cgroup2"]
+    return os.path.relpath(mounts[0], CGROUPS) if mounts and CGROUPS not in mounts else "."
 
 
 def reached(mode: Mode, listen: Sequence[ListenAddress]) -> list[ListenAddress]:

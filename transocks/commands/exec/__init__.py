@@ -1,0 +1,216 @@
+"""transocks exec -- COMMAND: one command's TCP connections through both daemons, on this host, and then no trace.
+
+    rules for a cgroup and a group id of its own -> daemons on free loopback ports -> the command in both -> all removed
+
+The command keeps its user (the one who called sudo), groups and terminal. What makes the rules see it is the cgroup
+that it is started in, and all that it starts with it (firewall/cgroups.py); where there is none that rules can match,
+its effective group alone, which no other process has.
+
+This ends when the last process has ended that the command has left behind. If it is killed, so are the command and the
+daemons, by the kernel; what else is in the cgroup is ended before the rules, by the process that holds these
+(firewall/holder.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from itertools import chain
+
+import attrs
+
+from transocks.commands.exec.daemons import ExecError, ending, free_port, start, wait_until_ready
+from transocks.commands.exec.terminal import Signals
+from transocks.firewall.cgroups import Cgroup, end, make, members_of, name_of
+from transocks.firewall.config import Mode, Tool
+from transocks.firewall.holder import Held
+from transocks.firewall.live import uses_ipv6
+from transocks.firewall.render import render
+from transocks.firewall.steps import FirewallError, choose_tool
+from transocks.firewall.wanted import Selection, Wanted
+from transocks.tools import die_with_parent
+from usocksd.errors import Error
+from usocksd.runtime.verbs.client import visible
+
+FAILED, NOT_EXECUTABLE, NOT_FOUND = 125, 126, 127  # as env(1) and others that run a command
+SAY_AFTER, LOOK_EVERY = 1.0, 0.1  # seconds, of what the command has left behind
+# Group ids up here are nobody's by convention; a process id, at most 22 bits (proc(5), pid_max), makes them unique.
+FIRST_GID = 0x74000000
+
+
+@attrs.frozen
+class User:
+    """Who the command runs as."""
+
+    uid: int
+    groups: tuple[int, ...]
+    environment: dict[str, str]
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add this verb to the command line."""
+    parser = subparsers.add_parser(
+        "exec",
+        help="run a command with its TCP connections, and only its, redirected through both daemons",
+        description="Run COMMAND with its TCP connections, and only its, redirected through transocks and usocksd,"
+        " which are started for it. Private networks and DNS are left alone, and QUIC (UDP 443) is refused. Needs"
+        " root; under sudo the command runs as who called. Ends when all that COMMAND has started has ended. Files"
+        " that it creates show a group id without a name. Exit status: the command's; 128 + N if signal N"
+        " ended it; 125 if it was not run.",
+    )
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND ...", help="the command line to run")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the verb; returns the exit status."""
+    command = args.command[1:] if args.command[:1] == ["--"] else args.command
+    try:
+        if not command:
+            raise ExecError("no command given: transocks exec -- COMMAND ...")
+        return _exec(command)
+    except FileNotFoundError:
+        return _complain(f"{command[0]}: command not found", NOT_FOUND)
+    except OSError as error:
+        return _complain(f"{command[0]}: {error.strerror}", NOT_EXECUTABLE)
+    except Error as error:
+        return _complain(str(error), FAILED)
+
+
+def _complain(text: str, status: int) -> int:
+    _say(text)
+    return status
+
+
+def _exec(command: Sequence[str]) -> int:
+    if os.geteuid() != 0:
+        raise ExecError(
+            "redirecting needs root: sudo transocks exec -- COMMAND ... (in a checkout, ./run shows it without,"
+            " in a user namespace)"
+        )
+    tool = choose_tool()
+    if tool is None:
+        raise ExecError("neither nft nor iptables is installed")
+    user = _calling_user()
+    gid = FIRST_GID + os.getpid()
+    if not _allowed_gid(gid):
+        raise ExecError("this user namespace has not enough group ids to tell the command's connections from others")
+    ipv6 = uses_ipv6()
+    with Signals() as signals, contextlib.ExitStack() as stack:
+        usocksd_port, port = free_port(ipv6), free_port(ipv6)
+        try:
+            folder, cgroup = _redirect(tool, gid, port, ipv6, stack)
+        except FirewallError as error:
+            raise ExecError(f"the rules could not be loaded: {error}") from None
+        if cgroup is None:
+            _say("warning: there is no cgroup here that the rules can go by; what changes its group (su, sudo, setpriv)"
+                 " connects directly")  # fmt: skip
+        daemons = stack.enter_context(ending())
+        local = ["127.0.0.1", "[::1]"] if ipv6 else ["127.0.0.1"]
+        listen = ", ".join(f'"{address}:{port}"' for address in local)
+        # For one command and its time: nobody looks at them from outside.
+        alone = 'workers = 1\ncontrol = ""\ntimeouts.stop = 0\n'
+        usocksd = f'{alone}[incoming]\nport = {usocksd_port}\nmetrics_port = 0\naddresses = ["127.0.0.1"]\n'
+        transocks = f'{alone}metrics_port = 0\nproxy_url = "socks5://127.0.0.1:{usocksd_port}"\nlisten = [{listen}]\n'
+        daemons.append(start("usocksd", usocksd, folder))
+        daemons.append(start("transocks", transocks, folder))
+        wait_until_ready("usocksd", daemons[0], usocksd_port)
+        wait_until_ready("transocks", daemons[1], port)
+        signals.hold()
+        child = subprocess.Popen(
+            command,
+            env=user.environment,
+            preexec_fn=_become(user, gid, cgroup),  # noqa: PLW1509
+        )
+        with child:
+            signals.forward_to(child)
+            status = child.wait()
+        _wait_for_others(signals, lambda: members_of(gid, cgroup))
+    return status if status >= 0 else 128 - status
+
+
+def _redirect(tool: Tool, gid: int, port: int, ipv6: bool, stack: contextlib.ExitStack) -> tuple[str, Cgroup | None]:
+    """Load the rules for as long as the stack lasts; returns a folder that is gone with them, and the cgroup that they
+    were seen to go by. Raises FirewallError.
+    """
+    name = f"transocks_exec_{os.getpid()}"
+    for cgroup in chain(make(name, gid), [None]):
+        with contextlib.ExitStack() as trial:
+            folder = tempfile.mkdtemp(prefix="transocks-exec-")
+            trial.callback(shutil.rmtree, folder, ignore_errors=True)
+            if cgroup is not None:
+                trial.callback(end, cgroup.folder)
+            selection = attrs.evolve(Selection() if cgroup is None else cgroup.selection, groups=(gid,))
+            rules = render(tool, Wanted(mode=Mode.HOST, name=name, port=port, selection=selection), ipv6=ipv6)
+            try:
+                trial.enter_context(Held(rules, folder, "" if cgroup is None else cgroup.folder))
+            except FirewallError:
+                if cgroup is None:
+                    raise
+                continue  # this kernel or tool does not know the match
+            with socket.create_server(("127.0.0.1", port)):
+                if cgroup is None or cgroup.is_redirected_to(port):
+                    stack.push(trial.pop_all())
+                    return folder, cgroup
+    raise AssertionError("the last one is tried without a cgroup")
+
+
+def _become(user: User, gid: int, cgroup: Cgroup | None) -> Callable[[], None]:
+    """For preexec_fn: what the command is."""
+    arrange = die_with_parent()
+
+    def become() -> None:
+        if cgroup is not None:
+            cgroup.enter()
+        os.setgroups(user.groups)
+        os.setregid(gid, gid)
+        os.setreuid(user.uid, user.uid)
+        arrange()  # the change of user has forgotten it
+
+    return become
+
+
+def _wait_for_others(signals: Signals, others: Callable[[], set[int]]) -> None:
+    """Wait until what the command has left behind has ended, and say so if that takes a while."""
+    signals.end(others)
+    since, said = time.monotonic(), False
+    while left := others():
+        if not said and time.monotonic() - since > SAY_AFTER:
+            names = ", ".join(f"{name_of(pid)} ({pid})" for pid in sorted(left)[:5])
+            _say(f"the command has ended, and left behind: {names}. Still redirected; this waits until they end."
+                 " Ctrl-C ends them")  # fmt: skip
+            said = True
+        time.sleep(LOOK_EVERY)
+
+
+def _say(text: str) -> None:
+    print(f"transocks exec: {visible(text)}", file=sys.stderr, flush=True)
+
+
+def _calling_user() -> User:
+    """The user who called sudo, else root itself."""
+    name = os.environ.get("SUDO_USER", "root")
+    try:
+        entry = pwd.getpwnam(name)
+    except KeyError:
+        raise ExecError(f"SUDO_USER is {name!r}, and there is no such user") from None
+    environment = dict(os.environ)
+    if "SUDO_USER" in os.environ:  # sudo has put root's there
+        environment |= {"HOME": entry.pw_dir, "USER": name, "LOGNAME": name, "SHELL": entry.pw_shell}
+    groups = os.getgrouplist(name, entry.pw_gid) if "SUDO_USER" in os.environ else [*os.getgroups(), os.getgid()]
+    return User(entry.pw_uid, tuple(dict.fromkeys(groups)), environment)
+
+
+def _allowed_gid(gid: int) -> bool:
+    """Whether this (user namespace's) root may take that group."""
+    with open("/proc/self/gid_map", encoding="ascii") as file:
+        return any(int(first) <= gid < int(first) + int(count) for first, _, count in map(str.split, file))

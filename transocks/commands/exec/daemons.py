@@ -1,0 +1,77 @@
+"""The daemons of `transocks exec`, on free ports, for as long as it needs them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from transocks.tools import die_with_parent
+from usocksd.errors import Error
+
+READY_WITHIN = 15.0  # seconds for a daemon to listen, which takes a fraction of one
+
+
+class ExecError(Error):
+    """The command could not be run as asked."""
+
+
+def free_port(ipv6: bool) -> int:
+    """A port that is free now on loopback, of both families."""
+    while True:
+        with socket.create_server(("127.0.0.1", 0)) as four:
+            port: int = four.getsockname()[1]
+            if not ipv6:
+                return port
+            try:
+                with socket.create_server(("::1", port), family=socket.AF_INET6):
+                    return port
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise ExecError(f"can't listen on ::1: {error.strerror}") from None
+
+
+def start(name: str, config: str, folder: str) -> subprocess.Popen[bytes]:
+    path = Path(folder, f"{name}.toml")
+    path.write_text(config, encoding="utf-8")
+    # What goes wrong is said on our stderr. A session of its own: what the terminal sends is for the command.
+    return subprocess.Popen(
+        [sys.executable, "-m", name, "-f", str(path), "-loglevel", "error"],
+        stdin=subprocess.DEVNULL, stdout=2, start_new_session=True, preexec_fn=die_with_parent(),  # noqa: PLW1509
+    )  # fmt: skip
+
+
+def wait_until_ready(name: str, daemon: subprocess.Popen[bytes], port: int) -> None:
+    deadline = time.monotonic() + READY_WITHIN
+    while True:
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            # Bound to the port it connects to, a probe could meet itself; a listener is what we look for.
+            probe.connect(("127.0.0.1", port))
+            if probe.getsockname() != probe.getpeername():
+                return
+        if daemon.poll() is not None:
+            raise ExecError(f"{name} did not start")
+        if time.monotonic() > deadline:
+            raise ExecError(f"{name} does not listen")
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def ending() -> Iterator[list[subprocess.Popen[bytes]]]:
+    """A list of processes that end with the block."""
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.terminate()  # nobody is left to wait for what they carry: stop = 0
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(READY_WITHIN)
+            process.kill()
+            process.wait()

@@ -1,0 +1,145 @@
+"""A control group of its own for one command and all that it starts, by which rules tell its connections from others.
+
+Unlike a group id, it stays with what changes its user and group (su, sudo). A rule binds to the directory that was
+there when it was loaded; here both come and go together. See cgroups(7), and net_cls.rst of the kernel for version 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import attrs
+
+from transocks.firewall.wanted import CGROUPS, Selection
+
+_WITHIN, _EVERY = 5.0, 0.02  # seconds until all that was killed has ended
+_TRIAL = ("203.0.113.1", 9)  # nobody: a documentation address
+_TRIAL_WITHIN = 1.0  # seconds, on this host
+
+
+@attrs.frozen
+class Cgroup:
+    """One that is there. Of version 1, if it has a class id for net_cls."""
+
+    folder: str
+    path: str
+    """in its hierarchy"""
+    mount: str
+    classid: int | None = None
+
+    @property
+    def selection(self) -> Selection:
+        """What leaves it."""
+        if self.classid is not None:
+            return Selection(classids=(self.classid,))
+        return Selection(cgroups=(self.path,), cgroups_at=os.path.relpath(self.mount, CGROUPS))
+
+    def enter(self) -> None:
+        """Put this process in there, and so all that it will start. Raises OSError."""
+        Path(self.folder, "cgroup.procs").write_text("0", encoding="ascii")
+
+    def is_redirected_to(self, port: int) -> bool:
+        """Whether the rules have a connection that leaves it come to this port, where somebody listens.
+
+        Tried out, since much may be in the way: cgroups in a container, older kernels with both versions in use. The
+        connection is bound to `lo`, so that it gets nowhere if they do not.
+        """
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                self.enter()
+                with socket.socket() as sock:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo")
+                    sock.bind(("127.0.0.1", 0))
+                    sock.settimeout(_TRIAL_WITHIN)
+                    sock.connect(_TRIAL)
+                status = 0
+            finally:
+                os._exit(status)
+        return os.waitpid(pid, 0)[1] == 0
+
+
+def members_of(gid: int, cgroup: Cgroup | None) -> set[int]:
+    """The processes with this effective group, or in this cgroup."""
+    found = set() if cgroup is None else _members(cgroup.folder)
+    for status in Path("/proc").glob("[0-9]*/status"):
+        with contextlib.suppress(OSError):  # it has ended
+            fields = dict(line.split(":", 1) for line in status.read_text("ascii", "replace").splitlines())
+            if fields["Gid"].split()[1] == str(gid) and fields["State"].split()[0] not in "ZX":
+                found.add(int(status.parent.name))
+    return found
+
+
+def name_of(pid: int) -> str:
+    """What it calls itself."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text("utf-8", "replace").strip()
+    except OSError:
+        return "?"
+
+
+def _members(folder: str) -> set[int]:
+    found = set()
+    for at, _, _ in os.walk(folder):
+        with contextlib.suppress(OSError):
+            found |= set(map(int, Path(at, "cgroup.procs").read_text("ascii").split()))
+    return found
+
+
+def end(folder: str) -> None:
+    """Kill what is in there, and remove it."""
+    deadline = time.monotonic() + _WITHIN
+    while (left := _members(folder)) and time.monotonic() < deadline:
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(_EVERY)
+    for at, _, _ in os.walk(folder, topdown=False):
+        with contextlib.suppress(OSError):
+            os.rmdir(at)
+
+
+def make(name: str, number: int) -> Iterator[Cgroup]:
+    """Of each kind that there is here, one below that of this process: with its limits, and in its session for
+    systemd. Version 2 comes first. number: for version 1, the class id.
+    """
+    for second, mount, root, path in _hierarchies():
+        folder = os.path.normpath(f"{mount}/{os.path.relpath(path, root)}/{name}")
+        try:
+            os.mkdir(folder)
+            if not second:
+                Path(folder, "net_cls.classid").write_text(str(number), encoding="ascii")
+        except OSError:  # read-only, say
+            continue
+        yield Cgroup(folder, f"{path}/{name}".strip("/"), mount, None if second else number)
+
+
+def _hierarchies() -> Iterator[tuple[bool, str, str, str]]:
+    """Whether it is version 2; where it is mounted, and which of its cgroups there; the one that this process is in."""
+    mine = [line.split(":", 2)[1:] for line in Path("/proc/self/cgroup").read_text("utf-8").splitlines()]
+    found = []
+    for line in Path("/proc/self/mountinfo").read_text("utf-8", "surrogateescape").splitlines():
+        head, _, tail = line.partition(" - ")
+        root, mount = map(_unescaped, head.split()[3:5])
+        kind, _, options = tail.split()[:3]
+        second = kind == "cgroup2"
+        if second or (kind == "cgroup" and "net_cls" in options.split(",")):
+            controllers = "" if second else "net_cls"
+            path = next((path for names, path in mine if controllers in names.split(",")), None)
+            if path is not None and f"{path}/".startswith(f"{root.rstrip('/')}/"):
+                found.append((second, mount, root, path))
+    # Version 2, and where others look for it; there may be more mounts of it.
+    return iter(sorted(found, key=lambda each: (not each[0], not each[1].startswith(CGROUPS))))
+
+
+def _unescaped(text: str) -> str:
+    """As /proc/self/mountinfo writes spaces, say."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)

@@ -6,7 +6,7 @@ import gc
 import heapq
 import logging
 import socket
-from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from math import inf
 from operator import attrgetter
 from typing import Any, NoReturn
@@ -157,11 +157,14 @@ class Service:
                 await self._emptied()
         self._sessions.cancel_scope.cancel()
 
-    def connections(self) -> list[dict[str, Any]]:
-        """The live ones, as their sessions describe them, with bytes and seconds."""
-        now = self._reactor.clock()
-        rows = (_describe(handler, now) for handler in self._reactor.handlers.values())
-        return [row for row in rows if row is not None]
+    def connections(self) -> Iterator[dict[str, Any]]:
+        """The live ones, as their sessions describe them, with bytes and seconds; each as it is when it is asked for,
+        which is its "at", by CLOCK_MONOTONIC.
+        """
+        for handler in list(self._reactor.handlers.values()):
+            row = _describe(handler, self._reactor.clock())
+            if row is not None:
+                yield row
 
     def moving(self) -> tuple[int, int]:
         """Bytes of the live connections, to the destinations and from there."""
@@ -280,4 +283,4 @@ def _describe(handler: object, now: float) -> dict[str, Any] | None:
     else:
         return None
     row: dict[str, Any] = about.describe()
-    return row | moved
+    return row | moved | {"at": now}

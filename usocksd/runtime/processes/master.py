@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -31,7 +30,7 @@ from usocksd.runtime.processes.invocation import Invocation, MasterLog
 from usocksd.runtime.processes.notify import Notifier, inherited_sockets
 from usocksd.runtime.processes.plan import HANDOVER
 from usocksd.runtime.processes.reloads import Reloads, complain
-from usocksd.runtime.processes.report import Report
+from usocksd.runtime.processes.report import Report, now
 from usocksd.runtime.processes.slots import Slots, check_inherited
 
 log = logging.getLogger(__name__)
@@ -127,7 +126,7 @@ class Master:
             self._slots = Slots.take_over(state["slots"])
         raise_descriptor_limit()
         self._crew = Crew(nursery, self._slots, self._metrics, None if state is None else state["table"])
-        started = time.time() if state is None else state["started"]
+        started = now() if state is None else state["started"]
         self._report = Report(invocation.name, self._crew, self._slots, self._metrics, log=own_log, started=started)
         self._handlers: dict[str, Handler] = {
             "status": lambda _: self._report.status(),
@@ -228,7 +227,7 @@ class Master:
         for worker in sorted(self._crew.serving, key=lambda worker: worker.slot):
             try:
                 with trio.fail_after(_VERB_WITHIN):
-                    rows = await worker.ask("verb", request=request)
+                    rows = (await worker.ask("verb", request=request)).rows
             except trio.TooSlowError:
                 raise Error(f"no answer within {_VERB_WITHIN:.0f} s") from None
             for row in rows:  # one, or none if the worker has ended meanwhile

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,19 +19,20 @@ from usocksd.runtime.processes.generation import Generation
 from usocksd.runtime.processes.invocation import MasterLog
 from usocksd.runtime.processes.slots import Slots, place_names
 from usocksd.runtime.processes.trial import Trial
-from usocksd.runtime.processes.worker_process import State, WorkerProcess
+from usocksd.runtime.processes.worker_process import Answer, State, WorkerProcess
 from usocksd.runtime.words import counted
 
 # Rates are those of so many seconds.
 _RATES_OVER = 0.5
 _RATES = ("connections", "tx_bytes", "rx_bytes")
-# A worker that hangs is not waited for.
+# A worker that hangs is not waited for; to list 20,000 connections takes a busy one seconds.
 _ANSWER_WITHIN = 1.0
+_LIST_WITHIN = 5.0
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class Report:
-    """Knows what there is to tell; `started` is in seconds since the epoch."""
+    """Knows what there is to tell; `started` is when the daemon was, by `now`."""
 
     def __init__(
         self, name: str, crew: Crew, slots: Slots, metrics: Metrics, *, log: MasterLog, started: float
@@ -78,8 +80,9 @@ class Report:
         return sum(worker.live for worker in self._crew.workers)
 
     async def live_now(self) -> int:
-        """Connections, asked for: `live` may be half a second old."""
-        return int((await self._measure())["live"])
+        """Connections, asked for where there is an answer: `live` may be half a second old."""
+        asked = await self._measure()
+        return sum(int(asked.get(worker.pid, {"live": worker.live})["live"]) for worker in self._crew.workers)
 
     @property
     def health(self) -> str:
@@ -114,15 +117,15 @@ class Report:
         crew = self._crew
         generation = crew.generation
         assert generation is not None
-        before, started = await self._measure(), trio.current_time()
+        before = await self._measure()
         await trio.sleep(_RATES_OVER)
-        after, ended = await self._measure(), trio.current_time()
+        after = await self._measure()
         snapshot = self.collect()
         return {
             "name": self.name,
             "version": __version__,
             "pid": os.getpid(),
-            "uptime": time.time() - self.started,
+            "uptime": now() - self.started,
             "state": "reloading" if self.reloading else self.health,
             "config": {
                 "file": generation.source,
@@ -145,7 +148,8 @@ class Report:
                 "shed": self._count(snapshot, "connections_shed_total"),
                 "turned_away": self._count(snapshot, "connections_turned_away_total"),
             },
-            "rates": {key: max(after[key] - before[key], 0) / (ended - started) for key in _RATES},
+            "rates": _rates(before, after),
+            "partial": [worker.pid for worker in self._established if worker.pid not in before.keys() & after.keys()],
             "waiting": self._slots.queues()[0],
             "generations": [self._generation_row(number, generation) for number in self._numbers()],
             "daemon": await self._of_daemon(),
@@ -153,15 +157,18 @@ class Report:
 
     async def connections(self) -> dict[str, Any]:
         """The answer to the verb `connections`."""
-        return {"connections": await self._ask("connections")}
+        answers = await self._ask("connections", _LIST_WITHIN)
+        return {
+            "connections": [row for answer in answers.values() for row in answer.rows],
+            "partial": [worker.pid for worker, answer in answers.items() if not answer.whole],
+        }
 
     async def _of_daemon(self) -> dict[str, Any]:
         """What the daemon says of itself: the first worker that serves, since all know the same."""
-        rows: list[Any] = []
-        if serving := self._crew.serving:
-            with trio.move_on_after(_ANSWER_WITHIN):
-                rows = await min(serving, key=lambda worker: worker.slot).ask("status")
-        return dict(rows[0]) if rows else {}
+        for worker in sorted(self._crew.serving, key=lambda worker: worker.slot):
+            for row in (await worker.ask("status", within=_ANSWER_WITHIN)).rows:
+                return dict(row)
+        return {}
 
     def _numbers(self) -> list[int]:
         return sorted({worker.generation for worker in self._crew.workers}, reverse=True)
@@ -174,27 +181,42 @@ class Report:
             "workers": [_worker_row(worker) for worker in self._crew.of(number)],
         }
 
-    async def _measure(self) -> dict[str, float]:
-        rows = await self._ask("measure")
-        return {key: sum(row.get(key, 0) for row in rows) for key in (*_RATES, "live")}
+    @property
+    def _established(self) -> list[WorkerProcess]:
+        """Those who can be asked."""
+        return [worker for worker in self._crew.workers if not worker.coming]
 
-    async def _ask(self, question: str) -> list[Any]:
-        """The answers of all workers that answer."""
-        rows: list[Any] = []
+    async def _measure(self) -> dict[int, dict[str, float]]:
+        """What each has carried, by process; those who are late or gone are left out."""
+        answers = await self._ask("measure", _ANSWER_WITHIN)
+        return {worker.pid: row for worker, answer in answers.items() for row in answer.rows}
+
+    async def _ask(self, question: str, within: float) -> dict[WorkerProcess, Answer]:
+        """What all say."""
+        answers: dict[WorkerProcess, Answer] = {}
 
         async def ask(worker: WorkerProcess) -> None:
-            with trio.move_on_after(_ANSWER_WITHIN):
-                rows.extend(await worker.ask(question))
+            answers[worker] = await worker.ask(question, within=within)
 
         async with trio.open_nursery() as nursery:
-            for worker in self._crew.workers:
-                if not worker.coming:
-                    nursery.start_soon(ask, worker)
-        return rows
+            for worker in self._established:
+                nursery.start_soon(ask, worker)
+        return answers
 
     def _count(self, snapshot: Snapshot, name: str) -> int:
         metric = snapshot.get(f"{self.name}_{name}", {"values": ()})
         return int(sum(numbers[0] for _, numbers in metric["values"]))
+
+
+def now() -> float:
+    """Seconds since the system has started, as no clock that is put right can have them."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def _rates(before: Mapping[int, Mapping[str, float]], after: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
+    """Of the workers that have answered both times."""
+    pairs = [(before[pid], after[pid]) for pid in before.keys() & after.keys()]
+    return {key: sum(max(new[key] - old[key], 0) / (new["at"] - old["at"]) for old, new in pairs) for key in _RATES}
 
 
 def _worker_row(worker: WorkerProcess) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import time
 
 from usocksd.runtime.log import Log
 from usocksd.runtime.metrics import Metrics
@@ -58,9 +59,10 @@ class Vitals:
         }
 
     def measure(self) -> dict[str, float]:
-        """What the rates are made of: connections, and bytes each way, so far."""
+        """What the rates are made of: connections, and bytes each way, so far; and when that is, by CLOCK_MONOTONIC."""
         tx_bytes, rx_bytes = self._bytes()
         return {
+            "at": time.monotonic(),
             "live": self._service.live,
             "connections": self._service.accepted.value,
             "tx_bytes": tx_bytes,

@@ -13,7 +13,8 @@ import os
 import signal
 import socket
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import trio
@@ -266,8 +267,10 @@ class Worker:
                 self._sink.reopen()
             case "level":
                 self._sink.set_level(parse_level(order["level"]))
-            case "measure" | "connections" | "status" as question:
+            case "measure" | "status" as question:
                 await self._answer(question, order["id"])
+            case "connections" as question:
+                orders.start_soon(self._answer, question, order["id"])
             case "shared":
                 self._shared = [order["value"]]
                 self._deliver(self._subscribers)
@@ -346,21 +349,27 @@ class Worker:
             await trio.sleep(HEARTBEAT)
 
     async def _answer(self, question: str, number: int) -> None:
-        rows: list[Any] = []
-        try:
-            match question:
-                case "measure":
-                    rows = [self._vitals.measure()]
-                case "status":
-                    rows = [self._built.status()]
-                case _:
-                    rows = [row | {"worker": os.getpid()} for row in self._service.connections()]
-        except Exception:  # whoever asks does not wait in vain
-            log.exception("internal error", extra={"fields": {"question": question}})
-        for start in range(0, max(len(rows), 1), _LISTED_AT_ONCE):
-            part = rows[start : start + _LISTED_AT_ONCE]
-            last = start + _LISTED_AT_ONCE >= len(rows)
+        """In parts, so that a long answer does not hold up connections."""
+        rows = self._rows(question)
+        last = False
+        while not last:
+            part: list[Any] = []
+            try:
+                part += islice(rows, _LISTED_AT_ONCE)
+            except Exception:  # whoever asks does not wait in vain
+                log.exception("internal error", extra={"fields": {"question": question}})
+            last = len(part) < _LISTED_AT_ONCE
             await self._send({"type": "answer", "id": number, "rows": part, "last": last})
+
+    def _rows(self, question: str) -> Iterator[Any]:
+        match question:
+            case "measure":
+                yield self._vitals.measure()
+            case "status":
+                yield self._built.status()
+            case _:
+                for row in self._service.connections():
+                    yield row | {"worker": os.getpid()}
 
     async def _send(self, message: Message) -> None:
         with contextlib.suppress(OSError):  # the master is gone, which `_obey` sees too

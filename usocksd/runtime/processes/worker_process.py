@@ -16,6 +16,7 @@ from dataclasses import fields
 from enum import Enum
 from typing import Any
 
+import attrs
 import trio
 
 from usocksd import __version__
@@ -53,6 +54,15 @@ class WorkerEnded(Error):
     """A worker ended before it was ready. The message tells why, as far as one can know."""
 
 
+@attrs.define
+class Answer:
+    """What a worker has said to a question."""
+
+    rows: list[Any] = attrs.Factory(list)
+    whole: bool = False
+    """Whether that is all, or it is late or gone."""
+
+
 class WorkerProcess:
     """The master's side of one worker. `slot` is which listening sockets are its own, `column` where it counts."""
 
@@ -88,7 +98,7 @@ class WorkerProcess:
         self._stderr: int | None = None
         """What it says before it can say it otherwise; closed once it is ready, or has ended."""
         self._ended = False
-        self._questions: dict[int, trio.MemorySendChannel[list[Any]]] = {}
+        self._questions: dict[int, trio.MemorySendChannel[Message]] = {}
 
     @classmethod
     def start(cls, generation: int, slot: int, column: int) -> WorkerProcess:
@@ -187,18 +197,23 @@ class WorkerProcess:
         with contextlib.suppress(OSError), trio.move_on_after(_SEND_WITHIN):
             await self.channel.send(message, fds)
 
-    async def ask(self, question: str, **details: object) -> list[Any]:
-        """Its answer to a question, as rows; fewer or none if it ends meanwhile."""
+    async def ask(self, question: str, *, within: float = math.inf, **details: object) -> Answer:
+        """Its answer to a question; what there is of it after so many seconds, or if it ends meanwhile."""
         number = next(_numbers)
-        sender, receiver = trio.open_memory_channel[list[Any]](math.inf)
+        sender, receiver = trio.open_memory_channel[Message](math.inf)
         self._questions[number] = sender
         if self._ended:
             sender.close()
+        answer = Answer()
         try:
-            await self.send({"type": question, "id": number, **details})
-            return [row async for rows in receiver for row in rows]
+            with trio.move_on_after(within):
+                await self.send({"type": question, "id": number, **details})
+                async for part in receiver:
+                    answer.rows += part["rows"]
+                    answer.whole = part["last"]
         finally:
             self._questions.pop(number, None)
+        return answer
 
     async def listen(self) -> AsyncIterator[Message]:
         """Take note of what it says, until its end; yields its signs of life, and what it shares or refuses."""
@@ -252,7 +267,7 @@ class WorkerProcess:
         sender = self._questions.get(message["id"])
         if sender is None:
             return
-        sender.send_nowait(message["rows"])
+        sender.send_nowait(message)
         if message["last"]:
             sender.close()
 

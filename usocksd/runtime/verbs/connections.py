@@ -67,18 +67,24 @@ def _samples(client: Client, every: float | None) -> Iterator[dict[str, Any]]:
     while True:
         time.sleep(max(taken + wait - time.monotonic(), 0.0))
         answer, now = client.ask("connections"), time.monotonic()
-        _add_rates(answer, before, now - taken)
+        _add_rates(answer, before)
         yield answer
         before, taken, wait = answer, now, every or SAMPLE
 
 
-def _add_rates(answer: dict[str, Any], before: dict[str, Any], seconds: float) -> None:
+def _add_rates(answer: dict[str, Any], before: dict[str, Any]) -> None:
+    """None where it can't be told: the connection was there, and the answer before did not have it."""
     earlier = {(connection["worker"], connection["id"]): connection for connection in before["connections"]}
     for connection in answer["connections"]:
-        # One that was not there has moved all its bytes since.
-        then = earlier.get((connection["worker"], connection["id"]), {"tx_bytes": 0, "rx_bytes": 0})
+        then = earlier.get((connection["worker"], connection["id"]))
+        if then is not None:
+            seconds = connection["at"] - then["at"]
+        else:  # a new one has moved all its bytes since it came
+            then = {"tx_bytes": 0, "rx_bytes": 0}
+            seconds = 0.0 if connection["worker"] in before["partial"] else max(connection["age"], SAMPLE)
         for way in ("tx", "rx"):
-            connection[f"{way}_rate"] = round((connection[f"{way}_bytes"] - then[f"{way}_bytes"]) / seconds, 1)
+            moved = connection[f"{way}_bytes"] - then[f"{way}_bytes"]
+            connection[f"{way}_rate"] = round(moved / seconds, 1) if seconds > 0 else None
 
 
 def _print(answer: dict[str, Any], args: argparse.Namespace, console: Console) -> None:
@@ -108,11 +114,13 @@ def _tabulate(
     everything = answer["connections"]
     found = select(everything, args)
     shown = found[: args.limit][:room]
-    tx, rx = (sum(connection[f"{way}_rate"] for connection in found) for way in ("tx", "rx"))
+    tx, rx = (sum(connection[f"{way}_rate"] or 0 for connection in found) for way in ("tx", "rx"))
     title = f"{time.strftime('%H:%M:%S')}  " if args.watch else ""
     title += f"{len(found):,} of " if args.filters else ""
     title += f"{counted(len(everything), 'connection')}, tx {rate(tx)}, rx {rate(rx)}"
     title += f"; {len(shown)} shown" if len(shown) < len(found) else ""
+    if late := answer["partial"]:
+        title += f"; not all: no whole answer in time from {counted(len(late), 'worker')}"
     optional = [key for key in _OPTIONAL if any(connection.get(key) is not None for connection in shown)]
     columns = [*_FIRST, *(_OPTIONAL[key] for key in optional), *_LAST]
     return title, columns, [_row(connection, optional) for connection in shown]
@@ -128,7 +136,6 @@ def _row(connection: Connection, optional: Sequence[str]) -> list[Text]:
         cell(duration(connection["idle"])),
         cell(size(connection["tx_bytes"])),
         cell(size(connection["rx_bytes"])),
-        cell(rate(connection["tx_rate"])),
-        cell(rate(connection["rx_rate"])),
+        *(cell(None if connection[way] is None else rate(connection[way])) for way in ("tx_rate", "rx_rate")),
         cell(connection["worker"]),
     ]

@@ -11,7 +11,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 from typing import Any, TypeAlias
 
 Connection: TypeAlias = dict[str, Any]
-"""As the daemon tells it, with "tx_rate" and "rx_rate" in bytes per second."""
+"""As the daemon tells it, with "tx_rate" and "rx_rate" in bytes per second, None where they are not known."""
 Filter: TypeAlias = Callable[[Connection], bool]
 Address: TypeAlias = IPv4Address | IPv6Address
 Network: TypeAlias = IPv4Network | IPv6Network
@@ -21,7 +21,7 @@ _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 _SORTS: dict[str, tuple[Callable[[Connection], Any], bool]] = {
     "age": (lambda connection: connection["age"], True),
     "idle": (lambda connection: connection["idle"], True),
-    "rate": (lambda connection: connection["tx_rate"] + connection["rx_rate"], True),
+    "rate": (lambda connection: (connection["tx_rate"] or 0) + (connection["rx_rate"] or 0), True),
     "bytes": (lambda connection: connection["tx_bytes"] + connection["rx_bytes"], True),
     "client": (lambda connection: _address_key(connection["client"]), False),
     "destination": (lambda connection: (connection["name"] or "", _address_key(connection["destination"])), False),

@@ -80,11 +80,10 @@ def _facts(answer: Answer) -> Iterator[tuple[str, str, bool]]:
     yield "under pressure", f"{connections['shed']} shed, {connections['turned_away']} turned away", bool(lost)
     yield "waiting", f"{answer['waiting']} to be accepted", False
     rates = answer["rates"]
-    yield (
-        "rates",
-        f"{rates['connections']:.1f} connections/s, tx {rate(rates['tx_bytes'])}, rx {rate(rates['rx_bytes'])}",
-        False,
-    )
+    text = f"{rates['connections']:.1f} connections/s, tx {rate(rates['tx_bytes'])}, rx {rate(rates['rx_bytes'])}"
+    if late := answer["partial"]:
+        text += f"; without {counted(len(late), 'worker')} too busy to answer"
+    yield "rates", text, bool(late)
 
     for name, pool in answer["daemon"].get("pools", {}).items():
         if pool["addresses"]:

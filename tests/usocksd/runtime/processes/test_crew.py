@@ -323,6 +323,23 @@ def uptime() -> float:
     return float(Path("/proc/uptime").read_text(encoding="ascii").split()[0])
 
 
+def test_answers_say_that_a_worker_did_not_answer(tmp_path: Path) -> None:
+    """And its rates are not made of half of the figures."""
+    hasty = {REPORT + "_ANSWER_WITHIN": 0.3, REPORT + "_LIST_WITHIN": 0.3}
+    with Tiny(tmp_path, workers=2, patch=hasty).ready() as tiny:
+        held = tiny.one_each()
+        assert tiny.ask("connections")["partial"] == tiny.ask("status")["partial"] == []
+        busy, other = held
+        os.kill(busy, signal.SIGSTOP)
+        try:
+            answers = [tiny.ask("connections"), tiny.ask("status")]
+        finally:
+            os.kill(busy, signal.SIGCONT)
+        assert [answer["partial"] for answer in answers] == [[busy], [busy]]
+        assert {row["worker"] for row in answers[0]["connections"]} <= {other}
+        wait_until(lambda: tiny.ask("status")["partial"] == [], "all answer again")
+
+
 def test_what_nobody_can_take_is_dropped(tmp_path: Path) -> None:
     """A value of another version, say: those that serve go on, and those to come never hear of it."""
     (tmp_path / "keep").touch()

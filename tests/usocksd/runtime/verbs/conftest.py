@@ -16,7 +16,7 @@ PATIENCE = 20.0
 # Answers what the file says (read anew for each request), by verb: an answer, or a list of them that is gone through,
 # or {"faults": [...]}. "drain" ends it.
 _DAEMON = """
-import itertools, json, sys, trio
+import itertools, json, sys, time, trio
 from usocksd.errors import ConfigError, Error, Fault
 from usocksd.runtime.processes.control import ControlSocket
 
@@ -30,6 +30,8 @@ def handler(verb):
         asked[verb] = asked.get(verb, -1) + 1
         if isinstance(answer, list):
             answer = answer[min(asked[verb], len(answer) - 1)]
+        for connection in answer.get("connections", []) if verb == "connections" else ():
+            connection.setdefault("at", time.monotonic())
         if "hang" in answer:
             await trio.sleep_forever()
         if "faults" in answer:

@@ -28,6 +28,7 @@ STATUS = {
     "log": {"level": "info", "dropped": 0},
     "connections": {"live": 12, "total": 3456, "limit": 0, "per_client": 0, "shed": 0, "turned_away": 0},
     "rates": {"connections": 1.5, "tx_bytes": 1000.0, "rx_bytes": 20480.0},
+    "partial": [],
     "waiting": 0,
     "generations": [
         {
@@ -108,6 +109,13 @@ def test_status_of_upstreams(bench: Bench) -> None:
         "upstreams default  1 of 1 up",
         "upstreams far      1 of 2 up; sticky; down: http://192.0.2.2:3128 (connect 192.0.2.2:3128: Connection refused)",
     ]
+
+
+def test_status_without_a_busy_worker(bench: Bench) -> None:
+    bench.start(status=STATUS | {"partial": [4712, 4713]})
+    assert "rates           1.5 connections/s, tx 1000 B/s, rx 20 KiB/s; without 2 workers too busy to answer" in (
+        bench.lines("status")
+    )
 
 
 def test_status_of_egress_pools(bench: Bench) -> None:

@@ -1,8 +1,8 @@
 """The address that a connection leaves from. Pure.
 
 A client keeps its address towards a destination (or, if its pool says so, towards all) for as long as that address is
-usable: the choice depends on nothing but client, destination and pool, not on the process, the time or what other
-clients do.
+usable: the choice depends on nothing but client, pool and where the destination is, not on the process, the time or
+what other clients do.
 """
 
 from __future__ import annotations
@@ -20,6 +20,23 @@ DEFAULT = "default"
 
 _BY_VERSION = {4: socket.AF_INET, 6: socket.AF_INET6}
 _FAMILIES = {socket.AF_INET: "IPv4", socket.AF_INET6: "IPv6"}
+
+
+# Of a destination's addresses, by IP version: the bytes of the smallest network that is announced on the Internet.
+_SITE = {4: 3, 6: 6}
+
+
+def sites(addresses: Iterable[IPAddress]) -> dict[int, str]:
+    """Where a destination with these addresses is, by IP version: what has to be the same for a client to keep its own
+    address. The network (/24 or /48) of the lowest, so that a name and each of its addresses are one site in most
+    cases: FTP asks for the name, and then for an address.
+    """
+    lowest: dict[int, IPAddress] = {}
+    for address in addresses:
+        known = lowest.get(address.version)
+        if known is None or address.packed < known.packed:
+            lowest[address.version] = address
+    return {version: address.packed[: _SITE[version]].hex() for version, address in lowest.items()}
 
 
 def _distinct(addresses: Iterable[IPAddress]) -> tuple[IPAddress, ...]:
@@ -71,21 +88,19 @@ class EgressPools:
         """There is a default pool in any case: if it is not among these, the kernel chooses."""
         self._pools = {name: _Ranked(name, pool) for name, pool in ({DEFAULT: Pool()} | dict(pools)).items()}
 
-    def pick(
-        self, pool: str, client: IPAddress, destination: str, family: socket.AddressFamily, usable: Usable
-    ) -> Source:
-        """The source for this client's connections to this destination (its canonical name, or address).
+    def pick(self, pool: str, client: IPAddress, site: str, family: socket.AddressFamily, usable: Usable) -> Source:
+        """The source for this client's connections to this site (see `sites`).
 
         `family` is that of the address to be dialled. Pass the same `usable` as long as nothing has changed. Raises
         NoEgress if the pool has addresses but none of this family is usable.
         """
-        return self._pools[pool].first(client, destination, family, usable)
+        return self._pools[pool].first(client, site, family, usable)
 
     def ranking(
-        self, pool: str, client: IPAddress, destination: str, family: socket.AddressFamily, usable: Usable
+        self, pool: str, client: IPAddress, site: str, family: socket.AddressFamily, usable: Usable
     ) -> list[Source]:
         """All usable sources, the one that `pick` gives first. Raises NoEgress as there."""
-        source = self.pick(pool, client, destination, family, usable)
+        source = self.pick(pool, client, site, family, usable)
         spare = source.spare
         return [source, *(evolve(source, address=next_, spare=spare[at:]) for at, next_ in enumerate(spare, 1))]
 
@@ -104,27 +119,27 @@ class _Ranked:
         self._of: dict[socket.AddressFamily, tuple[IPAddress, ...]] = {}
         self._remembered: dict[tuple[IPAddress, str, socket.AddressFamily], Source] = {}
 
-    def first(self, client: IPAddress, destination: str, family: socket.AddressFamily, usable: Usable) -> Source:
+    def first(self, client: IPAddress, site: str, family: socket.AddressFamily, usable: Usable) -> Source:
         if self._kernels_choice is not None:
             return self._kernels_choice
         if usable is not self._usable:
             self._refresh(usable)
         if self._by_client:
-            destination = ""
-        key = (client, destination, family)
+            site = ""
+        key = (client, site, family)
         source = self._remembered.get(key)
         if source is None:
             if len(self._remembered) >= self._MOST_REMEMBERED:
                 self._remembered.clear()
-            source = self._remembered[key] = self._choose(client, destination, family, usable)
+            source = self._remembered[key] = self._choose(client, site, family, usable)
         return source
 
-    def _choose(self, client: IPAddress, destination: str, family: socket.AddressFamily, usable: Usable) -> Source:
+    def _choose(self, client: IPAddress, site: str, family: socket.AddressFamily, usable: Usable) -> Source:
         candidates = self._of.get(family, ())
         if not candidates:
             raise NoEgress(self._why_none(family, usable))
         # The version byte tells how long the client's packed form is, so no two keys coincide.
-        key = bytes((client.version,)) + client.packed + destination.encode()
+        key = bytes((client.version,)) + client.packed + site.encode()
         address, *spare = map(str, rendezvous(key, candidates, _packed))
         return Source(address, self._pool.iface, self._pool.mark, self._name, tuple(spare))
 

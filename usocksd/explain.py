@@ -15,7 +15,7 @@ import trio
 from usocksd.acl import Decision
 from usocksd.clients import ALLOW_FROM
 from usocksd.dnsbl import Listings
-from usocksd.egress import EgressPools
+from usocksd.egress import EgressPools, sites
 from usocksd.errors import Denied, Error, NoEgress, ResolveError
 from usocksd.match import IPAddress, canonical_host, numeric_address
 from usocksd.policy import USERS, Policy
@@ -114,7 +114,7 @@ class Explainer:
             answer["canonical"] = str(host)
             if not decision.allowed:
                 return {"rule": decision.rule}
-            answer["addresses"] = [self._address(asked, str(host), host, decision, steps)]
+            answer["addresses"] = [self._address(asked, sites((host,)), host, decision, steps)]
             return _summary(answer["addresses"])
         try:
             with trio.fail_after(self.timeout):
@@ -129,7 +129,7 @@ class Explainer:
             sent = None if name == host else host
             decision = policy.rules.decide_address(client, user, name, ip, port, sent=sent)
             steps = self._steps(client, user, name, port, address=ip, sent=sent)
-            answer["addresses"].append(self._address(asked, name, ip, decision, steps))
+            answer["addresses"].append(self._address(asked, sites(addresses), ip, decision, steps))
         return _summary(answer["addresses"])
 
     async def _resolve(self, asked: Asked, sent: str, answer: Json) -> tuple[str, tuple[IPAddress, ...]]:
@@ -167,7 +167,9 @@ class Explainer:
             for step in self.policy.rules.trace(*asked, address=address, sent=sent)
         ]
 
-    def _address(self, asked: Asked, host: str, ip: IPAddress, decision: Decision, steps: list[Json]) -> Json:
+    def _address(
+        self, asked: Asked, where: Mapping[int, str], ip: IPAddress, decision: Decision, steps: list[Json]
+    ) -> Json:
         """What is decided on an address to be dialled, and what the connection would leave from."""
         answer: Json = {
             "address": str(ip),
@@ -181,7 +183,9 @@ class Explainer:
         if decision.allowed:
             family = socket.AF_INET if ip.version == 4 else socket.AF_INET6
             try:
-                sources = self.egress.ranking(decision.egress, asked.client, host, family, self.listings.usable())
+                sources = self.egress.ranking(
+                    decision.egress, asked.client, where[ip.version], family, self.listings.usable()
+                )
             except NoEgress as error:
                 answer["error"] = str(error)
             else:

@@ -9,14 +9,14 @@ Each stage lives in the file of its name; only this one joins them.
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from usocksd.access_log import Access, AccessLog
 from usocksd.acl import AccessRules
 from usocksd.auth import Users
 from usocksd.clients import ALLOW_FROM, ClientRules
-from usocksd.egress import EgressPools, Usable
+from usocksd.egress import EgressPools, Usable, sites
 from usocksd.errors import CommandNotSupported, Denied, Error, NoEgress, ResolveError
 from usocksd.match import IPAddress, canonical_host, numeric_address
 from usocksd.proxied import Named, ProxiedListener
@@ -225,7 +225,7 @@ class Sessions:
                 raise Denied(decision.rule)
             # (IPv4-mapped IPv6 is IPv4 from here on; an IPv4 address is in its one form already.)
             text = request.host if request.address_type is AddressType.IPV4 else str(destination)
-            return [self._target(text, port, text, decision.egress, access)]
+            return [self._target(text, port, sites((destination,)), decision.egress, access)]
         targets: list[Target] = []
         denied: Error | None = None
         unusable: Error | None = None
@@ -233,6 +233,7 @@ class Sessions:
         sent = None if name == destination else destination
         access.name = name
         access.candidates = candidates = []
+        where = sites(addresses)
         for address in addresses:
             decision = self._rules.decide_address(who, access.user, name, address, port, sent=sent)
             text = str(address)
@@ -243,7 +244,7 @@ class Sessions:
             if not targets and unusable is None:
                 access.rule, access.pool = decision.rule, decision.egress
             try:
-                target = self._target(text, port, name, decision.egress, access)
+                target = self._target(text, port, where, decision.egress, access)
             except NoEgress as error:
                 unusable = unusable or error
                 continue
@@ -281,9 +282,10 @@ class Sessions:
                 absent = absent or error
         raise denied or absent or ResolveError(request.host, NO_SUCH_NAME)
 
-    def _target(self, address: str, port: int, destination: str, pool: str, access: Access) -> Target:
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        source = self._egress.pick(pool, numeric_address(access.client_host), destination, family, self._usable())
+    def _target(self, address: str, port: int, where: Mapping[int, str], pool: str, access: Access) -> Target:
+        version, family = (6, socket.AF_INET6) if ":" in address else (4, socket.AF_INET)
+        who = numeric_address(access.client_host)
+        source = self._egress.pick(pool, who, where[version], family, self._usable())
         return Target(address, port, source.address, source.iface, source.mark, source.spare)
 
     def _is_news(self, host: str) -> bool:

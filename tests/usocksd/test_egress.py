@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from usocksd import egress
-from usocksd.egress import EgressPools, Pool, Source, Usable
+from usocksd.egress import EgressPools, Pool, Source, Usable, sites
 from usocksd.errors import NoEgress
 from usocksd.match import IPAddress
 
@@ -143,6 +143,28 @@ def test_the_choice_depends_on_client_and_destination() -> None:
     assert len({pool.pick("default", CLIENT, f"{n}.example", AF_INET, usable).address for n in range(200)}) == 10
     clients = [ip_address(f"2001:db8::{n}") for n in range(200)]
     assert len({pool.pick("default", client, "x", AF_INET, usable).address for client in clients}) == 10
+
+
+def test_a_name_and_its_addresses_are_one_site() -> None:
+    """FTP asks for the name, and then for the address that the server tells."""
+    pool, usable = pools(TEN), here(*TEN)
+
+    def source(client: int, *texts: str) -> str | None:
+        where = sites(map(ip_address, texts))
+        return pool.pick("default", ip_address(f"10.0.0.{client}"), where[4], AF_INET, usable).address
+
+    for client in range(20):
+        of_name = source(client, "203.0.113.80")
+        assert source(client, "2001:db8::1", "203.0.113.80") == of_name
+        # In whatever order they come, and whether or not the answer has all of them.
+        assert source(client, "203.0.113.90", "203.0.113.80") == source(client, "203.0.113.90") == of_name
+    far = [source(client, "198.18.0.1") == source(client, "203.0.113.80") for client in range(50)]
+    assert sum(far) < 25
+
+
+def test_where_a_destination_is() -> None:
+    assert sites(map(ip_address, ("203.0.113.80", "192.0.2.9", "2001:db8:1:2::3"))) == {4: "c00002", 6: "20010db80001"}
+    assert sites([]) == {}
 
 
 def test_or_on_the_client_alone() -> None:

@@ -11,7 +11,7 @@ from ipaddress import ip_address
 
 import attrs
 
-from transocks.netlink import HEADER, messages
+from transocks.netlink import HEADER, attributes, messages
 from usocksd.match import IPAddress
 
 # linux/netlink.h, linux/sock_diag.h, linux/inet_diag.h
@@ -23,7 +23,6 @@ _CONNECTED = ~_LISTEN & 0xFFF
 _REQUEST = struct.Struct("=BBBxI48x")
 # family, state, timer, retransmits; port, peer's port, address, peer's address, ...; expires, queues, uid, inode
 _ANSWER = struct.Struct("=BBBB2s2s16s16s12xIIIII")
-_ATTRIBUTE = struct.Struct("=HH")
 _CODE = struct.Struct("=i")  # nlmsgerr
 _SKV6ONLY, _SOCKOPT = 11, 22
 _TRANSPARENT = 0x20 if sys.byteorder == "little" else 0x04  # the sixth bit of struct inet_diag_sockopt
@@ -85,21 +84,14 @@ def _dump(family: int, states: int) -> Iterator[bytes]:
 
 def _listener(message: bytes) -> Listener:
     family, _, _, _, port, _, raw, _, _, waiting, _, uid, inode = _ANSWER.unpack_from(message)
-    attributes = dict(_attributes(message[_ANSWER.size :]))
-    options = attributes.get(_SOCKOPT)
+    found = dict(attributes(message[_ANSWER.size :]))
+    options = found.get(_SOCKOPT)
     return Listener(
         address=ip_address(raw[: 4 if family == socket.AF_INET else 16]),
         port=int.from_bytes(port, "big"),
         uid=uid,
         inode=inode,
         waiting=waiting,
-        only_v6=bool(attributes.get(_SKV6ONLY, b"\0")[0]),
+        only_v6=bool(found.get(_SKV6ONLY, b"\0")[0]),
         transparent=None if options is None else bool(options[0] & _TRANSPARENT),
     )
-
-
-def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
-    while len(data) >= _ATTRIBUTE.size:
-        length, kind = _ATTRIBUTE.unpack_from(data)
-        yield kind, data[_ATTRIBUTE.size : length]
-        data = data[max(length, _ATTRIBUTE.size) + 3 & ~3 :]

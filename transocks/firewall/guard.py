@@ -23,7 +23,7 @@ class Guard:
             raise FirewallError(str(error)) from None
         self._nft.nft_ctx_new.restype = ctypes.c_void_p
         self._nft.nft_ctx_get_error_buffer.restype = ctypes.c_char_p
-        self._context = ctypes.c_void_p(self._nft.nft_ctx_new(0))
+        self._context: ctypes.c_void_p | None = ctypes.c_void_p(self._nft.nft_ctx_new(0))
         self._nft.nft_ctx_buffer_error(self._context)  # else it writes to stderr itself
 
     def load(self, text: str) -> None:
@@ -31,3 +31,9 @@ class Guard:
         if self._nft.nft_run_cmd_from_buffer(self._context, ctypes.c_char_p(text.encode())) != 0:
             said = self._nft.nft_ctx_get_error_buffer(self._context)
             raise FirewallError((said or b"").decode(errors="replace").strip() or f"{_LIBRARY}: failed")
+
+    def close(self) -> None:
+        """The tables are gone then."""
+        if self._context is not None:
+            self._nft.nft_ctx_free(self._context)
+            self._context = None

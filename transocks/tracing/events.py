@@ -1,0 +1,126 @@
+"""What the kernel tells of a packet that it traces: NFT_MSG_TRACE of nfnetlink, one message for each rule and chain."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from enum import IntEnum
+from ipaddress import ip_address
+
+import attrs
+
+from transocks.netlink import attributes
+from usocksd.match import IPAddress
+
+# linux/netfilter/nf_tables.h
+MESSAGE = 10 << 8 | 17  # NFNL_SUBSYS_NFTABLES, NFT_MSG_TRACE
+_TABLE, _CHAIN, _HANDLE, _TYPE, _VERDICT, _ID, _LINK = 1, 2, 3, 4, 5, 6, 7
+_NETWORK, _TRANSPORT, _IIF, _OIF, _MARK, _POLICY = 8, 9, 10, 12, 14, 16
+_VERDICT_CODE = 1
+_TYPE_RULE = 3
+_FAMILIES = {1: "inet", 2: "ip", 5: "netdev", 7: "bridge", 10: "ip6"}
+_TCP = 6
+
+SYN, RST, ACK = 0x02, 0x04, 0x10
+
+
+class Verdict(IntEnum):
+    """What a rule or chain says, of linux/netfilter.h and nf_tables.h."""
+
+    DROP = 0
+    ACCEPT = 1
+    STOLEN = 2
+    QUEUE = 3
+    CONTINUE = -1
+    BREAK = -2
+    JUMP = -3
+    GOTO = -4
+    RETURN = -5
+
+
+@attrs.frozen
+class Packet:
+    """The ends of a packet of TCP or UDP, and TCP's flags."""
+
+    protocol: int
+    source: IPAddress
+    sport: int
+    destination: IPAddress
+    dport: int
+    flags: int = 0
+
+
+@attrs.frozen(kw_only=True)
+class Event:
+    """A rule that matched, or a chain that came to its end."""
+
+    family: str
+    table: str
+    chain: str
+    handle: int | None
+    """of the rule; None: the chain itself, its policy or the end of it"""
+    verdict: Verdict
+    mark: int
+    id: int
+    packet: Packet | None
+    """in the first event of each hooked chain"""
+    iif: int = 0
+    oif: int = 0
+
+
+def parse(message: bytes) -> Event | None:
+    """What is behind the header of a message; None for what is not understood."""
+    try:
+        return _parse(message)
+    except (struct.error, ValueError, LookupError):
+        return None
+
+
+def _parse(message: bytes) -> Event:
+    family = _FAMILIES[message[0]]
+    found = dict(attributes(message[4:]))
+    code = found.get(_POLICY)
+    if _VERDICT in found:
+        code = dict(attributes(found[_VERDICT]))[_VERDICT_CODE]
+    verdict = Verdict.CONTINUE if code is None else Verdict(struct.unpack(">i", code)[0])
+    rule = _number(found, _TYPE) == _TYPE_RULE
+    return Event(
+        family=family, table=_name(found[_TABLE]), chain=_name(found[_CHAIN]),
+        handle=int.from_bytes(found[_HANDLE], "big") if rule and _HANDLE in found else None,
+        verdict=verdict, mark=_number(found, _MARK), id=_number(found, _ID),
+        packet=_packet(found.get(_NETWORK, b""), found.get(_TRANSPORT, b"")),
+        iif=_number(found, _IIF), oif=_number(found, _OIF),
+    )  # fmt: skip
+
+
+def _number(found: dict[int, bytes], key: int) -> int:
+    return int.from_bytes(found.get(key, b""), "big")
+
+
+def _name(raw: bytes) -> str:
+    return raw.rstrip(b"\0").decode("utf-8", "backslashreplace")
+
+
+def _packet(network: bytes, transport: bytes) -> Packet | None:
+    if len(transport) < 4 or not network:
+        return None
+    if network[0] >> 4 == 4 and len(network) >= 20:
+        protocol, source, destination = network[9], network[12:16], network[16:20]
+    elif network[0] >> 4 == 6 and len(network) >= 40:
+        protocol, source, destination = network[6], network[8:24], network[24:40]
+    else:
+        return None
+    sport, dport = struct.unpack_from(">HH", transport)
+    flags = transport[13] if protocol == _TCP and len(transport) > 13 else 0
+    return Packet(protocol, ip_address(source), sport, ip_address(destination), dport, flags)
+
+
+def of_port(events: list[Event], protocol: int, port: int) -> Iterator[Event]:
+    """Those of packets that come from this port or go to it."""
+    ours: dict[int, bool] = {}
+    for event in events:
+        packet = event.packet
+        if packet is not None:
+            ours[event.id] = packet.protocol == protocol and port in {packet.sport, packet.dport}
+        if ours.get(event.id):
+            yield event

@@ -140,12 +140,15 @@ def test_libraries_stay_in_their_rooms(module: str) -> None:
         assert not [name for name in MODULES[module] if within(name, "pyroute2", "netifaces")]
 
 
-def test_the_model_of_loaded_rules_knows_nobody_who_asks_it() -> None:
+def test_tracing_knows_nobody_who_asks_it() -> None:
     """Rule 5."""
     for module in MODULES:
-        if within(module, "transocks.netfilter"):
-            ours = [name for name in MODULES[module] if within(name, "transocks")]
-            assert not [name for name in ours if not within(name, "transocks.netfilter", "transocks.tools")]
+        if within(module, "transocks.tracing"):
+            assert not [
+                name for name in MODULES[module] if within(name, "transocks.doctor", "transocks.firewall.examine")
+            ]
+        if within(module, "transocks.firewall") and module != "transocks.firewall.examine":
+            assert not [name for name in MODULES[module] if within(name, "transocks.tracing")]
 
 
 @pytest.mark.parametrize("package", ["usocksd", "transocks"])

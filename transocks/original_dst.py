@@ -7,7 +7,6 @@ import logging
 import pwd
 import socket
 import struct
-import time
 from collections.abc import Callable, Collection, Iterable
 from socket import SocketType
 from typing import NamedTuple
@@ -24,19 +23,8 @@ _SO_ORIGINAL_DST = 80
 _SOCKADDR_IN = struct.Struct("!2xH4s8x")
 _SOCKADDR_IN6 = struct.Struct("!2xH4x16s4x")
 
-# So many connections to one destination are no circle yet.
-_FEW = 2
-# One that was a circle is taken for one for so long, in seconds: as long as a curl that tries again may take.
-_STILL = 1.0
-
 # The accounts that the daemons are meant to run as, and nothing else: what comes from them is us.
 OWN_USERS = ("transocks", "usocksd")
-
-
-_CAME_BACK = (
-    "the upstream, on this host, is redirected too, so its connection came back here: exempt the upstream from the"
-    " redirect rules, by its user or a mark"
-)
 
 
 class NotRedirected(Error):
@@ -119,10 +107,8 @@ class LoopGuard:
         self._upstreams = upstreams
         self._most = most_per_destination
         self._open: dict[Destination, int] = {}
-        self._circles: dict[Destination, float] = {}
-        """Until when connections are not carried there, since their way led back here."""
         self._own = _uids(own_users)
-        self._owners = _socket_owners()
+        self._owners = _socket_owners() if self._own else None
 
     def is_ours(self, destination: Destination) -> bool:
         """Whether it is a port that we listen on, at an address that is this host's now."""
@@ -134,10 +120,6 @@ class LoopGuard:
         Raises Loop if that would bring it back here.
         """
         self._check(client, original)
-        if original in self._circles:
-            if time.monotonic() < self._circles[original]:
-                raise Loop(_CAME_BACK)
-            del self._circles[original]
         count = self._open.get(original, 0)
         if count >= self._most:
             # The upstream runs as root on this host, say: none of the checks can tell its connections from others.
@@ -145,24 +127,6 @@ class LoopGuard:
                 f"{count} connections to it are open, as in a circle: exempt the proxies from the redirect rules"
             )
         self._open[original] = count + 1
-
-    def check_way(self, original: Destination, source: Destination | None) -> None:
-        """The upstream has connected to `original`, from `source` if it has told. Raises Loop if that connection has
-        come back here.
-
-        The kernel is asked, for some 10 µs, where there are several connections to `original` and `source` is here.
-        """
-        if source is None or self._open[original] <= _FEW or self._owners is None:
-            return
-        if not self._hosts.is_local(numeric_address(source.host)):
-            return
-        # Its own connections are redirected to loopback (see docs/design.md).
-        here = "::1" if ":" in source.host else "127.0.0.1"
-        if any(self._owners.has(Destination(here, port), source) for port in self._listen_ports):
-            now = time.monotonic()
-            self._circles = {place: until for place, until in self._circles.items() if until > now}
-            self._circles[original] = now + _STILL
-            raise Loop(_CAME_BACK)
 
     def leave(self, original: Destination) -> None:
         """A connection that has entered is over."""
@@ -181,7 +145,7 @@ class LoopGuard:
         ours = self._hosts.is_local(numeric_address(client.host))
         if not ours and any(client.host == upstream.host for upstream in upstreams):
             raise Loop("the upstream's host made it: exempt that host from the redirect rules")
-        if ours and self._own and self._owners is not None:
+        if ours and self._owners is not None:
             uid = self._owners.owner_uid(client, original)
             name = self._own.get(uid) if uid is not None else None
             if name is not None:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from transocks.access_log import Access, AccessLog
 from transocks.direct import Direct
 from transocks.first_bytes import First, FirstBytes
-from transocks.original_dst import Destination, Loop, LoopGuard, original_destination, tproxy_destination
+from transocks.original_dst import Destination, LoopGuard, original_destination, tproxy_destination
 from transocks.pool import UpstreamGroup
 from transocks.request import Request
 from transocks.route_settings import ADDRESS, NAME, NamesConfig
@@ -87,13 +87,7 @@ class Sessions:
         tunnel = None
         try:
             first = await self._first_bytes.read(client, destination)
-            found = await self._reach(client, source, destination, first, access)
-            try:
-                self._guard.check_way(destination, found.source)
-            except Loop:
-                found.endpoint.close()
-                raise
-            tunnel = found
+            tunnel = await self._reach(client, source, destination, first, access)
         except Error as error:
             access.refused(error)
         except PeerReset:
@@ -104,9 +98,9 @@ class Sessions:
                 client.reset()
         if tunnel is None:
             return
-        upstream, early, unsent, _ = tunnel
+        upstream, early, unsent = tunnel
         sent = len(first.data) - len(unsent)
-        del first, found, tunnel  # the relay lets go of the bytes when they are gone, and this frame should too
+        del first, tunnel  # the relay lets go of the bytes when they are gone, and this frame should too
         try:
             access.starts()
             relaying = relay(

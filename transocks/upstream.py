@@ -47,8 +47,6 @@ class Tunnel(NamedTuple):
     """What the destination already said."""
     unsent: bytes = b""
     """Of Request.first, what is not sent yet: the relay has to begin with it."""
-    source: Destination | None = None
-    """What the upstream says that it connects from; many don't say."""
 
 
 class Unanswered(UpstreamError):
@@ -250,8 +248,7 @@ class Upstream:
             # (Whoever closes, or speaks something else, raises UpstreamFault: that is no sign of life.)
             state.heard = reactor.now
             if isinstance(event, Established):
-                source = Destination(event.bound_host, event.bound_port) if event.bound_port else None
-                return Tunnel(endpoint, handshake.trailing_data, unsent, source)
+                return Tunnel(endpoint, handshake.trailing_data, unsent)
             attempt.check()
             if data := handshake.data_to_send():
                 await endpoint.send_all(data)

@@ -246,10 +246,6 @@ class SocketOwners:
                     break
         return uid
 
-    def has(self, local: Address, remote: Address) -> bool:
-        """Whether there is a socket bound to `local` and connected to `remote`; see `owner_uid`."""
-        return self._lookup(local, remote, 0) is not None
-
     def _lookup(self, local: Address, remote: Address, interface: int) -> int | None:
         family = socket.AF_INET6 if ":" in local[0] else socket.AF_INET
         ports = local[1].to_bytes(2, "big"), remote[1].to_bytes(2, "big")

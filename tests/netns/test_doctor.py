@@ -8,8 +8,9 @@ import os
 import re
 import shutil
 import socket
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from socket import socket as Socket
 from typing import Any
@@ -39,6 +40,13 @@ class Verdict:
         self.ok = answer["ok"]
         self.findings = answer["findings"]
 
+    def remedy(self, check: str) -> str:
+        """What is to be typed for the first fault of this check."""
+        do = next(f["do"] for f in self.findings if f["state"] == "fault" and f["check"] == check)
+        found = re.match(r"(?:sysctl|ip|nft|transocks) .*?(?=, or |; or|; and|: what| \(|$)", do)
+        assert found is not None, do
+        return found[0]
+
     def of(self, state: str, check: str | None = None) -> list[str]:
         return [f["seen"] for f in self.findings if f["state"] == state and check in {None, f["check"]}]
 
@@ -51,8 +59,16 @@ class Verdict:
         return {f["check"]: f["seen"] for f in self.findings if f["state"] == "warning"}
 
 
-def doctor(net: lab.Net, file: Path, *prefix: str, option: str = "--json") -> Verdict:
-    command = ["doctor", "-f", str(file), "--json", option]
+def follow(net: lab.Net, file: Path, found: Verdict, check: str) -> None:
+    """Type what doctor says."""
+    words = found.remedy(check).replace("transocks ", f"{sys.executable} -m transocks ", 1)
+    if " rules apply" in words:
+        words += f" --force -f {file}"
+    net.proxy.run("sh", "-ec", words)
+
+
+def doctor(net: lab.Net, file: Path, *prefix: str, options: Sequence[str] = ()) -> Verdict:
+    command = ["doctor", "-f", str(file), "--json", *options]
     if prefix:
         done = net.proxy.run(*prefix, sys.executable, "-m", "transocks", *command, check=False)
         status, out, err = done.returncode, done.stdout, done.stderr
@@ -194,7 +210,7 @@ def test_rules_for_another_port(host_net: lab.Net, tmp_path: Path) -> None:
         load(host_net, "nft", edit=("transocks_port = 1081", "transocks_port = 1091"))
         found = doctor(host_net, config)
     assert list(found.faults) == ["rules"]
-    assert "port 1091, and transocks has 1081 for redirect" in found.faults["rules"]
+    assert "sends it to port 1091 of ::1, and transocks has 1081" in found.faults["rules"]
 
 
 @pytest.mark.parametrize(("kind", "missing"), [("v4", 6), ("v6", 4)])
@@ -203,7 +219,7 @@ def test_rules_for_one_family(host_net: lab.Net, tmp_path: Path, kind: str, miss
         load(host_net, kind)
         found = doctor(host_net, config)
         assert list(found.faults) == ["families"]
-        assert f"IPv{missing} goes out by eth0, past transocks" in found.faults["families"]
+        assert f"IPv{missing} has no rules, and goes out by eth0, past transocks" in found.faults["families"]
         # Closed for the other family is well too.
         tool = "ip6tables" if missing == 6 else "iptables"
         host_net.proxy.run(tool, "-A", "OUTPUT", "!", "-o", "lo", "-m", "mark", "!", "--mark", "0x7473", "-j", "DROP")
@@ -216,10 +232,13 @@ def test_rules_for_one_family_without_a_way_out_for_the_other(host_net: lab.Net,
         load(host_net, "v4")
         host_net.proxy.run("ip", "-6", "route", "del", "default")
         found = doctor(host_net, config)
-        assert (found.faults, found.of("ok", "families")) == ({}, ["host: IPv6 has no rules, and no way out either"])
+        assert (found.faults, found.of("ok", "families")) == (
+            {},
+            ["host: IPv6 has no rules that are met, and no way out either"],
+        )
         host_net.proxy.run("ip", "-6", "route", "add", "default", "via", lab.NEXT_V6, "table", "51")
         host_net.proxy.run("ip", "-6", "rule", "add", "lookup", "51")
-        assert "IPv6 goes out by eth0" in doctor(host_net, config).faults["families"]
+        assert "goes out by eth0" in doctor(host_net, config).faults["families"]
 
 
 @pytest.mark.parametrize("tool", ["nft", "iptables"])
@@ -267,7 +286,7 @@ def test_input_drops(gateway_net: lab.Net, tmp_path: Path) -> None:
             del web
             found = doctor(gateway_net, config)
             assert list(found.faults) == ["input"]
-            assert f"connections to port 1081 of {lab.LAN_GATEWAY_V4} are dropped" in found.faults["input"]
+            assert "IPv4 table filter, chain INPUT (its policy) drops it" in found.faults["input"]
         gateway_net.proxy.run("iptables", "-A", "INPUT", "-i", "lan0", "-p", "tcp", "--dport", "1081", "-j", "ACCEPT")
         assert doctor(gateway_net, config).faults == {}
 
@@ -289,7 +308,7 @@ def test_others_rules_come_first(host_net: lab.Net, tmp_path: Path) -> None:
         host_net.proxy.run("nft", f"table ip squid {{ chain out {{ {theirs} }}; }}")
         found = doctor(host_net, config)
     assert list(found.faults) == ["rules"]
-    assert "host, IPv4: others' rules take it before ours: nft table ip squid, chain out" in found.faults["rules"]
+    assert "host, IPv4: others' rules take it before ours: table ip squid, chain out: " in found.faults["rules"]
 
 
 @pytest.mark.skipif(
@@ -469,22 +488,30 @@ def test_healthy_tproxy(gateway_net: lab.Net, tmp_path: Path, tool: str) -> None
     with tproxy(gateway_net, tmp_path, tool) as config:
         found = doctor(gateway_net, config)
     assert (found.status, found.faults, found.warnings) == (0, {}, {})
-    assert found.of("ok", "routes") == [f"IPv{v}: what has mark {TPROXY_MARK} is delivered here" for v in (4, 6)]
+    assert [text[:12] for text in found.of("ok", "listeners")] == ["tproxy, IPv4", "tproxy, IPv6"]
 
 
 def test_tproxy_without_a_routing_rule(gateway_net: lab.Net, tmp_path: Path) -> None:
     with tproxy(gateway_net, tmp_path, routes=False) as config:
         found = doctor(gateway_net, config)
-    assert list(found.faults) == ["routes"]
-    assert "is routed to eth0, not to this host" in found.faults["routes"]
+        assert list(found.faults) == ["routes"]
+        assert f"(mark {TPROXY_MARK}) is not routed to this host" in found.faults["routes"]
+        for check in ["routes"] * 2:  # IPv4, then IPv6
+            follow(gateway_net, config, doctor(gateway_net, config), check)
+        assert doctor(gateway_net, config).faults == {}
+        gateway_net.proxy.run(sys.executable, "-m", "transocks", "rules", "remove")
+        assert "29812" not in gateway_net.proxy.run("ip", "rule").stdout
+        assert gateway_net.proxy.run("ip", "route", "show", "table", "29812", check=False).stdout == ""
 
 
 def test_tproxy_and_src_valid_mark(gateway_net: lab.Net, tmp_path: Path) -> None:
     with tproxy(gateway_net, tmp_path) as config:
         gateway_net.proxy.sysctl("net.ipv4.conf.all.src_valid_mark", 1)
         found = doctor(gateway_net, config)
-    assert list(found.faults) == ["reverse path"]
-    assert "src_valid_mark=1" in found.faults["reverse path"]
+        assert list(found.faults) == ["reverse path"]
+        assert "src_valid_mark=1" in found.faults["reverse path"]
+        follow(gateway_net, config, found, "reverse path")
+        assert doctor(gateway_net, config).faults == {}
 
 
 @pytest.mark.parametrize("setting", ["all", "lan0"])
@@ -496,14 +523,29 @@ def test_tproxy_and_a_strict_reverse_path_filter(gateway_net: lab.Net, tmp_path:
         gateway_net.lab.ip(gateway_net.client, "addr add 10.50.0.2/32 dev lo")
         with gateway_net.client.socket() as sock:  # so that the gateway is known to it: ARP is filtered likewise
             sock.connect((lab.WEB_V4, 443))
-        with gateway_net.client.socket() as sock:
-            sock.bind(("10.50.0.2", 0))
-            sock.setblocking(False)
-            with contextlib.suppress(BlockingIOError):
-                sock.connect((lab.WEB_V4, 443))
-            found = doctor(gateway_net, config)
-    assert list(found.faults) == ["reverse path"]
-    assert "strict on lan0 and has dropped" in found.faults["reverse path"]
+        found = waiting_for(gateway_net, config, "10.50.0.2")
+        assert list(found.faults) == ["reverse path"]
+        assert any("clients behind lan0 are dropped" in seen for seen in found.of("fault", "reverse path"))
+        follow(gateway_net, config, found, "reverse path")
+        gateway_net.proxy.sysctl("net.ipv4.conf.all.rp_filter", 0)
+        gateway_net.lab.ip(gateway_net.proxy, "route add 10.50.0.2 dev lan0")
+        assert waiting_for(gateway_net, config, "10.50.0.2").faults == {}
+
+
+def waiting_for(net: lab.Net, config: Path, client: str) -> Verdict:
+    """What doctor says of a connection of this client, which is opened when it asks for one."""
+    words = [sys.executable, "-m", "transocks", "doctor", "-f", str(config), "--json", "--client", client]
+    process = net.proxy.popen(*words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert f"{client} to open a new TCP connection" in process.stderr.readline()
+    with net.client.socket(socket.AF_INET6 if ":" in client else socket.AF_INET) as sock:
+        sock.bind((client, 0))
+        sock.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            sock.connect((lab.WEB_V6 if ":" in client else lab.WEB_V4, 443))
+        out, err = process.communicate()
+    assert process.returncode in {0, 1}, err
+    return Verdict(process.returncode, json.loads(out))
 
 
 def test_tproxy_to_a_socket_that_is_not_transparent(gateway_net: lab.Net, tmp_path: Path) -> None:
@@ -518,7 +560,7 @@ def test_tproxy_to_a_port_for_redirect(gateway_net: lab.Net, tmp_path: Path) -> 
         load(gateway_net, "nft", name="tproxy", edit=("transocks_port = [0-9]+", "transocks_port = 1081"))
         found = doctor(gateway_net, config)
     assert list(found.faults) == ["rules"]
-    assert f"they send to port 1081, and transocks has {TPROXY_PORT} for tproxy" in found.faults["rules"]
+    assert "TPROXY takes only what a transparent socket listens for" in found.faults["rules"]
 
 
 def test_tproxy_and_input(gateway_net: lab.Net, tmp_path: Path) -> None:
@@ -540,26 +582,10 @@ def test_applied_rules(host_net: lab.Net, tmp_path: Path) -> None:
         host_net.proxy.run(sys.executable, "-m", "transocks", "rules", "apply", "--force", "-f", config)
         assert doctor(host_net, config).faults == {}
         host_net.proxy.run("nft", "insert rule inet transocks redirect_tcp tcp dport 22 accept")
-        host_net.proxy.run("iptables", "-t", "raw", "-A", "OUTPUT", "-p", "tcp", "--dport", "81", "-j", "NOTRACK")
         found = doctor(host_net, config)
-    assert list(found.faults) == ["applied rules"]
-    mends = {f["seen"].split()[0]: f["do"] for f in found.findings if f["state"] == "fault"}
-    assert mends["not"].startswith("transocks rules apply ")
-    assert "applying ours again does not help" in mends["shadowed:"]
-
-
-def test_probe(host_net: lab.Net, tmp_path: Path) -> None:
-    """It tells without reading rules whether connections get to the port, and how they fail to."""
-    with standing(host_net, tmp_path) as config:
-        found = doctor(host_net, config, option="--probe")
-        assert "was not redirected" in found.faults["probe"]
-        load(host_net, "nft")
-        assert doctor(host_net, config, option="--probe").of("ok", "probe") == [
-            f"a connection to {to}:443 was accepted at port 1081 of this host"
-            for to in ("203.0.113.1", "[2001:db8:ffff::1]")
-        ]
-    with Served(host_net.outside.listen(FAR, 1080), socks):
-        assert "was refused" in doctor(host_net, config, option="--probe").faults["probe"]
+        assert list(found.faults) == ["applied rules"]
+        follow(host_net, config, found, "applied rules")
+        assert doctor(host_net, config).faults == {}
 
 
 def test_without_root(host_net: lab.Net, tmp_path: Path) -> None:
@@ -570,3 +596,275 @@ def test_without_root(host_net: lab.Net, tmp_path: Path) -> None:
         assert found.faults == {}
         assert found.of("not checked", "rules")
         assert found.of("not checked", "loops")
+
+
+@contextlib.contextmanager
+def bridged(net: lab.Net) -> Iterator[None]:
+    """The inside interface of the gateway is a port of a bridge, which has its addresses."""
+    net.lab.ip(
+        net.proxy, "link add br0 type bridge", "addr flush dev lan0", "link set lan0 master br0", "link set br0 up",
+        f"addr add {lab.LAN_GATEWAY_V4}/24 dev br0", f"addr add {lab.LAN_GATEWAY_V6}/64 dev br0 nodad",
+    )  # fmt: skip
+    net.lab.wait_for_addresses(net.proxy)
+    yield
+
+
+@pytest.mark.skipif(not Path("/proc/sys/net/bridge").exists(), reason="this kernel has no br_netfilter")
+def test_tproxy_on_a_bridge_whose_packets_the_rules_see(gateway_net: lab.Net, tmp_path: Path) -> None:
+    """Docker and Kubernetes switch that on."""
+    settings = [f"net.bridge.bridge-nf-call-{tool}" for tool in ("iptables", "ip6tables")]
+    with tproxy(gateway_net, tmp_path) as config, bridged(gateway_net):
+        for setting in settings:
+            gateway_net.proxy.sysctl(setting, 0)
+        assert doctor(gateway_net, config).faults == {}
+        for setting in settings:
+            gateway_net.proxy.sysctl(setting, 1)
+        config.write_text(config.read_text() + '[rules]\nmode = "tproxy"\n')
+        applied = gateway_net.proxy.run(sys.executable, "-m", "transocks", "rules", "apply", "--force", "-f", config)
+        assert "br0 is a bridge and net.bridge.bridge-nf-call-iptables=1" in applied.stdout
+        for _ in settings:
+            found = doctor(gateway_net, config)
+            assert list(found.faults) == ["bridge"]
+            follow(gateway_net, config, found, "bridge")
+        assert doctor(gateway_net, config).faults == {}
+
+
+def test_loopback_is_down(host_net: lab.Net, tmp_path: Path) -> None:
+    with standing(host_net, tmp_path) as config:
+        load(host_net, "nft")
+        host_net.lab.ip(host_net.proxy, "link set lo down")
+        found = doctor(host_net, config)
+        assert "lo" in found.faults
+        follow(host_net, config, found, "lo")
+        host_net.lab.wait_for_addresses(host_net.proxy)
+        assert doctor(host_net, config).faults == {}
+
+
+@pytest.mark.parametrize("theirs", ["iptables -t nat -{} OUTPUT -p udp --dport 53 -j REDIRECT --to-ports 1081",
+                                    "iptables -{} OUTPUT -p udp --dport 53 -j DROP"])  # fmt: skip
+def test_queries_that_get_nowhere(host_net: lab.Net, tmp_path: Path, theirs: str) -> None:
+    host_net.lab.etc("resolv.conf", f"nameserver {lab.WEB_V4}\n")
+    with standing(host_net, tmp_path) as config:
+        load(host_net, "nft")
+        assert doctor(host_net, config).faults == {}
+        host_net.proxy.run(*theirs.format("A").split())
+        found = doctor(host_net, config)
+        assert list(found.faults) == ["resolver"]
+        assert "chain OUTPUT" in found.faults["resolver"]
+        host_net.proxy.run(*theirs.format("D").split())  # "take that rule out"
+        assert doctor(host_net, config).faults == {}
+
+
+def test_a_table_that_is_switched_off(host_net: lab.Net, tmp_path: Path) -> None:
+    with standing(host_net, tmp_path) as config:
+        load(host_net, "nft")
+        host_net.proxy.run("nft", "add table inet transocks { flags dormant; }")
+        found = doctor(host_net, config)
+        assert "table inet transocks is switched off" in found.faults["rules"]
+        follow(host_net, config, found, "rules")
+        assert doctor(host_net, config).faults == {}
+        # The same by [rules], where `verify` says it.
+        host_net.proxy.run("nft", "add table inet transocks { flags dormant; }")
+        config.write_text(config.read_text() + '[rules]\nmode = "host"\n')
+        found = doctor(host_net, config)
+        assert "dormant: table inet transocks" in found.faults["applied rules"]
+        follow(host_net, config, found, "applied rules")
+        assert doctor(host_net, config).faults == {}
+
+
+def test_a_chain_of_a_device_drops(gateway_net: lab.Net, tmp_path: Path) -> None:
+    with standing(gateway_net, tmp_path) as config:
+        load(gateway_net, "nft")
+        chain = "type filter hook ingress device lan0 priority 0; tcp dport 443 drop;"
+        gateway_net.proxy.run("nft", f"table netdev theirs {{ chain in {{ {chain} }}; }}")
+        found = doctor(gateway_net, config)
+        assert list(found.faults) == ["rules"]
+        assert 'table netdev theirs, chain in: "tcp dport 443 drop" drops it' in found.faults["rules"]
+        gateway_net.proxy.run("nft", "delete table netdev theirs")  # "let it pass there"
+        assert doctor(gateway_net, config).faults == {}
+
+
+def test_an_mtu_blackhole_towards_the_upstream(host_net: lab.Net, tmp_path: Path) -> None:
+    """Behind the next hop, large packets get lost, and nothing says so."""
+    with standing(host_net, tmp_path) as config:
+        load(host_net, "nft")
+        drop = "type filter hook prerouting priority 0; meta length > 1420 drop;"
+        host_net.outside.run("nft", f"table inet narrow {{ chain in {{ {drop} }}; }}")
+        found = doctor(host_net, config)
+        assert list(found.faults) == ["upstream"]
+        assert "large ones don't (an MTU blackhole); 1420 bytes do" in found.faults["upstream"]
+        follow(host_net, config, found, "upstream")
+        assert doctor(host_net, config).faults == {}
+
+
+def test_connection_tracking_that_forgets_within_seconds(host_net: lab.Net, tmp_path: Path) -> None:
+    with standing(host_net, tmp_path) as config:
+        load(host_net, "nft")
+        for name in ("established", "close_wait"):
+            host_net.proxy.sysctl(f"net.netfilter.nf_conntrack_tcp_timeout_{name}", 5)
+        found = doctor(host_net, config)
+        assert list(found.faults) == ["conntrack timers"]
+        follow(host_net, config, found, "conntrack timers")
+        assert doctor(host_net, config).faults == {}
+
+
+@pytest.mark.parametrize(
+    ("do", "undo", "said"),
+    [
+        ("iptables -A OUTPUT -p tcp --dport 1080 -j DROP", "iptables -D OUTPUT -p tcp --dport 1080 -j DROP",
+         'IPv4 table filter, chain OUTPUT: "-A OUTPUT -p tcp -m tcp --dport 1080 -j DROP" drops it'),
+        ("iptables-legacy -A OUTPUT -p tcp --dport 1080 -j DROP", "iptables-legacy -F OUTPUT",
+         "IPv4 table filter of iptables-legacy, chain OUTPUT"),
+        ("iptables -A INPUT -p tcp --sport 1080 -j DROP", "iptables -D INPUT -p tcp --sport 1080 -j DROP",
+         'its answer: IPv4 table filter, chain INPUT: "-A INPUT -p tcp -m tcp --sport 1080 -j DROP" drops it'),
+        ("ip rule add pref 100 fwmark 0x7473 prohibit", "ip rule del pref 100",
+         '"100: from all fwmark 0x7473 prohibit"'),
+        ("ip rule add pref 100 fwmark 0x7473 blackhole", "ip rule del pref 100",
+         '"100: from all fwmark 0x7473 blackhole"'),
+        ("ip link add gone type veth peer name away && ip link set away up && ip link set gone up && ip route add default dev gone table 77 &&"
+         " ip rule add pref 100 fwmark 0x7473 lookup 77", "ip rule del pref 100",
+         '"100: from all fwmark 0x7473 lookup 77"'),
+    ],
+    ids=["output", "output-legacy", "input", "prohibit", "blackhole", "elsewhere"],
+)  # fmt: skip
+def test_what_stands_between_transocks_and_its_upstream(
+    host_net: lab.Net, tmp_path: Path, do: str, undo: str, said: str
+) -> None:
+    with standing(host_net, tmp_path) as config:
+        load(host_net, "nft")
+        host_net.proxy.run("sh", "-ec", do)
+        found = doctor(host_net, config)
+        assert list(found.faults) == ["upstream"]
+        assert said in found.faults["upstream"]
+        host_net.proxy.run("sh", "-ec", undo)  # "take that out"
+        assert doctor(host_net, config).faults == {}
+
+
+@pytest.mark.parametrize("tool", ["nft", "iptables", "iptables-legacy"])
+def test_others_clear_the_mark_of_tproxy(gateway_net: lab.Net, tmp_path: Path, tool: str) -> None:
+    """The remedy must be none that routes packets without a mark to this host."""
+    theirs = {
+        "nft": ("nft add table ip theirs; nft 'add chain ip theirs c { type filter hook prerouting priority -140; }';"
+                " nft add rule ip theirs c meta mark set 0", "nft delete table ip theirs"),
+    }.get(tool, (f"{tool} -t mangle -A PREROUTING -j MARK --set-mark 0", f"{tool} -t mangle -D PREROUTING -j MARK --set-mark 0"))  # fmt: skip
+    with tproxy(gateway_net, tmp_path, "nft") as config:
+        if tool != "nft":  # iptables's table is asked at the same place, and our chain before
+            text = gateway_net.proxy.run("nft", "list", "table", "inet", "transocks_tproxy").stdout
+            gateway_net.proxy.run("nft", "delete", "table", "inet", "transocks_tproxy")
+            gateway_net.proxy.run("nft", "-f", "-", input=text.replace("priority mangle", "priority -160"))
+        gateway_net.proxy.run("sh", "-ec", theirs[0])
+        found = doctor(gateway_net, config)
+        assert list(found.faults) == ["rules"]
+        assert "makes mark 0x7474, which routes it here, 0x0" in found.faults["rules"]
+        assert {"nft": "table ip theirs", "iptables": "IPv4 table mangle, chain PREROUTING: "}.get(
+            tool, "IPv4 table mangle of iptables-legacy, chain PREROUTING: "
+        ) in found.faults["rules"]
+        assert not [f for f in found.findings if f["do"] and "fwmark 0x0" in f["do"]]
+        gateway_net.proxy.run("sh", "-ec", theirs[1])  # "take that rule out"
+        assert doctor(gateway_net, config).faults == {}
+
+
+def test_an_answer_that_gets_lost(host_net: lab.Net, tmp_path: Path) -> None:
+    with standing(host_net, tmp_path) as config:
+        load(host_net, "nft")
+        host_net.proxy.run("iptables", "-A", "OUTPUT", "-p", "tcp", "--sport", "1081", "-j", "DROP")
+        found = doctor(host_net, config)
+        assert list(found.faults) == ["answers"]
+        assert "--sport 1081 -j DROP" in found.faults["answers"]
+        host_net.proxy.run("iptables", "-F", "OUTPUT")
+        assert doctor(host_net, config).faults == {}
+
+
+FIREWALLD = """table inet firewalld {
+	chain nat_PREROUTING { type nat hook prerouting priority -90; jump nat_PRE_public; }
+	chain nat_PRE_public { ip daddr 192.168.77.1 tcp dport 8080 dnat ip to 10.99.0.1:80; }
+	chain filter_INPUT {
+		type filter hook input priority 10; policy accept;
+		ct state { established, related, new } accept
+		reject with icmpx admin-prohibited
+	}
+}
+table ip kube-proxy {
+	map service-ips { type ipv4_addr . inet_proto . inet_service : verdict; elements = { 10.96.0.1 . tcp . 80 : goto web }; }
+	chain web { meta l4proto tcp dnat ip to 10.99.0.1:80; }
+	chain nat-prerouting { type nat hook prerouting priority -100; ip daddr . meta l4proto . th dport vmap @service-ips; }
+	chain nat-output { type nat hook output priority -100; ip daddr . meta l4proto . th dport vmap @service-ips; }
+}
+"""
+
+
+@pytest.mark.parametrize("mode", ["host", "gateway", "tproxy"])
+def test_healthy_by_its_own_rules_beside_firewalld_and_kubernetes(
+    request: pytest.FixtureRequest, mode: str, tmp_path: Path
+) -> None:
+    net: lab.Net = request.getfixturevalue("host_net" if mode == "host" else "gateway_net")
+    with standing(net, tmp_path) as config, contextlib.ExitStack() as stack:
+        if mode == "tproxy":
+            config.write_text(f'listen_tproxy = ":{TPROXY_PORT}"\n{config.read_text()}')
+            for address in ("0.0.0.0", "::"):
+                stack.enter_context(listener(net, address, TPROXY_PORT, transparent=True))
+        config.write_text(config.read_text() + f'[rules]\nmode = "{mode}"\n')
+        net.proxy.run("nft", "-f", "-", input=FIREWALLD)
+        net.proxy.run(sys.executable, "-m", "transocks", "rules", "apply", "--force", "-f", config)
+        found = doctor(net, config)
+        assert (found.status, found.faults, found.warnings) == (0, {}, {})
+        assert net.proxy.run(sys.executable, "-m", "transocks", "rules", "verify", "-f", config).stdout.startswith("as")
+
+
+def test_rules_that_are_held(host_net: lab.Net, tmp_path: Path) -> None:
+    """They end within seconds unless `hold` goes on, which is no news while it does."""
+    with standing(host_net, tmp_path) as config:
+        config.write_text(config.read_text() + '[rules]\nmode = "host"\n')
+        hold = host_net.proxy.popen(
+            sys.executable, "-m", "transocks", "rules", "hold", "-f", str(config), stdout=subprocess.PIPE, text=True
+        )
+        assert hold.stdout is not None
+        assert hold.stdout.readline() == "in force\n"
+        found = doctor(host_net, config)
+        assert (found.faults, found.warnings) == ({}, {})
+        hold.kill()
+        hold.wait()
+
+
+def test_a_client_that_says_nothing(gateway_net: lab.Net, tmp_path: Path) -> None:
+    """And one that does: its real connection is looked at."""
+    with standing(gateway_net, tmp_path) as config:
+        load(gateway_net, "nft")
+        for client in (lab.LAN_CLIENT_V4, lab.LAN_CLIENT_V6):
+            found = waiting_for(gateway_net, config, client)
+            assert found.faults == {}
+            assert any("gateway, IPv" in text for text in found.of("ok", "rules"))
+
+
+def test_nothing_is_left_and_nobody_is_connected_to(host_net: lab.Net, tmp_path: Path) -> None:
+    """The packets that are tried leave no connection, here or anywhere else, and no rule."""
+    with standing(host_net, tmp_path) as config:
+        load(host_net, "nft")
+        before = host_net.proxy.run("nft", "list", "ruleset").stdout
+        with Served(host_net.outside.listen(lab.WEB_V4, 443), socks) as web:
+            assert doctor(host_net, config).faults == {}
+            assert web.peers == []
+        assert host_net.proxy.run("nft", "list", "ruleset").stdout == before
+        assert "203.0.113.1" not in host_net.proxy.run("ss", "-tan").stdout
+
+
+AGAIN = """
+import socket
+from transocks.tracing.table import Tracer
+from transocks.tracing.way import way_of
+with Tracer() as tracer:
+    for mark in (0, 0x7473):
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
+            sock.bind(("0.0.0.0", 45678))
+            sock.setblocking(False)
+            with tracer.watching(6, 45678, keep=True):
+                sock.connect_ex(("203.0.113.1", 443))
+                print(way_of(tracer.events(6, 45678), 45678).turn is not None)
+"""
+
+
+def test_a_port_that_is_used_again(host_net: lab.Net) -> None:
+    """What was told of one connection is not told of the next one that has its port."""
+    load(host_net, "nft")
+    assert host_net.proxy.run(sys.executable, "-c", AGAIN).stdout.split() == ["True", "False"]

@@ -5,19 +5,23 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from ipaddress import ip_address
 
 from transocks.config import Config
 from usocksd.errors import ConfigError
+from usocksd.match import IPAddress
 from usocksd.runtime import config as configuration
 
 _DEFAULT = "/etc/transocks.toml"
 _DESCRIPTION = """\
 Look at this host, with the configuration that transocks runs with, for what keeps redirected connections from
 working: firewall rules, listeners, loops, routes, kernel settings, upstreams. Of each fault and warning it says in one
-line what was seen, and in another what to do. Nothing is changed. Upstreams are connected to and greeted, as transocks
-itself would do it; nothing else is sent, unless --probe asks for it.
+line what was seen, and in another what to do.
 
-Firewall rules are shown to root only: as another user, what depends on them is not checked, and said to be.
+First packets of connections are made, as applications and clients would send them, and the kernel tells which rules
+they meet; none of them leaves this host, and nobody gets to accept a connection. Upstreams are connected to and
+greeted, as transocks itself would do it. Nothing of this host is changed. All of that takes root: as another user,
+what depends on it is not checked, and said to be.
 
 Exit status: 0 if there are no faults, 1 if there are, 2 for a wrong command line or configuration."""
 
@@ -35,10 +39,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--json", action="store_true", help="print one JSON object, with what is well too")
     parser.add_argument("-v", "--verbose", action="store_true", help="say of each thing that is well what was seen")
     parser.add_argument(
-        "--probe",
-        action="store_true",
-        help="also connect from this host to an address of the documentation ranges, which nobody has, and look whether"
-        " transocks gets it: it asks its upstream for it, and fails",
+        "--client",
+        metavar="ADDRESS",
+        type=_address,
+        help="on a gateway: wait for the next TCP connection of this client, and say what becomes of that",
     )
     parser.set_defaults(run=_run)
 
@@ -55,10 +59,17 @@ def _run(args: argparse.Namespace) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
-    findings = examine(config, file, probing=args.probe)
+    findings = examine(config, file, client=args.client, say=lambda line: print(line, file=sys.stderr, flush=True))
     if args.json:
         print(json.dumps(as_json(findings, file)))
     else:
         for line in as_text(findings, everything=args.verbose):
             print(line)
     return int(any(finding.state is State.FAULT for finding in findings))
+
+
+def _address(text: str) -> IPAddress:
+    try:
+        return ip_address(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected an IP address, not {text!r}") from None

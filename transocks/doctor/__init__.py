@@ -1,42 +1,67 @@
 """What is wrong on this host, between the firewall and the upstream: `transocks doctor`.
 
-    look -> the rules, as chains of conditions -> examples of what they redirect, walked through them -> checks
+    look -> first packets of connections, tried out -> checks
 
-`seen.py` reads the host, once; `flows.py` makes the packets that are taken through its rules (transocks/netfilter/);
-`checks/` judges. Nothing is changed, and only upstreams are connected to (`upstreams.py`).
+`seen.py` reads the host, once; `tried.py` asks the kernel what it does with the packets that transocks is to get, by
+way of `transocks/tracing/`; `checks/` judges. Nothing is changed, and nobody but upstreams is connected to
+(`upstreams.py`).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from transocks.config import Config
 from transocks.doctor.checks import CHECKS
-from transocks.doctor.finding import Check, Finding, State, unchecked
-from transocks.doctor.flows import Flows
-from transocks.doctor.probe import probe
+from transocks.doctor.finding import Check, Finding, State, fault, unchecked
 from transocks.doctor.seen import Seen, look
+from transocks.doctor.tried import AS_ROOT, Trials
+from transocks.firewall.steps import FirewallError
+from transocks.tracing.table import Tracer
+from usocksd.match import IPAddress
 
 log = logging.getLogger(__name__)
 
-
-def examine(config: Config, config_file: str, *, probing: bool = False) -> list[Finding]:
-    """Look at this host as this user, within seconds; `probing`: also make a connection that is to be redirected."""
-    return judge(look(config, config_file), (*CHECKS, probe) if probing else CHECKS)
+WAIT_FOR_CLIENT = 60.0
+_SETTLE = 0.5  # seconds until the first packet of a connection has gone its way
 
 
-def judge(seen: Seen, checks: Iterable[Check] = CHECKS) -> list[Finding]:
+def examine(
+    config: Config, config_file: str, *, client: IPAddress | None = None, say: Callable[[str], None] = print
+) -> list[Finding]:
+    """Look at this host as this user, within seconds; or wait for the next connection of this client first."""
+    seen = look(config, config_file)
+    if not seen.root:
+        return judge(seen, Trials(seen, None, "packets are traced for root only"))
+    try:
+        with Tracer((client,) if client else ()) as tracer:
+            if client is not None:
+                say(f"waiting up to {WAIT_FOR_CLIENT:.0f} s for {client} to open a new TCP connection: open one there")
+                if tracer.first_of(client, WAIT_FOR_CLIENT, _SETTLE) is None:
+                    return [_nothing_from(client)]
+            return judge(seen, Trials(seen, tracer, client=client))
+    except FirewallError as error:
+        return judge(seen, Trials(seen, None, str(error)))
+
+
+def _nothing_from(client: IPAddress) -> Finding:
+    return fault(
+        "client", f"nothing came from {client} within {WAIT_FOR_CLIENT:.0f} s",
+        "look whether this host is its gateway (ip route there), and whether it opened a connection at all",
+    )  # fmt: skip
+
+
+def judge(seen: Seen, trials: Trials, checks: Iterable[Check] = CHECKS) -> list[Finding]:
     """What these checks say, in this order."""
-    flows = Flows(seen)
     findings: list[Finding] = []
     for check in checks:
         try:
-            findings += check(seen, flows)
+            findings += check(seen, trials)
         except Exception as error:  # one check's fault must not hide what the others have found
             log.debug("a check failed", exc_info=True)
             findings.append(unchecked(check.__name__, f"the check itself failed: {type(error).__name__}: {error}"))
     return findings
 
 
-__all__ = ["Finding", "State", "examine", "judge"]
+__all__ = ["AS_ROOT", "Finding", "State", "examine", "judge"]

@@ -8,8 +8,8 @@ from typing import TypeAlias
 
 import attrs
 
-from transocks.doctor.flows import Flows
 from transocks.doctor.seen import Seen
+from transocks.doctor.tried import Trials
 
 
 class State(Enum):
@@ -31,7 +31,7 @@ class Finding:
     do: str = ""
 
 
-Check: TypeAlias = Callable[[Seen, Flows], Iterator[Finding]]
+Check: TypeAlias = Callable[[Seen, Trials], Iterator[Finding]]
 
 
 def fault(check: str, seen: str, do: str) -> Finding:

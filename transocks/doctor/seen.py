@@ -1,4 +1,4 @@
-"""What the checks look at: this host as it is now, read once. Nothing is changed, and nothing is sent."""
+"""What the checks look at: this host as it is when the look begins. Nothing is changed, and nothing is sent."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import os
 import pwd
 import socket
 import struct
-import sys
 from collections.abc import Callable, Mapping
-from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 
 import attrs
@@ -16,33 +14,15 @@ import attrs
 from transocks.config import Config
 from transocks.firewall import live, routing
 from transocks.firewall.steps import FirewallError
-from transocks.netfilter.loaded import NotShown, loaded
-from transocks.netfilter.ruleset import UNKNOWN, Ruleset, Unknown
 from transocks.sockets import Listener, listeners
 from transocks.tools import which
+from transocks.tracing.links import Links, filtered_bridges, links
+from transocks.tracing.sockets import Identity
 from usocksd.addresses import HostAddresses
 from usocksd.match import IPAddress
 from usocksd.runtime.verbs.client import Answer, Client, VerbError
 
 _UCRED = struct.Struct("=iII")
-_RTF_UP = 1
-
-
-@attrs.frozen(kw_only=True)
-class Identity:
-    """What firewall rules can tell a process's connections by."""
-
-    uid: int | Unknown = UNKNOWN
-    gid: int | Unknown = UNKNOWN
-    mark: int | Unknown = 0
-
-
-@attrs.frozen
-class Link:
-    """An interface other than loopback, and the networks on it."""
-
-    name: str
-    networks: tuple[IPv4Network | IPv6Network, ...]
 
 
 @attrs.frozen(kw_only=True)
@@ -51,15 +31,10 @@ class Seen:
 
     config: Config
     config_file: str
-    ruleset: Ruleset | None
-    """None: see `ruleset_unread`"""
-    ruleset_unread: str = ""
     listeners: tuple[Listener, ...] | None
     """None: the kernel does not tell"""
     addresses: frozenset[IPAddress]
-    links: tuple[Link, ...]
-    uplinks: Mapping[int, str]
-    """the interface of the default route by IP version, where there is one"""
+    here: Links
     daemon: Identity
     pid: int | None = None
     """of the daemon's master, where its control socket tells"""
@@ -71,6 +46,10 @@ class Seen:
     hidden_legacy: bool = False
     """iptables-legacy has rules, and is not what goes by the name iptables"""
     proc: Path = Path("/proc")
+    counters: Mapping[str, int] = {}
+    """what the kernel had dropped until the look began: see `counted`"""
+    bridges: Mapping[tuple[str, int], str] = {}
+    """those whose packets the rules see, by name and IP version: the setting"""
     tools: frozenset[str] = frozenset()
     route: Callable[..., routing.Route] = routing.lookup
 
@@ -94,6 +73,17 @@ class Seen:
         except OSError:
             return None
 
+    def since(self, name: str) -> int:
+        """By how much a counter of `counted` has grown since the look began."""
+        return counted(self.proc).get(name, 0) - self.counters.get(name, 0)
+
+    def device(self, index: int) -> str:
+        """The name of an interface by its number."""
+        try:
+            return socket.if_indextoname(index)
+        except OSError:
+            return f"interface {index}"
+
     def is_local(self, address: IPAddress) -> bool:
         """Whether a connection to it ends on this host."""
         return address in self.addresses or address.is_loopback
@@ -107,7 +97,6 @@ class Seen:
 def look(config: Config, config_file: str) -> Seen:
     """Look at this host, as this user."""
     root = os.geteuid() == 0
-    ruleset, unread = _ruleset(root)
     try:
         listening: tuple[Listener, ...] | None = listeners()
     except OSError:
@@ -115,24 +104,35 @@ def look(config: Config, config_file: str) -> Seen:
     pid, uid, gid, status = _ask(config.control)
     if uid is None:
         uid = _listener_uid(listening, {listen.port for listen in config.listen})
-    links = _links()
     return Seen(
-        config=config, config_file=config_file, ruleset=ruleset, ruleset_unread=unread, listeners=listening,
-        addresses=HostAddresses().current, links=links[0], uplinks=links[1],
-        daemon=Identity(
-            uid=UNKNOWN if uid is None else uid, gid=UNKNOWN if gid is None else gid, mark=config.mark or 0
-        ),
+        config=config, config_file=config_file, listeners=listening, addresses=HostAddresses().current, here=links(),
+        daemon=Identity(uid=uid, gid=gid, mark=config.mark or 0),
         pid=pid, status=status, root=root, ipv6=live.uses_ipv6(), hidden_legacy=root and _hidden_legacy(),
+        counters=counted(), bridges=filtered_bridges(),
         tools=frozenset(tool for tool in ("nft", "iptables", "ip6tables", "iptables-legacy") if which(tool)),
     )  # fmt: skip
 
 
-def _ruleset(root: bool) -> tuple[Ruleset | None, str]:
-    """Every rule there is, or why not."""
+def counted(proc: Path = Path("/proc")) -> dict[str, int]:
+    """What this network namespace has dropped so far: the counters of /proc/net/netstat by name, and conntrack's "drop"
+    and "early_drop".
+    """
+    found: dict[str, int] = {}
+    lines = _lines(proc / "net/netstat")
+    for names, values in zip(lines[::2], lines[1::2], strict=False):  # a line of names, a line of values
+        pairs = zip(names.split()[1:], values.split()[1:], strict=False)
+        found |= {name: int(value) for name, value in pairs}
+    head, *rows = [line.split() for line in _lines(proc / "net/stat/nf_conntrack")] or [[]]
+    for name in {"drop", "early_drop"} & set(head):  # hexadecimal, a line for each CPU
+        found[name] = sum(int(row[head.index(name)], 16) for row in rows)
+    return found
+
+
+def _lines(path: Path) -> list[str]:
     try:
-        return loaded(), ""
-    except NotShown as error:
-        return None, str(error) if root else "firewall rules are shown to root only"
+        return path.read_text("ascii", "replace").splitlines()
+    except OSError:
+        return []
 
 
 def _hidden_legacy() -> bool:
@@ -170,36 +170,3 @@ def _listener_uid(found: tuple[Listener, ...] | None, ports: set[int]) -> int | 
         return pwd.getpwnam("transocks").pw_uid
     except KeyError:
         return None
-
-
-def _links() -> tuple[tuple[Link, ...], dict[int, str]]:
-    """Interfaces with the networks on them, and the interfaces of the default routes."""
-    networks: dict[str, list[IPv4Network | IPv6Network]] = {
-        name: [] for _, name in socket.if_nameindex() if name != "lo"
-    }
-    uplinks: dict[int, str] = {}
-    for line in _lines("/proc/net/route")[1:]:
-        name, destination, gateway, flags, _, _, _, mask = line.split()[:8]
-        length = int(mask, 16).bit_count()
-        if not int(flags, 16) & _RTF_UP or name not in networks:
-            continue
-        if not length:
-            uplinks.setdefault(4, name)
-        elif int(gateway, 16) == 0:
-            networks[name].append(IPv4Network((int(destination, 16).to_bytes(4, sys.byteorder), length)))
-    for line in _lines("/proc/net/ipv6_route"):
-        destination, prefix, _, _, gateway, _, _, _, _, name = line.split()
-        if name not in networks:
-            continue
-        if int(prefix, 16) == 0 and int(gateway, 16):
-            uplinks.setdefault(6, name)
-        elif 0 < int(prefix, 16) < 128 and not int(gateway, 16) and not destination.startswith("ff"):
-            networks[name].append(IPv6Network((int(destination, 16), int(prefix, 16))))
-    return tuple(Link(name, tuple(found)) for name, found in networks.items()), uplinks
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text("ascii").splitlines()
-    except OSError:  # no such family
-        return []

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import socket
+import struct
+import termios
 import time
-from collections.abc import Iterator
 
 import attrs
 import trio
 
 from transocks.config import DIRECT, Config
-from transocks.doctor.flows import comes_back, sent
-from transocks.doctor.seen import Identity, Seen
+from transocks.doctor.seen import Seen
+from transocks.doctor.tried import Trials
+from transocks.firewall.routing import policy_against
 from transocks.http_connect import HttpConnect
-from transocks.netfilter.ruleset import Unknown
 from transocks.proxy_url import ProxyScheme, ProxyURL
+from transocks.tracing.samples import TCP
+from transocks.tracing.sockets import socket_of
+from transocks.tracing.way import way_of
 from transocks.upstream_probes import ping
 from usocksd.errors import Error, ResolveError, UpstreamError
 from usocksd.match import IPAddress
@@ -28,11 +33,15 @@ from usocksd.runtime.metrics import Metrics
 from usocksd.socks import NEED_DATA, Probe, Probed, RequestRefused
 
 PATIENCE = 3.0
-"""Seconds for all of them together."""
+"""Seconds for its name, and again for its answer."""
 
 _NOT_HTTP = re.compile(r"\bnot (an )?HTTP", re.IGNORECASE)
 """How a usocksd says so, and Tor."""
 _SOCKS5 = (ProxyScheme.SOCKS5, ProxyScheme.SOCKS5H)
+_LARGE_WITHIN = 2.5  # seconds
+_HEADERS = {4: 40, 6: 60}
+_MTUS = (1492, 1460, 1440, 1420, 1400, 1360, 1320, 1280, 1200, 1000)
+"""Of PPPoE, and of tunnels one in another."""
 
 
 @attrs.frozen(kw_only=True)
@@ -48,6 +57,10 @@ class Greeted:
     """why its answer says little"""
     redirected: bool = False
     """It was not greeted, since the rules would have brought that to transocks."""
+    cause: str | None = None
+    """what on this host keeps packets from it, or its answers from here"""
+    fits: int | None = None
+    """Large segments don't get there: the largest MTU that does; 0: none that was tried."""
 
 
 def proxies(config: Config) -> tuple[ProxyURL, ...]:
@@ -66,30 +79,29 @@ def goes_direct(config: Config) -> bool:
     return DIRECT in ways
 
 
-def greet_all(seen: Seen) -> list[Greeted]:
-    """Greet each upstream, all at once."""
-    return trio.run(_greet_all, seen)
+def greet_all(seen: Seen, trials: Trials) -> list[Greeted]:
+    """Does each upstream answer? They are greeted all at once, traced where that can be done."""
+    return trio.run(_greet_all, seen, trials)
 
 
-async def _greet_all(seen: Seen) -> list[Greeted]:
+async def _greet_all(seen: Seen, trials: Trials) -> list[Greeted]:
     found: list[Greeted] = []
     dns = seen.config.dns
     resolver = Resolver(dns.servers, Metrics("doctor"), system=dns.resolver == "system", sockets=16)
 
     async def greet_one(proxy: ProxyURL) -> None:
-        found.extend(await _greet(proxy, resolver, seen))
+        found.extend(await _greet(proxy, resolver, seen, trials))
 
-    with trio.move_on_after(PATIENCE + 1):
-        async with trio.open_nursery() as background:
-            await background.start(resolver.run)
-            async with trio.open_nursery() as nursery:
-                for proxy in proxies(seen.config):
-                    nursery.start_soon(greet_one, proxy)
-            background.cancel_scope.cancel()
+    async with trio.open_nursery() as background:
+        await background.start(resolver.run)
+        async with trio.open_nursery() as nursery:
+            for proxy in proxies(seen.config):
+                nursery.start_soon(greet_one, proxy)
+        background.cancel_scope.cancel()
     return found
 
 
-async def _greet(proxy: ProxyURL, resolver: Resolver, seen: Seen) -> list[Greeted]:
+async def _greet(proxy: ProxyURL, resolver: Resolver, seen: Seen, trials: Trials) -> list[Greeted]:
     since = time.monotonic()
     addresses: tuple[IPAddress, ...] = ()
     problem = "its name was not resolved in time"
@@ -106,7 +118,7 @@ async def _greet(proxy: ProxyURL, resolver: Resolver, seen: Seen) -> list[Greete
     found: list[Greeted] = []
 
     async def one(address: IPAddress) -> None:
-        found.append(await _greet_address(proxy, address, seen))
+        found.append(await _greet_address(proxy, address, seen, trials))
 
     async with trio.open_nursery() as nursery:
         for address in addresses[:8]:
@@ -114,25 +126,96 @@ async def _greet(proxy: ProxyURL, resolver: Resolver, seen: Seen) -> list[Greete
     return found
 
 
-async def _greet_address(proxy: ProxyURL, address: IPAddress, seen: Seen) -> Greeted:
-    since = time.monotonic()
-    if seen.ruleset is not None and comes_back(sent(seen, seen.daemon, address, proxy.port), seen):
+async def _greet_address(proxy: ProxyURL, address: IPAddress, seen: Seen, trials: Trials) -> Greeted:
+    # First a packet that gets nowhere: should the rules bring it to transocks, that would connect to itself for ever.
+    if trials.comes_back(trials.sent(seen.daemon, address, proxy.port)) is not None:
         return Greeted(proxy=proxy, address=address, problem=None, seconds=0.0, redirected=True)
+    since = time.monotonic()
     problem: str | None = f"no answer within {PATIENCE:g} s"
-    doubt: str | None = None
-    with trio.move_on_after(PATIENCE):
-        try:
-            with trio.socket.from_stdlib_socket(_socket_of(seen.daemon, address)) as sock:
+    doubt = cause = None
+    with _socket_of(seen, address) as sock, contextlib.ExitStack() as stack:
+        port = sock.getsockname()[1]
+        if trials.tracer is not None:
+            stack.enter_context(trials.tracer.watching(TCP, port, keep=False))
+        with trio.move_on_after(PATIENCE):
+            try:
                 await sock.connect((str(address), proxy.port))
                 ask = _handshake if proxy.scheme in _SOCKS5 else _ping
                 doubt = await ask(trio.SocketStream(sock), proxy, _header(proxy, seen.config))
-            problem = None
-        except (UpstreamError, Error) as error:
-            problem = str(error)
-        except (trio.BrokenResourceError, OSError) as error:
-            cause = error.__cause__ if isinstance(error, trio.BrokenResourceError) else error
-            problem = os.strerror(cause.errno) if isinstance(cause, OSError) and cause.errno else str(error)
-    return Greeted(proxy=proxy, address=address, problem=problem, seconds=time.monotonic() - since, doubt=doubt)
+                problem = None
+            except (UpstreamError, Error) as error:
+                problem = str(error)
+            except (trio.BrokenResourceError, OSError) as error:
+                inner = error.__cause__ if isinstance(error, trio.BrokenResourceError) else error
+                problem = os.strerror(inner.errno) if isinstance(inner, OSError) and inner.errno else str(error)
+        seconds = time.monotonic() - since
+        if problem is not None:
+            cause = _cause(port, address, seen, trials)
+    fits = None
+    if problem is None and not seen.is_local(address) and not await _takes_large(proxy, address, seen):
+        fits = await _fitting(proxy, address, seen)
+    return Greeted(proxy=proxy, address=address, problem=problem, seconds=seconds, doubt=doubt, cause=cause, fits=fits)
+
+
+def _cause(port: int, address: IPAddress, seen: Seen, trials: Trials) -> str | None:
+    """What of this host is in the way of a connection from this port: a rule, or the routing policy."""
+    if trials.tracer is not None:
+        events = trials.tracer.events(TCP, port)
+        forth, back = way_of(events, port), way_of(events, port, back=True)
+        if (why := trials.why_not(forth)) is not None:
+            return why
+        if (why := trials.why_not(back)) is not None:
+            return f"its answer: {why}"
+    if (rules := policy_against(address, seen.daemon.mark, seen.daemon.uid)) is not None:
+        return f"routing rule {rules}"
+    return None
+
+
+async def _takes_large(proxy: ProxyURL, address: IPAddress, seen: Seen, mtu: int | None = None) -> bool:
+    """Whether a segment as large as the kernel makes them gets there, where small ones do; on a connection of its own.
+
+    What is asked leads to no connection (a SOCKS server may say so in its log), and zeros behind it fill the segment.
+    """
+    with trio.move_on_after(_LARGE_WITHIN), contextlib.suppress(OSError):
+        with _socket_of(seen, address) as sock:
+            if mtu is not None:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, mtu - _HEADERS[address.version])
+            await sock.connect((str(address), proxy.port))
+            size = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG)
+            await sock.send(_padded(proxy, _header(proxy, seen.config), size))
+            while struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)))[0]:  # noqa: ASYNC110
+                await trio.sleep(0.02)
+            return True
+    return False
+
+
+def _padded(proxy: ProxyURL, before: bytes, size: int) -> bytes:
+    if proxy.scheme is ProxyScheme.HTTP:
+        question = ping(proxy).removesuffix(b"\r\n") + b"X-Padding: "
+        return before + question + b"0" * (size - len(before) - len(question) - 4) + b"\r\n\r\n"
+    question = Probe(pipelined=True).data_to_send() if proxy.scheme in _SOCKS5 else ping(proxy)
+    return (before + question).ljust(size, b"\0")
+
+
+async def _fitting(proxy: ProxyURL, address: IPAddress, seen: Seen) -> int:
+    """The largest MTU of these with which a large segment gets there; 0: none."""
+    found = [0]
+
+    async def one(mtu: int) -> None:
+        if await _takes_large(proxy, address, seen, mtu):
+            found.append(mtu)
+
+    async with trio.open_nursery() as nursery:
+        for mtu in _MTUS:
+            nursery.start_soon(one, mtu)
+    return max(found)
+
+
+def _socket_of(seen: Seen, address: IPAddress) -> trio.socket.SocketType:
+    """One as the daemon's, with a port of its own."""
+    sock = socket_of(seen.daemon, socket.AF_INET if address.version == 4 else socket.AF_INET6)
+    sock.bind(("0.0.0.0" if address.version == 4 else "::", 0))
+    return trio.socket.from_stdlib_socket(sock)
 
 
 def _header(proxy: ProxyURL, config: Config) -> bytes:
@@ -170,35 +253,6 @@ async def _handshake(stream: trio.SocketStream, proxy: ProxyURL, before: bytes) 
             await stream.send_all(before + data)
             before = b""
         probe.receive_data(await stream.receive_some(1024))
-
-
-def _socket_of(who: Identity, address: IPAddress) -> socket.socket:
-    """A socket that the rules see as one of the daemon's, as far as this user may make it so."""
-    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
-    with _as_user(who):
-        sock = socket.socket(family, socket.SOCK_STREAM)
-    if who.mark and not isinstance(who.mark, Unknown):
-        with contextlib.suppress(OSError):
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, who.mark)
-    return sock
-
-
-@contextlib.contextmanager
-def _as_user(who: Identity) -> Iterator[None]:
-    """A socket belongs to whoever made it: to this user, if we are root."""
-    if os.geteuid() != 0 or isinstance(who.uid, Unknown) or who.uid == 0:
-        yield
-        return
-    group = os.getegid()
-    try:
-        with contextlib.suppress(OSError):  # in a user namespace there may be no other
-            if not isinstance(who.gid, Unknown):
-                os.setegid(who.gid)
-            os.seteuid(who.uid)
-        yield
-    finally:
-        os.seteuid(0)
-        os.setegid(group)
 
 
 def describe(greeted: Greeted) -> str:

@@ -17,7 +17,7 @@ from transocks.firewall.lock import alone
 from transocks.firewall.render import render_all_nft, render_iptables
 from transocks.firewall.saved import Changes, Table, changes, merge, parse_save, select, write
 from transocks.firewall.steps import FirewallError, Step, complaint, run
-from transocks.firewall.verify import ACTIVE, force_nft, guards
+from transocks.firewall.verify import ACTIVE, HELD, force_nft, guards
 from transocks.firewall.wanted import Wanted
 from transocks.tools import unbroken
 
@@ -153,7 +153,7 @@ def prolong(wanted: Sequence[Wanted], seconds: int) -> None:
     for w in wanted:
         lines.append(f"flush set inet {w.table} {ACTIVE}\n")
         if seconds:
-            timed = f"tcp timeout {seconds}s, udp timeout {seconds}s"
+            timed = ", ".join(f'{protocol} timeout {seconds}s comment "{HELD}"' for protocol in ("tcp", "udp"))
             lines.append(f"add element inet {w.table} {ACTIVE} {{ {timed} }}\n")
     run(Step(("nft", "-f", "-"), "".join(lines)))
 

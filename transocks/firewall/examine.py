@@ -9,13 +9,12 @@ import attrs
 
 from transocks.firewall import live
 from transocks.firewall.config import Mode, Tool
-from transocks.firewall.foreign import taken
 from transocks.firewall.live import CHAINS, TABLES, Routes, Routing
 from transocks.firewall.render import render_all_nft, render_iptables
 from transocks.firewall.saved import Table, merge, select
-from transocks.firewall.verify import compare, force_nft, from_nft, from_saved, guards
+from transocks.firewall.verify import compare, dormant, force_nft, from_nft, from_saved, guards
 from transocks.firewall.wanted import Wanted
-from transocks.netfilter.ruleset import Ruleset
+from transocks.tracing.shadows import shadows
 
 _FAMILIES = {False: "IPv4", True: "IPv6"}
 _OVER = (
@@ -32,10 +31,10 @@ class Report:
     notes: tuple[str, ...]
 
 
-def examine(wanted: Sequence[Wanted], tool: Tool, loaded: Ruleset, *, ipv6: bool = True) -> Report:
+def examine(wanted: Sequence[Wanted], tool: Tool, *, ipv6: bool = True, trying: bool = True) -> Report:
     """Compare what is loaded with what should be. Takes CAP_NET_ADMIN and CAP_SYS_ADMIN. Raises FirewallError.
 
-    loaded: every rule of this host, as `transocks.netfilter.loaded` reads it.
+    trying: also try out whether connections get to the rules.
     """
     families = (False, True) if ipv6 else (False,)
     ruleset = live.ruleset() if live.has("nft") else live.Ruleset()
@@ -47,8 +46,9 @@ def examine(wanted: Sequence[Wanted], tool: Tool, loaded: Ruleset, *, ipv6: bool
     for w in wanted:
         unheard = live.unheard(w, ipv6)
         faults += [f"nobody listens on {where}, where {w.mode.value} rules send connections" for where in unheard]
-        for found in taken(w, tool, loaded):
-            (notes if found.some else faults).append(f"shadowed: {found.text}")
+    for said, fault in shadows(wanted, tool, well=not faults) if trying else ():
+        faults += [f"shadowed: {said}"] if fault else []
+        notes += [] if fault else [said]
     return Report(tuple(dict.fromkeys(faults)), tuple(dict.fromkeys(notes)))
 
 
@@ -57,6 +57,9 @@ def _check_nft(wanted: Sequence[Wanted], ruleset: live.Ruleset) -> Iterator[tupl
     for w in wanted:
         should = from_nft(reference.entries, reference.listing, w.table)
         assert should is not None
+        if w.table in dormant(ruleset.listing):
+            yield f"dormant: table inet {w.table} is loaded and switched off (flags dormant)", True
+            continue
         there = from_nft(ruleset.entries, ruleset.listing, w.table)
         for difference in compare(should, there):
             yield difference, True
@@ -64,8 +67,8 @@ def _check_nft(wanted: Sequence[Wanted], ruleset: live.Ruleset) -> Iterator[tupl
             force = force_nft(ruleset.entries, w.table)
             if force.over:
                 yield _OVER.format(there.name), True
-            elif force.seconds is not None:
-                yield f"{there.name} is in force for {force.seconds:.0f} s more, unless confirmed or held", False
+            elif force.seconds is not None and not force.held:
+                yield f"{there.name} is in force for {force.seconds:.0f} s more, unless confirmed", False
 
 
 def _check_iptables(wanted: Sequence[Wanted], families: Sequence[bool]) -> Iterator[tuple[str, bool]]:

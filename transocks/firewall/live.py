@@ -13,11 +13,10 @@ from typing import Any
 import attrs
 
 from transocks.firewall.config import Mode
+from transocks.firewall.nft_json import ruleset_json
 from transocks.firewall.saved import Table, merge, parse_save
 from transocks.firewall.steps import FirewallError, Step, run, run_json
 from transocks.firewall.wanted import Wanted
-from transocks.netfilter.loaded import has_legacy
-from transocks.netfilter.nft_json import ruleset_json
 from transocks.sockets import listeners
 from transocks.tools import which
 from usocksd.match import IPAddress
@@ -109,6 +108,19 @@ def variants(six: bool) -> list[str]:
         if (path := which(f"{name}-save")) is not None:
             found.setdefault(os.path.realpath(path), name)
     return list(found.values())
+
+
+def is_nft(variant: str) -> bool:
+    """Whether this iptables is the one that stands on nft."""
+    return "legacy" not in os.path.basename(os.path.realpath(which(f"{variant}-save") or variant))
+
+
+def has_legacy(name: str, net: Path = Path("/proc/self/net")) -> bool:
+    """Whether there are tables of the legacy iptables, or ip6tables: `name`. Who asks its tool makes them."""
+    try:
+        return bool((net / f"{name.removesuffix('tables')}_tables_names").read_text("ascii").strip())
+    except OSError:  # there never were any
+        return False
 
 
 def saved(six: bool, variant: str | None = None) -> list[Table]:

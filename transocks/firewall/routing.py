@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import socket
 from typing import Any
 
 import attrs
 
+from transocks.firewall.steps import FirewallError, Step, run
 from usocksd.match import IPAddress
 
 # linux/rtnetlink.h
@@ -27,8 +29,15 @@ class Route:
     gateway: IPAddress | str | None
 
 
-def lookup(destination: IPAddress, *, source: IPAddress | None = None, iif: str | None = None, mark: int = 0) -> Route:
-    """Where a packet goes: one that this host sends, or with `iif` one that comes in there from `source`.
+def lookup(
+    destination: IPAddress,
+    *,
+    source: IPAddress | None = None,
+    iif: str | None = None,
+    mark: int = 0,
+    uid: int | None = None,
+) -> Route:
+    """Where a packet goes: one that this host sends, as this user, or with `iif` one that comes in there from `source`.
 
     Raises OSError when it goes nowhere: for one that comes in also when its source is not believed (EINVAL, EXDEV:
     rp_filter and the like, as ip-sysctl of the kernel has them).
@@ -39,6 +48,8 @@ def lookup(destination: IPAddress, *, source: IPAddress | None = None, iif: str 
     question: dict[str, Any] = {"dst": str(destination), "mark": mark}
     if source is not None:
         question["src"] = str(source)
+    if uid is not None:
+        question["uid"] = uid
     if iif is not None:
         question["iif"] = socket.if_nametoindex(iif)
     try:
@@ -51,3 +62,28 @@ def lookup(destination: IPAddress, *, source: IPAddress | None = None, iif: str 
         raise OSError(_REFUSED[kind], os.strerror(_REFUSED[kind]))
     index = answer.get_attr("RTA_OIF")
     return Route(kind == _RTN_LOCAL, socket.if_indextoname(index) if index else "", answer.get_attr("RTA_GATEWAY"))
+
+
+def policy_against(destination: IPAddress, mark: int, uid: int | None) -> str | None:
+    """The rules of the routing policy for this mark or user, if without these the packet would go another way."""
+    try:
+        plain = lookup(destination)
+    except OSError:
+        return None
+    try:
+        if lookup(destination, mark=mark, uid=uid) == plain:
+            return None
+    except OSError:
+        pass
+    try:
+        found = json.loads(run(Step(("ip", "-N", "-json", "-6" if destination.version == 6 else "-4", "rule", "show"))))
+        texts = run(Step(("ip", "-6" if destination.version == 6 else "-4", "rule", "show"))).splitlines()
+    except (FirewallError, ValueError):
+        return None
+    ours = [
+        " ".join(text.split())
+        for rule, text in zip(found, texts, strict=False)
+        if (mark and "fwmark" in rule and int(rule["fwmark"], 0) == mark & int(rule.get("fwmask", "0xffffffff"), 0))
+        or (uid is not None and "uid_start" in rule and rule["uid_start"] <= uid <= rule["uid_end"])
+    ]
+    return f'"{ours[0]}"' if ours else None

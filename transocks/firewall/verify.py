@@ -20,6 +20,9 @@ from transocks.firewall.saved import Table
 ACTIVE = "active"
 """The set of our nft tables that says for which protocols, and how long, the rules are in force."""
 
+HELD = "held"
+"""The comment at these elements while somebody prolongs them: not a trial that is to be confirmed."""
+
 _GUARD = re.compile(r"-m time --datestart (\S+)")
 
 
@@ -78,6 +81,11 @@ def from_nft(ruleset: Iterable[Mapping[str, Any]], listing: str, table: str) -> 
 def base_of(chain: Mapping[str, Any]) -> str:
     """The place of a base chain in words."""
     return f"type {chain['type']}, hook {chain['hook']}, priority {chain['prio']}, policy {chain.get('policy')}"
+
+
+def dormant(listing: str) -> list[str]:
+    """The tables of ours in what `nft list ruleset` says that are switched off: inet ones."""
+    return re.findall(r"^table inet (transocks\S*) \{[^\n]*\n\tflags [^\n]*\bdormant\b", listing, re.MULTILINE)
 
 
 def rule_texts(listing: str, family: str, table: str) -> dict[int, str]:
@@ -168,6 +176,8 @@ class Force:
 
     seconds: float | None = None
     over: bool = False
+    held: bool = False
+    """Somebody prolongs that."""
 
 
 def force_nft(ruleset: Iterable[Mapping[str, Any]], table: str) -> Force:
@@ -180,7 +190,8 @@ def force_nft(ruleset: Iterable[Mapping[str, Any]], table: str) -> Force:
                     return Force()
                 if isinstance(element, dict) and element.get("elem", {}).get("val") == "tcp":
                     timed = element["elem"]
-                    return Force(seconds=float(timed.get("expires", timed.get("timeout", 0))))
+                    seconds = float(timed.get("expires", timed.get("timeout", 0)))
+                    return Force(seconds=seconds, held=timed.get("comment") == HELD)
             return Force(over=True)
     return Force()  # somebody took the set out, which is said elsewhere
 

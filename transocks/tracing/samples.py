@@ -92,7 +92,7 @@ def send(tracer: Tracer, sample: Sample, *, keep: bool = True, patience: float =
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER)
             sock.bind((_anywhere(sample.source, sample.version), 0))
             port = sock.getsockname()[1]
-            with tracer.watching("tcp", port, keep=keep):
+            with tracer.watching(TCP, port, keep=keep):
                 try:
                     with contextlib.suppress(BlockingIOError):
                         sock.connect((str(sample.destination), sample.port))
@@ -132,7 +132,7 @@ def send_datagram(
         with socket_of(sample.who, _family(sample.destination), socket.SOCK_DGRAM) as sock:
             sock.bind((_anywhere(None, sample.version), 0))
             port = sock.getsockname()[1]
-            with tracer.watching("udp", port, keep=keep):
+            with tracer.watching(UDP, port, keep=keep):
                 try:
                     sock.connect((str(sample.destination), sample.port))
                     sock.settimeout(answer or _STEP)
@@ -161,7 +161,7 @@ def receive(tracer: Tracer, sample: Sample, *, flags: int = SYN, protocol: int =
     packet = Packet(protocol, sample.source, port, sample.destination, sample.port, flags if protocol == TCP else 0)
     ports = bridge_ports().get(sample.iif)
     device, address = (ports or [sample.iif])[0], hardware_address(sample.iif)
-    with tracer.watching("tcp" if protocol == TCP else "udp", port, keep=True):
+    with tracer.watching(protocol, port, keep=True):
         inject(device, frame(packet, address))
         way = back = None
         deadline = time.monotonic() + _PATIENCE
@@ -190,7 +190,7 @@ def send_middle(tracer: Tracer, sample: Sample) -> Outcome:
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_HDRINCL, 1)
         packet = Packet(TCP, source, port, sample.destination, sample.port, ACK)
-        with tracer.watching("tcp", port, keep=True):
+        with tracer.watching(TCP, port, keep=True):
             with contextlib.suppress(PermissionError):
                 sock.sendto(datagram(packet), (str(sample.destination), 0))
             way = way_of(tracer.events(TCP, port), port)

@@ -30,6 +30,8 @@ FIRST, LAST = -2_000_000_000, 2_000_000_000
 PLACES = (FIRST, -299, -201, -199, -151, -149, -101, -89, -1, 1, 99, 101, LAST)
 """Between them are iptables's tables and the kernel's own: see linux/netfilter_ipv4.h, enum nf_ip_hook_priorities."""
 
+_TCP = 6
+_NAMES = {_TCP: "tcp", 17: "udp"}
 _NETLINK_NETFILTER, _NFNLGRP_NFTRACE = 12, 9
 _RECEIVE_SIZE, _BUFFER = 1 << 16, 1 << 23
 _SO_RCVBUFFORCE = 33
@@ -42,6 +44,7 @@ class Tracer:
     def __init__(self, clients: tuple[IPAddress, ...] = ()) -> None:
         """`clients`: whose new connections are watched, besides ports."""
         self._events: list[Event] = []
+        self._since: dict[tuple[int, int], int] = {}
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, _NETLINK_NETFILTER)
         self._nft: Guard | None = None
         self._watching = [("inet", "watched")]
@@ -86,13 +89,15 @@ class Tracer:
             self._watching.append(("netdev", "watched"))
 
     @contextlib.contextmanager
-    def watching(self, protocol: str, port: int, *, keep: bool) -> Iterator[None]:
+    def watching(self, protocol: int, port: int, *, keep: bool) -> Iterator[None]:
         """Tell what becomes of packets from and to this port; `keep`: they don't leave this host, nor does a connection
         come about.
         """
         assert self._nft is not None
         sets = [*self._watching, ("inet", "kept")] if keep else self._watching
-        elements = [f"element {family} {TABLE} {name} {{ {protocol} . {port} }}\n" for family, name in sets]
+        self._read()
+        self._since[protocol, port] = len(self._events)  # what was told before was of another socket with this port
+        elements = [f"element {family} {TABLE} {name} {{ {_NAMES[protocol]} . {port} }}\n" for family, name in sets]
         self._nft.load("".join(f"add {element}" for element in elements))
         try:
             yield
@@ -102,7 +107,7 @@ class Tracer:
     def events(self, protocol: int, port: int) -> list[Event]:
         """What was told so far of packets from or to this port."""
         self._read()
-        return list(of_port(self._events, protocol, port))
+        return list(of_port(self._events[self._since.get((protocol, port), 0) :], protocol, port))
 
     def first_of(self, client: IPAddress, within: float, settle: float) -> int | None:
         """Wait for the next new connection of this client, and then for its first packet to get where it gets. Its
@@ -113,9 +118,10 @@ class Tracer:
             left = deadline - time.monotonic()
             if left <= 0 or not select.select([self._socket], [], [], left)[0]:
                 return None
-        with self.watching("tcp", port, keep=False):
+        with self.watching(_TCP, port, keep=False):  # its answer, too
             time.sleep(settle)
             self._read()
+        del self._since[_TCP, port]
         return port
 
     def port_of(self, client: IPAddress) -> int | None:

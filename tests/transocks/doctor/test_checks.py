@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 import attrs
@@ -11,21 +9,18 @@ import pytest
 
 from transocks.config import Config
 from transocks.doctor import State, judge
-from transocks.doctor.checks import paths, redirection, settings, tracking
+from transocks.doctor.checks import settings, tracking
 from transocks.doctor.finding import Finding, fault, fine, unchecked, warning
-from transocks.doctor.flows import Flows
 from transocks.doctor.report import as_json, as_text
-from transocks.doctor.seen import Identity, Link, Seen
-from transocks.firewall.routing import Route
-from transocks.netfilter.iptables import read_iptables
-from transocks.netfilter.ruleset import Ruleset
+from transocks.doctor.seen import Seen, counted
+from transocks.doctor.tried import Trials
 from transocks.proxy_url import parse_proxy_url
-from usocksd.match import IPAddress
-from usocksd.runtime.settings import ListenAddress
+from transocks.tracing.links import Links
+from transocks.tracing.sockets import Identity
 
 SEEN = Seen(
     config=Config(proxy_url=(parse_proxy_url("socks5://192.0.2.1:1080"),)), config_file="transocks.toml",
-    ruleset=Ruleset(()), listeners=(), addresses=frozenset(), links=(), uplinks={}, daemon=Identity(), root=True,
+    listeners=(), addresses=frozenset(), here=Links((), {}), daemon=Identity(), root=True,
 )  # fmt: skip
 
 
@@ -41,71 +36,13 @@ def write(seen: Seen, **files: str) -> None:
         path.write_text(text)
 
 
+def untried(seen: Seen) -> Trials:
+    return Trials(seen, None, "no tracing in this test")
+
+
 def only(findings: object) -> Finding:
     (finding,) = findings  # type: ignore[misc]
     return finding  # type: ignore[no-any-return]
-
-
-@pytest.mark.parametrize(
-    ("rules", "loose", "said"),
-    [
-        ("*nat\n:OUTPUT ACCEPT [0:0]\n-A OUTPUT -p tcp -j REDIRECT --to-ports 1081", "1", "(those that nothing"),
-        ("*nat\n:OUTPUT ACCEPT [0:0]\n-A OUTPUT -p tcp -m conntrack --ctstate NEW -j REDIRECT --to-ports 1081", "1", "("),
-        ("*nat\n:OUTPUT ACCEPT [0:0]\n-A OUTPUT -p tcp -j REDIRECT --to-ports 1081", "0", None),
-        ("*nat\n:OUTPUT ACCEPT [0:0]\n-A OUTPUT -p tcp --syn -j REDIRECT --to-ports 1081", "1", None),
-        ("*nat\n:OUTPUT ACCEPT [0:0]\n-A OUTPUT -p tcp ! --syn -j RETURN\n-A OUTPUT -p tcp -j REDIRECT --to-ports 1081",
-         "1", None),
-        ("*mangle\n:PREROUTING ACCEPT [0:0]\n-A PREROUTING -p tcp -m socket -j ACCEPT\n"
-         "-A PREROUTING -p tcp -j TPROXY --on-port 1084", "0", "(all)"),
-    ],
-)  # fmt: skip
-def test_old_connections(seen: Seen, rules: str, loose: str, said: str | None) -> None:
-    write(seen, sys__net__netfilter__nf_conntrack_tcp_loose=f"{loose}\n")
-    config = attrs.evolve(seen.config, listen_tproxy=(ListenAddress(ip_address("0.0.0.0"), 1084),))
-    seen = attrs.evolve(seen, config=config, ruleset=read_iptables(f"{rules}\nCOMMIT\n", 4))
-    assert [f.mode for f in Flows(seen).arriving], "they are found"
-    findings = list(redirection.old_connections(seen, Flows(seen)))
-    assert [f.state for f in findings] == ([State.WARNING] if said else [])
-    assert said is None or said in findings[0].seen
-
-
-@pytest.mark.parametrize(
-    ("links", "unreachable", "state"),
-    [
-        ((4, 6), (), State.OK),
-        ((4, 6), (4, 6), State.FAULT),
-        ((4, 6), (4,), State.WARNING),
-        ((4, 6), (6,), State.OK),
-        ((4,), (4, 6), State.FAULT),
-        ((6,), (4,), State.OK),
-    ],
-)
-def test_a_destination_without_a_route(
-    seen: Seen, links: tuple[int, ...], unreachable: tuple[int, ...], state: State
-) -> None:
-    def route(destination: IPAddress) -> Route:
-        if destination.version in unreachable:
-            raise OSError(errno.ENETUNREACH, "Network is unreachable")
-        return Route(local=False, device="eth0", gateway=None)
-
-    rules = "*nat\n:OUTPUT ACCEPT [0:0]\n-A OUTPUT -p tcp -j REDIRECT --to-ports 1081\nCOMMIT\n"
-    networks = {4: ip_network("192.0.2.0/24"), 6: ip_network("2001:db8::/64")}
-    seen = attrs.evolve(
-        seen, route=route, links=(Link("eth0", (ip_network("fe80::/64"), *(networks[version] for version in links))),),
-        ruleset=Ruleset((*read_iptables(rules, 4).chains, *read_iptables(rules, 6).chains)),
-    )  # fmt: skip
-    finding = only(paths.way_out(seen, Flows(seen)))
-    assert (finding.check, finding.state) == ("routes", state)
-    assert state is State.OK or "no rule is asked (Network is unreachable)" in finding.seen
-
-
-def test_where_ipv6_is_switched_off_its_rules_matter_to_nobody(seen: Seen) -> None:
-    rules = "*nat\n:OUTPUT ACCEPT [0:0]\n-A OUTPUT -p tcp -j REDIRECT --to-ports 1081\nCOMMIT\n"
-    both = Ruleset((*read_iptables(rules, 4).chains, *read_iptables(rules, 6).chains))
-    found = [
-        [flow.version for flow in Flows(attrs.evolve(seen, ruleset=both, ipv6=ipv6)).best] for ipv6 in (True, False)
-    ]
-    assert found == [[4, 6], [4]]
 
 
 @pytest.mark.parametrize(
@@ -116,7 +53,7 @@ def test_ports_in_time_wait(seen: Seen, waiting: int, reuse: int, state: State) 
     line = " 0: 0A00000A:8000 010200C0:0438 06 more\n 1: 0A00000A:8000 010200C0:0438 01 more\n"
     write(seen, net__tcp="  sl local remote st\n" + line * waiting)
     write(seen, sys__net__ipv4__tcp_tw_reuse=f"{reuse}\n", sys__net__ipv4__ip_local_port_range="40000\t40099\n")
-    finding = only(settings.ports_in_time_wait(seen, Flows(seen)))
+    finding = only(settings.ports_in_time_wait(seen, untried(seen)))
     assert finding.state is state
     assert f"{waiting} of 100 ports" in finding.seen
 
@@ -132,35 +69,46 @@ def test_ports_in_time_wait(seen: Seen, waiting: int, reuse: int, state: State) 
 )
 def test_port_range(seen: Seen, ports: str, reserved: str, state: State) -> None:
     write(seen, sys__net__ipv4__ip_local_port_range=ports, sys__net__ipv4__ip_local_reserved_ports=reserved)
-    assert only(settings.port_range(seen, Flows(seen))).state is state
+    assert only(settings.port_range(seen, untried(seen))).state is state
 
 
 @pytest.mark.parametrize(
-    ("count", "most", "dropped", "state"),
+    ("count", "most", "before", "now", "state"),
     [
-        ("10", "100", 0, State.OK),
-        ("80", "100", 0, State.WARNING),
-        ("99", "100", 0, State.FAULT),
-        ("10", "100", 255, State.WARNING),
-        ("10", "0", 0, State.OK),
+        ("10", "100", 0, 0, State.OK),
+        ("80", "100", 0, 0, State.WARNING),
+        ("99", "100", 0, 0, State.FAULT),
+        ("10", "100", 255, 255, State.OK),  # it was full, and is not any more
+        ("10", "100", 255, 256, State.FAULT),
+        ("10", "0", 0, 0, State.OK),
     ],
 )
-def test_conntrack(seen: Seen, count: str, most: str, dropped: int, state: State) -> None:
+def test_conntrack(seen: Seen, count: str, most: str, before: int, now: int, state: State) -> None:
+    """What counts is what is dropped while somebody looks, not since the boot."""
     write(seen, sys__net__netfilter__nf_conntrack_count=count, sys__net__netfilter__nf_conntrack_max=most)
-    write(seen, net__stat__nf_conntrack=f"entries drop early_drop\n0 {dropped:08x} 0\n0 00000000 0\n")
-    finding = only(tracking.conntrack(seen, Flows(seen)))
-    assert finding.state is state
-    assert dropped == 0 or "255 connections dropped" in finding.seen
+    write(seen, net__stat__nf_conntrack=f"entries drop early_drop\n0 {before:08x} 0\n0 00000000 0\n")
+    seen = attrs.evolve(seen, counters=counted(seen.proc))
+    write(seen, net__stat__nf_conntrack=f"entries drop early_drop\n0 {now:08x} 0\n0 00000000 0\n")
+    assert only(tracking.conntrack(seen, untried(seen))).state is state
+
+
+def test_the_reverse_path_filter_by_two_readings(seen: Seen) -> None:
+    head = "TcpExt: A IPReversePathFilter\n"
+    write(seen, net__netstat=f"{head}TcpExt: 1 7\nIpExt: B\nIpExt: 3\n")
+    seen = attrs.evolve(seen, counters=counted(seen.proc))
+    assert (seen.counters, seen.since("IPReversePathFilter")) == ({"A": 1, "IPReversePathFilter": 7, "B": 3}, 0)
+    write(seen, net__netstat=f"{head}TcpExt: 1 9\n")
+    assert seen.since("IPReversePathFilter") == 2
 
 
 def test_a_check_that_fails_does_not_hide_the_others() -> None:
-    def broken(seen: Seen, flows: Flows) -> object:
+    def broken(seen: Seen, trials: Trials) -> object:
         raise RuntimeError("a bug")
 
-    def sound(seen: Seen, flows: Flows) -> object:
+    def sound(seen: Seen, trials: Trials) -> object:
         yield fine("sound", "well")
 
-    first, second = judge(SEEN, (broken, sound))  # type: ignore[arg-type]
+    first, second = judge(SEEN, untried(SEEN), (broken, sound))  # type: ignore[arg-type]
     assert (first.check, first.state, second.state) == ("broken", State.UNCHECKED, State.OK)
     assert "RuntimeError: a bug" in first.seen
 

@@ -1,21 +1,14 @@
-"""What verify says of differences, and of who takes connections before our rules do."""
+"""What verify says of differences."""
 
 from __future__ import annotations
 
 import json
-from ipaddress import ip_network
 from typing import Any
 
 import pytest
 
-from transocks.firewall.config import Mode, Tool
-from transocks.firewall.foreign import Taken, taken
 from transocks.firewall.saved import changes, parse_save, select
-from transocks.firewall.verify import Force, compare, force_nft, from_nft, from_saved, guards
-from transocks.firewall.wanted import Selection, Wanted
-from transocks.netfilter.iptables import read_iptables
-from transocks.netfilter.nft import read_nft
-from transocks.netfilter.ruleset import Ruleset
+from transocks.firewall.verify import Force, compare, dormant, force_nft, from_nft, from_saved, guards
 
 OWN = ("TRANSOCKS", "TRANSOCKS-UDP")
 SAVED = """\
@@ -106,136 +99,6 @@ def test_whether_rules_are_in_force() -> None:
 
 # Rules of others.
 
-EXCLUDED = tuple(map(ip_network, ("10.0.0.0/8", "172.16.0.0/12", "fc00::/7")))
-
-
-def taken_by(
-    others: Ruleset, mode: Mode = Mode.HOST, *, nft: bool = False, ports: tuple[tuple[int, int], ...] = ()
-) -> list[Taken]:
-    wanted = Wanted(mode=mode, port=1, exclude=EXCLUDED, selection=Selection(ports=ports))
-    return list(taken(wanted, Tool.NFT if nft else Tool.IPTABLES, others))
-
-
-def table(*rules: str, name: str = "nat", jump: str = "-A OUTPUT -p tcp -j TRANSOCKS") -> Ruleset:
-    own = [f":TRANSOCKS{kind} -" for kind in ("", "-TPROXY", "-EXEC-1")]
-    chains = [":OUTPUT ACCEPT", ":PREROUTING ACCEPT", *own, ":OTHER -", ":DEEPER -"]
-    return read_iptables("\n".join([f"*{name}", *chains, *rules, jump, "COMMIT"]), 4)
-
-
-@pytest.mark.parametrize(
-    ("rules", "found"),
-    [
-        (["-A OUTPUT -p tcp -j ACCEPT"], "all"),
-        (["-A OUTPUT -m owner --uid-owner 7 -j RETURN"], "all"),
-        (["-A OUTPUT -p tcp --dport 80 -j REDIRECT --to-ports 3128"], "all"),
-        (["-A OUTPUT -j OTHER", "-A OTHER -p tcp -j DNAT --to-destination 10.0.0.1"], "all"),
-        (["-A OUTPUT -j OTHER", "-A OTHER -j DEEPER", "-A DEEPER -p tcp -j ACCEPT"], "all"),
-        (["-A OUTPUT -d 192.0.2.1/32 -p tcp -j DNAT --to-destination 10.0.0.1"], "some"),
-        (["-A OUTPUT -m set --match-set blocked dst -j RETURN"], "some"),
-        (['-A OUTPUT -m comment --comment "no -j LOG" -j ACCEPT'], "all"),
-        (["-A OUTPUT -m connmark --mark 0x7473 -j ACCEPT"], "all"),
-        (["-A OUTPUT -p tcp -j NETMAP --to 192.0.2.0/24"], "all"),
-        (["-A OUTPUT -p tcp -g OTHER"], "all"),  # whatever becomes of it there, it does not come back
-        # What these take is not ours.
-        (["-A OUTPUT -d 10.1.0.0/16 -j ACCEPT"], None),
-        (["-A OUTPUT ! -d 127.0.0.0/8 -m addrtype --dst-type LOCAL -j OTHER", "-A OTHER -p tcp -j DNAT --to :80"], None),
-        (["-A OUTPUT -d 10.96.0.1/32 -j OTHER", "-A OTHER -j DEEPER", "-A DEEPER -p tcp -j DNAT --to :80"], None),
-        (["-A OUTPUT -p udp -j ACCEPT"], None),
-        (["-A OUTPUT ! -p tcp -j ACCEPT"], None),
-        (["-A OUTPUT -p tcp -m tcp --dport 53 -j ACCEPT"], None),
-        (["-A OUTPUT -m mark --mark 0x7473 -j ACCEPT"], None),
-        # Nor do these take anything.
-        (["-A OUTPUT -j OTHER", "-A OTHER -j RETURN"], None),
-        (["-A OUTPUT -j LOG"], None),
-        (["-A OUTPUT -j IDLETIMER --timeout 9 --label x"], None),
-        (["-A OUTPUT -j TRANSOCKS-EXEC-1", "-A TRANSOCKS-EXEC-1 -p tcp -j REDIRECT --to-ports 9"], None),
-        (["-A OUTPUT -m comment --comment x"], None),
-        (["-A PREROUTING -p tcp -j ACCEPT"], None),
-        (["-A OUTPUT -j OTHER", "-A OTHER -j DEEPER", "-A DEEPER -j OTHER"], None),  # the kernel takes no such loop
-    ],
-)  # fmt: skip
-def test_who_takes_connections_before_ours(rules: list[str], found: str | None) -> None:
-    assert [t.some for t in taken_by(table(*rules))] == ([] if found is None else [found == "some"])
-
-
-def test_places_in_iptables() -> None:
-    accept = "-A OUTPUT -p tcp -j ACCEPT"
-    # Behind our jump; and beside nft's rules, for which only a mapping counts.
-    assert not taken_by(table(jump=f"-A OUTPUT -p tcp -j TRANSOCKS\n{accept}"))
-    assert not taken_by(table(accept, jump=""), nft=True)
-    assert taken_by(table("-A OUTPUT -p tcp -j DNAT --to :1", jump=""), nft=True)
-    (raw,) = taken_by(table("-A OUTPUT -p tcp -j CT --notrack", "-A OUTPUT -j CT --zone 1", name="raw"))
-    assert "table raw, chain OUTPUT" in raw.text
-    mangle = table("-A PREROUTING -p tcp -j TPROXY --on-port 1", name="mangle")
-    assert taken_by(mangle, Mode.TPROXY, nft=True)
-    assert not taken_by(mangle, Mode.GATEWAY, nft=True)
-    # Of a connection by TPROXY every packet comes this way.
-    others = table(
-        "-A PREROUTING -m socket --transparent -j ACCEPT", name="mangle", jump="-A PREROUTING -j TRANSOCKS-TPROXY"
-    )
-    assert taken_by(others, Mode.TPROXY)
-    assert taken_by(table("-A PREROUTING -p tcp -j DROP", name="raw", jump=""), Mode.TPROXY)
-    assert not taken_by(table("-A OUTPUT -p tcp --dport 22 -j ACCEPT"), ports=((80, 80),))
-
-
-def foreign(*rules: list[Any], prio: int = -100, kind: str = "nat", hook: str = "output", more: Any = ()) -> list[Any]:
-    place = {"family": "ip", "table": "other"}
-    return [
-        {"chain": {**place, "name": "base", "type": kind, "hook": hook, "prio": prio}},
-        {"chain": {**place, "name": "deeper"}},
-        *({"rule": {**place, "chain": "base", "handle": at, "expr": rule}} for at, rule in enumerate(rules)),
-        *({kind: {**place, **entry}} for kind, entry in more),
-    ]
-
-
-def match(left: Any, right: Any, op: str = "==") -> dict[str, Any]:
-    return {"match": {"op": op, "left": left, "right": right}}
-
-
-REDIRECT = {"redirect": {"port": 1}}
-DADDR = {"payload": {"protocol": "ip", "field": "daddr"}}
-LOCAL = match({"fib": {"result": "type", "flags": ["daddr"]}}, "local")
-VMAP = {"vmap": {"key": {"concat": [DADDR, {"meta": {"key": "l4proto"}}]}, "data": "@services"}}
-DEEPER = ("rule", {"chain": "deeper", "handle": 9, "expr": [REDIRECT]})
-
-
-def service(address: str) -> list[Any]:
-    verdict = [{"concat": [address, "tcp"]}, {"goto": {"target": "deeper"}}]
-    return [("map", {"name": "services", "elem": [verdict]}), DEEPER]
-
-
-@pytest.mark.parametrize(
-    ("entries", "found"),
-    [
-        (foreign([REDIRECT]), "all"),
-        (foreign([ACCEPT]), None),  # ends only that chain
-        (foreign([REDIRECT], prio=-80), None),
-        (foreign([REDIRECT], hook="prerouting"), None),
-        (foreign([LOCAL, REDIRECT]), None),
-        (foreign([match(DADDR, {"prefix": {"addr": "10.0.0.0", "len": 8}}), REDIRECT]), None),
-        (foreign([match(DADDR, {"prefix": {"addr": "10.0.0.0", "len": 8}}, "!="), REDIRECT]), "all"),
-        (foreign([match(DADDR, {"set": ["10.0.0.1", "192.0.2.1"]}), REDIRECT]), "some"),
-        (foreign([match(DADDR, "@nets"), REDIRECT], more=[("set", {"name": "nets", "elem": ["10.0.0.1"]})]), None),
-        (foreign([match({"payload": {"protocol": "ip6", "field": "daddr"}}, "::a00:1"), REDIRECT]), "some"),
-        (foreign([match({"meta": {"key": "l4proto"}}, "udp"), REDIRECT]), None),
-        (foreign([match({"payload": {"protocol": "icmp", "field": "type"}}, "echo-request"), REDIRECT]), None),
-        (foreign([match({"meta": {"key": "l4proto"}}, {"set": ["tcp", "udp"]}), REDIRECT]), "all"),
-        (foreign([match({"payload": {"protocol": "tcp", "field": "dport"}}, 53), REDIRECT]), None),
-        (foreign([match({"payload": {"protocol": "tcp", "field": "dport"}}, {"range": [50, 60]}), REDIRECT]), "all"),
-        (foreign([match({"meta": {"key": "mark"}}, 0x7473), REDIRECT]), None),
-        (foreign([{"jump": {"target": "deeper"}}], more=[DEEPER]), "all"),
-        (foreign([VMAP], more=service("192.0.2.1")), "some"),
-        (foreign([VMAP], more=service("10.0.0.1")), None),
-        (foreign([{"notrack": None}], kind="filter", prio=-300), "all"),
-        (foreign([DROP], kind="filter", prio=0), None),
-    ],
-)
-def test_who_takes_connections_before_ours_in_nft(entries: list[Any], found: str | None) -> None:
-    text = json.dumps({"nftables": entries})
-    assert [t.some for t in taken_by(read_nft(text), nft=True)] == ([] if found is None else [found == "some"])
-    ours = text.replace('"ip", "table": "other"', '"inet", "table": "transocks_gateway"')
-    assert not taken_by(read_nft(ours), nft=True)
-
 
 def test_changes_from_nothing_and_back() -> None:
     wanted = parse_save(SAVED.replace(":OUTPUT ACCEPT [0:0]\n", ""))
@@ -277,3 +140,19 @@ def test_hooks_are_put_right() -> None:
 def test_json_of_nft_is_read_as_it_comes() -> None:
     text = json.dumps({"nftables": nft([ACCEPT])})
     assert from_nft(json.loads(text)["nftables"], "", "transocks_gateway") is None
+
+
+def test_tables_of_ours_that_are_switched_off() -> None:
+    listing = (
+        "table inet transocks { # handle 1\n\tflags dormant\n}\ntable inet transocks_gateway {\n\tset active {\n"
+        "\t\tflags dormant\n\t}\n}\ntable ip other {\n\tflags dormant\n}\n"
+    )
+    assert dormant(listing) == ["transocks"]
+
+
+def test_rules_that_are_held_are_not_on_trial() -> None:
+    def timed(**more: object) -> list[Any]:
+        return nft(active=[{"elem": {"val": "tcp", "timeout": 10, "expires": 9, **more}}])
+
+    assert force_nft(timed(), "transocks") == Force(seconds=9)
+    assert force_nft(timed(comment="held"), "transocks") == Force(seconds=9, held=True)

@@ -103,6 +103,7 @@ class _Open:
     def _keep(self) -> None:
         if not self._applied or not self._prolonged(IN_FORCE):
             _apply(self._order, self._watch, IN_FORCE)
+            self._prolonged(IN_FORCE)  # so that they are known to be held, and not on trial
             self._applied = True
 
     def _prolonged(self, seconds: int) -> bool:

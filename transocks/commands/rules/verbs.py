@@ -17,7 +17,7 @@ from transocks.firewall.loops import loops
 from transocks.firewall.render import render_all_nft, render_iptables
 from transocks.firewall.steps import FirewallError, choose_tool
 from transocks.firewall.wanted import Wanted, wanted_of
-from transocks.netfilter.loaded import loaded
+from transocks.tracing.links import filtered_bridges
 from usocksd.runtime import config as configuration
 from usocksd.runtime.verbs.client import Answer, Client, Refused, VerbError, visible
 
@@ -108,6 +108,13 @@ def _what_now(order: Order, seconds: int | None) -> Iterator[str]:
     else:
         held = "`transocks rules hold` or the units" if order.tool is Tool.NFT else "nft with `transocks rules hold`"
         yield f"{down} {'go directly' if modes == [Mode.TPROXY] else f'are refused; {held} can let them out'}"
+    if Mode.TPROXY in modes:
+        for (bridge, version), setting in filtered_bridges().items():
+            if (version == 4 or order.ipv6) and (not order.rules.interfaces or bridge in order.rules.interfaces):
+                yield (
+                    f"warning: {bridge} is a bridge and {setting}=1: TPROXY gets no connection over IPv{version} from"
+                    f' there. sysctl {setting}=0 helps; where Docker or Kubernetes need it, mode = "gateway"'
+                )
 
 
 def not_accepting(order: Order) -> str | None:
@@ -168,7 +175,7 @@ def verify(args: argparse.Namespace) -> int:
     """Print what is not as it should be."""
     order = order_of(args)
     with alone():  # half of a change would read as faults
-        report = examine(order.wanted, order.tool, loaded(), ipv6=order.ipv6)
+        report = examine(order.wanted, order.tool, ipv6=order.ipv6)
     for fault in report.faults:
         print(visible(fault))
     for note in report.notes:

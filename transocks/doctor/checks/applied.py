@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from transocks.doctor.finding import Finding, fault, fine, unchecked, warning
-from transocks.doctor.flows import Flows
 from transocks.doctor.seen import Seen
+from transocks.doctor.tried import AS_ROOT, Trials
 from transocks.firewall.examine import examine
 from transocks.firewall.live import has_ipv6
 from transocks.firewall.steps import FirewallError, choose_tool
@@ -17,30 +17,26 @@ _NAME = "applied rules"
 _OTHERWISE = ("nobody listens on ",)
 
 
-def applied(seen: Seen, flows: Flows) -> Iterator[Finding]:
+def applied(seen: Seen, trials: Trials) -> Iterator[Finding]:
     """`transocks rules verify`, where the configuration has [rules]."""
     config = seen.config
     if config.rules is None:
         return
-    if seen.ruleset is None:
-        yield unchecked(_NAME, seen.ruleset_unread, "run it as root")
+    if not seen.root:
+        yield unchecked(_NAME, "firewall rules are shown to root only", AS_ROOT)
         return
     tool = config.rules.tool or choose_tool()
     if tool is None:
         return
     try:
         wanted = wanted_of(config.rules, config.listen, config.listen_tproxy, config.mark)
-        report = examine(wanted, tool, seen.ruleset, ipv6=has_ipv6())
+        report = examine(wanted, tool, ipv6=has_ipv6(), trying=False)
     except FirewallError as error:
         yield unchecked(_NAME, str(error))
         return
     faults = [line for line in report.faults if not line.startswith(_OTHERWISE)]
     for line in faults:
-        if line.startswith("shadowed: "):
-            do = "change that rule, or take it out: applying ours again does not help"
-        else:
-            do = "transocks rules apply (and `verify` tells the same)"
-        yield fault(_NAME, line, do)
+        yield fault(_NAME, line, "transocks rules apply (and `verify` tells the same)")
     for line in report.notes:
         yield warning(_NAME, line, "see transocks rules verify")
     if not faults:

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import errno
-import gzip
 import os
 import socket
 from collections.abc import Iterator
-from pathlib import Path
 
-from transocks.doctor.finding import Finding, fault, fine, unchecked, warning
-from transocks.doctor.flows import Flows
+from transocks.doctor.finding import Finding, fault, fine, warning
 from transocks.doctor.seen import Seen
-from transocks.netfilter.ruleset import Kind
+from transocks.doctor.tried import Trials
 from transocks.tools import which
 
 _SO_ORIGINAL_DST = 80  # linux/netfilter_ipv4.h, and the same for IPv6
-_FEATURES = {
-    Kind.REDIRECT: ("CONFIG_NFT_REDIR", "CONFIG_NETFILTER_XT_TARGET_REDIRECT"),
-    Kind.TPROXY: ("CONFIG_NFT_TPROXY", "CONFIG_NETFILTER_XT_TARGET_TPROXY"),
-}
 
 
-def original_destination(seen: Seen, flows: Flows) -> Iterator[Finding]:
+def original_destination(seen: Seen, trials: Trials) -> Iterator[Finding]:
     """SO_ORIGINAL_DST is known where connection tracking is."""
     missing = [
         name
@@ -49,35 +42,7 @@ def _knows_original(family: int, level: int) -> bool:
     return True
 
 
-def targets(seen: Seen, flows: Flows) -> Iterator[Finding]:
-    """REDIRECT and TPROXY: proven where rules use them, else as the kernel's configuration says."""
-    used = {target.action.kind for target in flows.leading}
-    built = _kernel_config(seen)
-    for kind, options in _FEATURES.items():
-        if kind in used:
-            yield fine("kernel", f"{kind.value}: in use")
-        elif built is None:
-            yield unchecked("kernel", f"{kind.value}: no rule uses it, and there is no /proc/config.gz")
-        elif any(built.get(option) in {"y", "m"} for option in options):
-            yield fine("kernel", f"{kind.value}: as its configuration says")
-        elif kind is Kind.REDIRECT or seen.config.listen_tproxy:
-            yield fault("kernel", f"has no {kind.value}", f"a kernel with {options[0]} or {options[1]}")
-        else:
-            yield fine("kernel", f"has no {kind.value}, which nothing here uses")
-
-
-def _kernel_config(seen: Seen) -> dict[str, str] | None:
-    try:
-        text = gzip.decompress((seen.proc / "config.gz").read_bytes()).decode("ascii", "replace")
-    except OSError:
-        try:
-            text = Path(f"/boot/config-{os.uname().release}").read_text("ascii", "replace")
-        except OSError:
-            return None
-    return dict(line.split("=", 1) for line in text.splitlines() if line.startswith("CONFIG_"))
-
-
-def tools(seen: Seen, flows: Flows) -> Iterator[Finding]:
+def tools(seen: Seen, trials: Trials) -> Iterator[Finding]:
     """What loads rules here, and whether two kinds of iptables work beside each other."""
     if not {"nft", "iptables"} & seen.tools:
         yield fault("tools", "neither nft nor iptables is installed", "install nftables")

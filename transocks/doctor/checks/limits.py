@@ -6,14 +6,14 @@ import re
 from collections.abc import Iterator
 
 from transocks.doctor.finding import Finding, fault, fine, unchecked, warning
-from transocks.doctor.flows import Flows
 from transocks.doctor.seen import Seen
+from transocks.doctor.tried import Trials
 
 _FEW = 4096
 _FULL = 0.9
 
 
-def descriptors(seen: Seen, flows: Flows) -> Iterator[Finding]:
+def descriptors(seen: Seen, trials: Trials) -> Iterator[Finding]:
     """The limit of the running daemon, and how close its workers are to it."""
     if seen.status is not None:
         yield from _of_workers(seen.status)

@@ -1,200 +1,317 @@
-"""Do connections get from the rules to transocks, and does nothing go past?"""
+"""Do connections get from the rules to transocks, and does nothing go past? What the kernel did with some of them."""
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 
-import attrs
-
 from transocks.doctor.finding import Finding, fault, fine, unchecked, warning
-from transocks.doctor.flows import EXAMPLES, Flow, Flows, Mode, comes_back, local_ends, ports
 from transocks.doctor.seen import Seen
-from transocks.netfilter.ruleset import TCP_FLAGS, UNKNOWN, Hook, Kind, Packet, Version
-from transocks.netfilter.walk import Way, walk
+from transocks.doctor.tried import AS_ROOT, Trials, Tried
+from transocks.firewall.config import Mode
+from transocks.firewall.live import Routing
+from transocks.firewall.verify import dormant
+from transocks.tracing.events import ACK
+from transocks.tracing.fate import What, is_ours
+from transocks.tracing.samples import UDP, receive, send_datagram, send_middle
+from usocksd.runtime.hostport import join_port
+
+_APPLY = "transocks rules apply"
+_NO_ROUTE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL, errno.EADDRNOTAVAIL}
 
 
-def rules(seen: Seen, flows: Flows) -> Iterator[Finding]:
-    """There are rules that lead to our ports, and their connections get there."""
-    if seen.ruleset is None:
-        yield unchecked("rules", seen.ruleset_unread, "run it as root")
+def rules(seen: Seen, trials: Trials) -> Iterator[Finding]:
+    """Whether the connections that the rules are for get to our ports."""
+    if trials.tracer is None:
+        yield unchecked("rules", trials.why, AS_ROOT)
         return
-    if not flows.targets:
-        yield from _missing(seen, flows)
+    results = trials.results
+    if _none(trials) and all(not one.fate.text or one.fate.what is What.NOWHERE for one in results):
+        if any(one.fate.what is What.PASSED for one in results):
+            yield _missing(seen, trials)
+        yield from dict.fromkeys(_nowhere(one) for one in results if one.fate.what is What.NOWHERE)
         return
-    for flow in flows.best:
-        name = f"{flow.mode.value}, IPv{flow.version}"
-        turned, blocked = flow.way.turned, flow.way.blocked
-        if blocked is not None and not (flow.arrives and flow.mode is Mode.TPROXY):
-            yield fault("rules", f"{name}: dropped on the way: {blocked}", "let it pass there, or remove that rule")
-        elif flow.arrives:
-            yield fine("rules", f"{name}: {flow.target.text}")
-        elif turned is not None:
+    told: set[object] = set()
+    for one in results:
+        key = one.name, one.fate.what, one.fate.text
+        if key not in told:
+            told.add(key)
+            yield from _of(one, seen, trials)
+
+
+def _none(trials: Trials) -> bool:
+    return not trials.arrived
+
+
+def _missing(seen: Seen, trials: Trials) -> Finding:
+    for table in dormant(trials.names.listing):
+        text = f"table inet {table} is switched off (flags dormant): none of its rules is asked"
+        return fault("rules", text, f"nft add table inet {table}")
+    ports = " and ".join(sorted({str(one.wanted.port) for one in trials.results}))
+    do = _APPLY if trials.stated else f"{_APPLY}, with [rules] in the configuration; or load those of iptables/"
+    return fault("rules", f"none sends connections to transocks (port {ports})", do)
+
+
+def _nowhere(one: Tried) -> Finding:
+    text = f"{one.name}: {one.fate.text}"
+    if one.sample.iif is None:
+        return unchecked("rules", text)
+    return unchecked(
+        "rules",
+        f"{text}: a client's packet can't be made here",
+        "transocks doctor --client ADDRESS waits for a real one",
+    )
+
+
+def _of(one: Tried, seen: Seen, trials: Trials) -> Iterator[Finding]:
+    name, what, text = one.name, one.fate.what, one.fate.text
+    arrived = {tried.wanted.mode for tried in trials.arrived}
+    match what:
+        case What.ARRIVED:
+            to = join_port(one.sample.destination, one.sample.port)
+            yield fine("rules", f"{name}: {to} gets to port {one.wanted.port}, by {text}")
+        case What.STOPPED:
+            yield _stopped(one, seen)
+        case What.NOWHERE:
+            if one.sample.iif is not None:
+                yield _nowhere(one)
+        case What.PASSED:
+            # For one family only is another check's; where the rules are not stated, they need not be for all modes.
+            if text or (trials.stated and one.wanted.mode not in arrived):
+                yield _passed(one, seen, trials)
+        case What.DROPPED:
+            families = {tried.sample.version for tried in trials.arrived if tried.wanted.mode is one.wanted.mode}
+            if trials.stated or not families or one.sample.version in families:
+                yield fault("rules", f"{name}: dropped on the way: {text}", "let it pass there, or remove that rule")
+        case What.UNTRACKED:
             yield fault(
-                "rules", f"{name}: others' rules take it before ours: {turned}",
+                "rules", f"{name}: not tracked, and so never redirected: {text}", "take such traffic out of that rule"
+            )
+        case What.ELSEWHERE if one.fate.rule is not None and is_ours(one.fate.rule, trials.names):
+            setting = "listen_tproxy" if one.wanted.mode is Mode.TPROXY else "listen"
+            yield fault(
+                "rules", f"{name}: {text}, and transocks has {one.wanted.port}", f"put that rule and {setting} together"
+            )
+        case What.ELSEWHERE if one.wanted.mode is Mode.TPROXY and "makes mark" in text:
+            yield fault(
+                "rules", f"{name}: {text}",
+                f"take that rule out, or have it leave what has mark {one.wanted.tproxy_mark:#x} alone",
+            )  # fmt: skip
+        case _:
+            yield fault(
+                "rules", f"{name}: others' rules take it before ours: {text}",
                 "remove that rule, or load ours at an earlier place (nft: a lower priority)",
             )  # fmt: skip
-        elif (untracked := flow.way.may(Kind.NOTRACK)) is not None and untracked.certain:
-            yield fault(
-                "rules", f"{name}: not tracked, and so never redirected: {untracked}", "take such traffic out of there"
+
+
+def _passed(one: Tried, seen: Seen, trials: Trials) -> Finding:
+    """Our rules have seen it, and let it go; or there are none."""
+    if one.wanted.mode is Mode.TPROXY:
+        address, port = one.end
+        listener = seen.listener(address, port)
+        if listener is None:
+            return _nobody(one)
+        if listener.transparent is False:
+            return fault(
+                "listeners", f"{one.name}: the socket on port {port} lacks IP_TRANSPARENT, and TPROXY passes it over",
+                "name the port in listen_tproxy",
             )  # fmt: skip
-        elif (doubtful := next((s for s in flow.way.steps if not s.certain), None)) is not None:
-            yield unchecked("rules", f"{name}: depends on what can't be told from the rules: {doubtful}")
+    if not one.fate.text:
+        return _missing(seen, trials)
+    to = join_port(one.sample.destination, one.sample.port)
+    text = f"{one.name}: {to} goes past transocks: {one.fate.text} is the last of our rules that it meets"
+    if one.wanted.mode is Mode.TPROXY:  # without a socket that is transparent it goes on to the next rule
+        do = f"put the port of the TPROXY rule and listen_tproxy ({one.wanted.port}) together, or {_APPLY}"
+        return fault("rules", f"{text}; TPROXY takes only what a transparent socket listens for", do)
+    return fault("rules", text, _APPLY)
+
+
+def _nobody(one: Tried) -> Finding:
+    address, port = one.end
+    setting = "listen_tproxy" if one.wanted.mode is Mode.TPROXY else "listen"
+    wanted = f'":{port}"' if one.wanted.mode is Mode.GATEWAY else f'"localhost:{port}"'
+    return fault(
+        "listeners", f"{one.name}: the rules send connections to {join_port(address, port)}, where nobody accepts",
+        f"start transocks, with {setting} = {wanted}",
+    )  # fmt: skip
+
+
+def _stopped(one: Tried, seen: Seen) -> Finding:
+    """Behind the rule that has it for us."""
+    way = one.outcome.way
+    assert way is not None
+    if way.routed_nowhere or way.left:
+        return _routing(one, seen)
+    where = "input" if way.at[0] == "input" else "rules"
+    if one.wanted.mode is Mode.TPROXY:
+        do = f"accept what has mark {one.wanted.tproxy_mark:#x} there, before it is dropped"
+    else:
+        on = "lo" if one.wanted.mode is Mode.HOST else one.sample.iif
+        do = f"accept TCP to port {one.wanted.port} from {on} there, before it is dropped"
+    if way.lost is not None and one.wanted.mode is Mode.HOST:
+        return fault("lo", f"{one.name}: redirected connections get lost {one.fate.text}", "ip link set lo up")
+    return fault(where, f"{one.name}: redirected connections are dropped: {one.fate.text}", do)
+
+
+def _routing(one: Tried, seen: Seen) -> Finding:
+    """The kernel's routing dropped it, or sent it away: why, it says when it is asked."""
+    way, iif, version = one.outcome.way, one.sample.iif or "", one.sample.version
+    assert way is not None
+    if one.wanted.mode is Mode.GATEWAY and way.destination[0].is_loopback:
+        return fault(
+            "route_localnet", f"DNAT to {way.destination[0]} from {iif}, and route_localnet is 0: dropped",
+            f'use REDIRECT and listen = ":{one.wanted.port}"',
+        )  # fmt: skip
+    mark = one.wanted.tproxy_mark
+    strict = max(seen.interface_number("ipv4", name, "rp_filter") for name in ("all", iif))
+    believed = seen.interface_number("ipv4", "all", "src_valid_mark") or seen.interface_number(
+        "ipv4", iif, "src_valid_mark"
+    )
+    if version == 4 and way.routed_nowhere and believed and one.wanted.mode is Mode.TPROXY:
+        return fault(
+            "reverse path", f"src_valid_mark=1: what has mark {mark:#x} is dropped, its source is looked up with it",
+            f"sysctl net.ipv4.conf.all.src_valid_mark=0 net.ipv4.conf.{iif}.src_valid_mark=0",
+        )  # fmt: skip
+    if version == 4 and way.routed_nowhere and strict == 1:
+        return fault(
+            "reverse path", f"clients behind {iif} are dropped, their source is not believed (rp_filter={strict})",
+            f"sysctl net.ipv4.conf.{iif}.rp_filter=2, or route the clients' network back through {iif}",
+        )  # fmt: skip
+    if one.wanted.mode is not Mode.TPROXY:
+        return fault("routes", f"{one.name}: it is lost {one.fate.text}", "look at ip route and ip rule")
+    routing = Routing(mark, version == 6)
+    by_hand = "; ".join(" ".join(routing.step(kind, "add").argv) for kind in ("rule", "route"))
+    return fault(
+        "routes", f"{one.name}: what TPROXY takes (mark {mark:#x}) is not routed to this host",
+        f"{_APPLY}, or by hand: {by_hand}" if seen.config.rules is not None else by_hand,
+    )  # fmt: skip
+
+
+def answers(seen: Seen, trials: Trials) -> Iterator[Finding]:
+    """Whether somebody accepts what has arrived, and his answer gets back."""
+    for one in trials.arrived:
+        address, port = one.end
+        if one.outcome.answered:
+            yield fine("listeners", f"{one.name}: accepted on port {port}")
+            continue
+        if trials.client is not None and one.outcome.back is None:
+            yield unchecked("listeners", f"{one.name}: no answer was seen")
+            continue
+        listener = seen.listener(address, port)
+        if listener is None:
+            yield _nobody(one)
+        elif (why := trials.why_not(one.outcome.back)) is not None:
+            yield fault("answers", f"{one.name}: what transocks answers gets lost: {why}", "let it pass there")
+        elif one.wanted.mode is Mode.TPROXY and listener.transparent is False:
+            yield fault(
+                "listeners", f"{one.name}: the socket on port {port} lacks IP_TRANSPARENT, and TPROXY passes it over",
+                "name the port in listen_tproxy",
+            )  # fmt: skip
+        elif one.wanted.mode is Mode.TPROXY and (one.sample.iif, one.sample.version) in seen.bridges:
+            continue  # another check names it
         else:
-            yield unchecked("rules", f"{name}: nothing found that gets to {flow.target.text}")
+            yield fault(
+                "listeners", f"{one.name}: the socket on port {port} does not answer ({listener.waiting} wait there)",
+                "look whether transocks runs well (transocks status); restart it if it does not answer",
+            )  # fmt: skip
 
 
-def _missing(seen: Seen, flows: Flows) -> Iterator[Finding]:
-    everywhere = ports(seen, Kind.REDIRECT) | ports(seen, Kind.TPROXY)
-    ours = [t for t in flows.leading if t.chain.table.startswith("transocks") or "TRANSOCKS" in t.rule.text]
-    for target in ours[:2]:
-        kind, port = target.action.kind, target.action.port
-        setting = "listen_tproxy" if kind is Kind.TPROXY else "listen"
-        other_kind = port in everywhere
-        yield fault(
-            "rules",
-            f"they send to port {port}, and transocks has {_texts(ports(seen, kind))} for {kind.value}: {target.text}",
-            f"TPROXY is for a port of listen_tproxy, REDIRECT for one of listen: see {setting}" if other_kind
-            else f"put the port of the rule and {setting} together",
+def both_families(seen: Seen, trials: Trials) -> Iterator[Finding]:
+    """Rules for one family only let the other pass by, if this host has it."""
+    for one in trials.arrived:
+        mode, other = one.wanted.mode, 10 - one.sample.version
+        mine = [t for t in trials.results if (t.wanted.mode, t.sample.version) == (mode, other)]
+        name = f"{mode.value}: IPv{other}"
+        if not mine or any(t.fate.what is What.ARRIVED for t in mine):
+            continue
+        fate = mine[0].fate
+        way = mine[0].outcome.way
+        if fate.what is What.NOWHERE and mine[0].sample.iif is None:
+            yield fine("families", f"{name} has no rules that are met, and no way out either")
+        elif fate.what is What.DROPPED and not trials.stated:
+            yield fine("families", f"{name} has no rules, and is dropped: {fate.text}")
+        elif fate.what is What.PASSED and not fate.text and way is not None:
+            yield fault(
+                "families", f"{name} has no rules, and goes out by {seen.device(way.oif)}, past transocks",
+                f"load the rules for IPv{other} too, or take its default route away",
+            )  # fmt: skip
+
+
+def way_out(seen: Seen, trials: Trials) -> Iterator[Finding]:
+    """Where an application wants to go there has to be a route, or no rule is asked, though what they redirect does not
+    take it. A host that reaches nothing but its proxy often has none.
+    """
+    used = {n.version for link in seen.here.links for n in link.networks if not n.is_link_local}
+    mine = [one for one in trials.results if one.wanted.mode is Mode.HOST and one.sample.version in used]
+    missing = {
+        one.sample.version: f"no route to {one.sample.destination}, so no rule is asked ({problem.strerror})"
+        for one in mine
+        if isinstance(problem := one.outcome.problem, OSError)
+        and one.outcome.way is None
+        and problem.errno in _NO_ROUTE
+    }
+    versions = {one.sample.version for one in mine}
+    if missing and (4 in missing or set(missing) == versions):  # without IPv6 applications take IPv4
+        version = min(missing)
+        say = fault if set(missing) == versions else warning
+        device = next((link.name for link in seen.here.links if any(n.version == version for n in link.networks)), "lo")
+        yield say(
+            "routes", f"IPv{version}: {missing[version]}",
+            f"ip -{version} route add default dev {device}: what is redirected does not go there",
         )  # fmt: skip
-    if not ours:
-        yield fault(
-            "rules", f"none sends connections to transocks (port {_texts(everywhere)})",
-            "transocks rules apply, or load those of iptables/",
-        )  # fmt: skip
+    elif mine and not missing:
+        yield fine("routes", "there is one to where the redirected connections of this host mean to go")
 
 
-def _texts(numbers: set[int]) -> str:
-    return " and ".join(map(str, sorted(numbers))) or "no port"
-
-
-def old_connections(seen: Seen, flows: Flows) -> Iterator[Finding]:
+def old_connections(seen: Seen, trials: Trials) -> Iterator[Finding]:
     """What is in the middle of a connection that the rules know nothing of must be none of theirs."""
-    for flow in flows.arriving:
-        tproxy = flow.mode is Mode.TPROXY
-        if not tproxy and seen.number("net.netfilter.nf_conntrack_tcp_loose") == 0:
-            continue  # it is not tracked then, and so not redirected
-        assert seen.ruleset is not None
-        middle = attrs.evolve(flow.packet, flags=TCP_FLAGS["ack"])
-        way = walk(seen.ruleset, "output" if flow.mode is Mode.HOST else "prerouting", middle)
-        if comes_back(way, seen):
-            which = "all" if tproxy else "those that nothing tracked before"
+    if trials.tracer is None or trials.client is not None:
+        return
+    for one in trials.arrived:
+        try:
+            outcome = (
+                send_middle(trials.tracer, one.sample)
+                if one.sample.iif is None
+                else receive(trials.tracer, one.sample, flags=ACK)
+            )
+        except OSError:
+            continue
+        way = outcome.way
+        turn = way.turn if way is not None else None
+        taken = way is not None and any(mark.after == one.wanted.tproxy_mark for mark in way.marks)
+        if way is not None and (
+            (turn is not None and turn.to is not None and turn.to[1] == one.wanted.port)
+            or (one.wanted.mode is Mode.TPROXY and taken)
+        ):
+            which = "all" if one.wanted.mode is Mode.TPROXY else "those that nothing tracked before"
+            change = turn or next(way.marks)
             yield warning(
                 "old connections",
-                f"{flow.mode.value}, IPv{flow.version}: to load these rules ends old connections ({which}),"
-                f" since they take the middle of one too: {way.turned}",
+                f"{one.name}: to load these rules ends old connections ({which}), since they take the middle of one"
+                f" too: {trials.names.change(change, way)}",
                 "limit them to first segments: tcp flags & (fin | syn | rst | ack) == syn (iptables: --syn)",
             )  # fmt: skip
 
 
-def input_chain(seen: Seen, flows: Flows) -> Iterator[Finding]:
-    """What was redirected comes through INPUT like anything that is for this host itself."""
-    for flow in flows.arriving:
-        for packet in _delivered(flow, seen):
-            assert seen.ruleset is not None
-            way = walk(seen.ruleset, "input", packet)
-            name = f"{flow.mode.value}, IPv{flow.version}"
-            to = f"port {packet.dport} of {packet.destination}"
-            if way.blocked is not None:
-                yield fault(
-                    "input", f"{name}: redirected connections to {to} are dropped: {way.blocked}",
-                    _let_in(flow),
-                )  # fmt: skip
-                break
-            if not way.certain:
-                yield unchecked("input", f"{name}: may be dropped at {to}: {way.steps[0]}")
-                break
-        else:
-            yield fine("input", f"{name}: redirected connections may come in")
-
-
-def _let_in(flow: Flow) -> str:
-    if flow.mode is Mode.TPROXY:
-        return "accept what has the mark of the TPROXY rule there, before it is dropped"
-    on = "lo" if flow.mode is Mode.HOST else flow.packet.iif
-    return f"accept TCP to port {flow.target.action.port} from {on} there, before it is dropped"
-
-
-def _delivered(flow: Flow, seen: Seen) -> Iterator[Packet]:
-    """The packet as INPUT sees it."""
-    packet = attrs.evolve(flow.way.packet, oif="", uid=None, gid=None)
-    if flow.mode is Mode.TPROXY:
-        yield packet
-        return
-    for address in local_ends(flow, seen):
-        yield attrs.evolve(
-            packet, destination=address, dport=flow.way.packet.dport, destination_type="local",
-            iif="lo" if flow.mode is Mode.HOST else packet.iif,
-        )  # fmt: skip
-
-
-def both_families(seen: Seen, flows: Flows) -> Iterator[Finding]:
-    """Rules for one family only let the other pass by, if this host has it."""
-    version: Version
-    for version in (4, 6):
-        for mode in {flow.mode for flow in flows.arriving if flow.version != version}:
-            if flows.has(mode, version=version):
-                continue  # and whether they get there is what `rules` tells
-            device = _way_out(seen, version)
-            if device is None:
-                yield fine("families", f"{mode.value}: IPv{version} has no rules, and no way out either")
-                continue
-            example = next(flow for flow in flows.arriving if flow.mode is mode)
-            way = _unruled(seen, example, version, device)
-            if way.blocked is not None:
-                yield fine("families", f"{mode.value}: IPv{version} has no rules, and is dropped: {way.blocked}")
-            else:
-                yield fault(
-                    "families",
-                    f"{mode.value}: no rules for IPv{version}, and IPv{version} goes out by {device}, past transocks",
-                    f"load the rules for IPv{version} too, or take its default route away",
-                )  # fmt: skip
-
-
-def _way_out(seen: Seen, version: Version) -> str | None:
-    """The interface to the Internet; a VPN's may be known to a routing table of its own only."""
-    if version in seen.uplinks:
-        return seen.uplinks[version]
-    try:
-        route = seen.route(EXAMPLES[version][0])
-    except OSError:
-        return None
-    return None if route.local else route.device
-
-
-def _unruled(seen: Seen, flow: Flow, version: Version, device: str) -> Way:
-    """The way out of the other family."""
-    assert seen.ruleset is not None
-    hook: Hook = "output" if flow.mode is Mode.HOST else "forward"
-    packet = attrs.evolve(
-        flow.packet, version=version, destination=EXAMPLES[version][0], oif=device, source=UNKNOWN,
-    )  # fmt: skip
-    return walk(seen.ruleset, hook, packet)
-
-
-def quic(seen: Seen, flows: Flows) -> Iterator[Finding]:
+def quic(seen: Seen, trials: Trials) -> Iterator[Finding]:
     """Browsers prefer HTTP/3, which is UDP and is not proxied."""
-    for flow in flows.arriving:
-        if flow.packet.dport != 443:
+    if trials.tracer is None:
+        return
+    for one in trials.arrived:
+        if one.sample.port != 443 or trials.client is not None:
             continue
-        assert seen.ruleset is not None
-        packet = attrs.evolve(flow.packet, protocol="udp")
-        if flow.mode is not Mode.HOST:
-            if _closed(seen, flow.version):
-                continue
-            packet = attrs.evolve(packet, oif=seen.uplinks.get(flow.version, UNKNOWN))
-        before: Hook = "output" if flow.mode is Mode.HOST else "prerouting"
-        way = walk(seen.ruleset, before, packet)
-        if way.blocked is None and flow.mode is not Mode.HOST:
-            way = walk(seen.ruleset, "forward", way.packet)
-        if way.blocked is not None:
-            yield fine("quic", f"{flow.mode.value}, IPv{flow.version}: refused: {way.blocked}")
-        elif way.may(Kind.DROP, Kind.REJECT, Kind.REDIRECT, Kind.DNAT, Kind.TPROXY) is None:
+        try:
+            outcome = (
+                send_datagram(trials.tracer, one.sample)
+                if one.sample.iif is None
+                else receive(trials.tracer, one.sample, protocol=UDP)
+            )
+        except OSError:
+            continue
+        if (why := trials.why_not(outcome.way)) is not None:
+            yield fine("quic", f"{one.name}: refused: {why}")
+        elif outcome.way is not None and outcome.way.left:
             yield warning(
-                "quic", f"{flow.mode.value}, IPv{flow.version}: UDP to port 443 (HTTP/3) goes out past transocks",
+                "quic", f"{one.name}: UDP to port 443 (HTTP/3) goes out past transocks",
                 "reject it where TCP is redirected, as the rule files do, so that browsers take TCP",
             )  # fmt: skip
-
-
-def _closed(seen: Seen, version: Version) -> bool:
-    name = "net.ipv4.ip_forward" if version == 4 else "net.ipv6.conf.all.forwarding"
-    return seen.number(name) == 0

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from ipaddress import ip_address
 
 from transocks.doctor.finding import Finding, fault, fine, unchecked, warning
-from transocks.doctor.flows import Flows
 from transocks.doctor.seen import Seen
+from transocks.doctor.tried import Trials
 from transocks.doctor.upstreams import proxies
 from usocksd.match import IPAddress
 
@@ -18,7 +18,7 @@ _CLIENT, _SERVER = 1, 2  # bits of tcp_fastopen
 _FEW_PORTS = 10_000
 
 
-def ports_in_time_wait(seen: Seen, flows: Flows) -> Iterator[Finding]:
+def ports_in_time_wait(seen: Seen, trials: Trials) -> Iterator[Finding]:
     """Local ports towards one upstream are few; one in TIME_WAIT is free again sooner with tcp_tw_reuse=1."""
     low, high = _port_range(seen)
     reuse, ports = seen.number("net.ipv4.tcp_tw_reuse"), high - low + 1
@@ -51,7 +51,7 @@ def _most_waiting(seen: Seen) -> tuple[IPAddress | None, int]:
     return ip_address(b"".join(words)), count
 
 
-def port_range(seen: Seen, flows: Flows) -> Iterator[Finding]:
+def port_range(seen: Seen, trials: Trials) -> Iterator[Finding]:
     """A connection that leaves by the port of a listener keeps it from being opened."""
     low, high = _port_range(seen)
     reserved = _ranges(seen.sysctl("net.ipv4.ip_local_reserved_ports") or "")
@@ -85,7 +85,7 @@ def _ranges(text: str) -> list[tuple[int, int]]:
     return [(int(low), int(high or low)) for low, _, high in pairs]
 
 
-def fast_open(seen: Seen, flows: Flows) -> Iterator[Finding]:
+def fast_open(seen: Seen, trials: Trials) -> Iterator[Finding]:
     """With it the first bytes to an upstream go along with the SYN: a round trip less."""
     bits = seen.number("net.ipv4.tcp_fastopen")
     if bits is None:
@@ -100,7 +100,7 @@ def fast_open(seen: Seen, flows: Flows) -> Iterator[Finding]:
         yield fine("tcp_fastopen", f"tcp_fastopen={bits}{server}")
 
 
-def nonlocal_bind(seen: Seen, flows: Flows) -> Iterator[Finding]:
+def nonlocal_bind(seen: Seen, trials: Trials) -> Iterator[Finding]:
     """With it bind(2) succeeds on addresses that this host does not have: mistakes show late, or never."""
     found = [name for name in ("net.ipv4.ip_nonlocal_bind", "net.ipv6.ip_nonlocal_bind") if seen.number(name) == 1]
     if found:

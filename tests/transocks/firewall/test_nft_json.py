@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from transocks.netfilter.nft_json import ruleset_json
+from transocks.firewall.nft_json import ruleset_json
 
 LISTING = """\
 table inet owned { # progname transocks

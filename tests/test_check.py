@@ -63,12 +63,14 @@ def test_the_sample_is_well(name: str) -> None:
 
 
 def test_every_fault_has_its_line(file: Path) -> None:
-    file.write_text('[incoming]\nport = 70000\n\nprot = 1\n[outgoing]\ndeny_sites = [\n  "ok.example",\n  "a b",\n]\n')
+    file.write_text(
+        '[incoming]\nport = 70000\n\nalow_from = 1\n[outgoing]\ndeny_sites = [\n  "ok.example",\n  "a b",\n]\n'
+    )
     done = check("usocksd", "check", file)
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
         f"{file}:2: error: incoming.port: 70000: expected an integer from 0 to 65535",
-        f"{file}:4: error: incoming.prot: unknown key, did you mean port?",
+        f"{file}:4: error: incoming.alow_from: unknown key, did you mean allow_from?",
         f'{file}:8: error: outgoing.deny_sites[1]: "a b": expected a host, ".domain", an address, a network or "" for'
         " requests without a name",
     ]

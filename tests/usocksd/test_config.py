@@ -172,7 +172,7 @@ def test_every_fault_of_the_tables() -> None:
         workers = 65
         control = "/{"x" * 107}"
         [incoming]
-        prot = 1080
+        proxy_protocl = 1080
         metrics_address = "all"
         port = 70000
         metrics_port = "1082"
@@ -208,7 +208,7 @@ def test_every_fault_of_the_tables() -> None:
         "incoming.allow_from[0]",
         "incoming.allow_from[1]",
         "incoming.allow_from[2]",
-        "incoming.prot",
+        "incoming.proxy_protocl",
         "outgoing.allow_sites[0]",
         "outgoing.allow_sites[2]",
         "outgoing.allow_sites[3]",
@@ -229,7 +229,7 @@ def test_every_fault_of_the_tables() -> None:
         "control",
     ]
     assert "incoming.port: 70000: expected an integer from 0 to 65535" in found
-    assert "incoming.prot: unknown key, did you mean port?" in found
+    assert "incoming.proxy_protocl: unknown key, did you mean proxy_protocol?" in found
 
 
 def test_auth(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ ones.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import os
@@ -252,8 +253,9 @@ def _tuple_hook(
 
     def structure(value: Any, _: Any) -> Any:
         if type(value) is not list:
-            hint = "" if isinstance(value, dict) else f", as in [{show(value)}]"
-            raise Invalid(f"expected a list{hint}", shown=show(value))
+            secret = any(isinstance(meta, Parser) and meta.secret for meta in getattr(item_type, "__metadata__", ()))
+            hint = "" if secret or isinstance(value, dict) else _as_list(value, lambda items: structure(items, None))
+            raise Invalid(f"expected a list{hint or _each(item_type)}", shown="" if secret else show(value))
         items: list[Any] = []
         errors: list[Exception] = []
         for index, found in enumerate(value):
@@ -272,6 +274,23 @@ def _tuple_hook(
         return tuple(items)
 
     return structure
+
+
+def _as_list(value: object, load: Callable[[list[Any]], object]) -> str:
+    """What an operator may have meant by a value that is no list, if there is a list of it that loads."""
+    words = re.split(r"[\s,]+", value.strip()) if isinstance(value, str) else []
+    numbers = [int(word) for word in words if re.fullmatch(r"[0-9]{1,9}", word)]
+    for items in ([value], words, numbers if len(numbers) == len(words) else []):
+        text = show(items)
+        with contextlib.suppress(BaseValidationError, ExceptionGroup, Invalid, tomllib.TOMLDecodeError):
+            if items and load(items) and tomllib.loads(f"list = {text}") == {"list": items}:
+                return f", as in {text}"
+    return ""
+
+
+def _each(type_: Any) -> str:
+    expected = next((meta.expected for meta in getattr(type_, "__metadata__", ()) if isinstance(meta, Parser)), None)
+    return "" if expected is None else f", each item {expected}"
 
 
 def _structure_mapping(type_: Any, converter: Converter) -> Callable[[Any, Any], Any]:
@@ -319,6 +338,9 @@ def _structure_table(cls: Any, converter: Converter) -> Callable[[Any, Any], Any
             filled = fill(value, type_)
         except ClassValidationError as exc:
             errors = [*exc.exceptions, *errors]
+            for error in errors:
+                if isinstance(error, ForbiddenExtraKeysError):
+                    error.__notes__ = list(value)  # what is there already is not what was meant
         if errors:
             raise ClassValidationError("a table", errors, cls)
         return filled
@@ -380,8 +402,9 @@ def _faults(exc: BaseException, path: str) -> Iterator[Fault]:
             yield Fault(_join(path, exc.at), exc.shown or "", exc.expected)
         case ForbiddenExtraKeysError():
             known = [_key(field) for field in attrs.fields(exc.cl) if field.init]
+            missing = [key for key in known if key not in getattr(exc, "__notes__", ())]
             for key in sorted(exc.extra_fields):
-                yield Fault(_join(path, _quoted(key)), "", _unknown(key, known))
+                yield Fault(_join(path, _quoted(key)), "", _unknown(key, known, missing))
         case ClassValidationError() | IterableValidationError():
             noted, bare = exc.group_exceptions()
             for inner, note in noted:
@@ -411,8 +434,8 @@ def _quoted(key: str) -> str:
     return key if re.fullmatch(r"[\w-]+", key, re.ASCII) and len(key) <= _SHOWN_MAX else show(key)
 
 
-def _unknown(key: str, known: Sequence[str]) -> str:
-    if close := difflib.get_close_matches(key.lower(), known, n=1):
+def _unknown(key: str, known: Sequence[str], missing: Sequence[str]) -> str:
+    if close := difflib.get_close_matches(key.lower(), missing, n=1):
         return f"unknown key, did you mean {close[0]}?"
     return f"unknown key, expected one of {', '.join(known)}"
 

@@ -86,6 +86,11 @@ class Log:
         """How many records could not be written, ever."""
         return self._sink.dropped
 
+    @property
+    def failing(self) -> str | None:
+        """Why no records can be written at present; None if all is well."""
+        return self._sink.failing
+
     def enabled(self, severity: Severity) -> bool:
         """Whether a record of this severity is to be written."""
         return severity <= self._level

@@ -32,6 +32,7 @@ from typing import Final
 from usocksd.runtime.formats import MAX_RECORD, Formatter, Severity
 
 _FLAGS: Final = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
+_STDERR: Final = 2
 _MAX_BACKOFF: Final = 5.0
 _PATIENCE: Final = 0.1
 """Seconds for which the thread looks at nothing but a reader that does not read."""
@@ -174,6 +175,7 @@ class Sink:
         self._untold = 0  # how many of the dropped no record has told yet
         self._held: deque[bytes] = deque()  # the thread's: taken from the backlog, not written yet
         self._trouble: OSError | None = None
+        self._failing: OSError | None = None
         self._reopening = False
         self._closing = False
         self._deadline = 0.0
@@ -187,6 +189,11 @@ class Sink:
     def dropped(self) -> int:
         """How many records were not written, ever."""
         return self._dropped
+
+    @property
+    def failing(self) -> str | None:
+        """Why nothing can be written at present; None if all is well. What is a slow reader is no failure."""
+        return None if self._failing is None else self._failing.strerror or str(self._failing)
 
     def append(self, record: bytes) -> None:
         """Hand over one whole line, newline included. Never waits, never raises; any thread may call it."""
@@ -235,9 +242,12 @@ class Sink:
                 drained = self._flush(_PATIENCE)
             except OSError as error:
                 self._trouble = error
+                self._note(error)
                 delay = backoff
                 backoff = min(backoff * 2, _MAX_BACKOFF)
                 continue
+            if drained:
+                self._note(None)
             backoff = self._backoff
             if not drained:
                 delay = 0.0  # poll did the waiting
@@ -272,6 +282,20 @@ class Sink:
         if untold:
             fields = {"count": untold} | ({} if trouble is None else {"error": trouble})
             self._tell(Severity.WARNING, "log records dropped", fields)
+
+    def _note(self, error: OSError | None) -> None:
+        """The output fails, or does so no more. When that changes, stderr is told if it is something else."""
+        before, self._failing = self._failing, error
+        if (before is None) is (error is None) or isinstance(self._target, int):
+            return
+        severity, message = Severity.ERROR, "the log can't be written"
+        if error is None:
+            severity, message = Severity.INFO, "the log is written again"
+        fields = {"file": self._target} | ({} if error is None else {"error": error})
+        with suppress(OSError):
+            stderr = Output(_STDERR)
+            stderr.write(deque([self._formatter.format(time.time(), severity, message, fields)]), patience=0.0)
+            stderr.close()
 
     def _tell(self, severity: Severity, message: str, fields: Mapping[str, object]) -> None:
         record = self._formatter.format(time.time(), severity, message, fields)

@@ -519,6 +519,40 @@ def test_a_full_device(sink: MakeSink) -> None:
     assert log.dropped == 2
 
 
+FAILING = """
+import sys
+from usocksd.runtime.formats import JSON
+from usocksd.runtime.sink import Sink
+sink = Sink(sys.argv[1], JSON("test", "localhost"), linger=0.0, backoff=0.001)
+for number in range(3):
+    sink.append(b"a record\\n")
+    while sink.failing is None:
+        pass
+print(sink.failing)
+sink.close(0.0)
+"""
+
+
+def test_the_first_write_that_fails_is_told_on_stderr() -> None:
+    """And not each."""
+    command = [sys.executable, "-c", FAILING, "/dev/full"]
+    done = subprocess.run(command, check=True, cwd=ROOT, timeout=LIMIT, capture_output=True, text=True)
+    (told,) = map(json.loads, done.stderr.splitlines())
+    assert (told["severity"], told["message"]) == ("error", "the log can't be written")
+    assert (told["file"], "No space left" in told["error"]) == ("/dev/full", True)
+    assert done.stdout == "No space left on device\n"
+
+
+def test_a_log_that_is_written_again(sink: MakeSink, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with file_size_limit(50):
+        log = sink(tmp_path / "log")
+        log.append(line(1))
+        wait_for(lambda: log.failing is not None)
+    wait_for(lambda: log.failing is None)
+    assert numbers((tmp_path / "log").read_bytes()) == [1]
+    wait_for(lambda: "the log is written again" in capfd.readouterr().err)
+
+
 @contextmanager
 def file_size_limit(size: int) -> Iterator[None]:
     """Writes beyond `size` are cut short, then fail with EFBIG, as on a disk that is full."""

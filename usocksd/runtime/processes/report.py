@@ -19,6 +19,7 @@ from usocksd.runtime.processes.generation import Generation
 from usocksd.runtime.processes.invocation import MasterLog
 from usocksd.runtime.processes.slots import Slots, place_names
 from usocksd.runtime.processes.trial import Trial
+from usocksd.runtime.processes.vitals import LOG_FAILING
 from usocksd.runtime.processes.worker_process import Answer, State, WorkerProcess
 from usocksd.runtime.words import counted
 
@@ -65,6 +66,7 @@ class Report:
             self._workers.labels(state.value)
         self._queue = metrics.gauge("accept_queue_length", "Connections that wait to be accepted")
         self._queue_limit = metrics.gauge("accept_queue_limit", "Connections that may wait to be accepted")
+        self._own_failing = metrics.gauge("log_failing", LOG_FAILING)
         self._own_dropped = metrics.counter("log_records_dropped_total", "Log records that were never written")
 
     def reloaded(self, error: Error | None) -> None:
@@ -110,6 +112,7 @@ class Report:
             self._workers.labels(state.value).value = sum(worker.state is state for worker in crew.workers)
         self._queue.value, self._queue_limit.value = self._slots.queues()
         self._own_dropped.value = self._log.dropped
+        self._own_failing.value = int(self._log.current.failing is not None)
         return total([crew.retired, *(worker.metrics for worker in crew.workers), self._metrics.snapshot()])
 
     async def status(self) -> dict[str, Any]:
@@ -139,6 +142,7 @@ class Report:
             "log": {
                 "level": self._log.current.level.name.lower(),
                 "dropped": self._count(snapshot, "log_records_dropped_total"),
+                "failing": self._log_failing,
             },
             "connections": {
                 "live": self.live,
@@ -154,6 +158,12 @@ class Report:
             "generations": [self._generation_row(number, generation) for number in self._numbers()],
             "daemon": await self._of_daemon(),
         }
+
+    @property
+    def _log_failing(self) -> str | None:
+        """Why some process can't write its log at present, if one can't."""
+        failing = [self._log.current.failing, *(worker.alive.get("log_failing") for worker in self._crew.workers)]
+        return next((error for error in failing if error is not None), None)
 
     async def connections(self) -> dict[str, Any]:
         """The answer to the verb `connections`."""

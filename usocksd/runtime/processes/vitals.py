@@ -11,6 +11,7 @@ from usocksd.runtime.metrics import Metrics
 from usocksd.runtime.processes.channel import Message
 from usocksd.runtime.service import Service
 
+LOG_FAILING = "Processes that can't write their log at present"
 # Descriptors and bytes are counted at every so many signs of life: 10,000 connections take some milliseconds.
 _COUNT_EVERY = 4
 
@@ -26,6 +27,7 @@ class Vitals:
         self._limit = limit
         self._beats = 0
         self._dropped = metrics.counter("log_records_dropped_total", "Log records that were never written")
+        self._failing = metrics.gauge("log_failing", LOG_FAILING)
         self._descriptors = metrics.gauge("descriptors_open", "Open files")
         metrics.gauge("descriptors_limit", "Open files that the processes may have").value = limit
         self._headroom = metrics.minimum(
@@ -40,6 +42,7 @@ class Vitals:
         """A sign of life; the `last` one has all figures as they are."""
         service = self._service
         self._dropped.value = self._sink.dropped
+        self._failing.value = int(self._sink.failing is not None)
         if last or self._beats % _COUNT_EVERY == 0:
             for counter, value in zip(self._relayed, self._bytes(), strict=True):
                 counter.value = value
@@ -54,6 +57,7 @@ class Vitals:
             "most": service.most,
             "paused": service.paused,
             "descriptors": {"open": self._descriptors.value, "limit": self._limit},
+            "log_failing": self._sink.failing,
             "cpu": sum(resource.getrusage(resource.RUSAGE_SELF)[:2]),
             "metrics": self._metrics.snapshot(),
         }

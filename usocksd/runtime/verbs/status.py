@@ -70,8 +70,9 @@ def _facts(answer: Answer) -> Iterator[tuple[str, str, bool]]:
         yield "on trial", f"for {left:.0f} s more, unless `{answer['name']} confirm` comes before", True
     yield "listening", ", ".join(answer["listening"]) or "nowhere", not answer["listening"]
     yield "metrics", answer["metrics"] or "nowhere", False
-    dropped = answer["log"]["dropped"]
-    yield "log", f"level {answer['log']['level']}, {counted(dropped, 'record')} dropped", bool(dropped)
+    dropped, failing = answer["log"]["dropped"], answer["log"]["failing"]
+    text = f"level {answer['log']['level']}, {counted(dropped, 'record')} dropped"
+    yield "log", text + (f"; can't be written: {failing}" if failing else ""), bool(dropped or failing)
     connections = answer["connections"]
     limits = [f"limit {connections['limit']}"] if connections["limit"] else []
     limits += [f"limit per client {connections['per_client']}"] if connections["per_client"] else []

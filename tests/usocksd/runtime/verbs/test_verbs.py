@@ -25,7 +25,7 @@ STATUS = {
     "config": {"file": "/etc/usocksd.toml", "generation": 3, "since": "2026-11-23T12:00:00Z", "last_reload": None},
     "listening": ["127.0.0.1:1080", "[::1]:1080"],
     "metrics": "127.0.0.1:1082",
-    "log": {"level": "info", "dropped": 0},
+    "log": {"level": "info", "dropped": 0, "failing": None},
     "connections": {"live": 12, "total": 3456, "limit": 0, "per_client": 0, "shed": 0, "turned_away": 0},
     "rates": {"connections": 1.5, "tx_bytes": 1000.0, "rx_bytes": 20480.0},
     "partial": [],
@@ -109,6 +109,13 @@ def test_status_of_upstreams(bench: Bench) -> None:
         "upstreams default  1 of 1 up",
         "upstreams far      1 of 2 up; sticky; down: http://192.0.2.2:3128 (connect 192.0.2.2:3128: Connection refused)",
     ]
+
+
+def test_status_while_the_log_can_t_be_written(bench: Bench) -> None:
+    bench.start(status=STATUS | {"log": {"level": "info", "dropped": 0, "failing": "No space left on device"}})
+    assert "log             level info, 0 records dropped; can't be written: No space left on device" in (
+        bench.lines("status")
+    )
 
 
 def test_status_without_a_busy_worker(bench: Bench) -> None:

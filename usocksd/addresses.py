@@ -6,19 +6,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import socket
 import struct
-from collections.abc import Iterable
-from ipaddress import IPv6Address
+from collections.abc import Iterable, Iterator
+from ipaddress import IPv6Address, ip_network
 from typing import Any, NoReturn, TypeAlias
 
 import netifaces
 import trio
 
 from usocksd.errors import Error
-from usocksd.match import IPAddress, numeric_address
+from usocksd.match import IPAddress, IPNetwork, numeric_address
 from usocksd.runtime.metrics import Counter, Metrics
 
 _logger = logging.getLogger("usocksd.addresses")
@@ -35,17 +36,39 @@ _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _NLM_F_REQUEST, _NLM_F_DUMP_INTR, _NLM_F_DUMP = 0x1, 0x10, 0x300
 _IFA_F_OPTIMISTIC, _IFA_F_TENTATIVE = 0x04, 0x40
 _NLMSGHDR = struct.Struct("=IHHII")  # length, type, flags, sequence, port
+_SOL_NETLINK, _NETLINK_GET_STRICT_CHK = 270, 12
+_RTM_GETROUTE, _RTN_LOCAL, _RT_TABLE_LOCAL, _RTA_DST = 26, 2, 255, 1
+_RTMSG = struct.Struct("=8BI")  # family, lengths of destination and source, tos, table, protocol, scope, type; flags
+_RTATTR = struct.Struct("=HH")
 # Seconds until it is tried again to watch, twice as long each time.
+# Seconds. No event tells of a route only, unless of all of them, and a router has a million.
+_LOOK_AT_ROUTES_EVERY = 5.0
 _TRY_AGAIN_FIRST, _TRY_AGAIN_AT_LEAST = 0.5, 30.0
 _RECEIVE_SIZE = 1 << 16  # the kernel fills at most 32 KiB into one message of a dump
+
+
+class Here(frozenset[IPAddress]):
+    """Addresses of this host: it lists those of its interfaces, and has those of networks too that are routed to it."""
+
+    networks: tuple[IPNetwork, ...] = ()
+
+    def __contains__(self, ip: object) -> bool:
+        return super().__contains__(ip) or any(ip in network for network in self.networks)
+
+    def texts(self) -> set[str]:
+        """All of it."""
+        return {*map(str, self), *map(str, self.networks)}
 
 
 class HostAddresses:
     """The addresses that this host has right now."""
 
-    def __init__(self, metrics: Metrics | None = None) -> None:
-        """Takes the snapshot; it stays what it is until `watch` runs."""
-        self.current: frozenset[IPAddress] = _snapshot()
+    def __init__(self, metrics: Metrics | None = None, *, look_every: float = _LOOK_AT_ROUTES_EVERY) -> None:
+        """Takes the snapshot; it stays what it is until `watch` runs. `look_every`: seconds until a route to this host
+        is noticed.
+        """
+        self.current: Here = _snapshot()
+        self._look_every = look_every
         name, help = "addresses_watched", "Whether changes of the addresses of this host are noticed"
         self._watched = Counter() if metrics is None else metrics.minimum(name, help)
         self._complained = False
@@ -53,7 +76,9 @@ class HostAddresses:
         self._assigned: set[tuple[IPAddress, int]] = set()
 
     def is_local(self, ip: IPAddress) -> bool:
-        """Whether a connection to this address ends here: an address of this host, 127.0.0.0/8, or ::1."""
+        """Whether a connection to this address ends here: an address of this host or of a network that is routed to
+        it, 127.0.0.0/8, or ::1.
+        """
         if isinstance(ip, IPv6Address):
             ip = ip.ipv4_mapped or ip
         return ip in self.current or ip.is_loopback
@@ -90,8 +115,10 @@ class HostAddresses:
     async def _follow(self, receiver: trio.socket.SocketType, events: socket.socket, marshal: _Marshal) -> NoReturn:
         """Raises OSError when it can't any more."""
         while True:
+            data = None
             try:
-                data = await receiver.recv(_RECEIVE_SIZE)
+                with trio.move_on_after(self._look_every):
+                    data = await receiver.recv(_RECEIVE_SIZE)
             except OSError as error:
                 if error.errno != errno.ENOBUFS:
                     raise
@@ -100,7 +127,8 @@ class HostAddresses:
                 _discard_queued(events)
                 await self._dump(marshal)
             else:
-                self._apply(marshal.parse(data))
+                if data is not None:
+                    self._apply(marshal.parse(data))
                 self._publish()
 
     def _watching(self) -> None:
@@ -155,12 +183,12 @@ class HostAddresses:
                 self._assigned.discard(assignment)
 
     def _publish(self) -> None:
-        now = frozenset(address for address, _ in self._assigned)
-        before = self.current
-        if now == before:
+        now, before = Here(address for address, _ in self._assigned), self.current
+        now.networks = _routed()
+        if now == before and now.networks == before.networks:
             return
         self.current = now
-        fields = {"added": _texts(now - before), "removed": _texts(before - now)}
+        fields = {"added": sorted(now.texts() - before.texts()), "removed": sorted(before.texts() - now.texts())}
         _logger.info("addresses of this host changed", extra={"fields": fields})
 
 
@@ -179,11 +207,49 @@ def _discard_queued(sock: socket.socket) -> None:
                 raise
 
 
-def _texts(addresses: Iterable[IPAddress]) -> list[str]:
-    return sorted(map(str, addresses))
+def _routed() -> tuple[IPNetwork, ...]:
+    """The networks that the kernel takes for this host's own beside loopback, though no interface has their addresses
+    (AnyIP: `ip route add local PREFIX dev lo`): local routes to more than one address. None where it does not tell.
+    """
+    found: list[IPNetwork] = []
+    with contextlib.suppress(OSError):
+        for family, bits in ((socket.AF_INET, 32), (socket.AF_INET6, 128)):
+            with _netlink() as asker:
+                with contextlib.suppress(OSError):  # older kernels tell of all tables
+                    asker.setsockopt(_SOL_NETLINK, _NETLINK_GET_STRICT_CHK, 1)
+                wanted = _RTMSG.pack(family, 0, 0, 0, _RT_TABLE_LOCAL, 0, 0, _RTN_LOCAL, 0)
+                asker.send(_request(_RTM_GETROUTE, _NLM_F_DUMP, wanted))
+                kinds: set[int] = set()
+                while kinds.isdisjoint({_NLMSG_DONE, _NLMSG_ERROR}):
+                    for kind, body in _messages(asker.recv(_RECEIVE_SIZE)):
+                        kinds.add(kind)
+                        if kind == _RTM_GETROUTE - 2:  # RTM_NEWROUTE
+                            _, length, _, _, table, _, _, route, _ = _RTMSG.unpack_from(body)
+                            if length < bits and (table, route) == (_RT_TABLE_LOCAL, _RTN_LOCAL):
+                                found.append(_network(family, body[_RTMSG.size :], length))
+    return tuple(network for network in found if not network.is_loopback)
 
 
-def _snapshot() -> frozenset[IPAddress]:
+def _network(family: socket.AddressFamily, attributes: bytes, length: int) -> IPNetwork:
+    """From the attributes of a route; without a destination it is all there is."""
+    packed = bytes(4 if family == socket.AF_INET else 16)
+    while len(attributes) >= _RTATTR.size:
+        size, kind = _RTATTR.unpack_from(attributes)
+        if kind == _RTA_DST:
+            packed = attributes[_RTATTR.size : size]
+        attributes = attributes[max(size + 3 & ~3, _RTATTR.size) :]
+    return ip_network((packed, length))
+
+
+def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Type and body of each."""
+    while len(data) >= _NLMSGHDR.size:
+        length, kind, *_ = _NLMSGHDR.unpack_from(data)
+        yield kind, data[_NLMSGHDR.size : length]
+        data = data[max(length + 3 & ~3, _NLMSGHDR.size) :]
+
+
+def _snapshot() -> Here:
     found: set[IPAddress] = set()
     try:
         names = netifaces.interfaces()
@@ -199,7 +265,9 @@ def _snapshot() -> frozenset[IPAddress]:
             continue
         for family in (netifaces.AF_INET, netifaces.AF_INET6):
             found.update(numeric_address(entry["addr"]) for entry in families.get(family, ()) if "addr" in entry)
-    return frozenset(found)
+    here = Here(found)
+    here.networks = _routed()
+    return here
 
 
 def _request(kind: int, flags: int, body: bytes, sequence: int = 1) -> bytes:

@@ -69,6 +69,8 @@ class Source:
     pool: str = DEFAULT
     spare: tuple[str, ...] = ()
     """The addresses that are next, in this order, when this one can't be used (it is out of ports, say)."""
+    routed: bool = False
+    """One of them is on no interface, but routed to this host."""
 
 
 @frozen
@@ -76,7 +78,7 @@ class Usable:
     """What pools may be left from right now. Immutable: when something changes, there is another one."""
 
     local: frozenset[IPAddress]
-    """The addresses of this host"""
+    """The addresses of this host: those of its interfaces, and it may have others that are routed to it."""
     listed: Mapping[str, frozenset[IPAddress]] = Factory(dict)
     """By pool: those of its addresses that a DNSBL lists"""
 
@@ -117,6 +119,8 @@ class _Ranked:
         self._kernels_choice = None if pool.addresses else Source(None, pool.iface, pool.mark, name)
         self._usable: Usable | None = None
         self._of: dict[socket.AddressFamily, tuple[IPAddress, ...]] = {}
+        self._routed: set[socket.AddressFamily] = set()
+        """Of which one of the addresses is on no interface."""
         self._remembered: dict[tuple[IPAddress, str, socket.AddressFamily], Source] = {}
 
     def first(self, client: IPAddress, site: str, family: socket.AddressFamily, usable: Usable) -> Source:
@@ -141,12 +145,14 @@ class _Ranked:
         # The version byte tells how long the client's packed form is, so no two keys coincide.
         key = bytes((client.version,)) + client.packed + site.encode()
         address, *spare = map(str, rendezvous(key, candidates, _packed))
-        return Source(address, self._pool.iface, self._pool.mark, self._name, tuple(spare))
+        return Source(address, self._pool.iface, self._pool.mark, self._name, tuple(spare), family in self._routed)
 
     def _refresh(self, usable: Usable) -> None:
         self._usable = usable
         self._remembered.clear()
         self._of = {}
+        self._routed = set()
+        interfaces = set(usable.local)
         listed = usable.listed.get(self._name, frozenset())
         for version, family in _BY_VERSION.items():
             here = [a for a in self._pool.addresses if a.version == version and a in usable.local]
@@ -154,6 +160,8 @@ class _Ranked:
             if not clean and self._pool.when_all_listed == "use":
                 clean = here
             self._of[family] = tuple(clean)
+            if not interfaces.issuperset(clean):
+                self._routed.add(family)
 
     def _why_none(self, family: socket.AddressFamily, usable: Usable) -> str:
         text = f'no usable egress address for {_FAMILIES[family]} in pool "{self._name}"'

@@ -286,7 +286,7 @@ class Sessions:
         version, family = (6, socket.AF_INET6) if ":" in address else (4, socket.AF_INET)
         who = numeric_address(access.client_host)
         source = self._egress.pick(pool, who, where[version], family, self._usable())
-        return Target(address, port, source.address, source.iface, source.mark, source.spare)
+        return Target(address, port, source.address, source.iface, source.mark, source.spare, source.routed)
 
     def _is_news(self, host: str) -> bool:
         """Whether this client speaks TLS to us for the first time: said once, not at every try."""

@@ -231,6 +231,30 @@ def test_with_no_address_left_nothing_leaves(host_net: lab.Net, tmp_path: Path) 
     assert {source for _, source in sniffer.seen} == {lab.PROXY_V4[1]}
 
 
+ROUTED = {4: ("192.0.2.16/28", "192.0.2.19"), 6: ("2001:db8:9::/64", "2001:db8:9::1234")}
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_an_address_of_a_network_that_is_routed_here(host_net: lab.Net, tmp_path: Path, version: int) -> None:
+    """No interface has it (AnyIP): the kernel takes it for this host's own all the same."""
+    net, (network, address) = host_net, ROUTED[version]
+    net.proxy.run("ip", "route", "add", "local", network, "dev", "lo")
+    net.outside.run("ip", "route", "add", network, "via", POOL[version][0])
+    with (
+        Served(net.outside.listen(WEB[version], 80), daemons.echo),
+        usocksd(net, tmp_path, address) as server,
+        Sniffer(net.outside, 80) as sniffer,
+    ):
+        server.ready()
+        assert ask(net, "127.0.0.1", WEB[version], 80) == (GRANTED, address)
+        # Nor is it a way into this host.
+        assert ask(net, "127.0.0.1", address, 80)[0] == 2
+        net.proxy.run("ip", "route", "del", "local", network, "dev", "lo")
+        server.record("addresses of this host changed", removed=[network])
+        assert ask(net, "127.0.0.1", WEB[version], 80)[0] == NETWORK_UNREACHABLE
+    assert {source for _, source in sniffer.seen} == {address}
+
+
 def test_the_same_address_from_every_worker_and_after_a_restart(host_net: lab.Net, tmp_path: Path) -> None:
     net, clients = host_net, [f"127.0.0.{number}" for number in range(1, 13)]
 

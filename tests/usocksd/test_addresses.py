@@ -43,7 +43,7 @@ def in_namespace(command: list[str]) -> list[str] | None:
     return None
 
 
-@pytest.mark.parametrize("scenario", ["comes_and_goes", "overrun", "point_to_point", "no_descriptors"])
+@pytest.mark.parametrize("scenario", ["comes_and_goes", "overrun", "point_to_point", "no_descriptors", "routed_here"])
 def test_addresses_come_and_go(scenario: str) -> None:
     command = in_namespace([sys.executable, __file__, scenario])
     if command is None:
@@ -211,6 +211,28 @@ async def test_while_they_cannot_be_watched_the_addresses_stay_what_they_were(
     assert "again" in again
 
 
+async def routed_here(addresses: HostAddresses, changes: Changes) -> None:
+    """No interface has them, and they are this host's all the same."""
+    four, six = IPv4Address("198.51.100.3"), IPv6Address("2001:db8:9::1234")
+    await ip("link", "set", "lo", "up")
+    await ip("route", "add", "local", "198.51.100.0/28", "dev", "lo")
+    await ip("route", "add", "local", "2001:db8:9::/64", "dev", "lo")
+    # (As for TPROXY: such a table makes no address ours.)
+    await ip("route", "add", "local", "default", "dev", "lo", "table", "100")
+    await changes.until(lambda now: four in now and six in now)
+    for address in (four, six):
+        assert addresses.is_local(address)
+        with socket.socket(socket.AF_INET if address.version == 4 else socket.AF_INET6) as sock:
+            if address.version == 6:
+                sock.setsockopt(socket.IPPROTO_IPV6, 78, 1)  # IPV6_FREEBIND
+            sock.bind((str(address), 0))
+    assert IPv4Address("198.51.100.16") not in addresses.current
+    assert HostAddresses().current.networks == addresses.current.networks
+    await ip("route", "del", "local", "198.51.100.0/28", "dev", "lo")
+    await changes.until(lambda now: four not in now)
+    assert six in addresses.current
+
+
 async def no_descriptors(addresses: HostAddresses, changes: Changes) -> None:
     """None is left when the addresses have to be asked for anew, and then there are some."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -228,11 +250,12 @@ SCENARIOS = {
     "overrun": overrun,
     "point_to_point": point_to_point,
     "no_descriptors": no_descriptors,
+    "routed_here": routed_here,
 }
 
 
 async def main(scenario: str) -> None:
-    addresses = HostAddresses()
+    addresses = HostAddresses(look_every=0.05)
     changes = Changes(addresses)
     logger = logging.getLogger("usocksd.addresses")
     logger.setLevel(logging.INFO)

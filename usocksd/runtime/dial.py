@@ -25,6 +25,8 @@ E = TypeVar("E", bound=Endpoint)
 # ip(7), since Linux 4.2: choose the port at connect, not at bind. With it ports run out per destination address and
 # port; without it some 28,000 of them limit a source address over all destinations. Python 3.11 has no name for it.
 _IP_BIND_ADDRESS_NO_PORT = 24
+# linux/in6.h, since Linux 4.15: bind to what no interface has. (For IPv4 a local route is enough.)
+_IPV6_FREEBIND = 78
 _STREAM = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
 # RFC 8305, section 5: how long one attempt is given before the next address is tried beside it, in seconds. Down to
 # the shortest that is recommended there, for all of many addresses to be tried in the first half of the time.
@@ -50,6 +52,8 @@ class Target(NamedTuple):
     mark: int | None = None
     spare: tuple[str, ...] = ()
     """What to leave from when `source` has no port left for this destination, or is not on this host any more."""
+    routed: bool = False
+    """`source` may be an address that no interface has, of a network that is routed to this host (AnyIP)."""
     fast_open: bool = False
     """Use TCP Fast Open, if this is the only target: the endpoint may then be `unproven`."""
 
@@ -188,6 +192,8 @@ def _start_from(
         if source is not None:
             step = f"bind {source} for"
             sock.setsockopt(socket.IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT, 1)
+            if target.routed and v6:
+                sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_FREEBIND, 1)
             sock.bind((source, 0))
         step = "connect"
         fast_open = fast_open and ask_for_fast_open(sock, target.host, reactor.clock())

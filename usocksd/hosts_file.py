@@ -28,7 +28,7 @@ class HostsFile:
         if text is None:
             return False
         self._texts = {}
-        for line in text.splitlines():
+        for line in text.split("\n"):
             address, *names = line.partition("#")[0].split() or [""]
             for name in names:
                 self._texts.setdefault(_key(name), []).append(address)

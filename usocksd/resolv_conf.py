@@ -67,7 +67,7 @@ def parse(text: str, *, hostname: str = "") -> ResolvConf:
         try:
             # The root adds nothing to a name.
             if domain != ".":
-                search.append(str(canonical_host(domain)))
+                search.append(_domain(domain))
         except ValueError as error:
             faults.append((f"search {domain}", str(error)))
     return ResolvConf(
@@ -80,6 +80,13 @@ def parse(text: str, *, hostname: str = "") -> ResolvConf:
         rotate="rotate" in options,
         faults=tuple(faults),
     )
+
+
+def _domain(text: str) -> str:
+    host = canonical_host(text)
+    if not isinstance(host, str):
+        raise ValueError(f"an address, not a domain: {text!r}")
+    return host
 
 
 def open_socket(host: str, port: int, kind: int) -> socket.socket:

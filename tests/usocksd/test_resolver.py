@@ -25,6 +25,7 @@ import usocksd.name_servers
 import usocksd.resolver
 from usocksd.errors import ResolveError
 from usocksd.match import IPAddress
+from usocksd.resolv_conf import parse
 from usocksd.resolver import Resolver
 from usocksd.runtime.metrics import Metrics
 from usocksd.runtime.settings import SocketAddress
@@ -361,6 +362,12 @@ async def test_a_line_of_resolv_conf_that_is_wrong_does_not_cost_the_others(
     resolver = await place.resolver(from_file=True)
     assert await resolver.search("www") == addresses("192.0.2.1")
     assert len(caplog.records) == 2
+
+
+def test_an_address_is_no_search_domain() -> None:
+    conf = parse("search 10.0.0.1 lab.test ::1 0x7f.1\n")
+    assert conf.search == ("lab.test",)
+    assert [line for line, _ in conf.faults] == ["search 10.0.0.1", "search ::1", "search 0x7f.1"]
 
 
 async def test_a_hosts_line_without_a_good_address_says_nothing_of_its_names(place: Place, start: Start) -> None:

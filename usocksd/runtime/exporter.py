@@ -261,7 +261,10 @@ class _Handler(BaseHTTPRequestHandler):
             return HTTPStatus.BAD_REQUEST, "text/plain", b"no such address can be\n"
         match path:
             case "/metrics":
-                encode, kind = choose_encoder(self.headers.get("Accept", ""))
+                try:
+                    encode, kind = choose_encoder(self.headers.get("Accept", ""))
+                except Exception:  # (the library trips over versions that are none)
+                    encode, kind = choose_encoder("")
                 if kind not in self._bodies:
                     registry = CollectorRegistry()
                     registry.register(_Collected(self._exporter.collect()))

@@ -115,7 +115,9 @@ def test_openmetrics_for_prometheus(served: Served, accept: str) -> None:
     assert body.endswith(b"# EOF\n")
 
 
-@pytest.mark.parametrize("accept", [None, "*/*", "text/plain;version=0.0.4", "text/html"])
+@pytest.mark.parametrize(
+    "accept", [None, "*/*", "text/plain;version=0.0.4", "text/html", "application/openmetrics-text;version=1.x"]
+)
 def test_prometheus_text_for_everybody_else(served: Served, accept: str | None) -> None:
     fill(served.metrics)
     response, body = served.get("/metrics?debug=1", accept=accept)

@@ -1,0 +1,430 @@
+"""Every parser that meets strangers' bytes, one small function each: bytes in, nothing out, and no exception but a bug.
+
+What a parser may raise is caught here, by its documented class, so that anything else is a finding. Where it takes
+pieces, it has to make the same of them as of the whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import socket
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any, TypeVar
+
+import dns.exception
+import dns.name
+import dns.rdatatype
+
+from transocks.http_connect import MAX_HEAD, HttpConnect
+from transocks.netlink import messages
+from transocks.sniff import MOST, Sniffer
+from usocksd import name_query
+from usocksd.acl import AccessRules, Rule
+from usocksd.clients import ClientRules
+from usocksd.errors import UpstreamError
+from usocksd.explain import Asked
+from usocksd.hosts_file import HostsFile
+from usocksd.match import canonical_host, numeric_address, parse_network
+from usocksd.policy import Policy
+from usocksd.proxy_protocol import HeaderFault, Receiver, unlikely
+from usocksd.records import Record, read_record
+from usocksd.resolv_conf import parse as parse_resolv_conf
+from usocksd.runtime import exporter
+from usocksd.runtime.formats import JSON, Formatter, Logfmt, Plain, Severity
+from usocksd.runtime.processes import control
+from usocksd.runtime.processes.plan import Plan
+from usocksd.sites import SiteList, parse_entry
+from usocksd.socks import (
+    NEED_DATA,
+    Client,
+    ClientFault,
+    ClientRole,
+    Credentials,
+    Inquiry,
+    Method,
+    Probe,
+    Reply,
+    Request,
+    Server,
+    Version,
+)
+from usocksd.socks.wire import MAX_INCOMPLETE
+
+T = TypeVar("T")
+Target = Callable[[bytes], None]
+
+TARGETS: dict[str, Target] = {}
+
+
+def target(function: Target) -> Target:
+    """One of them, by its name."""
+    TARGETS[function.__name__] = function
+    return function
+
+
+def pieces(data: bytes) -> Iterator[bytes]:
+    """Cut up, in a way that the first byte chooses: always the same for the same bytes."""
+    step = data[0] % 7 + 1 if data else 1
+    at = 0
+    while at < len(data):
+        yield data[at : at + step]
+        at, step = at + step, step * 2 % 61 + 1
+
+
+# ---- SOCKS, HTTP CONNECT, PROXY
+
+
+_METHODS = (
+    (Method.NO_AUTHENTICATION,),
+    (Method.USERNAME_PASSWORD,),
+    (Method.USERNAME_PASSWORD, Method.NO_AUTHENTICATION),
+    (Method.NO_AUTHENTICATION, Method.USERNAME_PASSWORD),
+)
+
+
+@target
+def socks_server(data: bytes) -> None:
+    """What clients of usocksd say. The first byte is how it is set up."""
+    methods, rest = _METHODS[data[0] % 4] if data else _METHODS[0], data[1:]
+    whole, cut = (_serve(methods, parts) for parts in ([rest], pieces(rest)))
+    assert whole == cut, (whole, cut)
+
+
+def _serve(methods: tuple[Method, ...], parts: Iterable[bytes]) -> tuple[list[object], bytes, bytes]:
+    server, said, events, over = Server(methods=methods), b"", list[object](), False
+    left = b""
+    try:
+        for part in (*filter(None, parts), b""):
+            if over:
+                left += part if isinstance(events[-1], Request) else b""
+                continue
+            server.receive_data(part)
+            while not over and (event := server.next_event()) is not NEED_DATA:
+                events.append(event)
+                if isinstance(event, Credentials):
+                    server.accept_credentials()
+                elif isinstance(event, Inquiry):
+                    over = True
+                elif isinstance(event, Request):
+                    server.reply(Reply.HOST_UNREACHABLE)
+                    over = True
+                    left = server.trailing_data
+            said += server.data_to_send()
+            assert over or len(server.trailing_data) < MAX_INCOMPLETE
+    except ClientFault as fault:
+        events.append((fault.kind, str(fault)))
+        said += fault.reply
+    return events, said, left
+
+
+def _client(make: Callable[[], ClientRole], data: bytes, most: int) -> None:
+    assert _ask(make(), [data], most) == _ask(make(), pieces(data), most)
+
+
+def _ask(machine: ClientRole, parts: Iterable[bytes], most: int) -> tuple[list[object], bytes]:
+    said, events = machine.data_to_send(), list[object]()
+    heard = left = b""
+    try:
+        for part in (*filter(None, parts), b""):
+            heard += part
+            if events:
+                left += part
+                continue
+            machine.receive_data(part)
+            event = machine.next_event()
+            said += machine.data_to_send()
+            if event is NEED_DATA:
+                assert len(heard) <= most
+            else:
+                events.append(event)
+                left = machine.trailing_data
+    except UpstreamError as error:  # (what it would have said before, nobody asks for any more)
+        return [type(error), str(error)[:20]], b""
+    return [*events, left], said
+
+
+@target
+def socks_client(data: bytes) -> None:
+    """What the upstreams of transocks answer."""
+    how = data[0] if data else 0
+
+    def make() -> ClientRole:
+        if how % 5 == 4:
+            return Client("192.0.2.1", 80, version=Version.SOCKS4)
+        user = "user" if how & 1 else None
+        return Client("www.example.com", 443, username=user, password=user, pipelined=bool(how & 2))
+
+    _client(make, data[1:], MAX_INCOMPLETE)
+
+
+@target
+def socks_probe(data: bytes) -> None:
+    """The same to a probe."""
+    how = data[0] if data else 0
+    user = "user" if how & 1 else None
+    _client(lambda: Probe(user, user, pipelined=bool(how & 2)), data[1:], MAX_INCOMPLETE)
+
+
+@target
+def http_connect(data: bytes) -> None:
+    """What HTTP proxies answer."""
+    _client(lambda: HttpConnect("www.example.com", 443), data, MAX_HEAD)
+
+
+@target
+def proxy_header(data: bytes) -> None:
+    """What stands in front of a proxied connection."""
+    found = []
+    for parts in ([data], pieces(data)):
+        receiver, header, behind = Receiver(), None, b""
+        try:
+            for part in filter(None, parts):
+                if header is not None:
+                    behind += part
+                elif (header := receiver.receive_data(part)) is not None:
+                    behind = receiver.trailing_data
+            found.append((header, behind))
+        except HeaderFault:
+            found.append((None, b"fault"))
+        if header is not None and header.source is not None:
+            unlikely(header.source.host, "192.0.2.1")
+    assert found[0] == found[1]
+
+
+# ---- names
+
+
+@target
+def sniff(data: bytes) -> None:
+    """What clients of redirected connections say first: TLS, HTTP, or anything."""
+    port = (443, 80, 8080, 0)[data[0] % 4] if data else 0
+    found = []
+    for parts in ([data[1:]], pieces(data[1:])):
+        sniffer, opening = Sniffer(port), None
+        for part in filter(None, parts):
+            opening = sniffer.feed(part)
+            if opening is not None:
+                break
+        found.append(opening)
+        name = (opening or sniffer.finish()).name
+        assert name is None or canonical_host(name) == name
+    # (Of pieces, an error may be known before the bytes behind it are there, and what is behind a hello not yet.)
+    assert len(data) > MOST or (found[0] and found[0].name) == (found[1] and found[1].name), found
+
+
+@target
+def host(data: bytes) -> None:
+    """Names and addresses as clients write them: what is no address here is none for anybody."""
+    text = data.decode("utf-8", "replace")
+    try:
+        found = canonical_host(text)
+    except ValueError:
+        return
+    assert canonical_host(str(found)) == found
+    if isinstance(found, str):
+        assert len(found) <= 253
+        assert found.isascii()
+        with contextlib.suppress(OSError):
+            socket.inet_aton(found)
+            raise AssertionError(f"{text!r} is the name {found!r}, and an address of inet_aton")
+
+
+@target
+def site(data: bytes) -> None:
+    """Entries of lists of destinations, which may be fetched from somewhere: two ways to read them, one meaning."""
+    text = data.decode("utf-8", "backslashreplace")
+    try:
+        entry = parse_entry(text)
+    except ValueError:
+        return
+    sites = SiteList([entry])
+    assert len(sites) == 1
+    assert list(sites.entries()) == [entry]
+    if "/" in text:
+        assert str(parse_network(str(entry))) == str(parse_network(text))
+
+
+_RULES = AccessRules(
+    [
+        Rule(name="a", allow=False, to=(SiteList(map(parse_entry, [".example", "10.0.0.0/8", "x.test", "::/16"])),)),
+        Rule(
+            name="b", allow=True, to=(SiteList(map(parse_entry, ["", "127.0.0.1", "2001:db8::/32"])),), ports=((1, 99),)
+        ),
+    ],
+    lambda address: address == ip_address("192.0.2.7"),
+)
+_POLICY = Policy(ClientRules(), _RULES, frozenset(["ci"]), required=False)
+
+
+@target
+def record(data: bytes) -> None:
+    """Lines of the log, of which clients have chosen a part; and the rules asked again about what they say."""
+    for line in data.split(b"\n"):
+        found = read_record(line)
+        if isinstance(found, Record):
+            _POLICY.judge(found.asked)
+
+
+@target
+def judged(data: bytes) -> None:
+    """A request as it comes, brought to the rules: every host that can be asked for can be judged."""
+    server = Server()
+    server.receive_data(b"\x05\x01\x00" + data)
+    try:
+        request = server.next_event()
+    except ClientFault:
+        return
+    if isinstance(request, Request):
+        try:
+            found = canonical_host(request.host)
+        except ValueError:
+            return
+        decision = _RULES.decide_name(ip_address("10.9.9.9"), None, found, request.port)
+        steps = _RULES.trace(ip_address("10.9.9.9"), None, found, request.port)
+        assert steps[-1].matched
+        assert steps[-1].rule == decision.rule
+
+
+# ---- DNS
+
+
+_QUERY = name_query.NameQuery([], dns.name.from_text("www.example.com."), [dns.rdatatype.A], lambda _, __: None)
+
+
+@target
+def dns_answer(data: bytes) -> None:
+    """What name servers answer."""
+    message = _QUERY._read(data, dns.rdatatype.A)
+    if message is not None:
+        with contextlib.suppress(dns.exception.DNSException):
+            found = name_query._found(message)
+            assert found.ttl is None or found.ttl >= 0
+            for address in found.addresses:
+                numeric_address(address)
+
+
+class _File:
+    """A file, to be written again and again."""
+
+    def __init__(self) -> None:
+        memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+        self.path = Path(tempfile.mkdtemp(prefix="fuzz-", dir=memory)) / "file"
+        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
+
+    def write(self, data: bytes) -> Path:
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, data, 0)
+        return self.path
+
+
+_file: list[_File] = []
+
+
+def _on_disk(data: bytes) -> Path:
+    if not _file:
+        _file.append(_File())
+    return _file[0].write(data)
+
+
+@target
+def hosts_file(data: bytes) -> None:
+    """/etc/hosts, which programs write as well."""
+    hosts = HostsFile(_on_disk(data))
+    hosts.reread()
+    for name in ("localhost", "a", data[:20].decode("utf-8", "replace")):
+        hosts.addresses(name)
+
+
+@target
+def resolv_conf(data: bytes) -> None:
+    """/etc/resolv.conf, which DHCP servers write."""
+    conf = parse_resolv_conf(data.decode("utf-8", "replace"), hostname="host.example")
+    assert 0 <= conf.ndots <= 15
+    assert 1 <= conf.timeout <= 30
+    for server in conf.servers:
+        numeric_address(server)
+    assert all(canonical_host(domain) == domain for domain in conf.search)
+
+
+# ---- the doors
+
+
+async def _explain(request: dict[str, Any]) -> dict[str, Any]:
+    Asked.read(request)
+    return {"read": list(request)}
+
+
+_HANDLERS = {"explain": _explain, "status": _explain}
+
+
+@target
+def control_request(data: bytes) -> None:
+    """What is said on the control socket."""
+    answer = _drive(control._answer(_HANDLERS, data.partition(b"\n")[0], 1, 0))
+    if answer is not None:
+        said = json.loads(answer)
+        assert answer.endswith(b"\n")
+        assert said["ok"] or said["error"] != "internal error"
+
+
+def _drive(coroutine: Any) -> Any:
+    """Run what waits for nothing."""
+    try:
+        coroutine.send(None)
+    except StopIteration as done:
+        return done.value
+    raise AssertionError("it waits")
+
+
+_exporter: list[exporter.Exporter] = []
+
+
+@target
+def metrics_request(data: bytes) -> None:
+    """What is said on the metrics port."""
+    if not _exporter:
+        listener = socket.create_server(("127.0.0.1", 0))
+        _exporter.append(exporter.Exporter(listener, dict, lambda: exporter.READY))
+    assert b" 500 " not in exporter._Handler(data, _exporter[0], {}).answer.partition(b"\n")[0]
+
+
+@target
+def plan_message(data: bytes) -> None:
+    """A plan of another version, as the master reads it."""
+    try:
+        values = json.loads(data)
+    except (ValueError, RecursionError):
+        return
+    if isinstance(values, dict):
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            Plan.from_json(values)
+
+
+@target
+def netlink(data: bytes) -> None:
+    """Messages of the kernel: from nobody else, and yet read with care."""
+    assert sum(len(body) for _, body in messages(data)) <= len(data)
+
+
+# ---- what is written of strangers
+
+
+_FORMATS: tuple[Formatter, ...] = (Plain("t", "h"), Logfmt("t", "h"), JSON("t", "h"))
+
+
+@target
+def log_record(data: bytes) -> None:
+    """Names and users in the log: one line, nothing that a terminal obeys, and JSON reads back."""
+    text = data.decode("utf-8", "surrogateescape")
+    for each in _FORMATS:
+        line = each.format(0.0, Severity.INFO, "m", {"user": text, "list": [text, data], "map": {text: 1}}).decode()
+        assert line[-1] == "\n"
+        assert line[:-1].isprintable()
+    read = json.loads(line)
+    assert "log_error" in read or read["user"] == re.sub("[\ud800-\udfff]", "\ufffd", text)

@@ -97,7 +97,7 @@ def _loops(config: Config, host: Wanted, there: tuple[Listener, ...], addresses:
             if takes(host, own, address, port):
                 yield (
                     f"a loop: the rules would send transocks's own connections to its upstream {shown} to transocks."
-                    f" Set mark = {mark}, or rules.exempt_users to its own user, or exclude the upstream's address"
+                    f" Set mark = {mark}, or rules.exempt_users to its own user"
                 )
             continue
         found = next((listener for listener in there if listener.accepts(address, port)), None)

@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from transocks.commands import check, doctor, rules
-from transocks.commands import exec as exec_verb
 from transocks.config import Config
+from usocksd.runtime.processes import worker
 from usocksd.runtime.processes.plan import Daemon
-from usocksd.runtime.program import Program
 from usocksd.runtime.verbs.client import Operated
-from usocksd.runtime.verbs.parsers import add_parsers
 
 DAEMON = Daemon("transocks", Config, plan="transocks.commands.serve:plan", build="transocks.commands.serve:build")
 OPERATED = Operated("transocks", "/etc/transocks.toml", "/run/transocks/control.sock", columns=("route", "upstream"))
@@ -19,6 +16,15 @@ OPERATED = Operated("transocks", "/etc/transocks.toml", "/run/transocks/control.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run transocks with these arguments, or the process's; returns the exit status."""
+    status = worker.run_if_told(DAEMON)
+    if status is not None:
+        return status
+    # Not in workers: the command line and all verbs are several MB.
+    from transocks.commands import check, doctor, rules  # noqa: PLC0415
+    from transocks.commands import exec as exec_verb  # noqa: PLC0415
+    from usocksd.runtime.program import Program  # noqa: PLC0415
+    from usocksd.runtime.verbs.parsers import add_parsers  # noqa: PLC0415
+
     program = Program(
         DAEMON,
         "A transparent proxy: carries redirected TCP connections to their destinations through a proxy.",

@@ -11,8 +11,8 @@ from ipaddress import ip_address
 
 import attrs
 
-from transocks.netlink import HEADER, attributes, messages
 from usocksd.match import IPAddress
+from usocksd.netlink import HEADER, attributes, messages
 
 # linux/netlink.h, linux/sock_diag.h, linux/inet_diag.h
 _SOCK_DIAG_BY_FAMILY, _NETLINK_SOCK_DIAG = 20, 4
@@ -73,7 +73,7 @@ def _dump(family: int, states: int) -> Iterator[bytes]:
         body = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, states)
         sock.send(HEADER.pack(HEADER.size + len(body), _SOCK_DIAG_BY_FAMILY, _DUMP_REQUEST, 1, 0) + body)
         while True:
-            for kind, message in messages(sock.recv(1 << 16)):
+            for kind, _, message in messages(sock.recv(1 << 16)):
                 if kind == _NLMSG_ERROR:
                     code = -_CODE.unpack_from(message)[0]
                     raise OSError(code, os.strerror(code))

@@ -9,25 +9,24 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import os
 import socket
 import struct
-from collections.abc import Iterable, Iterator
-from ipaddress import IPv6Address, ip_network
-from typing import Any, NoReturn, TypeAlias
+import sys
+from ipaddress import IPv6Address, ip_address, ip_network
+from typing import NoReturn, TypeAlias
 
 import netifaces
 import trio
 
 from usocksd.errors import Error
 from usocksd.match import IPAddress, IPNetwork, numeric_address
+from usocksd.netlink import HEADER, attributes, messages
 from usocksd.runtime.metrics import Counter, Metrics
 
 _logger = logging.getLogger("usocksd.addresses")
 
 Address: TypeAlias = tuple[str, int]
-# pyroute2 has no types: its parser, and a parsed message.
-_Marshal: TypeAlias = Any
-_Message: TypeAlias = Any
 
 # linux/rtnetlink.h, linux/netlink.h, linux/if_addr.h
 _RTMGRP_ADDRESSES = 0x10 | 0x100  # RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR
@@ -35,14 +34,14 @@ _RTM_NEWADDR, _RTM_DELADDR, _RTM_GETADDR = 20, 21, 22
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _NLM_F_REQUEST, _NLM_F_DUMP_INTR, _NLM_F_DUMP = 0x1, 0x10, 0x300
 _IFA_F_OPTIMISTIC, _IFA_F_TENTATIVE = 0x04, 0x40
-_NLMSGHDR = struct.Struct("=IHHII")  # length, type, flags, sequence, port
+_IFADDRMSG = struct.Struct("=BBBBi")  # family, length of the prefix, flags, scope, interface
+_IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _SOL_NETLINK, _NETLINK_GET_STRICT_CHK = 270, 12
 _RTM_GETROUTE, _RTN_LOCAL, _RT_TABLE_LOCAL, _RTA_DST = 26, 2, 255, 1
 _RTMSG = struct.Struct("=8BI")  # family, lengths of destination and source, tos, table, protocol, scope, type; flags
-_RTATTR = struct.Struct("=HH")
-# Seconds until it is tried again to watch, twice as long each time.
 # Seconds. No event tells of a route only, unless of all of them, and a router has a million.
 _LOOK_AT_ROUTES_EVERY = 5.0
+# Seconds until it is tried again to watch, twice as long each time.
 _TRY_AGAIN_FIRST, _TRY_AGAIN_AT_LEAST = 0.5, 30.0
 _RECEIVE_SIZE = 1 << 16  # the kernel fills at most 32 KiB into one message of a dump
 
@@ -90,21 +89,17 @@ class HostAddresses:
         forbidden in a sandbox, or there is no descriptor left) it says so, in the log and in a metric, the addresses
         stay what they were, and it tries again.
         """
-        # Loading any part of pyroute2 loads all of it, 0.2 s and 12 MB: not in processes that don't watch.
-        from pyroute2.netlink.rtnl import marshal as rtnl  # type: ignore[import-untyped] # noqa: PLC0415
-
-        marshal = rtnl.MarshalRtnl()
         after = _TRY_AGAIN_FIRST
         while True:
             try:
                 with _netlink() as events, trio.socket.from_stdlib_socket(events) as receiver:
                     # Subscribed before the dump: what changes meanwhile is told by an event that is applied after it.
                     events.bind((0, _RTMGRP_ADDRESSES))
-                    await self._dump(marshal)
+                    await self._dump()
                     self._watching()
                     task_status.started()
                     task_status, after = trio.TASK_STATUS_IGNORED, _TRY_AGAIN_FIRST
-                    await self._follow(receiver, events, marshal)
+                    await self._follow(receiver, events)
             except OSError as error:
                 self._not_watching(error)
             task_status.started()
@@ -112,7 +107,7 @@ class HostAddresses:
             await trio.sleep(after)
             after = min(2 * after, _TRY_AGAIN_AT_LEAST)
 
-    async def _follow(self, receiver: trio.socket.SocketType, events: socket.socket, marshal: _Marshal) -> NoReturn:
+    async def _follow(self, receiver: trio.socket.SocketType, events: socket.socket) -> NoReturn:
         """Raises OSError when it can't any more."""
         while True:
             data = None
@@ -125,10 +120,10 @@ class HostAddresses:
                 # The kernel dropped events. Those still queued are older: applied after the dump they
                 # would bring back what the dropped ones took away.
                 _discard_queued(events)
-                await self._dump(marshal)
+                await self._dump()
             else:
-                if data is not None:
-                    self._apply(marshal.parse(data))
+                for kind, _, body in messages(data or b""):
+                    self._apply(kind, body)
                 self._publish()
 
     def _watching(self) -> None:
@@ -144,43 +139,43 @@ class HostAddresses:
             fields = {"error": str(error)}
             _logger.error("addresses of this host are not watched: they stay what they were", extra={"fields": fields})
 
-    async def _dump(self, marshal: _Marshal) -> None:
+    async def _dump(self) -> None:
         """Asks for all addresses. The kernel answers from memory, so this does not block. Raises OSError."""
         complete = False
         while not complete:
             await trio.lowlevel.checkpoint()
             self._assigned.clear()
             with _netlink() as asker:
-                body = struct.pack("=BBBBi", socket.AF_UNSPEC, 0, 0, 0, 0)  # struct ifaddrmsg
+                body = _IFADDRMSG.pack(socket.AF_UNSPEC, 0, 0, 0, 0)
                 asker.send(_request(_RTM_GETADDR, _NLM_F_DUMP, body))
                 complete, last = True, False
                 while not last:
-                    messages = list(marshal.parse(asker.recv(_RECEIVE_SIZE)))
-                    self._apply(messages)
-                    for header in (message["header"] for message in messages):
+                    for kind, flags, message in messages(asker.recv(_RECEIVE_SIZE)):
+                        self._apply(kind, message)
                         # The list changed under the dump's feet and may lack any address: ask again.
-                        complete &= not header["flags"] & _NLM_F_DUMP_INTR
-                        last |= header["type"] == _NLMSG_DONE
-                        if header["type"] == _NLMSG_ERROR:
-                            raise OSError(errno.EIO, f"the kernel does not tell them: {header['error']}")
+                        complete &= not flags & _NLM_F_DUMP_INTR
+                        last |= kind == _NLMSG_DONE
+                        if kind == _NLMSG_ERROR:
+                            code = -int.from_bytes(message[:4], sys.byteorder, signed=True)
+                            raise OSError(code, os.strerror(code))
         self._publish()
 
-    def _apply(self, messages: Iterable[_Message]) -> None:
-        for message in messages:
-            kind = message["header"]["type"]
-            if kind not in {_RTM_NEWADDR, _RTM_DELADDR}:
-                continue
-            # On a point-to-point link IFA_ADDRESS is the other end's address.
-            text = message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS")
-            if text is None:
-                continue
-            assignment = (numeric_address(text), message["index"])
-            # Until duplicate address detection is over nothing can be sent from it; then another event comes.
-            tentative = message["flags"] & (_IFA_F_TENTATIVE | _IFA_F_OPTIMISTIC) == _IFA_F_TENTATIVE
-            if kind == _RTM_NEWADDR and not tentative:
-                self._assigned.add(assignment)
-            else:
-                self._assigned.discard(assignment)
+    def _apply(self, kind: int, message: bytes) -> None:
+        if kind not in {_RTM_NEWADDR, _RTM_DELADDR}:
+            return
+        _, _, flags, _, index = _IFADDRMSG.unpack_from(message)
+        found = dict(attributes(message[_IFADDRMSG.size :]))
+        # On a point-to-point link IFA_ADDRESS is the other end's address.
+        address = found.get(_IFA_LOCAL) or found.get(_IFA_ADDRESS)
+        if address is None:
+            return
+        assignment = (ip_address(address), index)
+        # Until duplicate address detection is over nothing can be sent from it; then another event comes.
+        tentative = flags & (_IFA_F_TENTATIVE | _IFA_F_OPTIMISTIC) == _IFA_F_TENTATIVE
+        if kind == _RTM_NEWADDR and not tentative:
+            self._assigned.add(assignment)
+        else:
+            self._assigned.discard(assignment)
 
     def _publish(self) -> None:
         now, before = Here(address for address, _ in self._assigned), self.current
@@ -221,32 +216,15 @@ def _routed() -> tuple[IPNetwork, ...]:
                 asker.send(_request(_RTM_GETROUTE, _NLM_F_DUMP, wanted))
                 kinds: set[int] = set()
                 while kinds.isdisjoint({_NLMSG_DONE, _NLMSG_ERROR}):
-                    for kind, body in _messages(asker.recv(_RECEIVE_SIZE)):
+                    for kind, _, body in messages(asker.recv(_RECEIVE_SIZE)):
                         kinds.add(kind)
                         if kind == _RTM_GETROUTE - 2:  # RTM_NEWROUTE
                             _, length, _, _, table, _, _, route, _ = _RTMSG.unpack_from(body)
                             if length < bits and (table, route) == (_RT_TABLE_LOCAL, _RTN_LOCAL):
-                                found.append(_network(family, body[_RTMSG.size :], length))
+                                # Without a destination it is all there is.
+                                packed = dict(attributes(body[_RTMSG.size :])).get(_RTA_DST, bytes(bits // 8))
+                                found.append(ip_network((packed, length)))
     return tuple(network for network in found if not network.is_loopback)
-
-
-def _network(family: socket.AddressFamily, attributes: bytes, length: int) -> IPNetwork:
-    """From the attributes of a route; without a destination it is all there is."""
-    packed = bytes(4 if family == socket.AF_INET else 16)
-    while len(attributes) >= _RTATTR.size:
-        size, kind = _RTATTR.unpack_from(attributes)
-        if kind == _RTA_DST:
-            packed = attributes[_RTATTR.size : size]
-        attributes = attributes[max(size + 3 & ~3, _RTATTR.size) :]
-    return ip_network((packed, length))
-
-
-def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Type and body of each."""
-    while len(data) >= _NLMSGHDR.size:
-        length, kind, *_ = _NLMSGHDR.unpack_from(data)
-        yield kind, data[_NLMSGHDR.size : length]
-        data = data[max(length + 3 & ~3, _NLMSGHDR.size) :]
 
 
 def _snapshot() -> Here:
@@ -271,7 +249,7 @@ def _snapshot() -> Here:
 
 
 def _request(kind: int, flags: int, body: bytes, sequence: int = 1) -> bytes:
-    return _NLMSGHDR.pack(_NLMSGHDR.size + len(body), kind, _NLM_F_REQUEST | flags, sequence, 0) + body
+    return HEADER.pack(HEADER.size + len(body), kind, _NLM_F_REQUEST | flags, sequence, 0) + body
 
 
 # linux/sock_diag.h, linux/inet_diag.h, and the states of include/net/tcp_states.h that have no owner.
@@ -334,7 +312,7 @@ class SocketOwners:
             self._socket.send(_request(_SOCK_DIAG_BY_FAMILY, 0, request, self._sequence))
             while True:
                 answer = self._socket.recv(4096)
-                _, kind, _, sequence, _ = _NLMSGHDR.unpack_from(answer)
+                _, kind, _, sequence, _ = HEADER.unpack_from(answer)
                 if sequence == self._sequence:
                     break
         except OSError as error:  # no memory for the answer, or none came
@@ -342,7 +320,7 @@ class SocketOwners:
             return None
         if kind != _SOCK_DIAG_BY_FAMILY:  # an error: ENOENT if there is no such socket
             return None
-        _, state, _, _, identity, _, _, _, uid, _ = _DIAG_ANSWER.unpack_from(answer, _NLMSGHDR.size)
+        _, state, _, _, identity, _, _, _, uid, _ = _DIAG_ANSWER.unpack_from(answer, HEADER.size)
         # Without a connection the kernel offers a listener on the same port instead.
         if state in _OWNERLESS or identity[:4] != ports[0] + ports[1]:
             return None

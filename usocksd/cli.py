@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from usocksd.commands import check, diff, explain
 from usocksd.config import Config
+from usocksd.runtime.processes import worker
 from usocksd.runtime.processes.plan import Daemon
-from usocksd.runtime.program import Program
 from usocksd.runtime.verbs.client import Operated
-from usocksd.runtime.verbs.parsers import add_parsers
 
 DAEMON = Daemon("usocksd", Config, plan="usocksd.commands.serve:plan", build="usocksd.commands.serve:build")
 OPERATED = Operated(
@@ -20,6 +18,14 @@ OPERATED = Operated(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run usocksd with these arguments, or the process's; returns the exit status."""
+    status = worker.run_if_told(DAEMON)
+    if status is not None:
+        return status
+    # Not in workers: the command line and all verbs are several MB.
+    from usocksd.commands import check, diff, explain  # noqa: PLC0415
+    from usocksd.runtime.program import Program  # noqa: PLC0415
+    from usocksd.runtime.verbs.parsers import add_parsers  # noqa: PLC0415
+
     program = Program(
         DAEMON,
         "A SOCKS server (4, 4a, 5) with access control and a choice of egress address.",

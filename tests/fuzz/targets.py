@@ -22,7 +22,6 @@ import dns.name
 import dns.rdatatype
 
 from transocks.http_connect import MAX_HEAD, HttpConnect
-from transocks.netlink import messages
 from transocks.sniff import MOST, Sniffer
 from usocksd import name_query
 from usocksd.acl import AccessRules, Rule
@@ -31,6 +30,7 @@ from usocksd.errors import UpstreamError
 from usocksd.explain import Asked
 from usocksd.hosts_file import HostsFile
 from usocksd.match import canonical_host, numeric_address, parse_network
+from usocksd.netlink import messages
 from usocksd.policy import Policy
 from usocksd.proxy_protocol import HeaderFault, Receiver, unlikely
 from usocksd.records import Record, read_record
@@ -409,7 +409,7 @@ def plan_message(data: bytes) -> None:
 @target
 def netlink(data: bytes) -> None:
     """Messages of the kernel: from nobody else, and yet read with care."""
-    assert sum(len(body) for _, body in messages(data)) <= len(data)
+    assert sum(len(body) for _, _, body in messages(data)) <= len(data)
 
 
 # ---- what is written of strangers

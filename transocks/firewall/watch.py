@@ -9,7 +9,7 @@ import time
 from types import TracebackType
 
 from transocks.firewall.steps import FirewallError
-from transocks.netlink import messages
+from usocksd.netlink import messages
 
 _NETLINK_NETFILTER = 12
 _GROUP_NFTABLES = 1 << 6  # NFNLGRP_NFTABLES is 7
@@ -58,4 +58,4 @@ class TableWatch:
                     return True  # look, and hear again later
                 found = True  # more has happened than fits, and nobody knows what
             else:
-                found = found or any(kind == _DELTABLE for kind, _ in messages(data))
+                found = found or any(kind == _DELTABLE for kind, *_ in messages(data))

@@ -19,9 +19,9 @@ from types import TracebackType
 
 from transocks.firewall.guard import Guard
 from transocks.firewall.steps import FirewallError
-from transocks.netlink import messages
 from transocks.tracing.events import MESSAGE, Event, of_port, parse
 from usocksd.match import IPAddress
+from usocksd.netlink import messages
 
 TABLE = "transocks_trace"
 HOOKS = ("prerouting", "input", "forward", "output", "postrouting")
@@ -133,7 +133,7 @@ class Tracer:
     def _read(self) -> None:
         with contextlib.suppress(BlockingIOError):
             while True:
-                for kind, message in messages(self._socket.recv(_RECEIVE_SIZE)):
+                for kind, _, message in messages(self._socket.recv(_RECEIVE_SIZE)):
                     if kind == MESSAGE and (event := parse(message)) is not None:
                         self._events.append(event)
 

@@ -15,7 +15,7 @@ from usocksd import __version__
 from usocksd.runtime import config as configuration
 from usocksd.runtime.formats import FORMATS
 from usocksd.runtime.log import LEVELS
-from usocksd.runtime.processes import master, worker
+from usocksd.runtime.processes import worker
 from usocksd.runtime.processes.invocation import Invocation
 from usocksd.runtime.processes.plan import Daemon
 
@@ -43,9 +43,9 @@ class Program:
 
     def main(self, argv: Sequence[str] | None = None) -> int:
         """Run with the arguments of the command line; returns the exit status."""
-        channel = os.environ.pop(worker.CHANNEL, None)
-        if channel is not None:
-            return worker.main(self._daemon, int(channel))
+        status = worker.run_if_told(self._daemon)
+        if status is not None:
+            return status
         args = self._parser.parse_args(argv)
         run: Callable[[argparse.Namespace], int] = args.run
         return run(args) if run == self._run_daemon else run_printing(self._daemon.name, run, args)
@@ -71,6 +71,8 @@ class Program:
         return parser
 
     def _run_daemon(self, args: argparse.Namespace) -> int:
+        from usocksd.runtime.processes import master  # noqa: PLC0415  (4 MB that workers and verbs have no use for)
+
         def read() -> tuple[str, str]:
             if args.f is None and not self._required and not Path(self._default).exists():
                 return "", self._default

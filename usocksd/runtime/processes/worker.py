@@ -52,8 +52,13 @@ HEARTBEAT = 0.5
 _LISTED_AT_ONCE = 256
 
 
-def main(daemon: Daemon[Any], fd: int) -> int:
-    """The worker process. Returns the exit status."""
+def run_if_told(daemon: Daemon[Any]) -> int | None:
+    """Be a worker, if this process has been started as one; returns the exit status then."""
+    channel = os.environ.pop(CHANNEL, None)
+    return None if channel is None else _main(daemon, int(channel))
+
+
+def _main(daemon: Daemon[Any], fd: int) -> int:
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
     _take_stderr()

@@ -12,11 +12,11 @@ _ATTRIBUTE = struct.Struct("=HH")
 _ATTRIBUTE_TYPE = 0x3FFF  # without NLA_F_NESTED and NLA_F_NET_BYTEORDER
 
 
-def messages(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """The type of each message in what was received, and what is behind its header."""
+def messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
+    """Type and flags of each message in what was received, and what is behind its header."""
     while len(data) >= HEADER.size:
-        length, kind, *_ = HEADER.unpack_from(data)
-        yield kind, data[HEADER.size : length]
+        length, kind, flags, _, _ = HEADER.unpack_from(data)
+        yield kind, flags, data[HEADER.size : length]
         data = data[max(length + 3 & ~3, HEADER.size) :]
 
 

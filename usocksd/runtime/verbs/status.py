@@ -104,13 +104,14 @@ def _egress(pool: dict[str, Any]) -> tuple[str, bool]:
 
 
 def _upstreams(group: dict[str, Any]) -> tuple[str, bool]:
-    """How a group of proxies is, and what is wrong with those that are down."""
+    """How a group of proxies is, and what is wrong with those that are down or slow."""
     upstreams = group["upstreams"]
     down = [f"{each['upstream']} ({each['why']})" for each in upstreams if not each["up"]]
+    slow = [f"{each['upstream']} ({each['latency']:.1f} s)" for each in upstreams if each["up"] and each.get("slow")]
     parts = [f"{len(upstreams) - len(down)} of {len(upstreams)} up"]
     parts += [group["policy"]] if len(upstreams) > 1 else []
-    parts += [f"down: {_few(down)}"] if down else []
-    return "; ".join(parts), bool(down)
+    parts += [f"{what}: {_few(some)}" for what, some in (("down", down), ("slow", slow)) if some]
+    return "; ".join(parts), bool(down or slow)
 
 
 def _few(texts: list[str]) -> str:

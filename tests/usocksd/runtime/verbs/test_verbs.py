@@ -98,16 +98,19 @@ def test_status_of_a_daemon_in_trouble(bench: Bench) -> None:
 def test_status_of_upstreams(bench: Bench) -> None:
     well = {"upstream": "socks5://192.0.2.1:1080", "up": True, "why": None}
     down = {"upstream": "http://192.0.2.2:3128", "up": False, "why": "connect 192.0.2.2:3128: Connection refused"}
+    slow = {"upstream": "socks5://192.0.2.3:1080", "up": True, "why": None, "slow": True, "latency": 2.01}
     groups = {
         "default": {"policy": "failover", "upstreams": [well]},
         "far": {"policy": "sticky", "upstreams": [down, well]},
+        "slow": {"policy": "sticky", "upstreams": [slow, well]},
     }
     bench.start(status=STATUS | {"daemon": {"upstreams": groups}})
     lines = bench.lines("status")
     at = next(index for index, line in enumerate(lines) if line.startswith("rates"))
-    assert lines[at + 1 : at + 3] == [
+    assert lines[at + 1 : at + 4] == [
         "upstreams default  1 of 1 up",
         "upstreams far      1 of 2 up; sticky; down: http://192.0.2.2:3128 (connect 192.0.2.2:3128: Connection refused)",
+        "upstreams slow     2 of 2 up; sticky; slow: socks5://192.0.2.3:1080 (2.0 s)",
     ]
 
 

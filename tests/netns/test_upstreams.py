@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import ssl
 import subprocess
 import threading
@@ -40,6 +41,7 @@ policy = "{policy}"
 {more}
 [health]
 interval = {interval}
+timeout = {timeout}
 """
 
 
@@ -216,10 +218,17 @@ def transocks(
     *,
     workers: int = 1,
     interval: float = 0.3,
+    timeout: float = 5,
     more: str = "",
 ) -> Iterator[Daemon]:
     config = TRANSOCKS.format(
-        folder=folder, urls=list(urls), policy=policy, workers=workers, interval=interval, more=more
+        folder=folder,
+        urls=list(urls),
+        policy=policy,
+        workers=workers,
+        interval=interval,
+        timeout=timeout,
+        more=more,
     )
     with Daemon("transocks", config, folder, popen=net.proxy.popen) as daemon:
         daemon.ready()
@@ -326,6 +335,49 @@ def test_all_are_gone(host_net: lab.Net, tmp_path: Path) -> None:
         record = daemon.record("proxy starts")
         assert (record["group"], record["upstream"]) == ("direct", "direct")
         assert record["upstream_addr"] == record["dest_addr"] == f"{lab.WEB_V4}:{SPEAKS_LAST}"
+
+
+def test_an_http_proxy_that_answers_no_probe_is_not_gone_past(host_net: lab.Net, tmp_path: Path) -> None:
+    """What gets through it says that it is up; and it is tried again when it has been away."""
+    probes: list[bytes] = []
+
+    def serve(sock: Socket) -> None:
+        head = sock.recv(1000)
+        if not head.startswith(f"CONNECT {lab.WEB_V4}:".encode()):
+            probes.append(head)
+            sock.recv(1)  # without a word
+            return
+        with host_net.proxy.socket() as onward:
+            onward.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, 0x7473)
+            onward.connect((lab.WEB_V4, SPEAKS_FIRST))
+            sock.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+            back = threading.Thread(target=test_redirect.pump, args=(onward, sock))
+            back.start()
+            test_redirect.pump(sock, onward)
+            back.join()
+
+    more = 'when_all_down = "direct"'
+    listener = host_net.proxy.listen("127.0.0.1")
+    address = listener.getsockname()
+    urls = [f"http://127.0.0.1:{address[1]}"]
+    with destination(host_net), transocks(host_net, tmp_path, urls, interval=0.1, timeout=0.4, more=more) as daemon:
+
+        def way() -> str:
+            attempt = once(host_net, SPEAKS_FIRST)
+            assert attempt.error is None
+            found: str = daemon.record("proxy starts", client_addr=attempt.client)["upstream"]
+            return found
+
+        with Served(listener, serve):
+            for _ in range(3):
+                assert way() == urls[0]
+                seen = len(probes)
+                wait_until(lambda: len(probes) > seen + 2, "it was probed")
+            assert way() == urls[0]
+        assert way() == "direct"
+        with Served(host_net.proxy.listen(*address), serve):
+            wait_until(lambda: way() == urls[0], "it is tried again")
+        assert daemon.records("upstream is up again")
 
 
 def test_proxies_of_others(host_net: lab.Net, tmp_path: Path) -> None:

@@ -73,7 +73,11 @@ class UpstreamGroup:
                 assert self._direct is not None
                 return await self._direct.connect(request, client, timeouts, access)
             access.trying(self.name, upstream.name, upstream.scheme)
-            attempt = Attempt(client, replaceable=bool(untried) or self._direct is not None)
+            attempt = Attempt(
+                client,
+                replaceable=bool(untried) or self._direct is not None,
+                better=lambda: any(each.state.well for each in untried),
+            )
             try:
                 return await upstream.connect(request, client, timeouts, access, attempt=attempt, deadline=deadline)
             except Error as error:

@@ -150,7 +150,8 @@ class Upstream:
             if not attempt.left:
                 raise
             self._failed.observe(reactor.clock() - since)
-            raise Unanswered(f"{self.name} was given up: {state.why or 'another program is there now'}") from None
+            why = state.why or ("it is slow" if state.slow else "another program is there now")
+            raise Unanswered(f"{self.name} was given up: {why}") from None
         except Error as error:
             self._note(error, reactor.clock() - since)
             raise

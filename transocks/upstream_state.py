@@ -39,10 +39,12 @@ class Answer(NamedTuple):
 class Attempt:
     """One try to reach a destination through one upstream, as long as that has not answered the request."""
 
-    __slots__ = ("_client", "_replaceable", "left", "pipelined", "sent", "since")
+    __slots__ = ("_better", "_client", "_replaceable", "left", "pipelined", "sent", "since")
 
-    def __init__(self, client: Endpoint, *, replaceable: bool) -> None:
-        """`replaceable`: there is another upstream to try instead. `client` is whose session it is."""
+    def __init__(self, client: Endpoint, *, replaceable: bool, better: Callable[[], bool] = lambda: False) -> None:
+        """`replaceable`: there is something else to try. `better` says whether an upstream that is well is among that.
+        `client` is whose session it is.
+        """
         self.since = client.reactor.clock()
         """When it began."""
         self.sent = False
@@ -51,6 +53,7 @@ class Attempt:
         """The upstream was told all at once, since it is known to take that."""
         self.left = False
         """Nobody waits for it any more: it ends as if the client were gone."""
+        self._better = better
         self._client = client
         self._replaceable = replaceable
 
@@ -70,6 +73,11 @@ class Attempt:
             self.left = True
             if self._client.on_reset is not None:
                 self._client.on_reset()
+
+    def leave_for_better(self) -> None:
+        """Give it up, if the session may go on with an upstream that is well."""
+        if not self.sent and self._better():
+            self.leave()
 
 
 class State:
@@ -197,7 +205,8 @@ class State:
         }
 
     def _learn(self, answer: Answer) -> None:
-        self.latency, self.slow = answer.latency, answer.slow
+        was_slow, self.slow = self.slow, answer.slow
+        self.latency = answer.latency
         # One that was long may have waited in a queue on the way.
         self.round_trip = min(answer.round_trip, self._last_round_trip)
         self._last_round_trip = answer.round_trip
@@ -206,6 +215,9 @@ class State:
         if self.ours and not answer.ours:
             # Another program has its place. It may well wait for more, when all has been said to it already.
             self._leave()
+        elif self.slow and not was_slow:
+            for attempt in list(self.waiting):
+                attempt.leave_for_better()
         self.ours = answer.ours
 
     def _set_down(self, why: str, at: float) -> bool:

@@ -681,6 +681,24 @@ async def test_one_that_is_slow_comes_after_those_that_are_well(world: World) ->
     assert (await world.asked()).through == [port(first)]
 
 
+@pytest.mark.parametrize("better", [False, True])
+async def test_who_waits_for_one_that_turns_out_to_be_slow(world: World, better: bool) -> None:
+    """It goes on with one that is well, and else waits: neither those that are down nor a direct way are better."""
+    first, second = await world.peers(silent, socks())
+    await world.configured(first, second, more='when_all_down = "direct"')
+    if not better:
+        world.state(second).failed("a test says so")
+    session = world.ask()
+    await wait_all_tasks_blocked(0.005)
+    await world.answered(first, Answer(2.0, slow=True))
+    if better:
+        await session.tunnel()
+        assert session.through == [port(first), port(second)]
+    else:
+        await wait_all_tasks_blocked(0.005)
+        assert not session.done.is_set()
+
+
 @pytest.mark.parametrize("policy", ["failover", "round-robin", "sticky"])
 async def test_one_on_trial_gets_one_client(world: World, policy: str) -> None:
     first, second = await world.peers(closing, socks())

@@ -8,6 +8,7 @@ import struct
 import sys
 from collections.abc import Iterator
 from ipaddress import ip_address
+from typing import NamedTuple
 
 import attrs
 
@@ -20,6 +21,7 @@ _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _DUMP_REQUEST = 0x301  # NLM_F_REQUEST | NLM_F_DUMP
 _LISTEN = 1 << 10  # include/net/tcp_states.h
 _CONNECTED = ~_LISTEN & 0xFFF
+_BOTH_ENDS = 1 << 1 | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 11  # ESTABLISHED to CLOSING; not TIME_WAIT
 _REQUEST = struct.Struct("=BBBxI48x")
 # family, state, timer, retransmits; port, peer's port, address, peer's address, ...; expires, queues, uid, inode
 _ANSWER = struct.Struct("=BBBB2s2s16s16s12xIIIII")
@@ -56,6 +58,22 @@ def listeners() -> tuple[Listener, ...]:
     """All of them. Raises OSError where netlink is forbidden, or the kernel has no sock_diag."""
     families = (socket.AF_INET, socket.AF_INET6)
     return tuple(_listener(message) for family in families for message in _dump(family, _LISTEN))
+
+
+class Connection(NamedTuple):
+    """Both ends of one, as address and port."""
+
+    local: tuple[IPAddress, int]
+    peer: tuple[IPAddress, int]
+
+
+def tcp_connections(family: int) -> Iterator[Connection]:
+    """Those that have both ends, of sockets of this family; IPv4 over a socket of IPv6 is IPv4. Raises OSError."""
+    for message in _dump(family, _BOTH_ENDS):
+        _, _, _, _, port, peer_port, local, peer, *_ = _ANSWER.unpack_from(message)
+        size = 4 if family == socket.AF_INET else 16
+        ends = [(ip_address(raw[:size]), int.from_bytes(at, "big")) for raw, at in ((local, port), (peer, peer_port))]
+        yield Connection(*((getattr(address, "ipv4_mapped", None) or address, at) for address, at in ends))
 
 
 def connections(family: int) -> Iterator[tuple[int, tuple[IPAddress, int]]]:

@@ -11,6 +11,7 @@ rules` has what [rules] of the configuration says:
     saved.py     what iptables-save prints, and the changes between two of it       (pure)
     live.py      what is loaded on this host, and what the tools make of a text
     loops.py     whether the proxies' own connections would come back
+    known.py     makes connections of before known to connection tracking
     lock.py      one change at a time
     change.py    applies, confirms, prolongs and removes
     watch.py     hears when tables are deleted

@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 
 from transocks.firewall import live
 from transocks.firewall.config import Mode, Tool
+from transocks.firewall.known import make_known
 from transocks.firewall.live import CHAINS, TABLES, Routes, Routing, has
 from transocks.firewall.lock import alone
 from transocks.firewall.render import render_all_nft, render_iptables
@@ -25,6 +26,7 @@ KEEP = "transocks_nat"
 """An nft table that does nothing but need connection tracking: see `remove`."""
 
 _TPROXY = Wanted(mode=Mode.TPROXY, port=0).table
+_HOST = Wanted(mode=Mode.HOST, port=0)
 
 _KEEP = f"""table inet {KEEP} {{ chain stays {{ type nat hook output priority -90; }}; }}
 flush chain inet {KEEP} stays
@@ -43,6 +45,7 @@ def apply(wanted: Sequence[Wanted], tool: Tool, *, seconds: int | None = None, i
     families = (False, True) if ipv6 else (False,)
     tproxy = [w for w in wanted if w.mode is Mode.TPROXY]
     routing = [Routing(w.tproxy_mark, six) for w in tproxy for six in families if not six or live.uses_ipv6()]
+    know_others(wanted, tool, ipv6=ipv6)
     added = _add_routing(routing)
     try:
         if tool is Tool.NFT:
@@ -57,6 +60,23 @@ def apply(wanted: Sequence[Wanted], tool: Tool, *, seconds: int | None = None, i
     complaints += [said for six in families for said in _remove_routing(six, routing)]
     if complaints:
         raise FirewallError("applied, but what was there before is not all gone: " + "; ".join(complaints))
+
+
+def know_others(wanted: Sequence[Wanted], tool: Tool, *, ipv6: bool) -> None:
+    """Before what belongs to no connection is refused for the first time: make known those that this host has.
+
+    Not when it is refused already. What is not known then was redirected, perhaps. Raises FirewallError.
+    """
+    if not any(w.closed and w.mode is Mode.HOST for w in wanted):
+        return
+    if tool is Tool.NFT:
+        tables = [name for name in (_HOST.table, f"{_HOST.table}_guard") if ("inet", name) in live.tables()]
+        refused = any("jump refuse_unknown" in run(Step(("nft", "list", "table", "inet", name))) for name in tables)
+    else:
+        saved = [table for six in ((False, True) if ipv6 else (False,)) for table in live.saved(six)]
+        refused = any(f"{_HOST.chain}-TCP" in table.chains for table in saved)
+    if not refused:
+        make_known({w.port for w in wanted})
 
 
 def _apply_nft(wanted: Sequence[Wanted], seconds: int | None) -> None:

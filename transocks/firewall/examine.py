@@ -9,7 +9,7 @@ import attrs
 
 from transocks.firewall import live
 from transocks.firewall.config import Mode, Tool
-from transocks.firewall.live import CHAINS, TABLES, Routes, Routing
+from transocks.firewall.live import CHAINS, KINDS, TABLES, Routes, Routing
 from transocks.firewall.render import render_all_nft, render_iptables
 from transocks.firewall.saved import Table, merge, select
 from transocks.firewall.verify import compare, dormant, force_nft, from_nft, from_saved, guards
@@ -99,7 +99,11 @@ def _leftovers(
     for name in TABLES:
         if ("inet", name) in ruleset.tables() and name not in needed:
             yield f"not wanted: table inet {name} is loaded: apply or remove takes it away", True
-    chains = {f"{w.chain}{kind}" for w in wanted for kind in ("", "-UDP")} if tool is Tool.IPTABLES else set()
+    chains = (
+        {f"{w.chain}{kind}" for w in wanted for kind in KINDS if w.closed or kind != "-TCP"}
+        if tool is Tool.IPTABLES
+        else set()
+    )
     for six in families:
         for variant in live.variants(six):
             other = "-" in variant  # beside the one that `tool` means

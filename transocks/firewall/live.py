@@ -29,7 +29,8 @@ PROTOCOL = 116
 
 TABLES = tuple(Wanted(mode=mode, port=0).table for mode in Mode)
 """Our nft tables."""
-CHAINS = tuple(f"{Wanted(mode=mode, port=0).chain}{kind}" for mode in Mode for kind in ("", "-UDP"))
+KINDS = ("", "-UDP", "-TCP")
+CHAINS = tuple(f"{Wanted(mode=mode, port=0).chain}{kind}" for mode in Mode for kind in KINDS)
 """Our chains in iptables's tables."""
 
 _LISTEN = "0A"  # in the column "st" of /proc/net/tcp

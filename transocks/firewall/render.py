@@ -27,6 +27,7 @@ _MOST_NETWORKS = 16  # in a word of iptables-restore, which has at most 1023 cha
 
 # Where traffic enters our chains: in nft the hook lines, in iptables the last line of each chain.
 _NFT_TCP = r"^(\t\t)(tcp flags & \(fin \| syn \| rst \| ack\) == syn jump (?:redirect|tproxy)_tcp)$"
+_NFT_UNKNOWN = r"^(\t\t)#(tcp flags & \(fin \| syn \| rst \| ack\) != syn ct {} .* jump refuse_unknown)$"
 _NFT_UDP = r"^(\t\t)(udp dport 443 jump reject_quic)$"
 
 
@@ -88,7 +89,11 @@ def render_nft(wanted: Wanted, *, seconds: int | None = None) -> str:
     if wanted.mode is Mode.TPROXY:
         text = _render_nft_tproxy(text, wanted)
     selection = wanted.selection_here
-    text = _multiply(text, _NFT_TCP, list(_nft_matches(selection, "tcp")))
+    matches = list(_nft_matches(selection, "tcp"))
+    text = _multiply(text, _NFT_TCP, matches)
+    if wanted.closed:
+        for condition in ("state", "label") if wanted.mode is Mode.TPROXY else ("state",):
+            text = _multiply(text, _NFT_UNKNOWN.format(condition), matches)
     quic = list(_nft_matches(_without_ports(selection), "udp")) if _quic(wanted) else []
     return _multiply(text, _NFT_UDP, quic)
 
@@ -97,7 +102,8 @@ def render_guard(wanted: Wanted) -> str:
     """For guard.py: a table of its own that refuses what these rules select and is not redirected, for good.
 
     It filters, behind where the rules redirect; what they or others have redirected or mapped it leaves alone. So it
-    does nothing while they are in force, and refuses when they are not.
+    does nothing while they are in force, and refuses when they are not. What is connected through transocks goes on
+    meanwhile: address translation stays, for TPROXY the mark.
     """
     name = f"{wanted.table}_guard"
     text = _redefining(render_nft(attrs.evolve(wanted, name=name, closed=True)))
@@ -108,13 +114,14 @@ def render_guard(wanted: Wanted) -> str:
     text = _replace(text, rf"^(table inet {name} \{{)$", r"\1\n\tflags owner", 1)
     if wanted.mode is Mode.TPROXY:
         text = _replace(text, r"^\t\tmeta nfproto ipv[46] meta l4proto tcp tproxy .*\n", "", 2)
-        text = _replace(text, r"^\t\ttcp flags .* socket transparent 1 .*\n", "", 2)
-        return _replace(text, r"type filter hook prerouting priority -150", "type filter hook forward priority -10", 1)
+        own_chain = "\t}\n\n\tchain forward_tcp {\n\t\ttype filter hook forward priority -10; policy accept;\n\n"
+        return _replace(text, r"^\t\t# Which traffic of the new ones: ", rf"{own_chain}\g<0>", 1)
     text = _replace(text, r"^(\tchain exempt \{)$", r"\1\n\t\tct status dnat accept", 1)
     text = _replace(text, r"^(\t\tmeta l4proto tcp) redirect to :\$transocks_port$", r"\1 reject with tcp reset", 1)
-    if wanted.mode is Mode.HOST:
-        return _replace(text, r"type nat hook output priority -90", "type filter hook output priority -10", 1)
-    return _replace(text, r"type nat hook prerouting priority -90", "type filter hook forward priority -10", 1)
+    nat, filtering = ("prerouting", "forward") if wanted.mode is Mode.GATEWAY else ("output", "output")
+    text = _replace(text, f"type nat hook {nat} priority -90", f"type filter hook {filtering} priority -10", 1)
+    translation = "\tchain stays {\n\t\ttype nat hook output priority -90; policy accept;\n\t}\n\n"
+    return _replace(text, r"^\tchain exempt \{$", rf"{translation}\g<0>", 1)
 
 
 def _render_nft_tproxy(text: str, wanted: Wanted) -> str:
@@ -127,7 +134,7 @@ def _render_nft_tproxy(text: str, wanted: Wanted) -> str:
         )
         text = _replace(text, re.escape(f" tproxy {family} to {loopback}:"), f" tproxy {family} to {shown}:", 1)
     if wanted.closed:
-        text = _replace(text, r"^(\t\t)#(meta l4proto tcp reject with tcp reset)$", r"\1\2", 1)
+        text = _replace(text, r"^(\t\t)#(meta l4proto tcp reject with tcp reset|ct label set 116)$", r"\1\2", 2)
     return text
 
 
@@ -137,21 +144,15 @@ def render_iptables(wanted: Wanted, *, six: bool, until: str | None = None) -> s
     until: the time when the rules end by themselves, in UTC as in "2026-01-31T23:59:59"; None: never.
     """
     mode, chain = wanted.mode, wanted.chain
-    text = _template(f"{mode.value}.v{6 if six else 4}")
-    if mode is Mode.HOST and wanted.exempt_users:
-        own = r"^#-A TRANSOCKS -m owner --uid-owner transocks -j RETURN\n#.*--uid-owner usocksd -j RETURN$"
-        lines = [f"-A TRANSOCKS -m owner --uid-owner {user} -j RETURN" for user in wanted.exempt_users]
-        text = _replace(text, own, "\n".join(lines), 1)
-    text = re.sub(r"^#.*\n|^\n", "", text, flags=re.MULTILINE)
-    own_chain = _own(wanted).chain
-    text = re.sub(rf"\b{own_chain}\b", chain, text)
+    kinds = ("", "-UDP", "-TCP") if wanted.closed else ("", "-UDP")
+    text = _iptables_lines(wanted, six, kinds)
     port = _PORTS[mode]
     text = _replace(text, rf"(--to-ports|--on-port) {port}\b", rf"\1 {wanted.port}", 1)
     if wanted.mark is not None:
-        text = _replace(text, r"-m mark --mark 0x7473 ", f"-m mark --mark {wanted.mark:#x} ", 2)
+        text = _replace(text, r"-m mark --mark 0x7473 ", f"-m mark --mark {wanted.mark:#x} ", len(kinds))
     if wanted.exclude is not None:
         networks = list(map(str, _of(wanted.exclude, 6 if six else 4)))
-        for name in (chain, f"{chain}-UDP"):
+        for name in [f"{chain}{kind}" for kind in kinds]:
             lines = [f"-A {name} -d {','.join(some)} -j RETURN\n" for some in _batches(networks, _MOST_NETWORKS)]
             text = _replace(text, rf"^(?:-A {name} -d \S+ -j RETURN\n)+", "".join(lines), 1)
     if mode is Mode.TPROXY:
@@ -162,15 +163,34 @@ def render_iptables(wanted: Wanted, *, six: bool, until: str | None = None) -> s
     if until is not None:
         # Behind what belongs to connections that transocks has, before all else.
         first = rf"-A {chain} -p tcp ! --syn -j RETURN" if mode is Mode.TPROXY else rf"-N {chain}"
-        for anchor, name in ((first, chain), (rf"-N {chain}-UDP", f"{chain}-UDP")):
+        others = [(rf"-N {chain}{kind}", f"{chain}{kind}") for kind in kinds[1:]]
+        for anchor, name in ((first, chain), *others):
             text = _replace(text, rf"^({anchor}\n)", rf"\1-A {name} -m time --datestart {until} -j RETURN\n", 1)
     selection = wanted.selection_here
     version = 6 if six else 4
-    text = _multiply(
-        text, rf"^(-A {chain} -p tcp )(-j (?:REDIRECT|TPROXY) .*)$", list(_iptables_matches(selection, version))
-    )
+    matches = list(_iptables_matches(selection, version))
+    text = _multiply(text, rf"^(-A {chain} -p tcp )(-j (?:REDIRECT|TPROXY) .*)$", matches)
+    if wanted.closed:
+        text = _multiply(text, rf"^(-A {chain}-TCP -p tcp )(-j REJECT .*)$", matches)
+        if mode is Mode.TPROXY:
+            text = _multiply(text, rf"^(-A {chain} -p tcp )(-m connlabel .*)$", matches)
     quic = list(_iptables_matches(_without_ports(selection), version)) if _quic(wanted) else []
     return _multiply(text, rf"^(-A {chain}-UDP -p udp )(-j REJECT .*)$", quic)
+
+
+def _iptables_lines(wanted: Wanted, six: bool, kinds: Iterable[str]) -> str:
+    """The lines of the file that count, with the names of these rules."""
+    text = _template(f"{wanted.mode.value}.v{6 if six else 4}")
+    own_chain = _own(wanted).chain
+    if wanted.closed:
+        text = re.sub(rf"^#(?=#?-[NAI] .*\b{own_chain}-TCP\b|-A .* --set$)", "", text, flags=re.MULTILINE)
+    if wanted.mode is Mode.HOST and wanted.exempt_users:
+        for name in [f"{own_chain}{kind}" for kind in kinds if kind != "-UDP"]:
+            own = rf"^#-A {name} -m owner --uid-owner transocks -j RETURN\n#.*--uid-owner usocksd -j RETURN$"
+            lines = [f"-A {name} -m owner --uid-owner {user} -j RETURN" for user in wanted.exempt_users]
+            text = _replace(text, own, "\n".join(lines), 1)
+    text = re.sub(r"^#.*\n|^\n", "", text, flags=re.MULTILINE)
+    return re.sub(rf"\b{own_chain}\b", wanted.chain, text)
 
 
 def excluded(wanted: Wanted) -> list[str]:

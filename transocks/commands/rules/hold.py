@@ -139,6 +139,7 @@ class _Closed:
     def _load_guard(self) -> None:
         try:
             if self._guard is None:
+                change.know_others(self._order.wanted, self._order.tool, ipv6=self._order.ipv6)
                 self._guard = Guard()
             self._guard.load("".join(map(render_guard, self._order.wanted)))
         except FirewallError as error:  # an old kernel, say, or another `hold`: the rules are there all the same

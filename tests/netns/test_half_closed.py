@@ -27,6 +27,7 @@ from daemons import Daemon, receive_exactly, reset, wait_until
 SECONDS = float(os.environ.get("TRANSOCKS_SILENT_SECONDS", "0"))
 _SHORT = 10 if SECONDS else 4  # seconds; the long form runs beside other things
 TIMERS = {"established": 2 * _SHORT} | dict.fromkeys(("fin_wait", "close_wait", "last_ack", "time_wait"), _SHORT)
+PATIENCE = 40 if SECONDS else 6
 SILENCE = 2.5 * _SHORT  # more than each of them
 SECRET, ANSWER, OPEN = b"SECRET of a client", b"answer", b"from before"
 WAYS = [("nft", "apply"), ("nft", "hold"), ("iptables-nft", "apply"), ("iptables-legacy", "apply")]
@@ -144,7 +145,7 @@ class Played(scenes.Scene):
         self.name = f"{mode}, {backend} {self.verb}, {when_down}"
         self.when_down = when_down
         super().__init__(net, mode, backend, folder)
-        self.web[0].settimeout(5)
+        self.web[0].settimeout(PATIENCE)
         self.wire = Wire(net.outside)
         text = TRANSOCKS.format(listen=self._listen, mode=mode, when_down=when_down)
         self.server = Daemon("usocksd", USOCKSD, folder, popen=net.outside.popen)
@@ -156,8 +157,8 @@ class Played(scenes.Scene):
 
     def load(self) -> None:
         """Load the rules; connections of before are there, which nothing has tracked on a host."""
-        self.server.ready()
-        self.daemon.ready()
+        for daemon in (self.server, self.daemon):
+            wait_until(lambda: daemon.records("listening"), f"{daemon.name} listens", 4 * PATIENCE)
         if self.mode != "host" and self.when_down == "closed":
             self.sh(TRACK_NFT if self.backend == "nft" else TRACK_IPTABLES)
         self.before = [self.open(address) for address in FAMILIES]
@@ -173,10 +174,10 @@ class Played(scenes.Scene):
     def open(self, address: str) -> tuple[Socket, Socket]:
         """Both ends of a new connection of the client."""
         client = self.net.client.socket(FAMILIES[address])
-        client.settimeout(5)
+        client.settimeout(PATIENCE)
         client.connect((address, 80))
         server, _ = self.web[0].accept()
-        server.settimeout(5)
+        server.settimeout(PATIENCE)
         self.sockets += [client, server]
         return client, server
 
@@ -245,9 +246,8 @@ def played(mode: str, when_down: str, folder: Path) -> Iterator[list[Played]]:
             stack.callback(scene.end)
             stack.enter_context(scene.daemon)
             stack.enter_context(scene.server)
-            found.append(scene)
-        for scene in found:
             scene.load()
+            found.append(scene)
         yield found
 
 

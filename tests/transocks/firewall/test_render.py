@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from ipaddress import ip_address, ip_network
 
+import attrs
 import pytest
 
 from transocks.firewall import render as rendering
 from transocks.firewall.config import Mode, Tool
-from transocks.firewall.render import excluded, merged, render, render_iptables, render_nft
+from transocks.firewall.render import excluded, merged, render, render_guard, render_iptables, render_nft
 from transocks.firewall.wanted import Selection, Wanted
 
 HOST = Wanted(mode=Mode.HOST, port=2081)
@@ -114,6 +115,41 @@ def test_in_force_for_a_time() -> None:
             rules = [line for line in found if line.startswith(f"-A {chain} ")]
             # Behind what belongs to connections that transocks has.
             assert rules[place] == f"-A {chain} -m time --datestart 2030-01-01T00:00:00 -j RETURN"
+
+
+@pytest.mark.parametrize("mode", Mode)
+def test_closed_refuses_what_is_forgotten(mode: Mode) -> None:
+    selection = Selection(interfaces=("lan0",), users=(7,), ports=((443, 443),))
+    networks = (ip_network("10.0.0.0/8"), ip_network("fd00::/8"))
+    wanted = Wanted(mode=mode, port=1, mark=5, exempt_users=(9,), exclude=networks, closed=True, selection=selection)
+    narrowed = "meta skuid { 7 } " if mode is Mode.HOST else 'iifname { "lan0" } '
+    first = f"{narrowed}tcp dport {{ 443 }} tcp flags & (fin | syn | rst | ack) != syn ct "
+    refusing = [f"{first}state != {{ established, related }} jump refuse_unknown"]
+    refusing += [f"{first}label 116 jump refuse_unknown"] if mode is Mode.TPROXY else []
+    for text in (render_nft(wanted), render_guard(wanted)):
+        assert [line for line in lines(text) if line.endswith("jump refuse_unknown")] == refusing
+        assert ("ct label set 116" in lines(text)) == (mode is Mode.TPROXY)
+    opened = lines(render_nft(attrs.evolve(wanted, closed=False)))
+    assert all(line.startswith("#") for line in opened if "jump refuse_unknown" in line or "ct label" in line)
+    for six in (False, True):
+        text = render_iptables(wanted, six=six, until="2030-01-01T00:00:00")
+        chain = f"{wanted.chain}-TCP"
+        found = [line.removeprefix(f"-A {chain} ") for line in lines(text) if line.startswith(f"-A {chain} ")]
+        label = " -m connlabel ! --label 116" if mode is Mode.TPROXY else ""
+        own = "-m owner --uid-owner 7" if mode is Mode.HOST else "-i lan0"
+        assert found == [
+            "-m time --datestart 2030-01-01T00:00:00 -j RETURN",
+            "-p tcp --syn -j RETURN",
+            f"-m conntrack --ctstate RELATED,ESTABLISHED{label} -j RETURN",
+            "-m mark --mark 0x5 -j RETURN",
+            *(["-m owner --uid-owner 9 -j RETURN"] if mode is Mode.HOST else []),
+            "-m addrtype --dst-type LOCAL -j RETURN",
+            f"-d {networks[six]} -j RETURN",
+            "-p tcp -m multiport --dports 53,853 -j RETURN",
+            f"-p tcp {own} -m multiport --dports 443 -j REJECT --reject-with tcp-reset",
+        ]
+        assert f"-j {chain}" in text.splitlines()[-2]
+        assert chain not in render_iptables(attrs.evolve(wanted, closed=False), six=six)
 
 
 def test_tproxy() -> None:

@@ -94,6 +94,10 @@ def _what_now(order: Order, seconds: int | None) -> Iterator[str]:
             " connections show whether all is well: open one now"
         )
     yield "TCP: new connections are redirected; those that were there before, as this shell's, go on as they were"
+    if order.rules.when_down is WhenDown.CLOSED:
+        where = "on a host; through a gateway, " if Mode.HOST in modes and len(modes) > 1 else ""
+        if modes != [Mode.HOST]:
+            yield f"closed: {where}those that this gateway has not tracked so far are reset"
     if order.rules.reject_quic:
         yield "UDP: QUIC (port 443) to where TCP is redirected is refused, in use or not; other UDP is as it was"
     else:

@@ -27,14 +27,13 @@ from usocksd.conditions import (
     empty_lists,
     site_lists,
 )
-from usocksd.match import NAT64_LENGTHS, IPAddress, canonical_host
+from usocksd.match import NAT64_LENGTHS, IPAddress, IPNetwork, canonical_host, parse_network
 from usocksd.runtime.common import Common
 from usocksd.runtime.config import KEY, Distinct, Invalid, Located, show
 from usocksd.runtime.settings import (
     ANY_ADDRESS,
     LOCALHOST,
     DnsConfig,
-    HostIP,
     Interface,
     LimitsConfig,
     ListenAddress,
@@ -48,6 +47,7 @@ from usocksd.runtime.settings import (
     Timeouts,
     Workers,
     check_distinct_address,
+    host_ip,
     none_if_empty,
     one_of,
     text,
@@ -59,6 +59,16 @@ def _domain(value: str) -> str:
     if not isinstance(host, str):
         raise ValueError
     return host
+
+
+def _egress_address(value: str) -> IPAddress | IPNetwork:
+    if "/" not in value:
+        return host_ip(value)
+    network = parse_network(value)
+    if str(network) != value.lower():
+        raise Invalid(f'expected "{network}"')
+    host_ip(str(network[-1]))
+    return network if network.num_addresses > 1 else network[0]
 
 
 def _dnsbl_domain(value: str) -> str | None:
@@ -101,6 +111,10 @@ User = Annotated[str, text(_user, "the name of a user")]
 PoolName = Annotated[str, text(_pool_name, 'a name of at most 64 letters, digits, "-" and "_"')]
 Nat64Prefix = Annotated[
     IPv6Network, text(_nat64, 'the prefix of a NAT64, of 32, 40, 48, 56, 64 or 96 bits, as in "2001:db8:64::/96"')
+]
+EgressAddress = Annotated[
+    IPAddress | IPNetwork,
+    text(_egress_address, 'an IP address or network, as in "192.0.2.1", "2001:db8::1" or "2001:db8:9::/64"'),
 ]
 Domain = Annotated[str, text(_domain, 'a domain, as in "dnsbl.example.org"')]
 
@@ -187,7 +201,7 @@ class Outgoing:
     nat64_prefixes: tuple[Nat64Prefix, ...] = ()
     """of this network's translators, besides 64:ff9b::/96: what is behind them is judged as the IPv4 address"""
     iface: Interface = None
-    addresses: tuple[HostIP, ...] = ()
+    addresses: tuple[EgressAddress, ...] = ()
     dnsbl_domain: Annotated[str | None, text(_dnsbl_domain, 'a domain, as in "dnsbl.example.org"')] = None
     mark: Mark | None = None
 
@@ -224,7 +238,7 @@ class RuleConfig:
 class PoolConfig:
     """[egress.NAME]: where connections leave from. Without addresses the kernel chooses one."""
 
-    addresses: tuple[HostIP, ...] = ()
+    addresses: tuple[EgressAddress, ...] = ()
     iface: Interface = None
     mark: Mark | None = None
     sticky: Annotated[str, one_of(("client+destination", "client"))] = "client+destination"

@@ -18,7 +18,7 @@ import dns.reversename
 import trio
 
 from usocksd.addresses import HostAddresses
-from usocksd.egress import Pool, Usable
+from usocksd.egress import Pool, Usable, covers
 from usocksd.errors import ResolveError
 from usocksd.match import IPAddress, numeric_address
 from usocksd.name_servers import NameServers
@@ -87,7 +87,7 @@ class Listings:
             (name, address): family.labels(name, str(address))
             for name, pool in pools.items()
             if domains.get(name)
-            for address in pool.addresses
+            for address in pool.singles
         }
 
     @property
@@ -97,7 +97,7 @@ class Listings:
             Listing(address, domain)
             for name, pool in self._pools.items()
             for domain in self._domains.get(name, ())
-            for address in pool.addresses
+            for address in pool.singles
         )
 
     def take(self, found: Any) -> None:
@@ -120,7 +120,7 @@ class Listings:
         return {
             name: {
                 "addresses": list(map(str, pool.addresses)),
-                "local": [str(address) for address in pool.addresses if address in local],
+                "local": [str(address) for address in pool.addresses if covers(local, address)],
                 "listed": {str(address): domains for address, domains in self._lists(name).items()},
                 "iface": pool.iface,
                 "mark": pool.mark,
@@ -131,7 +131,7 @@ class Listings:
     def _lists(self, pool: str) -> dict[IPAddress, list[str]]:
         """The listed addresses of a pool, and the lists that they are on."""
         found: dict[IPAddress, list[str]] = {}
-        for address in self._pools[pool].addresses:
+        for address in self._pools[pool].singles:
             for domain in self._domains.get(pool, ()):
                 if Listing(address, domain) in self.current:
                     found.setdefault(address, []).append(domain)

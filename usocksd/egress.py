@@ -8,15 +8,20 @@ what other clients do.
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
+from hashlib import blake2b
+from ipaddress import IPv4Network, IPv6Network
 
 from attrs import Factory, evolve, field, frozen
 
 from usocksd.errors import NoEgress
-from usocksd.match import IPAddress, rendezvous
+from usocksd.match import IPAddress, IPNetwork, rendezvous
 
 DEFAULT = "default"
 """The name of the pool that [outgoing] describes, for what no rule sends elsewhere."""
+
+# So many addresses of a network are there for a client and destination, should one be out of ports.
+_OF_A_NETWORK = 3
 
 _BY_VERSION = {4: socket.AF_INET, 6: socket.AF_INET6}
 _FAMILIES = {socket.AF_INET: "IPv4", socket.AF_INET6: "IPv6"}
@@ -39,8 +44,15 @@ def sites(addresses: Iterable[IPAddress]) -> dict[int, str]:
     return {version: address.packed[: _SITE[version]].hex() for version, address in lowest.items()}
 
 
-def _distinct(addresses: Iterable[IPAddress]) -> tuple[IPAddress, ...]:
+def _distinct(addresses: Iterable[IPAddress | IPNetwork]) -> tuple[IPAddress | IPNetwork, ...]:
     return tuple(dict.fromkeys(addresses))
+
+
+def covers(local: Container[IPAddress], entry: IPAddress | IPNetwork) -> bool:
+    """Whether all of an entry of a pool is on this host: an address, or a network that is routed to it."""
+    if isinstance(entry, IPv4Network | IPv6Network):
+        return entry[0] in local and entry[-1] in local
+    return entry in local
 
 
 @frozen
@@ -50,13 +62,19 @@ class Pool:
     Without addresses the kernel chooses one, and `iface` and `mark` apply all the same.
     """
 
-    addresses: tuple[IPAddress, ...] = field(default=(), converter=_distinct)
+    addresses: tuple[IPAddress | IPNetwork, ...] = field(default=(), converter=_distinct)
+    """A network is chosen as one address is, and of its addresses one by client and destination."""
     iface: str | None = None
     mark: int | None = None
     sticky: str = "client+destination"
     """What has to be the same for two connections to have the same address: that, or "client"."""
     when_all_listed: str = "use"
     """When all addresses of a family that are on this host are listed: "use" them all the same, or "refuse"."""
+
+    @property
+    def singles(self) -> tuple[IPAddress, ...]:
+        """Without those of networks, which nobody lists one by one."""
+        return tuple(each for each in self.addresses if not isinstance(each, IPv4Network | IPv6Network))
 
 
 @frozen
@@ -118,7 +136,7 @@ class _Ranked:
         self._by_client = pool.sticky == "client"
         self._kernels_choice = None if pool.addresses else Source(None, pool.iface, pool.mark, name)
         self._usable: Usable | None = None
-        self._of: dict[socket.AddressFamily, tuple[IPAddress, ...]] = {}
+        self._of: dict[socket.AddressFamily, tuple[IPAddress | IPNetwork, ...]] = {}
         self._routed: set[socket.AddressFamily] = set()
         """Of which one of the addresses is on no interface."""
         self._remembered: dict[tuple[IPAddress, str, socket.AddressFamily], Source] = {}
@@ -144,7 +162,8 @@ class _Ranked:
             raise NoEgress(self._why_none(family, usable))
         # The version byte tells how long the client's packed form is, so no two keys coincide.
         key = bytes((client.version,)) + client.packed + site.encode()
-        address, *spare = map(str, rendezvous(key, candidates, _packed))
+        ranked = rendezvous(key, candidates, _packed)
+        address, *spare = (str(address) for entry in ranked for address in _members(key, entry))
         return Source(address, self._pool.iface, self._pool.mark, self._name, tuple(spare), family in self._routed)
 
     def _refresh(self, usable: Usable) -> None:
@@ -155,7 +174,7 @@ class _Ranked:
         interfaces = set(usable.local)
         listed = usable.listed.get(self._name, frozenset())
         for version, family in _BY_VERSION.items():
-            here = [a for a in self._pool.addresses if a.version == version and a in usable.local]
+            here = [each for each in self._pool.addresses if each.version == version and covers(usable.local, each)]
             clean = [address for address in here if address not in listed]
             if not clean and self._pool.when_all_listed == "use":
                 clean = here
@@ -168,10 +187,24 @@ class _Ranked:
         ours = [address for address in self._pool.addresses if _BY_VERSION[address.version] == family]
         if not ours:
             return f"{text}: it has none"
-        listed = sum(address in usable.local for address in ours)
+        listed = sum(covers(usable.local, address) for address in ours)
         reasons = [f"{count} {what}" for count, what in ((len(ours) - listed, "not on this host"), (listed, "listed"))]
         return f"{text}: {', '.join(reason for reason in reasons if not reason.startswith('0 '))}"
 
 
-def _packed(address: IPAddress) -> bytes:
-    return address.packed
+def _packed(entry: IPAddress | IPNetwork) -> bytes:
+    if isinstance(entry, IPv4Network | IPv6Network):
+        return entry.network_address.packed + bytes((entry.prefixlen,))
+    return entry.packed
+
+
+def _members(key: bytes, entry: IPAddress | IPNetwork) -> Iterator[IPAddress]:
+    """An address is one; of a network there are some for this key, without its first and last if it has others."""
+    if not isinstance(entry, IPv4Network | IPv6Network):
+        yield entry
+        return
+    margin = 1 if entry.num_addresses > 2 else 0
+    room = entry.num_addresses - 2 * margin
+    first = int.from_bytes(blake2b(key + _packed(entry), digest_size=24).digest())
+    for number in range(min(room, _OF_A_NETWORK)):
+        yield entry[margin + (first + number) % room]

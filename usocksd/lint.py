@@ -14,6 +14,7 @@ from usocksd.clients import DEFAULT_CLIENTS
 from usocksd.conditions import unclear_networks, unclear_sites
 from usocksd.config import Config, PoolConfig
 from usocksd.coverage import covered_entries, covered_networks, covered_rules, idle_sites
+from usocksd.egress import covers
 from usocksd.errors import ConfigError, Fault
 from usocksd.match import parse_network
 from usocksd.resolv_conf import RESOLV_CONF, lint_servers, parse
@@ -162,7 +163,13 @@ def _pool(table: str, pool: PoolConfig, host: Host) -> Iterator[Fault]:
     for index, address in enumerate(pool.addresses):
         key = f"{table}.addresses[{index}]"
         # With ip_nonlocal_bind the kernel would take it, and no answer would ever come back.
-        if not host.has(address):
+        if isinstance(address, IPv4Network | IPv6Network):
+            if not covers(host.addresses, address):
+                mend = f"ip route add local {address} dev lo"
+                yield Fault(key, str(address), f"not routed to this host, so not used until it is: {mend}")
+            elif pool.dnsbl_domains:
+                yield Fault(f"{table}.dnsbl_domains", "", f"not asked about the addresses of {address}: there are many")
+        elif not host.has(address):
             yield Fault(
                 key, str(address), "not an address of this host, so not used until it is: add it to an interface"
             )

@@ -16,7 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from ipaddress import IPv4Address, IPv6Address
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from pathlib import Path
 from socket import socket as Socket
 from typing import Any, NamedTuple
@@ -235,24 +235,34 @@ ROUTED = {4: ("192.0.2.16/28", "192.0.2.19"), 6: ("2001:db8:9::/64", "2001:db8:9
 
 
 @pytest.mark.parametrize("version", [4, 6])
-def test_an_address_of_a_network_that_is_routed_here(host_net: lab.Net, tmp_path: Path, version: int) -> None:
+@pytest.mark.parametrize("whole", [False, True])
+def test_an_address_of_a_network_that_is_routed_here(
+    host_net: lab.Net, tmp_path: Path, version: int, whole: bool
+) -> None:
     """No interface has it (AnyIP): the kernel takes it for this host's own all the same."""
     net, (network, address) = host_net, ROUTED[version]
     net.proxy.run("ip", "route", "add", "local", network, "dev", "lo")
     net.outside.run("ip", "route", "add", network, "via", POOL[version][0])
     with (
         Served(net.outside.listen(WEB[version], 80), daemons.echo),
-        usocksd(net, tmp_path, address) as server,
+        usocksd(net, tmp_path, network if whole else address) as server,
         Sniffer(net.outside, 80) as sniffer,
     ):
         server.ready()
-        assert ask(net, "127.0.0.1", WEB[version], 80) == (GRANTED, address)
+        answers = [ask(net, f"127.0.0.{client}", WEB[version], 80) for client in range(1, 9)]
+        assert {reply for reply, _ in answers} == {GRANTED}
+        used = {bound for _, bound in answers}
+        if whole:
+            assert len(used) > 1
+            assert all(ip_address(each) in ip_network(network) for each in used)
+        else:
+            assert used == {address}
         # Nor is it a way into this host.
         assert ask(net, "127.0.0.1", address, 80)[0] == 2
         net.proxy.run("ip", "route", "del", "local", network, "dev", "lo")
         server.record("addresses of this host changed", removed=[network])
         assert ask(net, "127.0.0.1", WEB[version], 80)[0] == NETWORK_UNREACHABLE
-    assert {source for _, source in sniffer.seen} == {address}
+    assert {source for _, source in sniffer.seen} == used
 
 
 def test_the_same_address_from_every_worker_and_after_a_restart(host_net: lab.Net, tmp_path: Path) -> None:

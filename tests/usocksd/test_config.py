@@ -464,3 +464,17 @@ def test_the_sample_names_the_default_clients() -> None:
     assert shown is not None
     config = parse(Config, f"[incoming]\n{shown[1]}", "usocksd.toml")
     assert set(config.incoming.allow_from or ()) == {ip_network(network) for network in DEFAULT_CLIENTS}
+
+
+def test_a_network_to_leave_from() -> None:
+    pool = parse(Config, '[egress.x]\naddresses = ["192.0.2.16/28", "2001:DB8:9::/64", "192.0.2.1/32"]\n', "").egress[
+        "x"
+    ]
+    assert list(map(str, pool.addresses)) == ["192.0.2.16/28", "2001:db8:9::/64", "192.0.2.1"]
+    for text, problem in (
+        ("192.0.2.17/28", 'expected "192.0.2.16/28"'),
+        ("224.0.0.0/8", "multicast"),
+        ("192.0.2.0/33", "an IP address or network"),
+    ):
+        with pytest.raises(ConfigError, match=problem):
+            parse(Config, f'[egress.x]\naddresses = ["{text}"]\n', "")

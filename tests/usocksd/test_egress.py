@@ -4,8 +4,9 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
-from ipaddress import IPv4Address, ip_address
-from socket import AF_INET, AF_INET6
+from ipaddress import IPv4Address, ip_address, ip_network
+from itertools import islice
+from socket import AF_INET, AF_INET6, AddressFamily
 from typing import Any
 
 import pytest
@@ -13,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from usocksd import egress
+from usocksd.addresses import Here
 from usocksd.egress import EgressPools, Pool, Source, Usable, sites
 from usocksd.errors import NoEgress
-from usocksd.match import IPAddress
+from usocksd.match import IPAddress, IPNetwork
 
 TEN = [ip_address(f"198.51.100.{n}") for n in range(10, 20)]
 BOTH = [*TEN, ip_address("2001:db8::10"), ip_address("2001:db8::11")]
@@ -23,7 +25,7 @@ CLIENT = ip_address("10.0.0.1")
 NOTHING = Usable(frozenset())
 
 
-def pools(addresses: Iterable[IPAddress] = (), **more: Any) -> EgressPools:
+def pools(addresses: Iterable[IPAddress | IPNetwork] = (), **more: Any) -> EgressPools:
     """One pool with these addresses, the default one."""
     return EgressPools({"default": Pool(tuple(addresses), **more)})
 
@@ -160,6 +162,37 @@ def test_a_name_and_its_addresses_are_one_site() -> None:
         assert source(client, "203.0.113.90", "203.0.113.80") == source(client, "203.0.113.90") == of_name
     far = [source(client, "198.18.0.1") == source(client, "203.0.113.80") for client in range(50)]
     assert sum(far) < 25
+
+
+def routed(*networks: str) -> Usable:
+    local = Here()
+    local.networks = tuple(map(ip_network, networks))
+    return Usable(local)
+
+
+@pytest.mark.parametrize(("text", "family"), [("198.51.100.16/28", AF_INET), ("2001:db8:9::/64", AF_INET6)])
+def test_a_network_has_an_address_for_everybody(text: str, family: AddressFamily) -> None:
+    network, usable = ip_network(text), routed(text)
+    pool = pools([network])
+    picked = [pool.pick("default", CLIENT, f"{n}", family, usable) for n in range(300)]
+    assert picked == [pools([network]).pick("default", CLIENT, f"{n}", family, usable) for n in range(300)]
+    used = {ip_address(source.address or "") for source in picked}
+    assert len(used) == min(300, network.num_addresses - 2)
+    assert used <= set(islice(network.hosts(), 14)) if family == AF_INET else all(each in network for each in used)
+    for source in picked:
+        assert source.routed
+        assert len({source.address, *source.spare}) == 3
+    with pytest.raises(NoEgress, match="1 not on this host"):
+        pool.pick("default", CLIENT, "x", family, here(network[0]))
+
+
+def test_a_network_is_chosen_as_one_address_is() -> None:
+    usable = routed("192.0.2.0/24", "198.51.100.16/28")
+    pool = pools([ip_address("192.0.2.1"), ip_network("198.51.100.16/28")])
+    sources = [pool.pick("default", CLIENT, f"{n}", AF_INET, usable) for n in range(200)]
+    assert 60 < sum(source.address == "192.0.2.1" for source in sources) < 140
+    for source in sources:
+        assert len(source.spare) == 3
 
 
 def test_where_a_destination_is() -> None:

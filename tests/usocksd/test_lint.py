@@ -617,6 +617,11 @@ def test_search_domains_make_other_names(tmp_path: Path, monkeypatch: pytest.Mon
     assert sites(allow, deny) == idle[1:]
 
 
+def test_a_network_to_leave_from_that_is_not_routed_here() -> None:
+    toml = '[egress.default]\naddresses = ["192.0.2.16/28"]\n'
+    assert "ip route add local 192.0.2.16/28 dev lo" in text(toml)
+
+
 def test_name_servers_that_can_be_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     conf = tmp_path / "resolv.conf"
     monkeypatch.setattr(usocksd.lint, "RESOLV_CONF", conf)

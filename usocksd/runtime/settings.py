@@ -142,7 +142,8 @@ def _listen_ip(value: str) -> IPAddress:
     return address
 
 
-def _host_ip(value: str) -> IPAddress:
+def host_ip(value: str) -> IPAddress:
+    """The address of one host. Raises ValueError, Invalid."""
     address = parse_address(value)
     if address.is_unspecified or address.is_multicast:
         kind = "multicast" if address.is_multicast else "the unspecified address"
@@ -154,7 +155,7 @@ def _dns_server(value: str) -> SocketAddress:
     host, port = split_port(value)
     if port == 0:
         raise Invalid("expected a port from 1 to 65535 behind the colon")
-    return SocketAddress(_host_ip(host), 53 if port is None else port)
+    return SocketAddress(host_ip(host), 53 if port is None else port)
 
 
 def _interface(value: str) -> str | None:
@@ -207,7 +208,6 @@ KeepAliveSeconds = Annotated[int, integer(1, 32767)]
 """what TCP_KEEPIDLE takes, tcp(7)"""
 Mark = Annotated[int, integer(1, 2**32 - 1)]
 """SO_MARK of socket(7); not 0, which everybody's have: rules that exempt it would exempt everything."""
-HostIP = Annotated[IPAddress, text(_host_ip, 'an IP address, as in "192.0.2.1" or "2001:db8::1"')]
 ListenIP = Annotated[IPAddress, text(_listen_ip, 'an IP address, as in "127.0.0.1" or "::1"')]
 DnsServer = Annotated[
     SocketAddress,

@@ -18,8 +18,8 @@ from usocksd.errors import ConfigError, Fault
 from usocksd.runtime.config import KEY, Distinct, Invalid, SecretStr, load, loading, parse, show, structure
 from usocksd.runtime.settings import (
     DnsConfig,
-    HostIP,
     Interface,
+    IPAddress,
     ListenIP,
     LogConfig,
     Mark,
@@ -30,6 +30,7 @@ from usocksd.runtime.settings import (
     SocketAddress,
     Timeouts,
     check_distinct_address,
+    host_ip,
     split_port,
     text,
 )
@@ -58,7 +59,7 @@ class Outer:
     ports: tuple[Port, ...] = ()
     entries: tuple[Inner, ...] = ()
     addresses: Annotated[tuple[ListenIP, ...], Distinct(check_distinct_address)] = ()
-    host: HostIP | None = None
+    host: Annotated[IPAddress | None, text(host_ip, 'an IP address, as in "192.0.2.1" or "2001:db8::1"')] = None
     iface: Interface = None
     mark: Mark | None = None
     file: ReadableFile | None = None

@@ -37,7 +37,7 @@ from transocks.firewall.live import uses_ipv6
 from transocks.firewall.render import render
 from transocks.firewall.steps import FirewallError, choose_tool
 from transocks.firewall.wanted import Selection, Wanted
-from transocks.tools import die_with_parent
+from transocks.tools import Capability, die_with_parent, lacking
 from usocksd.errors import Error
 from usocksd.runtime.verbs.client import visible
 
@@ -92,10 +92,10 @@ def _complain(text: str, status: int) -> int:
 
 
 def _exec(command: Sequence[str]) -> int:
-    if os.geteuid() != 0:
+    if os.geteuid() != 0 or lacking(Capability.CAP_NET_ADMIN):
         raise ExecError(
-            "redirecting needs root: sudo transocks exec -- COMMAND ... (in a checkout, ./run shows it without,"
-            " in a user namespace)"
+            "redirecting needs root, with CAP_NET_ADMIN: sudo transocks exec -- COMMAND ... (in a checkout, ./run shows"
+            " it without, in a user namespace)"
         )
     tool = choose_tool()
     if tool is None:

@@ -79,6 +79,8 @@ def apply(args: argparse.Namespace) -> int:
         )
     change.apply(order.wanted, order.tool, seconds=args.confirm, ipv6=order.ipv6)
     print(*_what_now(order, args.confirm), sep="\n")
+    if problem is None and not status:
+        print("whether its upstreams answer is not known: transocks has no control socket here that could be asked")
     for problem in (*problems, *_some_down(status)):
         print(f"warning: {visible(problem)}")
     return 0

@@ -7,14 +7,23 @@ from collections.abc import Callable
 
 from usocksd.runtime.cgroup import oom_kills
 
+# A process that is killed is gone within so many seconds; what was counted before was of somebody else.
+_GONE_WITHIN = 5.0
+
 
 class Coroner:
     """Tells deaths apart. `oom_kills` counts the processes that the kernel has killed for want of memory, if it can."""
 
     def __init__(self, oom_kills: Callable[[], int | None] = oom_kills) -> None:
         self._oom_kills = oom_kills
-        self._told = oom_kills()
-        """How many of them are accounted for."""
+        self._told = self._seen = oom_kills() or 0
+        """How many of them are accounted for, and how many there were at `_seen_at`."""
+        self._seen_at = 0.0
+
+    def forget(self, now: float) -> None:
+        """Whoever was killed long ago is not the next to be found; `now` is in seconds. To be called now and then."""
+        if now - self._seen_at > _GONE_WITHIN:
+            self._told, self._seen, self._seen_at = max(self._told, self._seen), self._oom_kills() or 0, now
 
     def cause(self, status: int, *, killed: bool) -> str:
         """Of an end with this status, as subprocess.Popen.returncode has it; `killed`: by this daemon itself."""
@@ -28,7 +37,7 @@ class Coroner:
         if killed:
             return "killed by the daemon"
         now = self._oom_kills()
-        if now is None or self._told is None:
+        if now is None:
             return "killed by signal 9: out of memory?"
         if now > self._told:
             self._told += 1  # one each: there may be several to tell

@@ -245,6 +245,7 @@ class Crew:
             await trio.sleep(_LOOK_EVERY)
             self.reap()
             last, before = trio.current_time(), last
+            self._coroner.forget(last)
             if last - before > _SUSPECT_AFTER:
                 continue  # it was this process that slept
             for worker in self.workers:

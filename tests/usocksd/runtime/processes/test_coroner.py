@@ -43,3 +43,15 @@ def test_killed_by_the_daemon_itself() -> None:
     coroner = Coroner(kernel)
     kernel.count = 8
     assert coroner.cause(-signal.SIGKILL, killed=True) == "killed by the daemon"
+
+
+def test_who_was_killed_long_ago_was_somebody_else() -> None:
+    kernel = Kernel()
+    coroner = Coroner(kernel)
+    kernel.count = 8
+    coroner.forget(10.0)
+    assert "out of memory" in coroner.cause(-signal.SIGKILL, killed=False)
+    kernel.count = 9
+    for now in (12.0, 16.0, 22.0):
+        coroner.forget(now)
+    assert "not by the kernel" in coroner.cause(-signal.SIGKILL, killed=False)

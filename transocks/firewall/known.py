@@ -14,9 +14,9 @@ from collections.abc import Collection, Iterable
 from ipaddress import IPv4Address
 
 from transocks.firewall.steps import FirewallError
-from transocks.netlink import HEADER
 from transocks.sockets import Connection, tcp_connections
 from usocksd.match import IPAddress
+from usocksd.netlink import HEADER
 
 # linux/netlink.h, linux/netfilter/nfnetlink.h, nfnetlink_conntrack.h
 _NETLINK_NETFILTER = 12

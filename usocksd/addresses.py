@@ -37,7 +37,7 @@ _IFA_F_OPTIMISTIC, _IFA_F_TENTATIVE = 0x04, 0x40
 _IFADDRMSG = struct.Struct("=BBBBi")  # family, length of the prefix, flags, scope, interface
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _SOL_NETLINK, _NETLINK_GET_STRICT_CHK = 270, 12
-_RTM_GETROUTE, _RTN_LOCAL, _RT_TABLE_LOCAL, _RTA_DST = 26, 2, 255, 1
+_RTM_NEWROUTE, _RTM_GETROUTE, _RTN_LOCAL, _RT_TABLE_LOCAL, _RTA_DST = 24, 26, 2, 255, 1
 _RTMSG = struct.Struct("=8BI")  # family, lengths of destination and source, tos, table, protocol, scope, type; flags
 # Seconds. No event tells of a route only, unless of all of them, and a router has a million.
 _LOOK_AT_ROUTES_EVERY = 5.0
@@ -73,6 +73,7 @@ class HostAddresses:
         self._complained = False
         # An address can be on several interfaces, and goes with the last of them.
         self._assigned: set[tuple[IPAddress, int]] = set()
+        self._networks = self.current.networks
 
     def is_local(self, ip: IPAddress) -> bool:
         """Whether a connection to this address ends here: an address of this host or of a network that is routed to
@@ -109,10 +110,11 @@ class HostAddresses:
 
     async def _follow(self, receiver: trio.socket.SocketType, events: socket.socket) -> NoReturn:
         """Raises OSError when it can't any more."""
+        look_at = trio.current_time() + self._look_every
         while True:
             data = None
             try:
-                with trio.move_on_after(self._look_every):
+                with trio.move_on_at(look_at):
                     data = await receiver.recv(_RECEIVE_SIZE)
             except OSError as error:
                 if error.errno != errno.ENOBUFS:
@@ -122,6 +124,9 @@ class HostAddresses:
                 _discard_queued(events)
                 await self._dump()
             else:
+                if data is None:
+                    self._networks = _routed()
+                    look_at = trio.current_time() + self._look_every
                 for kind, _, body in messages(data or b""):
                     self._apply(kind, body)
                 self._publish()
@@ -158,6 +163,7 @@ class HostAddresses:
                         if kind == _NLMSG_ERROR:
                             code = -int.from_bytes(message[:4], sys.byteorder, signed=True)
                             raise OSError(code, os.strerror(code))
+        self._networks = _routed()
         self._publish()
 
     def _apply(self, kind: int, message: bytes) -> None:
@@ -179,7 +185,7 @@ class HostAddresses:
 
     def _publish(self) -> None:
         now, before = Here(address for address, _ in self._assigned), self.current
-        now.networks = _routed()
+        now.networks = self._networks
         if now == before and now.networks == before.networks:
             return
         self.current = now
@@ -204,26 +210,25 @@ def _discard_queued(sock: socket.socket) -> None:
 
 def _routed() -> tuple[IPNetwork, ...]:
     """The networks that the kernel takes for this host's own beside loopback, though no interface has their addresses
-    (AnyIP: `ip route add local PREFIX dev lo`): local routes to more than one address. None where it does not tell.
+    (AnyIP: `ip route add local PREFIX dev lo`): local routes to more than one address. Raises OSError.
     """
     found: list[IPNetwork] = []
-    with contextlib.suppress(OSError):
-        for family, bits in ((socket.AF_INET, 32), (socket.AF_INET6, 128)):
-            with _netlink() as asker:
-                with contextlib.suppress(OSError):  # older kernels tell of all tables
-                    asker.setsockopt(_SOL_NETLINK, _NETLINK_GET_STRICT_CHK, 1)
-                wanted = _RTMSG.pack(family, 0, 0, 0, _RT_TABLE_LOCAL, 0, 0, _RTN_LOCAL, 0)
-                asker.send(_request(_RTM_GETROUTE, _NLM_F_DUMP, wanted))
-                kinds: set[int] = set()
-                while kinds.isdisjoint({_NLMSG_DONE, _NLMSG_ERROR}):
-                    for kind, _, body in messages(asker.recv(_RECEIVE_SIZE)):
-                        kinds.add(kind)
-                        if kind == _RTM_GETROUTE - 2:  # RTM_NEWROUTE
-                            _, length, _, _, table, _, _, route, _ = _RTMSG.unpack_from(body)
-                            if length < bits and (table, route) == (_RT_TABLE_LOCAL, _RTN_LOCAL):
-                                # Without a destination it is all there is.
-                                packed = dict(attributes(body[_RTMSG.size :])).get(_RTA_DST, bytes(bits // 8))
-                                found.append(ip_network((packed, length)))
+    for family, bits in ((socket.AF_INET, 32), (socket.AF_INET6, 128)):
+        with _netlink() as asker:
+            with contextlib.suppress(OSError):  # older kernels tell of all tables
+                asker.setsockopt(_SOL_NETLINK, _NETLINK_GET_STRICT_CHK, 1)
+            wanted = _RTMSG.pack(family, 0, 0, 0, _RT_TABLE_LOCAL, 0, 0, _RTN_LOCAL, 0)
+            asker.send(_request(_RTM_GETROUTE, _NLM_F_DUMP, wanted))
+            kinds: set[int] = set()
+            while kinds.isdisjoint({_NLMSG_DONE, _NLMSG_ERROR}):  # (an error: it has no such family)
+                for kind, _, body in messages(asker.recv(_RECEIVE_SIZE)):
+                    kinds.add(kind)
+                    if kind == _RTM_NEWROUTE:
+                        _, length, _, _, table, _, _, route, _ = _RTMSG.unpack_from(body)
+                        if length < bits and (table, route) == (_RT_TABLE_LOCAL, _RTN_LOCAL):
+                            # Without a destination it is all there is.
+                            packed = dict(attributes(body[_RTMSG.size :])).get(_RTA_DST, bytes(bits // 8))
+                            found.append(ip_network((packed, length)))
     return tuple(network for network in found if not network.is_loopback)
 
 
@@ -244,7 +249,8 @@ def _snapshot() -> Here:
         for family in (netifaces.AF_INET, netifaces.AF_INET6):
             found.update(numeric_address(entry["addr"]) for entry in families.get(family, ()) if "addr" in entry)
     here = Here(found)
-    here.networks = _routed()
+    with contextlib.suppress(OSError):
+        here.networks = _routed()
     return here
 
 

@@ -16,6 +16,7 @@ from usocksd.runtime.dial import Target
 from usocksd.runtime.endpoint import Endpoint
 from usocksd.runtime.log import Log
 from usocksd.runtime.metrics import Metrics
+from usocksd.runtime.seldom import Seldom
 from usocksd.socks import Reply, RequestRefused
 
 _KEYS = (
@@ -55,6 +56,7 @@ class AccessLog(AccessRecords):
     def __init__(self, log: Log, metrics: Metrics, routes: Iterable[str] = ()) -> None:
         """`routes` are the names of all routes."""
         super().__init__(log, _KEYS, logging.getLogger(__name__), metrics)
+        self.seldom = Seldom()
         self.connections = metrics.counters(
             "connections_total",
             "Client connections, by what their upstream speaks and how they began",
@@ -159,10 +161,13 @@ class Access(Connection):
     def refused(self, error: Error) -> None:
         """The client is reset."""
         level = logging.ERROR
+        more: dict[str, object] = {}
         match error:
             case NotRedirected():
-                # Somebody who looks whether we are there, mostly.
-                level, message, status = logging.WARNING, "not redirected", _NOT_REDIRECTED
+                # Somebody who looks whether we are there, mostly, and does so every few seconds.
+                level, message, status = logging.DEBUG, "not redirected", _NOT_REDIRECTED
+                if (times := self._records.seldom.due((self.client_host, str(error)))) is not None:
+                    level, more = logging.WARNING, {"count": times} if times > 1 else {}
             case Loop():
                 message, status = "loop refused", _LOOP
             case Denied():
@@ -174,7 +179,7 @@ class Access(Connection):
                 if isinstance(error, RequestRefused) and error.reply in _DENIED:
                     level = logging.WARNING
         self._count(status)
-        self._event(level, message, error=str(error))
+        self._event(level, message, error=str(error), **more)
 
     def gave_up(self) -> None:
         """The client is gone before it had a connection."""

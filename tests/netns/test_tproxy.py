@@ -68,6 +68,8 @@ addresses = ["127.0.0.1"]
 TRANSOCKS = """
 listen_tproxy = ":1084"
 proxy_url = "socks5://127.0.0.1:1080"
+[log]
+level = "debug"
 [timeouts]
 connect = 5
 """
@@ -112,6 +114,8 @@ ports = [8091]
 via = "told"
 [health]
 interval = 0.2
+[log]
+level = "debug"
 [timeouts]
 connect = 5
 [rules]

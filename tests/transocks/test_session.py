@@ -348,6 +348,18 @@ async def test_loops_and_strangers_are_refused(tmp_path: Path, monkeypatch: pyte
             assert record["error"].startswith(error)
 
 
+async def test_a_health_check_is_no_news_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_redirected(_: object) -> Destination:
+        raise NotRedirected("no")
+
+    monkeypatch.setattr(transocks.session, "original_destination", not_redirected)
+    async with running(tmp_path, "socks5://127.0.0.1:9") as proxy:
+        for _ in range(3):
+            assert await is_reset(proxy)
+        await proxy.until(lambda: len(proxy.records("not redirected")) == 3, "each is recorded")
+        assert [record["severity"] for record in proxy.records("not redirected")] == ["warning", "debug", "debug"]
+
+
 async def test_no_destination_takes_it_all(tmp_path: Path, going_to: Callable[[Destination], None]) -> None:
     """The last resort against a loop, when nothing tells the proxies' connections from others."""
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
 import re
 import select
 import shutil
@@ -27,6 +29,14 @@ PRIVATE = (lab.PRIVATE_V4, lab.PRIVATE_V6)
 # Programs that are not in PATH are not installed.
 ONLY_PATH = "import sys; from transocks import cli, tools; tools.SBIN = (); {more} sys.exit(cli.main())"
 REDIRECTED, DIRECT, REFUSED, NOTHING = "redirected", "direct", "refused", "no answer"
+
+
+@functools.cache
+def clients_packets() -> bool:
+    """Whether an interface can be made to receive what nobody has sent: takes CAP_BPF of the host itself."""
+    words = ["unshare", *(["--user", "--map-root-user"] if os.geteuid() else []), "--net", sys.executable, "-c"]
+    script = "from transocks.tracing.inject import inject; inject('lo', bytes(64))"
+    return subprocess.run([*words, script], capture_output=True, check=False).returncode == 0
 
 
 class Scene:

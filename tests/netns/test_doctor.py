@@ -20,6 +20,7 @@ import lab
 import pytest
 from daemons import Daemon, Served
 from forks import Commands
+from scene import clients_packets
 
 from usocksd.socks.answers import HTTP_ERROR
 
@@ -30,6 +31,13 @@ listen = {listen}
 proxy_url = "{url}"
 mark = 0x7473
 """
+
+
+@pytest.fixture
+def gateway_net(gateway_net: lab.Net) -> lab.Net:
+    if not clients_packets():
+        pytest.skip("no BPF here: clients' packets can't be made")
+    return gateway_net
 
 
 class Verdict:
@@ -43,7 +51,7 @@ class Verdict:
     def remedy(self, check: str) -> str:
         """What is to be typed for the first fault of this check."""
         do = next(f["do"] for f in self.findings if f["state"] == "fault" and f["check"] == check)
-        found = re.match(r"(?:sysctl|ip|nft|transocks) .*?(?=, or |; or|; and|: what| \(|$)", do)
+        found = re.match(r"(?:sysctl|ip|nft|transocks) .*?(?=, or |, with |; or|; and|: what| \(|$)", do)
         assert found is not None, do
         return found[0]
 
@@ -201,8 +209,24 @@ def test_healthy_beside_others(request: pytest.FixtureRequest, mode: str, tool: 
 def test_no_rules(host_net: lab.Net, tmp_path: Path) -> None:
     with standing(host_net, tmp_path) as config:
         found = doctor(host_net, config)
-    assert list(found.faults) == ["rules"]
-    assert "none sends connections to transocks (port 1081)" in found.faults["rules"]
+        assert list(found.faults) == ["rules"]
+        assert "none sends connections to transocks (port 1081)" in found.faults["rules"]
+        config.write_text(config.read_text() + '[rules]\nmode = "host"\n')  # as it says
+        follow(host_net, config, found, "rules")
+        assert doctor(host_net, config).faults == {}
+
+
+def test_no_route(host_net: lab.Net, tmp_path: Path) -> None:
+    """Then no rule is asked, though what they redirect goes nowhere."""
+    with standing(host_net, tmp_path) as config:
+        load(host_net, "nft")
+        host_net.proxy.run("sh", "-ec", "ip route del default; ip -6 route del default")
+        for missing in ([4, 6], [6]):
+            found = doctor(host_net, config)
+            assert ("routes" in found.faults) is (4 in missing), "without IPv6 applications take IPv4"
+            if found.faults:
+                assert "no rule is asked (Network is unreachable)" in found.faults["routes"]
+                follow(host_net, config, found, "routes")
 
 
 def test_rules_for_another_port(host_net: lab.Net, tmp_path: Path) -> None:
@@ -411,6 +435,9 @@ def test_kernel_settings(gateway_net: lab.Net, tmp_path: Path) -> None:
             found = doctor(gateway_net, config)
             assert [f["check"] for f in found.findings if f["state"] in {"fault", "warning"}] == [check]
             assert str(value).replace(" ", "-") in found.of(state, check)[0]
+            if state == "fault":
+                follow(gateway_net, config, found, check)
+                assert doctor(gateway_net, config).faults == {}
             gateway_net.proxy.sysctl(name, before)
 
 
@@ -826,6 +853,17 @@ def test_rules_that_are_held(host_net: lab.Net, tmp_path: Path) -> None:
         hold.wait()
 
 
+def test_without_bpf(gateway_net: lab.Net, tmp_path: Path) -> None:
+    """As in an unprivileged container: what clients' packets would meet can't be tried, which is no fault."""
+    without = ("setpriv", "--bounding-set=-bpf,-sys_admin")
+    with standing(gateway_net, tmp_path) as config:
+        for _ in range(2):  # without rules, and with
+            found = doctor(gateway_net, config, *without)
+            assert (found.faults, found.warnings) == ({}, {})
+            assert "a client's packet can't be made here" in found.of("not checked", "rules")[0]
+            load(gateway_net, "nft")
+
+
 def test_a_client_that_says_nothing(gateway_net: lab.Net, tmp_path: Path) -> None:
     """And one that does: its real connection is looked at."""
     with standing(gateway_net, tmp_path) as config:
@@ -868,3 +906,16 @@ def test_a_port_that_is_used_again(host_net: lab.Net) -> None:
     """What was told of one connection is not told of the next one that has its port."""
     load(host_net, "nft")
     assert host_net.proxy.run(sys.executable, "-c", AGAIN).stdout.split() == ["True", "False"]
+
+
+def test_a_comment_that_is_not_utf_8(host_net: lab.Net, tmp_path: Path) -> None:
+    with standing(host_net, tmp_path) as config:
+        load(host_net, "nft")
+        rule = b'table ip theirs { chain c { type filter hook output priority -150; tcp dport 443 drop comment "\xff\xe9"; }; }'
+        (tmp_path / "theirs.nft").write_bytes(rule)
+        host_net.proxy.run("nft", "-f", str(tmp_path / "theirs.nft"))
+        found = doctor(host_net, config)
+        assert list(found.faults) == ["rules"]
+        told = host_net.proxy.run(sys.executable, "-m", "transocks", "doctor", "-f", config, check=False)
+        assert "tcp dport 443 drop comment" in told.stdout
+        assert told.returncode == 1

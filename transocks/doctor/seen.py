@@ -13,6 +13,7 @@ import attrs
 
 from transocks.config import Config
 from transocks.firewall import live, routing
+from transocks.firewall.loops import sender_of
 from transocks.firewall.steps import FirewallError
 from transocks.sockets import Listener, listeners
 from transocks.tools import which
@@ -102,11 +103,16 @@ def look(config: Config, config_file: str) -> Seen:
     except OSError:
         listening = None
     pid, uid, gid, status = _ask(config.control)
+    ports = {listen.port for listen in (*config.listen, *config.listen_tproxy)}
+    daemon = next((listener for listener in listening or () if listener.port in ports), None)
     if uid is None:
-        uid = _listener_uid(listening, {listen.port for listen in config.listen})
+        uid = daemon.uid if daemon is not None else _account()
+    cgroup = None
+    if config.rules is not None and config.rules.cgroups and daemon is not None:  # what this process has is another
+        cgroup = sender_of(daemon).cgroup
     return Seen(
         config=config, config_file=config_file, listeners=listening, addresses=HostAddresses().current, here=links(),
-        daemon=Identity(uid=uid, gid=gid, mark=config.mark or 0),
+        daemon=Identity(uid=uid, gid=gid, mark=config.mark or 0, cgroup=cgroup),
         pid=pid, status=status, root=root, ipv6=live.uses_ipv6(), hidden_legacy=root and _hidden_legacy(),
         counters=counted(), bridges=filtered_bridges(),
         tools=frozenset(tool for tool in ("nft", "iptables", "ip6tables", "iptables-legacy") if which(tool)),
@@ -162,10 +168,8 @@ def _ask(path: str | None) -> tuple[int | None, int | None, int | None, Answer |
         return pid, uid, gid, None
 
 
-def _listener_uid(found: tuple[Listener, ...] | None, ports: set[int]) -> int | None:
-    for listener in found or ():
-        if listener.port in ports:
-            return listener.uid
+def _account() -> int | None:
+    """The user that it would run as, by the name of one."""
     try:
         return pwd.getpwnam("transocks").pw_uid
     except KeyError:

@@ -18,6 +18,7 @@ from transocks.config import DIRECT, Config
 from transocks.doctor.seen import Seen
 from transocks.doctor.tried import Trials
 from transocks.firewall.routing import policy_against
+from transocks.firewall.steps import FirewallError
 from transocks.http_connect import HttpConnect
 from transocks.proxy_url import ProxyScheme, ProxyURL
 from transocks.tracing.samples import TCP
@@ -213,7 +214,11 @@ async def _fitting(proxy: ProxyURL, address: IPAddress, seen: Seen) -> int:
 
 def _socket_of(seen: Seen, address: IPAddress) -> trio.socket.SocketType:
     """One as the daemon's, with a port of its own."""
-    sock = socket_of(seen.daemon, socket.AF_INET if address.version == 4 else socket.AF_INET6)
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    try:
+        sock = socket_of(seen.daemon, family)
+    except FirewallError:  # its cgroup takes no other process
+        sock = socket_of(attrs.evolve(seen.daemon, cgroup=None), family)
     sock.bind(("0.0.0.0" if address.version == 4 else "::", 0))
     return trio.socket.from_stdlib_socket(sock)
 

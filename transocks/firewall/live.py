@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -13,7 +12,7 @@ from typing import Any
 import attrs
 
 from transocks.firewall.config import Mode
-from transocks.firewall.nft_json import ruleset_json
+from transocks.firewall.nft_json import entries, ruleset_json
 from transocks.firewall.saved import Table, merge, parse_save
 from transocks.firewall.steps import FirewallError, Step, run, run_json
 from transocks.firewall.wanted import Wanted
@@ -65,8 +64,8 @@ class Ruleset:
 
 def ruleset() -> Ruleset:
     """Everything that nft sees. Raises FirewallError."""
-    entries = _entries(lambda: ruleset_json(lambda *argv: run(Step(argv))))
-    return Ruleset(entries, run(Step(("nft", "-a", "list", "ruleset"))))
+    found = _entries(lambda: ruleset_json(lambda *argv: run(Step(argv))))
+    return Ruleset(found, run(Step(("nft", "-a", "list", "ruleset"))))
 
 
 def tables() -> set[tuple[str, str]]:
@@ -88,8 +87,8 @@ def as_loaded(text: str) -> Ruleset:
 
 def _entries(ask: Callable[[], str]) -> tuple[Mapping[str, Any], ...]:
     try:
-        return tuple(json.loads(ask())["nftables"])
-    except (ValueError, LookupError, TypeError) as error:
+        return entries(ask())
+    except (ValueError, LookupError, TypeError) as error:  # in one table of many, too: see ruleset_json
         raise FirewallError(f"what nft says of its rules in JSON can't be read: {error}") from None
 
 

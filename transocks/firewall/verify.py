@@ -188,9 +188,10 @@ def force_nft(ruleset: Iterable[Mapping[str, Any]], table: str) -> Force:
             for element in found.get("elem", ()):
                 if element == "tcp":
                     return Force()
-                if isinstance(element, dict) and element.get("elem", {}).get("val") == "tcp":
-                    timed = element["elem"]
-                    seconds = float(timed.get("expires", timed.get("timeout", 0)))
+                timed = element.get("elem") if isinstance(element, dict) else None
+                if isinstance(timed, dict) and timed.get("val") == "tcp":
+                    seconds = timed.get("expires", timed.get("timeout", 0))
+                    seconds = float(seconds) if isinstance(seconds, int) else 0.0
                     return Force(seconds=seconds, held=timed.get("comment") == HELD)
             return Force(over=True)
     return Force()  # somebody took the set out, which is said elsewhere

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import attrs
 
 from transocks.firewall.steps import FirewallError
+from transocks.firewall.wanted import CGROUPS
 
 
 @attrs.frozen(kw_only=True)
@@ -62,7 +63,7 @@ def _as_user(who: Identity) -> Iterator[None]:
 
 def _in_cgroup(who: Identity, family: int, kind: int) -> socket.socket:
     """A socket belongs to the cgroup of the process that made it: a child goes there, and hands it over."""
-    procs = f"/sys/fs/cgroup/{who.cgroup}/cgroup.procs"
+    procs = f"{CGROUPS}/{who.cgroup}/cgroup.procs"
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
         child = os.fork()

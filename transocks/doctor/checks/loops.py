@@ -12,6 +12,7 @@ from transocks.doctor.tried import AS_ROOT, Trials
 from transocks.doctor.upstreams import goes_direct, proxies
 from transocks.firewall.config import Mode
 from transocks.firewall.loops import sender_of
+from transocks.firewall.steps import FirewallError
 from transocks.tracing.fate import What
 from transocks.tracing.samples import EXAMPLES, Sample, receive
 from transocks.tracing.sockets import Identity
@@ -50,8 +51,11 @@ def _addresses(seen: Seen) -> Iterator[tuple[IPAddress, int]]:
 
 
 def _own(seen: Seen, trials: Trials, address: IPAddress, port: int, what: str) -> Iterator[Finding]:
-    rule = trials.comes_back(trials.sent(seen.daemon, address, port))
-    if rule is not None:
+    outcome = trials.sent(seen.daemon, address, port)
+    rule = trials.comes_back(outcome)
+    if outcome is None or (outcome.way is None and isinstance(outcome.problem, FirewallError)):
+        yield unchecked("loops", f"whether transocks's own {what} are redirected: {outcome and outcome.problem}")
+    elif rule is not None:
         yield fault("loops", f"transocks's own {what} are redirected to it: {rule}", _EXEMPT)
     else:
         yield fine("loops", f"transocks's own {what} are not redirected")
@@ -65,9 +69,10 @@ def _from_upstream_here(seen: Seen, trials: Trials, address: IPAddress, port: in
     for version in sorted({one.sample.version for one in trials.arrived if one.wanted.mode is Mode.HOST}):
         name = f"the upstream on this host (port {port}), IPv{version}"
         sender = sender_of(listener, seen.proc)
+        cgroup = sender.cgroup if seen.config.rules is not None and seen.config.rules.cgroups else None
         looping = None
         for mark in sender.marks or {0}:
-            who = Identity(uid=listener.uid, gid=sender.gid, mark=mark, cgroup=sender.cgroup)
+            who = Identity(uid=listener.uid, gid=sender.gid, mark=mark, cgroup=cgroup)
             looping = looping or trials.comes_back(trials.sent(who, EXAMPLES[version][0], 443))
         if looping is not None and sender.marks is not None:
             yield fault("loops", f"{name}: its connections come back to transocks: {looping}", _EXEMPT)

@@ -26,21 +26,19 @@ def rules(seen: Seen, trials: Trials) -> Iterator[Finding]:
         yield unchecked("rules", trials.why, AS_ROOT)
         return
     results = trials.results
-    if _none(trials) and all(not one.fate.text or one.fate.what is What.NOWHERE for one in results):
-        if any(one.fate.what is What.PASSED for one in results):
+    if not trials.arrived and all(not one.fate.text or one.fate.what is What.NOWHERE for one in results):
+        # Where the rules may be for clients and nothing of these could be tried, that none is met here means nothing.
+        told = trials.stated or all(one.sample.iif is None or one.fate.what is not What.NOWHERE for one in results)
+        if told and any(one.fate.what is What.PASSED for one in results):
             yield _missing(seen, trials)
         yield from dict.fromkeys(_nowhere(one) for one in results if one.fate.what is What.NOWHERE)
         return
-    told: set[object] = set()
+    known: set[object] = set()
     for one in results:
         key = one.name, one.fate.what, one.fate.text
-        if key not in told:
-            told.add(key)
+        if key not in known:
+            known.add(key)
             yield from _of(one, seen, trials)
-
-
-def _none(trials: Trials) -> bool:
-    return not trials.arrived
 
 
 def _missing(seen: Seen, trials: Trials) -> Finding:

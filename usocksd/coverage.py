@@ -16,6 +16,7 @@ from usocksd.errors import Fault
 from usocksd.match import IPNetwork, NameSet, NetworkMap, canonical_host, parse_network
 from usocksd.runtime.config import show
 from usocksd.runtime.lint import first_few
+from usocksd.runtime.words import counted
 from usocksd.site_index import SiteIndex, has_networks, has_ports, mask_of, which_rules
 from usocksd.sites import SiteList
 
@@ -60,11 +61,15 @@ def covered_rules(config: Config) -> Iterator[Fault]:
         keys.append(f"outgoing.{rule.name}")
     above = len(config.rule)
     owners = which_rules([rule.to for rule in rules[:above]])
+    # Behind a rule that denies everything there is nothing to look at: that is said once.
+    end = next((at for at, rule in enumerate(rules[:above]) if _denies_all(rule)), None)
+    if end is not None:
+        yield from _behind(config, end, rules, keys)
     destinations = SiteIndex(list(owners.items()))
     everywhere = mask_of(rule.to is None for rule in rules[:above])
     looked_up: dict[tuple[SiteList, int], int] = {}
     done: set[str] = set()
-    for at, rule in enumerate(rules):
+    for at, rule in enumerate(rules if end is None else rules[: end + 1]):
         lifts_later = any(map(_lifts, rules[at + 1 :]))
         left = {
             1 << other: _left(earlier, rule)
@@ -94,6 +99,24 @@ def covered_rules(config: Config) -> Iterator[Fault]:
         elif rule.complement:
             # Of allow_sites the first part, which denies what it has not. It decides, whatever becomes of the other.
             done.add(keys[at])
+
+
+def _denies_all(rule: Rule) -> bool:
+    return not rule.allow and all(each is None for each in (rule.clients, rule.users, rule.to, rule.ports))
+
+
+def _behind(config: Config, at: int, rules: Sequence[Rule], keys: Sequence[str]) -> Iterator[Fault]:
+    """What is to be said of a rule that denies everything."""
+    name = config.rule[at].name
+    value = show(name) if name else ""
+    if not any(rule.allow for rule in rules[:at]):
+        yield Fault(f"rule[{at}]", value, "denies every request: expected rules above that allow some")
+    elif behind := list(dict.fromkeys(key.partition("[")[0] for key in keys[at + 1 :])):
+        count = len(config.rule) - 1 - at
+        said = [counted(count, "rule")] if count else []
+        said += [key for key in behind if key != "rule"]
+        never = f"denies everything, so {' and '.join(said)} behind it never decide: move it down"
+        yield Fault(f"rule[{at}]", value, never)
 
 
 def _named(at: int, name: str | None, line: int | None) -> str:

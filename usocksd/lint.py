@@ -196,6 +196,12 @@ def _ports(ports: Sequence[int]) -> Iterator[Fault]:
 
 def _users(config: Config) -> Iterator[Fault]:
     path = config.auth.users_file
+    if path is not None and config.auth.required:
+        with contextlib.suppress(ConfigError):  # which is a fault of its own
+            if not Users(path).names:
+                yield Fault(
+                    "auth.users_file", show(str(path)), "has no users, so nobody is let in: htpasswd -B adds one"
+                )
     if path is not None and readable_by_all(path):
         yield Fault(
             "auth.users_file",

@@ -11,6 +11,7 @@ import dns.rrset
 
 from usocksd.config import Config
 from usocksd.proxy_protocol import LOCAL_HEADER, header
+from usocksd.runtime.formats import Logfmt, Plain, Severity
 from usocksd.runtime.processes.plan import make_plan
 
 _HELLOS = Path(__file__).parents[1] / "transocks" / "data"
@@ -78,6 +79,12 @@ _RECORD = (
     '"dest_addr":"203.0.113.5:443","dest_name":null,"user":"ci","candidates":["203.0.113.5","2001:db8::1 (denied)"]}'
 )
 
+_FIELDS = {
+    key: value
+    for key, value in json.loads(_RECORD).items()
+    if key not in ("topic", "logged_at", "severity", "utsname", "message")
+}
+
 _HOSTS = [
     "www.Example.com.", "bücher.example", "127.1", "0x7f.1", "2130706433", "0177.0.0.1", "[::1]", "fe80::1%eth0",
     "::ffff:127.0.0.1", "2001:0:4136:e378:8000:63bf:3fff:fdd2", "xn--bcher-kva.example", "\uff11\uff12\uff17.0.0.1", "a\u3002b", "_x._y.z",
@@ -110,7 +117,11 @@ SEEDS: dict[str, list[bytes]] = {
     "site": [
         each.encode() for each in ("", ".example.com", "10.0.0.0/8", "2001:db8::/32", "::ffff:10.0.0.0/104", *_HOSTS)
     ],
-    "record": [_RECORD.encode(), _RECORD.replace("proxy starts", "ruleset mismatch").encode()],
+    "record": [
+        _RECORD.encode(),
+        _RECORD.replace("proxy starts", "ruleset mismatch").encode(),
+        *(kind("usocksd", "h").format(0.0, Severity.INFO, "proxy starts", _FIELDS) for kind in (Plain, Logfmt)),
+    ],
     "judged": [b"\x05\x01\x00\x03%c%b\x00\x50" % (len(each.encode()), each.encode()) for each in _HOSTS]
     + [b"\x05\x01\x00\x01\x7f\x00\x00\x01\x00\x50", b"\x05\x01\x00\x04" + bytes(16) + b"\x00\x50"],
     "dns_answer": _answers(),

@@ -201,7 +201,7 @@ def test_an_open_proxy(incoming: str, open_proxy: bool, tmp_path: Path) -> None:
     assert ("an open proxy" in text(f"[incoming]\n{incoming}")) == open_proxy
     users = tmp_path / "users"
     users.touch(0o600)
-    assert "proxy" not in text(f'[incoming]\n{incoming}\n[auth]\nusers_file = "{users}"')
+    assert "an open proxy" not in text(f'[incoming]\n{incoming}\n[auth]\nusers_file = "{users}"')
     optional = text(f'[incoming]\n{incoming}\n[auth]\nusers_file = "{users}"\nrequired = false')
     assert ("an open proxy" in optional) == open_proxy
 
@@ -283,6 +283,8 @@ def test_who_may_read_the_users(tmp_path: Path) -> None:
     users.touch()
     toml = f'[auth]\nusers_file = "{users}"'
     users.chmod(0o640)
+    assert found(toml) == [("auth.users_file", f'"{users}"')]  # it has none
+    users.write_text("bob:$2y$05$" + "a" * 53 + "\n")
     assert found(toml) == []
     users.chmod(0o644)
     assert found(toml) == [("auth.users_file", f'"{users}"')]
@@ -511,11 +513,11 @@ ALLOW, DENY = 'action = "allow"\n', 'action = "deny"\n'
     ("rules", "said"),
     [
         ([ALLOW, DENY], ["[1] by 0"]),
-        ([DENY, ALLOW + 'to = ["127.0.0.1"]'], ["[1] by 0"]),
+        ([DENY + "ports = [443]", DENY + 'to = ["127.0.0.1"]\nports = [443]'], ["[1] by 0"]),
         ([ALLOW, ALLOW + 'to = ["127.0.0.1"]'], []),  # lifts the protection
         ([ALLOW + 'to = ["127.0.0.0/8"]', ALLOW + 'to = ["127.0.0.1"]'], ["[1] by 0"]),
         # Without the second, the third would lift it.
-        ([ALLOW, DENY, ALLOW + 'to = ["127.0.0.1"]'], ["[2] by 1"]),
+        ([ALLOW, DENY + 'to = ["0.0.0.0/0"]', ALLOW + 'to = ["127.0.0.1"]'], ["[2] by 1"]),
         ([ALLOW + 'to = [".a"]', DENY + 'to = ["x.a", ".y.a"]'], ["[1] by 0"]),
         ([ALLOW + 'to = [".a"]', DENY + 'to = ["x.a", "a"]'], []),
         ([DENY + 'to = ["10.0.0.0/9", "10.128.0.0/9"]', DENY + 'to = ["10.0.0.0/8"]'], ["[1] by 0"]),
@@ -526,7 +528,7 @@ ALLOW, DENY = 'action = "allow"\n', 'action = "deny"\n'
         ([DENY + 'user = ["ci", "bob"]', DENY + 'user = ["ci"]'], ["[1] by 0"]),
         ([DENY + 'ports = ["1-20", "21-30"]', DENY + 'ports = ["15-25"]'], ["[1] by 0"]),
         ([DENY + 'ports = ["1-20"]', DENY + 'ports = ["15-25"]'], []),
-        ([DENY + "ports = [1]", DENY, DENY + "ports = [2]"], ["[2] by 1"]),
+        ([DENY + "ports = [1]", DENY + 'from = ["::/0"]', DENY + 'from = ["::1"]\nports = [2]'], ["[2] by 1"]),
     ],
 )
 def test_rules_that_one_above_covers(rules: list[str], said: list[str]) -> None:
@@ -535,7 +537,6 @@ def test_rules_that_one_above_covers(rules: list[str], said: list[str]) -> None:
 
 def test_lists_that_a_rule_above_covers() -> None:
     lists = '[outgoing]\nallow_sites = ["a"]\ndeny_sites = ["b"]\ndeny_ports = [25]\n'
-    assert covered(DENY, more=lists) == [f"outgoing.{key} by 0" for key in ("allow_sites", "deny_sites", "deny_ports")]
     assert covered(ALLOW + 'to = ["b"]', more=lists) == ["outgoing.deny_sites by 0"]
     # What it has not is denied by the list, and by nothing else.
     assert covered(ALLOW + 'to = ["a"]', more=lists) == []
@@ -545,7 +546,11 @@ def test_lists_that_a_rule_above_covers() -> None:
 @pytest.mark.parametrize(
     ("above", "rule", "said"),
     [
-        (DENY, ALLOW, "never decides, since {} has all of it: remove it, or move it up"),
+        (
+            DENY + "ports = [1]",
+            ALLOW + "ports = [1]",
+            "never decides, since {} has all of it: remove it, or move it up",
+        ),
         (ALLOW, ALLOW, "never decides, since {} has all of it: remove it, or move it up"),
         (
             ALLOW,
@@ -573,6 +578,31 @@ def test_lists_that_a_rule_above_covers() -> None:
 def test_what_a_rule_above_leaves(above: str, rule: str, said: str) -> None:
     (fault,) = lint(parse(Config, f'[[rule]]\nname = "top"\n{above}\n[[rule]]\n{rule}\n', ""))
     assert fault.expected == said.format('rule 1 "top" above')
+
+
+@pytest.mark.parametrize(
+    ("rules", "said"),
+    [
+        ([DENY], "rule 1: denies every request: expected rules above that allow some"),
+        ([DENY + 'to = ["a"]', DENY, ALLOW], "rule 2: denies every request: expected rules above that allow some"),
+        (
+            [ALLOW + 'to = ["a"]', 'name = "all the rest"\n' + DENY, *([ALLOW + "ports = [80]"] * 50)],
+            'rule 2: "all the rest": denies everything, so 50 rules behind it never decide: move it down',
+        ),
+    ],
+)
+def test_a_rule_that_denies_everything_is_told_once(rules: list[str], said: str) -> None:
+    toml = "".join(f"[[rule]]\n{rule}\n" for rule in rules)
+    assert [str(fault) for fault in lint(parse(Config, toml, ""))] == [said]
+    # Where it belongs nothing is said of it.
+    assert found("".join(f"[[rule]]\n{rule}\n" for rule in (ALLOW + 'to = ["a"]', DENY))) == []
+
+
+def test_lists_behind_a_rule_that_denies_everything() -> None:
+    lists = '[outgoing]\nallow_sites = ["a"]\ndeny_ports = [25]\n'
+    faults = [str(fault) for fault in lint(parse(Config, f'[[rule]]\n{ALLOW}to = ["b"]\n[[rule]]\n{DENY}{lists}', ""))]
+    never = "outgoing.allow_sites and outgoing.deny_ports behind it never decide"
+    assert faults == [f"rule 2: denies everything, so {never}: move it down"]
 
 
 def test_a_long_list_in_many_rules_is_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,8 @@ def add_parser(
 def _examine(config: Config, source: str | None) -> check.Examined:
     # Not for the command lines of other verbs: trio and what it needs take a tenth of a second to load.
     from usocksd.auth import Users  # noqa: PLC0415
+    from usocksd.commands.parts import policy_of  # noqa: PLC0415
+    from usocksd.everyone import notes  # noqa: PLC0415
     from usocksd.lint import lint  # noqa: PLC0415
 
     error = None
@@ -27,4 +29,4 @@ def _examine(config: Config, source: str | None) -> check.Examined:
             Users(config.auth.users_file)
         except ConfigError as exc:
             error = exc
-    return check.Examined(config.common(), lint(config, source), error)
+    return check.Examined(config.common(), lint(config, source), error, notes(config, lambda: policy_of(config)))

@@ -34,6 +34,11 @@ def make_policy(config: Config, users: Users | None, is_local: Callable[[IPAddre
     )
 
 
+def policy_of(config: Config) -> Policy:
+    """The same for one look, on this host as it is now. Raises ConfigError for a bad file of users."""
+    return make_policy(config, make_users(config), HostAddresses().is_local)
+
+
 def make_egress(config: Config, hosts: HostAddresses, metrics: Metrics) -> tuple[EgressPools, Listings]:
     """The pools, and what can be left from."""
     configured = config.pools()

@@ -7,9 +7,10 @@ import logging
 from usocksd import __version__
 from usocksd.access_log import AccessLog
 from usocksd.addresses import HostAddresses
-from usocksd.commands.parts import make_egress, make_policy, make_users
+from usocksd.commands.parts import make_egress, make_policy, make_users, policy_of
 from usocksd.config import Config
 from usocksd.dnsbl import Lookups
+from usocksd.everyone import notes
 from usocksd.explain import Explainer
 from usocksd.lint import warnings
 from usocksd.proxied import ProxiedListener
@@ -26,7 +27,8 @@ log = logging.getLogger(__name__)
 
 def plan(config: Config) -> Plan:
     """What the master needs to know."""
-    return make_plan(config.common(), version=__version__, warnings=warnings(config))
+    said = [note.at(config.lines.source) for note in notes(config, lambda: policy_of(config))]
+    return make_plan(config.common(), version=__version__, warnings=[*warnings(config), *said])
 
 
 def build(config: Config, parts: Parts) -> Built:

@@ -32,13 +32,14 @@ Check a configuration on this host, as this user, without touching anything: eve
 every warning (it would not do all that the file says, or more than anybody can have meant), and the settings as they
 will be, defaults included. Passwords are never shown.
 
-Faults and warnings go to stderr, one a line, in the form that compilers use and editors know:
+Faults, warnings and notes go to stderr, one a line, in the form that compilers use and editors know:
     FILE:LINE: error: KEY: VALUE: what is expected
     FILE:LINE: warning: KEY: VALUE: what is wrong with it: what would be right
+    FILE:LINE: note: KEY: VALUE: what it does to everybody, and may be meant
     FILE:LINE:COLUMN: error: what is not TOML
 LINE is 1 where the file does not have the key. The settings go to stdout. With --json all goes to stdout: an object
-with "file", "ok", "faults" and "warnings" (lists of "file", "line", "column", "key", "value" and "expected"), and
-"settings" (null when there are faults).
+with "file", "ok", "faults", "warnings" and "notes" (lists of "file", "line", "column", "key", "value" and
+"expected"), and "settings" (null when there are faults).
 
 Exit status: 0 if there are no faults, and with --strict no warnings; else 1; 2 for a wrong command line."""
 
@@ -51,6 +52,8 @@ class Examined:
     warnings: Sequence[Fault]
     error: ConfigError | None = None
     """faults of other files that belong to it"""
+    notes: Sequence[Fault] = ()
+    """what it does to everybody, and may be meant"""
 
 
 @attrs.frozen
@@ -111,6 +114,7 @@ def _run(daemon: Checked[Any], args: argparse.Namespace) -> int:
     file = path or daemon.default
     faults: list[Finding] = []
     warnings: list[Finding] = []
+    notes: list[Finding] = []
     settings: dict[str, object] | None = None
     try:
         if path is None and not daemon.required and not Path(file).exists():
@@ -123,6 +127,7 @@ def _run(daemon: Checked[Any], args: argparse.Namespace) -> int:
         faults = _findings(error.source, error.faults)
     else:
         warnings += _findings(file, examined.warnings)
+        notes = _findings(file, examined.notes)
         if examined.error is None:
             settings = effective(examined.common)
         else:
@@ -130,9 +135,10 @@ def _run(daemon: Checked[Any], args: argparse.Namespace) -> int:
     ok = not faults and not (args.strict and warnings)
     if args.json:
         found = {"faults": [attrs.asdict(f) for f in faults], "warnings": [attrs.asdict(w) for w in warnings]}
+        found["notes"] = [attrs.asdict(note) for note in notes]
         print(json.dumps({"file": file, "ok": ok, **found, "settings": settings}, indent=2))
         return 0 if ok else 1
-    for severity, findings in (("error", faults), ("warning", warnings)):
+    for severity, findings in (("error", faults), ("warning", warnings), ("note", notes)):
         for finding in findings:
             print(f"{visible(finding.place)}: {severity}: {visible(finding)}", file=sys.stderr)
     if not args.quiet:

@@ -1,0 +1,104 @@
+"""What a configuration does to everybody, in numbers where there is a log: whoever locks all out is to hear of it.
+
+What is said here may be meant, so it is no warning.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from usocksd.config import Config
+from usocksd.errors import ConfigError, Fault
+from usocksd.policy import Policy
+from usocksd.records import Asked, Skipped, lines_of, read_record
+from usocksd.runtime.config import show
+from usocksd.runtime.words import counted
+
+_HTTPS = 443
+_TAIL = 1 << 21
+"""So many bytes of the log are read, from its end: 2,000 requests or so, in a tenth of a second."""
+
+
+def notes(config: Config, policy: Callable[[], Policy]) -> list[Fault]:
+    """Key, value and what it does. `policy` makes that of the configuration, and is called if there is a log to put to
+    it.
+    """
+    return config.lines.locate([*_clients(config), *_https(config), *_denied(config, policy)])
+
+
+def _clients(config: Config) -> Iterator[Fault]:
+    incoming = config.incoming
+    if incoming.allow_from is None or all(listen.address.is_loopback for listen in incoming.listen):
+        return
+    others = {network for network in incoming.allow_from if not network.is_loopback}
+    said = None
+    if not others:
+        said = "admits clients on this host only: all others are turned away"
+    elif len(others) == 1 and (only := next(iter(others))).num_addresses == 1:
+        said = f"admits one client only, {only.network_address}: all others are turned away"
+    if said is not None:
+        yield Fault("incoming.allow_from", show([str(network) for network in incoming.allow_from]), said)
+
+
+def _https(config: Config) -> Iterator[Fault]:
+    said = f"denies HTTPS (port {_HTTPS}) to everybody"
+    for at, rule in enumerate(config.rule):
+        if rule.action == "allow":  # whom or what it is for is for the log to tell
+            return
+        has = rule.ports is not None and any(first <= _HTTPS <= last for first, last in rule.ports)
+        if has and rule.from_ is None and rule.user is None and rule.to is None:
+            yield Fault(f"rule[{at}].ports", show(rule.name) if rule.name else "", said)
+            return
+    if _HTTPS in config.outgoing.deny_ports:
+        at = config.outgoing.deny_ports.index(_HTTPS)
+        yield Fault(f"outgoing.deny_ports[{at}]", str(_HTTPS), said)
+
+
+def _denied(config: Config, policy: Callable[[], Policy]) -> Iterator[Fault]:
+    """What was allowed by the log, and would be denied."""
+    path = config.log.filename
+    lines = [] if path is None else _tail(Path(path))
+    if not lines:
+        return
+    try:
+        judge = policy().judge
+    except ConfigError:  # which is said elsewhere
+        return
+    known: dict[Asked, str | None] = {}
+    requests, denied = 0, Counter[str]()
+    for line in lines:
+        record = read_record(line)
+        if isinstance(record, Skipped):
+            continue
+        requests += 1
+        if not record.allowed:
+            continue
+        if record.asked not in known:
+            outcome = judge(record.asked)
+            known[record.asked] = outcome.rule if outcome.allowed is False else None
+        if (rule := known[record.asked]) is not None:
+            denied[rule] += 1
+    if denied:
+        ((rule, most),) = denied.most_common(1)
+        by = f"by {rule}" if len(denied) == 1 else f"{most:,} of them by {rule}"
+        said = f"of the last {counted(requests, 'request')} {denied.total():,} were allowed and would be denied, {by}"
+        yield Fault("log.filename", show(str(path)), said)
+
+
+def _tail(path: Path) -> list[bytes]:
+    """The last lines of the log, none if it can't be read or is none: reading a FIFO would take records away."""
+    try:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                return []
+            start = max(status.st_size - _TAIL, 0)
+            file.seek(start)
+            lines = list(lines_of(file.readline))
+    except OSError:
+        return []
+    return lines[1:] if start else lines

@@ -134,7 +134,7 @@ def _measure(attack: Attack, tree: Path, seconds: float) -> list[Phase]:
         finally:
             subprocess.run(["pkill", "-KILL", "-s", str(attacker.pid)], check=False)
             attacker.join()
-        time.sleep(AFTERWARDS)
+        time.sleep(min(seconds, AFTERWARDS))
         _phase(phases[2], attack, port, session, min(seconds, 4.0))
         return phases
 

@@ -138,9 +138,10 @@ class State:
 
     def worked_now(self) -> None:
         """There is a tunnel through it: no probe says more."""
-        self.heard = now = self._clock()
         self.worked = True
-        if not self.up and self._set_up(now):
+        if not self.up:
+            self.heard = now = self._clock()
+            self._set_up(now)
             self.since = time.time()
             self.changed(self)
 

@@ -42,7 +42,7 @@ CONFIGURATIONS: dict[str, dict[str, object]] = {  # what differs from the sample
     "transocks": {"proxy_url": "socks5h://127.0.0.1:1080", "mark": 0x7473, "rules.mode": "host"},
 }
 PORTS = {"transocks": 1081, "usocksd": 1080}
-PATIENCE = 15.0  # seconds, for what takes milliseconds
+PATIENCE = 60.0  # seconds, for what takes milliseconds where the machine has nothing else to do
 
 if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
     BOLD, DIM, GOOD, BAD, PLAIN = "\033[1m", "\033[2m", "\033[32m", "\033[31m", "\033[0m"
@@ -152,7 +152,7 @@ class Demo:
         # Somebody's proxy settings and .curlrc have no place in here.
         environment = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
         done = self.net.client.run(
-            "curl", "-q", "-sS", "-i", "--max-time", "10", "-w", r"\n%{http_code}", *fetch.arguments,
+            "curl", "-q", "-sS", "-i", "--max-time", "30", "-w", r"\n%{http_code}", *fetch.arguments,
             check=False, env=environment,
         )  # fmt: skip
         page, _, fetch.code = done.stdout.rpartition("\n")

@@ -188,7 +188,9 @@ class NameQuery:
         ours = [(self._name, kind, dns.rdataclass.IN)]
         return message if [(each.name, each.rdtype, each.rdclass) for each in message.question] == ours else None
 
-    def _heard(self, conversation: _Conversation, kind: Kind, message: dns.message.Message) -> None:
+    def _heard(
+        self, conversation: _Conversation, kind: Kind, message: dns.message.Message, *, over_tcp: bool = False
+    ) -> None:
         server, rcode = conversation.server, message.rcode()
         if rcode in _NO_EDNS:
             if kind not in conversation.plain:
@@ -197,8 +199,11 @@ class NameQuery:
                     return
         elif kind in conversation.plain:
             server.takes_edns = False
-        if message.flags & dns.flags.TC and not conversation.over_tcp(kind):
-            self._nursery.start_soon(self._ask_over_tcp, conversation, kind)
+        if message.flags & dns.flags.TC and not over_tcp:
+            # (Once: it is truncated each time that it is asked for again.)
+            if kind not in conversation.over_tcp:
+                conversation.over_tcp.add(kind)
+                self._nursery.start_soon(self._ask_over_tcp, conversation, kind)
             return
         try:
             found = _found(message)
@@ -226,7 +231,7 @@ class NameQuery:
             if message is None:
                 self._fail(conversation, kind)
             else:
-                self._heard(conversation, kind, message)
+                self._heard(conversation, kind, message, over_tcp=True)
 
     def _fail(self, conversation: _Conversation, *kinds: Kind) -> None:
         """Of these nothing is to be had from that server: the next one is asked at once."""
@@ -253,9 +258,10 @@ class _Conversation:
         """By the id of the query."""
         self.plain: set[Kind] = set()
         """Asked without EDNS, since the server did not like it."""
+        self.over_tcp: set[Kind] = set()
+        """Asked over TCP, since the answer did not fit."""
         self.failed: set[Kind] = set()
         self._name = name.to_wire()
-        self._over_tcp: set[Kind] = set()
         self._since = trio.current_time()
         self.sock: socket.socket | None = None
         with contextlib.suppress(OSError):
@@ -284,12 +290,6 @@ class _Conversation:
         wire = _HEADER.pack(ident, dns.flags.RD, 1, 0, 0, int(edns)) + self._name
         wire += _QUESTION.pack(kind, dns.rdataclass.IN)
         return wire + _OPT.pack(0, dns.rdatatype.OPT, _EDNS_PAYLOAD, 0, 0) if edns else wire
-
-    def over_tcp(self, kind: Kind) -> bool:
-        """Whether it has been asked for over TCP already; it is from now on."""
-        known = kind in self._over_tcp
-        self._over_tcp.add(kind)
-        return known
 
     def close(self) -> None:
         """Nobody waits for its answers any more."""

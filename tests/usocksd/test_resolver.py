@@ -785,6 +785,27 @@ async def test_truncated_answers_are_asked_for_again_over_tcp(place: Place, star
     assert server.over_tcp == 2
 
 
+async def test_a_truncated_answer_that_comes_again_is_none(
+    place: Place, start: Start, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is asked for over TCP, where nothing comes back, and once more over UDP meanwhile."""
+
+    def answer(query: dns.message.Message) -> list[dns.message.Message]:
+        reply = dns.message.make_response(query)
+        reply.flags |= dns.flags.TC
+        return [reply]
+
+    server = await start(answer)
+
+    async def never(*_: object) -> None:
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(trio.SocketStream, "receive_some", never)
+    resolver = await place.resolver(server.endpoint, lifetime=4.0)
+    assert await cause_of_failure(resolver, "big.test") == "timed out"
+    assert server.asked["big.test", "A"] > 1
+
+
 @pytest.mark.parametrize("truth_follows", [True, False])
 async def test_lies_about_the_question_are_not_believed(place: Place, start: Start, truth_follows: bool) -> None:
     truth = records({"www.test": ["192.0.2.1", "2001:db8::1"]})

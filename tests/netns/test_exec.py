@@ -19,6 +19,7 @@ from typing import Any
 
 import lab
 import pytest
+from daemons import wait_until
 from scene import ONLY_PATH
 
 # Connects, tells its own port and user, and what it was told; then waits for a line, if asked to.
@@ -176,6 +177,35 @@ def test_what_changes_its_group_is_held(trial: Trial, hold: str) -> None:
         assert uid == "65534"
         assert (int(port) == there) == (hold == "group")
         assert ("what changes its group (su, sudo, setpriv) connects directly" in err) == (hold == "group")
+
+
+# Makes a cgroup below its own, leaves a process in there, and tells where its own is.
+NESTING = """
+import os, signal
+path = open("/proc/self/cgroup").read().rpartition("0::")[2].strip()
+mounts = [line.split()[1] for line in open("/proc/self/mounts") if line.split()[2] == "cgroup2"]
+folder = next((mount + path for mount in mounts if "transocks_exec_" in path and os.path.isdir(mount + path)), "")
+if folder:
+    os.mkdir(f"{folder}/below")
+    if os.fork() == 0:
+        open(f"{folder}/below/cgroup.procs", "w").write("0")
+        signal.pause()
+print(folder)
+"""
+
+
+def test_no_cgroup_is_left(trial: Trial) -> None:
+    process = trial.start(sys.executable, "-c", NESTING)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    folder = process.stdout.readline().strip()
+    if folder:
+        assert "and left behind: " in process.stderr.readline()
+    process.kill()
+    process.communicate(timeout=10)
+    if not folder:
+        pytest.skip("no cgroup of version 2 here")
+    wait_until(lambda: not os.path.exists(folder), lambda: f"{folder} is gone")
 
 
 def test_what_is_left_behind_is_held_until_it_ends(trial: Trial, hold: str) -> None:

@@ -97,14 +97,15 @@ def _members(folder: str) -> set[int]:
 def end(folder: str) -> None:
     """Kill what is in there, and remove it."""
     deadline = time.monotonic() + _WITHIN
-    while (left := _members(folder)) and time.monotonic() < deadline:
-        for pid in left:
+    while os.path.exists(folder) and time.monotonic() < deadline:
+        for pid in _members(folder):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        time.sleep(_EVERY)
-    for at, _, _ in os.walk(folder, topdown=False):
-        with contextlib.suppress(OSError):
-            os.rmdir(at)
+        for at, _, _ in os.walk(folder, topdown=False):
+            with contextlib.suppress(OSError):  # busy, while there is one in it that is about to end
+                os.rmdir(at)
+        if os.path.exists(folder):
+            time.sleep(_EVERY)
 
 
 def make(name: str, number: int) -> Iterator[Cgroup]:

@@ -106,8 +106,9 @@ async def _work(daemon: Daemon[Any], channel: Channel) -> None:
         sink = setup(daemon.name, **order["log"])
     except OSError as error:
         raise Error(f"can't open the log file {order['log']['filename']}: {error.strerror}") from None
+    worker = Worker(daemon, channel, sink, order, fds)
     try:
-        await Worker(daemon, channel, sink, order, fds).run(config, files)
+        await worker.run(config, files)
     except Error:
         raise
     except Exception:
@@ -115,6 +116,7 @@ async def _work(daemon: Daemon[Any], channel: Channel) -> None:
         raise
     finally:
         sink.close()
+    await worker.report_end()
 
 
 def _brief(error: BaseException) -> str:
@@ -179,6 +181,7 @@ class Worker:
         """What the master is to hear next: a value to "share", or one to "refuse". Only the latest counts."""
         self._newsworthy = trio.Event()
         self._keeping = trio.CancelScope()
+        self._vitals: Vitals | None = None
 
     async def run(self, config: Any, files: NamedFiles) -> None:
         """Serve until told to drain, or the master is gone, and then until the connections are. `files` are those that
@@ -228,15 +231,19 @@ class Worker:
                         keepalive=built.keepalive,
                     )
                     base.start_soon(self._service.keep_alive)
-                    self._vitals = Vitals(self._service, self._metrics, self._sink, self._limit)
+                    vitals = self._vitals = Vitals(self._service, self._metrics, self._sink, self._limit)
                     settle_memory()
                     ready = {"version": __version__, "handover": HANDOVER, "verbs": list(built.verbs)}
                     await self._send({"type": "ready", **ready})
-                    base.start_soon(self._report)
+                    base.start_soon(self._report, vitals)
                     base.start_soon(self._send_news)
                     sessions.start_soon(self._obey)
-                await self._send(self._vitals.alive(last=True) | {"type": "ended"})
                 base.cancel_scope.cancel()
+
+    async def report_end(self) -> None:
+        """Its last figures. The log has been closed, and knows what could not be written."""
+        if self._vitals is not None:
+            await self._send(self._vitals.alive(last=True) | {"type": "ended"})
 
     async def _obey(self) -> None:
         """What the master says. An order that can't be followed, of another version, say, is logged and left out."""
@@ -348,9 +355,9 @@ class Worker:
             answer = {"error": "internal error"}
         await self._send({"type": "answer", "id": number, "rows": [answer], "last": True})
 
-    async def _report(self) -> None:
+    async def _report(self, vitals: Vitals) -> None:
         while True:
-            await self._send(self._vitals.alive() | {"type": "alive"})
+            await self._send(vitals.alive() | {"type": "alive"})
             await trio.sleep(HEARTBEAT)
 
     async def _answer(self, question: str, number: int) -> None:
@@ -369,6 +376,7 @@ class Worker:
     def _rows(self, question: str) -> Iterator[Any]:
         match question:
             case "measure":
+                assert self._vitals is not None
                 yield self._vitals.measure()
             case "status":
                 yield self._built.status()

@@ -449,3 +449,13 @@ def test_a_worker_that_dies_during_a_reload(tmp_path: Path) -> None:
         assert {row["state"] for row in tiny.rows()} == {"serving"}
         with load(tiny.port):
             pass
+
+
+def test_what_a_drained_worker_could_not_write_is_counted(tmp_path: Path) -> None:
+    """The disk is full: its last records are lost, and the status says so."""
+    with Tiny(tmp_path, log={"filename": "/dev/full"}) as tiny:
+        wait_until((tmp_path / "control").exists, "it runs")
+        wait_until(lambda: tiny.ask("status")["log"]["failing"] == "No space left on device", "it says why")
+        assert tiny.ask("status")["log"]["dropped"] == 0
+        assert tiny.ask("reload")["ok"]
+        wait_until(lambda: tiny.ask("status")["log"]["dropped"], "what was lost is counted")

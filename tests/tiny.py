@@ -222,9 +222,9 @@ class Tiny(Log):
         """The workers, by status."""
         return [row for generation in self.ask("status")["generations"] for row in generation["workers"]]
 
-    def metrics(self, port: int) -> dict[str, float]:
+    def metrics(self, port: int, host: str = "127.0.0.1") -> dict[str, float]:
         """What the metrics endpoint says."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE) as answer:
+        with urllib.request.urlopen(f"http://{host}:{port}/metrics", timeout=PATIENCE) as answer:
             lines = answer.read().decode().splitlines()
         return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
 

@@ -63,6 +63,7 @@ from usocksd.runtime.settings import (
     LimitsConfig,
     ListenAddress,
     ListenIP,
+    ListenIPs,
     ListenPort,
     LogConfig,
     ReadableFile,
@@ -87,7 +88,7 @@ class Config:
     ports: tuple[ListenPort, ...] = (0,)
     metrics_port: ListenPort | None = None
     metrics_default: ListenPort = 0
-    metrics_address: ListenIP = LOCALHOST[0]
+    metrics_address: ListenIPs = LOCALHOST[:1]
     warning: Annotated[str, text(str, "a text")] = ""
     file: ReadableFile | None = None
 
@@ -100,7 +101,7 @@ def plan(config: Config) -> Plan:
         metrics_prefix="",
         metrics_port=config.metrics_port,
         metrics_default=config.metrics_default,
-        metrics_address=config.metrics_address,
+        metrics_addresses=config.metrics_address,
         mark_key="mark",
         mark=None,
         log=config.log,

@@ -25,7 +25,7 @@ from usocksd.runtime.settings import (
     IPAddress,
     LimitsConfig,
     ListenAddress,
-    ListenIP,
+    ListenIPs,
     ListenPort,
     LogConfig,
     Mark,
@@ -191,7 +191,7 @@ class Config(Located):
     limits: LimitsConfig = attrs.field(factory=LimitsConfig)
     metrics_port: ListenPort | None = None
     """None: 1083 if nobody else has it; 0: no metrics endpoint"""
-    metrics_address: ListenIP = LOCALHOST[0]
+    metrics_address: ListenIPs = LOCALHOST[:1]
     workers: Workers | None = None
     """None: one for each CPU that this process may use"""
     control: SocketPath = "/run/transocks/control.sock"
@@ -253,7 +253,7 @@ class Config(Located):
             metrics_prefix="",
             metrics_port=self.metrics_port,
             metrics_default=1083,
-            metrics_address=self.metrics_address,
+            metrics_addresses=self.metrics_address,
             mark_key="mark",
             mark=self.mark,
             log=self.log,

@@ -38,6 +38,7 @@ from usocksd.runtime.settings import (
     LimitsConfig,
     ListenAddress,
     ListenIP,
+    ListenIPs,
     ListenPort,
     LogConfig,
     Mark,
@@ -144,7 +145,7 @@ class Incoming:
     port: ListenPort = 1080
     metrics_port: ListenPort | None = None
     """None: 1082 if nobody else has it; 0: no metrics endpoint"""
-    metrics_address: ListenIP = LOCALHOST[0]
+    metrics_address: ListenIPs = LOCALHOST[:1]
     addresses: Annotated[tuple[ListenIP, ...], Distinct(check_distinct_address)] | None = attrs.field(
         default=None, converter=none_if_empty
     )
@@ -353,7 +354,7 @@ class Config(Located):
             metrics_prefix="incoming.",
             metrics_port=incoming.metrics_port,
             metrics_default=1082,
-            metrics_address=incoming.metrics_address,
+            metrics_addresses=incoming.metrics_address,
             mark_key="outgoing.mark",
             mark=self.outgoing.mark,
             log=self.log,

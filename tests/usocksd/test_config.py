@@ -31,7 +31,7 @@ def test_defaults() -> None:
     assert config == Config()
     assert config.incoming.port == 1080
     assert config.incoming.metrics_port is None
-    assert str(config.incoming.metrics_address) == "127.0.0.1"
+    assert list(map(str, config.incoming.metrics_address)) == ["127.0.0.1"]
     assert config.incoming.addresses is None
     assert config.incoming.allow_from is None
     assert config.outgoing.addresses == ()

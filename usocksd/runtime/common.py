@@ -21,7 +21,7 @@ class Common:
     metrics_port: int | None
     metrics_default: int
     """the port if `metrics_port` is None"""
-    metrics_address: IPAddress
+    metrics_addresses: tuple[IPAddress, ...]
     mark_key: str
     mark: int | None
     log: LogConfig

@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from io import BytesIO
@@ -62,20 +62,28 @@ class _Client:
 
 
 class Exporter:
-    """Serves /metrics and /healthz over HTTP on a listening socket until it is closed."""
+    """Serves /metrics and /healthz over HTTP on listening sockets until it is closed."""
 
-    def __init__(self, listener: socket.socket, collect: Callable[[], Snapshot], health: Callable[[], str]) -> None:
-        """`listener` is the exporter's from now on, until it is closed with it.
+    def __init__(
+        self,
+        listener: socket.socket,
+        collect: Callable[[], Snapshot],
+        health: Callable[[], str],
+        others: Sequence[socket.socket] = (),
+    ) -> None:
+        """`listener` and `others` are the exporter's from now on, until they are closed with it.
 
         Both functions are called in the exporter's thread, and may go through trio.from_thread. `collect` gives the
         sum of all processes; `health` one word, and everything but READY is an HTTP error (503), so that a load
         balancer looks elsewhere.
         """
         self.address: tuple[str, int] = listener.getsockname()[:2]
+        self.addresses: list[tuple[str, int]] = [each.getsockname()[:2] for each in (listener, *others)]
         self.collect = collect
         self.health = health
-        listener.setblocking(False)
-        self._listener = listener
+        self._listeners = [listener, *others]
+        for each in self._listeners:
+            each.setblocking(False)
         self._waker, self._woken = socket.socketpair()
         self._closing = False
         self._clients: dict[_Client, None] = {}
@@ -85,22 +93,24 @@ class Exporter:
         self._selector = selectors.DefaultSelector()
         threading.Thread(target=self._run, name="metrics", daemon=True).start()
 
-    def fileno(self) -> int:
-        """The listening socket's descriptor."""
-        return self._listener.fileno()
+    def filenos(self) -> list[int]:
+        """The descriptors of the listening sockets."""
+        return [listener.fileno() for listener in self._listeners]
 
     def close(self) -> None:
         """Accept no more; who has asked already gets its answer."""
         # The thread is not waited for: it may be about to ask the thread that calls this.
         self._closing = True
-        self._listener.close()
+        for listener in self._listeners:
+            listener.close()
         self._waker.close()
 
     def _run(self) -> None:
         with self._selector as selector, self._woken:
             selector.register(self._woken, selectors.EVENT_READ)
             with contextlib.suppress(ValueError, KeyError):  # closed already
-                selector.register(self._listener, selectors.EVENT_READ)
+                for listener in self._listeners:
+                    selector.register(listener, selectors.EVENT_READ)
             while not self._closing:
                 self._turn()
             selector.unregister(self._woken)
@@ -118,8 +128,8 @@ class Exporter:
         for key, _ in self._selector.select(0.0 if self._waiting else wait):
             if isinstance(key.data, _Client):
                 self._go_on(key.data)
-            elif key.fileobj is self._listener and not self._closing:
-                self._accept()
+            elif isinstance(key.fileobj, socket.socket) and key.fileobj in self._listeners and not self._closing:
+                self._accept(key.fileobj)
         now = time.monotonic()
         for client in [client for client in self._clients if client.until <= now]:
             self._drop(client)
@@ -129,10 +139,10 @@ class Exporter:
             if client in self._clients:
                 self._answer(client, bodies)
 
-    def _accept(self) -> None:
+    def _accept(self, listener: socket.socket) -> None:
         for _ in range(_MOST_CLIENTS):
             try:
-                self._admit(*self._listener.accept())
+                self._admit(*listener.accept())
             except BlockingIOError:
                 return
             except OSError as error:

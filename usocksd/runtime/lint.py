@@ -113,11 +113,18 @@ def _address(key: str, address: IPAddress, host: Host) -> Iterator[Fault]:
 
 def _metrics(common: Common, host: Host) -> Iterator[Fault]:
     port_key, key = f"{common.metrics_prefix}metrics_port", f"{common.metrics_prefix}metrics_address"
-    port, address = common.metrics_port, common.metrics_address
+    port, addresses = common.metrics_port, common.metrics_addresses
     if port == 0:
-        if address != LOCALHOST[0]:
-            yield Fault(key, str(address), "not used, since metrics_port is 0: remove it, or set a port")
+        if addresses != LOCALHOST[:1]:
+            shown = ", ".join(map(str, addresses))
+            yield Fault(key, shown, "not used, since metrics_port is 0: remove it, or set a port")
         return
+    for address in addresses:
+        yield from _metrics_at(address, key, port_key, common, host)
+
+
+def _metrics_at(address: IPAddress, key: str, port_key: str, common: Common, host: Host) -> Iterator[Fault]:
+    port = common.metrics_port
     yield from _address(key, address, host)
     # A monitoring network of one's own is what the setting is for.
     if address.is_unspecified or (address.is_global and not getattr(address, "is_site_local", False)):

@@ -11,7 +11,7 @@ from typing import Annotated, TypeVar
 
 import attrs
 
-from usocksd.runtime.config import Invalid, Parser, loading
+from usocksd.runtime.config import Invalid, Parser, loading, show
 from usocksd.runtime.formats import FORMATS
 from usocksd.runtime.hostport import join_port
 from usocksd.runtime.keepalive import KEEPALIVE
@@ -151,6 +151,24 @@ def host_ip(value: str) -> IPAddress:
     return address
 
 
+def _listen_ips(value: object) -> tuple[IPAddress, ...]:
+    """One address, or several in a list."""
+    texts = value if isinstance(value, list) and value else [value]
+    found: list[IPAddress] = []
+    for index, text in enumerate(texts):
+        try:
+            if not isinstance(text, str):
+                raise ValueError
+            address = _listen_ip(text)
+            check_distinct_address(address, found)
+        except ValueError as error:
+            at = f"[{index}]" if isinstance(value, list) else ""
+            expected = error.expected if isinstance(error, Invalid) else "expected an IP address"
+            raise Invalid(expected, shown=show(text), at=at) from None
+        found.append(address)
+    return tuple(found)
+
+
 def _dns_server(value: str) -> SocketAddress:
     host, port = split_port(value)
     if port == 0:
@@ -208,6 +226,7 @@ KeepAliveSeconds = Annotated[int, integer(1, 32767)]
 """what TCP_KEEPIDLE takes, tcp(7)"""
 Mark = Annotated[int, integer(1, 2**32 - 1)]
 """SO_MARK of socket(7); not 0, which everybody's have: rules that exempt it would exempt everything."""
+ListenIPs = Annotated[tuple[IPAddress, ...], Parser(_listen_ips, "an IP address, or a list of them")]
 ListenIP = Annotated[IPAddress, text(_listen_ip, 'an IP address, as in "127.0.0.1" or "::1"')]
 DnsServer = Annotated[
     SocketAddress,

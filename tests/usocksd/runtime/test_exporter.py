@@ -338,7 +338,7 @@ def test_close_gives_the_port_back_at_once_and_finishes_what_was_asked() -> None
 def test_a_socket_may_be_handed_on() -> None:
     """What a master that executes a new version of itself does: a duplicate goes on listening, no client is refused."""
     first = Served()
-    fd = socket.socket(fileno=first.exporter.fileno())
+    fd = socket.socket(fileno=first.exporter.filenos()[0])
     duplicate = fd.dup()
     fd.detach()
     first.exporter.close()

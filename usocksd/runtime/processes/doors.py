@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -14,7 +15,7 @@ from usocksd.runtime.hostport import join_port
 from usocksd.runtime.listeners import ListenError, listen
 from usocksd.runtime.metrics import Snapshot
 from usocksd.runtime.processes.control import ControlError, ControlSocket, Handlers
-from usocksd.runtime.processes.plan import Metering
+from usocksd.runtime.processes.plan import Metering, make_metering
 from usocksd.runtime.processes.report import Report
 from usocksd.runtime.processes.slots import restore_socket
 
@@ -51,7 +52,8 @@ class Doors:
         """
         if metering is None:
             return None
-        if self._exporter is not None and self._metering is not None and metering[:2] == self._metering[:2]:
+        present = self._metering
+        if self._exporter is not None and present is not None and metering.where == present.where:
             return self._exporter
         try:
             return self._open_metrics(metering)
@@ -70,7 +72,7 @@ class Doors:
         """That configuration is in force; `control` is the path of its control socket."""
         old, self._exporter, self._metering = self._exporter, exporter, metering
         self.drop(old)
-        self._report.metrics_address = None if exporter is None else join_port(*exporter.address)
+        self._report.metrics_address = None if exporter is None else _where(exporter)
         if self._control is not None and self._control.path != control:
             self._control.close()  # whoever has asked for this reload there is answered
             self._control = None
@@ -93,13 +95,14 @@ class Doors:
 
     def filenos(self) -> list[int]:
         """Every descriptor."""
-        return [door.fileno() for door in (self._exporter, self._control) if door is not None]
+        metrics = [] if self._exporter is None else self._exporter.filenos()
+        return metrics if self._control is None else [*metrics, self._control.fileno()]
 
     def hand_over(self) -> dict[str, Any]:
         """What `take_over` needs in the program that this process is about to become; as JSON values."""
         control = self._control
         return {
-            "metrics": None if self._exporter is None else self._exporter.fileno(),
+            "metrics": None if self._exporter is None else self._exporter.filenos(),
             "metering": self._metering,
             "control": None if control is None else [control.path, control.fileno(), *control.inode],
             "control_path": self._control_path,
@@ -108,9 +111,10 @@ class Doors:
     def take_over(self, state: dict[str, Any]) -> None:
         """Go on with the doors of the program that this process was."""
         if state["metrics"] is not None:
-            self._exporter = self._export(restore_socket(state["metrics"]))
-            self._report.metrics_address = join_port(*self._exporter.address)
-        self._metering = None if state["metering"] is None else Metering(*state["metering"])
+            fds = state["metrics"]
+            self._exporter = self._export([restore_socket(fd) for fd in (fds if isinstance(fds, list) else [fds])])
+            self._report.metrics_address = _where(self._exporter)
+        self._metering = None if state["metering"] is None else make_metering(state["metering"])
         if state["control"] is not None:
             path, fd, *inode = state["control"]
             self._serve(ControlSocket(path, restore_socket(fd), (inode[0], inode[1])))
@@ -121,8 +125,19 @@ class Doors:
     def _open_metrics(self, metering: Metering) -> Exporter:
         if self._exporter is None or self._exporter.address[1] != metering.port:
             # As in slots.py: with SO_REUSEPORT alone, another instance's port would be shared unnoticed.
-            listen(metering.host, metering.port).close()
-        return self._export(listen(metering.host, metering.port, reuse_port=True))
+            for host in metering.hosts:
+                listen(host, metering.port).close()
+        sockets: list[socket.socket] = []
+        try:
+            for host in metering.hosts:
+                # Port 0 is of the kernel's choice, for the first.
+                port = metering.port or (sockets[0].getsockname()[1] if sockets else 0)
+                sockets.append(listen(host, port, reuse_port=True))
+        except ListenError:
+            for sock in sockets:
+                sock.close()
+            raise
+        return self._export(sockets)
 
     def _try_again(self) -> None:
         """Until every door is open, or another configuration is in force."""
@@ -148,20 +163,21 @@ class Doors:
         if self._metering is not None and self._exporter is None:
             with suppress(ListenError):
                 self._exporter = self._open_metrics(self._metering)
-                address = self._report.metrics_address = join_port(*self._exporter.address)
+                address = self._report.metrics_address = _where(self._exporter)
                 log.info("metrics endpoint is there now", extra={"fields": {"address": address}})
         if self._control_path is not None and self._control is None:
             with suppress(ControlError):
                 self._serve(ControlSocket.open(self._control_path, self._name))
                 log.info("control socket is there now", extra={"fields": {"path": self._control_path}})
 
-    def _export(self, sock: socket.socket) -> Exporter:
+    def _export(self, sockets: Sequence[socket.socket]) -> Exporter:
         token = trio.lowlevel.current_trio_token()
 
         def collect() -> Snapshot:
             return trio.from_thread.run_sync(self._report.collect, trio_token=token)
 
-        return Exporter(sock, collect, lambda: self._report.health)
+        first, *others = sockets
+        return Exporter(first, collect, lambda: self._report.health, others)
 
     def _serve(self, control: ControlSocket) -> None:
         self._control = control
@@ -172,3 +188,7 @@ class Doors:
                 await control.serve(self._handlers)
 
         self._nursery.start_soon(serve)
+
+
+def _where(exporter: Exporter) -> str:
+    return ", ".join(join_port(*address) for address in exporter.addresses)

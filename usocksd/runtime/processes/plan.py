@@ -52,6 +52,18 @@ class Metering(NamedTuple):
     host: str
     port: int
     required: bool
+    others: tuple[str, ...] = ()
+    """More hosts, with the same port"""
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """All of them."""
+        return (self.host, *self.others)
+
+    @property
+    def where(self) -> tuple[tuple[str, ...], int]:
+        """Where it is, whoever has asked for that."""
+        return self.hosts, self.port
 
 
 @attrs.frozen(kw_only=True)
@@ -92,10 +104,16 @@ class Plan:
         known |= {
             "listen": tuple(Address(*address[: len(Address._fields)]) for address in known["listen"]),
             "log": LogConfig(**_known(LogConfig, known["log"])),
-            "metrics": None if metrics is None else Metering(*metrics[: len(Metering._fields)]),
+            "metrics": None if metrics is None else make_metering(metrics),
             "warnings": tuple(known["warnings"]),
         }
         return cls(**known)
+
+
+def make_metering(values: Sequence[Any]) -> Metering:
+    """From JSON, of this version or another."""
+    host, port, required, *more = values
+    return Metering(host, port, required, tuple(more[0]) if more else ())
 
 
 def _known(cls: type[Any], values: dict[str, Any]) -> dict[str, Any]:
@@ -106,12 +124,13 @@ def make_plan(common: Common, *, version: str, warnings: Sequence[str]) -> Plan:
     """The plan of a configuration, read by this `version` of the program."""
     port = common.metrics_default if common.metrics_port is None else common.metrics_port
     required = common.metrics_port is not None
+    host, *others = map(str, common.metrics_addresses)
     return Plan(
         version=version,
         listen=tuple(Address(str(at.address), at.port, at.optional, at.transparent) for _, at in common.listen),
         workers=common.workers or usable_cpus(),
         log=common.log,
-        metrics=Metering(str(common.metrics_address), port, required) if port else None,
+        metrics=Metering(host, port, required, tuple(others)) if port else None,
         control=common.control_here,
         drain=common.timeouts.drain,
         stop=common.timeouts.stop,

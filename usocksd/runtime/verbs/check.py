@@ -164,7 +164,7 @@ def effective(common: Common) -> dict[str, object]:
     port = common.metrics_default if common.metrics_port is None else common.metrics_port
     return {
         "listen": [str(listen) for _, listen in common.listen],
-        "metrics": join_port(common.metrics_address, port) if port else None,
+        "metrics": [join_port(address, port) for address in common.metrics_addresses] if port else None,
         "metrics_if_port_is_free": common.metrics_port is None,
         "control": common.control_here,
         "workers": common.workers or host.cpus,

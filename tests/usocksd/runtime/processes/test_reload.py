@@ -283,6 +283,24 @@ def test_metrics_at_another_address(tmp_path: Path) -> None:
             assert tiny.metrics(port)["tiny_config_generation"] == number
 
 
+def test_metrics_at_several_addresses(tmp_path: Path) -> None:
+    port = free_port()
+    with Tiny(tmp_path, metrics_port=port, metrics_address=["127.0.0.1", "127.0.0.2"]).ready() as tiny:
+        assert tiny.ask("status")["metrics"] == f"127.0.0.1:{port}, 127.0.0.2:{port}"
+        for host in ("127.0.0.1", "127.0.0.2"):
+            assert tiny.metrics(port, host)["tiny_config_generation"] == 1
+        tiny.write(metrics_address="127.0.0.2")
+        assert tiny.ask("reload")["ok"]
+        assert tiny.metrics(port, "127.0.0.2")["tiny_config_generation"] == 2
+        with pytest.raises(OSError, match="refused"):
+            tiny.metrics(port)
+        # One that can't be had is a reason to stay.
+        tiny.expected |= {"reload failed", "nothing has changed: the configuration in force stays"}
+        tiny.write(metrics_address=["127.0.0.2", "192.0.2.1"])
+        assert "192.0.2.1" in tiny.ask("reload")["error"]
+        assert tiny.metrics(port, "127.0.0.2")["tiny_config_generation"] == 2
+
+
 def test_the_level_that_an_operator_sets(tmp_path: Path) -> None:
     """In every process, also in those that come later; until the next reload."""
     with Tiny(tmp_path, workers=2, log={"level": "error"}) as tiny:

@@ -838,10 +838,11 @@ def test_healthy_by_its_own_rules_beside_firewalld_and_kubernetes(
         assert net.proxy.run(sys.executable, "-m", "transocks", "rules", "verify", "-f", config).stdout.startswith("as")
 
 
-def test_rules_that_are_held(host_net: lab.Net, tmp_path: Path) -> None:
+@pytest.mark.parametrize("when_down", ["open", "closed"])
+def test_rules_that_are_held(host_net: lab.Net, tmp_path: Path, when_down: str) -> None:
     """They end within seconds unless `hold` goes on, which is no news while it does."""
     with standing(host_net, tmp_path) as config:
-        config.write_text(config.read_text() + '[rules]\nmode = "host"\n')
+        config.write_text(config.read_text() + f'[rules]\nmode = "host"\nwhen_down = "{when_down}"\n')
         hold = host_net.proxy.popen(
             sys.executable, "-m", "transocks", "rules", "hold", "-f", str(config), stdout=subprocess.PIPE, text=True
         )

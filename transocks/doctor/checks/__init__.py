@@ -2,7 +2,7 @@
 
 from transocks.doctor.checks.applied import applied
 from transocks.doctor.checks.greeting import upstreams
-from transocks.doctor.checks.kernel import original_destination, tools
+from transocks.doctor.checks.installed import tools
 from transocks.doctor.checks.limits import descriptors
 from transocks.doctor.checks.listening import listeners
 from transocks.doctor.checks.loops import loops
@@ -32,7 +32,6 @@ CHECKS: tuple[Check, ...] = (
     quic,
     conntrack,
     conntrack_timers,
-    original_destination,
     tools,
     descriptors,
     ports_in_time_wait,

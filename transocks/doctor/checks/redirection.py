@@ -104,16 +104,8 @@ def _of(one: Tried, seen: Seen, trials: Trials) -> Iterator[Finding]:
 
 def _passed(one: Tried, seen: Seen, trials: Trials) -> Finding:
     """Our rules have seen it, and let it go; or there are none."""
-    if one.wanted.mode is Mode.TPROXY:
-        address, port = one.end
-        listener = seen.listener(address, port)
-        if listener is None:
-            return _nobody(one)
-        if listener.transparent is False:
-            return fault(
-                "listeners", f"{one.name}: the socket on port {port} lacks IP_TRANSPARENT, and TPROXY passes it over",
-                "name the port in listen_tproxy",
-            )  # fmt: skip
+    if one.wanted.mode is Mode.TPROXY and (found := _no_listener(one, seen)) is not None:
+        return found
     if not one.fate.text:
         return _missing(seen, trials)
     to = join_port(one.sample.destination, one.sample.port)
@@ -124,14 +116,23 @@ def _passed(one: Tried, seen: Seen, trials: Trials) -> Finding:
     return fault("rules", text, _APPLY)
 
 
-def _nobody(one: Tried) -> Finding:
+def _no_listener(one: Tried, seen: Seen) -> Finding | None:
+    """None if there is one that will do."""
     address, port = one.end
-    setting = "listen_tproxy" if one.wanted.mode is Mode.TPROXY else "listen"
-    wanted = f'":{port}"' if one.wanted.mode is Mode.GATEWAY else f'"localhost:{port}"'
-    return fault(
-        "listeners", f"{one.name}: the rules send connections to {join_port(address, port)}, where nobody accepts",
-        f"start transocks, with {setting} = {wanted}",
-    )  # fmt: skip
+    listener = seen.listener(address, port)
+    if listener is None:
+        setting = "listen_tproxy" if one.wanted.mode is Mode.TPROXY else "listen"
+        wanted = f'":{port}"' if one.wanted.mode is Mode.GATEWAY else f'"localhost:{port}"'
+        return fault(
+            "listeners", f"{one.name}: the rules send connections to {join_port(address, port)}, where nobody accepts",
+            f"start transocks, with {setting} = {wanted}",
+        )  # fmt: skip
+    if one.wanted.mode is Mode.TPROXY and listener.transparent is False:
+        return fault(
+            "listeners", f"{one.name}: the socket on port {port} lacks IP_TRANSPARENT, and TPROXY passes it over",
+            "name the port in listen_tproxy",
+        )  # fmt: skip
+    return None
 
 
 def _stopped(one: Tried, seen: Seen) -> Finding:
@@ -188,28 +189,18 @@ def _routing(one: Tried, seen: Seen) -> Finding:
 def answers(seen: Seen, trials: Trials) -> Iterator[Finding]:
     """Whether somebody accepts what has arrived, and his answer gets back."""
     for one in trials.arrived:
-        address, port = one.end
+        port = one.wanted.port
         if one.outcome.answered:
             yield fine("listeners", f"{one.name}: accepted on port {port}")
-            continue
-        if trials.client is not None and one.outcome.back is None:
-            yield unchecked("listeners", f"{one.name}: no answer was seen")
-            continue
-        listener = seen.listener(address, port)
-        if listener is None:
-            yield _nobody(one)
+        elif (found := _no_listener(one, seen)) is not None:
+            yield found
         elif (why := trials.why_not(one.outcome.back)) is not None:
             yield fault("answers", f"{one.name}: what transocks answers gets lost: {why}", "let it pass there")
-        elif one.wanted.mode is Mode.TPROXY and listener.transparent is False:
+        elif trials.client is not None and one.outcome.back is None:
+            yield unchecked("listeners", f"{one.name}: no answer was seen")
+        elif one.wanted.mode is not Mode.TPROXY or (one.sample.iif, one.sample.version) not in seen.bridges:
             yield fault(
-                "listeners", f"{one.name}: the socket on port {port} lacks IP_TRANSPARENT, and TPROXY passes it over",
-                "name the port in listen_tproxy",
-            )  # fmt: skip
-        elif one.wanted.mode is Mode.TPROXY and (one.sample.iif, one.sample.version) in seen.bridges:
-            continue  # another check names it
-        else:
-            yield fault(
-                "listeners", f"{one.name}: the socket on port {port} does not answer ({listener.waiting} wait there)",
+                "listeners", f"{one.name}: the socket on port {port} does not answer",
                 "look whether transocks runs well (transocks status); restart it if it does not answer",
             )  # fmt: skip
 

@@ -920,3 +920,20 @@ def test_a_comment_that_is_not_utf_8(host_net: lab.Net, tmp_path: Path) -> None:
         told = host_net.proxy.run(sys.executable, "-m", "transocks", "doctor", "-f", config, check=False)
         assert "tcp dport 443 drop comment" in told.stdout
         assert told.returncode == 1
+
+
+def test_an_upstream_behind_the_gateway(gateway_net: lab.Net, tmp_path: Path) -> None:
+    """What it sends on comes through the gateway, and back to transocks."""
+    url = f"socks5://{lab.LAN_CLIENT_V4}:1080"
+    with (
+        standing(gateway_net, tmp_path, url=url) as config,
+        Served(gateway_net.client.listen(lab.LAN_CLIENT_V4, 1080), socks),
+    ):
+        load(gateway_net, "nft")
+        found = doctor(gateway_net, config)
+        assert list(found.faults) == ["loops"]
+        assert f"the upstream {lab.LAN_CLIENT_V4} is behind lan0" in found.faults["loops"]
+        leave_out = f"insert rule inet transocks_gateway redirect_tcp ip saddr {lab.LAN_CLIENT_V4} accept"
+        gateway_net.proxy.run("nft", leave_out)  # as it says
+        found = doctor(gateway_net, config)
+        assert found.faults == {}

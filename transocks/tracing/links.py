@@ -40,6 +40,12 @@ class Links:
     links: tuple[Link, ...]
     uplinks: Mapping[int, str]
     """the interface of the default route by IP version, where there is one"""
+    ports: Mapping[str, list[str]] = {}
+    """of each bridge"""
+
+    def port(self, name: str) -> str:
+        """Where that comes in which comes in by this interface: a port of it, if it is a bridge."""
+        return next(iter(self.ports.get(name, ())), name)
 
     def of(self, address: IPAddress) -> Link | None:
         """The one with the network that this address is in."""
@@ -69,7 +75,7 @@ def links() -> Links:
             uplinks.setdefault(6, name)
         elif 0 < int(prefix, 16) < 128 and not int(gateway, 16) and not destination.startswith("ff"):
             networks[name].append(IPv6Network((int(destination, 16), int(prefix, 16))))
-    return Links(tuple(Link(name, tuple(found)) for name, found in networks.items()), uplinks)
+    return Links(tuple(Link(name, tuple(found)) for name, found in networks.items()), uplinks, bridge_ports())
 
 
 def _lines(path: str) -> list[str]:

@@ -26,7 +26,7 @@ from transocks.firewall.wanted import Wanted
 from transocks.tracing.events import ACK, RST, SYN, Packet
 from transocks.tracing.frames import datagram, frame
 from transocks.tracing.inject import inject
-from transocks.tracing.links import Links, bridge_ports, hardware_address
+from transocks.tracing.links import Links, hardware_address
 from transocks.tracing.sockets import NOBODY, Identity, socket_of
 from transocks.tracing.table import Tracer
 from transocks.tracing.way import Way, way_of
@@ -60,6 +60,8 @@ class Sample:
     source: IPAddress | None = None
     iif: str | None = None
     """where it comes in, if it does"""
+    device: str | None = None
+    """where that is made to come in: of a bridge, a port"""
 
     @property
     def version(self) -> int:
@@ -159,8 +161,7 @@ def receive(tracer: Tracer, sample: Sample, *, flags: int = SYN, protocol: int =
     assert sample.source is not None
     port = random.randint(*_HIGH_PORTS)
     packet = Packet(protocol, sample.source, port, sample.destination, sample.port, flags if protocol == TCP else 0)
-    ports = bridge_ports().get(sample.iif)
-    device, address = (ports or [sample.iif])[0], hardware_address(sample.iif)
+    device, address = sample.device or sample.iif, hardware_address(sample.iif)
     with tracer.watching(protocol, port, keep=True):
         inject(device, frame(packet, address))
         way = back = None
@@ -233,7 +234,9 @@ def _of_clients(wanted: Wanted, here: Links, version: int) -> Iterator[Sample]:
     for iif, source in _clients(wanted, here, version)[:_MOST]:
         for port in _ports(wanted):
             for destination in _destinations(wanted, here, version):
-                yield Sample(mode=wanted.mode, destination=destination, port=port, source=source, iif=iif)
+                yield Sample(
+                    mode=wanted.mode, destination=destination, port=port, source=source, iif=iif, device=here.port(iif)
+                )
 
 
 def _clients(wanted: Wanted, here: Links, version: int) -> list[tuple[str, IPAddress]]:

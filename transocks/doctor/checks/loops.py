@@ -94,7 +94,7 @@ def _from_upstream_behind(seen: Seen, trials: Trials, address: IPAddress) -> Ite
             continue
         sample = Sample(
             mode=one.wanted.mode, destination=one.sample.destination, port=one.sample.port, source=address,
-            iif=link.name,
+            iif=link.name, device=seen.here.port(link.name),
         )  # fmt: skip
         with contextlib.suppress(OSError):
             fate = trials.fate(receive(trials.tracer, sample), one.wanted)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from ipaddress import ip_address
 from typing import NamedTuple
 
@@ -18,6 +19,8 @@ from usocksd.netlink import HEADER, attributes, messages
 # linux/netlink.h, linux/sock_diag.h, linux/inet_diag.h
 _SOCK_DIAG_BY_FAMILY, _NETLINK_SOCK_DIAG = 20, 4
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
+_SOCK_DESTROY, _SOCKET_ID = 21, 48  # and the size of struct inet_diag_sockid
+_REQUEST_ACK = 0x5  # NLM_F_REQUEST | NLM_F_ACK
 _DUMP_REQUEST = 0x301  # NLM_F_REQUEST | NLM_F_DUMP
 _LISTEN = 1 << 10  # include/net/tcp_states.h
 _CONNECTED = ~_LISTEN & 0xFFF
@@ -76,6 +79,30 @@ def tcp_connections(family: int) -> Iterator[Connection]:
         yield Connection(*((getattr(address, "ipv4_mapped", None) or address, at) for address, at in ends))
 
 
+def end_accepted(ports: Collection[int]) -> None:
+    """Reset the connections that were accepted on these ports, by listeners with IP_TRANSPARENT also those to others.
+
+    Takes CAP_NET_ADMIN. Raises OSError, where the kernel can't (before 4.5, or built without) among others.
+    """
+    owners = {listener.uid for listener in listeners() if listener.port in ports and listener.transparent}
+    for family in (socket.AF_INET, socket.AF_INET6):
+        for message in list(_dump(family, _BOTH_ENDS)):
+            _, _, _, _, port, _, _, _, _, _, _, uid, _ = _ANSWER.unpack_from(message)
+            if int.from_bytes(port, "big") in ports or (uid in owners and _is_transparent(message)):
+                _destroy(family, message)
+
+
+def _destroy(family: int, message: bytes) -> None:
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, _NETLINK_SOCK_DIAG) as sock:
+        sock.settimeout(2)
+        body = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, _CONNECTED)[:-_SOCKET_ID] + message[4 : 4 + _SOCKET_ID]
+        sock.send(HEADER.pack(HEADER.size + len(body), _SOCK_DESTROY, _REQUEST_ACK, 1, 0) + body)
+        for _, _, answer in messages(sock.recv(1 << 16)):
+            code = -_CODE.unpack_from(answer)[0]
+            if code not in (0, errno.ENOENT):
+                raise OSError(code, os.strerror(code))
+
+
 def connections(family: int) -> Iterator[tuple[int, tuple[IPAddress, int]]]:
     """The local port, and the peer's address and port, of each connection over this family. Raises OSError."""
     for message in _dump(family, _CONNECTED):
@@ -103,7 +130,6 @@ def _dump(family: int, states: int) -> Iterator[bytes]:
 def _listener(message: bytes) -> Listener:
     family, _, _, _, port, _, raw, _, _, waiting, _, uid, inode = _ANSWER.unpack_from(message)
     found = dict(attributes(message[_ANSWER.size :]))
-    options = found.get(_SOCKOPT)
     return Listener(
         address=ip_address(raw[: 4 if family == socket.AF_INET else 16]),
         port=int.from_bytes(port, "big"),
@@ -111,5 +137,10 @@ def _listener(message: bytes) -> Listener:
         inode=inode,
         waiting=waiting,
         only_v6=bool(found.get(_SKV6ONLY, b"\0")[0]),
-        transparent=None if options is None else bool(options[0] & _TRANSPARENT),
+        transparent=_is_transparent(message),
     )
+
+
+def _is_transparent(message: bytes) -> bool | None:
+    options = dict(attributes(message[_ANSWER.size :])).get(_SOCKOPT)
+    return None if options is None else bool(options[0] & _TRANSPARENT)

@@ -12,6 +12,7 @@ rules` has what [rules] of the configuration says:
     live.py      what is loaded on this host, and what the tools make of a text
     loops.py     whether the proxies' own connections would come back
     known.py     makes connections of before known to connection tracking
+    cut.py       resets the clients of rules that are to go
     lock.py      one change at a time
     change.py    applies, confirms, prolongs and removes
     watch.py     hears when tables are deleted

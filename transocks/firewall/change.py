@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 
 from transocks.firewall import live
 from transocks.firewall.config import Mode, Tool
+from transocks.firewall.cut import cut
 from transocks.firewall.known import make_known
 from transocks.firewall.live import CHAINS, TABLES, Routes, Routing, has
 from transocks.firewall.lock import alone
@@ -187,13 +188,14 @@ def in_force(wanted: Sequence[Wanted]) -> bool:
 @alone()
 @unbroken()
 def remove(*, keep: bool = False) -> list[str]:
-    """Remove everything that is ours; returns what the tools complained of.
+    """Remove everything that is ours, and reset the clients that it has redirected; returns complaints.
 
     keep: leave what connections need that nft's rules have redirected. With the last rule that needs connection
     tracking the kernel ends that in a network namespace, and with it the translation of addresses: so a table stays
     that does nothing else. TPROXY's stay connected by its own rules and routing, which then take no new ones.
     """
-    complaints = _remove_nft(keep=keep) + _remove_iptables()
+    complaints = [] if keep else cut()
+    complaints += _remove_nft(keep=keep) + _remove_iptables()
     kept = keep and has("nft") and _TPROXY in _our_tables()
     if not kept:
         for six in (False, True) if live.has_ipv6() else (False,):

@@ -181,16 +181,15 @@ class Pair:
         self._failure = error
         self.end(Reason.ERROR, Side.PROXY)
 
-    def keep_alive(self, *, again: bool = False) -> None:
+    def keep_alive(self) -> None:
         """The pair lives long enough to be worth the system calls that ask its peers for signs of life.
 
-        While both directions are open, the client's has them from its listener; `again`: it may have other ones.
+        The client's has them from its listener, but perhaps those of before the timers were changed.
         """
-        half_closed = self.first is not None
-        timing = self.limits.keepalive.half if half_closed else self.limits.keepalive.open
-        keep_alive(self._upstream.sock, timing)
-        if half_closed or again:
-            keep_alive(self._client.sock, timing)
+        keepalive = self.limits.keepalive
+        timing = keepalive.open if self.first is None else keepalive.half
+        for endpoint in (self._client, self._upstream):
+            keep_alive(endpoint.sock, timing)
 
     def side(self, endpoint: Endpoint) -> Side:
         return Side.CLIENT if endpoint is self._client else Side.UPSTREAM

@@ -114,7 +114,7 @@ class Service:
                 for listener in self._listeners:
                     listener.keep_alive(self._keepalive.open)
                 for pair in self._pairs():
-                    pair.keep_alive(again=True)
+                    pair.keep_alive()
             await trio.sleep(_LOOK_AT_TIMERS_EVERY)
 
     def close(self, listeners: Sequence[Listener]) -> None:

@@ -65,7 +65,7 @@ def test_examples_load(type_: Any, parser: Parser, tmp_path: Path) -> None:
         load(type_, text, tmp_path)
 
 
-@pytest.mark.parametrize("type_", LISTS, ids=str)
+@pytest.mark.parametrize("type_", LISTS)
 @pytest.mark.parametrize("value", NO_LISTS)
 def test_what_is_proposed_for_a_list_loads(type_: Any, value: object, tmp_path: Path) -> None:
     try:

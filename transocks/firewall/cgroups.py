@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import signal
 import socket
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 import attrs
 
 from transocks.firewall.wanted import CGROUPS, Selection
+from usocksd.runtime.mounts import PROC, lines, mounts
 
 _WITHIN, _EVERY = 5.0, 0.02  # seconds until all that was killed has ended
 _TRIAL = ("203.0.113.1", 9)  # nobody: a documentation address
@@ -125,22 +125,14 @@ def make(name: str, number: int) -> Iterator[Cgroup]:
 
 def _hierarchies() -> Iterator[tuple[bool, str, str, str]]:
     """Whether it is version 2; where it is mounted, and which of its cgroups there; the one that this process is in."""
-    mine = [line.split(":", 2)[1:] for line in Path("/proc/self/cgroup").read_text("utf-8").splitlines()]
+    mine = [os.fsdecode(line).split(":", 2)[1:] for line in lines(PROC / "self/cgroup")]
     found = []
-    for line in Path("/proc/self/mountinfo").read_text("utf-8", "surrogateescape").splitlines():
-        head, _, tail = line.partition(" - ")
-        root, mount = map(_unescaped, head.split()[3:5])
-        kind, _, options = tail.split()[:3]
-        second = kind == "cgroup2"
-        if second or (kind == "cgroup" and "net_cls" in options.split(",")):
+    for mount in mounts():
+        second = mount.kind == "cgroup2"
+        if second or (mount.kind == "cgroup" and "net_cls" in mount.options):
             controllers = "" if second else "net_cls"
             path = next((path for names, path in mine if controllers in names.split(",")), None)
-            if path is not None and f"{path}/".startswith(f"{root.rstrip('/')}/"):
-                found.append((second, mount, root, path))
+            if path is not None and f"{path}/".startswith(f"{mount.root.rstrip('/')}/"):
+                found.append((second, mount.point, mount.root, path))
     # Version 2, and where others look for it; there may be more mounts of it.
     return iter(sorted(found, key=lambda each: (not each[0], not each[1].startswith(CGROUPS))))
-
-
-def _unescaped(text: str) -> str:
-    """As /proc/self/mountinfo writes spaces, say."""
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)

@@ -12,6 +12,7 @@ import attrs
 from transocks.firewall.config import Mode, RulesConfig, WhenDown
 from transocks.firewall.steps import FirewallError
 from usocksd.match import IPAddress, IPNetwork
+from usocksd.runtime.mounts import mounts
 from usocksd.runtime.settings import ListenAddress
 
 CGROUPS = "/sys/fs/cgroup"
@@ -117,9 +118,8 @@ def wanted_of(
 
 def cgroups_at() -> str:
     """Where cgroups of version 2 are, from /sys/fs/cgroup, where nft looks for them."""
-    with open("/proc/self/mounts", encoding="utf-8", errors="surrogateescape") as file:
-        mounts = [mount for _, mount, kind, *_ in map(str.split, file) if kind == "cgroup2"]
-    return os.path.relpath(mounts[0], CGROUPS) if mounts and CGROUPS not in mounts else "."
+    points = [mount.point for mount in mounts() if mount.kind == "cgroup2"]
+    return os.path.relpath(points[0], CGROUPS) if points and CGROUPS not in points else "."
 
 
 def reached(mode: Mode, listen: Sequence[ListenAddress]) -> list[ListenAddress]:

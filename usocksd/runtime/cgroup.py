@@ -8,10 +8,10 @@ from contextlib import suppress
 from math import ceil, inf
 from pathlib import Path
 
-_PROC = Path("/proc")
+from usocksd.runtime.mounts import PROC, lines, mounts
 
 
-def usable_cpus(proc: Path = _PROC) -> int:
+def usable_cpus(proc: Path = PROC) -> int:
     """How many CPUs this process may use, at least 1: those it may run on, or fewer where a quota of its group, or of
     one above, allows less time. Half a CPU counts as one.
     """
@@ -19,7 +19,7 @@ def usable_cpus(proc: Path = _PROC) -> int:
     return max(min([len(os.sched_getaffinity(0)), *(ceil(quota) for quota in quotas if quota < inf)]), 1)
 
 
-def oom_kills(proc: Path = _PROC) -> int | None:
+def oom_kills(proc: Path = PROC) -> int | None:
     """How many processes the kernel has killed for want of memory so far: of this process's control group, or of the
     whole system where it is in none that counts. None where nobody counts.
     """
@@ -56,22 +56,19 @@ def _value(file: Path, key: str) -> int | None:
 def _groups(controller: str, proc: Path) -> Iterator[Path]:
     """The folders of the groups that this process is in by `controller`, each before the one above it."""
     try:
-        memberships = (proc / "self/cgroup").read_text().splitlines()
-        mounts = (proc / "self/mountinfo").read_text().splitlines()
+        memberships, mounted = lines(proc / "self/cgroup"), list(mounts(proc))
     except OSError:
         return
     for line in memberships:
-        _, controllers, path = line.split(":", 2)
+        _, controllers, path = os.fsdecode(line).split(":", 2)
         if controllers and controller not in controllers.split(","):
             continue
-        for mount in mounts:
-            _, _, _, root, point, *_ = mount.split()
-            kind, _, options = mount.partition(" - ")[2].split()
-            wanted = kind == "cgroup" and controller in options.split(",") if controllers else kind == "cgroup2"
+        for mount in mounted:
+            wanted = mount.kind == "cgroup" and controller in mount.options if controllers else mount.kind == "cgroup2"
             if wanted:
-                top = Path(point)
+                top = Path(mount.point)
                 # In a container the path may be the host's, and then the mount begins at it.
-                inside = Path(path).relative_to(root) if Path(path).is_relative_to(root) else Path()
+                inside = Path(path).relative_to(mount.root) if Path(path).is_relative_to(mount.root) else Path()
                 folder = top if ".." in inside.parts else top / inside
                 yield folder
                 while folder != top:

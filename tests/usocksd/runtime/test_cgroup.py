@@ -107,3 +107,26 @@ def test_kills_of_the_whole_system(host: Host) -> None:
     host.mount("cgroup2")
     host.member("0::/")
     assert oom_kills(host.proc) == 3
+
+
+NAMES = [b"x\xe9", "\u65e5\u3000\u672c".encode(), b"a\x0bb\x1c\x85", b"tab\\011and\\040space", b"\xe2\x80\xa8 - "]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_anybody_may_mount_anything_anywhere(host: Host, name: bytes) -> None:
+    with (host.proc / "self/mountinfo").open("ab") as file:
+        file.write(b"30 22 0:29 / /home/u/" + name.replace(b" ", b"\\040") + b" rw - fuse  rw\n")  # it has no source
+    host.mount("cgroup2")
+    host.member("0::/")
+    host.group("", cpu__max="50000 100000", memory__events="oom_kill 2\n")
+    assert (usable_cpus(host.proc), oom_kills(host.proc)) == (1, 2)
+
+
+def test_a_mount_point_with_a_space(host: Host) -> None:
+    top = host.top
+    host.top = top.with_name("a b")
+    host.group("", cpu__max="50000 100000")
+    host.top = Path(str(host.top).replace(" ", "\\040"))
+    host.mount("cgroup2")
+    host.member("0::/")
+    assert usable_cpus(host.proc) == 1

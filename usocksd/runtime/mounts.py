@@ -1,0 +1,44 @@
+"""What is mounted where, by /proc/PID/mountinfo of proc(5)."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+PROC = Path("/proc")
+
+_ESCAPED = re.compile(rb"\\([0-7]{3})")
+
+
+class Mount(NamedTuple):
+    """One of them."""
+
+    root: str
+    """which folder of the file system it is"""
+    point: str
+    kind: str
+    options: tuple[str, ...]
+    """of the file system: the controllers, where it is of control groups of version 1"""
+
+
+def mounts(proc: Path = PROC) -> Iterator[Mount]:
+    """Those that this process sees, in the order in which they were made. Raises OSError."""
+    for line in lines(proc / "self/mountinfo"):
+        of_mount, _, of_system = line.partition(b" - ")
+        root, point = (_ESCAPED.sub(_unescape, text) for text in of_mount.split(b" ")[3:5])
+        kind, _, options = of_system.split(b" ")
+        yield Mount(os.fsdecode(root), os.fsdecode(point), kind.decode(), tuple(os.fsdecode(options).split(",")))
+
+
+def lines(file: Path) -> list[bytes]:
+    """The lines of a file below /proc that has names in it. Anybody may choose those (fusermount mounts for users), of
+    any bytes: nothing but a newline ends a line, nothing but a space a word, and the kernel escapes both in them.
+    """
+    return file.read_bytes().removesuffix(b"\n").split(b"\n")
+
+
+def _unescape(match: re.Match[bytes]) -> bytes:
+    return bytes((int(match[1], 8),))

@@ -135,10 +135,10 @@ class NameQuery:
                 alone = _ALONE
                 while self._pending:
                     for server in self._servers:
+                        self._go_on = trio.Event()
                         if self._ask(server):
                             with trio.move_on_after(alone):
                                 await self._go_on.wait()
-                            self._go_on = trio.Event()
                     alone *= 2
         finally:
             for conversation in self._asked.values():

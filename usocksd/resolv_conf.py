@@ -19,6 +19,8 @@ PORT = 53
 # May be otherwise in a moment: the first name that is asked for will tell.
 _NO_WAY = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN}
 
+MOST_SERVERS = 3
+"""Those behind are not asked: MAXNS of resolv.conf(5)."""
 _MOST_NDOTS, _LONGEST_TIMEOUT, _MOST_ATTEMPTS = 15, 30, 5
 """What more is given for these means so much."""
 
@@ -71,7 +73,7 @@ def parse(text: str, *, hostname: str = "") -> ResolvConf:
         except ValueError as error:
             faults.append((f"search {domain}", str(error)))
     return ResolvConf(
-        tuple(dict.fromkeys(servers)),
+        tuple(dict.fromkeys(servers))[:MOST_SERVERS],
         tuple(dict.fromkeys(search)),
         ndots=_number(options, "ndots", lambda number: min(number, _MOST_NDOTS), 1),
         # 0 is 1 for the C library.

@@ -28,7 +28,7 @@ from usocksd.hosts_file import HostsFile, in_turn
 from usocksd.match import IPAddress, canonical_host, numeric_address
 from usocksd.name_query import SERVERS_FAILED, TIMED_OUT, Found
 from usocksd.name_servers import FAMILIES, NameServers
-from usocksd.resolv_conf import RESOLV_CONF
+from usocksd.resolv_conf import MOST_SERVERS, RESOLV_CONF
 from usocksd.runtime.endpoint import DeadlineExpired, Endpoint
 from usocksd.runtime.limits import owner
 from usocksd.runtime.metrics import SECONDS, Metrics
@@ -121,18 +121,19 @@ class Resolver:
         `system`: ask getaddrinfo(3), and with it whatever nsswitch.conf(5) names, instead of name servers. glibc is
         told, for the whole process, to leave searching to us.
 
-        `sockets`: so many are open to name servers at a time, at most two for each name; further names wait, see
-        turns.py. `lifetime`: seconds for one name, all its queries and servers together; None: what resolv.conf says.
-        Both files are read when they
-        change, looked at once a second at most; a missing one is an empty one, and one that can't be read stays what
-        it was.
+        `sockets`: so many are open to name servers at a time, of which each session has one to spare for its name (see
+        runtime/limits.py); further names wait, see turns.py. `lifetime`: seconds for one name, all its queries and
+        servers together; None: what resolv.conf says. Both files are read when they change, looked at once a second at
+        most; a missing one is an empty one, and one that can't be read stays what it was.
         """
         self._threads = trio.CapacityLimiter(_MOST_THREADS) if system else None
         if system:
             # resolv.conf(5): replaces the search list, here by one that adds nothing to a name. A dot at the end of
             # the name would say the same, but to DNS alone: /etc/hosts knows no name with one.
             os.environ["LOCALDOMAIN"] = "."
-        at_once = _MOST_THREADS if system else min(max(sockets // 2, 1), _AT_ONCE)
+        # A name has a socket for each server, and one for TCP. The first is the one that its session does not use.
+        beside = max(MOST_SERVERS if servers is None else len(servers), 2) - 1
+        at_once = _MOST_THREADS if system else min(max(sockets // 2 // beside, 1), _AT_ONCE)
         self._turns = Turns(at_once, waiting=_MOST_WAITING)
         self._clock = clock
         self._servers = NameServers(servers, resolv_conf, lifetime=lifetime, clock=clock)

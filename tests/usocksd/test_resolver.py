@@ -690,6 +690,7 @@ async def test_a_server_that_can_be_none_is_said_once(
     for name in ("www.test", "web.test"):
         assert await resolver.resolve(name) == addresses("192.0.2.1")
     assert [record.message for record in caplog.records] == ["name server can't be used"]
+    assert set(good.asked.values()) == {1}
 
 
 async def test_names_without_an_address_do_not_push_out_those_that_have_one(
@@ -891,6 +892,23 @@ async def test_sockets_are_bounded_and_names_wait_for_them(place: Place, start: 
             for scope in scopes:
                 scope.cancel()
             assert len(await resolver.resolve("www.test")) == 2
+
+
+async def test_sockets_are_bounded_whatever_the_number_of_servers(
+    place: Place, start: Start, autojump_clock: MockClock
+) -> None:
+    silent = [(await start(silence)).endpoint for _ in range(4)]
+    resolver = await place.resolver(*silent, sockets=16, lifetime=60)
+    before = most = len(os.listdir("/proc/self/fd"))
+    async with trio.open_nursery() as nursery:
+        for number in range(8):
+            nursery.start_soon(cause_of_failure, resolver, f"dead{number}.test")
+        for _ in range(40):
+            await trio.sleep(0.25)
+            most = max(most, len(os.listdir("/proc/self/fd")))
+        nursery.cancel_scope.cancel()
+    # Each name has four at a time, one of which its session does not use meanwhile.
+    assert before + 4 <= most <= before + 16 // 2 + 16 // 8
 
 
 async def test_names_that_nobody_answers_for_give_way(place: Place, start: Start, autojump_clock: MockClock) -> None:

@@ -16,8 +16,8 @@ _RESERVE = 48
 _PER_CONNECTION = 2
 # One descriptor of so many is for pipes, which bulk streams borrow; one that finds none left does without.
 _FOR_PIPES = 16
-# One of so many is for asking name servers, two for each name. Half of them is kept back: a session that waits for a
-# name does not use its second descriptor.
+# One of so many is for asking name servers. Half of them is kept back: a session that waits for a name does not use its
+# second descriptor.
 _FOR_NAMES = 16
 # One of so many is for addresses that are tried beside others.
 _FOR_RACES = 16

@@ -219,10 +219,11 @@ class Users:
             async with self._line.turn(rank):
                 check.success = await trio.to_thread.run_sync(self._check, name, secret)
         finally:
+            if check.success is not False:  # right, or nobody has looked at it
+                failures.count -= 1
             del self._checks[digest]
             check.done.set()
         if check.success:
-            failures.count -= 1
             self._remembered.pop(digest, None)
             if len(self._remembered) >= _MOST_REMEMBERED:
                 del self._remembered[next(iter(self._remembered))]

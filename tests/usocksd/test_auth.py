@@ -319,6 +319,14 @@ async def test_too_many_failures_of_a_client_are_not_looked_at(
     assert await users.verify("bob", "hunter2", "10.0.0.1")
 
 
+async def test_tries_that_nobody_has_looked_at_do_not_count(file: Path, clock: Clock) -> None:
+    users = Users(file, clock=clock, failure_takes=0.0, waits=0.0)
+    for _ in range(30):
+        assert not await users.verify("alice", "secret", "192.0.2.1")
+    users._waits = inf
+    assert await users.verify("alice", "secret", "192.0.2.1")
+
+
 async def test_who_knew_the_password_before_is_not_locked_out_by_others(
     users: Users, checks: Checks, clock: Clock
 ) -> None:

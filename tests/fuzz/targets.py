@@ -116,7 +116,7 @@ def _serve(methods: tuple[Method, ...], parts: Iterable[bytes]) -> tuple[list[ob
                     over = True
                     left = server.trailing_data
             said += server.data_to_send()
-            assert over or len(server.trailing_data) < MAX_INCOMPLETE
+            assert over or len(server.trailing_data) <= MAX_INCOMPLETE
     except ClientFault as fault:
         events.append((fault.kind, str(fault)))
         said += fault.reply

@@ -59,8 +59,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     remove.add_argument(
         "--keep-connections",
         action="store_true",
-        help="leave what connections need that were redirected by nft, and nothing else: they may hang without. A later"
-        " remove takes that away",
+        help="do not reset the connections that the rules have redirected, and leave what those by nft need to go on; a"
+        " later remove takes that away",
     )
     _add(
         verbs,

@@ -100,11 +100,13 @@ class Reloads:
             raise error
 
     def confirm(self) -> bool:
-        """What is in force stays; False if it was not on trial. Raises Error when it is too late."""
+        """What is in force stays; False if it was not on trial. Raises Error when it is too late, or too early."""
         if self._trial is None:
             return False
         if self._trial.returning:
             raise Error("too late: the configuration before is coming back")
+        if self._report.reloading:
+            raise Error("a reload is under way: confirm what it brings when you have seen that")
         self._decided()
         log.info("the configuration is confirmed")
         self._news.set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,29 @@ def test_another_reload_is_no_confirmation(tmp_path: Path) -> None:
         assert tiny.ask("reload", confirm=1)["confirm_within"] <= 1
         wait_until(lambda: tiny.generation() == 5, "the first is back")
         assert [r["message"] for r in tiny.records() if r["severity"] == "warning"][-1] == "first"
+
+
+@pytest.mark.parametrize("seconds", [None, 1])
+def test_what_is_about_to_come_is_not_confirmed(tmp_path: Path, seconds: int | None) -> None:
+    """Whoever confirms has seen what is in force, and not what a reload under way will bring."""
+    with Tiny(tmp_path, warning="first").ready() as tiny:
+        tiny.write(warning="second")
+        assert tiny.ask("reload", confirm=86400)["ok"]
+        tiny.write(warning="third")
+        text = tiny.config.read_text()
+        tiny.config.unlink()
+        os.mkfifo(tiny.config)
+        with ThreadPoolExecutor() as threads:
+            asked = threads.submit(tiny.ask, "reload", **({} if seconds is None else {"confirm": seconds}))
+            with tiny.config.open("w") as file:  # opened for reading by now
+                refusal = "a reload is under way: confirm what it brings when you have seen that"
+                assert tiny.ask("confirm") == {"ok": False, "error": refusal}
+                file.write(text)
+            assert asked.result()["confirm_within"] > 0
+        if seconds is None:
+            assert tiny.ask("confirm")["confirmed"]
+        else:
+            wait_until(lambda: tiny.generation() == 4, "the first is back")
 
 
 def test_a_trial_that_can_not_begin_is_none(tmp_path: Path) -> None:

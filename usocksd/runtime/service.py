@@ -161,8 +161,10 @@ class Service:
         """The live ones, as their sessions describe them, with bytes and seconds; each as it is when it is asked for,
         which is its "at", by CLOCK_MONOTONIC.
         """
-        for handler in list(self._reactor.handlers.values()):
-            row = _describe(handler, self._reactor.clock())
+        handlers = self._reactor.handlers
+        # (By descriptor: behind one that has been closed meanwhile is another connection by now, or nothing.)
+        for fd in list(handlers):
+            row = _describe(handlers.get(fd), self._reactor.clock())
             if row is not None:
                 yield row
 

@@ -99,6 +99,34 @@ async def test_a_fault_in_one_connection_ends_no_other(lab: Any, served: Served)
     assert len(served.by) == 2
 
 
+class Numbered:
+    """What a session says of its connection."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def describe(self) -> dict[str, Any]:
+        return {"number": self.number}
+
+
+async def test_connections_that_end_while_they_are_listed(lab: Any, served: Served) -> None:
+    """A long list is made in parts, and others go on meanwhile."""
+    rigs = [lab.rig() for _ in range(6)]
+    for number, rig in enumerate(rigs):
+        rig.near.about = Numbered(number)
+        if number < 4:
+            lab.start(rig)
+    await lab.settle()
+    rows = served.service.connections()
+    assert next(rows)["number"] == 0
+    for rig in rigs[1:3]:
+        rig.client.close()
+        rig.upstream.close()
+    await lab.settle()
+    rigs[4].near.close()
+    assert [(row["number"], row["state"]) for row in rows] == [(3, "relay"), (5, "handshake")]
+
+
 async def test_told_to_stop_with_a_connection_at_the_door(lab: Any) -> None:
     """A task that was given a connection in this very moment closes it."""
     async with trio.open_nursery() as sessions:

@@ -127,7 +127,7 @@ def _hierarchies() -> Iterator[tuple[bool, str, str, str]]:
     """Whether it is version 2; where it is mounted, and which of its cgroups there; the one that this process is in."""
     mine = [os.fsdecode(line).split(":", 2)[1:] for line in lines(PROC / "self/cgroup")]
     found = []
-    for mount in mounts():
+    for mount in mounts("cgroup", "cgroup2"):
         second = mount.kind == "cgroup2"
         if second or (mount.kind == "cgroup" and "net_cls" in mount.options):
             controllers = "" if second else "net_cls"

@@ -118,7 +118,7 @@ def wanted_of(
 
 def cgroups_at() -> str:
     """Where cgroups of version 2 are, from /sys/fs/cgroup, where nft looks for them."""
-    points = [mount.point for mount in mounts() if mount.kind == "cgroup2"]
+    points = [mount.point for mount in mounts("cgroup2")]
     return os.path.relpath(points[0], CGROUPS) if points and CGROUPS not in points else "."
 
 

@@ -56,7 +56,7 @@ def _value(file: Path, key: str) -> int | None:
 def _groups(controller: str, proc: Path) -> Iterator[Path]:
     """The folders of the groups that this process is in by `controller`, each before the one above it."""
     try:
-        memberships, mounted = lines(proc / "self/cgroup"), list(mounts(proc))
+        memberships, mounted = lines(proc / "self/cgroup"), list(mounts("cgroup", "cgroup2", proc=proc))
     except OSError:
         return
     for line in memberships:

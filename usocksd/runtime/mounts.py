@@ -24,13 +24,14 @@ class Mount(NamedTuple):
     """of the file system: the controllers, where it is of control groups of version 1"""
 
 
-def mounts(proc: Path = PROC) -> Iterator[Mount]:
-    """Those that this process sees, in the order in which they were made. Raises OSError."""
+def mounts(*kinds: str, proc: Path = PROC) -> Iterator[Mount]:
+    """Those of these kinds that this process sees, in the order in which they were made. Raises OSError."""
     for line in lines(proc / "self/mountinfo"):
         of_mount, _, of_system = line.partition(b" - ")
-        root, point = (_ESCAPED.sub(_unescape, text) for text in of_mount.split(b" ")[3:5])
-        kind, _, options = of_system.split(b" ")
-        yield Mount(os.fsdecode(root), os.fsdecode(point), kind.decode(), tuple(os.fsdecode(options).split(",")))
+        kind, _, options = os.fsdecode(of_system).split(" ")
+        if kind in kinds:
+            root, point = (os.fsdecode(_ESCAPED.sub(_unescape, text)) for text in of_mount.split(b" ")[3:5])
+            yield Mount(root, point, kind, tuple(options.split(",")))
 
 
 def lines(file: Path) -> list[bytes]:

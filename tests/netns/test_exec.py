@@ -176,7 +176,7 @@ def test_what_changes_its_group_is_held(trial: Trial, hold: str) -> None:
         port, uid, _ = out.split()
         assert uid == "65534"
         assert (int(port) == there) == (hold == "group")
-        assert ("what changes its group (su, sudo, setpriv) connects directly" in err) == (hold == "group")
+        assert ("processes that change their group (su, sudo, setpriv) connect directly" in err) == (hold == "group")
 
 
 # Makes a cgroup below its own, leaves a process in there, and tells where its own is.

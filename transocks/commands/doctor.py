@@ -14,14 +14,13 @@ from usocksd.runtime import config as configuration
 
 _DEFAULT = "/etc/transocks.toml"
 _DESCRIPTION = """\
-Look at this host, with the configuration that transocks runs with, for what keeps redirected connections from
-working: firewall rules, listeners, loops, routes, kernel settings, upstreams. Of each fault and warning it says in one
-line what was seen, and in another what to do.
+Find what keeps redirected connections from working on this host, with the configuration of transocks: firewall rules,
+listeners, loops, routes, kernel settings, upstreams. For each fault and warning, one line says what was seen, and
+another what to do.
 
-First packets of connections are made, as applications and clients would send them, and the kernel tells which rules
-they meet; none of them leaves this host, and nobody gets to accept a connection. Upstreams are connected to and
-greeted, as transocks itself would do it. Nothing of this host is changed. All of that takes root: as another user,
-what depends on it is not checked, and said to be.
+doctor makes first packets of connections, like those of applications and clients, and the kernel tells which rules they
+meet. None of them leaves this host, and no listener gets a connection. It greets upstreams as transocks itself would.
+It changes nothing on this host. All of that needs root: as another user, doctor says what it did not check.
 
 Exit status: 0 if there are no faults, 1 if there are, 2 for a wrong command line or configuration."""
 
@@ -36,13 +35,17 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         allow_abbrev=False,
     )
     parser.add_argument("-f", metavar="CONFIG", default=argparse.SUPPRESS, help=f"the configuration ({_DEFAULT})")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, with what is well too")
-    parser.add_argument("-v", "--verbose", action="store_true", help="say of each thing that is well what was seen")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object, including checks that found no fault"
+    )
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="also print what was seen by checks that found no fault"
+    )
     parser.add_argument(
         "--client",
         metavar="ADDRESS",
         type=_address,
-        help="on a gateway: wait for the next TCP connection of this client, and say what becomes of that",
+        help="on a gateway: wait for the next TCP connection of this client, and say what happens to it",
     )
     parser.set_defaults(run=_run)
 

@@ -61,11 +61,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "exec",
         help="run a command with its TCP connections, and only its, redirected through both daemons",
-        description="Run COMMAND with its TCP connections, and only its, redirected through transocks and usocksd,"
+        description="Run COMMAND with its TCP connections, and no others, redirected through transocks and usocksd,"
         " which are started for it. Private networks and DNS are left alone, and QUIC (UDP 443) is refused. Needs"
-        " root; under sudo the command runs as who called. Ends when all that COMMAND has started has ended. Files"
-        " that it creates show a group id without a name. Exit status: the command's; 128 + N if signal N"
-        " ended it; 125 if it was not run.",
+        " root; under sudo, COMMAND runs as the user who called. Ends when COMMAND and all processes that it started"
+        " have ended. Files that COMMAND creates show a group id without a name. Exit status: that of COMMAND; 128 + N"
+        " if signal N ended it; 125 if it was not run; 126 if it can't be executed; 127 if it was not found.",
     )
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND ...", help="the command line to run")
     parser.set_defaults(run=run)
@@ -112,8 +112,8 @@ def _exec(command: Sequence[str]) -> int:
         except FirewallError as error:
             raise ExecError(f"the rules could not be loaded: {error}") from None
         if cgroup is None:
-            _say("warning: there is no cgroup here that the rules can go by; what changes its group (su, sudo, setpriv)"
-                 " connects directly")  # fmt: skip
+            _say("warning: there is no cgroup here that the rules can match; processes that change their group (su,"
+                 " sudo, setpriv) connect directly")  # fmt: skip
         daemons = stack.enter_context(ending())
         local = ["127.0.0.1", "[::1]"] if ipv6 else ["127.0.0.1"]
         listen = ", ".join(f'"{address}:{port}"' for address in local)
@@ -186,8 +186,8 @@ def _wait_for_others(signals: Signals, others: Callable[[], set[int]]) -> None:
     while left := others():
         if not said and time.monotonic() - since > SAY_AFTER:
             names = ", ".join(f"{name_of(pid)} ({pid})" for pid in sorted(left)[:5])
-            _say(f"the command has ended, and left behind: {names}. Still redirected; this waits until they end."
-                 " Ctrl-C ends them")  # fmt: skip
+            _say(f"the command has ended, and left behind: {names}. They are still redirected; this waits until they"
+                 " end. Ctrl-C ends them")  # fmt: skip
             said = True
         time.sleep(LOOK_EVERY)
 

@@ -35,27 +35,31 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     verbs = parser.add_subparsers(title="verbs", required=True)
     _add(verbs, "render", "print what `apply` would load, and run nothing", needs=())
-    apply = _add(verbs, "apply", "load the rules, in the place of what is loaded of ours")
+    apply = _add(verbs, "apply", "load the rules, in place of those of ours that are loaded")
     apply.add_argument(
         "--confirm",
         type=_seconds,
         metavar="SECONDS",
-        help="they end by themselves after SECONDS, unless `transocks rules confirm` comes: the kernel sees to that",
+        help="the kernel ends the rules after SECONDS, unless `transocks rules confirm` comes first",
     )
     apply.add_argument(
         "--force",
         action="store_true",
-        help="also when transocks does not accept connections, when none of its upstreams answers, and when its own"
+        help="load them even if transocks does not accept connections, if none of its upstreams answers, or if its own"
         " connections, or those of an upstream on this host, would come back to it",
     )
-    _add(verbs, "confirm", "after `apply --confirm`: let the rules stay")
+    _add(verbs, "confirm", "after `apply --confirm`: keep the rules")
     _add(
         verbs,
         "verify",
-        "say what is missing, changed, reordered, or taken by rules of others before ours",
+        "say which rules are missing, changed or reordered, and which rules of others take connections before ours",
         needs=(Capability.CAP_NET_ADMIN, Capability.CAP_SYS_ADMIN),
     )
-    remove = _add(verbs, "remove", "remove everything: rules of every mode and tool, and TPROXY's routing")
+    remove = _add(
+        verbs,
+        "remove",
+        "remove everything: rules of every mode and tool, and TPROXY's routing; reset connections that came by them",
+    )
     remove.add_argument(
         "--keep-connections",
         action="store_true",

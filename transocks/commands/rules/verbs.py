@@ -92,10 +92,10 @@ def _what_now(order: Order, seconds: int | None) -> Iterator[str]:
     yield f"applied by {order.tool.value}: {', '.join(mode.value for mode in modes)}"
     if seconds is not None:
         yield (
-            f"for {seconds} s: then connections go directly again, unless `transocks rules confirm` comes before. New"
-            " connections show whether all is well: open one now"
+            f"for {seconds} s: then connections go directly again, unless `transocks rules confirm` comes before. Open"
+            " a new connection now, to see whether it works"
         )
-    yield "TCP: new connections are redirected; those that were there before, as this shell's, go on as they were"
+    yield "TCP: new connections are redirected; existing ones, such as this shell's, go on as they were"
     if order.rules.when_down is WhenDown.CLOSED:
         where = "on a host; through a gateway, " if Mode.HOST in modes and len(modes) > 1 else ""
         if modes != [Mode.HOST]:
@@ -173,7 +173,7 @@ def _why(down: list[Answer]) -> str:
 def confirm(args: argparse.Namespace) -> int:
     """Let it stay."""
     confirmed = change.confirm(ipv6=live.has_ipv6())
-    print("confirmed: the rules stay" if confirmed else "nothing to confirm: the rules are there to stay")
+    print("confirmed: the rules stay" if confirmed else "nothing to confirm: no rules are on trial")
     return 0
 
 

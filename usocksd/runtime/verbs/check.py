@@ -28,16 +28,16 @@ from usocksd.runtime.words import counted
 C = TypeVar("C")
 
 _DESCRIPTION = """\
-Check a configuration on this host, as this user, without touching anything: every fault (the daemon would not start),
-every warning (it would not do all that the file says, or more than anybody can have meant), and the settings as they
-will be, defaults included. Passwords are never shown.
+Check a configuration on this host, as this user, and change nothing. Print every fault (the daemon would not start),
+every warning (a setting would not work here, or is hardly meant), and the settings in force, defaults included.
+Passwords are never shown.
 
 Faults, warnings and notes go to stderr, one a line, in the form that compilers use and editors know:
     FILE:LINE: error: KEY: VALUE: what is expected
     FILE:LINE: warning: KEY: VALUE: what is wrong with it: what would be right
-    FILE:LINE: note: KEY: VALUE: what it does to everybody, and may be meant
+    FILE:LINE: note: KEY: VALUE: what it does to everybody, which may be intended
     FILE:LINE:COLUMN: error: what is not TOML
-LINE is 1 where the file does not have the key. The settings go to stdout. With --json all goes to stdout: an object
+LINE is 1 if the file does not have the key. The settings go to stdout. With --json all goes to stdout: an object
 with "file", "ok", "faults", "warnings" and "notes" (lists of "file", "line", "column", "key", "value" and
 "expected"), and "settings" (null when there are faults).
 

@@ -15,4 +15,4 @@ def run(client: Client, args: argparse.Namespace) -> None:
     elif answer["confirmed"]:
         print("confirmed: the configuration stays")
     else:
-        print("nothing to confirm: the configuration is there to stay")
+        print("nothing to confirm: no configuration is on trial")

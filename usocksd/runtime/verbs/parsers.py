@@ -22,8 +22,8 @@ def add_parsers(subparsers: Subparsers, daemon: Operated) -> None:
         daemon,
         "status",
         help="tell what the running daemon does",
-        description="Tell what the running daemon does: its configuration and what came of the last reload, where it"
-        " listens, its connections and their rates over the last seconds, and how each worker is.",
+        description="Tell what the running daemon does: its configuration and the result of the last reload, where it"
+        " listens, its connections and their rates over half a second, and the state of each worker.",
     )
     connections = _add(
         subparsers,
@@ -46,30 +46,30 @@ def add_parsers(subparsers: Subparsers, daemon: Operated) -> None:
         daemon,
         "reload",
         help="read the configuration again",
-        description="Read the configuration again, as SIGHUP does, and wait until the new one serves; connections"
-        " that there are go on. If it is bad, say all that is wrong: the daemon goes on with the old one. What it warns"
-        " of is said too. Exit status: 0 if the new configuration serves, else 1.",
+        description="Read the configuration again, as SIGHUP does, and wait until the new one is in force; existing"
+        " connections go on. If it has faults, print all of them: the daemon keeps the old configuration. Warnings are"
+        " printed too. Exit status: 0 if the new configuration is in force, else 1.",
     )
     reload.add_argument(
         "--confirm",
         metavar="SECONDS",
         type=_parse_seconds,
-        help=f"go back to the configuration before after SECONDS, unless `{daemon.name} confirm` comes first",
+        help=f"go back to the previous configuration after SECONDS, unless `{daemon.name} confirm` comes first",
     )
     _add(
         subparsers,
         daemon,
         "confirm",
         help="keep a configuration that is on trial",
-        description="Keep the configuration that `reload --confirm` has brought into force for a time.",
+        description="Keep the configuration that `reload --confirm` has put into force for a time.",
     )
     _add(
         subparsers,
         daemon,
         "drain",
         help="stop gracefully",
-        description="Stop gracefully, as SIGTERM does: accept no more connections, and end when those that there are"
-        " have ended, or after [timeouts] stop. This does not wait for that.",
+        description="Stop gracefully, as SIGTERM does: accept no more connections, and end when the existing ones have"
+        " ended, or after [timeouts] stop. This verb does not wait for the end.",
     )
     level = _add(
         subparsers,
@@ -98,7 +98,8 @@ def _add(
     parser.add_argument(
         "--control",
         metavar="PATH",
-        help=f"control socket of the daemon (default: as its configuration says, or {daemon.control})",
+        help=f"control socket of the daemon (default: that of its configuration, or {daemon.control}; for users who"
+        " can't write there, in $XDG_RUNTIME_DIR or /tmp)",
     )
     # The same option as before the verb: here it must not set a default over that one.
     parser.add_argument("-f", metavar="CONFIG", default=argparse.SUPPRESS, help="configuration file of the daemon")

@@ -24,6 +24,6 @@ def run(client: Client, args: argparse.Namespace) -> None:
     print(f"{client.name} has reloaded: generation {answer['generation']} serves")
     if (left := answer.get("confirm_within")) is not None:
         print(
-            f"for {left:.0f} s: then the configuration before comes back, unless `{client.name} confirm` comes first."
-            " New connections show whether all is well: open one now"
+            f"for {left:.0f} s: then the previous configuration comes back, unless `{client.name} confirm` comes first."
+            " Open a new connection now, to see whether it works"
         )

@@ -161,8 +161,8 @@ def test_reload_on_trial(bench: Bench) -> None:
     result = bench.run("reload", "--confirm", "60")
     assert result.stdout.splitlines() == [
         "usocksd has reloaded: generation 4 serves",
-        "for 60 s: then the configuration before comes back, unless `usocksd confirm` comes first. New connections show"
-        " whether all is well: open one now",
+        "for 60 s: then the previous configuration comes back, unless `usocksd confirm` comes first. Open a new"
+        " connection now, to see whether it works",
     ]
     assert result.stderr == "usocksd reload: warning: x.toml:3: rule 1: \\x1b[31m: remove it\n"
     assert bench.lines("confirm") == ["confirmed: the configuration stays"]
@@ -172,7 +172,7 @@ def test_reload_on_trial(bench: Bench) -> None:
 
 def test_nothing_to_confirm(bench: Bench) -> None:
     bench.start(confirm={"confirmed": False})
-    assert bench.lines("confirm") == ["nothing to confirm: the configuration is there to stay"]
+    assert bench.lines("confirm") == ["nothing to confirm: no configuration is on trial"]
     assert bench.json("confirm") == {"ok": True, "confirmed": False}
 
 

@@ -175,10 +175,12 @@ class NameQuery:
             if about in self._pending:
                 self._heard(conversation, about, message)
 
-    def _read(self, data: bytes, kind: Kind) -> dns.message.Message | None:
+    def _read(self, data: bytes, kind: Kind, *, over_tcp: bool = False) -> dns.message.Message | None:
         """The message if it is an answer to our question."""
         try:
-            message = dns.message.from_wire(data, ignore_trailing=True)
+            message = dns.message.from_wire(data, ignore_trailing=True, raise_on_truncation=not over_tcp)
+        except dns.message.Truncated as truncated:  # perhaps in the middle of a record: it says so, and no more
+            message = truncated.kwargs["message"]
         except Exception:  # strangers' bytes, and whatever a parser says of them
             return None
         if not message.flags & dns.flags.QR or message.opcode() != dns.opcode.QUERY:
@@ -226,7 +228,7 @@ class NameQuery:
                     if not more:
                         break
                     data += more
-                message = self._read(data[2:], kind) if data[2:4] == wire[:2] else None
+                message = self._read(data[2:], kind, over_tcp=True) if data[2:4] == wire[:2] else None
         if kind in self._pending:
             if message is None:
                 self._fail(conversation, kind)

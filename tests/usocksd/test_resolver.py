@@ -774,11 +774,18 @@ async def test_servers_that_fail(place: Place, start: Start) -> None:
     assert await cause_of_failure(resolver, "www.test") == "servers failed"
 
 
-async def test_truncated_answers_are_asked_for_again_over_tcp(place: Place, start: Start) -> None:
-    def answer(query: dns.message.Message) -> list[dns.message.Message]:
-        reply = dns.message.make_response(query)
+@pytest.mark.parametrize("cut", [False, True])
+async def test_truncated_answers_are_asked_for_again_over_tcp(place: Place, start: Start, cut: bool) -> None:
+    """Also those that end in the middle of a record, as some forwarders send them."""
+
+    def answer(query: dns.message.Message) -> list[bytes]:
+        reply = (
+            records({"big.test": ["192.0.2.9", "2001:db8::9"]})(query)[0] if cut else dns.message.make_response(query)
+        )
+        assert isinstance(reply, dns.message.Message)
         reply.flags |= dns.flags.TC
-        return [reply]
+        wire = reply.to_wire()
+        return [wire[:-13] if cut else wire]  # without its OPT and 2 bytes
 
     server = await start(answer)
     resolver = await place.resolver(server.endpoint)

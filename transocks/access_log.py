@@ -164,7 +164,7 @@ class Access(Connection):
         more: dict[str, object] = {}
         match error:
             case NotRedirected():
-                # Somebody who looks whether we are there, mostly, and does so every few seconds.
+                # Mostly a health check, every few seconds.
                 level, message, status = logging.DEBUG, "not redirected", _NOT_REDIRECTED
                 if (times := self._records.seldom.due((self.client_host, str(error)))) is not None:
                     level, more = logging.WARNING, {"count": times} if times > 1 else {}

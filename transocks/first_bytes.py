@@ -72,12 +72,11 @@ class _Waits:
 
 
 class FirstBytes:
-    """Reads them: as many as it takes to know the name, `size` or little more at most.
+    """Reads them: as many as it takes to know the name, at most `size` or little more.
 
-    A client that says nothing speaks a protocol in which the server is first, and has waited in vain: so it has `wait`
-    seconds to begin. Once it has begun, the rest is on its way, and may have been lost on it: that has `long_wait`
-    seconds, and so has the beginning on ports where clients speak first. `skip_ports` and `skip_networks` (of
-    destinations) are where nobody is asked to.
+    A client that is silent may speak a protocol in which the server begins, so it has `wait` seconds to begin. Once it
+    has begun, the rest is on its way, or is being sent again: it has `long_wait` seconds for that, and also to begin on
+    ports where clients speak first. For `skip_ports` and `skip_networks` (of destinations) there is no wait.
     """
 
     def __init__(self, names: NamesConfig) -> None:

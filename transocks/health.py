@@ -40,7 +40,7 @@ _TRIES_IF_LATE = 3
 
 
 def is_gone(error: Error) -> bool:
-    """Whether it says that nobody is there."""
+    """Whether the error says that the upstream or its host is gone."""
     return isinstance(error, DialError) and error.step == "connect" and error.errno in _GONE
 
 
@@ -175,7 +175,7 @@ class Health:
                 now = self._clock()
                 # (Not the attempts themselves: what this task keeps outlives them.)
                 oldest, youngest = next(iter(state.waiting)).since, next(reversed(state.waiting)).since
-                # Who waits for long waits for a slow destination, most likely.
+                # An attempt that has waited long is probably waiting for a slow destination.
                 due = max(state.heard, probed, oldest) + max(after, (now - youngest) / 2)
                 if now < due:
                     # In steps: those that come meanwhile are due before.

@@ -65,7 +65,7 @@ def run(*argv: str, stdin: str = "") -> str:
     try:
         process = subprocess.Popen(
             argv, executable=program, env={**os.environ, "PATH": _search_path()}, stdin=pipe, stdout=pipe, stderr=pipe,
-            # A group of its own: what the terminal sends is for us, and we end what has begun.
+            # In a process group of its own: signals of the terminal go to us, and we end the tool.
             process_group=0, preexec_fn=die_with_parent(), encoding="utf-8", errors="surrogateescape",  # noqa: PLW1509
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError) as error:

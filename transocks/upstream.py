@@ -35,7 +35,7 @@ _LATE = 0.1
 
 WAITING = "waiting for the answer of"
 """The step of a DialError: the upstream was asked, and has not answered in time."""
-# So many seconds after it was silent it is asked again whether it takes pipelining: that may have been a bad moment.
+# Seconds after which an upstream that did not answer is asked again whether it takes pipelining.
 _ASK_AGAIN_AFTER = 600.0
 
 

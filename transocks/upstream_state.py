@@ -42,8 +42,8 @@ class Attempt:
     __slots__ = ("_better", "_client", "_replaceable", "left", "pipelined", "sent", "since")
 
     def __init__(self, client: Endpoint, *, replaceable: bool, better: Callable[[], bool] = lambda: False) -> None:
-        """`replaceable`: there is something else to try. `better` says whether an upstream that is well is among that.
-        `client` is whose session it is.
+        """`client`: that of the session. `replaceable`: there is something else to try. `better` tells whether that
+        includes an upstream that is well.
         """
         self.since = client.reactor.clock()
         """When it began."""
@@ -66,8 +66,8 @@ class Attempt:
         self._client.check_peer()
 
     def leave(self) -> None:
-        """Give it up, if there is something else to try: for this session, or, where the client has to ask again, for
-        the next.
+        """Give it up, if there is something else to try. The session tries that; or, if the client has to ask again,
+        its next session does.
         """
         if self._replaceable and not self.left:
             self.left = True
@@ -148,7 +148,7 @@ class State:
     def failed(self, why: str, at: float | None = None, *, gone: bool = False) -> None:
         """It does not answer: what began `at` (None: now) says so. Attempts that wait for it go elsewhere.
 
-        `gone`: nobody is there, and who comes in its place may be another.
+        `gone`: nothing is there any more, and another program may take its place.
         """
         if gone:
             self.latency, self.worked = None, False

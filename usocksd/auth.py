@@ -4,10 +4,10 @@ bcrypt is slow on purpose. It runs in threads, a few at a time, once per user an
 remembered for a minute, as a keyed hash with a key that never leaves the process. Equal questions at the same time
 share one check, so that a client opening fifty connections at once makes one try, not fifty.
 
-Whoever guesses must not keep out those who know. So checks have a line for each of these: who was right before; who
-names a user and has not been wrong often of late; who names a user; and anybody else. In each the last to come is the
-first to go on, since with more tries than there is time for, those who came first are too late anyway; they are refused
-unseen.
+Guessing must not keep out users who know their password. So checks wait in four lines, served in this order: a user
+and password that were right before; an existing user, from a client with few recent failures; an existing user;
+anything else. In each line the newest check is next: when there are more than time allows, the oldest are too late
+anyway, and are refused without a check.
 
 None of this tells which users there are: every refusal takes the same time, which depends only on how many tries there
 were when the question came.
@@ -42,14 +42,14 @@ _LONGEST_PASSWORD = 72  # bytes that bcrypt looks at; htpasswd cuts off the rest
 _FAILURE_TAKES, _FAILURE_TAKES_AT_MOST = 2.0, 8.0
 # Of these so much is kept for the check itself, as a share of the shorter one.
 _FOR_THE_CHECK = 0.5
-# What a check of cost 10 takes on a slow machine, in seconds; and a refusal takes at least so many times that.
+# The time of a check of cost 10 on a slow machine, in seconds; a refusal takes at least _SLACK times as long.
 _COST_10 = 0.1
 _SLACK = 4
 
 _REMEMBER_FOR = 60.0
 _MOST_REMEMBERED = 10_000
 _THREADS = 2
-# So many may wait in each of the lines.
+# In each line.
 _MOST_WAITING = 256
 _MOST_FAILURES, _WITHIN = 20, 60.0  # of one client
 _SUSPECT_AFTER = 4  # tries of one client that were wrong, or are under way
@@ -83,9 +83,9 @@ class Rank(IntEnum):
 
 
 class _Line:
-    """Whose turn it is: so many at a time, the lowest rank first, and of one rank the last that came.
+    """Whose turn it is: `most` at a time, the lowest rank first, and within a rank the newest.
 
-    The last free place is not for those who may be guessing.
+    Ranks that may be guessing do not get the last free place.
     """
 
     def __init__(self, most: int) -> None:

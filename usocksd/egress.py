@@ -20,7 +20,7 @@ from usocksd.match import IPAddress, IPNetwork, rendezvous
 DEFAULT = "default"
 """The name of the pool that [outgoing] describes, for what no rule sends elsewhere."""
 
-# So many addresses of a network are there for a client and destination, should one be out of ports.
+# How many addresses of a network a client and destination have, in case one is out of ports.
 _OF_A_NETWORK = 3
 
 _BY_VERSION = {4: socket.AF_INET, 6: socket.AF_INET6}
@@ -32,9 +32,9 @@ _SITE = {4: 3, 6: 6}
 
 
 def sites(addresses: Iterable[IPAddress]) -> dict[int, str]:
-    """Where a destination with these addresses is, by IP version: what has to be the same for a client to keep its own
-    address. The network (/24 or /48) of the lowest, so that a name and each of its addresses are one site in most
-    cases: FTP asks for the name, and then for an address.
+    """The site of a destination with these addresses, by IP version: a client keeps its egress address towards a site.
+    It is the network (/24 or /48) of the lowest address, so that a name and each of its addresses are mostly one site:
+    FTP asks for the name, and then for an address.
     """
     lowest: dict[int, IPAddress] = {}
     for address in addresses:

@@ -1,6 +1,6 @@
-"""What a configuration does to everybody, in numbers where there is a log: whoever locks all out is to hear of it.
+"""What a configuration does to everybody, in numbers if there is a log, so that nobody locks everybody out unawares.
 
-What is said here may be meant, so it is no warning.
+It may be intended, so these are notes and no warnings.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from usocksd.runtime.words import counted
 
 _HTTPS = 443
 _TAIL = 1 << 21
-"""So many bytes of the log are read, from its end: 2,000 requests or so, in a tenth of a second."""
+"""Bytes that are read from the end of the log: 2,000 requests or so, in a tenth of a second."""
 
 
 def notes(config: Config, policy: Callable[[], Policy]) -> list[Fault]:

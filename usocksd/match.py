@@ -170,7 +170,7 @@ def judged_addresses(ip: IPAddress, nat64: Iterable[IPv6Network] = ()) -> tuple[
         inside.append(number & 0xFFFFFFFF)
     translated = [_translated(number, network.prefixlen) for network in nat64 if ip in network]
     if not translated and number >> 80 == _LOCAL_NAT64:
-        # Whose length is the operator's choice. What is in 0.0.0.0/8 at another length than the usual is zeros.
+        # The operator chooses the length of the prefix, so all are tried. 0.0.0.0/8 means that there are only zeros.
         longer = (_translated(number, length) for length in (48, 56, 64))
         translated = [number & 0xFFFFFFFF, *(each for each in longer if each >> 24)]
     return (ip, *map(IPv4Address, dict.fromkeys(inside + translated)))

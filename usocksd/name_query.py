@@ -1,4 +1,4 @@
-"""One name, asked of DNS servers until its kinds of records are answered, or whoever asks has had enough.
+"""One name, asked of DNS servers until all kinds of records are answered, or the caller cancels.
 
 What this file keeps:
 
@@ -50,8 +50,8 @@ _RECEIVE_SIZE = 65535
 # Seconds that a server is waited for alone; twice as long in each round behind the first.
 _ALONE = 1.0
 _TCP_WITHIN = 5.0
-# Who has waited so long in vain, in seconds, while the server answered nobody else either, blames it: for so long at
-# first, and twice as long each time that it is tried again in vain.
+# Seconds. A query that has waited for _SILENT_AFTER blames the server, if that has answered no other query meanwhile.
+# The blame lasts _BLAMED_FIRST, then twice as long each time that the server is tried again without an answer.
 _SILENT_AFTER = 0.5
 _BLAMED_FIRST, _BLAMED_AT_MOST = 2.0, 30.0
 
@@ -72,7 +72,7 @@ Told: TypeAlias = Callable[[Kind, Found | ResolveError], None]
 
 
 class NameServer:
-    """One of them, and what is known of it."""
+    """One name server, and what is known of it."""
 
     def __init__(self, host: str, port: int, clock: Callable[[], float]) -> None:
         """`host` as `open_socket` takes it."""
@@ -103,7 +103,7 @@ class NameServer:
         self._blamed_for, self.silent_until = 0.0, -inf
 
     def silent(self, since: float) -> None:
-        """Somebody who has asked it then (in trio's time) waits no more."""
+        """A query sent at `since` (in trio's time) got no answer."""
         now = trio.current_time()
         if now - since < _SILENT_AFTER or max(self._answered_at, self._blamed_at) > since:
             return
@@ -294,7 +294,7 @@ class _Conversation:
         return wire + _OPT.pack(0, dns.rdatatype.OPT, _EDNS_PAYLOAD, 0, 0) if edns else wire
 
     def close(self) -> None:
-        """Nobody waits for its answers any more."""
+        """Stop waiting for its answers."""
         if self.sock is not None:
             self.sock.close()
             self.server.silent(self._since)

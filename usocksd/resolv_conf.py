@@ -34,7 +34,7 @@ class ResolvConf:
     search: tuple[str, ...] = ()
     """The search domains, canonical."""
     ndots: int = 1
-    """With so many dots a name is asked for as it is first."""
+    """A name with at least this many dots is first asked for as it is."""
     timeout: int = 5
     """Seconds for a server."""
     attempts: int = 2

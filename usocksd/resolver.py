@@ -46,10 +46,10 @@ _PARTIAL_TTL = 10.0  # one family answered, the other did not
 _RESOLUTION_DELAY = 0.2
 _MOST_NAMES = 10_000
 _MOST_FAILURES = 2000  # names that have no address are anybody's to invent
-# So many names are asked for at a time, and may wait for that. Name servers answer within milliseconds; what does not
-# is not to become the work of this process.
+# How many names are asked for at a time, and how many may wait. Name servers answer within milliseconds; names that get
+# no answer must not take up this process.
 _AT_ONCE, _MOST_WAITING = 256, 1024
-# Each is judged and recorded for every connection, and whoever owns the name says how many there are.
+# Each address is judged and recorded for every connection, and the owner of the name decides their number.
 _MOST_ADDRESSES = 256
 _LONGEST_NAME = 253
 _CHECK_FILES_EVERY = 1.0
@@ -332,8 +332,8 @@ class Resolver:
             nursery.cancel_scope.cancel()
 
     async def _ask_system(self, host: str, query: _Query) -> None:
-        # A thread in getaddrinfo can't be stopped: nobody waits for it any more, and it keeps its place among
-        # the threads until it is back.
+        # A thread in getaddrinfo can't be stopped: it is abandoned, and keeps its place among the threads until it
+        # returns.
         query.known = await trio.to_thread.run_sync(_getaddrinfo, host, abandon_on_cancel=True, limiter=self._threads)
 
     def _settle(self, host: str, query: _Query, entry: _Entry) -> None:

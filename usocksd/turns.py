@@ -1,8 +1,8 @@
 """Who goes next when there are more names to ask for than may be asked at a time.
 
-What has an answer has it quickly; what piles up has none. So a client that has many names waiting is the one whose
-names wait: the next turn goes to whoever has the fewest, and of its names to the newest; one that has had its chance
-gives way to clients with fewer. What is past all hope is refused at once.
+Names with an answer get it quickly; names that pile up have none. So a client with many waiting names is the one that
+waits: the next turn goes to the client with the fewest, and to its newest name. A name that has had its second gives
+way to clients with fewer names. When too many wait, one is refused at once.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 
 import trio
 
-# Seconds. So long one can be sure of its turn, and so often those that wait are looked after.
+# Seconds that a turn is guaranteed, and between two looks at the turns that may end.
 _SURE_OF = 1.0
 _LOOK_EVERY = 0.25
 
@@ -36,7 +36,7 @@ class Turns:
     """At most so many at a time. `run` must be running for those that never end to give way."""
 
     def __init__(self, most: int, *, waiting: int) -> None:
-        """`waiting`: so many may wait."""
+        """`most`: how many turns at a time; `waiting`: how many may wait."""
         self._free = most
         self._may_wait = waiting
         self._running: dict[Ticket, float] = {}

@@ -2,9 +2,8 @@
 
     look -> first packets of connections, tried out -> checks
 
-`seen.py` reads the host, once; `tried.py` asks the kernel what it does with the packets that transocks is to get, by
-way of `transocks/tracing/`; `checks/` judges. Nothing is changed, and nobody but upstreams is connected to
-(`upstreams.py`).
+`seen.py` reads the host, once; `tried.py` asks the kernel what it does with packets that transocks should get, with
+`transocks/tracing/`; `checks/` judges. Nothing is changed, and only upstreams are connected to (`upstreams.py`).
 """
 
 from __future__ import annotations

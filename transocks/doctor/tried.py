@@ -1,4 +1,4 @@
-"""What was tried out on this host: first packets of what transocks is to get, each once, when they are asked for."""
+"""Samples tried on this host: first packets of connections that transocks should get, each made once, on demand."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ class Tried:
 
     @property
     def meets_ours(self) -> bool:
-        """It got to a rule that transocks's name is on, or to a port of transocks."""
+        """It reached a rule of transocks, or a port of transocks."""
         fate = self.fate
         return fate.what in {What.ARRIVED, What.STOPPED} or (fate.what is What.PASSED and bool(fate.text))
 
     @property
     def end(self) -> tuple[IPAddress, int]:
-        """Where it is brought to: TPROXY leaves the destination as it is."""
+        """Where it is sent; TPROXY leaves the destination as it is."""
         if self.wanted.mode is Mode.TPROXY:
             own = [address for address in self.wanted.addresses if address.version == self.sample.version]
             return (own or [ip_address("127.0.0.1" if self.sample.version == 4 else "::1")])[0], self.wanted.port

@@ -1,7 +1,8 @@
-"""A control group of its own for one command and all that it starts, by which rules tell its connections from others.
+"""A control group for one command and everything that it starts, by which rules recognise its connections.
 
-Unlike a group id, it stays with what changes its user and group (su, sudo). A rule binds to the directory that was
-there when it was loaded; here both come and go together. See cgroups(7), and net_cls.rst of the kernel for version 1.
+Unlike a group id, it holds processes that change their user and group (su, sudo). A rule binds to the directory that
+exists when it is loaded; here both are made and removed together. See cgroups(7), and net_cls.rst of the kernel for
+version 1.
 """
 
 from __future__ import annotations

@@ -64,9 +64,11 @@ def apply(wanted: Sequence[Wanted], tool: Tool, *, seconds: int | None = None, i
 
 
 def know_others(wanted: Sequence[Wanted], tool: Tool, *, ipv6: bool) -> None:
-    """Before what belongs to no connection is refused for the first time: make known those that this host has.
+    """Before packets without a connection are refused for the first time: enter existing connections in connection
+    tracking.
 
-    Not when it is refused already. What is not known then was redirected, perhaps. Raises FirewallError.
+    Not if they are refused already: then an unknown connection may be a redirected one that was forgotten. Raises
+    FirewallError.
     """
     if not any(w.closed and w.mode is Mode.HOST for w in wanted):
         return

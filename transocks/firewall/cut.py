@@ -1,6 +1,6 @@
-"""Ends what transocks has by the rules, before these go: what its clients say next would leave as it is.
+"""Resets redirected connections before their rules are removed: without those, their packets would leave in clear.
 
-SOCK_DESTROY of sock_diag(7), as `ss --kill`: the kernel resets the client, through the translation that still is there.
+SOCK_DESTROY of sock_diag(7), as with `ss --kill`: the kernel resets the client while the translation still exists.
 """
 
 from __future__ import annotations

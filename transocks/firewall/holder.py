@@ -1,8 +1,8 @@
 """A process that holds firewall rules: applied while somebody has the other end of its standard input open.
 
 `python -m transocks.firewall.holder` reads a rule set as one line of JSON, applies it, answers with one line ("" or
-the complaint), and removes the rules at end of file: when they are not wanted any more, and just the same when
-whoever asked was killed. One process for both keeps their order even if that happens in the middle of loading.
+the complaint), and removes the rules at end of file: when they are no longer wanted, or when the process that asked was
+killed. Since one process does both, they stay in order even if that happens in the middle of loading.
 """
 
 from __future__ import annotations

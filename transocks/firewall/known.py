@@ -1,7 +1,7 @@
-"""Makes the connections that this host has known to its connection tracking (ctnetlink).
+"""Enters existing connections of this host in its connection tracking (ctnetlink).
 
-Rules that refuse what belongs to no connection take those for strangers that nothing has tracked so far: the SSH
-session of whoever applies them, on most hosts.
+Rules that refuse packets without a connection would refuse those of connections that were never tracked: on most hosts,
+the admin's own SSH session.
 """
 
 from __future__ import annotations

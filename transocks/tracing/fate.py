@@ -88,7 +88,7 @@ def _of_tproxy(way: Way, wanted: Wanted, names: RuleNames) -> Fate:
 
 
 def _behind(way: Way, names: RuleNames) -> Fate | None:
-    """What keeps from its socket what is on the way there."""
+    """What keeps the packet from its socket, once it was redirected."""
     if way.dropped is not None:
         return Fate(What.STOPPED, names.does(way.dropped), way.dropped)
     if way.delivered:
@@ -99,7 +99,7 @@ def _behind(way: Way, names: RuleNames) -> Fate | None:
 
 
 def _before(way: Way, wanted: Wanted, names: RuleNames) -> Fate:
-    """What has kept it from our rules."""
+    """What kept the packet from our rules."""
     if way.dropped is not None:
         return Fate(What.DROPPED, names.does(way.dropped), way.dropped)
     if not way.delivered and not way.left:

@@ -1,10 +1,9 @@
-"""Makes an interface receive a packet that nobody has sent: for what clients of a gateway send, without a client.
+"""Makes an interface receive a packet as if a client of a gateway had sent it.
 
-BPF_PROG_TEST_RUN (Linux 4.12) runs a program of the traffic control's kind on bytes that we give it. Ours is one call
-of bpf_clone_redirect with BPF_F_INGRESS, which the kernel carries out: the interface receives those bytes, and they go
-through all that a real packet goes through: ingress, rules with `iifname`, reverse path filter, routing. Nothing of
-the host is changed for that. It takes CAP_BPF and CAP_NET_ADMIN of the host itself: in an unprivileged container
-there is no such thing.
+BPF_PROG_TEST_RUN (Linux 4.12) runs a program of the traffic control type on bytes that we give it. Ours is a single
+call of bpf_clone_redirect with BPF_F_INGRESS: the interface receives those bytes, and they pass everything that a real
+packet passes: ingress, rules with `iifname`, reverse path filter, routing. The host is not changed for that. It takes
+CAP_BPF and CAP_NET_ADMIN of the host itself, which an unprivileged container does not have.
 """
 
 from __future__ import annotations

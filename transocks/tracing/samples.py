@@ -1,7 +1,7 @@
 """First packets of connections, sent by this host or received by it, and what the kernel did with them.
 
-Nothing of them is seen by anybody else: what would leave this host is dropped in the last moment, and the last segment
-of a handshake too, so that nobody gets to accept a connection.
+Nobody else sees them: packets that would leave this host are dropped at the last moment, and so is the last segment of
+a handshake, so no listener gets a connection.
 """
 
 from __future__ import annotations

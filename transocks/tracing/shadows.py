@@ -20,7 +20,7 @@ _TAKEN = {What.DROPPED, What.ELSEWHERE, What.UNTRACKED, What.ENDED}
 def shadows(wanted: Sequence[Wanted], tool: Tool, *, well: bool) -> Iterator[tuple[str, bool]]:
     """A line for each, and whether it is a fault. `well`: there is no other fault that might explain what happens.
 
-    What can't be tried out is no fault, but said.
+    Something that can't be tried is reported, but is no fault.
     """
     versions = (4, 6) if uses_ipv6() else (4,)
     names = RuleNames()

@@ -1,10 +1,10 @@
-"""Makes the kernel tell what becomes of some packets, and keeps those that are ours on this host.
+"""Makes the kernel report the way of some packets, and keeps our own samples on this host.
 
-A table of our own marks packets of the ports that are watched for tracing. It has a chain at each hook between the
-places of others' (connection tracking, iptables's tables), which does nothing: but the kernel tells that the packet has
-come there, and what it looks like then. So it is known where a packet was last seen, whoever has dropped it:
-iptables-legacy, connection tracking, routing or a BPF program as well as a rule of nft. The last chain of all drops
-what is to be seen, but not sent. The table belongs to this process, so that it is gone when that is killed.
+A table of our own marks packets of the watched ports for tracing. At each hook it has empty chains between those of
+others (connection tracking, iptables's tables). The kernel reports when a packet reaches one of them, and its contents
+at that point. So the last place of a packet is known, even if iptables-legacy, connection tracking, routing or a BPF
+program dropped it, and not a rule of nft. The last chain of all drops our samples, so that they are not sent. The table
+belongs to this process, and is gone when the process is killed.
 """
 
 from __future__ import annotations

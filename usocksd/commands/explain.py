@@ -43,7 +43,7 @@ own resolver and what it knows of its egress addresses.
 Exit status: 0 if it would be connected, 1 if not (a rule denies it, the name has no address, there is no egress
 address), 2 for trouble (a faulty file, a wrong command line, no daemon)."""
 
-# Whoever waits for longer, in seconds, is told for what.
+# Seconds of waiting after which stderr says what for.
 _SAY_AFTER: Final = 1.0
 
 # What is shown without --verbose.

@@ -20,8 +20,8 @@ def usable_cpus(proc: Path = PROC) -> int:
 
 
 def oom_kills(proc: Path = PROC) -> int | None:
-    """How many processes the kernel has killed for want of memory so far: of this process's control group, or of the
-    whole system where it is in none that counts. None where nobody counts.
+    """How many processes the kernel has killed so far because memory ran out: in this process's control group, or in
+    the whole system if that has no counter. None if there is no counter at all.
     """
     for group in _groups("memory", proc):
         for name in ("memory.events", "memory.oom_control"):

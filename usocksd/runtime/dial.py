@@ -247,11 +247,10 @@ class _Attempt(Endpoint):
 class _Race:
     """Attempts begin a moment apart, or as soon as one has failed; the first to connect wins.
 
-    All of it is one task, which looks at every attempt before it begins another: once one has connected, none does.
+    The race is one task, which looks at every attempt before it begins another: once one has connected, none begins.
 
-    A session counts as two descriptors. What a race has open beyond that it borrows from `reactor.spare`, and no more
-    than it leaves there for others. With nothing to borrow an attempt has its share of the time and then gives way to
-    the next.
+    A session counts as two descriptors. A race borrows further ones from `reactor.spare`, and never more than it leaves
+    there for others. If it can borrow none, each attempt has its share of the time, and then gives way to the next.
     """
 
     def __init__(self, reactor: Reactor, targets: Sequence[Target], deadline: float) -> None:

@@ -36,17 +36,17 @@ log = logging.getLogger(__name__)
 
 READY = "ready"
 
-# A scrape takes milliseconds. Who takes longer than this to ask, or to take the answer, is cut off.
+# A scrape takes milliseconds. A client that takes longer to send its request, or to take the answer, is cut off.
 _ASK_WITHIN = 2.0
 _TAKE_WITHIN = 10.0
 _MOST_CLIENTS = 64
 _MOST_SAID = 16 * 1024
-# When no connection can be accepted (no descriptors left, say), so long until the next try.
+# Seconds until the next try when no connection can be accepted (for want of descriptors, for example).
 _PAUSE = 0.2
 
 
 Bodies: TypeAlias = dict[str, bytes]
-"""What those get who have asked before it was collected, by content type: many scrapes cost no more than one."""
+"""The answer for all scrapes that wait, by content type: many scrapes cost no more than one."""
 
 
 class _Client:
@@ -89,7 +89,7 @@ class Exporter:
         self._clients: dict[_Client, None] = {}
         """The oldest first."""
         self._waiting: list[_Client] = []
-        """Those who have asked for what takes longer to tell."""
+        """Clients whose answer takes longer: scrapes."""
         self._selector = selectors.DefaultSelector()
         threading.Thread(target=self._run, name="metrics", daemon=True).start()
 

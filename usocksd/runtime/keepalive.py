@@ -1,8 +1,8 @@
-"""When the peers of a relay are asked for signs of life: often enough that nothing on the way forgets the connection.
+"""When keepalive probes the peers of a relay: often enough that nothing on the way forgets the connection.
 
-Connection tracking forgets what is silent, here and in every NAT between: an open connection after days (or minutes),
-one that has ended in one direction after a minute. A redirected connection that it forgets is lost, and worse: what its
-client then sends is not redirected any more.
+Connection tracking forgets silent connections, here and in every NAT on the way: an open one after days (or minutes), a
+half-closed one after a minute. A redirected connection that it forgets is lost; worse, the next packets of its client
+are no longer redirected.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Timing(NamedTuple):
     """of silence before the first probe"""
     interval: int
     probes: int
-    """so many without an answer, and the connection is reset"""
+    """without an answer, after which the connection is reset"""
     longest: int = _RTO_MAX
     """between what is sent again, or asked of a peer with a closed window: the kernel's keepalive waits meanwhile"""
 
@@ -62,7 +62,7 @@ class KeepAlive:
         self.half = self._timing(min(min(timers.get(name, DEFAULTS[name]), DEFAULTS[name]) for name in _HALF))
         """Once one direction has ended."""
         self.after = min(_LONGEST_AFTER, float(self.open.idle))
-        """When a relay has lived so many seconds, its outgoing connection is worth the system calls."""
+        """The age in seconds from which a relay is worth the system calls."""
         self.half_after = min(_HALF_AFTER, float(self.half.idle))
         """The same from when one direction has ended: mostly the other one follows at once."""
 

@@ -14,12 +14,12 @@ from secrets import token_bytes
 _RESERVE = 48
 # A connection has two sockets.
 _PER_CONNECTION = 2
-# One descriptor of so many is for pipes, which bulk streams borrow; one that finds none left does without.
+# One descriptor in 16 is for pipes, which bulk streams borrow; a stream that finds none left does without.
 _FOR_PIPES = 16
-# One of so many is for asking name servers. Half of them is kept back: a session that waits for a name does not use its
-# second descriptor.
+# One in 16 is for queries to name servers. Only half of them are kept back, since a session that waits for a name does
+# not use its second descriptor.
 _FOR_NAMES = 16
-# One of so many is for addresses that are tried beside others.
+# One in 16 is for addresses that are tried beside others.
 _FOR_RACES = 16
 
 

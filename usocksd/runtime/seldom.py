@@ -1,4 +1,4 @@
-"""What is said again and again is said now and then, with how often it was."""
+"""Logs a repeated record only now and then, with the number of times."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable
 from typing import Final
 
 EVERY: Final = 600.0
-"""Seconds in which the same is said once."""
+"""Seconds in which the same record is logged once."""
 
 _MOST = 1000
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from usocksd.runtime.cgroup import oom_kills
 
-# A process that is killed is gone within so many seconds; what was counted before was of somebody else.
+# Seconds. A killed process is gone within this time; a kill that was counted earlier was another process.
 _GONE_WITHIN = 5.0
 
 
@@ -21,7 +21,7 @@ class Coroner:
         self._seen_at = 0.0
 
     def forget(self, now: float) -> None:
-        """Whoever was killed long ago is not the next to be found; `now` is in seconds. To be called now and then."""
+        """Forget kills of long ago, so that they explain no later death. `now` is in seconds. Call it now and then."""
         if now - self._seen_at > _GONE_WITHIN:
             self._told, self._seen, self._seen_at = max(self._told, self._seen), self._oom_kills() or 0, now
 

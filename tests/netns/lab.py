@@ -145,6 +145,12 @@ class Host:
             raise
         return listener
 
+    def forget_connections(self) -> None:
+        """conntrack -F"""
+        with self.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12) as netlink:
+            netlink.send(struct.pack("=IHHIIBBH", 20, 1 << 8 | 2, 5, 1, 0, 0, 0, 0))
+            assert struct.unpack_from("=16xi", netlink.recv(1 << 10)) == (0,)
+
     def sysctl(self, name: str, value: object) -> None:
         """Set a net.* kernel setting of this host, e.g. sysctl("net.ipv4.ip_forward", 1)."""
         self.lab.ask("write", self.name, "/proc/sys/" + name.replace(".", "/"), str(value))

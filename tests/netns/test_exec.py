@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import select
@@ -32,6 +33,21 @@ if len(sys.argv) > 2:
     sys.stdin.readline()
 """
 
+SECRET = b"secret " * 10
+# The same, and sends something when it is told to.
+GOING_ON = f"""
+import socket, sys
+with socket.create_connection((sys.argv[1], 80), 10) as s:
+    s.sendall(b"hello\\n")
+    print(s.recv(100).decode(), flush=True)
+    sys.stdin.readline()
+    try:
+        s.sendall({SECRET!r})
+        s.recv(1)
+    except ConnectionResetError:
+        print("refused")
+"""
+
 
 @dataclass
 class Trial:
@@ -60,13 +76,18 @@ class Trial:
         lines = [self.net.client.run(tool, "-t", table).stdout for tool in tools for table in ("nat", "filter")]
         return "\n".join(line for line in "".join(lines).splitlines() if line.startswith("-"))
 
-    def answer(self) -> int:
-        """Accept one connection at the web, say hello; returns the port that it came from."""
+    def accept(self) -> tuple[socket.socket, int]:
+        """Accept one connection at the web, say hello; returns it, and the port that it came from."""
         ready, _, _ = select.select(self.servers, [], [], 10)
         accepted, peer = ready[0].accept()
-        with accepted:
-            accepted.sendall(b"hello")
-        return int(peer[1])
+        accepted.sendall(b"hello")
+        return accepted, int(peer[1])
+
+    def answer(self) -> int:
+        """The same, and no more."""
+        accepted, port = self.accept()
+        accepted.close()
+        return port
 
 
 @pytest.fixture(params=["nft", "iptables"])
@@ -113,6 +134,23 @@ def test_only_the_command_is_redirected(trial: Trial, address: str) -> None:
     process.communicate("\n", timeout=10)
     assert process.returncode == 0
     assert trial.rules() == before
+
+
+@pytest.mark.parametrize("address", [lab.WEB_V4, lab.WEB_V6])
+def test_what_is_forgotten_stays_off_the_wire(trial: Trial, address: str) -> None:
+    process = trial.start(sys.executable, "-c", GOING_ON, address)
+    accepted, _ = trial.accept()
+    assert process.stdout is not None
+    assert process.stdout.readline() == "hello\n"
+    with accepted, trial.net.outside.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3)) as wire:
+        wire.bind(("eth0", 0))
+        wire.setblocking(False)
+        trial.net.client.forget_connections()
+        out, err = process.communicate("\n", timeout=20)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                assert SECRET not in wire.recv(1 << 17)
+        assert out == "refused\n", err
 
 
 def test_exit_status_and_signals_pass_through(trial: Trial) -> None:

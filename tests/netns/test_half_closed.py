@@ -10,7 +10,6 @@ import contextlib
 import os
 import select
 import socket
-import struct
 import subprocess
 import threading
 import time
@@ -222,12 +221,6 @@ class Played(scenes.Scene):
                 lost.append(f"{self.name}, from before: {error!r}")
         return lost
 
-    def forget(self) -> None:
-        """conntrack -F"""
-        with self.net.proxy.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12) as netlink:
-            netlink.send(struct.pack("=IHHIIBBH", 20, 1 << 8 | 2, 5, 1, 0, 0, 0, 0))
-            assert struct.unpack_from("=16xi", netlink.recv(1 << 10)) == (0,)
-
     def end(self) -> None:
         for sock in self.sockets:
             sock.close()
@@ -302,7 +295,7 @@ def test_what_is_forgotten_stays_off_the_wire(mode: str, tmp_path: Path) -> None
                     next(steps, None)
                 table = "transocks" if mode == "host" else f"transocks_{mode}"
                 wait_until(lambda: f"inet {table}\n" in scene.sh("nft list tables"), "the rules are there again")
-            scene.forget()
+            scene.net.proxy.forget_connections()
             for client, server in forgotten:
                 if mode == "tproxy":  # by its socket, and not by connection tracking
                     client.sendall(SECRET)

@@ -150,7 +150,9 @@ def _redirect(tool: Tool, gid: int, port: int, ipv6: bool, stack: contextlib.Exi
             if cgroup is not None:
                 trial.callback(end, cgroup.folder)
             selection = attrs.evolve(Selection() if cgroup is None else cgroup.selection, groups=(gid,))
-            rules = render(tool, Wanted(mode=Mode.HOST, name=name, port=port, selection=selection), ipv6=ipv6)
+            # closed: what connection tracking has forgotten does not go directly.
+            wanted = Wanted(mode=Mode.HOST, name=name, port=port, selection=selection, closed=True)
+            rules = render(tool, wanted, ipv6=ipv6)
             try:
                 trial.enter_context(Held(rules, folder, "" if cgroup is None else cgroup.folder))
             except FirewallError:

@@ -201,7 +201,7 @@ def test_a_user_exempts_when_its_line_is_enabled(rules: Rules, stack: ExitStack)
         text = re.sub(r"^(\s*)#((-A TRANSOCKS.*--uid-owner|meta skuid) )", r"\1\2", file.read_text(), flags=re.M)
         for ours, theirs in (("transocks", "nobody"), ("usocksd", "daemon")):  # users that exist everywhere
             text, count = re.subn(rf'(--uid-owner |meta skuid "){ours}', rf"\1{theirs}", text)
-            assert count == 1
+            assert count == (1 if rules.backend == "nft" else 2)  # and in what is off there, for "closed"
         file.write_text(text)
     there = trial(rules, stack, 80)
     rules.header("load")

@@ -532,6 +532,10 @@ def test_tproxy_without_a_routing_rule(gateway_net: lab.Net, tmp_path: Path) -> 
 
 
 def test_tproxy_and_src_valid_mark(gateway_net: lab.Net, tmp_path: Path) -> None:
+    gateway_net.lab.ip(  # a name as of a VLAN, whose dot is none of sysctl's
+        gateway_net.proxy, "link set lan0 down", "link set lan0 name lan.0", "link set lan.0 up",
+        f"addr add {lab.LAN_GATEWAY_V6}/64 dev lan.0 nodad",
+    )  # fmt: skip
     with tproxy(gateway_net, tmp_path) as config:
         gateway_net.proxy.sysctl("net.ipv4.conf.all.src_valid_mark", 1)
         found = doctor(gateway_net, config)

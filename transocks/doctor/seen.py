@@ -95,6 +95,11 @@ class Seen:
         return next(found, None)
 
 
+def setting_of(interface: str, name: str) -> str:
+    """A setting of an interface for IPv4, as sysctl(8) takes it: with / for each dot of a VLAN's name, say."""
+    return f"net.ipv4.conf.{interface.replace('.', '/')}.{name}"
+
+
 def look(config: Config, config_file: str) -> Seen:
     """Look at this host, as this user."""
     root = os.geteuid() == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from transocks.doctor.finding import Finding, fault, fine, warning
-from transocks.doctor.seen import Seen
+from transocks.doctor.seen import Seen, setting_of
 from transocks.doctor.tried import Trials
 from transocks.firewall.config import Mode
 from transocks.tracing.links import is_up
@@ -42,7 +42,7 @@ def reverse_path(seen: Seen, trials: Trials) -> Iterator[Finding]:
         yield fault(
             "reverse path",
             f"the filter is strict on {', '.join(strict)} and drops packets ({dropped} while this looked)",
-            f"sysctl net.ipv4.conf.{strict[0]}.rp_filter=2, or route the clients' networks back the way they come",
+            f"sysctl {setting_of(strict[0], 'rp_filter')}=2, or route the clients' networks back the way they come",
         )  # fmt: skip
     elif strict:
         yield fine("reverse path", f"strict on {', '.join(strict)}, and dropped nothing while this looked")

@@ -32,6 +32,7 @@ from scene import (
 )
 
 from transocks.firewall import lock
+from transocks.firewall.live import Routing
 
 RULES = Path(__file__).parents[2] / "iptables"
 
@@ -333,6 +334,21 @@ def test_another_mode_or_tool_takes_the_place(scene: Scene) -> None:
             assert "TRANSOCKS" not in scene.sh(f"{other}-save")
     scene.rules("remove")
     assert scene.dump() == before
+
+
+@one_mode("tproxy")
+@backends(0)
+def test_what_verify_misses_of_the_routing_can_be_typed(scene: Scene) -> None:
+    scene.start()
+    scene.rules("apply")
+    for six in (False, True):
+        for kind in ("rule", "route"):
+            scene.sh(" ".join(Routing(0x7474, six).step(kind, "del").argv))
+    said = scene.rules("verify", status=1).splitlines()
+    assert len(said) == 4
+    for line in said:
+        scene.sh(line.rpartition(": ")[2])
+    assert "as they should be" in scene.rules("verify")
 
 
 @one_mode("tproxy")

@@ -167,6 +167,15 @@ def test_held_closed_no_connection_goes_directly(scene: Scene) -> None:
         assert says() == "in force\n"
         assert [scene.connect(a) for a in (*BEYOND, *PRIVATE)] == [REDIRECTED, REDIRECTED, DIRECT, DIRECT]
         assert "as they should be" in scene.rules("verify")
+        chain = {"host": "output_tcp", "gateway": "prerouting", "tproxy": "prerouting"}[scene.mode]
+        table = "transocks" if scene.mode == "host" else f"transocks_{scene.mode}"
+        scene.sh(f"nft flush chain inet {table} {chain}")
+        assert [scene.connect(a) for a in BEYOND] == [REFUSED] * 2
+        said = scene.rules("verify", status=1)
+        assert "missing: " in said
+        assert "shadowed: " not in said
+        scene.rules("apply")
+        assert [scene.connect(a) for a in BEYOND] == [REDIRECTED] * 2
         with scene.connected(lab.WEB_V4) as (early, became):
             assert became == REDIRECTED
             # Nobody puts the rules back now, and still: what is flushed is not let out.
@@ -175,7 +184,7 @@ def test_held_closed_no_connection_goes_directly(scene: Scene) -> None:
             assert [scene.connect(a) for a in (*BEYOND, *PRIVATE)] == [REFUSED, REFUSED, DIRECT, DIRECT]
             os.kill(holder.pid, signal.SIGCONT)
             scene.until(REDIRECTED)
-            scene.rules("remove", "--keep-connections")
+            assert "`transocks rules hold` runs" in scene.rules("remove", "--keep-connections", status=1)
             scene.until(REDIRECTED)
             early.sendall(b"hello")
             assert early.recv(10) == b"hello"

@@ -14,7 +14,7 @@ from transocks.firewall import live
 from transocks.firewall.config import Mode, Tool
 from transocks.firewall.cut import cut
 from transocks.firewall.known import make_known
-from transocks.firewall.live import CHAINS, TABLES, Routes, Routing, has
+from transocks.firewall.live import CHAINS, GUARDS, TABLES, Routes, Routing, has
 from transocks.firewall.lock import alone
 from transocks.firewall.render import render_all_nft, render_iptables
 from transocks.firewall.saved import Changes, Table, changes, merge, parse_save, select, write
@@ -73,7 +73,7 @@ def know_others(wanted: Sequence[Wanted], tool: Tool, *, ipv6: bool) -> None:
     if not any(w.closed and w.mode is Mode.HOST for w in wanted):
         return
     if tool is Tool.NFT:
-        tables = [name for name in (_HOST.table, f"{_HOST.table}_guard") if ("inet", name) in live.tables()]
+        tables = [name for name in (_HOST.table, _HOST.guard) if ("inet", name) in live.tables()]
         refused = any("jump refuse_unknown" in run(Step(("nft", "list", "table", "inet", name))) for name in tables)
     else:
         saved = [table for six in ((False, True) if ipv6 else (False,)) for table in live.saved(six)]
@@ -185,6 +185,16 @@ def in_force(wanted: Sequence[Wanted]) -> bool:
     """Whether these are loaded by nft, and in force; what somebody has changed inside of a chain is for verify."""
     text = "".join(f"get element inet {w.table} {ACTIVE} {{ tcp, udp }}\n" for w in wanted)
     return complaint(Step(("nft", "-f", "-"), text)) is None
+
+
+def held() -> bool:
+    """Whether `transocks rules hold` runs, and loads again what is removed. Raises FirewallError."""
+    if not has("nft"):
+        return False
+    if any(("inet", name) in live.tables() for name in GUARDS):
+        return True
+    sets = (run(Step(("nft", "list", "set", "inet", name, ACTIVE))) for name in _our_tables())
+    return any(f'comment "{HELD}"' in text for text in sets)
 
 
 @alone()

@@ -121,9 +121,9 @@ def _check_routing(wanted: Sequence[Wanted], families: Sequence[bool]) -> Iterat
     for routing in should:
         routes = Routes.here(routing.six)
         if routing not in there:
-            yield f"missing: {_FAMILIES[routing.six]} routing rule: ip rule add {' '.join(routing.rule)}", True
+            yield f"missing: {_FAMILIES[routing.six]} routing rule: {routing.by_hand('rule')}", True
         if not routes.has(routing):
-            yield f"missing: {_FAMILIES[routing.six]} route: ip route add {' '.join(routing.route)}", True
+            yield f"missing: {_FAMILIES[routing.six]} route: {routing.by_hand('route')}", True
         if others := routes.others(routing):
             yield f"not ours: {_FAMILIES[routing.six]} routing table {routing.mark}: {', '.join(others)}", True
     for routing in there:

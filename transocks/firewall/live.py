@@ -28,6 +28,8 @@ PROTOCOL = 116
 
 TABLES = tuple(Wanted(mode=mode, port=0).table for mode in Mode)
 """Our nft tables."""
+GUARDS = tuple(Wanted(mode=mode, port=0).guard for mode in Mode)
+"""Those that belong to `transocks rules hold`."""
 KINDS = ("", "-UDP", "-TCP")
 CHAINS = tuple(f"{Wanted(mode=mode, port=0).chain}{kind}" for mode in Mode for kind in KINDS)
 """Our chains in iptables's tables."""
@@ -159,6 +161,10 @@ class Routing:
         if (kind, action) == ("route", "add"):
             words = (*words, "proto", str(PROTOCOL))
         return Step(("ip", "-6" if self.six else "-4", kind, action, *words))
+
+    def by_hand(self, kind: str) -> str:
+        """The same to type, to add it."""
+        return " ".join(self.step(kind, "add").argv)
 
 
 def routing_rules(six: bool) -> list[Routing]:

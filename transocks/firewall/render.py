@@ -105,7 +105,7 @@ def render_guard(wanted: Wanted) -> str:
     does nothing while they are in force, and refuses when they are not. What is connected through transocks goes on
     meanwhile: address translation stays, for TPROXY the mark.
     """
-    name = f"{wanted.table}_guard"
+    name = wanted.guard
     text = _redefining(render_nft(attrs.evolve(wanted, name=name, closed=True)))
     # A table that has an owner can't be mentioned without.
     text = _replace(

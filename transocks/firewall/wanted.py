@@ -69,6 +69,11 @@ class Wanted:
         return "transocks" if self.mode is Mode.HOST else f"transocks_{self.mode.value}"
 
     @property
+    def guard(self) -> str:
+        """The name of the nft table of `transocks rules hold` beside it."""
+        return f"{self.table}_guard"
+
+    @property
     def chain(self) -> str:
         """The name of the iptables chain; the one for UDP has -UDP behind it."""
         return self.table.upper().replace("_", "-")

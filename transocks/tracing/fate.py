@@ -7,7 +7,7 @@ from enum import Enum, auto
 import attrs
 
 from transocks.firewall.config import Mode
-from transocks.firewall.live import CHAINS, TABLES
+from transocks.firewall.live import CHAINS, GUARDS, TABLES
 from transocks.firewall.wanted import Wanted
 from transocks.tracing.events import Event, Verdict
 from transocks.tracing.names import RuleNames
@@ -118,6 +118,11 @@ def _lost(way: Way, names: RuleNames) -> str:
     hook, _ = way.at
     place = way.lost_in
     return f"by {names.gap(hook, place, way)}" if place is not None else way.lost or f"behind {hook.upper()}"
+
+
+def is_guard(rule: Event | None) -> bool:
+    """Whether it is a rule of `transocks rules hold`: it refuses what ours should have and do not, so look at ours."""
+    return rule is not None and rule.family == "inet" and rule.table in GUARDS
 
 
 def is_ours(rule: Event, names: RuleNames, wanted: Wanted | None = None) -> bool:

@@ -8,7 +8,7 @@ from transocks.firewall.config import Mode, Tool
 from transocks.firewall.live import has_legacy, iptables, uses_ipv6
 from transocks.firewall.steps import FirewallError
 from transocks.firewall.wanted import Wanted
-from transocks.tracing.fate import What, fate_of, is_ours
+from transocks.tracing.fate import What, fate_of, is_guard, is_ours
 from transocks.tracing.links import links
 from transocks.tracing.names import RuleNames
 from transocks.tracing.samples import samples, try_out
@@ -32,7 +32,8 @@ def shadows(wanted: Sequence[Wanted], tool: Tool, *, well: bool) -> Iterator[tup
                 for outcome in outcomes:
                     fate = fate_of(outcome, w, names)
                     to = f"connections to port {outcome.sample.port}"
-                    if fate.what in _TAKEN and not (fate.rule is not None and is_ours(fate.rule, names)):
+                    ours = is_guard(fate.rule) or (fate.rule is not None and is_ours(fate.rule, names))
+                    if fate.what in _TAKEN and not ours:
                         yield f"{fate.text}: it has {to} before our rules do", True
                     elif fate.what is What.PASSED and not fate.text and well and outcome.way is not None:
                         table = "mangle" if w.mode is Mode.TPROXY else "nat"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 from collections.abc import Iterator
 
@@ -193,7 +194,12 @@ def verify(args: argparse.Namespace) -> int:
 
 def remove(args: argparse.Namespace) -> int:
     """Leave nothing of it."""
+    held = False
+    with contextlib.suppress(FirewallError):  # removing it is more important
+        held = change.held()
     complaints = change.remove(keep=args.keep_connections)
+    if held:
+        complaints.append("`transocks rules hold` runs, and loads them again: end it first, or stop its unit")
     if complaints:
         raise FirewallError("\n".join(complaints))
     return 0

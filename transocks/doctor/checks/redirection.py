@@ -6,13 +6,13 @@ import errno
 from collections.abc import Iterator
 
 from transocks.doctor.finding import Finding, fault, fine, unchecked, warning
-from transocks.doctor.seen import Seen
+from transocks.doctor.seen import Seen, setting_of
 from transocks.doctor.tried import AS_ROOT, Trials, Tried
 from transocks.firewall.config import Mode
 from transocks.firewall.live import Routing
 from transocks.firewall.verify import dormant
 from transocks.tracing.events import ACK
-from transocks.tracing.fate import What, is_ours
+from transocks.tracing.fate import What, is_guard, is_ours
 from transocks.tracing.samples import UDP, receive, send_datagram, send_middle
 from usocksd.runtime.hostport import join_port
 
@@ -80,7 +80,8 @@ def _of(one: Tried, seen: Seen, trials: Trials) -> Iterator[Finding]:
         case What.DROPPED:
             families = {tried.sample.version for tried in trials.arrived if tried.wanted.mode is one.wanted.mode}
             if trials.stated or not families or one.sample.version in families:
-                yield fault("rules", f"{name}: dropped on the way: {text}", "let it pass there, or remove that rule")
+                do = _APPLY if is_guard(one.fate.rule) else "let it pass there, or remove that rule"
+                yield fault("rules", f"{name}: dropped on the way: {text}", do)
         case What.UNTRACKED:
             yield fault(
                 "rules", f"{name}: not tracked, and so never redirected: {text}", "take such traffic out of that rule"
@@ -169,17 +170,17 @@ def _routing(one: Tried, seen: Seen) -> Finding:
     if version == 4 and way.routed_nowhere and believed and one.wanted.mode is Mode.TPROXY:
         return fault(
             "reverse path", f"src_valid_mark=1: what has mark {mark:#x} is dropped, its source is looked up with it",
-            f"sysctl net.ipv4.conf.all.src_valid_mark=0 net.ipv4.conf.{iif}.src_valid_mark=0",
+            f"sysctl {setting_of('all', 'src_valid_mark')}=0 {setting_of(iif, 'src_valid_mark')}=0",
         )  # fmt: skip
     if version == 4 and way.routed_nowhere and strict == 1:
         return fault(
             "reverse path", f"clients behind {iif} are dropped, their source is not believed (rp_filter={strict})",
-            f"sysctl net.ipv4.conf.{iif}.rp_filter=2, or route the clients' network back through {iif}",
+            f"sysctl {setting_of(iif, 'rp_filter')}=2, or route the clients' network back through {iif}",
         )  # fmt: skip
     if one.wanted.mode is not Mode.TPROXY:
         return fault("routes", f"{one.name}: it is lost {one.fate.text}", "look at ip route and ip rule")
     routing = Routing(mark, version == 6)
-    by_hand = "; ".join(" ".join(routing.step(kind, "add").argv) for kind in ("rule", "route"))
+    by_hand = "; ".join(map(routing.by_hand, ("rule", "route")))
     return fault(
         "routes", f"{one.name}: what TPROXY takes (mark {mark:#x}) is not routed to this host",
         f"{_APPLY}, or by hand: {by_hand}" if seen.config.rules is not None else by_hand,

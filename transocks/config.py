@@ -36,6 +36,7 @@ from usocksd.runtime.settings import (
     check_distinct_address,
     one_of,
     parse_address,
+    parse_zoned_address,
     split_port,
     text,
 )
@@ -77,7 +78,7 @@ def _parse_listen_entry(value: object) -> list[ListenAddress]:
     if pair is not None:
         return [ListenAddress(address, port, optional=True) for address in pair]
     try:
-        address = parse_address(host)
+        address = parse_zoned_address(host)
     except Invalid:
         raise
     except ValueError:

@@ -49,7 +49,12 @@ class Direct:
     async def _hosts(self, request: Request, name: str, client: Endpoint, deadline: float) -> list[str]:
         original = request.destination.host
         found = await self._resolver.resolve_for(client, request.client.host, name, deadline)
-        hosts = [str(each) for each in found if str(each) == original or not self._means_us(each)]
+        plain = original.partition("%")[0]
+        hosts = [
+            original if str(each) == plain else str(each)
+            for each in found
+            if str(each) == plain or not self._means_us(each)
+        ]
         if not hosts:
             raise Denied(f"the way past the proxies: {name} is {found[0]}")
         return hosts

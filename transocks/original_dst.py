@@ -7,6 +7,7 @@ import logging
 import pwd
 import socket
 import struct
+import sys
 from collections.abc import Callable, Collection, Iterable
 from socket import SocketType
 from typing import NamedTuple
@@ -14,14 +15,15 @@ from typing import NamedTuple
 from usocksd.addresses import HostAddresses, SocketOwners
 from usocksd.errors import Error
 from usocksd.match import numeric_address
-from usocksd.runtime.hostport import join_port, unmapped
+from usocksd.runtime.hostport import bound_to, join_port, unmapped, with_zone
 
 log = logging.getLogger(__name__)
 
 # linux/netfilter_ipv4.h and linux/netfilter_ipv6/ip6_tables.h: both numbers are 80.
 _SO_ORIGINAL_DST = 80
+_NO_SCOPE = bytes(4)
 _SOCKADDR_IN = struct.Struct("!2xH4s8x")
-_SOCKADDR_IN6 = struct.Struct("!2xH4x16s4x")
+_SOCKADDR_IN6 = struct.Struct("!2xH4x16s4s")  # (the scope, alone, is in the order of this machine)
 
 # The accounts that the daemons are meant to run as, and nothing else: what comes from them is us.
 OWN_USERS = ("transocks", "usocksd")
@@ -36,13 +38,18 @@ class Loop(Error):
 
 
 class Destination(NamedTuple):
-    """A numeric address and a port."""
+    """A numeric address, a link-local one with its zone (fe80::1%eth0), and a port."""
 
     host: str
     port: int
 
     def __str__(self) -> str:
         return join_port(self.host, self.port)
+
+    @property
+    def anywhere(self) -> Destination:
+        """Without its zone."""
+        return self._replace(host=self.host.partition("%")[0])
 
 
 def original_destination(sock: SocketType) -> Destination:
@@ -52,11 +59,10 @@ def original_destination(sock: SocketType) -> Destination:
     IPv4 entry in the connection tracking table. Raises NotRedirected.
     """
     local = sock.getsockname()
-    # (A link-local address comes with its zone.)
-    host = unmapped(local[0]).partition("%")[0]
+    host = unmapped(local[0])
     try:
         if ":" in host:
-            port, raw = _SOCKADDR_IN6.unpack(sock.getsockopt(socket.IPPROTO_IPV6, _SO_ORIGINAL_DST, 28))
+            port, raw, scope = _SOCKADDR_IN6.unpack(sock.getsockopt(socket.IPPROTO_IPV6, _SO_ORIGINAL_DST, 28))
             original = Destination(socket.inet_ntop(socket.AF_INET6, raw), port)
         else:
             port, raw = _SOCKADDR_IN.unpack(sock.getsockopt(socket.IPPROTO_IP, _SO_ORIGINAL_DST, 16))
@@ -67,6 +73,8 @@ def original_destination(sock: SocketType) -> Destination:
         raise NotRedirected(f"no original destination is known for it ({name})") from None
     if original == (host, local[1]):
         raise NotRedirected("it was made to this port itself, no rule redirected it")
+    if ":" in host and scope != _NO_SCOPE:
+        original = original._replace(host=with_zone(original.host, int.from_bytes(scope, sys.byteorder)))
     return original
 
 
@@ -77,8 +85,8 @@ def tproxy_destination(sock: SocketType, is_ours: Callable[[Destination], bool])
     another connection). `is_ours` tells the ports that we listen on: what was made to one of them reached it by
     itself. Raises NotRedirected.
     """
-    host, port = sock.getsockname()[:2]
-    destination = Destination(unmapped(host).partition("%")[0], port)
+    host, port = bound_to(sock)
+    destination = Destination(unmapped(host), port)
     if is_ours(destination):
         raise NotRedirected("it was made to this port itself, no TPROXY rule brought it")
     return destination
@@ -99,8 +107,8 @@ class LoopGuard:
         most_per_destination: int,
         own_users: Iterable[str] = OWN_USERS,
     ) -> None:
-        """`upstreams` gives the addresses of the upstream proxies as they are known now. `most_per_destination` is
-        how many connections may go to one destination at a time: the last resort.
+        """`upstreams` gives the addresses of the upstream proxies as they are known now, without zones.
+        `most_per_destination` is how many connections may go to one destination at a time: the last resort.
         """
         self._listen_ports = frozenset(listen_ports)
         self._hosts = hosts
@@ -140,7 +148,7 @@ class LoopGuard:
         if self.is_ours(original):
             raise Loop("its destination is this proxy's own port")
         upstreams = self._upstreams()
-        if original in upstreams:
+        if (original if "%" not in original.host else original.anywhere) in upstreams:
             raise Loop("its destination is the upstream: exempt the upstream from the redirect rules")
         ours = self._hosts.is_local(numeric_address(client.host))
         if not ours and any(client.host == upstream.host for upstream in upstreams):

@@ -12,7 +12,7 @@ import attrs
 from usocksd.match import canonical_host
 from usocksd.runtime.config import Invalid, Parser, SecretStr
 from usocksd.runtime.hostport import join_port
-from usocksd.runtime.settings import IPAddress, split_port
+from usocksd.runtime.settings import IPAddress, parse_zoned_address, split_port
 
 
 class ProxyScheme(enum.Enum):
@@ -73,15 +73,19 @@ def parse_proxy_url(value: str) -> ProxyURL:
     username, password = _userinfo(match[2], scheme)
     try:
         hostname, port = split_port(match[3])
-        if "%" in hostname or (":" in hostname and not match[3].startswith("[")):
-            raise ValueError  # ::1:1080 could be either; zones are lost on the way
-        host = canonical_host(hostname)
+        if ":" in hostname and not match[3].startswith("["):
+            raise ValueError  # ::1:1080 could be either
+        address, percent, zone = hostname.partition("%")
+        host = canonical_host(address)
+        if percent and isinstance(host, str):
+            raise ValueError
     except ValueError:
         raise Invalid("expected HOST:PORT, with an IPv6 address in brackets, at the end") from None
+    if not isinstance(host, str):
+        # As RFC 6874 has it, [fe80::1%25eth0], or as everybody writes it.
+        host = parse_zoned_address(f"{host}{percent}{unquote(zone[2:]) if zone.startswith('25') else zone}")
     if not isinstance(host, str) and (host.is_unspecified or host.is_multicast):
         raise Invalid("expected the address of one host, not the unspecified address or multicast")
-    if not isinstance(host, str) and host.version == 6 and host.is_link_local:
-        raise Invalid("expected an address that needs no zone: a link-local one can't be connected to without")
     if port is None and scheme is not ProxyScheme.HTTP:
         port = 1080
     if not port:

@@ -17,7 +17,7 @@ from transocks.original_dst import Destination, LoopGuard, original_destination,
 from transocks.pool import UpstreamGroup
 from transocks.request import Request
 from transocks.route_settings import ADDRESS, NAME, NamesConfig
-from transocks.routes import REJECT, Routes
+from transocks.routes import DIRECT, REJECT, Routes
 from transocks.upstream import Tunnel
 from usocksd.errors import Denied, Error, ResolveError
 from usocksd.match import numeric_address
@@ -136,6 +136,9 @@ class Sessions:
             access.routed(decision.route)
             if decision.via == REJECT:
                 raise Denied(decision.route)
+            if decision.via != DIRECT and "%" in destination.host:
+                # To a proxy, the address would be another host, or none.
+                raise Denied(f'{decision.route}: no proxy reaches a link-local address, only via = "direct" does')
             way = self._ways[decision.via]
             asked = request._replace(name=name) if decision.by_name else request
             try:

@@ -8,7 +8,7 @@ from math import inf
 from transocks.original_dst import Destination
 from transocks.proxy_url import ProxyURL
 from usocksd.errors import ResolveError
-from usocksd.match import IPAddress
+from usocksd.match import IPAddress, without_zone
 from usocksd.resolver import ABSENT, Resolver
 from usocksd.runtime.dial import Target
 from usocksd.runtime.endpoint import Endpoint
@@ -20,7 +20,7 @@ _STALE_FOR = 5.0
 
 
 class UpstreamAddresses:
-    """The addresses of one upstream, as far as they are known."""
+    """The addresses of one upstream, as far as they are known: to dial, and without zones to be compared with."""
 
     def __init__(
         self, url: ProxyURL, *, reactor: Reactor, resolver: Resolver, mark: int | None, fast_open: bool
@@ -69,4 +69,4 @@ class UpstreamAddresses:
             self.targets = [
                 Target(str(address), self._port, mark=self._mark, fast_open=self._fast_open) for address in addresses
             ]
-            self.known = frozenset(Destination(str(address), self._port) for address in addresses)
+            self.known = frozenset(Destination(str(without_zone(address)), self._port) for address in addresses)

@@ -49,6 +49,14 @@ class DialError(Error):
         self.step = step
 
 
+class NeedsInterface(DialError):
+    """A link-local address of IPv6, which is another host on each link, and nothing says which link is meant."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(_errno.EINVAL, address)
+        self.args = (f"connect {address}: a link-local address, and nothing says by which interface (EINVAL)",)
+
+
 class OutOfPorts(DialError):
     """Every address to leave from has used up its ports towards this destination address and port (EADDRNOTAVAIL).
 

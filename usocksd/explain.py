@@ -189,6 +189,9 @@ class Explainer:
             except NoEgress as error:
                 answer["error"] = str(error)
             else:
+                if sources[0].iface is None and ip.version == 6 and ip.is_link_local:
+                    answer["error"] = f'it is link-local, and pool "{decision.egress}" has no iface'
+                    return answer
                 answer["sources"] = [source.address for source in sources]  # None: the kernel chooses
         return answer
 

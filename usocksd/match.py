@@ -91,11 +91,11 @@ def _ipv6(host: str) -> IPAddress:
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
     address = IPv6Address(host)  # refuses an empty zone; AddressValueError is a ValueError
-    return _plain(address)
+    return without_zone(address)
 
 
-def _plain(address: IPAddress) -> IPAddress:
-    """The address without its zone, and as IPv4 if it is IPv4-mapped."""
+def without_zone(address: IPAddress) -> IPAddress:
+    """The address alone, as other hosts and the kernel's tables have it, and as IPv4 if it is IPv4-mapped."""
     if isinstance(address, IPv6Address):
         mapped = address.ipv4_mapped
         if mapped is not None:
@@ -111,7 +111,7 @@ def numeric_address(text: str) -> IPAddress:
 
     Strict, unlike `canonical_host`: for peers' addresses and for configuration. Raises ValueError.
     """
-    return _plain(ip_address(text))
+    return without_zone(ip_address(text))
 
 
 def parse_network(text: str) -> IPNetwork:

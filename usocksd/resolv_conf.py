@@ -12,6 +12,7 @@ from attrs import frozen
 
 from usocksd.errors import Fault
 from usocksd.match import canonical_host, numeric_address
+from usocksd.runtime.hostport import socket_address
 from usocksd.runtime.settings import SocketAddress
 
 RESOLV_CONF = Path("/etc/resolv.conf")
@@ -96,12 +97,10 @@ def open_socket(host: str, port: int, kind: int) -> socket.socket:
 
     The unspecified address means this host, as to the C library. Raises OSError.
     """
-    host, _, zone = host.partition("%")
-    v6 = ":" in host
-    sock = socket.socket(socket.AF_INET6 if v6 else socket.AF_INET, kind | socket.SOCK_NONBLOCK)
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, kind | socket.SOCK_NONBLOCK)
     try:
         with contextlib.suppress(BlockingIOError):
-            sock.connect((host, port, 0, socket.if_nametoindex(zone) if zone else 0) if v6 else (host, port))
+            sock.connect(socket_address(host, port))
     except OSError:
         sock.close()
         raise

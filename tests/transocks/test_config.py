@@ -7,7 +7,7 @@ import re
 import socket
 import tomllib
 import traceback
-from ipaddress import ip_address, ip_network
+from ipaddress import IPv6Address, ip_address, ip_network
 from pathlib import Path
 
 import attrs
@@ -231,7 +231,11 @@ def test_a_proxy_url_prints_without_the_password() -> None:
         ("socks5://me:s3cret@proxy:x", "expected HOST:PORT"),
         ("socks5://me:s3cret@::1", "expected HOST:PORT"),
         ("socks5://me:s3cret@::1:1080", "expected HOST:PORT"),
-        ("socks5://me:s3cret@[fe80::1%eth0]:1080", "expected HOST:PORT"),
+        ("socks5://me:s3cret@proxy%eth0", "expected HOST:PORT"),
+        ("socks5://me:s3cret@[2001:db8::1%eth0]", "expected an IP address without a zone"),
+        ("socks5://me:s3cret@[fe80::1%25]", "expected a link-local address with the name of its interface"),
+        ("socks5://me:s3cret@[fe80::1%2]", "expected a link-local address with the name of its interface"),
+        ("socks5://me:s3cret@[fe80::1%a%b]", "expected a link-local address with the name of its interface"),
         ("socks5://me:s3cret@[::1", "expected HOST:PORT"),
         ("socks5://me:s3cret@pro xy", "expected HOST:PORT"),
         ("socks5://me:s3cret@proxy:65536", "expected HOST:PORT"),
@@ -248,7 +252,7 @@ def test_a_proxy_url_prints_without_the_password() -> None:
         ("socks5://:s3cret@proxy", "expected a user of 1 to 255 bytes"),
         (f"socks5://me:s3cret{'x' * 255}@proxy", "expected a user of 1 to 255 bytes"),
         ("socks5://me:s3cret@0.0.0.0", "expected the address of one host"),
-        ("socks5://me:s3cret@[fe80::1]", "expected an address that needs no zone"),
+        ("socks5://me:s3cret@[fe80::1]", "expected a link-local address with the name of its interface"),
     ],
 )
 def test_faults_of_proxy_url_never_show_it(url: str, expected: str) -> None:
@@ -258,6 +262,15 @@ def test_faults_of_proxy_url_never_show_it(url: str, expected: str) -> None:
     assert fault.path == "proxy_url"
     assert fault.expected.startswith(expected)
     assert "s3cret" not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize("zone", ["%Eth0", "%25Eth0", "%25%45th0"])
+def test_a_proxy_on_a_link(zone: str) -> None:
+    """RFC 6874, and what everybody writes; interfaces have upper and lower case."""
+    url = parse_proxy_url(f"socks5://me:pw@[FE80::1{zone}]:1")
+    assert url.host == IPv6Address("fe80::1%Eth0")
+    assert str(url) == "socks5://[fe80::1%Eth0]:1"
+    assert parse_proxy_url(str(url)).host == url.host
 
 
 @given(st.text(st.sampled_from("socks5htp://@:[].%1aé \n"), max_size=40))

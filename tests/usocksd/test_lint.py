@@ -25,6 +25,7 @@ from usocksd.errors import Fault
 from usocksd.lint import lint, warnings
 from usocksd.match import canonical_host
 from usocksd.runtime.config import parse, show, structure
+from usocksd.runtime.hostport import socket_address
 from usocksd.runtime.lint import Host, connections_of_descriptors, lint_common
 from usocksd.site_index import SiteIndex
 from usocksd.sites import Entry, SiteList
@@ -123,7 +124,9 @@ def test_this_host_is_looked_at() -> None:
         ("192.0.2.2", host(nonlocal_bind=(4,)), ""),
         ("2001:db8::1", host(nonlocal_bind=(4,)), "set net.ipv6.ip_nonlocal_bind=1"),
         ("2001:db8::1", host(nonlocal_bind=(6,)), ""),
-        ("fe80::1", host(), "link-local"),
+        ("fe80::1%eth0", host(), ""),
+        ("fe80::1%eth1", host(), "no interface eth1"),
+        ("fe80::2%eth0", host(), "not an address of this host"),
         ("::", host(ipv6=False), "has no IPv6"),
     ],
 )
@@ -135,11 +138,11 @@ def test_listening_addresses(address: str, this: Host, said: str) -> None:
 
 def test_what_cannot_be_bound_is_what_the_kernel_refuses() -> None:
     """The warning against bind(2) itself, on this host."""
-    for address in ("127.0.0.1", "127.8.8.8", "192.0.2.77", "fe80::77", "2001:db8::77", "::1"):
+    for address in ("127.0.0.1", "127.8.8.8", "192.0.2.77", "fe80::77%lo", "2001:db8::77", "::1"):
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         try:
             with socket.socket(family) as sock:
-                sock.bind((address, 0))
+                sock.bind(socket_address(address, 0))
             refused = False
         except OSError:
             refused = True
@@ -664,7 +667,7 @@ def test_name_servers_that_can_be_none(tmp_path: Path, monkeypatch: pytest.Monke
     # With others in the configuration nobody asks these, and the system's own resolver is the system's.
     for toml in ('[dns]\nservers = ["127.0.0.1"]', '[dns]\nresolver = "system"'):
         assert str(conf) not in text(toml)
-    assert "dns.servers" in text('[dns]\nservers = ["fe80::1"]')
+    assert "dns.servers" in text('[dns]\nservers = ["fe80::1%nosuch0"]')
 
 
 def test_users_that_need_not_say_who_they_are(tmp_path: Path) -> None:

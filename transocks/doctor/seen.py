@@ -20,7 +20,7 @@ from transocks.tools import which
 from transocks.tracing.links import Links, filtered_bridges, links
 from transocks.tracing.sockets import Identity
 from usocksd.addresses import HostAddresses
-from usocksd.match import IPAddress
+from usocksd.match import IPAddress, without_zone
 from usocksd.runtime.verbs.client import Answer, Client, VerbError
 
 _UCRED = struct.Struct("=iII")
@@ -87,11 +87,11 @@ class Seen:
 
     def is_local(self, address: IPAddress) -> bool:
         """Whether a connection to it ends on this host."""
-        return address in self.addresses or address.is_loopback
+        return without_zone(address) in self.addresses or address.is_loopback
 
     def listener(self, address: IPAddress, port: int) -> Listener | None:
         """Who accepts what is sent to this local address."""
-        found = (listener for listener in self.listeners or () if listener.accepts(address, port))
+        found = (listener for listener in self.listeners or () if listener.accepts(without_zone(address), port))
         return next(found, None)
 
 

@@ -29,7 +29,7 @@ from usocksd.errors import Error, ResolveError, UpstreamError
 from usocksd.match import IPAddress
 from usocksd.proxy_protocol import LOCAL_HEADER
 from usocksd.resolver import Resolver
-from usocksd.runtime.hostport import join_port
+from usocksd.runtime.hostport import join_port, socket_address
 from usocksd.runtime.metrics import Metrics
 from usocksd.socks import NEED_DATA, Probe, Probed, RequestRefused
 
@@ -140,7 +140,7 @@ async def _greet_address(proxy: ProxyURL, address: IPAddress, seen: Seen, trials
             stack.enter_context(trials.tracer.watching(TCP, port, keep=False))
         with trio.move_on_after(PATIENCE):
             try:
-                await sock.connect((str(address), proxy.port))
+                await sock.connect(socket_address(str(address), proxy.port))
                 ask = _handshake if proxy.scheme in _SOCKS5 else _ping
                 doubt = await ask(trio.SocketStream(sock), proxy, _header(proxy, seen.config))
                 problem = None
@@ -181,7 +181,7 @@ async def _takes_large(proxy: ProxyURL, address: IPAddress, seen: Seen, mtu: int
         with _socket_of(seen, address) as sock:
             if mtu is not None:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, mtu - _HEADERS[address.version])
-            await sock.connect((str(address), proxy.port))
+            await sock.connect(socket_address(str(address), proxy.port))
             size = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG)
             await sock.send(_padded(proxy, _header(proxy, seen.config), size))
             while struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)))[0]:  # noqa: ASYNC110

@@ -24,7 +24,7 @@ from transocks.firewall.render import excluded
 from transocks.firewall.wanted import MARK, Wanted
 from transocks.sockets import Listener, listeners
 from usocksd.addresses import HostAddresses
-from usocksd.match import IPAddress
+from usocksd.match import IPAddress, without_zone
 from usocksd.runtime.hostport import join_port
 
 _PUBLIC: tuple[IPAddress, ...] = (IPv4Address("9.9.9.9"), IPv6Address("2620:fe::fe"))
@@ -124,7 +124,7 @@ def _upstreams(config: Config) -> Iterator[tuple[IPAddress, int]]:
             if proxy.host == "localhost":
                 yield from ((address, proxy.port) for address in _LOOPBACK)
             elif not isinstance(proxy.host, str):
-                yield proxy.host, proxy.port
+                yield without_zone(proxy.host), proxy.port
             else:  # some address or other
                 yield _PUBLIC[0], proxy.port
 

@@ -11,7 +11,7 @@ from typing import Any
 import attrs
 
 from transocks.firewall.steps import FirewallError, Step, run
-from usocksd.match import IPAddress
+from usocksd.match import IPAddress, without_zone
 
 # linux/rtnetlink.h
 _RTN_LOCAL = 2
@@ -45,7 +45,7 @@ def lookup(
     from pyroute2 import IPRoute  # type: ignore[import-untyped] # noqa: PLC0415  (0.1 s and 12 MB)
     from pyroute2.netlink.exceptions import NetlinkError  # type: ignore[import-untyped] # noqa: PLC0415
 
-    question: dict[str, Any] = {"dst": str(destination), "mark": mark}
+    question: dict[str, Any] = {"dst": str(without_zone(destination)), "mark": mark}
     if source is not None:
         question["src"] = str(source)
     if uid is not None:

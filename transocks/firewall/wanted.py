@@ -131,9 +131,10 @@ def reached(mode: Mode, listen: Sequence[ListenAddress]) -> list[ListenAddress]:
     """Of the listeners, those with the port that the rules of this mode send connections to, best first; may be none.
 
     REDIRECT sends what this host sends itself to 127.0.0.1 and ::1, and what is routed through it to an address of the
-    interface that it came in by. TPROXY finds a listener on any address that it is told.
+    interface that it came in by. TPROXY finds a listener on any address that it is told. One on a link-local address
+    is for that link, and rules are not for a link.
     """
-    fixed = [listener for listener in listen if listener.port]
+    fixed = [each for each in listen if each.port and getattr(each.address, "scope_id", None) is None]
     if mode is Mode.HOST:
         fixed = [listener for listener in fixed if listener.address.is_loopback or listener.address.is_unspecified]
     elif mode is Mode.GATEWAY:

@@ -31,6 +31,7 @@ from transocks.tracing.sockets import NOBODY, Identity, socket_of
 from transocks.tracing.table import Tracer
 from transocks.tracing.way import Way, way_of
 from usocksd.match import IPAddress
+from usocksd.runtime.hostport import socket_address
 
 EXAMPLES: dict[int, tuple[IPAddress, ...]] = {
     4: (IPv4Address("203.0.113.1"), IPv4Address("192.0.2.1"), IPv4Address("198.51.100.250")),
@@ -97,7 +98,7 @@ def send(tracer: Tracer, sample: Sample, *, keep: bool = True, patience: float =
             with tracer.watching(TCP, port, keep=keep):
                 try:
                     with contextlib.suppress(BlockingIOError):
-                        sock.connect((str(sample.destination), sample.port))
+                        sock.connect(socket_address(str(sample.destination), sample.port))
                     answered = _wait(tracer, sock, port, patience, keep)
                 except OSError as error:
                     problem = error

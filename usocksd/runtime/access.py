@@ -182,10 +182,11 @@ class Connection:
 def pair_member(host: str, port: int) -> str:
     """One end of a connection as records show it: the same text in those of both its ends.
 
-    One end of a dual-stack socket sees the other's IPv4 address as ::ffff:192.0.2.1.
+    One end of a dual-stack socket sees the other's IPv4 address as ::ffff:192.0.2.1, and the zone of a link-local
+    address is what its own host calls the link.
     """
     if ":" in host:
-        return join_port(unmapped(host), port)
+        return join_port(unmapped(host).partition("%")[0], port)
     return f"{host}:{port}"
 
 

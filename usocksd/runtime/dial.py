@@ -7,16 +7,17 @@ import socket
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
+from ipaddress import IPv6Address
 from math import inf
 from socket import SocketType
 from typing import NamedTuple, TypeVar
 
 import trio
 
-from usocksd.errors import DialError, Error, OutOfPorts
+from usocksd.errors import DialError, Error, NeedsInterface, OutOfPorts
 from usocksd.runtime.endpoint import DeadlineExpired, Endpoint, PeerReset
 from usocksd.runtime.fast_open import Unproven, answered, ask_for_fast_open
-from usocksd.runtime.hostport import join_port
+from usocksd.runtime.hostport import join_port, socket_address
 from usocksd.runtime.options import set_options
 from usocksd.runtime.reactor import Reactor
 
@@ -45,7 +46,7 @@ class Target(NamedTuple):
     """One address to connect to, and what to leave from. None leaves the choice to the kernel."""
 
     host: str
-    """A numeric address."""
+    """A numeric address, with its zone (fe80::1%eth0) if it is link-local and `iface` does not say it."""
     port: int
     source: str | None = None
     iface: str | None = None
@@ -197,10 +198,12 @@ def _start_from(
             sock.bind((source, 0))
         step = "connect"
         fast_open = fast_open and ask_for_fast_open(sock, target.host, reactor.clock())
-        code = sock.connect_ex((target.host, target.port))
+        code = sock.connect_ex(socket_address(target.host, target.port))
         if code == errno.EADDRNOTAVAIL and (source is not None or not v6):
             # (For IPv6 without a source it may be that this host has no address to leave from.)
             raise OutOfPorts(str(target))
+        if code == errno.EINVAL and v6 and IPv6Address(target.host).is_link_local:
+            raise NeedsInterface(str(target))
         if code not in (0, errno.EINPROGRESS):
             raise DialError(code, str(target), step)
         return make(sock, fast_open and code == 0)

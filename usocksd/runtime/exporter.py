@@ -29,6 +29,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
+from usocksd.runtime.hostport import bound_to
 from usocksd.runtime.limits import owner
 from usocksd.runtime.metrics import Kind, Snapshot
 
@@ -77,8 +78,8 @@ class Exporter:
         sum of all processes; `health` one word, and everything but READY is an HTTP error (503), so that a load
         balancer looks elsewhere.
         """
-        self.address: tuple[str, int] = listener.getsockname()[:2]
-        self.addresses: list[tuple[str, int]] = [each.getsockname()[:2] for each in (listener, *others)]
+        self.address: tuple[str, int] = bound_to(listener)
+        self.addresses: list[tuple[str, int]] = [bound_to(each) for each in (listener, *others)]
         self.collect = collect
         self.health = health
         self._listeners = [listener, *others]

@@ -2,11 +2,42 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from socket import SocketType, if_indextoname, if_nametoindex
+
 
 def join_port(host: object, port: int) -> str:
     """host:port, with brackets where the host is an IPv6 address."""
     text = str(host)
     return f"[{text}]:{port}" if ":" in text else f"{text}:{port}"
+
+
+def socket_address(host: str, port: int) -> tuple[str, int] | tuple[str, int, int, int]:
+    """A numeric address as bind(2) and connect(2) want it: the zone of a link-local one, the name of an interface, as
+    a number. Raises OSError (ENODEV) where there is no such interface.
+    """
+    if "%" not in host:
+        return host, port
+    address, _, zone = host.partition("%")
+    try:
+        return address, port, 0, if_nametoindex(zone)
+    except OSError:  # which has no errno
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV)) from None
+
+
+def bound_to(sock: SocketType) -> tuple[str, int]:
+    """The numeric address and the port of our end: getsockname(2), a link-local address with its zone."""
+    host, port, *more = sock.getsockname()
+    return with_zone(host, more[1]) if more and more[1] else host, port
+
+
+def with_zone(host: str, scope: int) -> str:
+    """A numeric address with the name of the interface of this number, as long as there is one."""
+    try:
+        return f"{host}%{if_indextoname(scope)}"
+    except OSError:
+        return host
 
 
 def unmapped(host: str) -> str:

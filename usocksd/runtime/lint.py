@@ -55,6 +55,8 @@ class Host:
 
     def has(self, address: IPAddress) -> bool:
         """Whether it is an address of this host; all of 127.0.0.0/8 is."""
+        if isinstance(address, IPv6Address) and address.scope_id is not None:
+            address = IPv6Address(int(address))
         return address in self.addresses or (address.version == 4 and address.is_loopback)
 
 
@@ -100,8 +102,8 @@ def _address(key: str, address: IPAddress, host: Host) -> Iterator[Fault]:
     problem = None
     if address.version == 6 and not host.ipv6:
         problem = "this host has no IPv6, so this can't be listened on: remove it"
-    elif isinstance(address, IPv6Address) and address.is_link_local:
-        problem = "a link-local address can't be listened on without its interface: expected another of this host"
+    elif isinstance(address, IPv6Address) and address.scope_id not in (None, *host.interfaces):
+        problem = f"this host has no interface {address.scope_id}, so this can't be listened on: expected another"
     elif not (address.is_unspecified or host.has(address) or address.version in host.nonlocal_bind):
         problem = (
             "not an address of this host, so it can't be listened on: add it to an interface, remove it here, or"

@@ -14,7 +14,7 @@ from socket import SocketType
 from usocksd.errors import Error
 from usocksd.runtime.endpoint import Endpoint, TransparentEndpoint
 from usocksd.runtime.fast_open import accept_fast_open
-from usocksd.runtime.hostport import join_port, unmapped
+from usocksd.runtime.hostport import join_port, socket_address, unmapped
 from usocksd.runtime.keepalive import Timing, keep_alive
 from usocksd.runtime.options import set_listener_options
 from usocksd.runtime.reactor import Reactor
@@ -99,7 +99,7 @@ def listen(host: str, port: int, *, reuse_port: bool = False, transparent: bool 
         if transparent:
             sock.setsockopt(socket.IPPROTO_IP, _IP_TRANSPARENT, 1)
         accept_fast_open(sock)
-        sock.bind((host, port))
+        sock.bind(socket_address(host, port))
         sock.listen(_BACKLOG)
     except OSError as error:
         if sock is not None:

@@ -74,6 +74,23 @@ def parse_address(value: str) -> IPAddress:
     return address
 
 
+def parse_zoned_address(value: str) -> IPAddress:
+    """One IP address to listen on or to connect to: a link-local one of IPv6 has its interface as the zone (RFC 4007
+    section 11), since it is another host, or none, on each. By name: numbers change from one boot to the next.
+
+    Raises ValueError, Invalid.
+    """
+    host, percent, zone = value.partition("%")
+    address = parse_address(host)
+    if not (address.version == 6 and address.is_link_local):
+        if percent:
+            raise Invalid("expected an IP address without a zone: only link-local ones have one")
+        return address
+    if not _is_interface(zone) or zone.isdigit() or "%" in zone:
+        raise Invalid('expected a link-local address with the name of its interface, as in "fe80::1%eth0"')
+    return IPv6Address(f"{address}%{zone}")
+
+
 def split_port(value: str) -> tuple[str, int | None]:
     """The host (no brackets) and the port, if any, of "host:port", "[v6]:port", "host", "[v6]" or a bare v6.
 
@@ -82,7 +99,7 @@ def split_port(value: str) -> tuple[str, int | None]:
     if value.startswith("["):
         match = re.fullmatch(r"\[([^\[\]]*:[^\[\]]*)\](?::([0-9]{1,5}))?", value)
     elif value.count(":") > 1:
-        match = re.fullmatch(r"([0-9a-fA-F:.%]+)()", value)
+        match = re.fullmatch(r"([0-9a-fA-F:.]+(?:%[^\[\]]*)?)()", value)
     else:
         match = re.fullmatch(r"([^:\[\]]*)(?::([0-9]{1,5}))?", value)
     if match is None:
@@ -136,7 +153,7 @@ def check_distinct_address(address: IPAddress, earlier: Sequence[IPAddress]) -> 
 
 
 def _listen_ip(value: str) -> IPAddress:
-    address = parse_address(value)
+    address = parse_zoned_address(value)
     if address.is_multicast:
         raise Invalid("is multicast, expected an address of this host")
     return address
@@ -144,7 +161,10 @@ def _listen_ip(value: str) -> IPAddress:
 
 def host_ip(value: str) -> IPAddress:
     """The address of one host. Raises ValueError, Invalid."""
-    address = parse_address(value)
+    return _one_host(parse_address(value))
+
+
+def _one_host(address: IPAddress) -> IPAddress:
     if address.is_unspecified or address.is_multicast:
         kind = "multicast" if address.is_multicast else "the unspecified address"
         raise Invalid(f"is {kind}, expected the address of one host")
@@ -173,15 +193,20 @@ def _dns_server(value: str) -> SocketAddress:
     host, port = split_port(value)
     if port == 0:
         raise Invalid("expected a port from 1 to 65535 behind the colon")
-    return SocketAddress(host_ip(host), 53 if port is None else port)
+    return SocketAddress(_one_host(parse_zoned_address(host)), 53 if port is None else port)
 
 
 def _interface(value: str) -> str | None:
     if value == "":  # how the original's configuration says none
         return None
-    if len(value.encode()) > 15 or value in (".", "..") or re.search(r"[\s/:\x00-\x1f]", value):
-        raise ValueError  # dev_valid_name() of the kernel
+    if not _is_interface(value):
+        raise ValueError
     return value
+
+
+def _is_interface(name: str) -> bool:
+    """As dev_valid_name() of the kernel has it."""
+    return 1 <= len(name.encode()) <= 15 and name not in (".", "..") and not re.search(r"[\s/:\x00-\x1f]", name)
 
 
 def _path(value: str) -> str | None:

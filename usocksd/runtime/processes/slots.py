@@ -18,7 +18,7 @@ from typing import Any
 
 from usocksd.errors import Error
 from usocksd.runtime.fast_open import accept_fast_open
-from usocksd.runtime.hostport import join_port
+from usocksd.runtime.hostport import bound_to, join_port
 from usocksd.runtime.listeners import NO_SUCH_FAMILY, ListenError, is_transparent, listen, queue
 from usocksd.runtime.options import set_listener_options
 from usocksd.runtime.processes.plan import Address
@@ -148,7 +148,7 @@ class Slots:
         """The addresses that are listened on, with the ports that the kernel chose; see `place_names`."""
         fresh = set() if opened else {sock for _, sock in self._opened}
         first = self.inherited or [group[0] for group in self._groups.values()]
-        return [sock.getsockname()[:2] for sock in first if sock not in fresh]
+        return [bound_to(sock) for sock in first if sock not in fresh]
 
     def queues(self) -> tuple[int, int]:
         """How many connections wait to be accepted, and how many could, over all sockets."""

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import struct
+from ipaddress import ip_address
 from pathlib import Path
 
 import dns.flags
 import dns.message
 import dns.rrset
 
+from transocks.tracing.events import MESSAGE, Packet
+from transocks.tracing.frames import datagram
+from transocks.tracing.table import TABLE
 from usocksd.config import Config
+from usocksd.netlink import HEADER
 from usocksd.proxy_protocol import LOCAL_HEADER, header
 from usocksd.runtime.formats import Logfmt, Plain, Severity
 from usocksd.runtime.processes.plan import make_plan
@@ -79,6 +85,41 @@ _RECORD = (
     '"dest_addr":"203.0.113.5:443","dest_name":null,"user":"ci","candidates":["203.0.113.5","2001:db8::1 (denied)"]}'
 )
 
+
+def _nft() -> list[bytes]:
+    ours = {"family": "inet", "table": "transocks"}
+    set_ = {
+        "set": {**ours, "name": "active", "elem": [{"elem": {"val": "tcp", "expires": 9, "comment": "held"}}, "udp"]}
+    }
+    rule = {"rule": {**ours, "chain": "output", "handle": 7, "expr": [{"counter": {}}, {"redirect": {"port": 1081}}]}}
+    chain = {"chain": {**ours, "name": "output", "type": "nat", "hook": "output", "prio": -100, "policy": "accept"}}
+    found = [{"metainfo": {}}, {"table": {"family": "inet", "name": "transocks"}}, chain, rule, set_]
+    listing = "table inet transocks { # handle 1\n\tflags dormant\n\tchain output {\n\t\ttcp dport 80 drop # handle 7\n\t}\n}\n"
+    return [
+        json.dumps({"nftables": found}).encode(),
+        json.dumps({"nftables": found[1:3]}).encode(),
+        listing.encode(),
+        b"[" * 9000,
+    ]
+
+
+def _attribute(kind: int, value: bytes) -> bytes:
+    return struct.pack("=HH", len(value) + 4, kind) + value + bytes(-len(value) % 4)
+
+
+def _traced(place: str) -> bytes:
+    """A message of NFT_MSG_TRACE, from a chain of the tracer's own."""
+    packet = datagram(Packet(6, ip_address("192.0.2.1"), 4000, ip_address("192.0.2.2"), 80, 2))
+    body = b"\x02\x00\x00\x00" + b"".join(
+        _attribute(kind, value)
+        for kind, value in (
+            (1, TABLE.encode() + b"\0"), (2, place.encode() + b"\0"), (3, bytes(7) + b"\x09"), (4, b"\0\0\0\x03"),
+            (5, _attribute(1, b"\0\0\0\x01")), (6, b"\0\0\0\x05"), (8, packet[:20]), (9, packet[20:]), (12, b"\0\0\0\x02"),
+        )
+    )  # fmt: skip
+    return HEADER.pack(HEADER.size + len(body), MESSAGE, 0, 0, 0) + body
+
+
 _FIELDS = {
     key: value
     for key, value in json.loads(_RECORD).items()
@@ -143,5 +184,18 @@ SEEDS: dict[str, list[bytes]] = {
         json.dumps(make_plan(Config().common(), version="2.0.0", warnings=["x"]).as_json()).encode(),
     ],
     "netlink": [b"\x14\x00\x00\x00\x03\x00\x00\x00" + bytes(12) + b"\x11\x00\x00\x00\x02\x00" + bytes(11)],
+    "nft_rules": _nft(),
+    "iptables_save": [
+        b"# x\n*nat\n:PREROUTING ACCEPT [0:0]\n:TRANSOCKS - [0:0]\n-A OUTPUT -p tcp -j TRANSOCKS\n"
+        b'[1:60] -A TRANSOCKS -d 127.0.0.0/8 -m comment --comment "a \\" -j b" -j RETURN\n'
+        b"-A TRANSOCKS -m time --datestart 2026-01-01T00:00:00 -j RETURN\n"
+        b"-A TRANSOCKS -p tcp -j REDIRECT --to-ports 1081\nCOMMIT\n# y\n*filter\n:X - [0:0]\nCOMMIT\n",
+        b"*mangle\n-N TRANSOCKS-TPROXY\n-I PREROUTING -j TRANSOCKS-TPROXY\nCOMMIT\n",
+    ],
+    "trace": [b"".join(_traced(place) for place in ("output_m2000000000", "output_p401", "postrouting_p2000000000"))],
+    "channel": [
+        b"".join(struct.pack("!IH", len(text), 0) + text for text in (b'{"a": [1, "x"]}', b"{}")),
+        struct.pack("!IH", 9000, 0) + b"[" * 9000,
+    ],
     "log_record": ["user \x85\x9b\u2028\u202e \U0001f600".encode(), b"\xff\xfe\x00"],
 }

@@ -20,9 +20,17 @@ from typing import Any, TypeVar
 import dns.exception
 import dns.name
 import dns.rdatatype
+import trio
 
+from transocks.firewall.live import CHAINS
+from transocks.firewall.nft_json import entries
+from transocks.firewall.saved import changes, merge, parse_save, select, write
+from transocks.firewall.verify import compare, dormant, force_nft, from_nft, from_saved, guards, rule_texts
 from transocks.http_connect import MAX_HEAD, HttpConnect
 from transocks.sniff import MOST, Sniffer
+from transocks.tracing.events import MESSAGE
+from transocks.tracing.events import parse as parse_trace
+from transocks.tracing.way import way_of
 from usocksd import name_query
 from usocksd.acl import AccessRules, Rule
 from usocksd.clients import ClientRules
@@ -38,6 +46,7 @@ from usocksd.resolv_conf import parse as parse_resolv_conf
 from usocksd.runtime import exporter
 from usocksd.runtime.formats import JSON, Formatter, Logfmt, Plain, Severity
 from usocksd.runtime.processes import control
+from usocksd.runtime.processes.channel import Channel
 from usocksd.runtime.processes.plan import Plan
 from usocksd.sites import SiteList, parse_entry
 from usocksd.socks import (
@@ -410,6 +419,85 @@ def plan_message(data: bytes) -> None:
 def netlink(data: bytes) -> None:
     """Messages of the kernel: from nobody else, and yet read with care."""
     assert sum(len(body) for _, _, body in messages(data)) <= len(data)
+
+
+# ---- what the kernel and the tools say of rules: those of strangers among them
+
+
+@target
+def nft_rules(data: bytes) -> None:
+    """nft's JSON and its listing, of rules that anybody has made."""
+    text = data.decode("utf-8", "replace")
+    dormant(text)
+    rule_texts(text, "inet", "transocks")
+    try:
+        found = entries(text)
+    except ValueError:
+        return
+    loaded = from_nft(found, text, "transocks")
+    force_nft(found, "transocks")
+    if loaded is not None:
+        assert list(compare(loaded, loaded)) == []
+        assert len(list(compare(loaded, None))) == 1
+
+
+@target
+def iptables_save(data: bytes) -> None:
+    """What iptables-save prints; what is written of it reads back the same."""
+    tables = merge(parse_save(data.decode("utf-8", "replace")))
+    ours = select(tables, CHAINS)
+    changes(ours, [])
+    changes([], ours)
+    guards(ours)
+    for table in ours:
+        loaded = from_saved(table, CHAINS, "IPv4")
+        assert loaded is not None
+        assert list(compare(loaded, loaded)) == []
+    for table in tables:
+        lines = [*(f":{chain} - [0:0]" for chain in table.chains), *map(str, table.rules)]
+        assert parse_save(write(table.name, lines)) == [table]
+
+
+@target
+def trace(data: bytes) -> None:
+    """What the kernel tells of packets, and the way that this makes."""
+    events = [event for kind, _, body in messages(data) if kind == MESSAGE and (event := parse_trace(body)) is not None]
+    for port in {end for event in events if event.packet for end in (event.packet.sport, event.packet.dport)}:
+        for back in (False, True):
+            way = way_of(events, port, back=back)
+            if way is not None:
+                assert {way.packet.sport, way.packet.dport} >= {port}
+                assert len(list(way.marks)) < len(way.events)
+                for told in ("destination", "iif", "oif", "dropped", "at", "delivered", "left", "lost", "turn"):
+                    getattr(way, told)
+
+
+# ---- between master and worker
+
+
+@target
+def channel(data: bytes) -> None:
+    """Messages of another version, or torn ones."""
+    whole, cut = (trio.run(_received, list(parts)) for parts in ([data], pieces(data)))
+    assert whole == cut
+
+
+async def _received(parts: list[bytes]) -> list[object]:
+    ours, theirs = trio.socket.socketpair()
+    found = list[object]()
+
+    async def send() -> None:
+        with theirs, contextlib.suppress(OSError):  # who has heard enough closes
+            for part in filter(None, parts):
+                await theirs.send(part)
+
+    end = Channel(ours)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(send)
+        while (received := await end.receive()) is not None:
+            found.append(received)
+        end.close()
+    return found
 
 
 # ---- what is written of strangers

@@ -35,7 +35,10 @@ def entries(text: str) -> tuple[Mapping[str, Any], ...]:
     """The list in nft's JSON, of which each member is one object in an object. Raises ValueError where what verify and
     others look at is not as libnftables-json(5) has it.
     """
-    found = json.loads(text)
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     if not isinstance(found, dict) or not isinstance(found.get("nftables"), list):
         raise ValueError("expected an object with a list of objects")
     for entry in found["nftables"]:

@@ -65,7 +65,7 @@ class Channel:
                 if len(self._buffer) >= end and len(self._fds) >= fds:
                     try:
                         message: Message = json.loads(self._buffer[_HEAD.size : end])
-                    except ValueError:
+                    except (ValueError, RecursionError):
                         return None  # torn: it ended in the middle of a message
                     del self._buffer[:end]
                     return message, [self._fds.popleft() for _ in range(fds)]

@@ -14,7 +14,6 @@ import os
 import socket
 import stat
 import struct
-import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -41,7 +40,6 @@ ANSWER_WITHIN: Final = 5.0
 """Seconds that a client has to send its request, and to take the answer."""
 
 _BACKLOG = 64
-_LOCK_WITHIN = 1.0
 _CREDENTIALS = struct.Struct("iII")  # struct ucred of unix(7): process, user, group
 
 
@@ -219,19 +217,11 @@ def _encode(answer: Message) -> bytes:
 
 @contextmanager
 def _locked(folder: str) -> Iterator[None]:
-    """While one process looks at what is there and replaces it, no other does."""
+    """While one process looks at what is there and replaces it, no other does. Raises OSError."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        deadline = time.monotonic() + _LOCK_WITHIN
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                # Others hold it for a moment, unless they mean no good.
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.01)
+        # Not waited for: who can read the folder can lock it for good. Doors are tried again.
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
         os.close(fd)

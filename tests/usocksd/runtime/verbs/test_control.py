@@ -1,5 +1,6 @@
 """The control socket: real clients of it, well-behaved and not."""
 
+import fcntl
 import json
 import logging
 import os
@@ -10,6 +11,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -374,7 +376,25 @@ def test_of_many_that_start_at_once_one_has_the_socket(path: str, other: subproc
     assert sorted(first) == [b""] * 5 + [b"open\n"]
     for process in others:
         _, errors = process.communicate()
-        assert process.returncode == 0 or b"another usocksd runs" in errors
+        # (Two may look at once: then one is told to try again.)
+        assert process.returncode == 0 or b"another usocksd runs" in errors or b"temporarily unavailable" in errors
+
+
+def test_a_folder_that_somebody_has_locked_is_not_waited_for(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever can read it can lock it, and the master has other things to do."""
+
+    def never(_: float) -> None:
+        raise AssertionError("it waits")
+
+    monkeypatch.setattr(time, "sleep", never)
+    folder = os.open(os.path.dirname(path), os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_SH)
+        with pytest.raises(ControlError, match="Resource temporarily unavailable"):
+            ControlSocket.open(path, "usocksd")
+    finally:
+        os.close(folder)
+    ControlSocket.open(path, "usocksd").close()
 
 
 def test_close_leaves_what_is_not_its_own(path: str) -> None:

@@ -121,21 +121,28 @@ def test_an_upstream_on_the_link(host_net: lab.Net, tmp_path: Path) -> None:
         assert upstream["state"] == "ok", findings
 
 
+REDIRECT = "chain p {{ type nat hook prerouting priority -100; {}tcp dport 80 redirect to :1081; }}"
+TPROXY = """chain p {{
+    type filter hook prerouting priority -150; {}tcp dport 80 tproxy to :1084 meta mark set 0x7474 accept;
+}}"""
+
+
+@pytest.mark.parametrize("chain", [REDIRECT, TPROXY], ids=["redirect", "tproxy"])
 @pytest.mark.parametrize("direct", [True, False])
-def test_a_destination_on_the_link(gateway_net: lab.Net, tmp_path: Path, direct: bool) -> None:
+def test_a_destination_on_the_link(gateway_net: lab.Net, tmp_path: Path, chain: str, direct: bool) -> None:
     """Rules that leave link-local addresses alone are the usual ones: these don't. What arrives is for the gateway."""
-    near = link(gateway_net.proxy, "lan0", NEAR)
+    net = gateway_net
+    near = link(net.proxy, "lan0", NEAR)
     route = f'[[route]]\nto = ["{NEAR}"]\nvia = "direct"\n' if direct else ""
     with (
-        transocks(gateway_net, tmp_path, more=route) as client,
-        Served(listening(gateway_net.proxy, NEAR, near, 80), page),
+        transocks(net, tmp_path, listen='":1081"\nlisten_tproxy = ":1084"', more=route) as client,
+        Served(listening(net.proxy, NEAR, near, 80), page),
     ):
         client.ready()
-        rules = f"""table ip6 x {{
-            chain p {{ type nat hook prerouting priority -100; meta mark != {MARK} tcp dport 80 redirect to :1081; }}
-        }}"""
-        gateway_net.proxy.run("nft", "-f", "-", input=rules)
-        said = curl(gateway_net.client, f"http://[{NEAR}%25eth0]/")
+        net.proxy.run("nft", "-f", "-", input=f"table ip6 x {{ {chain.format(f'meta mark != {MARK} ')}\n}}")
+        net.proxy.run("ip", "-6", "rule", "add", "fwmark", "0x7474", "lookup", "100")
+        net.proxy.run("ip", "-6", "route", "add", "local", "default", "dev", "lo", "table", "100")
+        said = curl(net.client, f"http://[{NEAR}%25eth0]/")
         if direct:
             assert said == "it works"
             assert client.record("proxy ends")["dest_addr"] == f"[{NEAR}%lan0]:80"

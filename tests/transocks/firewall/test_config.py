@@ -86,3 +86,8 @@ def test_faults_of_rules() -> None:
 def test_what_settings_of_rules_mean_to_each_other(settings: str, fault: str) -> None:
     (found,) = faults(f"{PROXY}[rules]\n{settings}")
     assert fault in found
+
+
+def test_rules_send_nothing_to_a_listener_of_one_link() -> None:
+    (found,) = faults(f"""{PROXY}listen_tproxy = "[fe80::1%eth0]:1084"\n[rules]\nmode = "tproxy"\n""")
+    assert 'expected listen_tproxy = "localhost:1084" beside it' in found

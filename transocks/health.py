@@ -7,9 +7,9 @@ What this file keeps, beside upstream_state.py:
 2. A slow destination is no fault of its upstream. So silence alone marks nothing down: it has the upstream probed, on
    a connection of its own, one at a time however many attempts wait.
 3. What timed out in a process that did not run proves nothing.
-4. One that answers late may have had a bad moment: it is asked once more. One that goes on so is slow, and is used
-   when no other is well.
-5. Silence counts against one that is known to answer probes, or through which nothing has ever come.
+4. An upstream that answers late may have had a bad moment: it is probed once more. If it is late again it is slow, and
+   is used when no other is well.
+5. Silence counts against an upstream that has answered probes before, or through which no tunnel has ever worked.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ log = logging.getLogger(__name__)
 _FIRST_PAUSE = 0.5
 # What went wrong here, not there. (EADDRNOTAVAIL: out of ports.)
 _OURS = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL, errno.EPERM, errno.EACCES}
-# What says that the host or its proxy is gone; others are about this connection or this host. (A time-out is silence,
-# which is for probes to judge.)
+# Errors that say that the host or its proxy is gone; other errors concern this connection or this host. (A time-out is
+# silence, which probes judge.)
 _GONE = {errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN}
 _TRIES_IF_LATE = 3
 
@@ -187,12 +187,12 @@ class Health:
     async def _suspect(self, upstream: Probed) -> None:
         """Probe it, in haste: its attempts wait."""
         state, limit = upstream.state, self._config.suspect_timeout
-        # (What it took the last time counts for one that is slow only, since that is how it is known to be.)
+        # (The last latency counts only for a slow upstream, of which it is expected.)
         usual = 1.5 * (state.latency or 0.0) if state.slow else 0.0
         await self._probe(upstream, connect=self._haste(state.round_trip), answer=max(limit, usual), hasty=True)
 
     def _haste(self, round_trip: float) -> float:
-        """How long one so far away has for each step of a probe that is in haste."""
+        """The time for each step of a hasty probe, by the round trip."""
         return max(self._config.suspect_timeout, 3 * round_trip)
 
     async def _probe(self, upstream: Probed, *, connect: float, answer: float, hasty: bool) -> None:

@@ -128,7 +128,7 @@ async def _greet(proxy: ProxyURL, resolver: Resolver, seen: Seen, trials: Trials
 
 
 async def _greet_address(proxy: ProxyURL, address: IPAddress, seen: Seen, trials: Trials) -> Greeted:
-    # First a packet that gets nowhere: should the rules bring it to transocks, that would connect to itself for ever.
+    # First a sample that leads nowhere: if the rules redirected a real connection, transocks would connect to itself.
     if trials.comes_back(trials.sent(seen.daemon, address, proxy.port)) is not None:
         return Greeted(proxy=proxy, address=address, problem=None, seconds=0.0, redirected=True)
     since = time.monotonic()
@@ -173,7 +173,7 @@ def _cause(port: int, address: IPAddress, seen: Seen, trials: Trials) -> str | N
 
 
 async def _takes_large(proxy: ProxyURL, address: IPAddress, seen: Seen, mtu: int | None = None) -> bool:
-    """Whether a segment as large as the kernel makes them gets there, where small ones do; on a connection of its own.
+    """Whether a segment of full size reaches it if small ones do; on a connection of its own.
 
     What is asked leads to no connection (a SOCKS server may say so in its log), and zeros behind it fill the segment.
     """

@@ -27,7 +27,7 @@ _TRIAL_WITHIN = 1.0  # seconds, on this host
 
 @attrs.frozen
 class Cgroup:
-    """One that is there. Of version 1, if it has a class id for net_cls."""
+    """A cgroup that exists: of version 1, if it has a class id for net_cls."""
 
     folder: str
     path: str
@@ -37,20 +37,20 @@ class Cgroup:
 
     @property
     def selection(self) -> Selection:
-        """What leaves it."""
+        """Which connections rules have to select for it."""
         if self.classid is not None:
             return Selection(classids=(self.classid,))
         return Selection(cgroups=(self.path,), cgroups_at=os.path.relpath(self.mount, CGROUPS))
 
     def enter(self) -> None:
-        """Put this process in there, and so all that it will start. Raises OSError."""
+        """Move this process into it, and so everything that it will start. Raises OSError."""
         Path(self.folder, "cgroup.procs").write_text("0", encoding="ascii")
 
     def is_redirected_to(self, port: int) -> bool:
-        """Whether the rules have a connection that leaves it come to this port, where somebody listens.
+        """Whether the rules redirect a connection of this cgroup to this port, on which this process listens.
 
-        Tried out, since much may be in the way: cgroups in a container, older kernels with both versions in use. The
-        connection is bound to `lo`, so that it gets nowhere if they do not.
+        A trial tells, since it may fail in many ways: in a container, or on older kernels with both versions in use.
+        The connection is bound to `lo`, so that it leads nowhere if it is not redirected.
         """
         pid = os.fork()
         if pid == 0:
@@ -80,7 +80,7 @@ def members_of(gid: int, cgroup: Cgroup | None) -> set[int]:
 
 
 def name_of(pid: int) -> str:
-    """What it calls itself."""
+    """The name of the process."""
     try:
         return Path(f"/proc/{pid}/comm").read_text("utf-8", "replace").strip()
     except OSError:
@@ -96,7 +96,7 @@ def _members(folder: str) -> set[int]:
 
 
 def end(folder: str) -> None:
-    """Kill what is in there, and remove it."""
+    """Kill all processes in it, and remove it."""
     deadline = time.monotonic() + _WITHIN
     while os.path.exists(folder) and time.monotonic() < deadline:
         for pid in _members(folder):

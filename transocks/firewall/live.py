@@ -118,7 +118,7 @@ def is_nft(variant: str) -> bool:
 
 
 def has_legacy(name: str, net: Path = Path("/proc/self/net")) -> bool:
-    """Whether there are tables of the legacy iptables, or ip6tables: `name`. Who asks its tool makes them."""
+    """Whether there are tables of legacy iptables, or ip6tables: `name`. (To run the tool would create them.)"""
     try:
         return bool((net / f"{name.removesuffix('tables')}_tables_names").read_text("ascii").strip())
     except OSError:  # there never were any

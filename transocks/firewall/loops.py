@@ -1,7 +1,7 @@
-"""Would rules that are yet to be applied bring the proxies' own connections back to transocks?
+"""Would rules that are not applied yet send the proxies' own connections back to transocks?
 
-Rules that are loaded can be tried out; these have to be read. They are our own, and so simple that a few comparisons
-tell it: whose connection it is, and where to.
+Loaded rules can be tried; these have to be read. They are our own, and simple enough for a few comparisons: whose the
+connection is, and where it goes.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ _DO = {
 
 @attrs.frozen(kw_only=True)
 class Sender:
-    """What the rules can tell a process's connections by; None where that is not known: to see processes of other users
-    takes CAP_SYS_PTRACE.
+    """By what the rules can recognise a process's connections; None if unknown: to see processes of other users takes
+    CAP_SYS_PTRACE.
     """
 
     uid: int | None = None
@@ -60,9 +60,7 @@ class Sender:
 
 
 def takes(wanted: Wanted, sender: Sender, destination: IPAddress, port: int) -> bool:
-    """Whether the rules of host mode redirect a connection to a destination that is not this host, as far as that can
-    be told.
-    """
+    """Whether the rules of host mode redirect a connection to a destination other than this host, as far as is known."""
     selection = wanted.selection_here
     mine = MARK if wanted.mark is None else wanted.mark
     if port in _DNS or sender.uid in wanted.exempt_users or sender.marks in (None, {mine}):
@@ -130,7 +128,7 @@ def _upstreams(config: Config) -> Iterator[tuple[IPAddress, int]]:
 
 
 def _anywhere(wanted: Wanted) -> Iterator[tuple[IPAddress, int]]:
-    """Examples of what the rules are for."""
+    """Examples of destinations that the rules select."""
     selection = wanted.selection
     ports = [low for low, _ in selection.ports] or [443]
     for address in [network[0] for network in selection.to] or _PUBLIC:
@@ -138,7 +136,7 @@ def _anywhere(wanted: Wanted) -> Iterator[tuple[IPAddress, int]]:
 
 
 def sender_of(listener: Listener, proc: Path = Path("/proc")) -> Sender:
-    """Whose the connections are that the process makes which listens there."""
+    """The sender of connections of the process that listens there."""
     pid = _owner(listener.inode, proc)
     if pid is None:
         return Sender(uid=listener.uid, marks=None)
@@ -169,7 +167,7 @@ def _owner(inode: int, proc: Path) -> int | None:
 
 
 def _marks_of(process: Path) -> tuple[frozenset[int] | None, bool]:
-    """SO_MARK of what a usocksd sends, as its configuration says; and whether it is one."""
+    """The marks that a usocksd sets, by its configuration; and whether the process is a usocksd."""
     try:
         words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
         if not any(os.path.basename(word) == "usocksd" for word in words):

@@ -56,6 +56,6 @@ class TableWatch:
             except OSError as error:
                 if error.errno != errno.ENOBUFS:
                     return True  # look, and hear again later
-                found = True  # more has happened than fits, and nobody knows what
+                found = True  # events were lost, so anything may have happened
             else:
                 found = found or any(kind == _DELTABLE for kind, *_ in messages(data))

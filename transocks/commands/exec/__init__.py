@@ -1,4 +1,4 @@
-"""transocks exec -- COMMAND: one command's TCP connections through both daemons, on this host, and then no trace.
+"""transocks exec -- COMMAND: one command's TCP connections through both daemons; afterwards everything is removed.
 
     rules for a cgroup and a group id of its own -> daemons on free loopback ports -> the command in both -> all removed
 
@@ -6,9 +6,9 @@ The command keeps its user (the one who called sudo), groups and terminal. What 
 that it is started in, and all that it starts with it (firewall/cgroups.py); where there is none that rules can match,
 its effective group alone, which no other process has.
 
-This ends when the last process has ended that the command has left behind. If it is killed, so are the command and the
-daemons, by the kernel; what else is in the cgroup is ended before the rules, by the process that holds these
-(firewall/holder.py).
+This ends when the last process that the command left behind has ended. If it is killed, the kernel kills the command
+and the daemons too; the process that holds the rules (firewall/holder.py) ends the rest of the cgroup before it removes
+them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from usocksd.errors import Error
 from usocksd.runtime.verbs.client import visible
 
 FAILED, NOT_EXECUTABLE, NOT_FOUND = 125, 126, 127  # as env(1) and others that run a command
-SAY_AFTER, LOOK_EVERY = 1.0, 0.1  # seconds, of what the command has left behind
+SAY_AFTER, LOOK_EVERY = 1.0, 0.1  # seconds, while processes are left behind
 # Group ids up here are nobody's by convention; a process id, at most 22 bits (proc(5), pid_max), makes them unique.
 FIRST_GID = 0x74000000
 
@@ -117,7 +117,7 @@ def _exec(command: Sequence[str]) -> int:
         daemons = stack.enter_context(ending())
         local = ["127.0.0.1", "[::1]"] if ipv6 else ["127.0.0.1"]
         listen = ", ".join(f'"{address}:{port}"' for address in local)
-        # For one command and its time: nobody looks at them from outside.
+        # They serve one command, and nobody watches them.
         alone = 'workers = 1\ncontrol = ""\ntimeouts.stop = 0\n'
         usocksd = f'{alone}[incoming]\nport = {usocksd_port}\nmetrics_port = 0\naddresses = ["127.0.0.1"]\n'
         transocks = f'{alone}metrics_port = 0\nproxy_url = "socks5://127.0.0.1:{usocksd_port}"\nlisten = [{listen}]\n'
@@ -139,8 +139,8 @@ def _exec(command: Sequence[str]) -> int:
 
 
 def _redirect(tool: Tool, gid: int, port: int, ipv6: bool, stack: contextlib.ExitStack) -> tuple[str, Cgroup | None]:
-    """Load the rules for as long as the stack lasts; returns a folder that is gone with them, and the cgroup that they
-    were seen to go by. Raises FirewallError.
+    """Load the rules until the stack is closed; returns a folder that is removed with them, and the cgroup that they
+    were seen to match. Raises FirewallError.
     """
     name = f"transocks_exec_{os.getpid()}"
     for cgroup in chain(make(name, gid), [None]):
@@ -167,7 +167,7 @@ def _redirect(tool: Tool, gid: int, port: int, ipv6: bool, stack: contextlib.Exi
 
 
 def _become(user: User, gid: int, cgroup: Cgroup | None) -> Callable[[], None]:
-    """For preexec_fn: what the command is."""
+    """For preexec_fn: turns the child into the command's user, group and cgroup."""
     arrange = die_with_parent()
 
     def become() -> None:
@@ -182,7 +182,7 @@ def _become(user: User, gid: int, cgroup: Cgroup | None) -> Callable[[], None]:
 
 
 def _wait_for_others(signals: Signals, others: Callable[[], set[int]]) -> None:
-    """Wait until what the command has left behind has ended, and say so if that takes a while."""
+    """Wait until all processes that the command left behind have ended, and say so if that takes a while."""
     signals.end(others)
     since, said = time.monotonic(), False
     while left := others():

@@ -39,7 +39,7 @@ def free_port(ipv6: bool) -> int:
 def start(name: str, config: str, folder: str) -> subprocess.Popen[bytes]:
     path = Path(folder, f"{name}.toml")
     path.write_text(config, encoding="utf-8")
-    # What goes wrong is said on our stderr. A session of its own: what the terminal sends is for the command.
+    # It reports errors on our stderr. It has a session of its own, since signals of the terminal are for the command.
     return subprocess.Popen(
         [sys.executable, "-m", name, "-f", str(path), "-loglevel", "error"],
         stdin=subprocess.DEVNULL, stdout=2, start_new_session=True, preexec_fn=die_with_parent(),  # noqa: PLW1509
@@ -69,7 +69,7 @@ def ending() -> Iterator[list[subprocess.Popen[bytes]]]:
         yield processes
     finally:
         for process in processes:
-            process.terminate()  # nobody is left to wait for what they carry: stop = 0
+            process.terminate()  # nobody waits for their connections any more: stop = 0
         for process in processes:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(READY_WITHIN)

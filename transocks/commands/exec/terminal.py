@@ -1,4 +1,4 @@
-"""Signals of `transocks exec`: whose they are."""
+"""Signals of `transocks exec`: which go to the command."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class Signals:
             signal.signal(number, handler)
 
     def hold(self) -> None:
-        """From now on signals are the command's, which is about to start; before, they end the set-up."""
+        """From now on signals go to the command, which is about to start; before that, they end the set-up."""
         self._held = []
 
     def forward_to(self, child: subprocess.Popen[bytes]) -> None:
-        """This is the command; it gets what came while it started."""
+        """This is the command; it gets the signals that came while it started."""
         self._child = child
         for number in self._held or ():
             child.send_signal(number)

@@ -1,4 +1,4 @@
-"""Settings of the kernel and of interfaces that packets get lost by, with or without rules."""
+"""Settings of the kernel and of interfaces by which packets get lost, with or without rules."""
 
 from __future__ import annotations
 

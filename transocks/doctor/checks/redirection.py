@@ -1,4 +1,4 @@
-"""Do connections get from the rules to transocks, and does nothing go past? What the kernel did with some of them."""
+"""Do the rules bring connections to transocks, and does nothing go past it? By what the kernel did with samples."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def _stopped(one: Tried, seen: Seen) -> Finding:
 
 
 def _routing(one: Tried, seen: Seen) -> Finding:
-    """The kernel's routing dropped it, or sent it away: why, it says when it is asked."""
+    """The kernel's routing dropped it, or sent it away: a lookup tells why."""
     way, iif, version = one.outcome.way, one.sample.iif or "", one.sample.version
     assert way is not None
     if one.wanted.mode is Mode.GATEWAY and way.destination[0].is_loopback:
@@ -188,7 +188,7 @@ def _routing(one: Tried, seen: Seen) -> Finding:
 
 
 def answers(seen: Seen, trials: Trials) -> Iterator[Finding]:
-    """Whether somebody accepts what has arrived, and his answer gets back."""
+    """Whether a listener accepts connections that arrive, and its answer gets back."""
     for one in trials.arrived:
         port = one.wanted.port
         if one.outcome.answered:
@@ -254,7 +254,7 @@ def way_out(seen: Seen, trials: Trials) -> Iterator[Finding]:
 
 
 def old_connections(seen: Seen, trials: Trials) -> Iterator[Finding]:
-    """What is in the middle of a connection that the rules know nothing of must be none of theirs."""
+    """Rules must not take packets from the middle of a connection that they have not seen begin."""
     if trials.tracer is None or trials.client is not None:
         return
     for one in trials.arrived:

@@ -34,7 +34,7 @@ def conntrack(seen: Seen, trials: Trials) -> Iterator[Finding]:
 
 
 def conntrack_timers(seen: Seen, trials: Trials) -> Iterator[Finding]:
-    """What it forgets after seconds, it forgets while a connection is in use: keepalive can't be that fast."""
+    """With timers of seconds, it forgets connections in use: keepalive can't be that fast."""
     if not trials.has(Mode.HOST, Mode.GATEWAY):
         return
     found = tcp_timers(_TIMERS, seen.proc / "sys/net/netfilter")

@@ -60,7 +60,7 @@ class Sender:
 
 
 def takes(wanted: Wanted, sender: Sender, destination: IPAddress, port: int) -> bool:
-    """Whether the rules of host mode redirect a connection to a destination other than this host, as far as is known."""
+    """Whether the rules of host mode redirect a connection to a destination other than this host, as far as known."""
     selection = wanted.selection_here
     mine = MARK if wanted.mark is None else wanted.mark
     if port in _DNS or sender.uid in wanted.exempt_users or sender.marks in (None, {mine}):

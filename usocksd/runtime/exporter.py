@@ -85,13 +85,13 @@ class Exporter:
         self._listeners = [listener, *others]
         for each in self._listeners:
             each.setblocking(False)
+        self._selector = selectors.DefaultSelector()
         self._waker, self._woken = socket.socketpair()
         self._closing = False
         self._clients: dict[_Client, None] = {}
         """The oldest first."""
         self._waiting: list[_Client] = []
         """Clients whose answer takes longer: scrapes."""
-        self._selector = selectors.DefaultSelector()
         threading.Thread(target=self._run, name="metrics", daemon=True).start()
 
     def filenos(self) -> list[int]:

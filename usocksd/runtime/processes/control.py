@@ -70,7 +70,10 @@ class ControlSocket:
 
         Raises ControlError when that can't be done, or another process listens there.
         """
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        except OSError as error:
+            raise ControlError(f"can't open the control socket {path}: {error.strerror}") from None
         try:
             # The file gets the mode that the socket has before bind(), so at no moment can others connect.
             os.fchmod(sock.fileno(), stat.S_IRUSR | stat.S_IWUSR)

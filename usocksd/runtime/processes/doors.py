@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import socket
 from collections.abc import Sequence
@@ -133,11 +134,13 @@ class Doors:
                 # Port 0 is of the kernel's choice, for the first.
                 port = metering.port or (sockets[0].getsockname()[1] if sockets else 0)
                 sockets.append(listen(host, port, reuse_port=True))
-        except ListenError:
+            return self._export(sockets)
+        except (ListenError, OSError) as error:
             for sock in sockets:
                 sock.close()
+            if isinstance(error, OSError):  # no descriptors left, say
+                raise ListenError(join_port(metering.hosts[0], metering.port), error.errno or errno.EIO) from None
             raise
-        return self._export(sockets)
 
     def _try_again(self) -> None:
         """Until every door is open, or another configuration is in force."""

@@ -86,7 +86,11 @@ class Exporter:
         for each in self._listeners:
             each.setblocking(False)
         self._selector = selectors.DefaultSelector()
-        self._waker, self._woken = socket.socketpair()
+        try:
+            self._waker, self._woken = socket.socketpair()
+        except OSError:
+            self._selector.close()
+            raise
         self._closing = False
         self._clients: dict[_Client, None] = {}
         """The oldest first."""

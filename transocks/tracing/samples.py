@@ -199,12 +199,14 @@ def send_middle(tracer: Tracer, sample: Sample) -> Outcome:
     return Outcome(sample=sample, way=way)
 
 
-def try_out(tracer: Tracer, sample: Sample) -> Outcome:
-    """Sent or received, whichever it is."""
-    if sample.iif is None:
-        return send(tracer, sample)
+def try_out(tracer: Tracer, sample: Sample, *, flags: int = SYN, protocol: int = TCP) -> Outcome:
+    """Sent or received, whichever it is: the first segment, one from the middle (ACK), or a datagram."""
     try:
-        return receive(tracer, sample)
+        if sample.iif is not None:
+            return receive(tracer, sample, flags=flags, protocol=protocol)
+        if protocol == UDP:
+            return send_datagram(tracer, sample)
+        return send(tracer, sample) if flags == SYN else send_middle(tracer, sample)
     except OSError as error:
         return Outcome(sample=sample, problem=error)
 

@@ -13,7 +13,7 @@ from transocks.firewall.live import Routing
 from transocks.firewall.verify import dormant
 from transocks.tracing.events import ACK
 from transocks.tracing.fate import What, is_guard, is_ours
-from transocks.tracing.samples import UDP, receive, send_datagram, send_middle
+from transocks.tracing.samples import UDP, try_out
 from usocksd.runtime.hostport import join_port
 
 _APPLY = "transocks rules apply"
@@ -258,15 +258,7 @@ def old_connections(seen: Seen, trials: Trials) -> Iterator[Finding]:
     if trials.tracer is None or trials.client is not None:
         return
     for one in trials.arrived:
-        try:
-            outcome = (
-                send_middle(trials.tracer, one.sample)
-                if one.sample.iif is None
-                else receive(trials.tracer, one.sample, flags=ACK)
-            )
-        except OSError:
-            continue
-        way = outcome.way
+        way = try_out(trials.tracer, one.sample, flags=ACK).way
         turn = way.turn if way is not None else None
         taken = way is not None and any(mark.after == one.wanted.tproxy_mark for mark in way.marks)
         if way is not None and (
@@ -290,17 +282,10 @@ def quic(seen: Seen, trials: Trials) -> Iterator[Finding]:
     for one in trials.arrived:
         if one.sample.port != 443 or trials.client is not None:
             continue
-        try:
-            outcome = (
-                send_datagram(trials.tracer, one.sample)
-                if one.sample.iif is None
-                else receive(trials.tracer, one.sample, protocol=UDP)
-            )
-        except OSError:
-            continue
-        if (why := trials.why_not(outcome.way)) is not None:
+        way = try_out(trials.tracer, one.sample, protocol=UDP).way
+        if (why := trials.why_not(way)) is not None:
             yield fine("quic", f"{one.name}: refused: {why}")
-        elif outcome.way is not None and outcome.way.left:
+        elif way is not None and way.left:
             yield warning(
                 "quic", f"{one.name}: UDP to port 443 (HTTP/3) goes out past transocks",
                 "reject it where TCP is redirected, as the rule files do, so that browsers take TCP",

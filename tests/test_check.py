@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 import transocks.cli
 import usocksd.cli
+from usocksd.runtime.cgroup import usable_cpus
 import usocksd.commands.check
 
 PROXY = 'proxy_url = "socks5://127.0.0.1:1080"\n'
@@ -55,10 +56,10 @@ def test_the_sample_is_well(name: str) -> None:
     lines = done.stdout.splitlines()
     assert lines[0] == f"{SAMPLES / name}.toml: 0 faults, 0 warnings"
     shown = dict(line.split(maxsplit=1) for line in lines[1:])
-    assert shown["timeouts.idle"] == "7440 s"
+    assert (shown["timeouts.idle"], shown["timeouts.keepalive"]) == ("7440 s", "180 s")
     assert shown["limits.per_client"] == "no limit of its own"
     assert shown["control"] == f"/run/{name}/control.sock"
-    assert int(shown["workers"]) == len(os.sched_getaffinity(0))
+    assert int(shown["workers"]) == usable_cpus()
     assert int(shown["limits.connections_by_descriptors"]) > 0
 
 

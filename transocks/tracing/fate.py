@@ -57,7 +57,7 @@ def fate_of(outcome: Outcome, wanted: Wanted, names: RuleNames) -> Fate:
     """Of a sample of these rules."""
     way = outcome.way
     if way is None:
-        return Fate(What.NOWHERE, str(outcome.problem or "nothing is told of it"))
+        return Fate(What.NOWHERE, outcome.why or "nothing is told of it")
     if wanted.mode is Mode.TPROXY:
         return _of_tproxy(way, wanted, names)
     turn = way.turn

@@ -83,6 +83,13 @@ class Outcome:
     problem: OSError | FirewallError | None = None
     """why it was not sent, or what came back"""
 
+    @property
+    def why(self) -> str | None:
+        """The problem in words."""
+        if isinstance(self.problem, OSError) and self.problem.strerror:
+            return self.problem.strerror
+        return None if self.problem is None else str(self.problem)
+
 
 def send(tracer: Tracer, sample: Sample, *, keep: bool = True, patience: float = _PATIENCE) -> Outcome:
     """A connection of this host."""

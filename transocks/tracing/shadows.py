@@ -41,7 +41,7 @@ def shadows(wanted: Sequence[Wanted], tool: Tool, *, well: bool) -> Iterator[tup
                         if tool is Tool.IPTABLES and has_legacy(iptables(outcome.sample.version == 6)):
                             yield f"{names.gap(hook, table, outcome.way)}: {to} do not get to our rules", True
                 if outcomes and all(outcome.way is None for outcome in outcomes):
-                    why = next(str(outcome.problem) for outcome in outcomes)
+                    why = outcomes[0].why
                     yield f"whether others take connections first can't be tried out ({w.mode.value}): {why}", False
     except FirewallError as error:
         yield f"whether others take connections first can't be tried out: {error}", False

@@ -193,6 +193,8 @@ def _text(key: str, value: object) -> str:
             return "yes" if value else "no"
         case float():
             return f"{value:g} s"
+        case int() if key.startswith("timeouts."):
+            return f"{value} s"
         case 0 if key.startswith("limits."):
             return "no limit of its own"
         case list() | tuple():

@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 
 import transocks.cli
 import usocksd.cli
-from usocksd.runtime.cgroup import usable_cpus
 import usocksd.commands.check
+from usocksd.runtime.cgroup import usable_cpus
 
 PROXY = 'proxy_url = "socks5://127.0.0.1:1080"\n'
 SAMPLES = Path(__file__).parents[1] / "deploy"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 
 import attrs
@@ -26,6 +27,7 @@ DEFAULT = "/etc/transocks.toml"
 FAILED = 1
 
 ANSWER_WITHIN = 2.0  # seconds that a daemon may take to say how it is
+_LOOK_AGAIN_AFTER = 0.2
 _WELL = ("ready", "reloading")
 
 
@@ -72,7 +74,7 @@ def render(args: argparse.Namespace) -> int:
 def apply(args: argparse.Namespace) -> int:
     """Load it, and say what that means."""
     order = order_of(args)
-    problem, status = _ask(order)
+    problem, status = _ask(order) if args.force else _ask_patiently(order)
     problems = [*([problem] if problem else []), *_all_down(status), *loops(order.config, order.wanted)]
     if problems and not args.force:
         raise FirewallError(
@@ -143,6 +145,16 @@ def _ask(order: Order) -> tuple[str | None, Answer]:
         return f"whether transocks accepts connections can't be told: {error}", {}
     state = status["state"]
     return None if state in _WELL else f"transocks does not accept connections: it is {state}", status
+
+
+def _ask_patiently(order: Order) -> tuple[str | None, Answer]:
+    """The same; while all upstreams of a group are down, once more for a moment: they may have started just now."""
+    deadline = time.monotonic() + ANSWER_WITHIN
+    while True:
+        problem, status = _ask(order)
+        if not any(_all_down(status)) or time.monotonic() >= deadline:
+            return problem, status
+        time.sleep(_LOOK_AGAIN_AFTER)
 
 
 def _all_down(status: Answer) -> Iterator[str]:

@@ -31,7 +31,8 @@ def _hanging(scene: Scene, more: str) -> Iterator[tuple[subprocess.Popen[str], i
     if scene.backend == "nft":
         tool.write_text(tool.read_text().replace("/bin/grep -q", f'exec {target} "$@"; /bin/grep -q'))
     tool.chmod(0o755)
-    argv = scene.argv("apply", "--force", more=more)
+    # Whoever runs these tests by nohup has them inherit a SIGHUP that is ignored.
+    argv = scene.argv("apply", "--force", more=f"import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL); {more}")
     with scene.net.proxy.popen(*argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         pid = int(says.read_text())
         assert int((scene.folder / "mask").read_text().split()[1], 16) == 0

@@ -120,6 +120,11 @@ def curl(net: lab.Net, certificates: Path, name: str, address: str) -> subproces
     return net.client.run(*words, f"https://{name}/", check=False)
 
 
+def _subject(name: str) -> str:
+    """A pattern for what openssl says of a certificate: 3.2 left the blanks out."""
+    return rf"subject=CN ?= ?{re.escape(name)}\n"
+
+
 def test_rules_by_name(host_net: lab.Net, tmp_path: Path, certificates: Path) -> None:
     def page(sock: Socket) -> None:
         said = sock.recv(65536)
@@ -159,7 +164,7 @@ def test_rules_by_name(host_net: lab.Net, tmp_path: Path, certificates: Path) ->
         assert curl(host_net, certificates, DENIED, WEB[4]).returncode in (35, 56)
         # To the denied site's address, by the name of the allowed one: the allowed one is where it ends up.
         said = openssl("-servername", ALLOWED)
-        assert re.search(rf"subject=CN ?= ?{re.escape(ALLOWED)}\n", said)  # OpenSSL 3.2 left the blanks out
+        assert re.search(_subject(ALLOWED), said)
         assert "Verification: OK" in said
         record = client.record("proxy ends", dest_addr=f"{OTHER[4]}:443")
         assert record["name"] == ALLOWED
@@ -247,7 +252,7 @@ def test_routes(host_net: lab.Net, tmp_path: Path, certificates: Path) -> None:
         assert (len(allowed.peers), denied.peers[0][0]) == (1, lab.PROXY_V4[1])
         # A name that nobody knows: the address it is.
         words = ["openssl", "s_client", "-connect", f"{WEB[4]}:443", "-servername", "nowhere.test"]
-        assert f"subject=CN = {ALLOWED}" in host_net.client.run(*words, check=False).stdout
+        assert re.search(_subject(ALLOWED), host_net.client.run(*words, check=False).stdout)
         assert client.record("name leads nowhere")["name"] == "nowhere.test"
         assert client.record("proxy ends", name="nowhere.test")["dest_addr"] == f"{WEB[4]}:443"
         with connect(host_net, 4, 8080, OTHER[4]) as sock:

@@ -59,7 +59,10 @@ def judge(seen: Seen, trials: Trials, checks: Iterable[Check] = CHECKS) -> list[
             findings += check(seen, trials)
         except Exception as error:  # one check's fault must not hide what the others have found
             log.debug("a check failed", exc_info=True)
-            findings.append(unchecked(check.__name__, f"the check itself failed: {type(error).__name__}: {error}"))
+            cause: BaseException = error
+            while isinstance(cause, BaseExceptionGroup):  # of a nursery
+                cause = cause.exceptions[0]
+            findings.append(unchecked(check.__name__, f"the check itself failed: {type(cause).__name__}: {cause}"))
     return findings
 
 

@@ -103,7 +103,7 @@ def test_the_reverse_path_filter_by_two_readings(seen: Seen) -> None:
 
 def test_a_check_that_fails_does_not_hide_the_others() -> None:
     def broken(seen: Seen, trials: Trials) -> object:
-        raise RuntimeError("a bug")
+        raise ExceptionGroup("of a nursery", [RuntimeError("a bug")])
 
     def sound(seen: Seen, trials: Trials) -> object:
         yield fine("sound", "well")

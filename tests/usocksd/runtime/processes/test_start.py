@@ -213,6 +213,7 @@ def test_workers_have_nothing_of_the_master_s(tmp_path: Path) -> None:
             listening.append({name for name in shared if name.startswith("socket:")})
             assert len(listening[-1]) == 2  # its slot at both addresses
             rest = {name for name in shared if name.startswith("/") and "memfd" not in name and name != "/dev/null"}
+            rest = {name for name in rest if ".so" not in name}  # newer libffi opens itself, in every process
             assert rest <= {str(tmp_path / "stderr"), str(tiny.log), os.readlink("/proc/self/fd/1")}
             assert opened.count("anon_inode:[eventpoll]") == 2  # trio's and the reactor's, both its own
             environ = Path(f"/proc/{pid}/environ").read_bytes()

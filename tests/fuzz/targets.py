@@ -7,6 +7,7 @@ pieces, it has to make the same of them as of the whole.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -391,16 +392,18 @@ def _drive(coroutine: Any) -> Any:
     raise AssertionError("it waits")
 
 
-_exporter: list[exporter.Exporter] = []
+@functools.cache
+def _exporter() -> exporter.Exporter:
+    """One that can be asked what it would answer. Closed, so that no thread of it outlives the test."""
+    made = exporter.Exporter(socket.create_server(("127.0.0.1", 0)), dict, lambda: exporter.READY)
+    made.close()
+    return made
 
 
 @target
 def metrics_request(data: bytes) -> None:
     """What is said on the metrics port."""
-    if not _exporter:
-        listener = socket.create_server(("127.0.0.1", 0))
-        _exporter.append(exporter.Exporter(listener, dict, lambda: exporter.READY))
-    assert b" 500 " not in exporter._Handler(data, _exporter[0], {}).answer.partition(b"\n")[0]
+    assert b" 500 " not in exporter._Handler(data, _exporter(), {}).answer.partition(b"\n")[0]
 
 
 @target

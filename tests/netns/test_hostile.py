@@ -88,7 +88,9 @@ def test_impatient_clients(tmp_path: Path, destination: Served) -> None:
         server.wait_for_fds(before)
         # They came as far as they should have: those cut behind the request were connected.
         daemons.wait_until(lambda: len(server.records("proxy ends")) > IMPATIENT // 50, "some were carried")
-        assert len(server.records("proxy starts")) == len(server.records("proxy ends"))
+        daemons.wait_until(
+            lambda: len(server.records("proxy starts")) == len(server.records("proxy ends")), "each start has its end"
+        )
 
 
 def test_impatient_clients_of_transocks(host_net: lab.Net, tmp_path: Path) -> None:

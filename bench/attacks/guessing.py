@@ -55,7 +55,7 @@ def good(port: int) -> None:
 
 
 def attack(port: int) -> None:
-    """So many tries at a time, each from the next address and for a user there is not."""
+    """Guess in parallel: each try comes from the next address and names a user that does not exist."""
     addresses, names = cycle(range(ADDRESSES)), count()
     with selectors.DefaultSelector() as selector:
         while True:

@@ -29,7 +29,7 @@ from bench.accounting import memory_bytes, processes
 ROOT = Path(__file__).resolve().parents[2]
 INSIDE = "BENCH_ATTACK_INSIDE"
 READY_WITHIN = 20.0
-# A good client comes so often, whatever became of those before, and has failed after so long. Seconds.
+# Seconds between two good clients, whether or not the earlier ones are done; and until one counts as failed.
 EVERY, PATIENCE = 0.2, 10.0
 # Until what the attack has left behind is counted: by then the daemon has seen that its clients are gone.
 AFTERWARDS = 5.0

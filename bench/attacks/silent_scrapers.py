@@ -22,7 +22,7 @@ def healthy(_: int) -> None:
 
 
 def attack(_: int) -> None:
-    """Keep so many open, and say nothing."""
+    """Keep all connections open, and send nothing."""
     kept: deque[socket.socket] = deque()
     while True:
         for sock in list(kept):

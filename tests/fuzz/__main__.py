@@ -28,7 +28,7 @@ def main() -> int:
     parser = argparse.ArgumentParser("python tests/fuzz", description=__doc__)
     parser.add_argument("target", choices=sorted(TARGETS))
     parser.add_argument("--runs", type=int, default=100_000, help="inputs (default 100000)")
-    parser.add_argument("--seconds", type=int, default=0, help="end after so many seconds, if not before (default: no)")
+    parser.add_argument("--seconds", type=int, default=0, help="time limit in seconds (default: none)")
     parser.add_argument("--longest", type=int, default=4096, help="bytes of an input, at most (default 4096)")
     parser.add_argument("--corpus", type=Path, help="folder for the inputs that reached something new, to go on with")
     parser.add_argument("--plain", action="store_true", help="mutate seeds at random, as where there is no atheris")

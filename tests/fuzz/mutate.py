@@ -9,7 +9,7 @@ _INTERESTING = (b"\x00", b"\xff", b"\x7f\xff", b"\x80\x00", b"\r\n", b"\n\n", b"
 
 
 def mutated(seeds: Sequence[bytes], count: int, *, longest: int = 4096, key: int = 0) -> Iterator[bytes]:
-    """So many inputs, the seeds first; the same ones for the same `key`."""
+    """Mutated inputs, the seeds first; equal keys give equal inputs."""
     chance = random.Random(key)
     for number in range(count):
         if number < len(seeds):

@@ -119,8 +119,7 @@ class Doors:
         if state["control"] is not None:
             path, fd, *inode = state["control"]
             self._serve(ControlSocket(path, restore_socket(fd), (inode[0], inode[1])))
-        # (An older version does not tell it.)
-        self._control_path = state.get("control_path", None if self._control is None else self._control.path)
+        self._control_path = state["control_path"]
         self._try_again()
 
     def _open_metrics(self, metering: Metering) -> Exporter:

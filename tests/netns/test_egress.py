@@ -84,13 +84,16 @@ def metric(net: lab.Net, line: str) -> float | None:
 
 
 class Sniffer(contextlib.AbstractContextManager["Sniffer"]):
-    """Sees each SYN that arrives at a host for a port, with its time: retries, and what is never answered, too.
+    """Sees the first SYN of each connection that arrives at a host for a port, with its time, answered or not.
 
-    All of them once the `with` block is left, and not a moment earlier: this process may be behind.
+    The kernel repeats an unanswered SYN a second later, from an address that may be gone by then. Only the first SYN
+    tells when a connection was begun. All of them are seen once the `with` block is left, and not a moment earlier:
+    this process may be behind.
     """
 
     def __init__(self, host: lab.Host, port: int) -> None:
         self.seen: list[tuple[float, str]] = []
+        self._begun: set[tuple[str, bytes]] = set()
         self._port = port
         self._sock = host.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ETH_P_ALL))
         self._sock.settimeout(0.1)
@@ -118,6 +121,10 @@ class Sniffer(contextlib.AbstractContextManager["Sniffer"]):
             else:
                 protocol, source, tcp = packet[6], IPv6Address(packet[8:24]), packet[40:]
             if protocol == socket.IPPROTO_TCP and int.from_bytes(tcp[2:4]) == self._port and tcp[13] & 0x12 == 0x02:
+                # Source address, and both ports with the sequence number: a port may be used again.
+                if (connection := (str(source), tcp[:8])) in self._begun:
+                    continue
+                self._begun.add(connection)
                 # When it arrived, not when it is read.
                 (when,) = (data for _, kind, data in more if kind == SO_TIMESTAMPNS)
                 seconds, nanoseconds = struct.unpack("@ll", when)

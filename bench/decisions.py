@@ -18,8 +18,8 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 
 from usocksd.config import Config
-from usocksd.match import IPAddress
-from usocksd.runtime.config import load
+from usocksd.net.address import IPAddress
+from usocksd.settings.loader import load
 
 RULES = 50
 REQUESTS = 20_000

@@ -20,14 +20,14 @@ import transocks.commands.serve
 import transocks.config
 import usocksd.commands.serve
 import usocksd.config
-from usocksd.runtime import log as logging
-from usocksd.runtime.config import parse
-from usocksd.runtime.endpoint import Endpoint
-from usocksd.runtime.flow import Flow
-from usocksd.runtime.listeners import Listener, listen
-from usocksd.runtime.metrics import Metrics
-from usocksd.runtime.processes.plan import Built, Parts
-from usocksd.runtime.reactor import Reactor
+from usocksd.log import log as logging
+from usocksd.log.metrics import Metrics
+from usocksd.net.endpoint import Endpoint
+from usocksd.net.flow import Flow
+from usocksd.net.listeners import Listener, listen
+from usocksd.net.reactor import Reactor
+from usocksd.serve.plan import Built, Parts
+from usocksd.settings.loader import parse
 
 C = TypeVar("C")
 

@@ -15,7 +15,7 @@ import daemons
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
-from usocksd.runtime.access import pair_member
+from usocksd.log.access import pair_member
 
 _ACCEPT = "application/openmetrics-text; version=1.0.0"
 Series = tuple[str, frozenset[tuple[str, str]]]

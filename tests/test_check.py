@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 import transocks.cli
 import usocksd.cli
 import usocksd.commands.check
-from usocksd.runtime.cgroup import usable_cpus
+from usocksd.host.cgroup import usable_cpus
 
 PROXY = 'proxy_url = "socks5://127.0.0.1:1080"\n'
 SAMPLES = Path(__file__).parents[1] / "deploy"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
-from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -13,31 +12,22 @@ import transocks
 import usocksd
 
 ROOTS = {name: Path(package.__file__).parent for name, package in (("usocksd", usocksd), ("transocks", transocks))}
-
 DESIGN = Path(__file__).parents[1] / "docs" / "design.md"
-# Folders whose files are alike, one per verb or subject: the design names the folder.
-ALIKE = ("commands", "verbs", "checks")
 
+SHARED = tuple(f"usocksd.{room}" for room in ("socks", "net", "log", "host", "settings", "names", "serve"))
+"""The rooms that both daemons live in. Each may import those before it; net is the exception: it knows no SOCKS."""
 
-def house() -> dict[str, str]:
-    """Every module, and package with a mark, that the design has, and its line there."""
-    text = DESIGN.read_text(encoding="utf-8").partition("## The house")[2]
-    found: dict[str, str] = {}
-    folders: list[str] = []
-    for line in text.partition("```\n")[2].partition("```\n")[0].splitlines():
-        del folders[(len(line) - len(line.lstrip())) // 2 :]
-        for name in takewhile(lambda word: word.endswith((".py", "/")), line.split()):
-            if name.endswith("/"):
-                folders.append(name.removesuffix("/"))
-            place = ".".join((*folders, name.removesuffix(".py")) if name.endswith(".py") else folders)
-            assert place not in found, f"{place} is there twice"
-            found[place] = line
-    return found
+COMMON = ("usocksd.errors", "usocksd.__version__")
+"""What everybody may import."""
 
-
-HOUSE = house()
-PURE = [name for name, line in HOUSE.items() if "(pure" in line]
-SHARED = [name for name, line in HOUSE.items() if "shared)" in line]
+PURE = (
+    *(f"usocksd.{name}" for name in ("socks", "errors", "acl", "clients", "egress", "policy", "records", "replay")),
+    *(f"usocksd.{name}" for name in ("replies", "net.address", "net.proxy_protocol", "host.netlink")),
+    *(f"usocksd.names.{name}" for name in ("match", "sites", "site_index", "protected")),
+    *(f"transocks.{name}" for name in ("sniff", "routes", "http_connect", "tracing.events", "tracing.frames")),
+    *(f"transocks.rules.{name}" for name in ("config", "render", "nft_json", "saved", "verify")),
+)
+"""Values in, values out: no I/O, no clock, no log."""
 
 
 def modules() -> dict[str, set[str]]:
@@ -70,93 +60,84 @@ def within(name: str, *places: str) -> bool:
 MODULES = modules()
 
 
-@pytest.fixture(params=MODULES)
-def module(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
+def taken(place: str) -> set[tuple[str, str]]:
+    """Who in this place imports what, as (module, imported name)."""
+    return {(module, name) for module, names in MODULES.items() if within(module, place) for name in names}
+
+
+def ours(place: str) -> set[tuple[str, str]]:
+    """The same, of these two packages only."""
+    return {(module, name) for module, name in taken(place) if within(name, *ROOTS)}
 
 
 def test_the_rules_see_the_code() -> None:
-    assert "usocksd.runtime.pipes.PipePool" in MODULES["usocksd.session"] | MODULES["usocksd.commands.serve"]
+    assert "usocksd.net.pipes.PipePool" in MODULES["usocksd.session"] | MODULES["usocksd.commands.serve"]
     assert {"usocksd.socks.server", "transocks.session"} <= MODULES.keys()
-    assert {"usocksd.socks", "usocksd.acl", "transocks.routes"} <= set(PURE)
-    assert {"usocksd.socks", "usocksd.resolver"} <= set(SHARED)
+    assert MODULES.keys() >= {*PURE, *SHARED, "usocksd.errors"}
 
 
-def test_the_design_has_every_module_and_no_other() -> None:
-    described = {
-        name for name, line in HOUSE.items() if f"{name.rpartition('.')[2]}.py" in line and within(name, *ROOTS)
-    }
-    there = {name for name in MODULES if not set(ALIKE) & set(name.split(".")) and "__main__" not in name}
-    packages = {name.rpartition(".")[0] for name in MODULES}
-    assert described == there - packages
+def test_the_design_names_every_room() -> None:
+    house = DESIGN.read_text(encoding="utf-8").partition("## The house")[2].partition("\n### ")[0]
+    for package, root in ROOTS.items():
+        for room in {path.parent.relative_to(root) for path in root.rglob("*.py")}:
+            assert f"{room.name or package}/" in house, f"{package}/{room}"
 
 
-def test_pure_modules_do_no_io(module: str) -> None:
-    """Rule 1: bytes and values in, values out."""
-    if within(module, *PURE):
-        impure = ("trio", "logging", "dns", "pyroute2", "netifaces", "asyncio", "threading", "subprocess")
-        assert not [name for name in MODULES[module] if within(name, *impure)]
+def test_transocks_takes_from_usocksd_only_what_is_shared() -> None:
+    """Rule 1: a shared room is a folder that transocks may import."""
+    assert not {each for each in ours("transocks") if not within(each[1], "transocks", *SHARED, *COMMON)}
 
 
-def test_socks_needs_only_the_standard_library(module: str) -> None:
-    """Rule 1: usable alone."""
-    if within(module, "usocksd.socks"):
-        assert not [name for name in MODULES[module] if within(name, "attrs", "attr", "idna", "cattrs")]
-        assert not [
-            name
-            for name in MODULES[module]
-            if within(name, "usocksd", "transocks") and not within(name, "usocksd.socks", "usocksd.errors")
-        ]
+def test_usocksd_never_imports_transocks() -> None:
+    """Rule 1."""
+    assert not {each for each in ours("usocksd") if within(each[1], "transocks")}
 
 
-def test_the_runtime_knows_neither_daemon(module: str) -> None:
+@pytest.mark.parametrize("room", SHARED)
+def test_a_shared_room_imports_only_those_before_it(room: str) -> None:
     """Rule 2."""
-    if within(module, "usocksd.runtime"):
-        ours = [name for name in MODULES[module] if within(name, "usocksd", "transocks")]
-        allowed = ("usocksd.runtime", "usocksd.errors", "usocksd.__version__")
-        assert not [name for name in ours if not within(name, *allowed)]
+    before = [other for other in SHARED[: SHARED.index(room) + 1] if (room, other) != ("usocksd.net", "usocksd.socks")]
+    assert not {each for each in ours(room) if not within(each[1], *before, *COMMON)}
 
 
-def test_transocks_takes_from_usocksd_only_what_is_shared(module: str) -> None:
-    """Rule 3."""
-    if within(module, "transocks"):
-        taken = [name for name in MODULES[module] if within(name, "usocksd")]
-        allowed = ("usocksd.socks", "usocksd.runtime", "usocksd.__version__", *SHARED)
-        assert not [name for name in taken if not within(name, *allowed)]
+@pytest.mark.parametrize("pure", PURE)
+def test_pure_modules_do_no_io(pure: str) -> None:
+    """Rule 3: bytes and values in, values out."""
+    impure = ("trio", "logging", "dns", "pyroute2", "netifaces", "asyncio", "threading", "subprocess")
+    assert not {each for each in taken(pure) if within(each[1], *impure)}
 
 
-def test_usocksd_never_imports_transocks(module: str) -> None:
-    """Rule 3."""
-    if within(module, "usocksd"):
-        assert not [name for name in MODULES[module] if within(name, "transocks")]
+def test_socks_needs_only_the_standard_library() -> None:
+    """Rule 3: usable alone."""
+    assert not {each for each in taken("usocksd.socks") if within(each[1], "attrs", "attr", "idna", "cattrs")}
 
 
-def test_libraries_stay_in_their_rooms(module: str) -> None:
+@pytest.mark.parametrize(
+    ("library", "rooms"),
+    [
+        ("dns", ("usocksd.names.name_servers", "usocksd.names.name_query", "usocksd.dnsbl")),
+        ("netifaces", ("usocksd.host.addresses",)),
+        ("pyroute2", ("transocks.rules",)),
+    ],
+)
+def test_libraries_stay_in_their_rooms(library: str, rooms: tuple[str, ...]) -> None:
     """Rule 4."""
-    if not within(module, "usocksd.name_servers", "usocksd.name_query", "usocksd.dnsbl"):
-        assert not [name for name in MODULES[module] if within(name, "dns")]
-    if module != "usocksd.addresses":
-        assert not [name for name in MODULES[module] if within(name, "netifaces")]
-    if not within(module, "transocks.firewall"):
-        assert not [name for name in MODULES[module] if within(name, "pyroute2")]
+    users = {module for place in ROOTS for module, name in taken(place) if within(name, library)}
+    assert users
+    assert not {module for module in users if not within(module, *rooms)}
 
 
 def test_tracing_knows_nobody_who_asks_it() -> None:
     """Rule 5."""
-    for module in MODULES:
-        if within(module, "transocks.tracing"):
-            assert not [
-                name for name in MODULES[module] if within(name, "transocks.doctor", "transocks.firewall.examine")
-            ]
-        if within(module, "transocks.firewall") and module != "transocks.firewall.examine":
-            assert not [name for name in MODULES[module] if within(name, "transocks.tracing")]
+    asking = ("transocks.doctor", "transocks.rules.examine")
+    assert not {each for each in ours("transocks.tracing") if within(each[1], *asking)}
+    tracing = {module for module, name in ours("transocks.rules") if within(name, "transocks.tracing")}
+    assert tracing == {"transocks.rules.examine"}
 
 
-@pytest.mark.parametrize("package", ["usocksd", "transocks"])
+@pytest.mark.parametrize("package", ROOTS)
 def test_only_the_session_joins_stages(package: str) -> None:
     """Rule 6: `cli` and `commands` wire objects together, and nothing imports them but each other."""
     wiring = (f"{package}.cli", f"{package}.commands", f"{package}.__main__")
-    for module in MODULES:
-        if within(module, package) and not within(module, *wiring):
-            assert not [name for name in MODULES[module] if within(name, *wiring, f"{package}.session")], module
+    outside = {each for each in ours(package) if not within(each[0], *wiring)}
+    assert not {each for each in outside if within(each[1], *wiring, f"{package}.session")}

@@ -26,9 +26,9 @@ import transocks.access_log
 import transocks.config
 import transocks.session
 from transocks.original_dst import Destination, NotRedirected
-from usocksd.runtime.access import pair_member
-from usocksd.runtime.ending import Reason, Side
-from usocksd.runtime.flow import Flow
+from usocksd.log.access import pair_member
+from usocksd.net.ending import Reason, Side
+from usocksd.net.flow import Flow
 
 WEB = Destination("203.0.113.80", 80)
 

@@ -14,8 +14,8 @@ import pytest
 from transocks.config import Config as TransocksConfig
 from usocksd.config import Config as UsocksdConfig
 from usocksd.errors import ConfigError
-from usocksd.runtime import config
-from usocksd.runtime.config import Parser
+from usocksd.settings import loader as config
+from usocksd.settings.loader import Parser
 
 
 def types_of(type_: Any, known: set[Any]) -> Iterator[Any]:

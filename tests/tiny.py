@@ -23,14 +23,14 @@ import usocksd
 ROOT = Path(usocksd.__file__).parents[1]
 PROGRAM = Path(__file__).with_name("tiny_daemon.py")
 
-ADOPTION = "usocksd.runtime.processes.adoption:"
-CREW = "usocksd.runtime.processes.crew:"
-MASTER = "usocksd.runtime.processes.master:"
-RELOADS = "usocksd.runtime.processes.reloads:"
-PROCESS = "usocksd.runtime.processes.worker_process:"
-REPORT = "usocksd.runtime.processes.report:"
-SERVICE = "usocksd.runtime.service:"
-WORKER = "usocksd.runtime.processes.worker:"
+ADOPTION = "usocksd.serve.adoption:"
+CREW = "usocksd.serve.crew:"
+MASTER = "usocksd.serve.master:"
+RELOADS = "usocksd.serve.reloads:"
+PROCESS = "usocksd.serve.worker_process:"
+REPORT = "usocksd.serve.report:"
+SERVICE = "usocksd.serve.service:"
+WORKER = "usocksd.serve.worker:"
 
 # What an operator must not see when nothing is wrong.
 _TROUBLE = ("critical", "error")

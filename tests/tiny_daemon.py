@@ -48,17 +48,17 @@ import trio
 
 from usocksd import __version__
 from usocksd.errors import Error
-from usocksd.runtime.common import Common
-from usocksd.runtime.dial import Target, dial
-from usocksd.runtime.ending import Limits
-from usocksd.runtime.endpoint import Endpoint
-from usocksd.runtime.limits import most_pipes
-from usocksd.runtime.metrics import BYTES
-from usocksd.runtime.pipes import PipePool
-from usocksd.runtime.processes.plan import Built, Daemon, Parts, Plan, make_plan
-from usocksd.runtime.program import Program
-from usocksd.runtime.relay import close_pair, relay
-from usocksd.runtime.settings import (
+from usocksd.host.limits import most_pipes
+from usocksd.log.metrics import BYTES
+from usocksd.net.dial import Target, dial
+from usocksd.net.ending import Limits
+from usocksd.net.endpoint import Endpoint
+from usocksd.net.pipes import PipePool
+from usocksd.net.relay import close_pair, relay
+from usocksd.serve.plan import Built, Daemon, Parts, Plan, make_plan
+from usocksd.serve.program import Program
+from usocksd.settings.common import Common
+from usocksd.settings.types import (
     LOCALHOST,
     LimitsConfig,
     ListenAddress,

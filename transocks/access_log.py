@@ -7,16 +7,16 @@ from collections.abc import Iterable
 from typing import Any
 
 from transocks.original_dst import Destination, Loop, NotRedirected
-from transocks.proxy_url import ProxyScheme
 from transocks.routes import DEFAULT
 from transocks.sniff import Opening, Protocol
+from transocks.upstreams.proxy_url import ProxyScheme
 from usocksd.errors import Denied, Error, UpstreamError
-from usocksd.runtime.access import AccessRecords, Connection, pair_member
-from usocksd.runtime.dial import Target
-from usocksd.runtime.endpoint import Endpoint
-from usocksd.runtime.log import Log
-from usocksd.runtime.metrics import Metrics
-from usocksd.runtime.seldom import Seldom
+from usocksd.log.access import AccessRecords, Connection, pair_member
+from usocksd.log.log import Log
+from usocksd.log.metrics import Metrics
+from usocksd.log.seldom import Seldom
+from usocksd.net.dial import Target
+from usocksd.net.endpoint import Endpoint
 from usocksd.socks import Reply, RequestRefused
 
 _KEYS = (

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from functools import partial
 
 from transocks.config import Config
-from usocksd.runtime.processes import worker
-from usocksd.runtime.processes.plan import Daemon
-from usocksd.runtime.verbs.client import Operated
+from usocksd.serve import worker
+from usocksd.serve.plan import Daemon
+from usocksd.serve.verbs.client import Operated
 
 DAEMON = Daemon("transocks", Config, plan="transocks.commands.serve:plan", build="transocks.commands.serve:build")
 OPERATED = Operated("transocks", "/etc/transocks.toml", "/run/transocks/control.sock", columns=("route", "upstream"))
@@ -22,8 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Not in workers: the command line and all verbs are several MB.
     from transocks.commands import check, doctor, rules  # noqa: PLC0415
     from transocks.commands import exec as exec_verb  # noqa: PLC0415
-    from usocksd.runtime.program import Program  # noqa: PLC0415
-    from usocksd.runtime.verbs.parsers import add_parsers  # noqa: PLC0415
+    from usocksd.serve.program import Program  # noqa: PLC0415
+    from usocksd.serve.verbs.parsers import add_parsers  # noqa: PLC0415
 
     program = Program(
         DAEMON,

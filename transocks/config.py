@@ -9,20 +9,20 @@ from typing import Annotated, Any
 
 import attrs
 
-from transocks.firewall.config import Mode, RulesConfig
-from transocks.firewall.wanted import MARK, reached
-from transocks.proxy_url import ProxyScheme, ProxyURL, ProxyURLs, parse_proxy_url
 from transocks.route_settings import NAME, NamesConfig, RouteConfig, check_routes
 from transocks.routes import DEFAULT, DIRECT, REJECT, Routes
-from usocksd.conditions import as_table
-from usocksd.match import canonical_host
-from usocksd.runtime.common import Common
-from usocksd.runtime.config import Invalid, Located, Parser, show
-from usocksd.runtime.settings import (
+from transocks.rules.config import Mode, RulesConfig
+from transocks.rules.wanted import MARK, reached
+from transocks.upstreams.proxy_url import ProxyScheme, ProxyURL, ProxyURLs, parse_proxy_url
+from usocksd.names.conditions import as_table
+from usocksd.names.match import canonical_host
+from usocksd.net.address import IPAddress
+from usocksd.settings.common import Common
+from usocksd.settings.loader import Invalid, Located, Parser, show
+from usocksd.settings.types import (
     ANY_ADDRESS,
     LOCALHOST,
     DnsConfig,
-    IPAddress,
     LimitsConfig,
     ListenAddress,
     ListenIPs,

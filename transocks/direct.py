@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from transocks.request import Request
-from transocks.upstream import Progress, Tunnel
+from transocks.upstreams.request import Request
+from transocks.upstreams.upstream import Progress, Tunnel
 from usocksd.errors import Denied
-from usocksd.match import IPAddress, judged_addresses
-from usocksd.protected import PROTECTED_NETWORKS
-from usocksd.resolver import Resolver
-from usocksd.runtime.dial import Target, dial
-from usocksd.runtime.endpoint import Endpoint
-from usocksd.runtime.settings import Timeouts
+from usocksd.names.match import judged_addresses
+from usocksd.names.protected import PROTECTED_NETWORKS
+from usocksd.names.resolver import Resolver
+from usocksd.net.address import IPAddress
+from usocksd.net.dial import Target, dial
+from usocksd.net.endpoint import Endpoint
+from usocksd.settings.types import Timeouts
 
 NAME = "direct"
 """What it is called in records and configuration."""

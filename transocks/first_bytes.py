@@ -11,9 +11,10 @@ import trio
 from transocks.original_dst import Destination
 from transocks.route_settings import NamesConfig
 from transocks.sniff import OTHER, Opening, Sniffer
-from usocksd.conditions import Ports
-from usocksd.match import NetworkMap, numeric_address
-from usocksd.runtime.endpoint import DeadlineExpired, Endpoint, PeerReset
+from usocksd.names.conditions import Ports
+from usocksd.names.match import NetworkMap
+from usocksd.net.address import numeric_address
+from usocksd.net.endpoint import DeadlineExpired, Endpoint, PeerReset
 
 
 class First(NamedTuple):

@@ -6,19 +6,20 @@ import pwd
 from collections.abc import Iterator
 
 from transocks.config import DEFAULT, DIRECT, FAILOVER, Config, GroupConfig
-from transocks.firewall.lint import lint_rules
 from transocks.original_dst import OWN_USERS
-from transocks.proxy_url import ProxyURL
 from transocks.route_settings import NAME
-from usocksd.addresses import HostAddresses
-from usocksd.conditions import unclear_networks, unclear_sites
+from transocks.rules.lint import lint_rules
+from transocks.upstreams.proxy_url import ProxyURL
 from usocksd.errors import Fault
-from usocksd.resolv_conf import lint_servers
-from usocksd.runtime.config import show
-from usocksd.runtime.lint import Host, first_few, lint_common, readable_by_all
-from usocksd.runtime.listeners import may_be_transparent
-from usocksd.runtime.settings import LOCALHOST, IPAddress, ListenAddress
-from usocksd.site_index import SiteIndex, has_networks, has_ports, mask_of
+from usocksd.host.addresses import HostAddresses
+from usocksd.names.conditions import unclear_networks, unclear_sites
+from usocksd.names.resolv_conf import lint_servers
+from usocksd.names.site_index import SiteIndex, has_networks, has_ports, mask_of
+from usocksd.net.address import IPAddress
+from usocksd.net.listeners import may_be_transparent
+from usocksd.settings.loader import show
+from usocksd.settings.types import LOCALHOST, ListenAddress
+from usocksd.settings.warnings import Host, first_few, lint_common, readable_by_all
 
 
 def warnings(config: Config, source: str | None = None) -> list[str]:

@@ -12,10 +12,9 @@ from collections.abc import Callable, Collection, Iterable
 from socket import SocketType
 from typing import NamedTuple
 
-from usocksd.addresses import HostAddresses, SocketOwners
 from usocksd.errors import Error
-from usocksd.match import numeric_address
-from usocksd.runtime.hostport import bound_to, join_port, unmapped, with_zone
+from usocksd.host.addresses import HostAddresses, SocketOwners
+from usocksd.net.address import bound_to, join_port, numeric_address, unmapped, with_zone
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import attrs
 
 from transocks.routes import DIRECT, REJECT, Route
 from transocks.sniff import MOST
-from usocksd.conditions import (
+from usocksd.names.conditions import (
     NAME_EXPECTED,
     Destination,
     Network,
@@ -21,8 +21,8 @@ from usocksd.conditions import (
     empty_lists,
     site_lists,
 )
-from usocksd.runtime.config import KEY, Invalid, show
-from usocksd.runtime.settings import integer, one_of, seconds, text
+from usocksd.settings.loader import KEY, Invalid, show
+from usocksd.settings.types import integer, one_of, seconds, text
 
 NAME, ADDRESS, REFUSE = "name", "address", "refuse"
 

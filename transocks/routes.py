@@ -11,9 +11,10 @@ from collections.abc import Sequence
 
 from attrs import frozen
 
-from usocksd.match import IPAddress, IPNetwork, judged_addresses
-from usocksd.site_index import PortIndex, SiteIndex, mask_of
-from usocksd.sites import SiteList
+from usocksd.names.match import judged_addresses
+from usocksd.names.site_index import PortIndex, SiteIndex, mask_of
+from usocksd.names.sites import SiteList
+from usocksd.net.address import IPAddress, IPNetwork
 
 DEFAULT = "default"
 """The group of `proxy_url`, and what records call the way of a connection that no route has."""

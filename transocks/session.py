@@ -14,19 +14,19 @@ from transocks.access_log import Access, AccessLog
 from transocks.direct import Direct
 from transocks.first_bytes import First, FirstBytes
 from transocks.original_dst import Destination, LoopGuard, original_destination, tproxy_destination
-from transocks.pool import UpstreamGroup
-from transocks.request import Request
 from transocks.route_settings import ADDRESS, NAME, NamesConfig
 from transocks.routes import DIRECT, REJECT, Routes
-from transocks.upstream import Tunnel
+from transocks.upstreams.group import UpstreamGroup
+from transocks.upstreams.request import Request
+from transocks.upstreams.upstream import Tunnel
 from usocksd.errors import Denied, Error, ResolveError
-from usocksd.match import numeric_address
-from usocksd.runtime.ending import Limits
-from usocksd.runtime.endpoint import Endpoint, PeerReset
-from usocksd.runtime.keepalive import KeepAlive
-from usocksd.runtime.pipes import PipePool
-from usocksd.runtime.relay import close_pair, relay
-from usocksd.runtime.settings import Timeouts
+from usocksd.net.address import numeric_address
+from usocksd.net.ending import Limits
+from usocksd.net.endpoint import Endpoint, PeerReset
+from usocksd.net.keepalive import KeepAlive
+from usocksd.net.pipes import PipePool
+from usocksd.net.relay import close_pair, relay
+from usocksd.settings.types import Timeouts
 from usocksd.socks import Reply, RequestRefused
 
 # What says that a name leads nowhere, of SOCKS5 and HTTP (RFC 9110 section 15.6: from 502 on it is not the proxy that

@@ -18,7 +18,7 @@ from struct import Struct
 from struct import error as StructError
 from typing import NamedTuple
 
-from usocksd.match import canonical_host
+from usocksd.names.match import canonical_host
 
 MOST = 16 * 1024
 """So many bytes are looked at at most: browsers send hellos of 2 KiB, and heads of requests rarely reach 8."""

@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 from usocksd.acl import Decision
 from usocksd.clients import ALLOW_FROM, TRUSTED
 from usocksd.errors import CommandNotSupported, Denied, Error
-from usocksd.runtime.access import AccessRecords, Connection, pair_member
-from usocksd.runtime.dial import Target
-from usocksd.runtime.hostport import join_port
-from usocksd.runtime.log import Log
-from usocksd.runtime.metrics import Counter, Family, Metrics
+from usocksd.log.access import AccessRecords, Connection, pair_member
+from usocksd.log.log import Log
+from usocksd.log.metrics import Counter, Family, Metrics
+from usocksd.net.address import join_port
+from usocksd.net.dial import Target
 from usocksd.socks import AddressType, ClientFault, Command, Kind, Method, Reply, Request, Server, Version
 
 _KEYS = (

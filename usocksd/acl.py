@@ -18,17 +18,11 @@ from ipaddress import IPv6Network
 
 from attrs import frozen
 
-from usocksd.match import (
-    IPAddress,
-    IPNetwork,
-    NameSet,
-    NetworkMap,
-    judged_addresses,
-    parse_network,
-)
-from usocksd.protected import PROTECTED_NETWORKS
-from usocksd.site_index import PortIndex, SiteIndex, has_port, mask_of
-from usocksd.sites import Prefix, SiteList, parse_entry
+from usocksd.names.match import NameSet, NetworkMap, judged_addresses, parse_network
+from usocksd.names.protected import PROTECTED_NETWORKS
+from usocksd.names.site_index import PortIndex, SiteIndex, has_port, mask_of
+from usocksd.names.sites import Prefix, SiteList, parse_entry
+from usocksd.net.address import IPAddress, IPNetwork
 
 
 @frozen

@@ -31,8 +31,8 @@ import trio
 from attrs import Factory, define
 
 from usocksd.errors import ConfigError, Fault
-from usocksd.runtime.limits import owner
-from usocksd.runtime.named_files import read_file
+from usocksd.host.limits import owner
+from usocksd.settings.files import read_file
 
 _logger = logging.getLogger("usocksd.auth")
 

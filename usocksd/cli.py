@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from functools import partial
 
 from usocksd.config import Config
-from usocksd.runtime.processes import worker
-from usocksd.runtime.processes.plan import Daemon
-from usocksd.runtime.verbs.client import Operated
+from usocksd.serve import worker
+from usocksd.serve.plan import Daemon
+from usocksd.serve.verbs.client import Operated
 
 DAEMON = Daemon("usocksd", Config, plan="usocksd.commands.serve:plan", build="usocksd.commands.serve:build")
 OPERATED = Operated(
@@ -23,8 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     # Not in workers: the command line and all verbs are several MB.
     from usocksd.commands import check, diff, explain  # noqa: PLC0415
-    from usocksd.runtime.program import Program  # noqa: PLC0415
-    from usocksd.runtime.verbs.parsers import add_parsers  # noqa: PLC0415
+    from usocksd.serve.program import Program  # noqa: PLC0415
+    from usocksd.serve.verbs.parsers import add_parsers  # noqa: PLC0415
 
     program = Program(
         DAEMON,

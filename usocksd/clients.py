@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from ipaddress import IPv6Address
 from typing import Final
 
-from usocksd.match import IPAddress, IPNetwork, NetworkMap, numeric_address, parse_network
-from usocksd.protected import LINK_LOCAL, LOOPBACK
+from usocksd.names.match import NetworkMap, parse_network
+from usocksd.names.protected import LINK_LOCAL, LOOPBACK
+from usocksd.net.address import IPAddress, IPNetwork, numeric_address
 
 # RFC 1918, RFC 6598, RFC 4193
 PRIVATE = ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "fc00::/7")

@@ -14,7 +14,7 @@ import attrs
 
 from usocksd.acl import AccessRules, Rule
 from usocksd.clients import DEFAULT_CLIENTS
-from usocksd.conditions import (
+from usocksd.names.conditions import (
     NAME_EXPECTED,
     Destination,
     Network,
@@ -27,10 +27,11 @@ from usocksd.conditions import (
     empty_lists,
     site_lists,
 )
-from usocksd.match import NAT64_LENGTHS, IPAddress, IPNetwork, canonical_host, parse_network
-from usocksd.runtime.common import Common
-from usocksd.runtime.config import KEY, Distinct, Invalid, Located, show
-from usocksd.runtime.settings import (
+from usocksd.names.match import NAT64_LENGTHS, canonical_host, parse_network
+from usocksd.net.address import IPAddress, IPNetwork
+from usocksd.settings.common import Common
+from usocksd.settings.loader import KEY, Distinct, Invalid, Located, show
+from usocksd.settings.types import (
     ANY_ADDRESS,
     LOCALHOST,
     DnsConfig,

@@ -13,12 +13,13 @@ from attrs import frozen
 from usocksd.acl import Rule, rules_of_lists
 from usocksd.config import Config
 from usocksd.errors import Fault
-from usocksd.match import IPNetwork, NameSet, NetworkMap, canonical_host, parse_network
-from usocksd.runtime.config import show
-from usocksd.runtime.lint import first_few
-from usocksd.runtime.words import counted
-from usocksd.site_index import SiteIndex, has_networks, has_ports, mask_of, which_rules
-from usocksd.sites import SiteList
+from usocksd.log.words import counted
+from usocksd.names.match import NameSet, NetworkMap, canonical_host, parse_network
+from usocksd.names.site_index import SiteIndex, has_networks, has_ports, mask_of, which_rules
+from usocksd.names.sites import SiteList
+from usocksd.net.address import IPNetwork
+from usocksd.settings.loader import show
+from usocksd.settings.warnings import first_few
 
 # Networks
 

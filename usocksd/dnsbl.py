@@ -17,13 +17,13 @@ import dns.name
 import dns.reversename
 import trio
 
-from usocksd.addresses import HostAddresses
 from usocksd.egress import Pool, Usable, covers
 from usocksd.errors import ResolveError
-from usocksd.match import IPAddress, numeric_address
-from usocksd.name_servers import NameServers
-from usocksd.runtime.metrics import Metrics
-from usocksd.runtime.settings import SocketAddress
+from usocksd.host.addresses import HostAddresses
+from usocksd.log.metrics import Metrics
+from usocksd.names.name_servers import NameServers
+from usocksd.net.address import IPAddress, numeric_address
+from usocksd.settings.types import SocketAddress
 
 _logger = logging.getLogger("usocksd.dnsbl")
 

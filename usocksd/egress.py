@@ -15,7 +15,8 @@ from ipaddress import IPv4Network, IPv6Network
 from attrs import Factory, evolve, field, frozen
 
 from usocksd.errors import NoEgress
-from usocksd.match import IPAddress, IPNetwork, rendezvous
+from usocksd.names.match import rendezvous
+from usocksd.net.address import IPAddress, IPNetwork
 
 DEFAULT = "default"
 """The name of the pool that [outgoing] describes, for what no rule sends elsewhere."""

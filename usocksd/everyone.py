@@ -13,10 +13,10 @@ from pathlib import Path
 
 from usocksd.config import Config
 from usocksd.errors import ConfigError, Fault
+from usocksd.log.words import counted
 from usocksd.policy import Policy
 from usocksd.records import Asked, Skipped, lines_of, read_record
-from usocksd.runtime.config import show
-from usocksd.runtime.words import counted
+from usocksd.settings.loader import show
 
 _HTTPS = 443
 _TAIL = 1 << 21

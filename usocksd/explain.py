@@ -17,9 +17,10 @@ from usocksd.clients import ALLOW_FROM
 from usocksd.dnsbl import Listings
 from usocksd.egress import EgressPools, sites
 from usocksd.errors import Denied, Error, NoEgress, ResolveError
-from usocksd.match import IPAddress, canonical_host, numeric_address
+from usocksd.names.match import canonical_host
+from usocksd.names.resolver import ABSENT, NO_SUCH_NAME, Resolver
+from usocksd.net.address import IPAddress, numeric_address
 from usocksd.policy import USERS, Policy
-from usocksd.resolver import ABSENT, NO_SUCH_NAME, Resolver
 
 ALLOWED: Final = "allowed"
 DENIED: Final = "denied"

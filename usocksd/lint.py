@@ -8,19 +8,19 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from ipaddress import IPv4Network, IPv6Network, collapse_addresses
 
-from usocksd.addresses import HostAddresses
 from usocksd.auth import Users
 from usocksd.clients import DEFAULT_CLIENTS
-from usocksd.conditions import unclear_networks, unclear_sites
 from usocksd.config import Config, PoolConfig
 from usocksd.coverage import covered_entries, covered_networks, covered_rules, idle_sites
 from usocksd.egress import covers
 from usocksd.errors import ConfigError, Fault
-from usocksd.match import parse_network
-from usocksd.resolv_conf import RESOLV_CONF, lint_servers, parse
-from usocksd.runtime.config import show
-from usocksd.runtime.lint import Host, first_few, lint_common, lint_mark, readable_by_all
-from usocksd.sites import SiteList
+from usocksd.host.addresses import HostAddresses
+from usocksd.names.conditions import unclear_networks, unclear_sites
+from usocksd.names.match import parse_network
+from usocksd.names.resolv_conf import RESOLV_CONF, lint_servers, parse
+from usocksd.names.sites import SiteList
+from usocksd.settings.loader import show
+from usocksd.settings.warnings import Host, first_few, lint_common, lint_mark, readable_by_all
 
 
 def warnings(config: Config, source: str | None = None) -> list[str]:

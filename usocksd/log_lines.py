@@ -1,4 +1,4 @@
-"""Lines of the log, read back as fields, in each of the three formats that runtime/formats.py writes. Pure."""
+"""Lines of the log, read back as fields, in each of the three formats that log/formats.py writes. Pure."""
 
 from __future__ import annotations
 

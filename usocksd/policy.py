@@ -12,7 +12,8 @@ from attrs import frozen
 
 from usocksd.acl import AccessRules, Decision
 from usocksd.clients import ALLOW_FROM, TRUSTED, ClientRules
-from usocksd.match import IPAddress, canonical_host, numeric_address
+from usocksd.names.match import canonical_host
+from usocksd.net.address import IPAddress, numeric_address
 from usocksd.records import Asked
 
 USERS: Final = "users_file"

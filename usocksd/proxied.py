@@ -15,8 +15,8 @@ import attrs
 
 from usocksd.access_log import Access
 from usocksd.clients import ClientRules
-from usocksd.proxy_protocol import Header, HeaderFault, Receiver, unlikely
-from usocksd.runtime.endpoint import Endpoint
+from usocksd.net.endpoint import Endpoint
+from usocksd.net.proxy_protocol import Header, HeaderFault, Receiver, unlikely
 from usocksd.socks import ClientFault, Kind, Server
 from usocksd.socks.answers import HTTP_ERROR
 
@@ -41,7 +41,7 @@ class ProxiedListener:
     clients: ClientRules
     """Who may be named."""
     count_as: Callable[[Endpoint, str, int], bool]
-    """See `usocksd.runtime.processes.plan.Parts`."""
+    """See `usocksd.serve.plan.Parts`."""
 
     async def learn_client(self, client: Endpoint, peer: tuple[str, int], server: Server, access: Access) -> Named:
         """Make it the connection of the client that `peer` names; `server` gets what came behind the header.

@@ -13,7 +13,7 @@ from typing import Any
 from attrs import frozen
 
 from usocksd.log_lines import read_fields
-from usocksd.match import numeric_address
+from usocksd.net.address import numeric_address
 
 
 @frozen

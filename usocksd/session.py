@@ -18,17 +18,18 @@ from usocksd.auth import Users
 from usocksd.clients import ALLOW_FROM, ClientRules
 from usocksd.egress import EgressPools, Usable, sites
 from usocksd.errors import CommandNotSupported, Denied, Error, NoEgress, ResolveError
-from usocksd.match import IPAddress, canonical_host, numeric_address
+from usocksd.names.match import canonical_host
+from usocksd.names.resolver import ABSENT, NO_SUCH_NAME, Resolver
+from usocksd.net.address import IPAddress, numeric_address
+from usocksd.net.dial import Target, dial
+from usocksd.net.ending import Limits
+from usocksd.net.endpoint import DeadlineExpired, Endpoint, PeerReset, Unwatched
+from usocksd.net.keepalive import KeepAlive
+from usocksd.net.pipes import PipePool
+from usocksd.net.relay import close_pair, relay
 from usocksd.proxied import Named, ProxiedListener
 from usocksd.replies import reply_for
-from usocksd.resolver import ABSENT, NO_SUCH_NAME, Resolver
-from usocksd.runtime.dial import Target, dial
-from usocksd.runtime.ending import Limits
-from usocksd.runtime.endpoint import DeadlineExpired, Endpoint, PeerReset, Unwatched
-from usocksd.runtime.keepalive import KeepAlive
-from usocksd.runtime.pipes import PipePool
-from usocksd.runtime.relay import close_pair, relay
-from usocksd.runtime.settings import Timeouts
+from usocksd.settings.types import Timeouts
 from usocksd.socks import (
     NEED_DATA,
     AddressType,

@@ -18,7 +18,7 @@ from daemons import Daemon
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from usocksd.runtime.listeners import listen
+from usocksd.net.listeners import listen
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 DAEMONS = ("usocksd", "transocks")

@@ -15,10 +15,10 @@ from transocks.tracing.events import MESSAGE, Packet
 from transocks.tracing.frames import datagram
 from transocks.tracing.table import TABLE
 from usocksd.config import Config
-from usocksd.netlink import HEADER
-from usocksd.proxy_protocol import LOCAL_HEADER, header
-from usocksd.runtime.formats import Logfmt, Plain, Severity
-from usocksd.runtime.processes.plan import make_plan
+from usocksd.host.netlink import HEADER
+from usocksd.log.formats import Logfmt, Plain, Severity
+from usocksd.net.proxy_protocol import LOCAL_HEADER, header
+from usocksd.serve.plan import make_plan
 
 _HELLOS = Path(__file__).parents[1] / "transocks" / "data"
 

@@ -23,33 +23,33 @@ import dns.name
 import dns.rdatatype
 import trio
 
-from transocks.firewall.live import CHAINS
-from transocks.firewall.nft_json import entries
-from transocks.firewall.saved import changes, merge, parse_save, select, write
-from transocks.firewall.verify import compare, dormant, force_nft, from_nft, from_saved, guards, rule_texts
 from transocks.http_connect import MAX_HEAD, HttpConnect
+from transocks.rules.live import CHAINS
+from transocks.rules.nft_json import entries
+from transocks.rules.saved import changes, merge, parse_save, select, write
+from transocks.rules.verify import compare, dormant, force_nft, from_nft, from_saved, guards, rule_texts
 from transocks.sniff import MOST, Sniffer
 from transocks.tracing.events import MESSAGE
 from transocks.tracing.events import parse as parse_trace
 from transocks.tracing.way import way_of
-from usocksd import name_query
 from usocksd.acl import AccessRules, Rule
 from usocksd.clients import ClientRules
 from usocksd.errors import UpstreamError
 from usocksd.explain import Asked
-from usocksd.hosts_file import HostsFile
-from usocksd.match import canonical_host, numeric_address, parse_network
-from usocksd.netlink import messages
+from usocksd.host.netlink import messages
+from usocksd.log.formats import JSON, Formatter, Logfmt, Plain, Severity
+from usocksd.names import name_query
+from usocksd.names.hosts_file import HostsFile
+from usocksd.names.match import canonical_host, parse_network
+from usocksd.names.resolv_conf import parse as parse_resolv_conf
+from usocksd.names.sites import SiteList, parse_entry
+from usocksd.net.address import numeric_address
+from usocksd.net.proxy_protocol import HeaderFault, Receiver, unlikely
 from usocksd.policy import Policy
-from usocksd.proxy_protocol import HeaderFault, Receiver, unlikely
 from usocksd.records import Record, read_record
-from usocksd.resolv_conf import parse as parse_resolv_conf
-from usocksd.runtime import exporter
-from usocksd.runtime.formats import JSON, Formatter, Logfmt, Plain, Severity
-from usocksd.runtime.processes import control
-from usocksd.runtime.processes.channel import Channel
-from usocksd.runtime.processes.plan import Plan
-from usocksd.sites import SiteList, parse_entry
+from usocksd.serve import control, exporter
+from usocksd.serve.channel import Channel
+from usocksd.serve.plan import Plan
 from usocksd.socks import (
     NEED_DATA,
     Client,

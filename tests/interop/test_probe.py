@@ -17,8 +17,8 @@ from pathlib import Path
 import daemons
 import pytest
 
-from transocks.proxy_url import parse_proxy_url
-from transocks.upstream_probes import ping
+from transocks.upstreams.probes import ping
+from transocks.upstreams.proxy_url import parse_proxy_url
 from usocksd.socks import Client, Established, Probe, Probed
 
 DANTE_CONF = """\

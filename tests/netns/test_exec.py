@@ -179,7 +179,7 @@ def test_runs_as_the_user_who_called_sudo(trial: Trial) -> None:
     assert "0" not in groups.split()
 
 
-HIERARCHIES = "from transocks.firewall import cgroups as c; real = c._hierarchies; c._hierarchies = lambda: iter({});"
+HIERARCHIES = "from transocks.rules import cgroups as c; real = c._hierarchies; c._hierarchies = lambda: iter({});"
 
 
 @pytest.fixture(params=["cgroup2", "net_cls", "group"])
@@ -309,7 +309,7 @@ def test_kill_9_leaves_nothing(trial: Trial, victim: str) -> None:
     assert list(trial.bin.glob("transocks-exec-*"))
     words = {
         "exec": "cli.main()",
-        "holder": "transocks.firewall.holder",
+        "holder": "transocks.rules.holder",
         "usocksd": "-m usocksd",
         "transocks": "-m transocks -f",
     }

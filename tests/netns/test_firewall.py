@@ -31,8 +31,8 @@ from scene import (
     one_mode,
 )
 
-from transocks.firewall import lock
-from transocks.firewall.live import Routing
+from transocks.rules import lock
+from transocks.rules.live import Routing
 
 RULES = Path(__file__).parents[2] / "iptables"
 
@@ -257,7 +257,7 @@ import subprocess
 import sys
 from transocks import tools
 from transocks.cli import main
-from transocks.firewall import lock
+from transocks.rules import lock
 tools.SBIN = ()
 lock._WITHIN = 0.1
 sys.exit(10 * main(["rules", "apply", "-f", sys.argv[1]]) + main(["rules", "remove", "-f", sys.argv[1]]))

@@ -10,9 +10,9 @@ import lab
 import pytest
 from scene import BACKENDS, BEYOND, DIRECT, PRIVATE, REDIRECTED, Scene, backends, one_mode
 
-from transocks.firewall.config import Mode
-from transocks.firewall.render import render_iptables, render_nft
-from transocks.firewall.wanted import Selection, Wanted
+from transocks.rules.config import Mode
+from transocks.rules.render import render_iptables, render_nft
+from transocks.rules.wanted import Selection, Wanted
 
 NETWORK_4, NETWORK_6 = ip_network(f"{lab.WEB_V4}/32"), ip_network(f"{lab.WEB_V6}/128")
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import pytest
 from scene import Scene, backends, one_mode
 
-from transocks.firewall import lock
+from transocks.rules import lock
 
 
 @contextmanager

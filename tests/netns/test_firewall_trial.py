@@ -199,7 +199,7 @@ def test_held_closed_no_connection_goes_directly(scene: Scene) -> None:
 
 WATCH = """
 import subprocess
-from transocks.firewall.watch import TableWatch
+from transocks.rules.watch import TableWatch
 with TableWatch() as watch:
     subprocess.run(["nft", "add table inet foreign; add chain inet foreign c"], check=True)
     assert not watch.wait(0.01)

@@ -20,11 +20,11 @@ from daemons import Daemon, Served
 from delay import ROUND_TRIP, DelayLine, opens_fast
 
 from usocksd.errors import DialError
-from usocksd.runtime import dial as dial_module
-from usocksd.runtime import fast_open
-from usocksd.runtime.dial import Target, dial
-from usocksd.runtime.endpoint import DeadlineExpired
-from usocksd.runtime.reactor import Reactor
+from usocksd.net import dial as dial_module
+from usocksd.net import fast_open
+from usocksd.net.dial import Target, dial
+from usocksd.net.endpoint import DeadlineExpired
+from usocksd.net.reactor import Reactor
 from usocksd.socks import Client, Established
 
 USOCKSD = f"""

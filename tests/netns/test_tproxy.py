@@ -29,7 +29,7 @@ from observe import wait_until_stopped
 from test_redirect import FAMILY, WEB, connect
 from test_service import configure, reload, wait_for_workers
 
-from usocksd.proxy_protocol import LOCAL_HEADER, header
+from usocksd.net.proxy_protocol import LOCAL_HEADER, header
 
 PORT = 1084
 OTHER = {4: lab.OTHER_V4, 6: lab.OTHER_V6}

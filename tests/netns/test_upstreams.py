@@ -23,7 +23,7 @@ import pytest
 import test_redirect
 from daemons import Daemon, Served, receive_exactly, wait_until
 
-from usocksd.runtime.verbs.client import Client
+from usocksd.serve.verbs.client import Client
 
 PORTS = (2081, 2082, 2083)
 SPEAKS_LAST, SPEAKS_FIRST = 443, 25

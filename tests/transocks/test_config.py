@@ -16,15 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from transocks.config import Config, GroupConfig, ProxyScheme, ProxyURL, parse_proxy_url
-from transocks.firewall.config import Mode, RulesConfig, WhenDown
-from transocks.firewall.render import excluded
-from transocks.firewall.wanted import Wanted
 from transocks.route_settings import RouteConfig
 from transocks.routes import Decision
+from transocks.rules.config import Mode, RulesConfig, WhenDown
+from transocks.rules.render import excluded
+from transocks.rules.wanted import Wanted
 from usocksd.errors import ConfigError
-from usocksd.runtime.config import KEY, SecretStr, load, parse
-from usocksd.runtime.processes.plan import make_plan
-from usocksd.runtime.settings import DnsConfig, LogConfig
+from usocksd.serve.plan import make_plan
+from usocksd.settings.loader import KEY, SecretStr, load, parse
+from usocksd.settings.types import DnsConfig, LogConfig
 
 SAMPLE = Path(__file__).parents[2] / "deploy" / "transocks.toml"
 PROXY = 'proxy_url = "socks5://10.20.30.40:1080"\n'

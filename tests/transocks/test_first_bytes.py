@@ -17,9 +17,9 @@ from transocks.first_bytes import NOTHING, First, FirstBytes
 from transocks.original_dst import Destination
 from transocks.route_settings import NamesConfig
 from transocks.sniff import OTHER, Opening, Protocol
-from usocksd.match import parse_network
-from usocksd.runtime.endpoint import Endpoint, PeerReset
-from usocksd.runtime.reactor import Reactor
+from usocksd.names.match import parse_network
+from usocksd.net.endpoint import Endpoint, PeerReset
+from usocksd.net.reactor import Reactor
 
 WEB = Destination("203.0.113.80", 80)
 REQUEST = b"GET / HTTP/1.1\r\nHost: www.example.com\r\n\r\n"

@@ -9,7 +9,7 @@ import pytest
 import transocks.lint
 from transocks.config import Config, parse_proxy_url
 from transocks.lint import lint, warnings
-from usocksd.runtime.config import parse
+from usocksd.settings.loader import parse
 
 PROXY = 'proxy_url = "socks5://192.0.2.1:1080"\n'
 

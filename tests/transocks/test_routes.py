@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from transocks.routes import Decision, Route, Routes
-from usocksd.match import IPAddress, judged_addresses, parse_network
-from usocksd.sites import SiteList, parse_entry
+from usocksd.names.match import judged_addresses, parse_network
+from usocksd.names.sites import SiteList, parse_entry
+from usocksd.net.address import IPAddress
 
 CLIENT, OTHER_CLIENT = ip_address("192.168.7.2"), ip_address("192.168.8.2")
 WEB, WEB_V6 = ip_address("203.0.113.80"), ip_address("2001:db8:80::80")

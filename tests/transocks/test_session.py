@@ -23,11 +23,11 @@ from daemons import Daemon, Served
 from inside import Proxy, transocks_inside
 
 import transocks.session
-import transocks.upstream
+import transocks.upstreams.upstream
 from transocks.original_dst import Destination, NotRedirected
-from usocksd.runtime.dial import dial
-from usocksd.runtime.endpoint import Endpoint
-from usocksd.runtime.hostport import join_port
+from usocksd.net.address import join_port
+from usocksd.net.dial import dial
+from usocksd.net.endpoint import Endpoint
 
 WEB = Destination("203.0.113.80", 80)
 WEB_V6 = Destination("2001:db8:80::80", 443)
@@ -283,7 +283,7 @@ async def test_a_client_that_goes_ends_the_attempt(tmp_path: Path, monkeypatch: 
         await stream.aclose()
 
     if where == "connected":
-        monkeypatch.setattr(transocks.upstream, "dial", dial_too_late)
+        monkeypatch.setattr(transocks.upstreams.upstream, "dial", dial_too_late)
     with daemons.blackhole() as full, Served(daemons.loopback(), handle) as mute:
         port = full if where == "connecting" else mute.port
         async with running(tmp_path, f"socks5://127.0.0.1:{port}") as proxy:

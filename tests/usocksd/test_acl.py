@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from usocksd.acl import AccessRules, Decision, Rule, Step
 from usocksd.clients import ClientRules
 from usocksd.config import Config
-from usocksd.match import IPAddress, canonical_host, judged_addresses, parse_network
-from usocksd.protected import PROTECTED
-from usocksd.runtime.config import parse
-from usocksd.sites import SiteList, entry_fault, parse_entry
+from usocksd.names.match import canonical_host, judged_addresses, parse_network
+from usocksd.names.protected import PROTECTED
+from usocksd.names.sites import SiteList, entry_fault, parse_entry
+from usocksd.net.address import IPAddress
+from usocksd.settings.loader import parse
 
 CLIENT = IPv4Address("10.9.9.9")
 OWN = frozenset({IPv4Address("198.51.100.1"), IPv6Address("2001:db8::1")})

@@ -14,7 +14,7 @@ import pytest
 
 from usocksd.config import Auth, Config, PoolConfig
 from usocksd.errors import ConfigError
-from usocksd.runtime.config import KEY, Invalid, load, parse
+from usocksd.settings.loader import KEY, Invalid, load, parse
 
 DATA = Path(__file__).parent / "data"
 SAMPLE = Path(__file__).parents[2] / "deploy" / "usocksd.toml"

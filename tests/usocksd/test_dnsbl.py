@@ -20,12 +20,12 @@ import pytest
 import trio
 from daemons import PATIENCE, NameServer, wait_until
 
-from usocksd.addresses import HostAddresses
 from usocksd.dnsbl import Listing, Listings, Lookups, as_json, query_name, verdict
 from usocksd.egress import Pool
-from usocksd.match import IPAddress
-from usocksd.runtime.metrics import Metrics
-from usocksd.runtime.settings import SocketAddress
+from usocksd.host.addresses import HostAddresses
+from usocksd.log.metrics import Metrics
+from usocksd.net.address import IPAddress
+from usocksd.settings.types import SocketAddress
 
 ONE, TWO, SIX = map(ip_address, ("198.51.100.10", "198.51.100.11", "2001:db8::10"))
 DOMAIN = "bl.example"
@@ -325,7 +325,7 @@ async def test_a_bad_resolv_conf_does_not_end_the_lookups(
     resolv_conf = tmp_path / "resolv.conf"
     resolv_conf.write_text("search a..b\nnameserver bogus\nnameserver 127.0.0.1\n")
     with NameServer({f"10.100.51.198.{DOMAIN}": ["127.0.0.2"]}) as server:
-        monkeypatch.setattr("usocksd.name_servers.PORT", int(server.address.rpartition(":")[2]))
+        monkeypatch.setattr("usocksd.names.name_servers.PORT", int(server.address.rpartition(":")[2]))
         keeper = Keeper(tasks, None, ONE, resolv_conf=resolv_conf)
         await until(lambda: keeper.listed == {ONE})
         keeper.scope.cancel()

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from usocksd import egress
-from usocksd.addresses import Here
 from usocksd.egress import EgressPools, Pool, Source, Usable, sites
 from usocksd.errors import NoEgress
-from usocksd.match import IPAddress, IPNetwork
+from usocksd.host.addresses import Here
+from usocksd.net.address import IPAddress, IPNetwork
 
 TEN = [ip_address(f"198.51.100.{n}") for n in range(10, 20)]
 BOTH = [*TEN, ip_address("2001:db8::10"), ip_address("2001:db8::11")]

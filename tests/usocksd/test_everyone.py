@@ -12,7 +12,7 @@ import pytest
 from usocksd.commands.parts import policy_of
 from usocksd.config import Config
 from usocksd.everyone import notes
-from usocksd.runtime.config import parse
+from usocksd.settings.loader import parse
 
 
 def said(toml: str, folder: Path = Path()) -> list[str]:

@@ -19,17 +19,17 @@ import pytest
 import trio
 from daemons import Daemon, NameServer, Served, socks5
 
-from usocksd.addresses import HostAddresses
 from usocksd.cli import main
 from usocksd.commands.parts import make_egress, make_policy
 from usocksd.config import Config
 from usocksd.errors import Error
 from usocksd.explain import Explainer
-from usocksd.match import numeric_address
-from usocksd.resolver import Resolver
-from usocksd.runtime import config as configuration
-from usocksd.runtime.metrics import Metrics
-from usocksd.runtime.settings import SocketAddress
+from usocksd.host.addresses import HostAddresses
+from usocksd.log.metrics import Metrics
+from usocksd.names.resolver import Resolver
+from usocksd.net.address import numeric_address
+from usocksd.settings import loader as configuration
+from usocksd.settings.types import SocketAddress
 
 NAMES = {
     "open.test": ["127.0.0.1"],

@@ -23,12 +23,12 @@ from usocksd.acl import AccessRules, Decision
 from usocksd.config import Config
 from usocksd.errors import Fault
 from usocksd.lint import lint, warnings
-from usocksd.match import canonical_host
-from usocksd.runtime.config import parse, show, structure
-from usocksd.runtime.hostport import socket_address
-from usocksd.runtime.lint import Host, connections_of_descriptors, lint_common
-from usocksd.site_index import SiteIndex
-from usocksd.sites import Entry, SiteList
+from usocksd.names.match import canonical_host
+from usocksd.names.site_index import SiteIndex
+from usocksd.names.sites import Entry, SiteList
+from usocksd.net.address import socket_address
+from usocksd.settings.loader import parse, show, structure
+from usocksd.settings.warnings import Host, connections_of_descriptors, lint_common
 
 CLIENT = "10.9.9.9"
 

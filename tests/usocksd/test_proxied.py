@@ -14,9 +14,9 @@ from daemons import GRANTED, GREETING, Daemon, Served, receive_all, receive_exac
 
 from usocksd.commands.parts import make_policy
 from usocksd.config import Config
-from usocksd.proxy_protocol import LOCAL_HEADER, SIGNATURE, header
+from usocksd.net.proxy_protocol import LOCAL_HEADER, SIGNATURE, header
 from usocksd.replay import Replay
-from usocksd.runtime import config as configuration
+from usocksd.settings import loader as configuration
 from usocksd.socks import Reply
 
 CONFIG = """

@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from usocksd import replay
 from usocksd.clients import TRUSTED, ClientRules
 from usocksd.config import Config
-from usocksd.match import canonical_host, numeric_address
+from usocksd.log.formats import FORMATS, Severity
+from usocksd.names.match import canonical_host
+from usocksd.net.address import numeric_address
 from usocksd.policy import Policy
 from usocksd.records import Asked, Record, Skipped, lines_of, read_record
 from usocksd.replay import Change, Replay
-from usocksd.runtime import config as configuration
-from usocksd.runtime.formats import FORMATS, Severity
+from usocksd.settings import loader as configuration
 
 AT = "2026-11-23T09:47:58.777489Z"
 

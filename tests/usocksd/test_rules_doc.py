@@ -10,9 +10,9 @@ import pytest
 
 from usocksd.acl import AccessRules, Decision
 from usocksd.config import Config
-from usocksd.match import canonical_host
-from usocksd.runtime.config import parse
-from usocksd.runtime.settings import split_port
+from usocksd.names.match import canonical_host
+from usocksd.settings.loader import parse
+from usocksd.settings.types import split_port
 
 DOC = Path(__file__).parents[2] / "docs" / "rules.md"
 BLOCK = re.compile(r"^```(toml|requests)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -1,11 +1,11 @@
-"""transocks check FILE: every fault and every warning of a configuration. See usocksd/runtime/verbs/check.py."""
+"""transocks check FILE: every fault and every warning of a configuration. See usocksd/serve/verbs/check.py."""
 
 from __future__ import annotations
 
 import argparse
 
 from transocks.config import Config
-from usocksd.runtime.verbs import check
+from usocksd.serve.verbs import check
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -9,8 +9,8 @@ from ipaddress import ip_address
 
 from transocks.config import Config
 from usocksd.errors import ConfigError
-from usocksd.match import IPAddress
-from usocksd.runtime import config as configuration
+from usocksd.net.address import IPAddress
+from usocksd.settings import loader as configuration
 
 _DEFAULT = "/etc/transocks.toml"
 _DESCRIPTION = """\

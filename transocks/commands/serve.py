@@ -8,18 +8,18 @@ from transocks.direct import Direct
 from transocks.first_bytes import FirstBytes
 from transocks.lint import warnings
 from transocks.original_dst import LoopGuard
-from transocks.pool import Upstreams
 from transocks.routes import DIRECT
 from transocks.session import Sessions
+from transocks.upstreams.group import Upstreams
 from usocksd import __version__
-from usocksd.addresses import HostAddresses
 from usocksd.errors import Error
-from usocksd.resolver import Resolver
-from usocksd.runtime.dial import check_mark
-from usocksd.runtime.keepalive import KeepAlive
-from usocksd.runtime.limits import most_name_sockets, most_pipes
-from usocksd.runtime.pipes import PipePool
-from usocksd.runtime.processes.plan import Built, Parts, Plan, make_plan
+from usocksd.host.addresses import HostAddresses
+from usocksd.host.limits import most_name_sockets, most_pipes
+from usocksd.names.resolver import Resolver
+from usocksd.net.dial import check_mark
+from usocksd.net.keepalive import KeepAlive
+from usocksd.net.pipes import PipePool
+from usocksd.serve.plan import Built, Parts, Plan, make_plan
 
 
 def plan(config: Config) -> Plan:

@@ -16,9 +16,9 @@ from transocks.doctor.checks import CHECKS
 from transocks.doctor.finding import Check, Finding, State, fault, unchecked
 from transocks.doctor.seen import Seen, look
 from transocks.doctor.tried import AS_ROOT, Trials
-from transocks.firewall.steps import FirewallError
+from transocks.rules.steps import FirewallError
 from transocks.tracing.table import Tracer
-from usocksd.match import IPAddress
+from usocksd.net.address import IPAddress
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from transocks.doctor.finding import Finding, State
-from usocksd.runtime.verbs.client import visible
+from usocksd.serve.verbs.client import visible
 
 _ORDER = (State.FAULT, State.WARNING, State.UNCHECKED)
 

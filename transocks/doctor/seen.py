@@ -12,16 +12,16 @@ from pathlib import Path
 import attrs
 
 from transocks.config import Config
-from transocks.firewall import live, routing
-from transocks.firewall.loops import sender_of
-from transocks.firewall.steps import FirewallError
-from transocks.sockets import Listener, listeners
+from transocks.rules import live, routing
+from transocks.rules.loops import sender_of
+from transocks.rules.steps import FirewallError
 from transocks.tools import which
 from transocks.tracing.links import Links, filtered_bridges, links
 from transocks.tracing.sockets import Identity
-from usocksd.addresses import HostAddresses
-from usocksd.match import IPAddress, without_zone
-from usocksd.runtime.verbs.client import Answer, Client, VerbError
+from usocksd.host.addresses import HostAddresses
+from usocksd.host.sockets import Listener, listeners
+from usocksd.net.address import IPAddress, without_zone
+from usocksd.serve.verbs.client import Answer, Client, VerbError
 
 _UCRED = struct.Struct("=iII")
 

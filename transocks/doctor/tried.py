@@ -8,16 +8,16 @@ from ipaddress import ip_address
 import attrs
 
 from transocks.doctor.seen import Seen
-from transocks.firewall.config import Mode, RulesConfig
-from transocks.firewall.steps import FirewallError
-from transocks.firewall.wanted import Wanted, reached, wanted_of
+from transocks.rules.config import Mode, RulesConfig
+from transocks.rules.steps import FirewallError
+from transocks.rules.wanted import Wanted, reached, wanted_of
 from transocks.tracing.fate import Fate, What, fate_of
 from transocks.tracing.names import RuleNames
 from transocks.tracing.samples import TCP, Outcome, Sample, samples, send, try_out
 from transocks.tracing.sockets import Identity
 from transocks.tracing.table import Tracer
 from transocks.tracing.way import Way, way_of
-from usocksd.match import IPAddress
+from usocksd.net.address import IPAddress
 
 AS_ROOT = "run it as root"
 

@@ -17,20 +17,19 @@ import trio
 from transocks.config import DIRECT, Config
 from transocks.doctor.seen import Seen
 from transocks.doctor.tried import Trials
-from transocks.firewall.routing import policy_against
-from transocks.firewall.steps import FirewallError
 from transocks.http_connect import HttpConnect
-from transocks.proxy_url import ProxyScheme, ProxyURL
+from transocks.rules.routing import policy_against
+from transocks.rules.steps import FirewallError
 from transocks.tracing.samples import TCP
 from transocks.tracing.sockets import socket_of
 from transocks.tracing.way import way_of
-from transocks.upstream_probes import ping
+from transocks.upstreams.probes import ping
+from transocks.upstreams.proxy_url import ProxyScheme, ProxyURL
 from usocksd.errors import Error, ResolveError, UpstreamError
-from usocksd.match import IPAddress
-from usocksd.proxy_protocol import LOCAL_HEADER
-from usocksd.resolver import Resolver
-from usocksd.runtime.hostport import join_port, socket_address
-from usocksd.runtime.metrics import Metrics
+from usocksd.log.metrics import Metrics
+from usocksd.names.resolver import Resolver
+from usocksd.net.address import IPAddress, join_port, socket_address
+from usocksd.net.proxy_protocol import LOCAL_HEADER
 from usocksd.socks import NEED_DATA, Probe, Probed, RequestRefused
 
 PATIENCE = 3.0

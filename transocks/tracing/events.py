@@ -9,8 +9,8 @@ from ipaddress import ip_address
 
 import attrs
 
-from usocksd.match import IPAddress
-from usocksd.netlink import attributes
+from usocksd.host.netlink import attributes
+from usocksd.net.address import IPAddress
 
 # linux/netfilter/nf_tables.h
 MESSAGE = 10 << 8 | 17  # NFNL_SUBSYS_NFTABLES, NFT_MSG_TRACE

@@ -6,9 +6,9 @@ from enum import Enum, auto
 
 import attrs
 
-from transocks.firewall.config import Mode
-from transocks.firewall.live import CHAINS, GUARDS, TABLES
-from transocks.firewall.wanted import Wanted
+from transocks.rules.config import Mode
+from transocks.rules.live import CHAINS, GUARDS, TABLES
+from transocks.rules.wanted import Wanted
 from transocks.tracing.events import Event, Verdict
 from transocks.tracing.names import RuleNames
 from transocks.tracing.samples import Outcome

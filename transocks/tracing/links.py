@@ -13,8 +13,8 @@ from pathlib import Path
 
 import attrs
 
-from transocks.firewall.steps import FirewallError, Step, run
-from usocksd.match import IPAddress
+from transocks.rules.steps import FirewallError, Step, run
+from usocksd.net.address import IPAddress
 
 _RTF_UP = 1
 _SIOCGIFFLAGS, _SIOCGIFHWADDR = 0x8913, 0x8927  # linux/sockios.h

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from functools import cached_property
 
-from transocks.firewall import live
-from transocks.firewall.steps import FirewallError, Step, run
-from transocks.firewall.verify import rule_texts
+from transocks.rules import live
+from transocks.rules.steps import FirewallError, Step, run
+from transocks.rules.verify import rule_texts
 from transocks.tracing.events import Event, Verdict
 from transocks.tracing.way import Change, Way
 

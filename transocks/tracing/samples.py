@@ -18,11 +18,11 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 
 import attrs
 
-from transocks.firewall.config import Mode
-from transocks.firewall.render import excluded
-from transocks.firewall.routing import lookup
-from transocks.firewall.steps import FirewallError
-from transocks.firewall.wanted import Wanted
+from transocks.rules.config import Mode
+from transocks.rules.render import excluded
+from transocks.rules.routing import lookup
+from transocks.rules.steps import FirewallError
+from transocks.rules.wanted import Wanted
 from transocks.tracing.events import ACK, RST, SYN, Packet
 from transocks.tracing.frames import datagram, frame
 from transocks.tracing.inject import inject
@@ -30,8 +30,7 @@ from transocks.tracing.links import Links, hardware_address
 from transocks.tracing.sockets import NOBODY, Identity, socket_of
 from transocks.tracing.table import Tracer
 from transocks.tracing.way import Way, way_of
-from usocksd.match import IPAddress
-from usocksd.runtime.hostport import socket_address
+from usocksd.net.address import IPAddress, socket_address
 
 EXAMPLES: dict[int, tuple[IPAddress, ...]] = {
     4: (IPv4Address("203.0.113.1"), IPv4Address("192.0.2.1"), IPv4Address("198.51.100.250")),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from transocks.firewall.config import Mode, Tool
-from transocks.firewall.live import has_legacy, iptables, uses_ipv6
-from transocks.firewall.steps import FirewallError
-from transocks.firewall.wanted import Wanted
+from transocks.rules.config import Mode, Tool
+from transocks.rules.live import has_legacy, iptables, uses_ipv6
+from transocks.rules.steps import FirewallError
+from transocks.rules.wanted import Wanted
 from transocks.tracing.fate import What, fate_of, is_guard, is_ours
 from transocks.tracing.links import links
 from transocks.tracing.names import RuleNames

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import attrs
 
-from transocks.firewall.steps import FirewallError
-from transocks.firewall.wanted import CGROUPS
+from transocks.rules.steps import FirewallError
+from transocks.rules.wanted import CGROUPS
 
 
 @attrs.frozen(kw_only=True)

@@ -17,11 +17,11 @@ import time
 from collections.abc import Iterator
 from types import TracebackType
 
-from transocks.firewall.guard import Guard
-from transocks.firewall.steps import FirewallError
+from transocks.rules.guard import Guard
+from transocks.rules.steps import FirewallError
 from transocks.tracing.events import MESSAGE, Event, of_port, parse
-from usocksd.match import IPAddress
-from usocksd.netlink import messages
+from usocksd.host.netlink import messages
+from usocksd.net.address import IPAddress
 
 TABLE = "transocks_trace"
 HOOKS = ("prerouting", "input", "forward", "output", "postrouting")

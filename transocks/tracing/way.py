@@ -8,7 +8,7 @@ import attrs
 
 from transocks.tracing.events import Event, Packet, Verdict
 from transocks.tracing.table import FIRST, LAST, TABLE, place_of
-from usocksd.match import IPAddress
+from usocksd.net.address import IPAddress
 
 _BETWEEN = {
     -299: "raw", -201: "connection tracking", -199: "mangle", -151: "mangle", -101: "nat", -89: "nat", -1: "filter",

@@ -1,4 +1,4 @@
-"""usocksd check FILE: every fault and every warning of a configuration. See usocksd/runtime/verbs/check.py."""
+"""usocksd check FILE: every fault and every warning of a configuration. See usocksd/serve/verbs/check.py."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 
 from usocksd.config import Config
 from usocksd.errors import ConfigError
-from usocksd.runtime.verbs import check
+from usocksd.serve.verbs import check
 
 
 def add_parser(

@@ -19,13 +19,13 @@ from typing import IO, Any, Final, TypeAlias
 
 from usocksd.config import Config
 from usocksd.errors import Error
+from usocksd.log.words import counted
+from usocksd.net.address import join_port
 from usocksd.policy import Outcome
 from usocksd.records import Record, Skipped, lines_of
 from usocksd.replay import Change, Group, Replay
-from usocksd.runtime import config as configuration
-from usocksd.runtime.hostport import join_port
-from usocksd.runtime.verbs.client import visible
-from usocksd.runtime.words import counted
+from usocksd.serve.verbs.client import visible
+from usocksd.settings import loader as configuration
 
 _SAME, _DIFFERENT, _TROUBLE, _INTERRUPTED = 0, 1, 2, 130
 
@@ -118,8 +118,8 @@ def _run(args: argparse.Namespace) -> int:
 
 def _diff(args: argparse.Namespace) -> int:
     # Not for the command lines of other verbs: trio and what it needs take a tenth of a second to load.
-    from usocksd.addresses import HostAddresses  # noqa: PLC0415
     from usocksd.commands.parts import make_policy, make_users  # noqa: PLC0415
+    from usocksd.host.addresses import HostAddresses  # noqa: PLC0415
 
     old, new = (configuration.load(Config, path) for path in (args.old, args.new))
     logs: list[str] = args.log or ([old.log.filename] if old.log.filename else [])

@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from usocksd.config import Config
 from usocksd.errors import Error
-from usocksd.match import numeric_address
-from usocksd.runtime import config as configuration
-from usocksd.runtime.hostport import join_port
-from usocksd.runtime.settings import split_port
-from usocksd.runtime.verbs.client import Client, Operated, find_control, visible
+from usocksd.net.address import join_port, numeric_address
+from usocksd.serve.verbs.client import Client, Operated, find_control, visible
+from usocksd.settings import loader as configuration
+from usocksd.settings.types import split_port
 
 if TYPE_CHECKING:
-    from usocksd.resolver import Resolver
+    from usocksd.names.resolver import Resolver
 
 Json = dict[str, Any]
 
@@ -166,12 +165,12 @@ async def _explain(config: Config, request: Json) -> Json:
     """The answer, by all that a daemon with this configuration would have."""
     import trio  # noqa: PLC0415
 
-    from usocksd.addresses import HostAddresses  # noqa: PLC0415
     from usocksd.commands.parts import make_egress, make_policy, make_users  # noqa: PLC0415
     from usocksd.dnsbl import Lookups  # noqa: PLC0415
     from usocksd.explain import Explainer  # noqa: PLC0415
-    from usocksd.resolver import Resolver  # noqa: PLC0415
-    from usocksd.runtime.metrics import Metrics  # noqa: PLC0415
+    from usocksd.host.addresses import HostAddresses  # noqa: PLC0415
+    from usocksd.log.metrics import Metrics  # noqa: PLC0415
+    from usocksd.names.resolver import Resolver  # noqa: PLC0415
 
     metrics, hosts = Metrics("usocksd"), HostAddresses()
     policy = make_policy(config, make_users(config), hosts.is_local)

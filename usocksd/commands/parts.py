@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from usocksd.addresses import HostAddresses
 from usocksd.auth import Users
 from usocksd.clients import ClientRules
 from usocksd.config import Config
 from usocksd.dnsbl import Listings
 from usocksd.egress import EgressPools, Pool
-from usocksd.match import IPAddress
+from usocksd.host.addresses import HostAddresses
+from usocksd.log.metrics import Metrics
+from usocksd.net.address import IPAddress
 from usocksd.policy import Policy
-from usocksd.runtime.metrics import Metrics
-from usocksd.runtime.named_files import read_file
+from usocksd.settings.files import read_file
 
 
 def make_users(config: Config, read: Callable[[Path], bytes] = read_file) -> Users | None:

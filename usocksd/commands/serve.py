@@ -6,20 +6,20 @@ import logging
 
 from usocksd import __version__
 from usocksd.access_log import AccessLog
-from usocksd.addresses import HostAddresses
 from usocksd.commands.parts import make_egress, make_policy, make_users, policy_of
 from usocksd.config import Config
 from usocksd.dnsbl import Lookups
 from usocksd.everyone import notes
 from usocksd.explain import Explainer
+from usocksd.host.addresses import HostAddresses
+from usocksd.host.limits import most_name_sockets, most_pipes
 from usocksd.lint import warnings
+from usocksd.names.resolver import Resolver
+from usocksd.net.dial import check_mark
+from usocksd.net.keepalive import KeepAlive
+from usocksd.net.pipes import PipePool
 from usocksd.proxied import ProxiedListener
-from usocksd.resolver import Resolver
-from usocksd.runtime.dial import check_mark
-from usocksd.runtime.keepalive import KeepAlive
-from usocksd.runtime.limits import most_name_sockets, most_pipes
-from usocksd.runtime.pipes import PipePool
-from usocksd.runtime.processes.plan import Built, Parts, Plan, make_plan
+from usocksd.serve.plan import Built, Parts, Plan, make_plan
 from usocksd.session import Sessions
 
 log = logging.getLogger(__name__)

@@ -14,9 +14,9 @@ from transocks.doctor.finding import Finding, fault, fine, unchecked, warning
 from transocks.doctor.report import as_json, as_text
 from transocks.doctor.seen import Seen, counted
 from transocks.doctor.tried import Trials
-from transocks.proxy_url import parse_proxy_url
 from transocks.tracing.links import Links
 from transocks.tracing.sockets import Identity
+from transocks.upstreams.proxy_url import parse_proxy_url
 
 SEEN = Seen(
     config=Config(proxy_url=(parse_proxy_url("socks5://192.0.2.1:1080"),)), config_file="transocks.toml",

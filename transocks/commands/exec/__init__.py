@@ -30,16 +30,16 @@ import attrs
 
 from transocks.commands.exec.daemons import ExecError, ending, free_port, start, wait_until_ready
 from transocks.commands.exec.terminal import Signals
-from transocks.firewall.cgroups import Cgroup, end, make, members_of, name_of
-from transocks.firewall.config import Mode, Tool
-from transocks.firewall.holder import Held
-from transocks.firewall.live import uses_ipv6
-from transocks.firewall.render import render
-from transocks.firewall.steps import FirewallError, choose_tool
-from transocks.firewall.wanted import Selection, Wanted
+from transocks.rules.cgroups import Cgroup, end, make, members_of, name_of
+from transocks.rules.config import Mode, Tool
+from transocks.rules.holder import Held
+from transocks.rules.live import uses_ipv6
+from transocks.rules.render import render
+from transocks.rules.steps import FirewallError, choose_tool
+from transocks.rules.wanted import Selection, Wanted
 from transocks.tools import Capability, die_with_parent, lacking
 from usocksd.errors import Error
-from usocksd.runtime.verbs.client import visible
+from usocksd.serve.verbs.client import visible
 
 FAILED, NOT_EXECUTABLE, NOT_FOUND = 125, 126, 127  # as env(1) and others that run a command
 SAY_AFTER, LOOK_EVERY = 1.0, 0.1  # seconds, while processes are left behind

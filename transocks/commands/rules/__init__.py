@@ -20,7 +20,7 @@ from typing import NoReturn
 
 from transocks.tools import Capability, lacking
 from usocksd.errors import Error
-from usocksd.runtime.verbs.client import visible
+from usocksd.serve.verbs.client import visible
 
 FAILED = 1
 

@@ -13,15 +13,15 @@ from typing import Protocol
 import attrs
 
 from transocks.commands.rules.verbs import Order, not_accepting, order_of
-from transocks.firewall import change
-from transocks.firewall.config import Tool, WhenDown
-from transocks.firewall.guard import Guard
-from transocks.firewall.loops import loops
-from transocks.firewall.render import render_guard
-from transocks.firewall.steps import FirewallError
-from transocks.firewall.watch import TableWatch
-from usocksd.runtime.processes.notify import Notifier
-from usocksd.runtime.verbs.client import visible
+from transocks.rules import change
+from transocks.rules.config import Tool, WhenDown
+from transocks.rules.guard import Guard
+from transocks.rules.loops import loops
+from transocks.rules.render import render_guard
+from transocks.rules.steps import FirewallError
+from transocks.rules.watch import TableWatch
+from usocksd.serve.notify import Notifier
+from usocksd.serve.verbs.client import visible
 
 LOOK_EVERY, IN_FORCE = 1.0, 10  # seconds: how often it looks, and for how long at a time rules that end are in force
 _AT_ONCE = 3  # how often it loads rules again that are gone as soon: nftables.service, restarted, flushes twice

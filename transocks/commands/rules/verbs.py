@@ -11,17 +11,17 @@ from collections.abc import Iterator
 import attrs
 
 from transocks.config import DIRECT, Config
-from transocks.firewall import change, live
-from transocks.firewall.config import Mode, RulesConfig, Tool, WhenDown
-from transocks.firewall.examine import examine
-from transocks.firewall.lock import alone
-from transocks.firewall.loops import loops
-from transocks.firewall.render import render_all_nft, render_iptables
-from transocks.firewall.steps import FirewallError, choose_tool
-from transocks.firewall.wanted import Wanted, wanted_of
+from transocks.rules import change, live
+from transocks.rules.config import Mode, RulesConfig, Tool, WhenDown
+from transocks.rules.examine import examine
+from transocks.rules.lock import alone
+from transocks.rules.loops import loops
+from transocks.rules.render import render_all_nft, render_iptables
+from transocks.rules.steps import FirewallError, choose_tool
+from transocks.rules.wanted import Wanted, wanted_of
 from transocks.tracing.links import filtered_bridges
-from usocksd.runtime import config as configuration
-from usocksd.runtime.verbs.client import Answer, Client, Refused, VerbError, visible
+from usocksd.serve.verbs.client import Answer, Client, Refused, VerbError, visible
+from usocksd.settings import loader as configuration
 
 DEFAULT = "/etc/transocks.toml"
 FAILED = 1

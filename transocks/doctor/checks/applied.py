@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from transocks.doctor.finding import Finding, fault, fine, unchecked, warning
 from transocks.doctor.seen import Seen
 from transocks.doctor.tried import AS_ROOT, Trials
-from transocks.firewall.examine import examine
-from transocks.firewall.live import has_ipv6
-from transocks.firewall.steps import FirewallError, choose_tool
-from transocks.firewall.wanted import wanted_of
+from transocks.rules.examine import examine
+from transocks.rules.live import has_ipv6
+from transocks.rules.steps import FirewallError, choose_tool
+from transocks.rules.wanted import wanted_of
 
 _NAME = "applied rules"
 # Of what else `verify` tells there is a check of its own, which sees rules by hand too.

@@ -10,13 +10,13 @@ from transocks.doctor.finding import Finding, fault, fine, unchecked
 from transocks.doctor.seen import Seen
 from transocks.doctor.tried import AS_ROOT, Trials
 from transocks.doctor.upstreams import goes_direct, proxies
-from transocks.firewall.config import Mode
-from transocks.firewall.loops import sender_of
-from transocks.firewall.steps import FirewallError
+from transocks.rules.config import Mode
+from transocks.rules.loops import sender_of
+from transocks.rules.steps import FirewallError
 from transocks.tracing.fate import What
 from transocks.tracing.samples import EXAMPLES, Sample, receive
 from transocks.tracing.sockets import Identity
-from usocksd.match import IPAddress
+from usocksd.net.address import IPAddress
 
 _EXEMPT = "exempt it in the rules by its user, or by a mark that its configuration sets"
 _LOOPBACK: tuple[IPAddress, ...] = (ip_address("127.0.0.1"), ip_address("::1"))

@@ -12,10 +12,10 @@ from transocks.doctor.finding import Finding, fault, fine, unchecked, warning
 from transocks.doctor.seen import Seen
 from transocks.doctor.tried import AS_ROOT, Trials
 from transocks.doctor.upstreams import proxies
-from transocks.firewall.config import Mode
+from transocks.rules.config import Mode
 from transocks.tracing.samples import EXAMPLES, Sample, send_datagram
 from transocks.tracing.sockets import NOBODY, Identity
-from usocksd.match import IPAddress
+from usocksd.net.address import IPAddress
 
 _DNS = 53
 # What systemd-resolved asks in turn, where resolv.conf has only itself.

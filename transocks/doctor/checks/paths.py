@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from transocks.doctor.finding import Finding, fault, fine, warning
 from transocks.doctor.seen import Seen, setting_of
 from transocks.doctor.tried import Trials
-from transocks.firewall.config import Mode
+from transocks.rules.config import Mode
 from transocks.tracing.links import is_up
 
 _INSIDE = (Mode.GATEWAY, Mode.TPROXY)

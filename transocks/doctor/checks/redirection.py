@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from transocks.doctor.finding import Finding, fault, fine, unchecked, warning
 from transocks.doctor.seen import Seen, setting_of
 from transocks.doctor.tried import AS_ROOT, Trials, Tried
-from transocks.firewall.config import Mode
-from transocks.firewall.live import Routing
-from transocks.firewall.verify import dormant
+from transocks.rules.config import Mode
+from transocks.rules.live import Routing
+from transocks.rules.verify import dormant
 from transocks.tracing.events import ACK
 from transocks.tracing.fate import What, is_guard, is_ours
 from transocks.tracing.samples import UDP, try_out
-from usocksd.runtime.hostport import join_port
+from usocksd.net.address import join_port
 
 _APPLY = "transocks rules apply"
 _NO_ROUTE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL, errno.EADDRNOTAVAIL}

@@ -11,7 +11,7 @@ from transocks.doctor.finding import Finding, fault, fine, unchecked, warning
 from transocks.doctor.seen import Seen
 from transocks.doctor.tried import Trials
 from transocks.doctor.upstreams import proxies
-from usocksd.match import IPAddress
+from usocksd.net.address import IPAddress
 
 _TIME_WAIT = "06"  # include/net/tcp_states.h
 _CLIENT, _SERVER = 1, 2  # bits of tcp_fastopen

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from transocks.doctor.finding import Finding, fault, fine, warning
 from transocks.doctor.seen import Seen
 from transocks.doctor.tried import Trials
-from transocks.firewall.config import Mode
-from usocksd.runtime.conntrack import DEFAULTS, tcp_timers
+from transocks.rules.config import Mode
+from usocksd.net.conntrack import DEFAULTS, tcp_timers
 
 _FULL, _FILLING = 0.95, 0.75
 _TIMERS = ("established", "fin_wait", "close_wait")

@@ -1,0 +1,927 @@
+"""Groups of upstreams: who is asked, in which order, and what happens when one fails.
+
+Over real sockets. Where time matters, the clock moves only when a test says so: it has `mock_clock` among its arguments.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from ipaddress import ip_address
+from typing import Any
+
+import daemons
+import pytest
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from transocks.config import Config
+from transocks.direct import Direct
+from transocks.original_dst import Destination
+from transocks.upstreams.group import Upstreams
+from transocks.upstreams.proxy_url import ProxyScheme
+from transocks.upstreams.request import Request
+from transocks.upstreams.state import Answer
+from transocks.upstreams.upstream import Tunnel, Unanswered, Upstream
+from usocksd.errors import Denied, DialError, Error, ResolveError, UpstreamError
+from usocksd.log.metrics import Metrics
+from usocksd.names.resolver import Resolver
+from usocksd.net.dial import Target
+from usocksd.net.endpoint import Endpoint, PeerReset
+from usocksd.net.reactor import IN, Reactor
+from usocksd.settings.loader import parse
+from usocksd.settings.types import SocketAddress, Timeouts
+from usocksd.socks import RequestRefused, UpstreamFault
+
+WEB = Destination("203.0.113.80", 443)
+WEB_V6 = Destination("2001:db8::80", 443)
+CLIENT = Destination("192.0.2.7", 40000)
+HELLO = b"\x16\x03\x01 hello"
+ASK_WEB = daemons.request(*WEB)
+GRANTED = b"\x05\x00\x00" + daemons.address_bytes("0.0.0.0", 0)
+PROBE = b"\x05\x02\xf5\x00"
+SUSPECT = 0.3
+
+
+class Peer:
+    """A proxy: says what `script` says to what it hears, by connection; what it does not know it keeps silent about."""
+
+    def __init__(self, script: Callable[[bytes], bytes | None], host: str = "127.0.0.1") -> None:
+        self.host = host
+        self.script = script
+        """From all that a connection has said to what is answered; None closes it."""
+        self.heard: list[bytes] = []
+        """All that each connection has said."""
+        self.pieces: list[list[bytes]] = []
+        """As it was received."""
+        self.streams: list[trio.SocketStream] = []
+        self._sock = trio.socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        self.port = 0
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        with self._sock:
+            await self._sock.bind((self.host, self.port))
+            self._sock.listen(100)
+            self.port = self._sock.getsockname()[1]
+            async with trio.open_nursery() as nursery:
+                task_status.started()
+                while True:
+                    sock, _ = await self._sock.accept()
+                    nursery.start_soon(self._serve, trio.SocketStream(sock))
+
+    async def _serve(self, stream: trio.SocketStream) -> None:
+        number = len(self.heard)
+        self.heard.append(b"")
+        self.pieces.append([])
+        self.streams.append(stream)
+        said = 0
+        async with stream:
+            with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                while data := await stream.receive_some():
+                    self.heard[number] += data
+                    self.pieces[number].append(data)
+                    answer = self.script(self.heard[number])
+                    if answer is None:
+                        return
+                    await stream.send_all(answer[said:])
+                    said = max(said, len(answer))
+
+    @property
+    def asked(self) -> int:
+        """How often it was asked for a destination."""
+        return sum(ASK_WEB in heard for heard in self.heard)
+
+    @property
+    def probed(self) -> int:
+        return sum(heard.startswith((b"\x05\x02\xf5", b"\x05\x01\xf5")) for heard in self.heard)
+
+
+def socks(
+    reply: int = 0, *, greeting: bytes = daemons.GREETING, method: bytes = b"\x05\x00", ours: bool = False
+) -> Any:
+    """A SOCKS5 server, as far as these tests go. `ours`: answers probes as usocksd does."""
+
+    def script(heard: bytes) -> bytes | None:
+        if heard.startswith(PROBE[: len(heard)]):
+            return b"" if len(heard) < len(PROBE) else b"\x05\xf5" if ours else b"\x05\x00"
+        if len(heard) < len(greeting):
+            return b""
+        if len(heard) < len(greeting) + 10:
+            return method
+        return method + b"\x05" + bytes((reply,)) + GRANTED[2:]
+
+    return script
+
+
+def silent(_: bytes) -> bytes:
+    return b""
+
+
+def closing(_: bytes) -> None:
+    return None
+
+
+def slow(heard: bytes) -> bytes:
+    """Answers all but requests."""
+    answer: bytes = socks()(heard)
+    return answer[:2]
+
+
+class Access:
+    """What a session would note."""
+
+    def __init__(self) -> None:
+        self.tries: list[tuple[str, str]] = []
+        self.schemes: list[ProxyScheme | None] = []
+
+    def trying(self, group: str, upstream: str, scheme: ProxyScheme | None) -> None:
+        self.tries.append((group, upstream))
+        self.schemes.append(scheme)
+
+    def connected(self, endpoint: Endpoint, proxy: Target) -> None:
+        pass
+
+
+class Session:
+    """One that asks for a tunnel."""
+
+    def __init__(self) -> None:
+        self.access = Access()
+        self.outcome: Tunnel | BaseException | None = None
+        self.client: socket.socket | None = None
+        self.done = trio.Event()
+
+    async def over(self) -> None:
+        """Wait for its end, for so long on the clock on the wall: trio's may stand still."""
+        deadline = time.monotonic() + daemons.PATIENCE
+        while not self.done.is_set():
+            assert time.monotonic() < deadline, f"tried {self.access.tries}"
+            await trio.lowlevel.checkpoint()
+
+    async def tunnel(self) -> Tunnel:
+        await self.over()
+        if isinstance(self.outcome, BaseException):
+            raise self.outcome
+        assert self.outcome is not None
+        return self.outcome
+
+    @property
+    def through(self) -> list[str]:
+        """The ports of the proxies that were tried."""
+        return [upstream.rpartition(":")[2] for _, upstream in self.access.tries]
+
+
+class World:
+    """Upstreams in one worker, and their peers."""
+
+    def __init__(self, nursery: trio.Nursery, reactor: Reactor, clock: MockClock) -> None:
+        self.nursery = nursery
+        self.reactor = reactor
+        self.clock = clock
+        self.shared: list[Any] = []
+        self.metrics = Metrics("transocks")
+        self.upstreams: Upstreams
+        self.dns = "127.0.0.1:1"
+        self._open: list[socket.socket | Endpoint] = []
+
+    async def peers(self, *scripts: Callable[[bytes], bytes | None]) -> list[Peer]:
+        found = [Peer(script) for script in scripts]
+        for peer in found:
+            await self.nursery.start(peer.run)
+        return found
+
+    async def configured(self, *urls: str | Peer, more: str = "") -> Upstreams:
+        listed = [url if isinstance(url, str) else f"socks5://127.0.0.1:{url.port}" for url in urls]
+        config = parse(Config, f"proxy_url = {listed}\n{more}", "transocks.toml")
+        host, _, port = self.dns.rpartition(":")
+        resolver = Resolver((SocketAddress(ip_address(host), int(port)),), Metrics("dns"), clock=trio.current_time)
+        await self.nursery.start(resolver.run)
+        self.upstreams = Upstreams(
+            config.groups(),
+            config.health,
+            reactor=self.reactor,
+            resolver=resolver,
+            mark=None,
+            fast_open=config.fast_open,
+            direct=Direct(resolver=resolver, mark=None, is_local=lambda ip: ip.is_loopback),
+            share=self.shared.append,
+            metrics=self.metrics,
+        )
+        await self.nursery.start(self.upstreams.health.run)
+        return self.upstreams
+
+    def ask(self, request: Request = Request(CLIENT, WEB), group: str = "default") -> Session:  # noqa: B008
+        session = Session()
+        near, session.client = socket.socketpair()
+        near.setblocking(False)
+        endpoint = Endpoint(self.reactor, near)
+        self._open += [endpoint, session.client]
+
+        async def run() -> None:
+            try:
+                session.outcome = await self.upstreams.groups[group].connect(
+                    request, endpoint, Timeouts(), session.access
+                )
+                self._open.append(session.outcome.endpoint)
+            except (Error, PeerReset) as error:
+                session.outcome = error
+            finally:
+                session.done.set()
+
+        self.nursery.start_soon(run)
+        return session
+
+    async def asked(self, request: Request = Request(CLIENT, WEB), group: str = "default") -> Session:  # noqa: B008
+        """One that has come to an end."""
+        session = self.ask(request, group)
+        await session.over()
+        return session
+
+    async def pass_time(self, seconds: float) -> None:
+        assert trio.lowlevel.current_clock() is self.clock, "the test has mock_clock among its arguments"
+        await wait_all_tasks_blocked(0.005)
+        self.clock.jump(seconds)
+        await wait_all_tasks_blocked(0.005)
+
+    async def answered(self, peer: Peer, answer: Answer) -> None:
+        """As if that had been the answer to a probe."""
+        self.state(peer).answered(answer, trio.current_time())
+
+    def state(self, peer: Peer) -> Any:
+        return next(
+            each.state
+            for group in self.upstreams.groups.values()
+            for each in group._upstreams
+            if each.name.endswith(f":{peer.port}")
+        )
+
+    def counted(self, name: str) -> dict[tuple[str, ...], float]:
+        values = self.metrics.snapshot()[f"transocks_{name}"]["values"]
+        return {tuple(labels): numbers[0] for labels, numbers in values if numbers[0]}
+
+    def close(self) -> None:
+        for each in self._open:
+            each.close()
+
+
+@pytest.fixture
+async def world(mock_clock: MockClock) -> AsyncIterator[World]:
+    reactor = Reactor(clock=trio.current_time, sweep_every=0.5)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(reactor.run)
+        world = World(nursery, reactor, mock_clock)
+        yield world
+        nursery.cancel_scope.cancel()
+    world.close()
+    reactor.close()
+
+
+def port(peer: Peer) -> str:
+    return str(peer.port)
+
+
+# ---- failover
+
+
+async def test_a_refused_connection_goes_on_at_once(world: World) -> None:
+    (well,) = await world.peers(socks())
+    dead = daemons.closed_port()
+    await world.configured(f"socks5://127.0.0.1:{dead}", well)
+    session = await world.asked()
+    await session.tunnel()
+    assert session.through == [str(dead), port(well)]
+    # From now on it is left out.
+    assert (await world.asked()).through == [port(well)]
+    assert world.counted("upstream_failovers_total") == {("default", f"socks5://127.0.0.1:{dead}"): 1}
+    assert world.counted("upstream_up") == {("default", f"socks5://127.0.0.1:{well.port}"): 1}
+
+
+@pytest.mark.parametrize(
+    ("reply", "goes_on"),
+    [
+        (1, True),
+        (2, False),
+        (3, True),
+        (4, False),
+        (5, False),
+        (6, False),
+        (7, True),
+        (8, True),
+        (9, True),
+        (255, True),
+    ],
+)
+async def test_which_refusals_are_final(world: World, reply: int, goes_on: bool) -> None:
+    """What is the proxy's own trouble is no reason to give up; what is the destination's or its policy's is."""
+    first, second = await world.peers(socks(reply), socks())
+    await world.configured(first, second)
+    session = await world.asked(Request(CLIENT, WEB, first=b"GET"))
+    assert session.through == [port(first), port(second)][: 1 + goes_on]
+    if goes_on:
+        assert (await session.tunnel()).unsent == b"GET"
+    else:
+        with pytest.raises(RequestRefused):
+            await session.tunnel()
+    assert world.state(first).up
+
+
+@pytest.mark.parametrize(
+    ("status", "goes_on"), [(403, False), (405, True), (407, True), (429, True), (500, True), (502, False), (503, True)]
+)
+async def test_which_statuses_are_final(world: World, status: int, goes_on: bool) -> None:
+    first, second = await world.peers(lambda _: f"HTTP/1.1 {status} No\r\n\r\n".encode(), socks())
+    await world.configured(f"http://127.0.0.1:{first.port}", second)
+    assert (await world.asked()).through == [port(first), port(second)][: 1 + goes_on]
+
+
+@pytest.mark.parametrize(("code", "goes_on"), [(91, False), (92, True), (93, True)])
+async def test_which_socks4_replies_are_final(world: World, code: int, goes_on: bool) -> None:
+    first, second = await world.peers(lambda _: bytes((0, code)) + bytes(6), socks())
+    await world.configured(f"socks4a://127.0.0.1:{first.port}", second)
+    assert (await world.asked()).through == [port(first), port(second)][: 1 + goes_on]
+
+
+async def test_a_proxy_that_wants_other_credentials_is_down(world: World) -> None:
+    first, second = await world.peers(socks(method=b"\x05\xff"), socks())
+    await world.configured(first, second)
+    assert (await world.asked()).through == [port(first), port(second)]
+    assert (await world.asked()).through == [port(second)]
+    assert "other than no credentials" in world.state(first).status()["why"]
+
+
+async def test_socks4_can_not_be_asked_for_ipv6(world: World) -> None:
+    first, second = await world.peers(silent, socks())
+    await world.configured(f"socks4a://127.0.0.1:{first.port}", second)
+    assert (await world.asked(Request(CLIENT, WEB_V6))).through == [port(first), port(second)]
+    assert first.heard == []
+    named = world.ask(Request(CLIENT, WEB_V6, "www.example"))
+    await wait_all_tasks_blocked(0.005)
+    assert first.heard == [b"\x04\x01\x01\xbb\x00\x00\x00\x01\x00www.example\x00"]
+    assert not named.done.is_set()
+
+
+async def test_the_last_error_is_the_one_that_is_told(world: World) -> None:
+    first, second = await world.peers(closing, socks(1))
+    await world.configured(first, second)
+    session = await world.asked()
+    assert session.through == [port(first), port(second)]
+    with pytest.raises(RequestRefused, match="general failure"):
+        await session.tunnel()
+
+
+async def test_when_all_are_down_they_are_asked_all_the_same(world: World) -> None:
+    first, second = await world.peers(socks(), socks())
+    await world.configured(first, second)
+    for peer in (first, second):
+        world.state(peer).failed("a test says so")
+    assert (await world.asked()).through == [port(first)]
+
+
+@pytest.mark.parametrize("name", [None, "www.example"])
+async def test_when_all_are_down_it_may_go_directly(world: World, name: str | None) -> None:
+    (web,) = await world.peers(lambda heard: heard)
+    with daemons.NameServer({"www.example": ["127.0.0.1"]}) as dns:
+        world.dns = dns.address
+        dead = daemons.closed_port()
+        await world.configured(f"socks5://127.0.0.1:{dead}", more='when_all_down = "direct"')
+        for tries in (2, 1):
+            session = await world.asked(Request(CLIENT, Destination("127.0.0.1", web.port), name, b"hello"))
+            assert (await session.tunnel()).unsent == b"hello"
+            assert session.access.tries[-1] == ("direct", "direct")
+            assert (len(session.access.tries), session.access.schemes[-1]) == (tries, None)
+
+
+async def test_a_name_that_means_this_host_is_no_way_into_it(world: World) -> None:
+    with daemons.NameServer({"www.example": ["127.0.0.1", "::1", "169.254.169.254", "100.100.100.200"]}) as dns:
+        world.dns = dns.address
+        await world.configured(f"socks5://127.0.0.1:{daemons.closed_port()}", more='when_all_down = "direct"')
+        for name in ("www.example", "localhost"):
+            with pytest.raises(Denied):
+                await (await world.asked(Request(CLIENT, WEB, name))).tunnel()
+        with pytest.raises(ResolveError):
+            await (await world.asked(Request(CLIENT, WEB, "nowhere.example"))).tunnel()
+
+
+async def test_a_client_that_goes_is_not_carried_on(world: World) -> None:
+    first, second = await world.peers(silent, socks())
+    await world.configured(first, second)
+    session = world.ask()
+    await wait_all_tasks_blocked(0.005)
+    assert session.client is not None
+    session.client.close()
+    with pytest.raises(PeerReset):
+        await session.tunnel()
+    assert second.heard == []
+
+
+# ---- what was said to the first
+
+
+async def test_bytes_that_may_not_be_repeated_are_not(world: World) -> None:
+    first, second = await world.peers(socks(ours=True), socks())
+    await world.configured(first, second)
+    await world.answered(first, Answer(0.001, ours=True, pipelines=True))
+    first.script = closing
+    session = await world.asked(Request(CLIENT, WEB, first=b"POST"))
+    assert session.through == [port(first)]
+    with pytest.raises(UpstreamFault):
+        await session.tunnel()
+
+
+async def test_a_tls_hello_may_be_repeated(world: World) -> None:
+    first, second = await world.peers(closing, socks())
+    await world.configured(first, second)
+    await world.answered(first, Answer(0.001, ours=True, pipelines=True))
+    session = await world.asked(Request(CLIENT, WEB, first=HELLO, repeatable=True))
+    assert (await session.tunnel()).unsent == HELLO
+    # The first is asked step by step too, since it is not what it was.
+    assert session.through == [port(first), port(first), port(second)]
+    assert first.heard[0] == daemons.GREETING + ASK_WEB + HELLO
+
+
+async def test_a_refusal_says_that_nothing_was_passed_on(world: World) -> None:
+    first, second = await world.peers(socks(1, ours=True), socks())
+    await world.configured(first, second)
+    await world.answered(first, Answer(0.001, ours=True, pipelines=True))
+    session = await world.asked(Request(CLIENT, WEB, first=b"POST"))
+    assert session.through == [port(first), port(second)]
+    assert (await session.tunnel()).unsent == b"POST"
+
+
+# ---- how much is said at once
+
+
+async def test_ours_gets_it_all_in_one_segment(world: World) -> None:
+    (peer,) = await world.peers(socks(ours=True))
+    await world.configured(peer)
+    await world.answered(peer, Answer(0.001, ours=True, pipelines=True))
+    tunnel = await (await world.asked(Request(CLIENT, WEB, first=b"POST"))).tunnel()
+    assert (tunnel.unsent, tunnel.early) == (b"", b"")
+    assert peer.pieces == [[daemons.GREETING + ASK_WEB + b"POST"]]
+
+
+async def test_others_that_take_pipelining_get_the_handshake_in_one(world: World) -> None:
+    (peer,) = await world.peers(socks())
+    await world.configured(peer)
+    await world.answered(peer, Answer(0.001, ours=False, pipelines=True))
+    tunnel = await (await world.asked(Request(CLIENT, WEB, first=b"POST"))).tunnel()
+    assert tunnel.unsent == b"POST"
+    assert peer.pieces == [[daemons.GREETING + ASK_WEB]]
+
+
+async def test_the_unknown_is_asked_step_by_step(world: World) -> None:
+    (peer,) = await world.peers(socks())
+    await world.configured(peer)
+    tunnel = await (await world.asked(Request(CLIENT, WEB, first=b"POST"))).tunnel()
+    assert tunnel.unsent == b"POST"
+    assert peer.pieces == [[daemons.GREETING, ASK_WEB]]
+
+
+async def test_what_was_learned_may_be_wrong(world: World) -> None:
+    """The proxy was replaced by one that wants to be asked step by step."""
+    (peer,) = await world.peers(closing)
+    steps = socks()
+    peer.script = lambda heard: None if peer.pieces[-1] == [daemons.GREETING + ASK_WEB] else steps(heard)
+    await world.configured(peer)
+    await world.answered(peer, Answer(0.001, ours=True, pipelines=True))
+    session = await world.asked()
+    await session.tunnel()
+    assert session.through == [port(peer)] * 2
+    assert peer.pieces == [[daemons.GREETING + ASK_WEB], [daemons.GREETING, ASK_WEB]]
+    assert (await world.asked()).through == [port(peer)]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "asks_for"),
+    [
+        ("socks5", daemons.request(*WEB)),
+        ("socks5h", daemons.request("www.example", 443, as_name=True)),
+        ("socks4a", b"\x04\x01\x01\xbb\x00\x00\x00\x01\x00www.example\x00"),
+        ("http", b"CONNECT www.example:443 HTTP/1.1\r\n"),
+    ],
+)
+async def test_who_is_asked_for_names(world: World, scheme: str, asks_for: bytes) -> None:
+    (peer,) = await world.peers(lambda heard: b"\x05\x00" if heard[:1] == b"\x05" else b"")
+    await world.configured(f"{scheme}://127.0.0.1:{peer.port}")
+    world.ask(Request(CLIENT, WEB, "www.example"))
+    await wait_all_tasks_blocked(0.005)
+    assert asks_for in peer.heard[0]
+
+
+# ---- silence
+
+
+async def test_a_proxy_that_hangs_is_found_out(mock_clock: MockClock, world: World) -> None:
+    first, second = await world.peers(silent, socks())
+    await world.configured(first, second)
+    sessions = [world.ask() for _ in range(5)]
+    await world.pass_time(SUSPECT)
+    assert first.probed == 1
+    assert not any(session.done.is_set() for session in sessions)
+    await world.pass_time(SUSPECT)
+    for session in sessions:
+        await session.tunnel()
+        assert session.through == [port(first), port(second)]
+    assert "waiting for the answer" in world.state(first).status()["why"]
+    assert world.counted("upstream_probes_total") == {(f"socks5://127.0.0.1:{first.port}", "failed"): 1}
+
+
+async def test_a_proxy_that_is_not_reached_is_found_out(mock_clock: MockClock, world: World) -> None:
+    (second,) = await world.peers(socks())
+    with daemons.blackhole() as full:
+        await world.configured(f"socks5://127.0.0.1:{full}", second)
+        session = world.ask()
+        await world.pass_time(SUSPECT)
+        await world.pass_time(SUSPECT)
+        await session.tunnel()
+        assert session.through == [str(full), port(second)]
+
+
+async def test_a_slow_destination_is_not_the_fault_of_its_proxy(mock_clock: MockClock, world: World) -> None:
+    first, second = await world.peers(slow, socks())
+    await world.configured(first, second)
+    session = world.ask()
+    for _ in range(30):
+        await world.pass_time(SUSPECT)
+    assert 3 < first.probed < 12  # ever less often
+    assert second.heard == []
+    assert world.state(first).up
+    first.script = socks()
+    await first.streams[0].send_all(GRANTED)
+    await session.tunnel()
+    assert session.through == [port(first)]
+
+
+async def test_what_may_not_be_repeated_ends_with_its_proxy(mock_clock: MockClock, world: World) -> None:
+    """As soon as that is found to be down: its client can ask again, and is given to another."""
+    first, second = await world.peers(silent, socks())
+    await world.configured(first, second)
+    await world.answered(first, Answer(0.001, ours=True, pipelines=True))
+    moves = world.ask(Request(CLIENT, WEB, first=HELLO, repeatable=True))
+    ends = world.ask(Request(CLIENT, WEB, first=b"POST"))
+    await world.pass_time(SUSPECT)
+    await world.pass_time(SUSPECT)
+    await moves.tunnel()
+    with pytest.raises(Unanswered):
+        await ends.tunnel()
+    assert ends.through == [port(first)]
+
+
+async def test_the_only_one_is_waited_for(mock_clock: MockClock, world: World) -> None:
+    (first,) = await world.peers(silent)
+    await world.configured(first)
+    session = world.ask()
+    await world.pass_time(SUSPECT)
+    await world.pass_time(SUSPECT)
+    await world.pass_time(5)
+    assert not session.done.is_set()
+    first.script = socks()
+    await first.streams[0].send_all(b"\x05\x00" + GRANTED)
+    await session.tunnel()
+
+
+async def test_who_was_given_up_while_an_answer_came_does_not_wait_on(world: World) -> None:
+    """The event of that answer has woken its task, which another event of the same moment can't do again."""
+    first, second = await world.peers(silent, socks())
+    await world.configured(first, second)
+    session = world.ask()
+    await wait_all_tasks_blocked(0.005)
+    (asking,) = (each for each in world.reactor.handlers.values() if isinstance(each, Endpoint) and each.about is None
+                 and each.sock.family == socket.AF_INET)  # fmt: skip
+    await first.streams[0].send_all(b"\x05")
+    asking.on_event(IN)
+    world.state(first).failed("a test says so")
+    await session.tunnel()
+    assert session.through == [port(first), port(second)]
+
+
+async def test_the_time_of_a_client_is_no_verdict_on_a_proxy(mock_clock: MockClock, world: World) -> None:
+    """It may have been used up by another, or by this process, which did not run."""
+    with daemons.blackhole() as full:
+        await world.configured(f"socks5://127.0.0.1:{full}")
+        session = world.ask()
+        await world.pass_time(31)
+        with pytest.raises(DialError):
+            await session.tunnel()
+        assert next(iter(world.upstreams.groups["default"]._upstreams)).state.up
+
+
+async def test_one_that_is_silent_when_told_all_at_once_is_asked_step_by_step(
+    mock_clock: MockClock, world: World
+) -> None:
+    """The next time, since it may have been replaced unnoticed."""
+    (peer,) = await world.peers(socks())
+    steps, at_once = socks(), daemons.GREETING + ASK_WEB
+    peer.script = lambda heard: b"" if peer.pieces[-1] == [at_once] else steps(heard)
+    await world.configured(peer)
+    await world.answered(peer, Answer(0.001, ours=False, pipelines=True))
+    session = world.ask()
+    await world.pass_time(41)
+    with pytest.raises(DialError):
+        await session.tunnel()
+    await (await world.asked()).tunnel()
+    assert peer.pieces == [[at_once], [daemons.GREETING, ASK_WEB]]
+
+
+@pytest.mark.parametrize("script", [closing, lambda _: b"HTTP/1.1 400 Bad Request\r\n\r\n"])
+async def test_to_close_or_to_speak_something_else_is_no_sign_of_life(
+    world: World, script: Callable[[bytes], bytes | None]
+) -> None:
+    """Else steady traffic would keep up what no probe finds well."""
+    first, second = await world.peers(script, socks())
+    await world.configured(first, second)
+    began = trio.current_time()
+    world.clock.jump(0.1)
+    assert (await world.asked()).through == [port(first), port(second)]
+    world.state(first).failed("as a probe found that began meanwhile", began)
+    assert not world.state(first).up
+
+
+async def test_a_far_proxy_has_more_time(mock_clock: MockClock, world: World) -> None:
+    (second,) = await world.peers(socks())
+    with daemons.blackhole() as full:
+        await world.configured(f"socks5://127.0.0.1:{full}", second)
+        state = next(iter(world.upstreams.groups["default"]._upstreams)).state
+        state.answered(Answer(1.0, round_trip=0.5), trio.current_time())
+        session = world.ask()
+        await world.pass_time(SUSPECT)
+        await world.pass_time(SUSPECT)
+        assert not session.done.is_set()
+        await world.pass_time(1.51 - SUSPECT)
+        await session.tunnel()
+
+
+async def test_a_slow_destination_hides_no_hung_proxy(mock_clock: MockClock, world: World) -> None:
+    """An attempt that has waited for long is looked after ever less often; one that comes then is not."""
+    first, second = await world.peers(slow, socks())
+    await world.configured(first, second)
+    patient = world.ask()
+    for _ in range(40):
+        await world.pass_time(SUSPECT)
+    first.script = silent
+    session = world.ask()
+    await world.pass_time(SUSPECT)
+    await world.pass_time(SUSPECT)
+    await session.tunnel()
+    assert session.through == [port(first), port(second)]
+    await patient.tunnel()
+
+
+async def test_one_that_is_slow_comes_after_those_that_are_well(world: World) -> None:
+    first, second, third = await world.peers(socks(), socks(), socks())
+    await world.configured(first, second, third, more='when_all_down = "direct"')
+    await world.answered(first, Answer(2.0, slow=True))
+    assert (await world.asked()).through == [port(second)]
+    world.state(second).failed("a test says so")
+    assert (await world.asked()).through == [port(third)]
+    world.state(third).failed("a test says so")
+    assert (await world.asked()).through == [port(first)]
+
+
+@pytest.mark.parametrize("better", [False, True])
+async def test_who_waits_for_one_that_turns_out_to_be_slow(world: World, better: bool) -> None:
+    """It goes on with one that is well, and else waits: neither those that are down nor a direct way are better."""
+    first, second = await world.peers(silent, socks())
+    await world.configured(first, second, more='when_all_down = "direct"')
+    if not better:
+        world.state(second).failed("a test says so")
+    session = world.ask()
+    await wait_all_tasks_blocked(0.005)
+    await world.answered(first, Answer(2.0, slow=True))
+    if better:
+        await session.tunnel()
+        assert session.through == [port(first), port(second)]
+    else:
+        await wait_all_tasks_blocked(0.005)
+        assert not session.done.is_set()
+
+
+@pytest.mark.parametrize("policy", ["failover", "round-robin", "sticky"])
+async def test_one_on_trial_gets_one_client(world: World, policy: str) -> None:
+    first, second = await world.peers(closing, socks())
+    await world.configured(first, second, more=f'policy = "{policy}"')
+    state = world.state(first)
+    state.failed("a test says so")
+    state.trial = True
+    used = [(await world.asked()).through for _ in range(4)]
+    assert sum(port(first) in each for each in used) <= 1
+    assert (policy == "sticky") or [port(first), port(second)] in used
+    assert not state.up
+
+
+async def test_a_tunnel_says_that_a_proxy_is_up(world: World) -> None:
+    """All are down, so they are asked all the same, and the one that serves is up again at once."""
+    first, second = await world.peers(closing, socks())
+    await world.configured(first, second)
+    for peer in (first, second):
+        world.state(peer).failed("a test says so")
+    await (await world.asked()).tunnel()
+    assert (world.state(first).up, world.state(second).up) == (False, True)
+    assert (await world.asked()).through == [port(second)]
+
+
+# ---- probes
+
+
+def upstream_of(world: World) -> Upstream:
+    (found,) = world.upstreams.groups["default"]._upstreams
+    return found
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.0 403 Forbidden\r\n\r\n", None])
+async def test_an_http_proxy_is_asked_for_nothing_that_it_could_pass_on(world: World, answer: bytes | None) -> None:
+    """Any answer will do, and so will the end."""
+    (peer,) = await world.peers(lambda heard: answer if heard.endswith(b"\r\n\r\n") else b"")
+    await world.configured(f"http://me:secret@127.0.0.1:{peer.port}")
+    assert not (await upstream_of(world).probe(connect=1, answer=1, learn=True)).ours
+    assert peer.heard == [
+        b"CONNECT 255.255.255.255:1 HTTP/1.1\r\nHost: 255.255.255.255:1\r\n"
+        b"Proxy-Authorization: Basic bWU6c2VjcmV0\r\n\r\n"
+    ]
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 407 No\r\n\r\n", b"\x05\xff"])
+async def test_an_http_proxy_that_will_not_do(world: World, answer: bytes) -> None:
+    (peer,) = await world.peers(lambda _: answer)
+    await world.configured(f"http://127.0.0.1:{peer.port}")
+    with pytest.raises(UpstreamError):
+        await upstream_of(world).probe(connect=1, answer=1, learn=True)
+
+
+async def test_an_http_proxy_that_answers_connects_only(mock_clock: MockClock, world: World) -> None:
+    """It is up for those who get through, whatever probes hear, and is not left out for a slow destination."""
+
+    def script(heard: bytes) -> bytes:
+        return b"HTTP/1.1 200 OK\r\n\r\n" if b"CONNECT 203.0.113.80:" in heard else b""
+
+    peer, second = await world.peers(script, socks())
+    await world.configured(f"http://127.0.0.1:{peer.port}", second)
+    await (await world.asked()).tunnel()
+    session = world.ask(Request(CLIENT, Destination("203.0.113.81", 443)))
+    for _ in range(10):
+        await world.pass_time(SUSPECT)
+    assert world.state(peer).up
+    assert not session.done.is_set()
+    assert (await world.asked()).through == [port(peer).rpartition(":")[2]]
+
+
+async def test_one_silence_is_no_answer_for_ever(mock_clock: MockClock, world: World) -> None:
+    """Whether it takes pipelining is asked again."""
+    (peer,) = await world.peers(socks())
+    pipelined = b"\x05\x02\xf5\x00" + daemons.request("0.0.0.0", 0)
+    steps = socks()
+    peer.script = lambda heard: b"" if heard.startswith(pipelined) else steps(heard)
+    await world.configured(peer)
+    upstream = upstream_of(world)
+
+    async def learn() -> bool | None:
+        answers: list[Answer] = []
+
+        async def probe() -> None:
+            answers.append(await upstream.probe(connect=5, answer=5, learn=True))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(probe)
+            await world.pass_time(1)
+        upstream.state.answered(answers[0], trio.current_time())
+        known: bool | None = upstream.state.pipelines
+        return known
+
+    assert await learn() is False
+    peer.script = lambda heard: GRANTED[:1] + b"\x00" + GRANTED if heard.startswith(pipelined) else steps(heard)
+    assert await learn() is False
+    world.clock.jump(600)
+    assert await learn() is True
+
+
+async def test_silence_of_this_process_proves_nothing(mock_clock: MockClock, world: World) -> None:
+    """Its answer was there in time, and we were not."""
+    first, second = await world.peers(silent, socks())
+    await world.configured(first, second)
+    session = world.ask()
+    await world.pass_time(SUSPECT)
+    await world.pass_time(SUSPECT + 5)  # as after SIGSTOP and SIGCONT
+    assert first.probed == 2
+    assert world.state(first).up
+    await world.pass_time(SUSPECT)
+    await session.tunnel()
+    assert session.through == [port(first), port(second)]
+
+
+# ---- policies
+
+
+async def test_round_robin(world: World) -> None:
+    peers = await world.peers(socks(), socks(), socks())
+    await world.configured(*peers, more='policy = "round-robin"')
+    used = [(await world.asked()).through[0] for _ in range(6)]
+    assert used == [port(peer) for peer in peers] * 2
+    world.state(peers[1]).failed("a test says so")
+    used = [(await world.asked()).through[0] for _ in range(6)]
+    assert Counter(used) == {port(peers[0]): 3, port(peers[2]): 3}
+
+
+async def test_sticky(world: World) -> None:
+    """One client and destination go to one proxy; when one is down, only its own move."""
+    peers = await world.peers(socks(), socks(), socks())
+    await world.configured(*peers, more='policy = "sticky"')
+
+    async def places() -> dict[tuple[str, str | None], str]:
+        return {
+            (client, name): (await world.asked(Request(Destination(client, 1), WEB, name))).through[-1]
+            for client in (f"192.0.2.{number}" for number in range(8))
+            for name in (None, "a.example", "b.example")
+        }
+
+    before = await places()
+    assert len(set(before.values())) == 3
+    assert await places() == before
+    world.state(peers[0]).failed("a test says so")
+    after = await places()
+    assert {key for key in before if before[key] != after[key]} == {k for k in before if before[k] == port(peers[0])}
+
+
+async def test_groups_of_their_own(world: World) -> None:
+    one, two = await world.peers(socks(), socks())
+    more = f'[upstream.far]\nproxy_url = ["socks5://127.0.0.1:{two.port}", "socks5://127.0.0.1:{one.port}"]'
+    upstreams = await world.configured(one, more=more)
+    assert (await world.asked(group="far")).access.tries == [("far", f"socks5://127.0.0.1:{two.port}")]
+    # One state of each, whatever group it is in.
+    world.state(two).failed("a test says so")
+    assert (await world.asked(group="far")).access.tries == [("far", f"socks5://127.0.0.1:{one.port}")]
+    assert upstreams.addresses == {Destination("127.0.0.1", peer.port) for peer in (one, two)}
+    status: Any = upstreams.status()["far"]
+    assert [(each["up"], each["why"]) for each in status["upstreams"]] == [(False, "a test says so"), (True, None)]
+
+
+async def test_one_proxy_with_two_users_is_two_upstreams(world: World) -> None:
+    (peer,) = await world.peers(closing)
+    url = f"127.0.0.1:{peer.port}"
+    urls = [f"socks5://{user}@{url}" for user in ("al:ice", "bob:b", "bob:c")]
+    upstreams = await world.configured(*urls)
+    await world.asked()
+    names = [f"socks5://{url}", f"socks5://{url} (2)", f"socks5://{url} (3)"]
+    status: Any = upstreams.status()["default"]
+    assert [each["upstream"] for each in status["upstreams"]] == names
+    assert world.counted("upstream_up") == {("default", name): 1 for name in names}
+    assert len({each.key for each in upstreams.groups["default"]._upstreams}) == 3
+
+
+# ---- names of upstreams
+
+
+async def test_an_upstream_whose_name_servers_are_silent_is_not_waited_for(mock_clock: MockClock, world: World) -> None:
+    (second,) = await world.peers(socks())
+    with daemons.NameServer({"proxy.test": None}) as dns:
+        world.dns = dns.address
+        await world.configured("socks5://proxy.test:1080", second)
+        session = world.ask()
+        await world.pass_time(SUSPECT)
+        await world.pass_time(SUSPECT)
+        await session.tunnel()
+        assert session.through == ["1080", port(second)]
+
+
+async def test_an_upstream_whose_name_has_no_address_is_down(world: World) -> None:
+    (second,) = await world.peers(socks())
+    with daemons.NameServer({}) as dns:
+        world.dns = dns.address
+        await world.configured("socks5://proxy.test:1080", second)
+        assert (await world.asked()).through == ["1080", port(second)]
+        assert (await world.asked()).through == [port(second)]
+
+
+async def test_an_upstream_by_ipv6(world: World) -> None:
+    peer = Peer(socks(), "::1")
+    await world.nursery.start(peer.run)
+    for host in ("[::1]", "localhost"):
+        world.metrics = Metrics("transocks")
+        upstreams = await world.configured(f"socks5://{host}:{peer.port}")
+        await (await world.asked()).tunnel()
+        assert Destination("::1", peer.port) in upstreams.addresses
+
+
+async def test_the_name_of_an_upstream_is_resolved_again(mock_clock: MockClock, world: World) -> None:
+    (peer,) = await world.peers(socks())
+    with daemons.NameServer({"proxy.test": ["127.0.0.2"]}) as dns:
+        world.dns = dns.address
+        upstreams = await world.configured(f"socks5://proxy.test:{peer.port}")
+        with pytest.raises(DialError):
+            await (await world.asked()).tunnel()
+        dns.names = {name: ["127.0.0.1", "::1"] for name in dns.names}
+        with pytest.raises(DialError):
+            await (await world.asked()).tunnel()
+        world.clock.jump(61)  # its TTL is a minute
+        await (await world.asked()).tunnel()
+        assert upstreams.addresses == {Destination("127.0.0.1", peer.port), Destination("::1", peer.port)}
+        # Nobody answers any more: what was known goes on.
+        dns.names = dict.fromkeys(dns.names)
+        world.clock.jump(61)
+        session = world.ask()
+        await wait_all_tasks_blocked(0.02)
+        world.clock.jump(1)
+        await session.tunnel()
+        await (await world.asked()).tunnel()

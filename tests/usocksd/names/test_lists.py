@@ -1,0 +1,139 @@
+"""Files of destinations."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+from daemons import GREETING, Daemon, Served, echo, loopback, receive_exactly, receive_reply, request
+
+from usocksd.config import Config
+from usocksd.errors import ConfigError
+from usocksd.names.lists import read_list
+from usocksd.settings.loader import load
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "blocked.txt"
+
+
+def test_what_a_file_may_look_like(path: Path) -> None:
+    path.write_bytes(
+        b"\xef\xbb\xbf# a comment\r\n\r\n  www.Example.com  # another\n.example.org\r\n\n203.0.113.0/24\n127.1\n"
+        b"b\xc3\xbccher.example\n2001:db8::/32\n#\nlast.example"
+    )
+    sites = read_list(path, "file:blocked.txt")
+    assert sorted(map(str, sites.entries())) == [
+        ".example.org",
+        "127.0.0.1",
+        "2001:db8::/32",
+        "203.0.113.0/24",
+        "last.example",
+        "www.example.com",
+        "xn--bcher-kva.example",
+    ]
+    assert sites.label == "file:blocked.txt"
+
+
+def test_every_line_that_is_no_entry_is_told(path: Path) -> None:
+    path.write_bytes(b"ok.example\n0.0.0.0 ads.example\n\n*.example.com\n\xff\n10.0.0.0/40 # x\n" + b"a b\n" * 20)
+    with pytest.raises(ConfigError) as caught:
+        read_list(path, "")
+    assert caught.value.source == str(path)
+    assert [str(fault) for fault in caught.value.faults][:4] == [
+        'line 2: "0.0.0.0 ads.example": expected one entry a line',
+        'line 4: "*.example.com": expected a host, ".domain", an address, a network or "" for requests without a name'
+        ' (".example.com" for all names below it)',
+        'line 5: "\\\\xff": expected a host, ".domain", an address, a network or "" for requests without a name',
+        'line 6: "10.0.0.0/40": expected a host, ".domain", an address, a network or "" for requests without a name',
+    ]
+    assert len(caught.value.faults) == 11
+    assert str(caught.value.faults[-1]) == "file: 14 more lines like these"
+
+
+def test_what_can_not_be_read(path: Path) -> None:
+    os.mkfifo(path.with_name("fifo"))
+    regular = "expected a regular file"
+    for name, said in (("none", "No such file"), (".", regular), ("fifo", regular), ("a\0b", "can't be read")):
+        with pytest.raises(ConfigError, match=said):
+            read_list(path.parent / name, "")
+
+
+def test_files_are_beside_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "etc" / "lists").mkdir(parents=True)
+    (tmp_path / "etc" / "lists" / "blocked.txt").write_text(".example.org\n")
+    (tmp_path / "absolute.txt").write_text("192.0.2.0/24\n")
+    file = tmp_path / "etc" / "usocksd.toml"
+    blocked = "file:lists/blocked.txt"
+    file.write_text(
+        f'[[rule]]\naction = "deny"\nto = ["x.example", "{blocked}", "file:{tmp_path}/absolute.txt"]\n'
+        f'[[rule]]\naction = "deny"\nports = [25]\nto = ["{blocked}"]\n'
+    )
+    for folder, name in ((tmp_path, "etc/usocksd.toml"), (tmp_path / "etc", "usocksd.toml"), (Path("/"), str(file))):
+        monkeypatch.chdir(folder)
+        config = load(Config, name)
+        rules = config.access_rules(lambda _: False)
+        client = ip_address("10.0.0.1")
+        for host in ("x.example", "a.example.org", ip_address("192.0.2.7")):
+            assert not rules.decide_name(client, None, host, 443).allowed
+        assert rules.decide_name(client, None, "example.org", 443).allowed
+        # Read once, however many rules name it.
+        assert config.rule[0].to is not None
+        assert config.rule[1].to is not None
+        assert config.rule[0].to[1] is config.rule[1].to[0]
+
+
+def test_faults_name_the_rule_the_file_and_the_line(tmp_path: Path) -> None:
+    (tmp_path / "bad.txt").write_text("a.example\n*.example\nb c\n")
+    file = tmp_path / "usocksd.toml"
+    file.write_text('[[rule]]\naction = "deny"\nto = ["a", "file:bad.txt", "file:none.txt", "file:"]\n')
+    with pytest.raises(ConfigError) as caught:
+        load(Config, file)
+    faults = [str(fault) for fault in caught.value.faults]
+    assert faults[0].startswith(
+        f'rule 1: to[1]: "file:bad.txt": {tmp_path}/bad.txt: line 2: "*.example": expected a host'
+    )
+    assert faults[1:] == [
+        f'rule 1: to[1]: "file:bad.txt": {tmp_path}/bad.txt: line 3: "b c": expected one entry a line',
+        f'rule 1: to[2]: "file:none.txt": {tmp_path}/none.txt: can\'t be read: No such file or directory',
+        f'rule 1: to[3]: "file:": {tmp_path}: expected a regular file',
+    ]
+
+
+def test_a_reload_reads_them_again_and_a_bad_one_changes_nothing(tmp_path: Path, path: Path) -> None:
+    path.write_text("# nothing\n")
+    config = """
+        [incoming]
+        port = 0
+        addresses = ["127.0.0.1"]
+        [[rule]]
+        name = "blocked"
+        action = "deny"
+        to = ["file:blocked.txt"]
+        [[rule]]
+        action = "allow"
+        to = ["127.0.0.1"]
+        """
+
+    def reply(server: Daemon) -> int:
+        with socket.create_connection(("127.0.0.1", server.port), 5) as client:
+            client.sendall(GREETING + request("127.0.0.1", destination.port))
+            assert receive_exactly(client, 2)
+            return receive_reply(client)[0]
+
+    with Served(loopback(), echo) as destination, Daemon("usocksd", config, tmp_path).ready() as server:
+        assert reply(server) == 0
+        path.write_text("127.0.0.0/8\n")
+        server.signal(signal.SIGHUP)
+        server.record("reloaded", generation=2)
+        assert reply(server) == 2
+        path.write_text("www.example.com\nnot a host\n")
+        server.signal(signal.SIGHUP)
+        failed = server.record("bad configuration")
+        assert f'rule 1: to[0]: "file:blocked.txt": {path}: line 2: "not a host"' in str(failed)
+        assert reply(server) == 2

@@ -1,0 +1,559 @@
+import errno
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import trio
+
+import usocksd
+from usocksd.errors import DialError
+from usocksd.net import dial as dial_module
+from usocksd.net.dial import Target, dial
+from usocksd.net.endpoint import PeerReset
+
+ROOT = Path(usocksd.__file__).parents[1]
+IP_BIND_ADDRESS_NO_PORT = 24
+
+
+@pytest.fixture
+def open_sockets() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def answering(open_sockets: ExitStack) -> Callable[[], Target]:
+    """Makes a target that answers."""
+
+    def make(family: int = socket.AF_INET) -> Target:
+        host = "127.0.0.1" if family == socket.AF_INET else "::1"
+        listener = open_sockets.enter_context(socket.create_server((host, 0), family=family))
+        return Target(host, listener.getsockname()[1])
+
+    return make
+
+
+@pytest.fixture
+def refusing(open_sockets: ExitStack) -> Target:
+    """Nothing listens there, and nothing will."""
+    sock = open_sockets.enter_context(socket.socket())
+    sock.bind(("127.0.0.1", 0))
+    return Target("127.0.0.1", sock.getsockname()[1])
+
+
+@pytest.fixture
+def black_hole(open_sockets: ExitStack) -> Target:
+    """It never answers: the accept queue of its listener is full."""
+    listener = open_sockets.enter_context(socket.socket())
+    listener.bind(("127.0.0.1", 0))
+    listener.listen(0)
+    for _ in range(3):
+        sock = open_sockets.enter_context(socket.socket())
+        sock.setblocking(False)
+        sock.connect_ex(listener.getsockname())
+    return Target("127.0.0.1", listener.getsockname()[1])
+
+
+async def test_connects(lab: Any, open_sockets: ExitStack) -> None:
+    listener = open_sockets.enter_context(socket.create_server(("127.0.0.1", 0)))
+    target = Target("127.0.0.1", listener.getsockname()[1])
+    endpoint, chosen = await dial(lab.reactor, [target], deadline=lab.clock.now + 1)
+    peer = lab.peer(listener.accept()[0])
+    assert chosen is target
+    await endpoint.send_all(b"hello")
+    assert await peer.receive(5) == b"hello"
+    await peer.send(b"you")
+    assert await endpoint.receive() == b"you"
+    for level, option in (
+        (socket.IPPROTO_TCP, socket.TCP_NODELAY),
+        (socket.SOL_SOCKET, socket.SO_OOBINLINE),
+    ):
+        assert endpoint.sock.getsockopt(level, option)
+    endpoint.close()
+
+
+async def test_connects_by_ipv6(lab: Any, answering: Callable[..., Target]) -> None:
+    target = answering(socket.AF_INET6)
+    endpoint, _ = await dial(lab.reactor, [target._replace(source="::1")], deadline=lab.clock.now + 1)
+    assert endpoint.sock.getsockname()[0] == "::1"
+    assert str(target) == f"[::1]:{target.port}"
+    endpoint.close()
+
+
+async def test_refused(lab: Any, refusing: Target) -> None:
+    with pytest.raises(DialError, match="ECONNREFUSED") as caught:
+        await dial(lab.reactor, [refusing], deadline=lab.clock.now + 1)
+    assert (caught.value.errno, caught.value.step) == (errno.ECONNREFUSED, "connect")
+    assert caught.value.address == f"127.0.0.1:{refusing.port}"
+
+
+async def test_no_network(lab: Any) -> None:
+    with pytest.raises(DialError) as caught:
+        await dial(lab.reactor, [Target("255.255.255.255", 80)], deadline=lab.clock.now + 1)
+    assert caught.value.errno == errno.ENETUNREACH
+
+
+async def test_deadline(lab: Any, black_hole: Target) -> None:
+    caught = []
+
+    async def run() -> None:
+        with pytest.raises(DialError) as error:
+            await dial(lab.reactor, [black_hole], deadline=lab.clock.now + 10)
+        caught.append(error.value.errno)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run)
+        await lab.pass_time(9.0)
+        assert caught == []
+        await lab.pass_time(1.0)
+    assert caught == [errno.ETIMEDOUT]
+
+
+# Where from
+
+
+async def test_source_address(lab: Any, answering: Callable[..., Target]) -> None:
+    target = answering()._replace(source="127.9.8.7")
+    endpoint, _ = await dial(lab.reactor, [target], deadline=lab.clock.now + 1)
+    assert endpoint.sock.getsockname()[0] == "127.9.8.7"
+    assert endpoint.sock.getsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT)
+    endpoint.close()
+
+
+async def test_source_address_that_is_gone(lab: Any, answering: Callable[..., Target]) -> None:
+    with pytest.raises(DialError, match=r"bind 192\.0\.2\.1 for 127\.0\.0\.1:\d+: .*\(EADDRNOTAVAIL\)") as caught:
+        await dial(lab.reactor, [answering()._replace(source="192.0.2.1")], deadline=lab.clock.now + 1)
+    assert caught.value.errno == errno.EADDRNOTAVAIL
+
+
+async def test_interface_that_is_gone(lab: Any, answering: Callable[..., Target]) -> None:
+    with pytest.raises(DialError, match="interface nosuch0 for") as caught:
+        await dial(lab.reactor, [answering()._replace(iface="nosuch0")], deadline=lab.clock.now + 1)
+    assert caught.value.errno in (errno.ENODEV, errno.EPERM)
+
+
+IN_A_NAMESPACE = """
+    import json, socket, subprocess, sys, trio
+    from pathlib import Path
+    from usocksd.errors import DialError
+    from usocksd.net.dial import Target, dial
+    from usocksd.net.reactor import Reactor
+
+    def ip(*words):
+        subprocess.run(["ip", *words], check=True)
+
+    ip("link", "set", "lo", "up")
+    ip("addr", "add", "10.1.1.1/24", "dev", "lo")
+    ip("route", "add", "unreachable", "10.9.9.9")
+    ip("route", "add", "prohibit", "10.9.9.8")
+    Path("/proc/sys/net/ipv4/ip_local_port_range").write_text("40000 40000")
+    Path("/proc/sys/net/ipv4/tcp_tw_reuse").write_text("0")
+    listeners = [socket.create_server(("10.1.1.1", port)) for port in (1001, 1002)]
+
+    async def main():
+        now = [1000.0]
+        reactor = Reactor(clock=lambda: now[0])
+        said, opened = {}, {}
+
+        async def attempt(name, host, port, **more):
+            try:
+                endpoint, _ = await dial(reactor, [Target(host, port, **more)], deadline=reactor.clock() + 5)
+            except DialError as error:
+                said[name] = [error.errno, error.step, type(error).__name__, str(error)]
+            else:
+                said[name] = endpoint.sock.getsockname()
+                opened[name] = endpoint
+
+        async with trio.open_nursery() as nursery:
+            await nursery.start(reactor.run)
+            await attempt("one", "10.1.1.1", 1001, source="10.1.1.1")
+            await attempt("two", "10.1.1.1", 1002, source="10.1.1.1")
+            await attempt("out of ports", "10.1.1.1", 1001, source="10.1.1.1")
+            await attempt("no network", "192.0.2.1", 1)
+            await attempt("no host", "10.9.9.9", 1)
+            await attempt("forbidden", "10.9.9.8", 1)
+            await attempt("marked", "10.1.1.1", 1001, source="127.0.0.1", mark=7)
+            await attempt("device", "10.1.1.1", 1002, source="127.0.0.1", iface="lo")
+            # Several sources, with a port each.
+            three = {"source": "127.0.0.11", "spare": ("127.0.0.12", "127.0.0.13")}
+            for name in ("first", "second", "third", "fourth"):
+                await attempt(name, "10.1.1.1", 1001, **three)
+            await attempt("elsewhere", "10.1.1.1", 1002, **three)
+            opened["first"].reset()
+            await attempt("preferred is free", "10.1.1.1", 1001, **three)
+            opened["third"].reset()
+            await attempt("third is free, and not asked yet", "10.1.1.1", 1001, **three)
+            now[0] += 1.5
+            await attempt("third is free", "10.1.1.1", 1001, **three)
+            await attempt("gone", "10.1.1.1", 1002, source="192.0.2.7", spare=("192.0.2.8", "127.0.0.14"))
+            await attempt("all gone", "10.1.1.1", 1002, source="192.0.2.7", spare=("192.0.2.8",))
+            # The one who closes first has TIME_WAIT.
+            await attempt("short", "10.1.1.1", 1001, source="127.0.0.15")
+            listeners[0].setblocking(False)
+            accepted = {}
+            while "127.0.0.15" not in accepted:
+                sock, (peer, _) = listeners[0].accept()
+                accepted[peer] = sock
+            opened["short"].sock.shutdown(socket.SHUT_WR)
+            accepted["127.0.0.15"].close()
+            assert await opened["short"].receive() == b""
+            opened["short"].close()
+            await attempt("time wait", "10.1.1.1", 1001, source="127.0.0.15")
+            nursery.cancel_scope.cancel()
+        print(json.dumps(said))
+
+    trio.run(main)
+"""
+
+
+def test_ports_and_routes_in_a_namespace_of_its_own() -> None:
+    unshare = shutil.which("unshare")
+    if not unshare or not shutil.which("ip"):
+        pytest.skip("needs unshare(1) and ip(8)")
+    if subprocess.run([unshare, "-rn", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("may not make namespaces here")
+    done = subprocess.run(
+        [unshare, "-rn", sys.executable, "-c", textwrap.dedent(IN_A_NAMESPACE)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    # One port for both: the kernel chose it when it knew both ends.
+    assert said["one"] == said["two"] == ["10.1.1.1", 40000]
+    out_of_ports = [errno.EADDRNOTAVAIL, "connect", "OutOfPorts"]
+    where = "out of ports towards 10.1.1.1:1001 on"
+    rest = "(EADDRNOTAVAIL); 0 connections of this host are in TIME_WAIT"
+    assert said["out of ports"] == [*out_of_ports, f"{where} 10.1.1.1 {rest}"]
+    assert said["no network"][:3] == [errno.ENETUNREACH, "connect", "DialError"]
+    assert said["no host"][:3] == [errno.EHOSTUNREACH, "connect", "DialError"]
+    assert said["forbidden"][:3] == [errno.EACCES, "connect", "DialError"]
+    assert said["marked"] == said["device"] == ["127.0.0.1", 40000]
+    assert [said[name][0] for name in ("first", "second", "third")] == ["127.0.0.11", "127.0.0.12", "127.0.0.13"]
+    assert said["fourth"] == [*out_of_ports, f"{where} 127.0.0.11, 127.0.0.12, 127.0.0.13 {rest}"]
+    assert said["elsewhere"] == ["127.0.0.11", 40000]
+    # While none is known to have a port only the preferred one is asked: each costs the kernel a look at every port.
+    assert said["preferred is free"] == ["127.0.0.11", 40000]
+    assert said["third is free, and not asked yet"][2] == "OutOfPorts"
+    assert said["third is free"] == ["127.0.0.13", 40000]
+    assert said["gone"] == ["127.0.0.14", 40000]
+    assert said["all gone"][:3] == [errno.EADDRNOTAVAIL, "bind 192.0.2.8 for", "DialError"]
+    # (Without net.ipv4.tcp_tw_reuse; 2, the default, means loopback.)
+    assert said["time wait"][2:] == ["OutOfPorts", f"{where} 127.0.0.15 {rest.replace('0 conn', '1 conn')}"]
+
+
+# Several addresses
+
+
+async def test_a_refusal_leads_to_the_next_at_once(
+    lab: Any, refusing: Target, answering: Callable[..., Target]
+) -> None:
+    began = trio.current_time()
+    endpoint, chosen = await dial(lab.reactor, [refusing, refusing, target := answering()], deadline=lab.clock.now + 9)
+    assert chosen is target
+    assert trio.current_time() - began < dial_module._ATTEMPT_DELAY
+    endpoint.close()
+
+
+async def test_a_black_hole_delays_little(lab: Any, black_hole: Target, answering: Callable[..., Target]) -> None:
+    """The clock of deadlines does not move at all."""
+    with trio.fail_after(5):
+        endpoint, chosen = await dial(lab.reactor, [black_hole, target := answering()], deadline=lab.clock.now + 9)
+    assert chosen is target
+    endpoint.close()
+    assert lab.reactor.handlers == {}
+
+
+async def test_a_late_answer_still_wins(
+    lab: Any, black_hole: Target, refusing: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dial_module, "_ATTEMPT_DELAY", 0.001)
+    caught = []
+
+    async def run() -> None:
+        with pytest.raises(DialError) as error:
+            await dial(lab.reactor, [black_hole, refusing, black_hole], deadline=lab.clock.now + 10)
+        caught.append(error.value.errno)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run)
+        while len(lab.reactor.handlers) < 2:
+            await trio.lowlevel.checkpoint()
+        assert caught == []
+        await lab.pass_time(10.0)
+    # The cause that was known first.
+    assert caught == [errno.ECONNREFUSED]
+    assert lab.reactor.handlers == {}
+
+
+async def test_the_deadline_holds_for_however_many_addresses(lab: Any, black_hole: Target) -> None:
+    """It is what ends the attempts under way; none begins behind it."""
+
+    async def run() -> None:
+        with pytest.raises(DialError, match="ETIMEDOUT"):
+            await dial(lab.reactor, [black_hole] * 100, deadline=lab.clock.now + 10)
+
+    with trio.move_on_after(3 * dial_module._ATTEMPT_DELAY) as scope:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run)
+            while len(lab.reactor.handlers) < 2:
+                await trio.lowlevel.checkpoint()
+            await lab.pass_time(10.0)
+    assert not scope.cancelled_caught
+    assert lab.reactor.handlers == {}
+
+
+async def test_many_black_holes_do_not_hide_the_last_address(
+    lab: Any, black_hole: Target, answering: Callable[..., Target], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor do they take many descriptors at a time."""
+    monkeypatch.setattr(dial_module, "_SHORTEST_DELAY", 0.01)
+    most = 0
+    began = trio.current_time()
+    targets = [black_hole] * 20 + [target := answering()]
+    async with trio.open_nursery() as nursery:
+
+        async def look() -> None:
+            nonlocal most
+            while True:
+                most = max(most, len(lab.reactor.handlers))
+                await trio.sleep(0.001)
+
+        nursery.start_soon(look)
+        endpoint, chosen = await dial(lab.reactor, targets, deadline=lab.clock.now + 0.8)
+        nursery.cancel_scope.cancel()
+    assert chosen is target
+    assert trio.current_time() - began < 20 * dial_module._ATTEMPT_DELAY
+    # (One more for a moment: it ends when the next one begins.)
+    assert most <= dial_module._MOST_ATTEMPTS + 1
+    endpoint.close()
+    assert lab.reactor.handlers == {}
+
+
+class Accepting:
+    """A listener that tells how many have connected to it."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        self._listener.setblocking(False)
+        self.target = Target(*self._listener.getsockname())
+
+    def came(self) -> int:
+        count = 0
+        with suppress(BlockingIOError):
+            while True:
+                self._listener.accept()[0].close()
+                count += 1
+        return count
+
+
+@pytest.mark.parametrize(
+    "before",
+    [[], ["refuses"], ["refuses", "refuses"], ["silent"], ["silent", "refuses"], ["refuses", "silent"]],
+    ids=" ".join,
+)
+async def test_nothing_is_connected_to_behind_the_winner(
+    lab: Any,
+    before: list[str],
+    open_sockets: ExitStack,
+    refusing: Target,
+    black_hole: Target,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However short the delay: loopback answers at once."""
+    monkeypatch.setattr(dial_module, "_ATTEMPT_DELAY", 0.005)
+    monkeypatch.setattr(dial_module, "_SHORTEST_DELAY", 0.005)
+    there, behind = Accepting(open_sockets), Accepting(open_sockets)
+    kinds = {"refuses": refusing, "silent": black_hole}
+    for last in ([], [refusing], [black_hole]):
+        targets = [*(kinds[each] for each in before), there.target, *last, behind.target]
+        endpoint, chosen = await dial(lab.reactor, targets, deadline=lab.clock.now + 9)
+        await lab.settle()
+        assert chosen is there.target
+        assert (there.came(), behind.came()) == (1, 0)
+        endpoint.close()
+    assert lab.reactor.handlers == {}
+
+
+async def test_an_answer_that_came_in_time_wins_in_a_busy_process(
+    lab: Any, open_sockets: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer and the time for the next attempt are found in one turn."""
+    monkeypatch.setattr(dial_module, "_ATTEMPT_DELAY", 0.001)
+    monkeypatch.setattr(dial_module, "_SHORTEST_DELAY", 0.001)
+    there, behind = Accepting(open_sockets), Accepting(open_sockets)
+
+    async def run() -> None:
+        endpoint, _ = await dial(lab.reactor, [there.target, behind.target], deadline=lab.clock.now + 9)
+        endpoint.close()
+
+    for _ in range(50):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run)
+            while not lab.reactor.handlers:
+                await trio.lowlevel.checkpoint()
+            time.sleep(0.002)  # noqa: ASYNC251
+    await lab.settle()
+    assert behind.came() == 0
+
+
+@pytest.mark.parametrize("spare", [0, 1, 3])
+async def test_what_races_have_open_is_borrowed(
+    lab: Any, black_hole: Target, answering: Callable[..., Target], spare: int
+) -> None:
+    """With nothing to borrow, attempts take turns, and the last address is reached all the same."""
+    lab.reactor.spare = spare
+    most = 0
+    target = answering()
+
+    async def run() -> None:
+        endpoint, chosen = await dial(lab.reactor, [black_hole] * 3 + [target], deadline=lab.clock.now + 0.4)
+        assert chosen is target
+        endpoint.close()
+
+    async def look() -> None:
+        nonlocal most
+        while True:
+            most = max(most, len(lab.reactor.handlers))
+            assert lab.reactor.spare >= 0
+            await trio.sleep(0.001)
+
+    async with trio.open_nursery() as watching:
+        watching.start_soon(look)
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(run)
+        watching.cancel_scope.cancel()
+    assert most <= 3 + spare
+    assert lab.reactor.spare == spare
+    assert lab.reactor.handlers == {}
+
+
+async def test_all_refuse(lab: Any, refusing: Target) -> None:
+    with pytest.raises(DialError) as caught:
+        await dial(lab.reactor, [refusing, refusing], deadline=lab.clock.now + 10)
+    assert caught.value.errno == errno.ECONNREFUSED
+
+
+# Nobody waits any more
+
+
+@pytest.mark.parametrize("several", [False, True])
+async def test_client_reset_ends_the_dial(lab: Any, black_hole: Target, several: bool) -> None:
+    client, peer = lab.endpoint()
+    caught = trio.Event()
+
+    async def run() -> None:
+        with pytest.raises(PeerReset):
+            await dial(lab.reactor, [black_hole] * (1 + several), deadline=lab.clock.now + 10, client=client)
+        caught.set()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run)
+        await lab.settle()
+        # The end of its stream is none: it waits for the answer.
+        peer.end()
+        await lab.settle()
+        assert not caught.is_set()
+        peer.reset()
+    assert client.on_reset is None
+    assert set(lab.reactor.handlers) == {client.fd}
+
+
+@pytest.mark.parametrize("fin", [False, True])
+async def test_a_client_that_was_reset_before_the_dial(lab: Any, black_hole: Target, fin: bool) -> None:
+    client, peer = lab.endpoint()
+    await peer.send(b"request")
+    if fin:
+        peer.end()
+    peer.reset()
+    await lab.settle()
+    assert await client.receive() == b"request"
+    with pytest.raises(PeerReset):
+        await dial(lab.reactor, [black_hole], deadline=lab.clock.now + 10, client=client)
+    assert set(lab.reactor.handlers) == {client.fd}
+
+
+@pytest.mark.parametrize("several", [False, True])
+async def test_interrupt_reaches_the_session_as_it_is(lab: Any, black_hole: Target, several: bool) -> None:
+    class Stop(Exception):
+        pass
+
+    async def run() -> None:
+        with pytest.raises(Stop):
+            await dial(lab.reactor, [black_hole] * (1 + several), deadline=lab.clock.now + 10)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run)
+        while len(lab.reactor.handlers) < 1 + several:
+            await trio.lowlevel.checkpoint()
+        await lab.settle()
+        lab.reactor.interrupt_all(Stop)
+    assert lab.reactor.handlers == {}
+
+
+async def test_cancelling_at_any_moment_leaves_nothing_open(
+    lab: Any, answering: Callable[..., Target], refusing: Target, black_hole: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random = Random(5)
+    monkeypatch.setattr(dial_module, "_ATTEMPT_DELAY", 0.0)
+    good = answering()
+    won = 0
+    for _ in range(500):
+        targets = random.choice([[good], [refusing, good], [black_hole, good], [good, good], [refusing, black_hole]])
+        with trio.CancelScope() as scope:
+
+            async def cancel(scope: trio.CancelScope = scope) -> None:
+                for _ in range(random.randrange(9)):
+                    await trio.lowlevel.checkpoint()
+                scope.cancel()
+
+            lab.nursery.start_soon(cancel)
+            try:
+                endpoint, _ = await dial(lab.reactor, targets, deadline=lab.clock.now + 10)
+            except DialError:
+                continue
+            endpoint.close()
+            won += 1
+        assert lab.reactor.handlers == {}
+    assert won
+
+
+async def test_cancelled_in_the_moment_of_success(
+    lab: Any, answering: Callable[..., Target], black_hole: Target
+) -> None:
+    """The answer and the cancel come in one turn."""
+    target = answering()
+    with trio.CancelScope() as scope:
+        real = dial_module._Attempt.on_event
+
+        def on_event(attempt: Any, flags: int) -> None:
+            real(attempt, flags)
+            scope.cancel()
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dial_module._Attempt, "on_event", on_event)
+            endpoint, _ = await dial(lab.reactor, [target, black_hole], deadline=lab.clock.now + 10)
+            endpoint.close()
+    assert lab.reactor.handlers == {}
+
+
+async def test_no_descriptors(lab: Any, refusing: Target, no_more_descriptors: Any) -> None:
+    with no_more_descriptors():
+        for targets in ([refusing], [refusing, refusing]):
+            with pytest.raises(DialError, match=r"socket 127.*EMFILE") as caught:
+                await dial(lab.reactor, targets, deadline=lab.clock.now + 10)
+            assert (caught.value.errno, caught.value.step) == (errno.EMFILE, "socket")

@@ -1,0 +1,51 @@
+"""The doors of a master that has no descriptors left."""
+
+import os
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from usocksd.errors import Error
+from usocksd.net.listeners import ListenError
+from usocksd.serve.control import ControlError, ControlSocket
+from usocksd.serve.doors import Doors
+from usocksd.serve.plan import Metering
+
+
+@contextmanager
+def descriptors(count: int) -> Iterator[None]:
+    """Not more than so many, from the first that is free."""
+    free = os.dup(0)
+    os.close(free)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + count, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def failures(do: Callable[[], Any], expected: type[Error]) -> int:
+    """How often it fails, with ever more descriptors; and nothing stays open."""
+    for count in range(100):
+        before = os.listdir("/proc/self/fd")
+        with suppress(expected):
+            with descriptors(count):
+                do().close()
+            return count
+        assert os.listdir("/proc/self/fd") == before
+    raise AssertionError("it always fails")
+
+
+async def test_doors_without_descriptors(tmp_path: Path) -> None:
+    """Whatever it is for that there is none: such a door is shut, and the daemon lives on."""
+    async with trio.open_nursery() as nursery:
+        report: Any = None
+        doors = Doors("tiny", nursery, report, {})
+        metering = Metering("127.0.0.1", 0, required=False)
+        assert failures(lambda: doors._open_metrics(metering), ListenError) >= 4
+        assert failures(lambda: ControlSocket.open(str(tmp_path / "control"), "tiny"), ControlError) >= 2

@@ -1,0 +1,311 @@
+"""A new version of the program, put underneath a daemon that runs: the same process, and everything goes on."""
+
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from daemons import wait_until
+from tiny import CREW, MASTER, ROOT, Tiny, free_port, is_over, lives, running
+
+PLAN = Path("usocksd", "serve", "plan.py")
+SILENT = shutil.ignore_patterns("__pycache__")
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Path:
+    """A copy of the packages, to be changed."""
+    folder = tmp_path / "installed"
+    shutil.copytree(ROOT / "usocksd", folder / "usocksd", ignore=SILENT)
+    return folder
+
+
+def install(folder: Path, version: str, plan: str = "") -> None:
+    """Put another version there, with `plan` added to its plan.py."""
+    if plan:
+        with (folder / PLAN).open("a", encoding="utf-8") as source:
+            source.write(plan)
+    file = folder / "usocksd" / "__init__.py"
+    text = file.read_text(encoding="utf-8")
+    head, _, _ = text.partition("__version__")
+    fresh = file.with_suffix(".new")
+    fresh.write_text(f'{head}__version__ = "{version}"\n', encoding="utf-8")
+    fresh.replace(file)
+
+
+def is_now(tiny: Tiny, version: str) -> None:
+    """Wait until the master is of this version."""
+    wait_until(lambda: tiny.records("this is the new version", version=version), lambda: tiny.lines()[-10:])
+
+
+@pytest.fixture(autouse=True)
+def no_bytecode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files change within a second here, and bytecode goes by seconds."""
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+
+
+def test_a_new_version(tmp_path: Path, installed: Path) -> None:
+    metrics_port, named = free_port(), tmp_path / "named"
+    named.write_text("as it was")
+    settings = {"workers": 2, "addresses": ["127.0.0.1", "::1"], "metrics_port": metrics_port, "file": str(named)}
+    with Tiny(tmp_path, root=installed, **settings).ready() as tiny:
+        tiny.expected.add("a worker ended")
+        held = tiny.one_each()
+        client, upstream = tiny.relayed()
+        tiny.ask("log-level", level="debug")
+        wait_until(lambda: tiny.metrics(metrics_port)["tiny_connections_accepted_total"] >= 3, "counted")
+        before, listening = tiny.metrics(metrics_port), tiny.ask("status")["listening"]
+        uptime = tiny.ask("status")["uptime"]
+        opened = len(tiny.descriptors())
+        control = (tmp_path / "control").stat().st_ino
+        install(installed, "99.1")
+        assert tiny.ask("reload")["generation"] == 2
+        is_now(tiny, "99.1")
+        status = tiny.ask("status")
+        assert (status["version"], status["pid"]) == ("99.1", tiny.pid)
+        assert status["listening"] == listening
+        assert status["uptime"] > uptime
+        assert status["config"]["generation"] == 2
+        assert status["config"]["last_reload"]["ok"]
+        assert {row["version"] for row in status["generations"][0]["workers"]} == {"99.1"}
+        assert (tmp_path / "control").stat().st_ino == control
+        after = tiny.metrics(metrics_port)
+        fallen = [name for name in before if name.split("{")[0].endswith("_total") and after[name] < before[name]]
+        assert fallen == []
+        assert after['tiny_reloads_total{result="ok"}'] == 1
+        # Those that drain are well, and end in good order.
+        assert all(map(lives, held.values()))
+        client.sendall(b"on and on")
+        assert upstream.recv(9) == b"on and on"
+        for sock in (client, upstream, *held.values()):
+            sock.close()
+        wait_until(lambda: not any(map(running, held)), "the old ones are gone")
+        wait_until(lambda: len(tiny.records("a worker has drained", generation=1)) == 2, "and known to be")
+        # No more descriptors than before, and the new version can do what the old one could.
+        wait_until(lambda: len(tiny.descriptors()) <= opened, lambda: (opened, sorted(tiny.descriptors())))
+        victim = tiny.who()[0]
+        named.unlink()
+        os.kill(victim, signal.SIGKILL)
+        new = tiny.record("a worker was replaced")["pid"]
+        assert tiny.record("tiny", pid=new, file="as it was")
+        named.touch()
+        pid, version, sock = tiny.who()
+        assert version == "99.1"
+        tiny.reload(workers=1)
+        assert tiny.ask("status")["config"]["generation"] == 3
+        assert lives(sock)
+        assert tiny.who()[0] != pid
+        assert len(tiny.records("listening")) == 2
+
+
+def test_what_was_found_out_for_all_stays_known(tmp_path: Path, installed: Path) -> None:
+    """To the new version, and to the workers that it starts; and one of its own goes on finding out."""
+    (tmp_path / "keep").touch()
+    with Tiny(tmp_path, root=installed, workers=2).ready() as tiny:
+        tiny.expected.add("a worker ended")
+        wait_until(lambda: len(tiny.records("tiny", keeps=True)) == 1, "one keeps")
+        (keeper,) = {record["pid"] for record in tiny.records("tiny", keeps=True)}
+        wait_until(lambda: len(tiny.records("tiny", known=keeper)) == 2, "both know")
+        install(installed, "99.1")
+        tiny.signal(signal.SIGHUP)
+        is_now(tiny, "99.1")
+        wait_until(lambda: len(tiny.records("tiny", keeps=True)) == 2, "a new one keeps")
+        second = tiny.records("tiny", keeps=True)[-1]["pid"]
+        assert second in {worker["pid"] for worker in tiny.rows()}
+        os.kill(second, signal.SIGKILL)
+        tiny.record("a worker was replaced")
+        wait_until(lambda: len(tiny.records("tiny", keeps=True)) == 3, "its replacement keeps")
+        # Two of the old version, two of the new one and the replacement: they know what the first has found out.
+        known = [record["known"] for record in tiny.records("tiny") if "known" in record]
+        assert known == [keeper] * 5
+
+
+def test_listens_all_the_time(tmp_path: Path, installed: Path) -> None:
+    """Twice, with clients that come and go, and a signal to stop that comes in between."""
+    with Tiny(tmp_path, root=installed, workers=2).ready() as tiny:
+        for version in ("99.1", "99.2"):
+            install(installed, version)
+            tiny.signal(signal.SIGHUP)
+            seen = set()
+            while not tiny.records("this is the new version", version=version):
+                _, by, sock = tiny.who()
+                seen.add(by)
+                assert lives(sock)
+                sock.close()
+            assert version in seen
+        for number in (signal.SIGHUP, signal.SIGUSR1):
+            tiny.signal(number)
+        install(installed, "99.3")
+        tiny.signal(signal.SIGHUP)
+        tiny.record("becoming the version of the workers", to="99.3")
+        tiny.signal(signal.SIGTERM)
+        assert tiny.ended() == 0
+        assert tiny.records("stopped")
+
+
+def test_told_to_stop_right_after_a_reload_into_a_new_version(tmp_path: Path, installed: Path) -> None:
+    """The new version is not for this process any more; what is connected has its time, and no longer."""
+    with Tiny(tmp_path, root=installed, timeouts={"stop": 1.5}).ready() as tiny:
+        client = tiny.client(b"echo")
+        install(installed, "99.1")
+        tiny.signal(signal.SIGHUP)
+        wait_until(lambda: tiny.generation() == 2, "reloaded")
+        tiny.signal(signal.SIGTERM)
+        tiny.wait_until_closed()
+        assert lives(client)
+        assert tiny.ended() == 0
+        assert is_over(client)
+        assert tiny.records("ending what is still connected")
+
+
+def test_a_plan_that_says_more(tmp_path: Path, installed: Path) -> None:
+    """A later version's: what this one does not know is left to the later one."""
+    patch = {MASTER + "_ANSWERED_AFTER": 0.1}
+    with Tiny(tmp_path, root=installed, patch=patch, metrics_port=free_port()).ready() as tiny:
+        client = tiny.client(b"echo")
+        install(installed, "99.1", plan=_MORE)
+        assert tiny.ask("reload")["generation"] == 2
+        is_now(tiny, "99.1")
+        assert tiny.ask("status")["version"] == "99.1"
+        assert lives(client)
+        assert tiny.who()[1] == "99.1"
+
+
+def test_a_plan_that_can_t_be_made_out(tmp_path: Path, installed: Path) -> None:
+    """An error of the reload, and everything is as before."""
+    with Tiny(tmp_path, root=installed).ready() as tiny:
+        tiny.expected |= {"reload failed", "nothing has changed: the configuration in force stays"}
+        (worker,) = tiny.workers()
+        good = (installed / PLAN).read_text(encoding="utf-8")
+        for plan in (_LESS, _OTHER):
+            (installed / PLAN).write_text(good, encoding="utf-8")
+            install(installed, "99.1", plan=plan)
+            answer = tiny.ask("reload")
+            assert not answer["ok"]
+            assert answer["error"].startswith("version 99.1 can't be reloaded into from ")
+            wait_until(lambda: tiny.workers() == [worker], "only the old one is left")
+            assert tiny.who()[0] == worker
+
+
+def test_workers_whose_figures_can_t_be_made_out(tmp_path: Path, installed: Path) -> None:
+    """They serve all the same, and neither they nor their end are the master's."""
+    port = free_port()
+    with Tiny(tmp_path, root=installed, metrics_port=port).ready() as tiny:
+        tiny.expected |= {"the figures of a worker can't be read", "a worker ended"}
+        install(installed, "99.1", plan=_OTHER_FIGURES)
+        assert tiny.ask("reload")["ok"]
+        tiny.record("the workers are of a newer version, which can't take over from this master: restart it")
+        worker, version, _ = tiny.who()
+        assert version == "99.1"
+        tiny.record("the figures of a worker can't be read")
+        assert tiny.ask("status")["state"] == "ready"
+        assert tiny.metrics(port)['tiny_workers{state="serving"}'] == 1
+        os.kill(worker, signal.SIGKILL)
+        tiny.record("a worker was replaced")
+        assert tiny.who()[1] == "99.1"
+
+
+# What other versions might say, as an end of plan.py.
+_OTHER_FIGURES = """
+HANDOVER = 0
+Metrics.snapshot = lambda self: {"name": "in another form"}
+"""
+_CHANGED = """
+_as_json = Plan.as_json
+
+
+def _changed(self: Plan) -> dict[str, Any]:
+    values = _as_json(self)
+    return values | {change}
+
+
+Plan.as_json = _changed
+"""
+_MORE = _CHANGED.replace(
+    "{change}",
+    """{
+        "pools": 3,
+        "log": values["log"] | {"rotate": "daily"},
+        "listen": [[*address, "backlog"] for address in values["listen"]],
+        "metrics": [*values["metrics"], "path"],
+    }""",
+)
+_LESS = _CHANGED.replace("values | {change}", '{key: value for key, value in values.items() if key != "listen"}')
+_OTHER = _CHANGED.replace("{change}", '{"listen": "everywhere", "log": None}')
+
+
+def test_a_new_version_that_does_not_work(tmp_path: Path, installed: Path) -> None:
+    with Tiny(tmp_path, root=installed).ready() as tiny:
+        tiny.expected |= {"reload failed", "nothing has changed: the configuration in force stays"}
+        tiny.expected.add("the last words of a worker")
+        good = (installed / "usocksd" / "__init__.py").read_text()
+        (installed / "usocksd" / "__init__.py").write_text("raise ImportError('half of it is missing')\n")
+        assert "ImportError: half of it is missing" in tiny.ask("reload")["error"]
+        assert lives(tiny.client(b"echo"))
+        (installed / "usocksd" / "__init__.py").write_text(good)
+        install(installed, "99.1")
+        assert tiny.ask("reload")["ok"]
+        is_now(tiny, "99.1")
+
+
+def test_no_program_any_more(tmp_path: Path) -> None:
+    """The interpreter is gone: neither workers nor a new master can be started, and the old ones go on."""
+    folder = tmp_path / "environment"
+    (folder / "bin").mkdir(parents=True)
+    shutil.copy(Path(sys.prefix) / "pyvenv.cfg", folder)
+    (folder / "lib").symlink_to(Path(sys.prefix) / "lib")
+    python = folder / "bin" / "python"
+    python.symlink_to(os.path.realpath(sys.executable))
+    with Tiny(tmp_path, python=str(python)).ready() as tiny:
+        tiny.expected |= {"reload failed", "nothing has changed: the configuration in force stays"}
+        client = tiny.client(b"echo")
+        python.unlink()
+        assert f"can't start a worker: {python}: No such file" in tiny.ask("reload")["error"]
+        assert lives(client)
+        assert lives(tiny.client(b"echo"))
+        python.symlink_to(os.path.realpath(sys.executable))
+        assert tiny.ask("reload")["ok"]
+
+
+def test_no_program_just_then(tmp_path: Path, installed: Path) -> None:
+    """The workers of the new version have started, but the master can't follow: it stays what it is."""
+    folder = tmp_path / "environment"
+    (folder / "bin").mkdir(parents=True)
+    shutil.copy(Path(sys.prefix) / "pyvenv.cfg", folder)
+    (folder / "lib").symlink_to(Path(sys.prefix) / "lib")
+    python = folder / "bin" / "python"
+    python.symlink_to(os.path.realpath(sys.executable))
+    with Tiny(tmp_path, python=str(python), root=installed, metrics_port=free_port()).ready() as tiny:
+        tiny.expected.add("can't become the version of the workers")
+        install(installed, "99.1")
+        tiny.flag("hold-build").touch()
+        tiny.signal(signal.SIGHUP)
+        tiny.held("build")
+        python.unlink()
+        tiny.flag("hold-build").unlink()
+        tiny.record("can't become the version of the workers")
+        assert lives(tiny.client(b"echo"))
+        assert tiny.ask("status")["version"] != "99.1"
+        assert tiny.metrics(tiny.settings["metrics_port"])["tiny_config_generation"] == 2
+        python.symlink_to(os.path.realpath(sys.executable))
+        tiny.reload()
+        is_now(tiny, "99.1")
+
+
+def test_a_slot_without_a_worker_is_filled_by_the_new_version(tmp_path: Path, installed: Path) -> None:
+    """It died before, and the old master was about to replace it, but not at once."""
+    patch = {CREW + "_BACKOFF": [1.5], MASTER + "_ANSWERED_AFTER": 0.1}
+    with Tiny(tmp_path, root=installed, workers=2, patch=patch).ready() as tiny:
+        tiny.expected.add("a worker ended")
+        install(installed, "99.1")
+        tiny.signal(signal.SIGHUP)
+        wait_until(lambda: tiny.generation() == 2, "reloaded")
+        os.kill(tiny.who()[0], signal.SIGKILL)
+        tiny.record("a worker was replaced")
+        assert tiny.records("this is the new version")
+        messages = [record["message"] for record in tiny.records()]
+        assert messages.index("a worker ended") < messages.index("this is the new version")
+        assert messages.index("this is the new version") < messages.index("a worker was replaced")
+        wait_until(lambda: len({tiny.who()[0] for _ in range(10)}) == 2, "both serve")

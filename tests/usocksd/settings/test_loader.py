@@ -1,0 +1,494 @@
+"""The strict loader and the types of single settings, apart from either daemon's configuration."""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections.abc import Mapping
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Annotated
+
+import attrs
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from usocksd.errors import ConfigError, Fault
+from usocksd.net.address import IPAddress
+from usocksd.settings.loader import KEY, Distinct, Invalid, SecretStr, load, loading, parse, show, structure
+from usocksd.settings.types import (
+    DnsConfig,
+    Interface,
+    ListenIP,
+    LogConfig,
+    Mark,
+    Port,
+    ReadableFile,
+    Seconds,
+    SecondsOrZero,
+    SocketAddress,
+    Timeouts,
+    check_distinct_address,
+    host_ip,
+    split_port,
+    text,
+)
+
+
+def _password(value: str) -> SecretStr:
+    if len(value) < 8:
+        raise ValueError
+    return SecretStr(value)
+
+
+@attrs.frozen(kw_only=True)
+class Inner:
+    port: Port
+    flag: bool = False
+    limit: Seconds | None = None
+
+    def __attrs_post_init__(self) -> None:
+        if self.flag and self.limit is None:
+            raise Invalid("expected limit to be set too", shown="true", at="flag")
+
+
+@attrs.frozen(kw_only=True)
+class Outer:
+    inner: Inner = attrs.field(factory=lambda: Inner(port=1))
+    ports: tuple[Port, ...] = ()
+    entries: tuple[Inner, ...] = ()
+    addresses: Annotated[tuple[ListenIP, ...], Distinct(check_distinct_address)] = ()
+    host: Annotated[IPAddress | None, text(host_ip, 'an IP address, as in "192.0.2.1" or "2001:db8::1"')] = None
+    iface: Interface = None
+    mark: Mark | None = None
+    file: ReadableFile | None = None
+    drain: SecondsOrZero = 1.0
+    secret: Annotated[SecretStr | None, text(_password, "8 characters or more", secret=True)] = None
+
+
+def faults(toml: str, cls: type[object] = Outer) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        parse(cls, toml, "test.toml")
+    return [str(fault) for fault in caught.value.faults]
+
+
+def test_an_empty_text_is_all_defaults() -> None:
+    assert parse(Outer, "", "test.toml") == Outer()
+
+
+def test_values_are_typed() -> None:
+    config = parse(
+        Outer,
+        """
+        ports = [1, 65535]
+        addresses = ["127.0.0.1", "::ffff:192.0.2.1", "::1"]
+        host = "2001:db8::1"
+        iface = "eth0"
+        mark = 0xffffffff
+        drain = 0
+        secret = "long enough"
+        inner = { port = 80, flag = true, limit = 1.5 }
+        entries = [{ port = 1 }, { port = 2 }]
+        """,
+        "test.toml",
+    )
+    assert config.ports == (1, 65535)
+    assert config.addresses == (ip_address("127.0.0.1"), ip_address("192.0.2.1"), ip_address("::1"))
+    assert config.host == ip_address("2001:db8::1")
+    assert config.iface == "eth0"
+    assert config.mark == 0xFFFFFFFF
+    assert config.drain == 0.0
+    assert type(config.drain) is float
+    assert config.secret == SecretStr("long enough")
+    assert config.inner == Inner(port=80, flag=True, limit=1.5)
+    assert [entry.port for entry in config.entries] == [1, 2]
+
+
+@attrs.frozen(kw_only=True)
+class Tables:
+    from_: int = attrs.field(default=0, metadata={KEY: "from"})
+    by_name: Mapping[Annotated[str, text(str.upper, "any name")], Inner] = attrs.field(factory=dict)
+
+
+def test_tables_with_names_of_the_operators_choice_and_keys_that_python_has_a_use_for() -> None:
+    config = parse(Tables, "from = 3\n[by_name.a]\nport = 1\n[by_name.b]\nport = 2\n", "test.toml")
+    assert config.from_ == 3
+    assert {name: inner.port for name, inner in config.by_name.items()} == {"A": 1, "B": 2}
+    with pytest.raises(TypeError):
+        config.by_name["C"] = Inner(port=3)  # type: ignore[index]
+    found = faults('from = "x"\nform = 1\n[by_name."a b"]\nprot = 0\n[by_name.c]\nport = "1"\n', Tables)
+    assert [fault.partition(": ")[0] for fault in found] == [
+        "from",
+        'by_name."a b".port',
+        'by_name."a b".prot',
+        "by_name.c.port",
+        "form",
+    ]
+    assert "form: unknown key, expected one of from, by_name" in found  # from is there already
+    assert faults("form = 1", Tables) == ["form: unknown key, did you mean from?"]
+    assert faults("by_name = 1", Tables) == ["by_name: 1: expected a table"]
+    assert faults("[by_name]\nx = 1", Tables) == ["by_name.x: 1: expected a table"]
+
+
+def _beside(value: str) -> Path:
+    return loading().folder / value
+
+
+@attrs.frozen
+class Files:
+    file: Annotated[Path, text(_beside, "a path")]
+
+
+def test_parsers_know_the_folder_of_the_file(tmp_path: Path) -> None:
+    assert structure(Files, {"file": "x"}, f"{tmp_path}/test.toml").file == tmp_path / "x"
+    assert structure(Files, {"file": "x"}, "test.toml").file == Path("x")
+    with pytest.raises(LookupError):
+        loading()
+
+
+def test_a_configuration_is_frozen() -> None:
+    with pytest.raises(attrs.exceptions.FrozenInstanceError):
+        parse(Outer, "", "test.toml").mark = 1  # type: ignore[misc]
+
+
+def test_every_fault_of_a_text_is_reported_at_once() -> None:
+    assert sorted(
+        faults(
+            """
+            colour = "red"
+            ports = [1, "80", 70000, true]
+            addresses = ["127.0.0.1", "nowhere", "127.0.0.1"]
+            entries = [{ port = 1 }, { prt = 2 }, 3]
+            mark = 0
+            iface = "averylonginterface"
+            [inner]
+            port = true
+            flag = "yes"
+            limit = nan
+            "odd key" = 1
+            """
+        )
+    ) == sorted(
+        [
+            "inner.port: true: expected an integer from 1 to 65535",
+            'inner.flag: "yes": expected true or false',
+            "inner.limit: nan: expected seconds, more than 0 and at most 31536000 (a year)",
+            'inner."odd key": unknown key, expected one of port, flag, limit',
+            'ports[1]: "80": expected an integer from 1 to 65535',
+            "ports[2]: 70000: expected an integer from 1 to 65535",
+            "ports[3]: true: expected an integer from 1 to 65535",
+            "entries[1].port: missing: expected an integer from 1 to 65535",
+            "entries[1].prt: unknown key, did you mean port?",
+            "entries[2]: 3: expected a table",
+            'addresses[1]: "nowhere": expected an IP address, as in "127.0.0.1" or "::1"',
+            'addresses[2]: "127.0.0.1": is there already, expected every address once',
+            "mark: 0: expected an integer from 1 to 4294967295",
+            'iface: "averylonginterface": expected the name of an interface, at most 15 characters, as in "eth0"',
+            "colour: unknown key, expected one of inner, ports, entries, addresses, host, iface, mark, file, "
+            "drain, secret",
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("toml", "fault"),
+    [
+        ("inner = 5", "inner: 5: expected a table"),
+        ('inner = "abc"', 'inner: "abc": expected a table'),
+        ("inner = [{ port = 1 }]", "inner: [a table]: expected a table"),
+        ("inner.port = 80.0", "inner.port: 80.0: expected an integer from 1 to 65535"),
+        ("inner.port = 80.9", "inner.port: 80.9: expected an integer from 1 to 65535"),
+        ("inner.port = 0", "inner.port: 0: expected an integer from 1 to 65535"),
+        ("inner = { port = 1, flag = 1 }", "inner.flag: 1: expected true or false"),
+        ("inner = { port = 1, flag = true }", "inner.flag: true: expected limit to be set too"),
+        ('ports = "abc"', 'ports: "abc": expected a list, each item an integer from 1 to 65535'),
+        ("ports = { a = 1 }", "ports: a table: expected a list, each item an integer from 1 to 65535"),
+        ("ports = [[1]]", "ports[0]: [1]: expected an integer from 1 to 65535"),
+        ("drain = true", "drain: true: expected seconds, 0 or more and at most 31536000 (a year)"),
+        ("drain = inf", "drain: inf: expected seconds, 0 or more and at most 31536000 (a year)"),
+        ("drain = -0.5", "drain: -0.5: expected seconds, 0 or more and at most 31536000 (a year)"),
+        (
+            "drain = 2024-01-01",
+            "drain: 2024-01-01: expected seconds, 0 or more and at most 31536000 (a year)",
+        ),
+        ('host = "::"', 'host: "::": is the unspecified address, expected the address of one host'),
+        ('host = "224.0.0.1"', 'host: "224.0.0.1": is multicast, expected the address of one host'),
+        ('host = "fe80::1%eth0"', 'host: "fe80::1%eth0": expected an IP address without a zone'),
+        (
+            'host = "010.0.0.1"',
+            'host: "010.0.0.1": expected an IP address, as in "192.0.2.1" or "2001:db8::1"',
+        ),
+        (
+            'addresses = ["::1", "::"]',
+            'addresses[1]: "::": clashes with ::1, expected :: alone since it covers the others',
+        ),
+        (
+            'addresses = ["0.0.0.0", "::1", "127.0.0.1"]',
+            'addresses[2]: "127.0.0.1": clashes with 0.0.0.0, expected 0.0.0.0 alone since it covers the others',
+        ),
+        ('file = "/nonexistent/file"', 'file: "/nonexistent/file": expected a file that exists'),
+        ('file = "/"', 'file: "/": expected a regular file'),
+    ],
+)
+def test_fault(toml: str, fault: str) -> None:
+    assert faults(toml) == [fault]
+
+
+@attrs.frozen
+class Plain:
+    b: bool = False
+    i: int = 0
+    f: float = 0.0
+    s: str = ""
+
+
+def test_plain_types_are_strict_too() -> None:
+    assert parse(Plain, 'b = true\ni = 1\nf = 1.0\ns = "x"', "") == Plain(True, 1, 1.0, "x")
+    assert faults("b = 1\ni = true\nf = 1\ns = 1", Plain) == [
+        "b: 1: expected true or false",
+        "i: true: expected an integer",
+        "f: 1: expected a float",
+        "s: 1: expected a string",
+    ]
+
+
+def test_the_wildcards_of_both_families_do_not_clash() -> None:
+    assert len(parse(Outer, 'addresses = ["0.0.0.0", "::"]', "test.toml").addresses) == 2
+
+
+@pytest.mark.parametrize("name", ["a b", "a/b", "..", "a:b", "sixteen-chars-xx", "tab\\t"])
+def test_what_the_kernel_refuses_as_an_interface_name(name: str) -> None:
+    assert len(faults(f'iface = "{name}"')) == 1
+
+
+def test_a_readable_file(tmp_path: Path) -> None:
+    users = tmp_path / "users"
+    users.touch()
+    assert parse(Outer, f'file = "{users}"', "test.toml").file == users
+
+
+def test_a_file_that_can_not_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("users").touch()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)  # mode bits do not hold root
+    assert faults('file = "users"') == ['file: "users": expected a readable file: Permission denied']
+
+
+# Files that can't be read at all.
+
+
+@pytest.mark.parametrize(
+    ("toml", "place"),
+    [
+        ("a = 1\nb =\n", "line 2, column 4"),
+        ("a = 1\n[", "line 2, column 2"),
+        ("a = 1\na = 2", "line 2, column 6"),
+    ],
+)
+def test_syntax_errors_tell_line_and_column(toml: str, place: str) -> None:
+    (fault,) = faults(toml)
+    assert fault.startswith(f"{place}: not TOML: ")
+
+
+@pytest.mark.parametrize("toml", ["mark = " + "9" * 5000, "mark = " + "[" * 5000])
+def test_numbers_and_nesting_without_measure(toml: str) -> None:
+    (fault,) = faults(toml)
+    assert "file: can't be read" in fault
+
+
+@pytest.mark.parametrize("depth", range(50, 1000, 50))
+def test_nesting_of_any_depth_is_a_fault(depth: int) -> None:
+    assert len(faults("mark = " + "[" * depth + "]" * depth)) == 1
+
+
+def test_a_hexadecimal_number_of_thousands_of_digits() -> None:
+    (fault,) = faults("mark = 0x" + "f" * 5000)
+    assert fault.startswith("mark: 0xfff")
+    assert len(fault) < 160
+
+
+def test_load_reads_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "test.toml"
+    path.write_bytes(b"\xef\xbb\xbfmark = 7\r\n")
+    assert load(Outer, path).mark == 7
+    assert load(Outer, str(path)).mark == 7
+
+
+def test_rules_are_named_as_records_name_them() -> None:
+    assert str(Fault("rule[0].to[1]", '"x"', "expected another")) == 'rule 1: to[1]: "x": expected another'
+    assert str(Fault("route[9]", "", "expected another")) == "route 10: expected another"
+    assert str(Fault("outgoing.rule[0]", "", "expected another")) == "outgoing.rule[0]: expected another"
+
+
+def test_load_names_the_file_in_each_fault(tmp_path: Path) -> None:
+    path = tmp_path / "test.toml"
+    path.write_text("mark = -1\ndrain = -1\n")
+    with pytest.raises(ConfigError) as caught:
+        load(Outer, path)
+    assert caught.value.source == str(path)
+    lines = str(caught.value).splitlines()
+    assert [line.partition(": ")[0] for line in lines] == [f"{path}:1", f"{path}:2"]
+
+
+def test_load_of_a_missing_file_and_of_a_directory(tmp_path: Path) -> None:
+    for path, problem in ((tmp_path / "none", "No such file or directory"), (tmp_path, "Is a directory")):
+        with pytest.raises(ConfigError) as caught:
+            load(Outer, path)
+        assert str(caught.value) == f"{path}: file: can't be read: {problem}"
+
+
+def test_load_of_what_is_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "test.toml"
+    path.write_bytes(b"# one\n# two \xff\n")
+    with pytest.raises(ConfigError) as caught:
+        load(Outer, path)
+    assert str(caught.value) == f"{path}: line 2: byte 0xff: expected UTF-8"
+
+
+# Secrets.
+
+
+def test_a_secret_does_not_print() -> None:
+    secret = SecretStr("hunter2")
+    assert f"{secret} {secret!r} {secret!s:>5}".split() == ["***", "***", "***"]
+    assert secret.reveal() == "hunter2"
+    assert secret == SecretStr("hunter2")
+    assert secret != SecretStr("hunter3")
+    assert secret != "hunter2"
+    assert hash(secret) == hash(SecretStr("hunter2"))
+
+
+@pytest.mark.parametrize(
+    "toml",
+    ['secret = "hunter2"', 'secret = ["hunter2"]', 'secert = "hunter2"', 'ports = "socks5://u:hunter2@h:1"'],
+)
+def test_a_secret_is_in_no_fault_and_in_no_traceback(toml: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(Outer, toml, "test.toml")
+    assert "hunter2" not in "".join(traceback.format_exception(caught.value))
+    assert caught.value.__context__ is None
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("plain", '"plain"'),
+        ("tab\tand \x1b[31m", '"tab\\tand \\u001b[31m"'),
+        ("münchen", '"münchen"'),
+        ("socks5://user:p@ss@host:1", '"socks5://***@host:1"'),
+        ("user:pass@host", '"***@host"'),
+        (["a:b@c", True, 1.5, [1]], '["***@c", true, 1.5, […]]'),
+        ({"a": "b"}, "a table"),
+        ("x" * 100, '"' + "x" * 78 + "…"),
+    ],
+)
+def test_show(value: object, shown: str) -> None:
+    assert show(value) == shown
+
+
+@given(st.text(st.sampled_from('abc=[]{}"\n.,#1: @\\'), max_size=60))
+def test_garbage_is_a_configuration_or_a_config_error(toml: str) -> None:
+    with contextlib.suppress(ConfigError):
+        parse(Outer, toml, "test.toml")
+
+
+VALUES = st.recursive(
+    st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(st.sampled_from([field.name for field in attrs.fields(Outer)]), VALUES)
+def test_any_value_for_any_key_is_accepted_or_a_fault(key: str, value: object) -> None:
+    with contextlib.suppress(ConfigError):
+        structure(Outer, {key: value}, "test.toml")
+
+
+# Tables that both daemons have.
+
+
+def test_log() -> None:
+    assert parse(LogConfig, "", "") == LogConfig(filename=None, level=None, format=None)
+    config = parse(LogConfig, 'filename = "/var/log/x"\nlevel = "crit"\nformat = "logfmt"', "")
+    assert config == LogConfig(filename="/var/log/x", level="crit", format="logfmt")
+    assert parse(LogConfig, 'filename = ""\nlevel = ""\nformat = ""', "") == LogConfig()
+
+
+@pytest.mark.parametrize("level", ["critical", "crit", "error", "warning", "warn", "info", "information", "debug"])
+def test_log_levels(level: str) -> None:
+    assert parse(LogConfig, f'level = "{level}"', "").level == level
+
+
+def test_log_faults() -> None:
+    found = faults('filename = 1\nlevel = "loud"\nformat = "xml"', LogConfig)
+    assert found[0] == "filename: 1: expected the path of a file"
+    assert found[1].startswith('level: "loud": expected one of "critical", ')
+    assert found[2] == 'format: "xml": expected one of "plain", "logfmt", "json"'
+
+
+def test_dns_servers() -> None:
+    config = parse(
+        DnsConfig,
+        'servers = ["192.0.2.53", "192.0.2.53:5353", "[2001:db8::53]:53", "2001:db8::54", "[::1]"]',
+        "",
+    )
+    assert config.servers is not None
+    assert [str(server) for server in config.servers] == [
+        "192.0.2.53:53",
+        "192.0.2.53:5353",
+        "[2001:db8::53]:53",
+        "[2001:db8::54]:53",
+        "[::1]:53",
+    ]
+    assert config.servers[0] == SocketAddress(ip_address("192.0.2.53"), 53)
+    assert parse(DnsConfig, "servers = []", "").servers is None
+
+
+def test_the_resolver() -> None:
+    assert parse(DnsConfig, "", "").resolver == "dns"
+    assert parse(DnsConfig, 'resolver = "system"\nservers = []', "").resolver == "system"
+    assert faults('resolver = "nss"', DnsConfig) == ['resolver: "nss": expected one of "dns", "system"']
+    (fault,) = faults('resolver = "system"\nservers = ["192.0.2.53"]', DnsConfig)
+    assert fault.startswith('resolver: "system": expected "dns" beside servers')
+
+
+@pytest.mark.parametrize(
+    "server",
+    ["", "dns.example", "192.0.2.53:", "192.0.2.53:0", "192.0.2.53:65536", "[::1", "0.0.0.0", "::1]:53"],
+)
+def test_what_is_no_dns_server(server: str) -> None:
+    (fault,) = faults(f'servers = ["{server}"]', DnsConfig)
+    assert fault.startswith(f'servers[0]: "{server}": ')
+
+
+def test_timeouts() -> None:
+    assert attrs.astuple(Timeouts()) == (10.0, 30.0, 7440.0, 300.0, 180, 30.0, 600.0)
+    assert parse(Timeouts, "handshake = 0.5\nidle = 60\nstop = 0", "") == Timeouts(handshake=0.5, idle=60.0, stop=0.0)
+    assert len(faults("handshake = 0\nconnect = 0\nidle = 0\nhalf_closed = 0\nstop = -1\nkeepalive = 0", Timeouts)) == 6
+
+
+@pytest.mark.parametrize(
+    ("value", "parts"),
+    [
+        ("a:1", ("a", 1)),
+        ("a", ("a", None)),
+        (":1", ("", 1)),
+        ("[::1]:1", ("::1", 1)),
+        ("[::1]", ("::1", None)),
+        ("::1", ("::1", None)),
+    ],
+)
+def test_split_port(value: str, parts: tuple[str, int | None]) -> None:
+    assert split_port(value) == parts
+
+
+@pytest.mark.parametrize("value", ["a:b", "a:", "a:123456", "a:65536", "[a]:1", "[::1", "[::1]1", "a]:1", "a:٣"])
+def test_split_port_refuses(value: str) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011, any
+        split_port(value)

@@ -1,0 +1,139 @@
+"""A control group for one command and everything that it starts, by which rules recognise its connections.
+
+Unlike a group id, it holds processes that change their user and group (su, sudo). A rule binds to the directory that
+exists when it is loaded; here both are made and removed together. See cgroups(7), and net_cls.rst of the kernel for
+version 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import attrs
+
+from transocks.rules.wanted import CGROUPS, Selection
+from usocksd.host.mounts import PROC, lines, mounts
+
+_WITHIN, _EVERY = 5.0, 0.02  # seconds until all that was killed has ended
+_TRIAL = ("203.0.113.1", 9)  # nobody: a documentation address
+_TRIAL_WITHIN = 1.0  # seconds, on this host
+
+
+@attrs.frozen
+class Cgroup:
+    """A cgroup that exists: of version 1, if it has a class id for net_cls."""
+
+    folder: str
+    path: str
+    """in its hierarchy"""
+    mount: str
+    classid: int | None = None
+
+    @property
+    def selection(self) -> Selection:
+        """Which connections rules have to select for it."""
+        if self.classid is not None:
+            return Selection(classids=(self.classid,))
+        return Selection(cgroups=(self.path,), cgroups_at=os.path.relpath(self.mount, CGROUPS))
+
+    def enter(self) -> None:
+        """Move this process into it, and so everything that it will start. Raises OSError."""
+        Path(self.folder, "cgroup.procs").write_text("0", encoding="ascii")
+
+    def is_redirected_to(self, port: int) -> bool:
+        """Whether the rules redirect a connection of this cgroup to this port, on which this process listens.
+
+        A trial tells, since it may fail in many ways: in a container, or on older kernels with both versions in use.
+        The connection is bound to `lo`, so that it leads nowhere if it is not redirected.
+        """
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                self.enter()
+                with socket.socket() as sock:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo")
+                    sock.bind(("127.0.0.1", 0))
+                    sock.settimeout(_TRIAL_WITHIN)
+                    sock.connect(_TRIAL)
+                status = 0
+            finally:
+                os._exit(status)
+        return os.waitpid(pid, 0)[1] == 0
+
+
+def members_of(gid: int, cgroup: Cgroup | None) -> set[int]:
+    """The processes with this effective group, or in this cgroup."""
+    found = set() if cgroup is None else _members(cgroup.folder)
+    for status in Path("/proc").glob("[0-9]*/status"):
+        with contextlib.suppress(OSError):  # it has ended
+            fields = dict(line.split(":", 1) for line in status.read_text("ascii", "replace").splitlines())
+            if fields["Gid"].split()[1] == str(gid) and fields["State"].split()[0] not in "ZX":
+                found.add(int(status.parent.name))
+    return found
+
+
+def name_of(pid: int) -> str:
+    """The name of the process."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text("utf-8", "replace").strip()
+    except OSError:
+        return "?"
+
+
+def _members(folder: str) -> set[int]:
+    found = set()
+    for at, _, _ in os.walk(folder):
+        with contextlib.suppress(OSError):
+            found |= set(map(int, Path(at, "cgroup.procs").read_text("ascii").split()))
+    return found
+
+
+def end(folder: str) -> None:
+    """Kill all processes in it, and remove it."""
+    deadline = time.monotonic() + _WITHIN
+    while os.path.exists(folder) and time.monotonic() < deadline:
+        for pid in _members(folder):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for at, _, _ in os.walk(folder, topdown=False):
+            with contextlib.suppress(OSError):  # busy, while there is one in it that is about to end
+                os.rmdir(at)
+        if os.path.exists(folder):
+            time.sleep(_EVERY)
+
+
+def make(name: str, number: int) -> Iterator[Cgroup]:
+    """Of each kind that there is here, one below that of this process: with its limits, and in its session for
+    systemd. Version 2 comes first. number: for version 1, the class id.
+    """
+    for second, mount, root, path in _hierarchies():
+        folder = os.path.normpath(f"{mount}/{os.path.relpath(path, root)}/{name}")
+        try:
+            os.mkdir(folder)
+            if not second:
+                Path(folder, "net_cls.classid").write_text(str(number), encoding="ascii")
+        except OSError:  # read-only, say
+            continue
+        yield Cgroup(folder, f"{path}/{name}".strip("/"), mount, None if second else number)
+
+
+def _hierarchies() -> Iterator[tuple[bool, str, str, str]]:
+    """Whether it is version 2; where it is mounted, and which of its cgroups there; the one that this process is in."""
+    mine = [os.fsdecode(line).split(":", 2)[1:] for line in lines(PROC / "self/cgroup")]
+    found = []
+    for mount in mounts("cgroup", "cgroup2"):
+        second = mount.kind == "cgroup2"
+        if second or (mount.kind == "cgroup" and "net_cls" in mount.options):
+            controllers = "" if second else "net_cls"
+            path = next((path for names, path in mine if controllers in names.split(",")), None)
+            if path is not None and f"{path}/".startswith(f"{mount.root.rstrip('/')}/"):
+                found.append((second, mount.point, mount.root, path))
+    # Version 2, and where others look for it; there may be more mounts of it.
+    return iter(sorted(found, key=lambda each: (not each[0], not each[1].startswith(CGROUPS))))

@@ -1,0 +1,85 @@
+"""Enters existing connections of this host in its connection tracking (ctnetlink).
+
+Rules that refuse packets without a connection would refuse those of connections that were never tracked: on most hosts,
+the admin's own SSH session.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from collections.abc import Collection, Iterable
+from ipaddress import IPv4Address
+
+from transocks.rules.steps import FirewallError
+from usocksd.host.netlink import HEADER
+from usocksd.host.sockets import Connection, tcp_connections
+from usocksd.net.address import IPAddress
+
+# linux/netlink.h, linux/netfilter/nfnetlink.h, nfnetlink_conntrack.h
+_NETLINK_NETFILTER = 12
+_NEW = 1 << 8  # NFNL_SUBSYS_CTNETLINK, IPCTNL_MSG_CT_NEW
+_FLAGS = 0x1 | 0x4 | 0x200 | 0x400  # NLM_F_REQUEST, ACK, EXCL, CREATE
+_NESTED = 0x8000
+_ORIGINAL, _REPLY, _STATUS, _PROTOCOL_INFO, _TIMEOUT = 1, 2, 3, 4, 7
+_IP, _PROTOCOL = 1, 2
+_NUMBER, _SOURCE_PORT, _DESTINATION_PORT = 1, 2, 3
+_TCP, _TCP_STATE, _TCP_FLAGS_ORIGINAL, _TCP_FLAGS_REPLY = 1, 1, 4, 5
+_SEEN_ASSURED_CONFIRMED = 2 | 4 | 8
+_ESTABLISHED = 3
+_LIBERAL = bytes((8, 8))  # IP_CT_TCP_FLAG_BE_LIBERAL, and its mask: nobody has seen how large the windows are
+_SECONDS = 432_000
+_ANSWER = struct.Struct("=16xi")
+
+
+def make_known(ports: Collection[int]) -> None:
+    """Of this network namespace, all but those of transocks's clients on this host: it listens on these `ports`.
+
+    What is tracked already stays as it is. Raises FirewallError.
+    """
+    try:
+        found = [connection for family in (socket.AF_INET, socket.AF_INET6) for connection in tcp_connections(family)]
+        clients = {connection.peer for connection in found if connection.local[1] in ports}
+        _track(c for c in found if c.local not in clients and not c.peer[0].is_loopback)
+    except OSError as error:
+        raise FirewallError(
+            "connections that are there can't be made known to connection tracking, and would be refused"
+            f" ({error.strerror}): load nf_conntrack_netlink, or set rules.when_down to open"
+        ) from None
+
+
+def _track(connections: Iterable[Connection]) -> None:
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER) as sock:
+        sock.settimeout(2)
+        for connection in connections:
+            sock.send(_message(connection))
+            code = -_ANSWER.unpack_from(sock.recv(1 << 16))[0]
+            if code not in (0, errno.EEXIST):
+                raise OSError(code, os.strerror(code))
+
+
+def _message(connection: Connection) -> bytes:
+    family = socket.AF_INET if connection.local[0].version == 4 else socket.AF_INET6
+    state = _attribute(_TCP_STATE, bytes((_ESTABLISHED,)))
+    state += _attribute(_TCP_FLAGS_ORIGINAL, _LIBERAL) + _attribute(_TCP_FLAGS_REPLY, _LIBERAL)
+    body = struct.pack("=BBH", family, 0, 0)
+    body += _tuple(_ORIGINAL, connection.local, connection.peer) + _tuple(_REPLY, connection.peer, connection.local)
+    body += _attribute(_STATUS, struct.pack(">I", _SEEN_ASSURED_CONFIRMED))
+    body += _attribute(_TIMEOUT, struct.pack(">I", _SECONDS))
+    body += _attribute(_PROTOCOL_INFO | _NESTED, _attribute(_TCP | _NESTED, state))
+    return HEADER.pack(HEADER.size + len(body), _NEW, _FLAGS, 1, 0) + body
+
+
+def _tuple(kind: int, source: tuple[IPAddress, int], destination: tuple[IPAddress, int]) -> bytes:
+    first = 1 if isinstance(source[0], IPv4Address) else 3  # CTA_IP_V4_SRC, _DST; CTA_IP_V6_SRC, _DST
+    addresses = _attribute(first, source[0].packed) + _attribute(first + 1, destination[0].packed)
+    ports = _attribute(_NUMBER, bytes((socket.IPPROTO_TCP,)))
+    ports += _attribute(_SOURCE_PORT, struct.pack(">H", source[1]))
+    ports += _attribute(_DESTINATION_PORT, struct.pack(">H", destination[1]))
+    return _attribute(kind | _NESTED, _attribute(_IP | _NESTED, addresses) + _attribute(_PROTOCOL | _NESTED, ports))
+
+
+def _attribute(kind: int, data: bytes) -> bytes:
+    return struct.pack("=HH", 4 + len(data), kind) + data + bytes(-len(data) % 4)

@@ -1,0 +1,188 @@
+"""Would rules that are not applied yet send the proxies' own connections back to transocks?
+
+Loaded rules can be tried; these have to be read. They are our own, and simple enough for a few comparisons: whose the
+connection is, and where it goes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pwd
+import tomllib
+from collections.abc import Iterator
+from ipaddress import IPv4Address, IPv6Address, ip_network
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from transocks.config import DIRECT, Config
+from transocks.rules.config import Mode
+from transocks.rules.render import excluded
+from transocks.rules.wanted import MARK, Wanted
+from usocksd.host.addresses import HostAddresses
+from usocksd.host.sockets import Listener, listeners
+from usocksd.net.address import IPAddress, join_port, without_zone
+
+_PUBLIC: tuple[IPAddress, ...] = (IPv4Address("9.9.9.9"), IPv6Address("2620:fe::fe"))
+_LOOPBACK: tuple[IPAddress, ...] = (IPv4Address("127.0.0.1"), IPv6Address("::1"))
+_DNS = (53, 853)
+_DO = {
+    True: "It is a usocksd without the mark {0}: set mark = {0} in both configurations",
+    False: "Set mark = {0} here and in what it is, if that can set one (if it does already, use --force)",
+}
+
+
+@attrs.frozen(kw_only=True)
+class Sender:
+    """By what the rules can recognise a process's connections; None if unknown: to see processes of other users takes
+    CAP_SYS_PTRACE.
+    """
+
+    uid: int | None = None
+    gid: int | None = None
+    cgroup: str | None = None
+    marks: frozenset[int] | None = frozenset({0})
+    """one of these, from connection to connection"""
+    usocksd: bool = False
+
+    @property
+    def user(self) -> str:
+        """In words."""
+        if self.uid is None:
+            return "its user"
+        with contextlib.suppress(KeyError):
+            return f"user {pwd.getpwuid(self.uid).pw_name}"
+        return f"user {self.uid}"
+
+
+def takes(wanted: Wanted, sender: Sender, destination: IPAddress, port: int) -> bool:
+    """Whether the rules of host mode redirect a connection to a destination other than this host, as far as known."""
+    selection = wanted.selection_here
+    mine = MARK if wanted.mark is None else wanted.mark
+    if port in _DNS or sender.uid in wanted.exempt_users or sender.marks in (None, {mine}):
+        return False
+    if selection.users or selection.groups or selection.cgroups:
+        inside = any(f"{sender.cgroup}/".startswith(f"{path}/") for path in selection.cgroups)
+        if not (sender.uid in selection.users or sender.gid in selection.groups or inside):
+            return False
+    if any(destination in ip_network(network) for network in excluded(wanted)):
+        return False
+    if selection.to and not any(destination in network for network in selection.to):
+        return False
+    return not selection.ports or any(low <= port <= high for low, high in selection.ports)
+
+
+def loops(config: Config, wanted: list[Wanted]) -> Iterator[str]:
+    """Each loop in words, with what to do. Reads the sockets and processes of this host."""
+    host = next((each for each in wanted if each.mode is Mode.HOST), None)
+    if host is None:
+        return
+    with contextlib.suppress(OSError):  # the kernel does not tell who listens
+        yield from _loops(config, host, listeners(), HostAddresses().current)
+
+
+def _loops(config: Config, host: Wanted, there: tuple[Listener, ...], addresses: frozenset[IPAddress]) -> Iterator[str]:
+    own = next((sender_of(found) for found in there if found.port == host.port), Sender())
+    own = attrs.evolve(own, marks=frozenset({config.mark or 0}))
+    mark = f"{config.mark or MARK:#x}"
+    for address, port in dict.fromkeys(_upstreams(config)):
+        shown = join_port(address, port)
+        if not (address in addresses or address.is_loopback):
+            if takes(host, own, address, port):
+                yield (
+                    f"a loop: the rules would send transocks's own connections to its upstream {shown} to transocks."
+                    f" Set mark = {mark}, or rules.exempt_users to its own user"
+                )
+            continue
+        found = next((listener for listener in there if listener.accepts(address, port)), None)
+        if found is None:
+            continue
+        sender = sender_of(found)
+        if any(takes(host, sender, *where) for where in _anywhere(host)):
+            yield (
+                f"a loop: the rules would send to transocks what the upstream {shown} on this host connects to."
+                f" {_DO[sender.usocksd].format(mark)}, or name {sender.user} in rules.exempt_users, if that user runs"
+                " nothing else"
+            )
+    ways = (*(route.via for route in config.route), *(group.when_all_down for group in config.groups().values()))
+    if DIRECT in ways and any(takes(host, own, *where) for where in _anywhere(host)):
+        yield (
+            "a loop: the rules would send transocks's direct connections to transocks."
+            f" Set mark = {mark}, or rules.exempt_users to its own user"
+        )
+
+
+def _upstreams(config: Config) -> Iterator[tuple[IPAddress, int]]:
+    for group in config.groups().values():
+        for proxy in group.proxy_url:
+            if proxy.host == "localhost":
+                yield from ((address, proxy.port) for address in _LOOPBACK)
+            elif not isinstance(proxy.host, str):
+                yield without_zone(proxy.host), proxy.port
+            else:  # some address or other
+                yield _PUBLIC[0], proxy.port
+
+
+def _anywhere(wanted: Wanted) -> Iterator[tuple[IPAddress, int]]:
+    """Examples of destinations that the rules select."""
+    selection = wanted.selection
+    ports = [low for low, _ in selection.ports] or [443]
+    for address in [network[0] for network in selection.to] or _PUBLIC:
+        yield from ((address, port) for port in ports)
+
+
+def sender_of(listener: Listener, proc: Path = Path("/proc")) -> Sender:
+    """The sender of connections of the process that listens there."""
+    pid = _owner(listener.inode, proc)
+    if pid is None:
+        return Sender(uid=listener.uid, marks=None)
+    process = proc / str(pid)
+    gid = cgroup = None
+    with contextlib.suppress(OSError, ValueError):
+        gid = next(int(line.split()[2]) for line in _lines(process / "status") if line.startswith("Gid:"))
+        cgroup = next((line[3:].strip("/") for line in _lines(process / "cgroup") if line.startswith("0::")), None)
+    marks, usocksd = _marks_of(process)
+    return Sender(uid=listener.uid, gid=gid, cgroup=cgroup, marks=marks, usocksd=usocksd)
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text("utf-8", "surrogateescape").splitlines()
+
+
+def _owner(inode: int, proc: Path) -> int | None:
+    """The process that has this socket open, if this user may see that."""
+    wanted = f"socket:[{inode}]"
+    for folder in proc.iterdir():
+        if folder.name.isdigit():
+            with contextlib.suppress(OSError):
+                for entry in (folder / "fd").iterdir():
+                    with contextlib.suppress(OSError):
+                        if os.readlink(entry) == wanted:
+                            return int(folder.name)
+    return None
+
+
+def _marks_of(process: Path) -> tuple[frozenset[int] | None, bool]:
+    """The marks that a usocksd sets, by its configuration; and whether the process is a usocksd."""
+    try:
+        words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
+        if not any(os.path.basename(word) == "usocksd" for word in words):
+            return frozenset({0}), False  # as nearly all do
+        file = next((after for word, after in pairwise(words) if word == "-f"), None)
+        file = file or next((word[3:] for word in words if word.startswith("-f=")), "/etc/usocksd.toml")
+        path = os.path.join(os.readlink(process / "cwd"), file)
+        return _marks(tomllib.loads((process / "root" / path.lstrip("/")).read_text("utf-8-sig"))), True
+    except FileNotFoundError:
+        return frozenset({0}), True  # as a usocksd without a file has it
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None, True
+
+
+def _marks(config: dict[str, Any]) -> frozenset[int]:
+    """Of each pool that connections may leave from."""
+    pools = config.get("egress", {})
+    tables = [*pools.values(), *([] if "default" in pools else [config.get("outgoing", {})])]
+    return frozenset(int(table.get("mark", 0)) for table in tables)

@@ -1,0 +1,72 @@
+"""Where an upstream is: its address, or those of its name, asked for again when their time is over."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Sequence
+from math import inf
+
+from transocks.original_dst import Destination
+from transocks.upstreams.proxy_url import ProxyURL
+from usocksd.errors import ResolveError
+from usocksd.names.resolver import ABSENT, Resolver
+from usocksd.net.address import IPAddress, without_zone
+from usocksd.net.dial import Target
+from usocksd.net.endpoint import Endpoint
+from usocksd.net.reactor import Reactor
+
+# Seconds. When the name servers fail, or think for longer, the addresses that were known go on being used (RFC 8767).
+_RESOLVE_WITHIN = 1.0
+_STALE_FOR = 5.0
+
+
+class UpstreamAddresses:
+    """The addresses of one upstream, as far as they are known: to dial, and without zones to be compared with."""
+
+    def __init__(
+        self, url: ProxyURL, *, reactor: Reactor, resolver: Resolver, mark: int | None, fast_open: bool
+    ) -> None:
+        self.targets: Sequence[Target] = ()
+        """What to dial."""
+        self.known: frozenset[Destination] = frozenset()
+        self._name = url.host if isinstance(url.host, str) else None
+        self._port = url.port
+        self._reactor = reactor
+        self._resolver = resolver
+        self._mark = mark
+        self._fast_open = fast_open
+        self._resolved: Sequence[IPAddress] = ()
+        self._stale_until = -inf
+        if not isinstance(url.host, str):
+            self._learn((url.host,))
+
+    async def refresh_for(self, client: Endpoint, deadline: float) -> None:
+        """See to it, on behalf of a client, that there are addresses: those in force now, if the name servers tell them
+        in time. Raises ResolveError, PeerReset.
+        """
+        now = self._reactor.clock()
+        if self._name is not None and now >= self._stale_until:
+            within = min(deadline, now + _RESOLVE_WITHIN) if self.targets else deadline
+            await self._look_up(self._resolver.search_for(client, self._name, within))
+
+    async def refresh(self, *, in_haste: bool) -> None:
+        """See to it that there are addresses; in haste, those that are known will do: slow name servers are not the
+        upstream's fault. Raises ResolveError.
+        """
+        if self._name is not None and not (in_haste and self.targets):
+            await self._look_up(self._resolver.search(self._name))
+
+    async def _look_up(self, search: Awaitable[Sequence[IPAddress]]) -> None:
+        try:
+            self._learn(await search)
+        except ResolveError as error:
+            if not self.targets or error.cause in ABSENT:
+                raise
+            self._stale_until = self._reactor.clock() + _STALE_FOR
+
+    def _learn(self, addresses: Sequence[IPAddress]) -> None:
+        if addresses != self._resolved:
+            self._resolved = addresses
+            self.targets = [
+                Target(str(address), self._port, mark=self._mark, fast_open=self._fast_open) for address in addresses
+            ]
+            self.known = frozenset(Destination(str(without_zone(address)), self._port) for address in addresses)

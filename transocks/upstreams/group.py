@@ -1,0 +1,232 @@
+"""Groups of upstreams: in which order they are tried, and when another one is."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import count
+from typing import Any
+
+from transocks.config import DIRECT, FAILOVER, ROUND_ROBIN, STICKY, GroupConfig, HealthConfig
+from transocks.direct import Direct
+from transocks.original_dst import Destination
+from transocks.upstreams.health import Health
+from transocks.upstreams.proxy_url import ProxyURL
+from transocks.upstreams.request import Request
+from transocks.upstreams.state import Attempt
+from transocks.upstreams.upstream import WAITING, Progress, Tunnel, Upstream, UpstreamMetrics
+from usocksd.errors import DialError, Error, ResolveError
+from usocksd.log.metrics import Metrics
+from usocksd.names.match import rendezvous
+from usocksd.names.resolver import Resolver
+from usocksd.net.endpoint import Endpoint
+from usocksd.net.reactor import Reactor
+from usocksd.settings.types import Timeouts
+from usocksd.socks import AuthenticationFailed, Reply, RequestRefused, Socks4Reply, UpstreamFault
+
+# The table of refusals. These are the proxy's own trouble, so another one is asked. All others are about the
+# destination (unreachable, refused, timed out), where another proxy would meet the same and take its time for it, or
+# the proxy's policy, which another one must not be used to get around. Squid says 503 of a destination too, and
+# tinyproxy 500; it does no harm to ask once more. What has no number in any standard means nothing to us: asked again.
+_FINAL: set[int] = {
+    Reply.NOT_ALLOWED,
+    Reply.HOST_UNREACHABLE,
+    Reply.CONNECTION_REFUSED,
+    Reply.TTL_EXPIRED,
+    Socks4Reply.REJECTED,  # SOCKS4 has no other word for any of it
+}
+_HTTP_OWN_TROUBLE = {405, 429, 500, 501, 503, 505}
+
+
+class UpstreamGroup:
+    """Proxies that stand in for each other."""
+
+    def __init__(
+        self, name: str, config: GroupConfig, upstreams: Sequence[Upstream], direct: Direct, metrics: PoolMetrics
+    ) -> None:
+        """`upstreams` are those of `config`, in its order."""
+        self.name = name
+        self._policy = config.policy
+        self._when_all_down = config.when_all_down
+        self._upstreams = tuple(dict.fromkeys(upstreams))
+        self._direct = direct if config.when_all_down == DIRECT else None
+        self._turn = count()
+        self._failovers = {each: metrics.failovers.labels(name, each.name) for each in self._upstreams}
+        for each in self._upstreams:
+            gauge = metrics.up.labels(name, each.name)
+            gauge.value = int(each.state.up)
+            each.state.gauges.append(gauge)
+            each.state.has_others |= len(self._upstreams) > 1 or self._direct is not None
+
+    async def connect(self, request: Request, client: Endpoint, timeouts: Timeouts, access: Progress) -> Tunnel:
+        """Reach what `request` is for through one of the proxies, each at most once, within `timeouts` (see
+        Upstream.connect) all together. `access` is told of every try.
+
+        Raises the Error of the last try, or PeerReset when `client` is gone.
+        """
+        reactor = client.reactor
+        deadline = reactor.clock() + timeouts.connect
+        untried = self._order(request)
+        while True:
+            upstream = self._next(untried)
+            if upstream is None:
+                assert self._direct is not None
+                return await self._direct.connect(request, client, timeouts, access)
+            access.trying(self.name, upstream.name, upstream.scheme)
+            attempt = Attempt(
+                client,
+                replaceable=bool(untried) or self._direct is not None,
+                better=lambda: any(each.state.well for each in untried),
+            )
+            try:
+                return await upstream.connect(request, client, timeouts, access, attempt=attempt, deadline=deadline)
+            except Error as error:
+                if attempt.pipelined and isinstance(error, UpstreamFault):
+                    # It is not what it was: once more, step by step, unless what it was told can't be told again.
+                    upstream.state.forget()
+                    untried.appendleft(upstream)
+                elif attempt.pipelined and is_late(error):
+                    # It may not be, and drop what it does not expect. The next is asked step by step, to make sure.
+                    upstream.state.forget()
+                if not (untried or self._direct) or not goes_on(error, attempt) or reactor.clock() >= deadline:
+                    raise
+                self._failovers[upstream].value += 1
+
+    def status(self) -> dict[str, object]:
+        """As JSON values, for operators."""
+        return {
+            "policy": self._policy,
+            "when_all_down": self._when_all_down,
+            "upstreams": [upstream.state.status() for upstream in self._upstreams],
+        }
+
+    def _order(self, request: Request) -> deque[Upstream]:
+        """All of them, the preferred one first."""
+        upstreams = self._upstreams
+        if len(upstreams) == 1 or self._policy == FAILOVER:
+            return deque(upstreams)
+        if self._policy == STICKY:
+            key = f"{request.client.host} {request.name or request.destination.host}".encode()
+            return deque(rendezvous(key, upstreams, _identity))
+        assert self._policy == ROUND_ROBIN
+        up = [each for each in upstreams if each.state.well] or upstreams
+        first = next(self._turn) % len(up)
+        return deque((*up[first:], *up[:first], *(each for each in upstreams if each not in up)))
+
+    def _next(self, untried: deque[Upstream]) -> Upstream | None:
+        """The next to try, taken out: one that is well, or else up, or else the first; None: go directly."""
+        found = next((each for each in untried if each.state.well), None)
+        if found is None:
+            found = next((each for each in untried if each.state.up), None)
+        if found is not None:
+            untried.remove(found)
+            found.state.trial = False
+            return found
+        # What is known may be out of date, so they are asked all the same.
+        return None if self._direct is not None else untried.popleft()
+
+
+def goes_on(error: Error, attempt: Attempt) -> bool:
+    """Whether another upstream may and should be tried after this one has failed so."""
+    match error:
+        case RequestRefused():
+            reply = error.reply
+            # (Nothing that the client said was passed on. From 300 on it is an HTTP status.)
+            return reply not in _FINAL if reply < 300 else reply in _HTTP_OWN_TROUBLE
+        case AuthenticationFailed() | ResolveError():
+            return True
+        case DialError():
+            if is_late(error):
+                return False
+            # Refused, when all that was sent was on the SYN, or before.
+            return error.step == "connect" or not attempt.sent
+    return not attempt.sent
+
+
+def is_late(error: Error) -> bool:
+    """Whether the upstream has been asked, and its time to answer is over."""
+    return isinstance(error, DialError) and error.step == WAITING
+
+
+class PoolMetrics:
+    """What is counted of all groups."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        # The smallest of all workers: one that can't reach it is one too many.
+        self.up = metrics.minimums("upstream_up", "Whether an upstream is up", "group", "upstream")
+        self.failovers = metrics.counters(
+            "upstream_failovers_total",
+            "Connections that were given to another upstream, or led past it, after this one had failed",
+            "group",
+            "upstream",
+        )
+
+
+class Upstreams:
+    """All upstreams of a configuration, each once, in their groups; and their health."""
+
+    def __init__(
+        self,
+        groups: Mapping[str, GroupConfig],
+        health: HealthConfig,
+        *,
+        reactor: Reactor,
+        resolver: Resolver,
+        mark: int | None,
+        fast_open: bool,
+        direct: Direct,
+        share: Callable[[Any], None],
+        metrics: Metrics,
+    ) -> None:
+        """`share`: see Health."""
+        of_upstreams, of_groups = UpstreamMetrics(metrics), PoolMetrics(metrics)
+        # A proxy that wants PROXY headers is another one than the same without, and so is one for another user.
+        found: dict[tuple[ProxyURL, bool], Upstream] = {}
+        for url, proxied in ((url, group.proxy_protocol) for group in groups.values() for url in group.proxy_url):
+            if (url, proxied) not in found:
+                key = (
+                    (f"{url.username}@" if url.username is not None else "") + str(url) + (" PROXY" if proxied else "")
+                )
+                found[url, proxied] = Upstream(
+                    url,
+                    name=_new(str(url), {each.name for each in found.values()}),
+                    key=_new(key, {each.key for each in found.values()}),
+                    reactor=reactor,
+                    resolver=resolver,
+                    mark=mark,
+                    fast_open=fast_open,
+                    proxy_protocol=proxied,
+                    metrics=of_upstreams,
+                )
+        self.groups = {
+            name: UpstreamGroup(
+                name, group, [found[url, group.proxy_protocol] for url in group.proxy_url], direct, of_groups
+            )
+            for name, group in groups.items()
+        }
+        self._all = tuple(found.values())
+        self.health = Health(self._all, health, share, metrics, clock=reactor.clock)
+        self._parts: list[frozenset[Destination]] = []
+        self._addresses: frozenset[Destination] = frozenset()
+
+    @property
+    def addresses(self) -> frozenset[Destination]:
+        """Where they are, as far as that is known now."""
+        parts = [upstream.addresses for upstream in self._all]
+        if parts != self._parts:
+            self._parts, self._addresses = parts, frozenset().union(*parts)
+        return self._addresses
+
+    def status(self) -> dict[str, object]:
+        """All groups as JSON values, for operators."""
+        return {name: group.status() for name, group in self.groups.items()}
+
+
+def _new(text: str, taken: Collection[str]) -> str:
+    """This, or with a number behind it if that is taken."""
+    texts = (f"{text} ({number})" if number > 1 else text for number in count(1))
+    return next(each for each in texts if each not in taken)
+
+
+def _identity(upstream: Upstream) -> bytes:
+    return upstream.key.encode()

@@ -1,0 +1,140 @@
+"""Upstream proxies as the configuration names them: by URL."""
+
+from __future__ import annotations
+
+import enum
+import re
+from typing import Annotated
+from urllib.parse import unquote
+
+import attrs
+
+from usocksd.names.match import canonical_host
+from usocksd.net.address import IPAddress, join_port
+from usocksd.settings.loader import Invalid, Parser, SecretStr
+from usocksd.settings.types import parse_zoned_address, split_port
+
+
+class ProxyScheme(enum.Enum):
+    """What the upstream proxy speaks, and whether it is asked for names where there is one."""
+
+    SOCKS5 = "socks5"
+    """It is asked for addresses only."""
+    SOCKS5H = "socks5h"
+    SOCKS4A = "socks4a"
+    HTTP = "http"
+
+    @property
+    def takes_names(self) -> bool:
+        """Whether it is to resolve the names itself, where one is known."""
+        return self is not ProxyScheme.SOCKS5
+
+
+@attrs.frozen(kw_only=True)
+class ProxyURL:
+    """The upstream proxy. A password is set only beside a user. str(), for log records, has neither."""
+
+    scheme: ProxyScheme
+    host: IPAddress | str
+    port: int
+    username: str | None = None
+    password: SecretStr | None = None
+
+    def __str__(self) -> str:
+        return f"{self.scheme.value}://{join_port(self.host, self.port)}"
+
+
+_SCHEMES = {scheme.value: scheme for scheme in ProxyScheme}
+_SOCKS5 = (ProxyScheme.SOCKS5, ProxyScheme.SOCKS5H)
+
+_URL = re.compile(r"([^:/?#@]*)://(?:(.*)@)?([^/?#@]*)(/?)", re.DOTALL)
+
+_EXPECTED = (
+    "socks5://USER:PASSWORD@HOST:PORT or http://USER:PASSWORD@HOST:PORT (user and password optional; also socks5h and"
+    " socks4a), or a list of them"
+)
+
+
+def parse_proxy_url(value: str) -> ProxyURL:
+    """SCHEME://USER:PASSWORD@HOST:PORT, where the scheme is one of ProxyScheme; socks4a has no password.
+
+    User and password are percent-decoded (RFC 3986 section 3.2.1). The port of a SOCKS server defaults to
+    1080 as in the original; an HTTP proxy has no usual one (3128, 8080, 80), and the original could not dial
+    without: it is required.
+
+    Raises Invalid, which quotes nothing of the URL: any part of a mistyped one may be the password.
+    """
+    match = _URL.fullmatch(value)
+    if match is None:
+        raise ValueError
+    scheme = _SCHEMES.get(match[1].lower())
+    if scheme is None:
+        raise Invalid("expected socks5://, socks5h://, socks4a:// or http:// at the start")
+    username, password = _userinfo(match[2], scheme)
+    try:
+        hostname, port = split_port(match[3])
+        if ":" in hostname and not match[3].startswith("["):
+            raise ValueError  # ::1:1080 could be either
+        address, percent, zone = hostname.partition("%")
+        host = canonical_host(address)
+        if percent and isinstance(host, str):
+            raise ValueError
+    except ValueError:
+        raise Invalid("expected HOST:PORT, with an IPv6 address in brackets, at the end") from None
+    if not isinstance(host, str):
+        # As RFC 6874 has it, [fe80::1%25eth0], or as everybody writes it.
+        host = parse_zoned_address(f"{host}{percent}{unquote(zone[2:]) if zone.startswith('25') else zone}")
+    if not isinstance(host, str) and (host.is_unspecified or host.is_multicast):
+        raise Invalid("expected the address of one host, not the unspecified address or multicast")
+    if port is None and scheme is not ProxyScheme.HTTP:
+        port = 1080
+    if not port:
+        raise Invalid("expected a port from 1 to 65535, as in http://HOST:3128")
+    return ProxyURL(scheme=scheme, host=host, port=port, username=username, password=password)
+
+
+def _userinfo(value: str | None, scheme: ProxyScheme) -> tuple[str | None, SecretStr | None]:
+    if value is None:
+        return None, None
+    if re.search(r"[/?#]|%(?![0-9a-fA-F]{2})", value):
+        raise Invalid("expected user and password percent-encoded: / as %2F, ? as %3F, # as %23, % as %25, @ as %40")
+    raw_user, colon, raw_password = value.partition(":")
+    try:
+        user, password = unquote(raw_user, errors="strict"), unquote(raw_password, errors="strict")
+    except UnicodeDecodeError:
+        raise Invalid("expected user and password in UTF-8, percent-encoded") from None
+    if re.search(r"[\x00-\x1f\x7f]", user + password):
+        raise Invalid("expected user and password without control characters")
+    if scheme is ProxyScheme.SOCKS4A:
+        if colon or not 1 <= len(user.encode()) <= 255:
+            raise Invalid("expected a user of 1 to 255 bytes and no password, which SOCKS4 does not have")
+        return user, None
+    if scheme in _SOCKS5 and not (1 <= len(user.encode()) <= 255 and len(password.encode()) <= 255):
+        raise Invalid("expected a user of 1 to 255 bytes and a password of at most 255 (RFC 1929)")
+    if scheme is ProxyScheme.HTTP and ":" in user:
+        raise Invalid("expected a user without a colon (RFC 7617)")
+    return user, SecretStr(password)
+
+
+def _parse_proxy_urls(value: object) -> tuple[ProxyURL, ...]:
+    """One URL or a list of them; the faults of all in one group."""
+    entries = [value] if type(value) is str else value
+    if type(entries) is not list or not entries:
+        raise ValueError
+    urls: list[ProxyURL] = []
+    faults: list[Invalid] = []
+    for index, entry in enumerate(entries):
+        try:
+            if type(entry) is not str:
+                raise ValueError
+            urls.append(parse_proxy_url(entry))
+        except ValueError as exc:
+            expected = exc.expected if isinstance(exc, Invalid) else f"expected {_EXPECTED}"
+            faults.append(Invalid(expected, shown="", at=f"[{index}]" if type(value) is list else ""))
+    if faults:
+        raise ExceptionGroup("proxy_url", faults)
+    return tuple(urls)
+
+
+ProxyURLs = Annotated[tuple[ProxyURL, ...], Parser(_parse_proxy_urls, _EXPECTED, secret=True)]
+"""The proxies of one group, in order."""

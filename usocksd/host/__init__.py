@@ -1,0 +1,1 @@
+"""This host: its addresses, its sockets, its limits."""

@@ -1,0 +1,1 @@
+"""Records: what they say, how they are written, where they go."""

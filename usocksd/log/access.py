@@ -1,0 +1,217 @@
+"""What is said of each connection: access records, metrics, and the answer to `connections`.
+
+Records: one when a relay starts, one when it ends, and one for each connection that got no relay.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from usocksd.errors import DialError, Error, NoEgress, ResolveError
+from usocksd.log.formats import Severity, Template
+from usocksd.log.log import Log
+from usocksd.log.metrics import BYTES, SECONDS, Counter, Histogram, Metrics
+from usocksd.log.request_id import request_ids
+from usocksd.net.address import join_port, unmapped
+from usocksd.net.ending import Reason, RelayResult, Side
+
+_CONSTANTS = {"type": "access"}
+_AT_END = ("tx_bytes", "rx_bytes", "elapsed", "reason", "ended_by", "error")
+
+_BY_ERRNO = {
+    errno.ECONNREFUSED: "refused",
+    errno.ECONNRESET: "reset",
+    errno.ETIMEDOUT: "timed_out",
+    errno.ENETUNREACH: "network_unreachable",
+    errno.EHOSTUNREACH: "host_unreachable",
+    errno.EADDRNOTAVAIL: "out_of_ports",
+    errno.EMFILE: "out_of_descriptors",
+    errno.ENFILE: "out_of_descriptors",
+}
+_NO_SOURCE, _NO_EGRESS, _UNRESOLVED = "no_source_address", "no_egress", "unresolved"
+
+
+class AccessRecords:
+    """The records of a daemon whose every record carries `keys`, their values given as one tuple; and its metrics.
+
+    Those of a relay's start carry the keys `at_start` too.
+    """
+
+    def __init__(
+        self,
+        log: Log,
+        keys: Sequence[str],
+        logger: logging.Logger,
+        metrics: Metrics,
+        *,
+        at_start: Sequence[str] = (),
+    ) -> None:
+        self.next_id = request_ids()
+        self._log = log
+        self._logger = logger
+        self._keys = keys
+        self._starts = log.template(Severity.INFO, "proxy starts", _CONSTANTS, (*keys, *at_start))
+        at_end = (*keys, *_AT_END)
+        self._ends = log.template(Severity.INFO, "proxy ends", _CONSTANTS, at_end)
+        self._ends_with_error = log.template(Severity.ERROR, "proxy ends with an error", _CONSTANTS, at_end)
+        self._inflight = metrics.gauge("proxy_inflight_requests", "Relays at present")
+        self._tx_bytes = metrics.histogram("proxy_tx_bytes", "Bytes of a relay to its destination", BYTES)
+        self._rx_bytes = metrics.histogram("proxy_rx_bytes", "Bytes of a relay from its destination", BYTES)
+        self._tx_seconds = metrics.histogram(
+            "proxy_tx_seconds", "Duration of a relay until its client had said all it had to say", SECONDS
+        )
+        self._rx_seconds = metrics.histogram(
+            "proxy_rx_seconds", "Duration of a relay until its destination had said all it had to say", SECONDS
+        )
+        self._by_ending = _endings(metrics)
+        self._dial_errors = metrics.counters(
+            "dial_errors_total", "Connections that could not be made to where they should go, by cause", "cause"
+        )
+        for cause in (*_BY_ERRNO.values(), _NO_SOURCE, _NO_EGRESS, _UNRESOLVED):
+            self._dial_errors.labels(cause)
+
+    def starts(self, values: tuple[object, ...]) -> None:
+        """A relay begins."""
+        self._inflight.value += 1
+        self._write(self._starts, values)
+
+    def ends(self, values: tuple[object, ...], result: RelayResult, elapsed: float) -> None:
+        """A relay is over, after `elapsed` seconds. tx is what went to the destination, rx what came from there."""
+        to_upstream, to_client, reason, by, error, first, alone = result
+        template, what = self._ends, None
+        if reason is Reason.ERROR:
+            # Without an errno it was something in this program, and the log has its traceback.
+            template, what = self._ends_with_error, "internal error"
+        if error:
+            what = os.strerror(error)
+        at_end = (
+            to_upstream,
+            to_client,
+            round(elapsed, 6),
+            reason._value_,
+            by._value_,
+            what,
+        )
+        self._write(template, values + at_end)
+        self._inflight.value -= 1
+        ended, seconds, errors = self._by_ending[reason, by]
+        ended.value += 1
+        seconds.observe(elapsed)
+        if errors is not None:
+            errors.value += 1
+        self._tx_bytes.observe(to_upstream)
+        self._rx_bytes.observe(to_client)
+        self._tx_seconds.observe(elapsed - alone if first is Side.CLIENT else elapsed)
+        self._rx_seconds.observe(elapsed - alone if first is Side.UPSTREAM else elapsed)
+
+    def not_connected(self, error: Error) -> None:
+        """There is no way to where a connection should go, and `error` says why, if it is about that."""
+        match error:
+            case DialError(errno=errno.EADDRNOTAVAIL) if error.step != "connect":
+                cause = _NO_SOURCE
+            case DialError():
+                cause = _BY_ERRNO.get(error.errno) or errno.errorcode.get(error.errno, str(error.errno))
+            case ResolveError():
+                cause = _UNRESOLVED
+            case NoEgress():
+                cause = _NO_EGRESS
+            case _:
+                return
+        self._dial_errors.labels(cause).value += 1
+
+    def event(self, level: int, message: str, values: tuple[object, ...], **more: object) -> None:
+        """Something else happened to a connection; what is not known about it yet is left out."""
+        known = {key: value for key, value in zip(self._keys, values, strict=True) if value is not None}
+        self._logger.log(level, message, extra={"fields": {**_CONSTANTS, **known, **more}})
+
+    def _write(self, template: Template, values: tuple[object, ...]) -> None:
+        if self._log.enabled(template.severity):
+            self._log.append(template.render(time.time(), values))
+
+
+class Connection:
+    """What is said of one connection, as far as both daemons have it in common; the rest is the subclass's."""
+
+    __slots__ = ("_client", "_id", "_records", "_since", "_source", "client_host")
+
+    def __init__(self, records: AccessRecords, host: str, port: int) -> None:
+        self._records = records
+        self._id = records.next_id()
+        self.client_host = host
+        """The client's numeric address."""
+        self._client = pair_member(host, port)
+        self._source: str | None = None
+        self._since = time.monotonic()
+        """When it was accepted; from the start of the relay on, when that was."""
+
+    def ends(self, result: RelayResult) -> None:
+        """The relay is over."""
+        self._records.ends(self._values(), result, time.monotonic() - self._since)
+
+    def describe(self) -> dict[str, Any]:
+        """What is known of it, for `connections`; `age` is in seconds since its relay began, or else since accept."""
+        return {
+            "id": self._id,
+            "client": self._client,
+            **self._details(),
+            "age": time.monotonic() - self._since,
+        }
+
+    def _begin(self, *at_start: object) -> None:
+        """The relay begins; `at_start` are the values of the keys that only its start has."""
+        self._since = time.monotonic()
+        self._records.starts((*self._values(), *at_start))
+
+    def _event(self, level: int, message: str, **more: object) -> None:
+        self._records.event(level, message, self._values(), **more)
+
+    def _values(self) -> tuple[object, ...]:
+        """The values of the daemon's keys, in their order."""
+        raise NotImplementedError
+
+    def _details(self) -> dict[str, Any]:
+        """What `connections` shows of it beyond what all have."""
+        raise NotImplementedError
+
+
+def pair_member(host: str, port: int) -> str:
+    """One end of a connection as records show it: the same text in those of both its ends.
+
+    One end of a dual-stack socket sees the other's IPv4 address as ::ffff:192.0.2.1, and the zone of a link-local
+    address is what its own host calls the link.
+    """
+    if ":" in host:
+        return join_port(unmapped(host).partition("%")[0], port)
+    return f"{host}:{port}"
+
+
+def _endings(metrics: Metrics) -> dict[tuple[Reason, Side], tuple[Counter, Histogram, Counter | None]]:
+    """What counts each way for a relay to end: its number, its duration, and what counts as an error of one side."""
+    ended = metrics.counters("relay_ended_total", "Relays that have ended: why, and by whom", "reason", "by")
+    elapsed = metrics.histograms(
+        "proxy_elapsed_seconds", "Duration of a relay; an error is a reset too", SECONDS, "result"
+    )
+    errors = {
+        Side.CLIENT: metrics.counter(
+            "proxy_tx_errors_total", "Relays that a reset or an error of the client has ended"
+        ),
+        Side.UPSTREAM: metrics.counter(
+            "proxy_rx_errors_total", "Relays that a reset or an error of the destination's side has ended"
+        ),
+    }
+    success, error = elapsed.labels("success"), elapsed.labels("error")
+    broken = (Reason.RESET, Reason.ERROR)
+    return {
+        (reason, by): (
+            ended.labels(reason.name.lower(), by.value),
+            error if reason in broken else success,
+            errors.get(by) if reason in broken else None,
+        )
+        for reason in Reason
+        for by in Side
+    }

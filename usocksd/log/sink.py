@@ -1,0 +1,330 @@
+"""Where log records go: appended by the relay side in well under a microsecond, written by one thread.
+
+Rules of this file:
+
+- `append` never waits for the output. What the output does not take piles up to a bound; past it records
+  are dropped and counted, and a record tells how many as soon as the output works again.
+- Lines are not torn, by us or by other processes that write to the same place (each worker does). Linux
+  appends one write(2) to a local file as a whole, and to a pipe if it is of at most PIPE_BUF bytes (pipe(7));
+  so every write holds whole records. The one exception is a record of more than PIPE_BUF to a pipe or socket,
+  which goes in pieces: then another process's record may land between two of them.
+- No O_NONBLOCK on a descriptor that we inherited: it would change stderr for everyone who shares it. poll(2)
+  says when a write of PIPE_BUF will not block. Should it block after all, because someone else took the room,
+  only the thread waits.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import select
+import stat
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from contextlib import suppress
+from itertools import islice
+from queue import Empty, SimpleQueue
+from typing import Final
+
+from usocksd.log.formats import MAX_RECORD, Formatter, Severity
+
+_FLAGS: Final = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
+_STDERR: Final = 2
+_MAX_BACKOFF: Final = 5.0
+_PATIENCE: Final = 0.1
+"""Seconds for which the thread looks at nothing but a reader that does not read."""
+
+
+class Output:
+    """One open file, pipe, socket or device. Opening raises OSError."""
+
+    def __init__(self, target: str | int) -> None:
+        self.own = isinstance(target, str)
+        if isinstance(target, str):
+            # O_NONBLOCK so that a FIFO without a reader is ENXIO and not a hang. The open file is ours alone.
+            self.fd = os.open(target, _FLAGS, 0o644)
+        else:
+            self.fd = _duplicate(target)
+        status = os.fstat(self.fd)
+        self.identity = (status.st_dev, status.st_ino)
+        self.regular = stat.S_ISREG(status.st_mode)
+        self._limit = MAX_RECORD + 1 if self.regular else select.PIPE_BUF  # 1 for a newline, see _torn
+        self._poll = select.poll()
+        self._poll.register(self.fd, select.POLLOUT)
+        self._offset = 0  # how much of the next record went out already; streams only
+        self._torn = False  # what is written may end in the middle of a line: begin with a newline
+
+    def write(self, records: deque[bytes], patience: float) -> int | None:
+        """One write(2) from the front of `records`, taking off those that are now written whole.
+
+        Returns their bytes, or None when for `patience` seconds nobody read. Raises OSError; `records` then
+        still begins with the one to go on with.
+        """
+        if not self.regular and not self._poll.poll(patience * 1000):
+            return None
+        data = self._gather(records)
+        try:
+            written = os.write(self.fd, data)
+        except BrokenPipeError:
+            # Whoever was to get the rest is gone; the first part may or may not wait for the next reader of a
+            # FIFO. That one gets the record whole, on a line of its own.
+            self._torn = self._torn or self._offset > 0
+            self._offset = 0
+            raise
+        if self._torn and written:
+            self._torn = False
+            written -= 1
+        done = self._retire(records, written)
+        if self.regular and not done:
+            # A full disk may take a part of a record again and again.
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return done
+
+    def _gather(self, records: deque[bytes]) -> bytes:
+        pieces = [b"\n"] if self._torn else []
+        end = self._offset + self._limit - len(pieces)
+        pieces.append(records[0][self._offset : end])
+        size = sum(map(len, pieces))
+        if end >= len(records[0]):
+            for record in islice(records, 1, None):
+                size += len(record)
+                if size > self._limit:
+                    break
+                pieces.append(record)
+        return b"".join(pieces)
+
+    def _retire(self, records: deque[bytes], written: int) -> int:
+        left = self._offset + written
+        done = 0
+        while records and left >= len(records[0]):
+            size = len(records.popleft())
+            left -= size
+            done += size
+        if self.regular:
+            if left:
+                self._mend(left)
+        else:
+            self._offset = left
+        return done
+
+    def _mend(self, partial: int) -> None:
+        # A disk is full, or a limit reached, in the middle of a record. Someone else may write to this file
+        # before we can, so the line must not stay open: cut it off, if it is still the end of the file.
+        # (Should another process append in between these calls, its record is lost; lines stay whole.) What
+        # can't be cut (an append-only file, stderr without O_APPEND) is closed by the next write's newline.
+        # Either way the record is written again from its start.
+        self._torn = True
+        if self.own:
+            with suppress(OSError):
+                end = os.lseek(self.fd, 0, os.SEEK_CUR)
+                if os.fstat(self.fd).st_size == end:
+                    os.ftruncate(self.fd, end - partial)
+                    self._torn = False
+
+    def succeed(self, old: Output) -> None:
+        """Go on where `old` stopped if it is the same file or pipe, opened again."""
+        if self.identity == old.identity:
+            self._offset, self._torn = old._offset, old._torn
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+def _duplicate(fd: int) -> int:
+    # A number of our own: should someone close stderr, a connection would get its number, and then the log.
+    try:
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+    except OSError:  # closed before we were started
+        return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+
+
+class Sink:
+    """Appends records to `target`: a path (opened O_APPEND|O_CREAT, mode 0644), or an inherited descriptor.
+
+    Raises OSError when the path can't be opened. `formatter` makes the sink's own records. `linger` is how
+    many seconds the thread waits after the first record for others to share its write, `backoff` how many
+    after the first error (doubled up to 5). While the output is broken, records are kept up to `max_bytes`
+    and `max_records` (which counts what came since the last write): the first ones of a trouble tell most.
+    """
+
+    def __init__(
+        self,
+        target: str | int,
+        formatter: Formatter,
+        *,
+        linger: float = 0.02,
+        backoff: float = 0.1,
+        max_bytes: int = 8 << 20,
+        max_records: int = 1 << 16,
+    ) -> None:
+        self._target = os.path.abspath(target) if isinstance(target, str) else target
+        self._formatter = formatter
+        self._linger = linger
+        self._backoff = backoff
+        self._max_bytes = max_bytes
+        self._max_records = max_records
+        self._output = Output(self._target)
+        # Reentrant: a destructor or signal handler may log in the middle of `append`.
+        self._lock = threading.RLock()
+        self._backlog: list[bytes] = []
+        self._size = 0  # bytes in the backlog and in `_held`
+        self._dropped = 0
+        self._untold = 0  # how many of the dropped no record has told yet
+        self._held: deque[bytes] = deque()  # the thread's: taken from the backlog, not written yet
+        self._trouble: OSError | None = None
+        self._failing: OSError | None = None
+        self._reopening = False
+        self._closing = False
+        self._deadline = 0.0
+        # One token whenever the backlog stops being empty, and one for each request to the thread. Cheaper
+        # than a Condition, and put() is reentrant too.
+        self._wake: SimpleQueue[None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+        self._thread.start()
+
+    @property
+    def dropped(self) -> int:
+        """How many records were not written, ever."""
+        return self._dropped
+
+    @property
+    def failing(self) -> str | None:
+        """Why nothing can be written at present; None if all is well. What is a slow reader is no failure."""
+        return None if self._failing is None else self._failing.strerror or str(self._failing)
+
+    def append(self, record: bytes) -> None:
+        """Hand over one whole line, newline included. Never waits, never raises; any thread may call it."""
+        with self._lock:
+            backlog = self._backlog
+            size = self._size + len(record)
+            if size > self._max_bytes or len(backlog) >= self._max_records or self._closing:
+                self._dropped += 1
+                self._untold += 1
+                return
+            self._size = size
+            if not backlog:
+                self._wake.put(None)
+            backlog.append(record)
+
+    def reopen(self) -> None:
+        """Have the thread open the path again, for log rotation. When that fails the old file stays in use,
+        and a record says so. Does nothing for an inherited descriptor.
+        """
+        self._reopening = True
+        self._wake.put(None)
+
+    def close(self, timeout: float) -> None:
+        """Write what can be written within `timeout` seconds, and stop. What is left counts as dropped.
+
+        Later records are dropped. A thread that hangs in write(2) is left behind: it can't hold up the exit.
+        """
+        self._deadline = time.monotonic() + timeout
+        with self._lock:
+            self._closing = True
+        self._wake.put(None)
+        self._thread.join(timeout + _PATIENCE)
+
+    # From here on: the thread.
+
+    def _run(self) -> None:
+        delay: float | None = None
+        backoff = self._backoff
+        while not self._closing:
+            self._pause(delay)
+            if delay is None and not self._closing:
+                self._pause(self._linger)
+            if self._reopening:
+                self._reopen()
+            try:
+                drained = self._flush(_PATIENCE)
+            except OSError as error:
+                self._trouble = error
+                self._note(error)
+                delay = backoff
+                backoff = min(backoff * 2, _MAX_BACKOFF)
+                continue
+            if drained:
+                self._note(None)
+            backoff = self._backoff
+            if not drained:
+                delay = 0.0  # poll did the waiting
+            elif self._backlog or self._untold:
+                delay = self._linger
+            else:
+                delay = None
+        self._finish()
+
+    def _pause(self, seconds: float | None) -> None:
+        with suppress(Empty):
+            self._wake.get(timeout=seconds)
+
+    def _flush(self, patience: float) -> bool:
+        """Write what is held, or if that is nothing the backlog. False when the reader does not read."""
+        if not self._held:
+            self._take()
+        while self._held:
+            done = self._output.write(self._held, patience)
+            if done is None:
+                return False
+            with self._lock:
+                self._size -= done
+        return True
+
+    def _take(self) -> None:
+        with self._lock:
+            batch, self._backlog = self._backlog, []
+            untold, self._untold = self._untold, 0
+        self._held.extend(batch)
+        trouble, self._trouble = self._trouble, None
+        if untold:
+            fields = {"count": untold} | ({} if trouble is None else {"error": trouble})
+            self._tell(Severity.WARNING, "log records dropped", fields)
+
+    def _note(self, error: OSError | None) -> None:
+        """The output fails, or does so no more. When that changes, stderr is told if it is something else."""
+        before, self._failing = self._failing, error
+        if (before is None) is (error is None) or isinstance(self._target, int):
+            return
+        severity, message = Severity.ERROR, "the log can't be written"
+        if error is None:
+            severity, message = Severity.INFO, "the log is written again"
+        fields = {"file": self._target} | ({} if error is None else {"error": error})
+        with suppress(OSError):
+            stderr = Output(_STDERR)
+            stderr.write(deque([self._formatter.format(time.time(), severity, message, fields)]), patience=0.0)
+            stderr.close()
+
+    def _tell(self, severity: Severity, message: str, fields: Mapping[str, object]) -> None:
+        record = self._formatter.format(time.time(), severity, message, fields)
+        self._held.append(record)
+        with self._lock:
+            self._size += len(record)
+
+    def _reopen(self) -> None:
+        self._reopening = False
+        if isinstance(self._target, int):
+            return
+        try:
+            fresh = Output(self._target)
+        except OSError as error:
+            self._tell(Severity.ERROR, "failed to reopen the log file", {"error": error})
+            return
+        fresh.succeed(self._output)
+        self._output.close()
+        self._output = fresh
+
+    def _finish(self) -> None:
+        try:
+            while True:
+                left = self._deadline - time.monotonic()
+                self._flush(max(0.0, min(left, _PATIENCE)))
+                if left <= 0 or not (self._held or self._backlog or self._untold):
+                    break
+        except OSError:
+            pass  # no time for another try
+        with self._lock:
+            self._dropped += len(self._held) + len(self._backlog)
+        self._output.close()

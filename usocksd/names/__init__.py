@@ -1,0 +1,1 @@
+"""Hosts as names, networks and addresses: what matches, and what resolves."""

@@ -1,0 +1,182 @@
+"""What rules and routes are written with: the types of their settings. Of [[rule]], and of transocks's [[route]]."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from ipaddress import IPv4Address, IPv4Network, IPv6Network
+from typing import Annotated, Any
+
+from usocksd.errors import ConfigError, Fault
+from usocksd.names.lists import read_list
+from usocksd.names.match import canonical_host, parse_network
+from usocksd.names.sites import SiteList, entry_fault, parse_entry
+from usocksd.net.address import IPNetwork, numeric_address
+from usocksd.settings.loader import Invalid, Parser, loading, show
+from usocksd.settings.types import text
+
+_FILE = "file:"
+
+
+def _site(value: str) -> str:
+    """An entry of a site list, as the operator wrote it: the log names rules by this text."""
+    fault = entry_fault(value)
+    if fault is not None:
+        raise Invalid(fault)
+    return value
+
+
+def _destination(value: str) -> str | SiteList:
+    """An entry as the operator wrote it, or the entries of the file that it names."""
+    return _list_file(value) if value.startswith(_FILE) else _site(value)
+
+
+def _list_file(value: str) -> SiteList:
+    load = loading()
+    path = load.folder / value.removeprefix(_FILE)
+    if path not in load.files:
+        try:
+            load.files[path] = read_list(path, value, load.read)
+        except ConfigError as error:
+            problems = (str(fault).removeprefix("file: ") for fault in error.faults)
+            faults = [Invalid(f"{path}: {problem}", shown=show(value)) for problem in problems]
+        else:
+            faults = []
+        if faults:  # outside of the except block, as in settings/loader.py
+            raise ExceptionGroup("a list", faults)
+    sites: SiteList = load.files[path]
+    return sites
+
+
+class Written4(IPv4Network):
+    """A network that was written as another address of it, `written`: "203.0.113.7/24"."""
+
+    written: str
+
+
+class Written6(IPv6Network):
+    """The same of IPv6."""
+
+    written: str
+
+
+def _network(value: str) -> IPNetwork:
+    return as_written(parse_network(value), value)
+
+
+def as_written(network: IPNetwork, value: str) -> IPNetwork:
+    """The same network, which knows its text if that has another address than its first."""
+    if numeric_address(value.partition("/")[0]) == numeric_address(str(network.network_address)):
+        return network
+    found: Written4 | Written6
+    if isinstance(network, IPv4Network):
+        found = Written4((network.network_address, network.prefixlen))
+    else:
+        found = Written6((network.network_address, network.prefixlen))
+    found.written = value
+    return found
+
+
+def _ports(value: object) -> tuple[int, int]:
+    """First and last port."""
+    if isinstance(value, str):
+        match = re.fullmatch(r"([0-9]{1,5})-([0-9]{1,5})", value)
+        if match is None:
+            raise ValueError
+        first, last = int(match[1]), int(match[2])
+    elif type(value) is int:
+        first = last = value
+    else:
+        raise ValueError
+    if not 0 <= first <= last <= 65535:
+        raise ValueError
+    return first, last
+
+
+Site = Annotated[str, text(_site, 'a host or a domain, as in "www.example.com" or ".example.com"')]
+Destination = Annotated[
+    str | SiteList,
+    text(_destination, 'a host, ".domain", an address, a network, or a file of these as in "file:blocked.txt"'),
+]
+Network = Annotated[IPNetwork, text(_network, 'a network or an IP address, as in "10.0.0.0/8" or "192.0.2.1"')]
+
+
+Ports = Annotated[tuple[int, int], Parser(_ports, 'a port or a range, as in 25 or "6000-6100", from 0 to 65535')]
+
+NAME_EXPECTED = "a name of 1 to 100 printable characters"
+
+
+def check_name(value: str) -> None:
+    """Raise ValueError if this is not NAME_EXPECTED."""
+    if not value.isprintable() or not 0 < len(value) <= 100 or value != value.strip():
+        raise ValueError
+
+
+def site_lists(entries: Iterable[str | SiteList]) -> tuple[SiteList, ...]:
+    """Those that stand in a rule itself, and those of each file."""
+    entries = tuple(entries)
+    files = dict.fromkeys(entry for entry in entries if isinstance(entry, SiteList))
+    own = [parse_entry(entry) for entry in entries if isinstance(entry, str)]
+    return (*([SiteList(own)] if own else []), *files)
+
+
+def empty_lists(*conditions: tuple[str, tuple[object, ...] | None, str]) -> list[Invalid]:
+    """The faults of conditions that nothing can meet: key, value, and what the condition is about."""
+    return [
+        Invalid(f"expected at least one, or no such key if the rule holds for any {what}", shown="[]", at=key)
+        for key, value, what in conditions
+        if value == ()
+    ]
+
+
+def unclear_networks(key: str, networks: Iterable[IPNetwork]) -> Iterator[Fault]:
+    """Networks that read as if a part of them were meant."""
+    for index, network in enumerate(networks):
+        if isinstance(network, Written4 | Written6):
+            yield Fault(f"{key}[{index}]", show(network.written), _all_of(network.written, network))
+
+
+def unclear_sites(key: str, entries: Iterable[object]) -> Iterator[Fault]:
+    """Entries of a site list that read as if a part of a network were meant, or the whole of another."""
+    for index, entry in enumerate(entries):
+        if (
+            not isinstance(entry, str)
+            or entry.startswith(".")
+            or not (entry[-1:].isdigit() or "x" in entry or ":" in entry)
+        ):
+            continue
+        if "/" in entry:
+            network = _network(entry)
+            if isinstance(network, Written4 | Written6):
+                yield Fault(f"{key}[{index}]", show(entry), _all_of(entry, network))
+        elif isinstance(host := canonical_host(entry), IPv4Address) and ":" not in entry and str(host) != entry:
+            parts = entry.split(".")
+            wider = ""
+            if len(parts) < 4 and all(part.isdigit() and int(part) < 256 for part in parts):
+                wider = f', or "{".".join([*parts, *["0"] * (4 - len(parts))])}/{8 * len(parts)}" for a network'
+            yield Fault(f"{key}[{index}]", show(entry), f'is the address {host}: write "{host}"{wider}')
+
+
+def _all_of(written: str, network: IPNetwork) -> str:
+    address = written.partition("/")[0]
+    return f'is all of {network}: write "{network}", or "{address}" for the one address'
+
+
+def as_table(value: object) -> dict[str, Any]:
+    """A table as TOML has it; an empty one if it is something else, which is a fault of its own."""
+    return value if isinstance(value, dict) else {}
+
+
+def as_tables(value: object) -> list[dict[str, Any]]:
+    """A list of tables, alike."""
+    return [as_table(element) for element in value] if isinstance(value, list) else []
+
+
+def duplicate_names(rules: Iterable[Mapping[str, object]], key: str) -> Iterator[Invalid]:
+    """A fault for each of these tables, elements of `key`, whose name is that of one before."""
+    first: dict[str, int] = {}
+    for index, rule in enumerate(rules):
+        name = rule.get("name")
+        if isinstance(name, str) and first.setdefault(name, index) != index:
+            also = f"is the name of {key} {first[name] + 1} too, expected another"
+            yield Invalid(also, shown=show(name), at=f"{key}[{index}].name")

@@ -1,0 +1,132 @@
+"""resolv.conf(5), read as glibc reads it, and the way to its servers."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from attrs import frozen
+
+from usocksd.errors import Fault
+from usocksd.names.match import canonical_host
+from usocksd.net.address import numeric_address, socket_address
+from usocksd.settings.types import SocketAddress
+
+RESOLV_CONF = Path("/etc/resolv.conf")
+PORT = 53
+# May be otherwise in a moment: the first name that is asked for will tell.
+_NO_WAY = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN}
+
+MOST_SERVERS = 3
+"""Those behind are not asked: MAXNS of resolv.conf(5)."""
+_MOST_NDOTS, _LONGEST_TIMEOUT, _MOST_ATTEMPTS = 15, 30, 5
+"""What more is given for these means so much."""
+
+
+@frozen
+class ResolvConf:
+    """What the file says, with the defaults of resolv.conf(5)."""
+
+    servers: tuple[str, ...] = ()
+    """Numeric addresses, with a %zone if they have one."""
+    search: tuple[str, ...] = ()
+    """The search domains, canonical."""
+    ndots: int = 1
+    """A name with at least this many dots is first asked for as it is."""
+    timeout: int = 5
+    """Seconds for a server."""
+    attempts: int = 2
+    rotate: bool = False
+    """Whether each query begins with another server."""
+    faults: tuple[tuple[str, str], ...] = ()
+    """Lines that nothing can be made of, and why: they cost nothing else."""
+
+
+def parse(text: str, *, hostname: str = "") -> ResolvConf:
+    """`text` is the file's; `hostname` this host's, whose domain is searched where the file names none."""
+    servers: list[str] = []
+    faults: list[tuple[str, str]] = []
+    domains = hostname.partition(".")[2].split()
+    options: dict[str, str] = {}
+    for line in text.splitlines():
+        # (A comment begins in the first column, but nobody has a server or a domain that begins so.)
+        keyword, *values = line.split("#")[0].split(";")[0].split() or [""]
+        if keyword == "nameserver" and values:
+            try:
+                numeric_address(values[0])
+            except ValueError:
+                faults.append((line.strip(), "not an address"))
+            else:
+                servers.append(values[0])
+        elif keyword in {"search", "domain"} and values:
+            domains = values
+        elif keyword == "options":
+            options |= {name: value for name, _, value in (each.partition(":") for each in values)}
+    search = []
+    for domain in domains:
+        try:
+            # The root adds nothing to a name.
+            if domain != ".":
+                search.append(_domain(domain))
+        except ValueError as error:
+            faults.append((f"search {domain}", str(error)))
+    return ResolvConf(
+        tuple(dict.fromkeys(servers))[:MOST_SERVERS],
+        tuple(dict.fromkeys(search)),
+        ndots=_number(options, "ndots", lambda number: min(number, _MOST_NDOTS), 1),
+        # 0 is 1 for the C library.
+        timeout=_number(options, "timeout", lambda number: min(max(number, 1), _LONGEST_TIMEOUT), 5),
+        attempts=_number(options, "attempts", lambda number: min(max(number, 1), _MOST_ATTEMPTS), 2),
+        rotate="rotate" in options,
+        faults=tuple(faults),
+    )
+
+
+def _domain(text: str) -> str:
+    host = canonical_host(text)
+    if not isinstance(host, str):
+        raise ValueError(f"an address, not a domain: {text!r}")
+    return host
+
+
+def open_socket(host: str, port: int, kind: int) -> socket.socket:
+    """A socket of this kind, connected (or connecting) to a numeric address, with a %zone if it has one.
+
+    The unspecified address means this host, as to the C library. Raises OSError.
+    """
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, kind | socket.SOCK_NONBLOCK)
+    try:
+        with contextlib.suppress(BlockingIOError):
+            sock.connect(socket_address(host, port))
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def lint_servers(given: Sequence[SocketAddress] | None, resolv_conf: Path = RESOLV_CONF) -> list[Fault]:
+    """Which name servers (`given`, or those of `resolv_conf`) no socket of this host can be for, and why."""
+    hosts = [(str(server.address), server.port) for server in given or ()]
+    if given is None:
+        with contextlib.suppress(OSError):
+            hosts = [(host, PORT) for host in parse(resolv_conf.read_text("utf-8", "replace")).servers]
+    faults = []
+    for host, port in hosts:
+        try:
+            open_socket(host, port, socket.SOCK_DGRAM).close()
+        except OSError as error:
+            if error.errno not in _NO_WAY:
+                link_local = host.lower().startswith("fe80:") and "%" not in host
+                why = "needs its interface, as in fe80::1%eth0" if link_local else f"can't be used: {error.strerror}"
+                key = "dns.servers" if given is not None else str(resolv_conf)
+                faults.append(Fault(key, f'"{host}"', f"a name server that {why}"))
+    return faults
+
+
+def _number(options: dict[str, str], name: str, bound: Callable[[int], int], default: int) -> int:
+    with contextlib.suppress(KeyError, ValueError):
+        return bound(max(int(options[name]), 0))
+    return default

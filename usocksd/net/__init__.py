@@ -1,0 +1,1 @@
+"""Connections: one epoll, endpoints, relays, dials and listeners."""

@@ -1,0 +1,57 @@
+"""How a relay ends: why, by whom, after how many bytes; and when it is ended."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from math import inf
+from typing import NamedTuple
+
+from usocksd.net.keepalive import KeepAlive
+
+_KEEPALIVE = KeepAlive()
+
+
+class Reason(StrEnum):
+    """Why a relay ended, as access records show it."""
+
+    CLOSED = "closed"
+    RESET = "reset"
+    ERROR = "error"
+    IDLE = "idle timeout"
+    HALF_CLOSED = "half-closed timeout"
+    STOPPED = "stopped"
+    SHED = "shed"
+    """It was idle, and its descriptors were needed."""
+
+
+class Side(StrEnum):
+    """Who ended it."""
+
+    CLIENT = "client"
+    UPSTREAM = "upstream"
+    PROXY = "proxy"
+
+
+class RelayResult(NamedTuple):
+    """How a relay ended. Bytes are those that the receiving side's kernel took."""
+
+    to_upstream: int
+    to_client: int
+    reason: Reason
+    by: Side
+    errno: int = 0
+    first: Side | None = None
+    """Who said all it had to say before the other did, if one of them."""
+    alone: float = 0.0
+    """Seconds for which the other went on then."""
+
+
+class Limits(NamedTuple):
+    """Seconds without a byte in either direction after which a relay is ended; inf for never. And how it is kept from
+    being forgotten until then.
+    """
+
+    idle: float = inf
+    half_closed: float = inf
+    """The same once one side has said all it will say."""
+    keepalive: KeepAlive = _KEEPALIVE

@@ -1,0 +1,272 @@
+"""One socket of a session, before and after its relay: connect, receive and send, each waiting through the reactor."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Awaitable, Callable
+from math import inf
+
+# The C base class of socket.socket: the same system calls without the Python layer, which costs 3 us per accept.
+from socket import SocketType
+from typing import Any, Protocol, TypeVar
+
+import outcome
+import trio
+
+from usocksd.errors import Error
+from usocksd.net.reactor import BROKEN, MORE, OUT, Reactor
+
+T = TypeVar("T")
+
+# A handshake's worth. What is behind it in the socket stays there.
+_RECEIVE_SIZE = 16 * 1024
+# struct linger { on, 0 seconds }, see socket(7)
+_LINGER_ZERO = b"\x01\x00\x00\x00\x00\x00\x00\x00"
+
+
+class DeadlineExpired(Exception):
+    """The deadline of an endpoint has passed while a task waited on it."""
+
+
+class PeerReset(Exception):
+    """The client is gone (reset) while its session was busy elsewhere."""
+
+
+class Unwatched(Error):
+    """The kernel refuses to tell of events of this socket (fs.epoll.max_user_watches, or memory)."""
+
+
+class About(Protocol):
+    """Knows a live connection."""
+
+    def describe(self) -> dict[str, Any]:
+        """What is known of it now, as JSON values."""
+
+
+class Endpoint:
+    """A connected (or connecting) non-blocking TCP socket of one session: its bytes before and after the relay.
+
+    At most one task waits on an endpoint at a time: its session. While none does, what epoll says is remembered.
+    `deadline` (on the reactor's clock) bounds every wait; past it the wait raises DeadlineExpired.
+    """
+
+    unproven: bool = False
+    """connect(2) has returned, and the peer has not answered yet; see fast_open.py."""
+    transparent: bool = False
+    """It came to a socket with IP_TRANSPARENT (ip(7)): our end of the connection is where the client was going."""
+
+    __slots__ = (
+        "_task",
+        "_watched",
+        "about",
+        "bound",
+        "deadline",
+        "fd",
+        "more",
+        "on_reset",
+        "reactor",
+        "readable",
+        "sock",
+        "writable",
+    )
+
+    def __init__(self, reactor: Reactor, sock: SocketType, *, connecting: bool = False, watched: bool = True) -> None:
+        """`watched`: events are wanted from now on; else from the first `receive` or `watch` on."""
+        self.reactor = reactor
+        self.sock = sock
+        self.fd = sock.fileno()
+        self.deadline = inf
+        self.readable = not watched
+        self.more = False
+        """An event told of an end, an error or urgent data: read until there is nothing more to learn."""
+        self.writable = not connecting
+        self.bound: tuple[str, int] | None = None
+        """Our end of an accepted connection, where its listener has but one address."""
+        self.about: About | None = None
+        """What its session says of the connection, on a client's endpoint."""
+        self.on_reset: Callable[[], None] | None = None
+        """Called when the peer is gone while no task waits here: the session is busy with something else."""
+        self._task: trio.lowlevel.Task | None = None
+        self._watched = watched
+        if watched:
+            reactor.register(self.fd, self, connecting=connecting)
+        else:
+            reactor.handlers[self.fd] = self  # for the sake of its deadline
+
+    def local_address(self) -> tuple[str, int]:
+        """Our end of the connection, as getsockname(2) tells it."""
+        return self.bound or self.sock.getsockname()[:2]
+
+    async def receive(self) -> bytes:
+        """Up to 16 KiB as soon as there is any; b"" at the end of the stream.
+
+        Raises OSError as recv(2) does, DeadlineExpired, Unwatched, and whatever `interrupt` was given.
+        """
+        while True:
+            if not self.readable:
+                await self._wait()
+                continue
+            data = self.receive_now()
+            if data is not None:
+                return data
+
+    def receive_now(self) -> bytes | None:
+        """What `receive` would return without waiting, whatever epoll has said so far; None if there is nothing.
+
+        Raises OSError as recv(2) does, and Unwatched.
+        """
+        try:
+            data = self.sock.recv(_RECEIVE_SIZE)
+        except BlockingIOError:
+            self.readable = self.more = False
+            self.watch()
+            return None
+        # Not before: what it has brought needs no event any more.
+        self.watch()
+        self.readable = self.more or len(data) == _RECEIVE_SIZE
+        return data
+
+    def watch(self) -> None:
+        """Events are wanted from now on. Of an accepted connection they are not at once: most clients have spoken by
+        the time that their session begins, and an event that says so would cost more than the asking.
+
+        Raises Unwatched.
+        """
+        if not self._watched:
+            self._watched = True
+            try:
+                self.reactor.register(self.fd, self)
+            except OSError as error:
+                raise Unwatched(f"no more sockets can be watched: {error.strerror} (epoll(7))") from None
+
+    async def send_all(self, data: bytes) -> None:
+        """Write all of `data`. Raises as `receive` does."""
+        sent = self._send_some(data)
+        while sent < len(data):
+            self.reactor.watch_writable(self.fd)
+            while not self.writable:
+                await self._wait()
+            sent += self._send_some(data[sent:])
+
+    async def connected(self) -> int:
+        """Wait for a connect(2) in progress. Returns 0 or the errno it failed with."""
+        while not self.writable:
+            await self._wait()
+        return self.connect_error()
+
+    def connect_error(self) -> int:
+        """0 or the errno that connect(2) failed with; for one that is `writable` by now."""
+        # (What has failed says so in its event.)
+        return self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if self.more else 0
+
+    async def proven(self) -> None:
+        """Wait until the peer has answered to connect(2): it has, unless `unproven`."""
+
+    async def finish(self, data: bytes, within: float) -> None:
+        """Say a last word and let the peer read it: send, end our side, wait `within` seconds for its end, close.
+
+        A close with unread input would reset the connection, and the peer might lose `data`.
+        """
+        self.deadline = self.reactor.clock() + within
+        try:
+            await self.send_all(data)
+            self.sock.shutdown(socket.SHUT_WR)
+            # A peer that sends without a pause keeps neither this session nor the process: no wait, no deadline.
+            while self.reactor.clock() < self.deadline and await self.receive():
+                await trio.lowlevel.checkpoint()
+        except (OSError, DeadlineExpired):
+            pass
+        finally:
+            self.close()
+
+    async def meanwhile(self, deadline: float, work: Callable[[str], Awaitable[T]], argument: str) -> T:
+        """Await `work(argument)` on behalf of this endpoint's session, while its peer waits for it.
+
+        Raises what the work does, DeadlineExpired past `deadline`, and PeerReset when the peer is gone.
+        """
+        self.check_peer()
+        gone = False
+
+        def give_up() -> None:
+            nonlocal gone
+            gone = True
+            scope.cancel()
+
+        with trio.move_on_after(max(deadline - self.reactor.clock(), 0)) as scope:
+            self.on_reset = give_up
+            try:
+                return await work(argument)
+            finally:
+                self.on_reset = None
+        raise PeerReset if gone else DeadlineExpired
+
+    def check_peer(self) -> None:
+        """Raise PeerReset if the peer's reset came in one event with its last bytes: no other event tells of it."""
+        if self.more and self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            raise PeerReset
+
+    def close(self) -> None:
+        """Close the socket: FIN, after what was sent. Only its session calls this; a second time does nothing."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            self.reactor.forget(fd)
+            self.sock.close()
+
+    def reset(self) -> None:
+        """Close the socket with RST: what the peer was sent and has not acknowledged may be lost."""
+        if self.fd >= 0:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_ZERO)
+            self.close()
+
+    def on_event(self, flags: int) -> None:
+        if flags & (OUT | BROKEN):
+            self.writable = True
+        if flags & ~OUT:
+            self.readable = True
+            if flags & MORE:
+                self.more = True
+        if self._task is not None:
+            self._wake()
+        elif flags & BROKEN and self.on_reset is not None:
+            self.on_reset()
+
+    def on_deadline(self, now: float) -> None:
+        self.interrupt(DeadlineExpired())
+
+    def interrupt(self, reason: BaseException) -> None:
+        """Raise `reason` in the task that waits here, if one does."""
+        if self._task is not None:
+            self._wake(reason)
+
+    def give_up(self) -> None:
+        """The client for which this connection was to be made is gone."""
+        self.interrupt(PeerReset())
+
+    def _send_some(self, data: bytes) -> int:
+        try:
+            sent = self.sock.send(data)
+        except BlockingIOError:
+            sent = 0
+        self.writable = sent == len(data)
+        return sent
+
+    def _wait(self) -> Awaitable[None]:
+        # (Not a coroutine itself: that would be one more for each wait.)
+        self._task = trio.lowlevel.current_task()
+        return trio.lowlevel.wait_task_rescheduled(self._abort)  # noqa: ASYNC105  who calls this awaits it
+
+    def _abort(self, _: object) -> trio.lowlevel.Abort:
+        self._task = None
+        return trio.lowlevel.Abort.SUCCEEDED
+
+    def _wake(self, error: BaseException | None = None) -> None:
+        task, self._task = self._task, None
+        if task is not None:
+            trio.lowlevel.reschedule(task, outcome.Value(None) if error is None else outcome.Error(error))
+
+
+class TransparentEndpoint(Endpoint):
+    """One of those."""
+
+    __slots__ = ()
+    transparent = True

@@ -1,0 +1,90 @@
+"""When keepalive probes the peers of a relay: often enough that nothing on the way forgets the connection.
+
+Connection tracking forgets silent connections, here and in every NAT on the way: an open one after days (or minutes), a
+half-closed one after a minute. A redirected connection that it forgets is lost; worse, the next packets of its client
+are no longer redirected.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from usocksd.net.conntrack import DEFAULTS, tcp_timers
+
+KEEPALIVE = 180
+"""Seconds of silence after which a peer is asked. NATs and clouds forget after 240."""
+
+_OPEN, _HALF = ("established",), ("fin_wait", "close_wait")
+_TRIES = 4  # within the shortest timer, so that a probe may get lost
+_GIVE_UP_AFTER = 60  # seconds without an answer; no less than six probes
+_LONGEST_AFTER = 60.0
+_HALF_AFTER = 1.0
+_TCP_RTO_MAX_MS = 44  # linux/tcp.h, Linux 6.15; Python has no name for it
+_RTO_MAX = 120  # TCP_RTO_MAX, seconds
+
+
+class Timing(NamedTuple):
+    """How the kernel asks, as tcp(7) has it; whole seconds."""
+
+    idle: int
+    """of silence before the first probe"""
+    interval: int
+    probes: int
+    """without an answer, after which the connection is reset"""
+    longest: int = _RTO_MAX
+    """between what is sent again, or asked of a peer with a closed window: the kernel's keepalive waits meanwhile"""
+
+
+class KeepAlive:
+    """For the connections of one worker. Until `look` was called, it goes by the kernel's defaults."""
+
+    def __init__(
+        self, seconds: int = KEEPALIVE, *, timers: Callable[[tuple[str, ...]], Mapping[str, int]] = tcp_timers
+    ) -> None:
+        """seconds: of silence that are allowed at most; `timers` are what conntrack has of these names."""
+        self._seconds = seconds
+        self._timers = timers
+        self._set({})
+
+    def look(self) -> bool:
+        """Read the timers, for somebody may have changed them. Returns whether that changes anything."""
+        before = self.open, self.half
+        self._set(self._timers(_OPEN + _HALF))
+        return before != (self.open, self.half)
+
+    def _set(self, timers: Mapping[str, int]) -> None:
+        self.open = self._timing(min(timers.get(name, DEFAULTS[name]) for name in _OPEN))
+        """While both directions are open."""
+        # Other hosts on the way are not asked. So no longer than the kernel's default, whatever this one says.
+        self.half = self._timing(min(min(timers.get(name, DEFAULTS[name]), DEFAULTS[name]) for name in _HALF))
+        """Once one direction has ended."""
+        self.after = min(_LONGEST_AFTER, float(self.open.idle))
+        """The age in seconds from which a relay is worth the system calls."""
+        self.half_after = min(_HALF_AFTER, float(self.half.idle))
+        """The same from when one direction has ended: mostly the other one follows at once."""
+
+    def _timing(self, forgotten_after: int) -> Timing:
+        idle = max(1, min(self._seconds, forgotten_after // _TRIES))
+        interval = min(10, idle)
+        probes = min(127, max(6, _GIVE_UP_AFTER // interval))
+        return Timing(idle, interval, probes, max(1, min(_RTO_MAX, forgotten_after // 2)))
+
+
+def keep_alive(sock: socket.SocketType, timing: Timing) -> None:
+    """SO_KEEPALIVE with these times, from now on. A listening socket's are inherited by what it accepts.
+
+    Not TCP_USER_TIMEOUT: it would also end connections to a peer that lives and has closed its window.
+    """
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, timing.idle)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, timing.interval)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, timing.probes)
+    if timing.longest < _RTO_MAX:
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, _TCP_RTO_MAX_MS, timing.longest * 1000)
+        except OSError as error:
+            if error.errno != errno.ENOPROTOOPT:  # an older kernel
+                raise

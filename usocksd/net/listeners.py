@@ -1,0 +1,220 @@
+"""Listening sockets: opened with the options that accepted connections inherit, and accepted from in batches."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+import struct
+from collections.abc import Callable
+from math import inf
+from socket import SocketType
+
+from usocksd.errors import Error
+from usocksd.net.address import join_port, socket_address, unmapped
+from usocksd.net.endpoint import Endpoint, TransparentEndpoint
+from usocksd.net.fast_open import accept_fast_open
+from usocksd.net.keepalive import Timing, keep_alive
+from usocksd.net.options import set_listener_options
+from usocksd.net.reactor import Reactor
+
+log = logging.getLogger(__name__)
+
+# The kernel caps it at net.core.somaxconn.
+_BACKLOG = 4096
+# At most so many accepts before the established connections get their turn again.
+_BATCH = 64
+# struct tcp_info: for a listening socket tcpi_unacked (an u32 at offset 24) is the length of its accept queue, and
+# tcpi_sacked behind it the limit.
+_QUEUE = struct.Struct("=24xII")
+
+# What trio's documentation of serve_listeners argues for: out of descriptors or memory (EMFILE, ENFILE, ENOBUFS,
+# ENOMEM), the connection stays in the queue, so wait a little and go on (and say so, but not for every connection). The
+# same for errors that nobody has foreseen: here an exception would end every connection of the process.
+#
+# accept(2) may report what went wrong with one connection while it was queued, or that a firewall forbade it. The
+# listener is well: go on with the next.
+_CONNECTION_ERRNOS = frozenset(
+    {
+        errno.ECONNABORTED,
+        errno.ECONNRESET,
+        errno.EPERM,
+        errno.EPROTO,
+        errno.ENETDOWN,
+        errno.ENOPROTOOPT,
+        errno.EHOSTDOWN,
+        errno.ENONET,
+        errno.EHOSTUNREACH,
+        errno.EOPNOTSUPP,
+        errno.ENETUNREACH,
+        errno.ETIMEDOUT,
+    }
+)
+_PAUSE = 0.1
+# linux/in.h; Python has no name for it. The flag belongs to the socket, and this option is it for IPv6 too.
+_IP_TRANSPARENT = 19
+_SAY_AGAIN_AFTER = 10.0
+_ANY = ("0.0.0.0", "::")
+
+Accepted = Callable[[Endpoint, str, int], None]
+"""What is called for each connection: its endpoint, and the peer's numeric address and port."""
+
+
+class ListenError(Error):
+    """A listening socket could not be opened; `transparent`: one with IP_TRANSPARENT."""
+
+    def __init__(self, place: str, number: int, *, transparent: bool = False) -> None:
+        problem = os.strerror(number)
+        if transparent and number == errno.EPERM:
+            # (To bind to a port below 1024 is EACCES.)
+            problem = (
+                "a listen_tproxy socket (IP_TRANSPARENT) needs CAP_NET_ADMIN: give it to the service"
+                " (AmbientCapabilities= of the unit), or let systemd open the socket (Transparent= of a .socket unit)"
+            )
+        super().__init__(f"can't listen on {place}: {problem}")
+        self.errno = number
+
+
+NO_SUCH_FAMILY = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL})
+"""The errno values of a ListenError on a host that lacks the address's family, or the address."""
+
+
+def listen(host: str, port: int, *, reuse_port: bool = False, transparent: bool = False) -> socket.socket:
+    """Open a listening TCP socket on the numeric address `host`; `reuse_port`: one of several on the same port;
+    `transparent`: with IP_TRANSPARENT of ip(7), for connections that TPROXY rules bring here.
+
+    Raises ListenError.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = None
+    try:
+        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if reuse_port:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        set_listener_options(sock)
+        if transparent:
+            sock.setsockopt(socket.IPPROTO_IP, _IP_TRANSPARENT, 1)
+        accept_fast_open(sock)
+        sock.bind(socket_address(host, port))
+        sock.listen(_BACKLOG)
+    except OSError as error:
+        if sock is not None:
+            sock.close()
+        raise ListenError(join_port(host, port), error.errno or errno.EIO, transparent=transparent) from None
+    return sock
+
+
+def may_be_transparent() -> bool:
+    """Whether this process may open sockets with IP_TRANSPARENT."""
+    with socket.socket() as sock:
+        try:
+            sock.setsockopt(socket.IPPROTO_IP, _IP_TRANSPARENT, 1)
+        except OSError:
+            return False
+    return True
+
+
+def is_transparent(sock: socket.SocketType) -> bool:
+    """Whether this socket has IP_TRANSPARENT; those accepted from it have it then, in both families."""
+    return bool(sock.getsockopt(socket.IPPROTO_IP, _IP_TRANSPARENT))
+
+
+class Listener:
+    """Accepts from one listening socket, as a handler of the reactor.
+
+    `room` tells whether the process has descriptors for one more connection; while it has not, connections wait in
+    the kernel's queue rather than being accepted and then refused.
+    """
+
+    deadline = inf
+
+    def __init__(self, reactor: Reactor, sock: socket.socket, accepted: Accepted, *, room: Callable[[], bool]) -> None:
+        self._reactor = reactor
+        self._sock = sock
+        self._accept = sock._accept  # type: ignore[attr-defined]  # accept() without the Python layer over it
+        self._kind = (int(sock.family), int(sock.type), sock.proto)
+        self._accepted = accepted
+        self._room = room
+        self._endpoint = TransparentEndpoint if is_transparent(sock) else Endpoint
+        self._bound = _one_address(sock)
+        self._said = -inf
+        self.paused = False
+        self._fd = sock.fileno()
+        reactor.register_listener(self._fd, self)
+
+    def on_event(self, flags: int) -> None:
+        family, kind, protocol = self._kind
+        for _ in range(min(queue_length(self._sock), _BATCH)):
+            if not self._room():
+                self._pause("too few file descriptors left")
+                return
+            try:
+                fd, address = self._accept()
+            except OSError as error:
+                if error.errno in _CONNECTION_ERRNOS:
+                    continue
+                if error.errno != errno.EAGAIN:
+                    self._pause(os.strerror(error.errno or errno.EIO))
+                return
+            sock = SocketType(family, kind, protocol, fd)
+            sock.setblocking(False)
+            endpoint = self._endpoint(self._reactor, sock, watched=False)
+            endpoint.bound = self._bound
+            host = address[0]
+            if host[:7] == "::ffff:":  # of a socket for both families, which systemd may have opened
+                host = unmapped(host)
+            self._accepted(endpoint, host, address[1])
+
+    def close(self) -> None:
+        """Accept what has been waiting, and no more."""
+        for _ in range(queue_length(self._sock) // _BATCH + 1):
+            if not self.paused:
+                self.on_event(0)
+        self._reactor.unregister(self._fd)
+        self._sock.close()
+
+    def keep_alive(self, timing: Timing) -> None:
+        """What is accepted from now on is asked for signs of life like this."""
+        keep_alive(self._sock, timing)
+
+    def on_deadline(self, now: float) -> None:
+        """A pause is over."""
+        self.deadline = inf
+        self.paused = False
+        self._reactor.mute(self._fd, muted=False)
+
+    def interrupt(self, reason: BaseException) -> None:
+        """Nothing waits here: a listener is closed, not interrupted."""
+
+    def _pause(self, cause: str) -> None:
+        now = self._reactor.now
+        self.deadline = now + _PAUSE
+        self.paused = True
+        self._reactor.mute(self._fd, muted=True)
+        if now - self._said > _SAY_AGAIN_AFTER:
+            self._said = now
+            log.error(
+                "accepting is paused",
+                extra={"fields": {"error": cause, "waiting": queue_length(self._sock)}},
+            )
+
+
+def _one_address(sock: socket.socket) -> tuple[str, int] | None:
+    """The address of all connections to this listener, on our side; None if they have their own."""
+    host, port = sock.getsockname()[:2]
+    return None if is_transparent(sock) or host in _ANY else (host, port)
+
+
+def queue_length(listener: socket.socket) -> int:
+    """How many connections wait to be accepted."""
+    return queue(listener)[0]
+
+
+def queue(listener: socket.socket) -> tuple[int, int]:
+    """How many connections wait to be accepted, and how many may."""
+    length, limit = _QUEUE.unpack(listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _QUEUE.size))
+    return length, limit

@@ -1,0 +1,214 @@
+"""The relay: carries bytes both ways between two connected sockets until both have said all, or one of them broke.
+
+`relay()` is called by a session and parks its task; the work is done by two Flows, one a direction, whose steps the
+reactor calls. What a Flow promises:
+
+- Bytes arrive in order, each once, or the pair ends with a reason. What a sink does not take stops the reading.
+- The end of one direction (FIN) is passed on, and the other direction flows on.
+- A reset is passed on as a reset, after what came before it was delivered.
+"""
+
+from __future__ import annotations
+
+import array
+import fcntl
+import socket
+import termios
+from typing import Protocol
+
+import trio
+
+from usocksd.net.ending import Limits, Reason, RelayResult, Side
+from usocksd.net.endpoint import Endpoint
+from usocksd.net.flow import DELIVER_WITHIN, Flow
+from usocksd.net.keepalive import keep_alive
+from usocksd.net.pipes import PipePool
+from usocksd.net.reactor import Reactor
+
+_TCP_CLOSE = 7  # tcpi_state of a connection that was reset, see tcp_states.h
+
+
+class Record(Protocol):
+    """Writes down how a relay ended."""
+
+    def ends(self, result: RelayResult) -> None:
+        """It has ended so. Called once."""
+
+
+async def relay(
+    client: Endpoint,
+    upstream: Endpoint,
+    *,
+    to_upstream: bytes = b"",
+    to_client: bytes = b"",
+    sent: int = 0,
+    pipes: PipePool,
+    limits: Limits,
+    record: Record | None = None,
+) -> RelayResult:
+    """Carry bytes between the two until the end; closes neither.
+
+    `to_upstream` and `to_client` are what the handshakes left over: they go first. `sent` is how many of the client's
+    bytes went to the upstream with a handshake; they count as relayed. `record` is told how it ended,
+    also when this raises: what went wrong in a step, or Cancelled. The session closes both endpoints afterwards by
+    `close_pair`, which passes a reset on.
+    """
+    pair = Pair(client, upstream, pipes, limits)
+    try:
+        pair.up.count = sent
+        pair.start(to_upstream, to_client)
+        del to_upstream, to_client  # a frame that waits keeps what it knows, and idle connections are many
+        if pair.result is None:
+            # Here and not in a method of its own: a coroutine less for every idle connection to keep.
+            pair.task = trio.lowlevel.current_task()
+            await trio.lowlevel.wait_task_rescheduled(pair.abort)
+        return pair.outcome()
+    finally:
+        pair.detach()
+        if record is not None and pair.result is not None:
+            record.ends(pair.result)
+
+
+async def close_pair(client: Endpoint, upstream: Endpoint, result: RelayResult) -> None:
+    """Close both endpoints of a relay as it ended: after a reset or an error the surviving side gets a reset.
+
+    Before that it may take some seconds to receive what was sent to it, since a reset throws that away.
+    """
+    if result.reason is Reason.CLOSED:
+        client.close()
+        upstream.close()
+        return
+    for endpoint, side in ((client, Side.CLIENT), (upstream, Side.UPSTREAM)):
+        try:
+            if side is not result.by and result.reason in (Reason.RESET, Reason.ERROR):
+                await _delivered(endpoint)
+        finally:
+            endpoint.reset()
+
+
+async def _delivered(endpoint: Endpoint) -> None:
+    """Return when the peer has acknowledged all it was sent, or after DELIVER_WITHIN seconds."""
+    wait = 0.001
+    with trio.move_on_after(DELIVER_WITHIN):
+        while _unacknowledged(endpoint.sock):
+            await trio.sleep(wait)
+            wait = min(wait * 2, 0.1)
+
+
+def _unacknowledged(sock: socket.SocketType) -> int:
+    """SIOCOUTQ of tcp(7): bytes sent and not yet acknowledged, if there is anybody left to do that."""
+    if sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_CLOSE:
+        return 0
+    count = array.array("i", [0])
+    fcntl.ioctl(sock, termios.TIOCOUTQ, count)
+    return count[0]
+
+
+class Pair:
+    """Two flows, one for each direction, and the session's task that waits for their end."""
+
+    __slots__ = (
+        "_client",
+        "_failure",
+        "_upstream",
+        "active",
+        "down",
+        "first",
+        "half_closed",
+        "limits",
+        "pipes",
+        "reactor",
+        "result",
+        "task",
+        "up",
+    )
+
+    def __init__(self, client: Endpoint, upstream: Endpoint, pipes: PipePool, limits: Limits) -> None:
+        self.reactor: Reactor = client.reactor
+        self.pipes = pipes
+        self.limits = limits
+        self.active = self.reactor.now
+        """When the last byte was moved."""
+        self.first: Side | None = None
+        """Who has said all it will say, while the other goes on."""
+        self.half_closed = 0.0
+        """Since when that is so."""
+        self.result: RelayResult | None = None
+        self._failure: Exception | None = None
+        self.task: trio.lowlevel.Task | None = None
+        self._client = client
+        self._upstream = upstream
+        self.up = Flow(self, client, upstream)
+        self.down = Flow(self, upstream, client)
+        self.up.reverse = self.down
+        self.down.reverse = self.up
+
+    def start(self, to_upstream: bytes, to_client: bytes) -> None:
+        """Take the endpoints over, deliver the leftovers, and look at what is already there."""
+        self._client.watch()
+        for flow, leftover in ((self.up, to_upstream), (self.down, to_client)):
+            self.reactor.handlers[flow.source.fd] = flow
+            flow.tail = leftover
+        self.up.deadline = self.reactor.clock() + min(self.limits.idle, self.limits.keepalive.after)
+        try:
+            for flow in (self.up, self.down):
+                flow.start()
+            for flow in (self.up, self.down):
+                if flow.queued:
+                    # This is the session's task, and the reactor may be asleep: an event of this socket wakes it.
+                    self.reactor.watch_writable(flow.source.fd)
+        except Exception as error:
+            self.fail(error)
+
+    def outcome(self) -> RelayResult:
+        """How it ended; raises what went wrong in a step, if something did."""
+        if self._failure is not None:
+            raise self._failure
+        assert self.result is not None
+        return self.result
+
+    def end(self, reason: Reason, by: Side, error: int = 0) -> None:
+        """The one way to end a pair, and the one place that wakes its session. Said twice, the first counts."""
+        if self.result is not None:
+            return
+        self._end(reason, by, error)
+        task, self.task = self.task, None
+        if task is not None:
+            trio.lowlevel.reschedule(task)
+
+    def fail(self, error: Exception) -> None:
+        """A bug in a step of this pair: raised in its own session."""
+        self._failure = error
+        self.end(Reason.ERROR, Side.PROXY)
+
+    def keep_alive(self) -> None:
+        """The pair lives long enough to be worth the system calls that ask its peers for signs of life.
+
+        The client's has them from its listener, but perhaps those of before the timers were changed.
+        """
+        keepalive = self.limits.keepalive
+        timing = keepalive.open if self.first is None else keepalive.half
+        for endpoint in (self._client, self._upstream):
+            keep_alive(endpoint.sock, timing)
+
+    def side(self, endpoint: Endpoint) -> Side:
+        return Side.CLIENT if endpoint is self._client else Side.UPSTREAM
+
+    def detach(self) -> None:
+        """Give the endpoints back to the session, and everything borrowed."""
+        handlers = self.reactor.handlers
+        for flow in (self.up, self.down):
+            handlers[flow.source.fd] = flow.source
+            flow.release()
+        # Flows know their pair. Without this there would be a cycle for the collector in every connection.
+        del self.up, self.down
+
+    def abort(self, _: object) -> trio.lowlevel.Abort:
+        # Marked as ended before anything else: no step may wake the task a second time.
+        self._end(Reason.STOPPED, Side.PROXY, 0)
+        self.task = None
+        return trio.lowlevel.Abort.SUCCEEDED
+
+    def _end(self, reason: Reason, by: Side, error: int) -> None:
+        alone = 0.0 if self.first is None else self.reactor.now - self.half_closed
+        self.result = RelayResult(self.up.count, self.down.count, reason, by, error, self.first, alone)

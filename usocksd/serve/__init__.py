@@ -1,0 +1,1 @@
+"""Master and workers, and what operators ask them."""

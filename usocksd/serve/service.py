@@ -1,0 +1,288 @@
+"""The connections of one worker: accepted, served, counted, and ended when it is time."""
+
+from __future__ import annotations
+
+import gc
+import heapq
+import logging
+import socket
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
+from math import inf
+from operator import attrgetter
+from typing import Any, NoReturn
+
+import outcome
+import trio
+
+from usocksd.host.limits import NOBODY, Tally
+from usocksd.log.metrics import Metrics
+from usocksd.net.address import join_port
+from usocksd.net.ending import Reason, Side
+from usocksd.net.endpoint import DeadlineExpired, Endpoint, PeerReset
+from usocksd.net.flow import Flow
+from usocksd.net.keepalive import KeepAlive
+from usocksd.net.listeners import Listener
+from usocksd.net.reactor import Reactor
+from usocksd.net.relay import Pair
+
+log = logging.getLogger(__name__)
+
+Session = Callable[[Endpoint, str, int], Awaitable[None]]
+"""Serves one accepted connection: endpoint, the peer's numeric address and port."""
+
+# What a session that was told to stop still needs to write its record and close.
+_LAST_WORDS = 0.5
+# A connection makes no cycles, so there is little for the collector to find and much to look through.
+_COLLECT_AFTER = 50_000
+# At the descriptor limit so many of the connections that were silent longest make room, if that was long enough.
+_SHED_AT_ONCE = 32
+_SHED_AFTER = 60.0
+_SAY_AGAIN_AFTER = 10.0
+_LOOK_AT_TIMERS_EVERY = 2.0
+# So many tasks without a connection are kept, some 2 KB each.
+_MOST_IDLE = 64
+
+
+class Stopping(Exception):
+    """The process is about to end, and with it this session."""
+
+
+class Service:
+    """Runs a session for each accepted connection, in the nursery `sessions`.
+
+    `most` is how many the process has descriptors for; while there are as many, connections wait in the kernel's
+    queue, unless some that are idle can make room. `proxied` are ports whose connections are some proxy's, and count
+    for nobody until `count_as`.
+    """
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        session: Session,
+        sessions: trio.Nursery,
+        *,
+        most: int,
+        tally: Tally,
+        metrics: Metrics,
+        proxied: Collection[int] = (),
+        keepalive: KeepAlive,
+    ) -> None:
+        self.live = 0
+        """Connections that are being served."""
+        self.accepted = metrics.counter("connections_accepted_total", "Connections from clients")
+        self.most = most
+        self._reactor = reactor
+        self._session = session
+        self._sessions = sessions
+        self._tally = tally
+        self._proxied = proxied
+        self._keepalive = keepalive
+        self._rows: dict[Endpoint, int] = {}
+        """Where those are counted of which it was not known at accept."""
+        self._idle: list[trio.lowlevel.Task] = []
+        """Tasks of sessions that have ended, each waiting for the next connection."""
+        self._listeners: list[Listener] = []
+        self._empty: trio.Event | None = None
+        self._turned_away = metrics.counters(
+            "connections_turned_away_total", "Accepted and closed at once, by the limit that said so", "limit"
+        )
+        for limit in ("connections", "per_client"):
+            self._turned_away.labels(limit)
+        self._shed = metrics.counter("connections_shed_total", "Idle connections ended to make room for new ones")
+        self._said = -inf
+
+    def listen(self, sockets: Iterable[socket.socket]) -> list[Listener]:
+        """Accept from these too; returns what `close` takes."""
+        listeners = [
+            Listener(
+                self._reactor,
+                sock,
+                self._accepted_for_others if sock.getsockname()[1] in self._proxied else self._accepted,
+                room=self._has_room,
+            )
+            for sock in sockets
+        ]
+        for listener in listeners:
+            listener.keep_alive(self._keepalive.open)
+        self._listeners += listeners
+        return listeners
+
+    async def keep_alive(self) -> NoReturn:
+        """Have every connection outlive what this host's connection tracking asks, also when that changes."""
+        while True:
+            if self._keepalive.look():
+                for listener in self._listeners:
+                    listener.keep_alive(self._keepalive.open)
+                for pair in self._pairs():
+                    pair.keep_alive()
+            await trio.sleep(_LOOK_AT_TIMERS_EVERY)
+
+    def close(self, listeners: Sequence[Listener]) -> None:
+        """Accept no more from these."""
+        for listener in listeners:
+            if listener in self._listeners:
+                self._listeners.remove(listener)
+                listener.close()
+
+    @property
+    def paused(self) -> bool:
+        """Whether accepting waits for descriptors."""
+        return any(listener.paused for listener in self._listeners)
+
+    def count_as(self, endpoint: Endpoint, host: str, port: int) -> bool:
+        """From now on the connection counts as one of this client, of which a proxy has made it.
+
+        False if a limit forbids that; then it has been reset.
+        """
+        row = self._tally.row(host)
+        self._tally.add(NOBODY, -1)
+        limit = self._tally.exceeded(row)
+        if limit is not None:
+            self._tally.add(NOBODY, 1)
+            self._turn_away(endpoint, host, port, limit)
+            return False
+        self._tally.add(row, 1)
+        self._rows[endpoint] = row
+        return True
+
+    async def drain(self, within: float) -> None:
+        """Accept no more, let connections end, and end those that have not after `within` seconds."""
+        self.close(list(self._listeners))
+        with trio.move_on_after(within):
+            await self._emptied()
+        if self.live:
+            log.warning("ending what is still connected", extra={"fields": {"live": self.live}})
+            self._reactor.interrupt_all(Stopping)
+            with trio.move_on_after(_LAST_WORDS):
+                await self._emptied()
+        self._sessions.cancel_scope.cancel()
+
+    def connections(self) -> Iterator[dict[str, Any]]:
+        """The live ones, as their sessions describe them, with bytes and seconds; each as it is when it is asked for,
+        which is its "at", by CLOCK_MONOTONIC.
+        """
+        handlers = self._reactor.handlers
+        # (By descriptor: behind one that has been closed meanwhile is another connection by now, or nothing.)
+        for fd in list(handlers):
+            row = _describe(handlers.get(fd), self._reactor.clock())
+            if row is not None:
+                yield row
+
+    def moving(self) -> tuple[int, int]:
+        """Bytes of the live connections, to the destinations and from there."""
+        pairs = self._pairs()
+        return sum(pair.up.count for pair in pairs), sum(pair.down.count for pair in pairs)
+
+    async def _emptied(self) -> None:
+        if self.live:
+            self._empty = trio.Event()
+            await self._empty.wait()
+
+    def _pairs(self) -> list[Pair]:
+        """The relays, once each."""
+        flows = (handler for handler in self._reactor.handlers.values() if isinstance(handler, Flow))
+        return [flow.pair for flow in flows if flow is flow.pair.up]
+
+    def _has_room(self) -> bool:
+        if self.live < self.most:
+            return True
+        self._make_room()
+        return False  # those that were told to end need a moment for it
+
+    def _make_room(self) -> None:
+        before = self._reactor.now - _SHED_AFTER
+        idle = (pair for pair in self._pairs() if pair.active <= before and pair.result is None)
+        for pair in heapq.nsmallest(_SHED_AT_ONCE, idle, key=attrgetter("active")):
+            self._shed.value += 1
+            pair.end(Reason.SHED, Side.PROXY)
+
+    def _accepted(self, endpoint: Endpoint, host: str, port: int) -> None:
+        self._admit(endpoint, host, port, self._tally.row(host))
+
+    def _accepted_for_others(self, endpoint: Endpoint, host: str, port: int) -> None:
+        self._admit(endpoint, host, port, NOBODY)
+
+    def _admit(self, endpoint: Endpoint, host: str, port: int, row: int) -> None:
+        limit = self._tally.exceeded(row)
+        if limit is not None:
+            self._turn_away(endpoint, host, port, limit)
+            return
+        self._tally.add(row, 1)
+        self.live += 1
+        self.accepted.value += 1
+        if self._idle:
+            trio.lowlevel.reschedule(self._idle.pop(), outcome.Value((endpoint, host, port, row)))
+        else:
+            self._sessions.start_soon(self._serve_each, (endpoint, host, port, row), name="session")
+
+    def _turn_away(self, endpoint: Endpoint, host: str, port: int, limit: str) -> None:
+        endpoint.reset()
+        turned_away = self._turned_away.labels(limit)
+        turned_away.value += 1
+        now = self._reactor.now
+        if now - self._said > _SAY_AGAIN_AFTER:  # a flood of connections shall not become one of records
+            self._said = now
+            fields = {"client_addr": join_port(host, port), "limit": limit, "turned_away": int(turned_away.value)}
+            log.warning("too many connections", extra={"fields": fields})
+
+    async def _serve_each(self, connection: tuple[Endpoint, str, int, int]) -> None:
+        """Serve it, and then others that come: to begin a task and to end it takes 4 us, which is more than to wait."""
+        task = trio.lowlevel.current_task()
+        idle = self._idle
+
+        def abort(_: object) -> trio.lowlevel.Abort:
+            idle.remove(task)
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        while True:
+            await self._serve(*connection)
+            del connection
+            if len(idle) == _MOST_IDLE:
+                return
+            idle.append(task)
+            connection = await trio.lowlevel.wait_task_rescheduled(abort)
+
+    async def _serve(self, endpoint: Endpoint, host: str, port: int, row: int) -> None:
+        try:
+            await self._session(endpoint, host, port)
+        except (OSError, DeadlineExpired, PeerReset, Stopping) as error:
+            log.debug("session ends", extra={"fields": {"error": str(error) or type(error).__name__}})
+        except Exception:
+            # A fault of ours in one session is no reason to end the others.
+            log.exception("session failed", extra={"fields": {"client_addr": join_port(host, port)}})
+        finally:
+            endpoint.close()
+            if self._rows:
+                row = self._rows.pop(endpoint, row)
+            self._tally.add(row, -1)
+            self.live -= 1
+            if not self.live and self._empty is not None:
+                self._empty.set()
+
+
+def settle_memory() -> None:
+    """What is there now stays: the collector need not look at it again, nor often at all."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_COLLECT_AFTER)
+
+
+def _describe(handler: object, now: float) -> dict[str, Any] | None:
+    """One row of `connections`: the handler is the client's side of a connection, in its handshake or its relay."""
+    if isinstance(handler, Flow):
+        pair, about = handler.pair, handler.source.about
+        if handler is not pair.up or about is None:
+            return None
+        moved = {
+            "state": "relay",
+            "idle": max(now - pair.active, 0.0),
+            "tx_bytes": pair.up.count,
+            "rx_bytes": pair.down.count,
+        }
+    elif isinstance(handler, Endpoint) and handler.about is not None:
+        about = handler.about
+        moved = {"state": "handshake", "idle": 0.0, "tx_bytes": 0, "rx_bytes": 0}
+    else:
+        return None
+    row: dict[str, Any] = about.describe()
+    return row | moved | {"at": now}

@@ -1,0 +1,202 @@
+"""NAME check: whether a configuration will do, for an editor, a pipeline, or the unit before it starts the daemon.
+
+Every fault, then every warning, then the settings as they will be. It opens the files that loading opens, and nothing
+else: no socket is bound, no log is written, no name server asked beyond what loading does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import attrs
+
+from usocksd.errors import ConfigError, Fault
+from usocksd.log.words import counted
+from usocksd.net.address import join_port
+from usocksd.serve.verbs.client import visible
+from usocksd.settings import loader as configuration
+from usocksd.settings.common import Common
+from usocksd.settings.warnings import Host, connections_of_descriptors
+
+C = TypeVar("C")
+
+_DESCRIPTION = """\
+Check a configuration on this host, as this user, and change nothing. Print every fault (the daemon would not start),
+every warning (a setting would not work here, or is hardly meant), and the settings in force, defaults included.
+Passwords are never shown.
+
+Faults, warnings and notes go to stderr, one a line, in the form that compilers use and editors know:
+    FILE:LINE: error: KEY: VALUE: what is expected
+    FILE:LINE: warning: KEY: VALUE: what is wrong with it: what would be right
+    FILE:LINE: note: KEY: VALUE: what it does to everybody, which may be intended
+    FILE:LINE:COLUMN: error: what is not TOML
+LINE is 1 if the file does not have the key. The settings go to stdout. With --json all goes to stdout: an object
+with "file", "ok", "faults", "warnings" and "notes" (lists of "file", "line", "column", "key", "value" and
+"expected"), and "settings" (null when there are faults).
+
+Exit status: 0 if there are no faults, and with --strict no warnings; else 1; 2 for a wrong command line."""
+
+
+@attrs.frozen
+class Examined:
+    """A configuration that has loaded, looked at closely."""
+
+    common: Common
+    warnings: Sequence[Fault]
+    error: ConfigError | None = None
+    """faults of other files that belong to it"""
+    notes: Sequence[Fault] = ()
+    """what it does to everybody, and may be meant"""
+
+
+@attrs.frozen
+class Checked(Generic[C]):
+    """A daemon as this verb sees it. A missing `default` file is a fault if it is `required`.
+
+    `examine` gets a configuration that has loaded, and the name of its file if it has one.
+    """
+
+    name: str
+    config: type[C]
+    default: str
+    required: bool
+    examine: Callable[[C, str | None], Examined]
+
+
+@attrs.frozen
+class Finding:
+    """A fault or a warning, and where to go to mend it."""
+
+    file: str
+    line: int
+    column: int | None
+    key: str
+    value: str
+    expected: str
+
+    def __str__(self) -> str:
+        return ": ".join(filter(None, (self.key, self.value, self.expected)))
+
+    @property
+    def place(self) -> str:
+        return ":".join(str(part) for part in (self.file, self.line, self.column) if part is not None)
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], daemon: Checked[Any]) -> None:
+    """Add this verb to a command line that has an option -f, the configuration."""
+    parser = subparsers.add_parser(
+        "check",
+        help="look for faults of a configuration, and for what it can't do on this host",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("-f", metavar="CONFIG", default=argparse.SUPPRESS, help="the same as FILE")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--strict", action="store_true", help="warnings count as faults")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print faults and warnings only")
+    parser.add_argument(
+        "file", nargs="?", metavar="FILE", help=f"the configuration (default: that of -f, or else {daemon.default})"
+    )
+    parser.set_defaults(run=partial(_run, daemon))
+
+
+def _run(daemon: Checked[Any], args: argparse.Namespace) -> int:
+    """Run the verb; returns the exit status."""
+    path: str | None = args.file or args.f
+    file = path or daemon.default
+    faults: list[Finding] = []
+    warnings: list[Finding] = []
+    notes: list[Finding] = []
+    settings: dict[str, object] | None = None
+    try:
+        if path is None and not daemon.required and not Path(file).exists():
+            config, source = configuration.parse(daemon.config, "", file), None
+            warnings = [Finding(file, 1, None, "file", "", "there is none, so the defaults are judged")]
+        else:
+            config, source = configuration.load(daemon.config, file), file
+        examined = daemon.examine(config, source)
+    except ConfigError as error:
+        faults = _findings(error.source, error.faults)
+    else:
+        warnings += _findings(file, examined.warnings)
+        notes = _findings(file, examined.notes)
+        if examined.error is None:
+            settings = effective(examined.common)
+        else:
+            faults = _findings(examined.error.source, examined.error.faults)
+    ok = not faults and not (args.strict and warnings)
+    if args.json:
+        found = {"faults": [attrs.asdict(f) for f in faults], "warnings": [attrs.asdict(w) for w in warnings]}
+        found["notes"] = [attrs.asdict(note) for note in notes]
+        print(json.dumps({"file": file, "ok": ok, **found, "settings": settings}, indent=2))
+        return 0 if ok else 1
+    for severity, findings in (("error", faults), ("warning", warnings), ("note", notes)):
+        for finding in findings:
+            print(f"{visible(finding.place)}: {severity}: {visible(finding)}", file=sys.stderr)
+    if not args.quiet:
+        _print_settings(f"{file}: {counted(len(faults), 'fault')}, {counted(len(warnings), 'warning')}", settings or {})
+    return 0 if ok else 1
+
+
+def _findings(file: str, faults: Iterable[Fault]) -> list[Finding]:
+    return sorted((_locate(fault, file) for fault in faults), key=lambda finding: finding.line)
+
+
+def _locate(fault: Fault, file: str) -> Finding:
+    """Syntax errors, and those of files that are not TOML, bring their place along instead of a key."""
+    if match := re.fullmatch(r"line (\d+)(?:, column (\d+))?", fault.path):
+        column = None if match[2] is None else int(match[2])
+        return Finding(file, int(match[1]), column, "", fault.value, fault.expected)
+    return Finding(file, fault.line or 1, None, fault.key, fault.value, fault.expected)
+
+
+def effective(common: Common) -> dict[str, object]:
+    """The settings that matter, as they will be, by key path where the file has one; JSON values."""
+    host = Host.here(())
+    port = common.metrics_default if common.metrics_port is None else common.metrics_port
+    return {
+        "listen": [str(listen) for _, listen in common.listen],
+        "metrics": [join_port(address, port) for address in common.metrics_addresses] if port else None,
+        "metrics_if_port_is_free": common.metrics_port is None,
+        "control": common.control_here,
+        "workers": common.workers or host.cpus,
+        "limits.connections": common.limits.connections,
+        "limits.connections_by_descriptors": connections_of_descriptors(common, host),
+        "limits.per_client": common.limits.per_client,
+        **{f"timeouts.{name}": value for name, value in attrs.asdict(common.timeouts).items()},
+        "log.filename": common.log.filename,
+        common.mark_key: common.mark,
+        **common.more,
+    }
+
+
+def _print_settings(title: str, settings: Mapping[str, object]) -> None:
+    print(visible(title))
+    width = max(map(len, settings), default=0)
+    for key, value in settings.items():
+        print(f"  {key:{width}}  {visible(_text(key, value))}")
+
+
+def _text(key: str, value: object) -> str:
+    match value:
+        case None | [] | ():
+            return "-"
+        case bool():
+            return "yes" if value else "no"
+        case float():
+            return f"{value:g} s"
+        case int() if key.startswith("timeouts."):
+            return f"{value} s"
+        case 0 if key.startswith("limits."):
+            return "no limit of its own"
+        case list() | tuple():
+            return ", ".join(map(str, value))
+    return str(value)

@@ -1,0 +1,175 @@
+"""What all verbs do: find the control socket, ask, and say what came of it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import socket
+import sys
+import time
+import tomllib
+from collections.abc import Callable
+from typing import Any, Final, TypeAlias
+
+import attrs
+
+from usocksd.errors import Error
+from usocksd.settings.control_path import NotPrivate, check_folder, control_path
+
+Answer: TypeAlias = dict[str, Any]
+
+TIMEOUT: Final = 10.0
+"""Seconds in which a daemon answers."""
+
+_FAILED, _INTERRUPTED = 1, 130
+
+
+@attrs.frozen
+class Operated:
+    """A daemon as its verbs see it: its name, and where its configuration and control socket are by default."""
+
+    name: str
+    config: str
+    control: str
+    columns: tuple[str, ...] = ()
+    """What its connections have besides what all have: of "user", "rule", "egress", "route" and "upstream"."""
+
+
+class VerbError(Error):
+    """There is no answer."""
+
+
+class Refused(Error):
+    """The daemon has answered that it can't, or won't: `answer`."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__("\n".join([str(answer.get("error")), *map(str, answer.get("faults", ()))]))
+        self.answer = answer
+
+
+@attrs.frozen
+class Client:
+    """Asks the daemon `name` at the control socket `path`."""
+
+    name: str
+    path: str
+
+    def ask(self, verb: str, *, timeout: float = TIMEOUT, **parameters: object) -> Answer:
+        """The answer to one request, within `timeout` seconds. Raises VerbError, or Refused."""
+        try:
+            line = self._exchange(json.dumps({"verb": verb, **parameters}).encode() + b"\n", timeout)
+        except FileNotFoundError:
+            raise VerbError(f"no {self.name} runs: there is no control socket {self.path}") from None
+        except ConnectionRefusedError:
+            raise VerbError(f"no {self.name} runs: nobody listens on its control socket {self.path}") from None
+        except PermissionError:
+            raise VerbError(f"no permission to use {self.path}: only its owner and root may") from None
+        except TimeoutError:
+            raise VerbError(f"{self.name} does not answer on {self.path} (waited {timeout:g} s)") from None
+        except BlockingIOError:
+            raise VerbError(f"{self.name} does not answer on {self.path}, where others wait already") from None
+        except OSError as error:
+            raise VerbError(f"{self.path}: {error.strerror or error}") from None
+        if not line:
+            raise VerbError(f"{self.name} closed {self.path} without an answer: it has just ended, or is busy")
+        try:
+            answer = json.loads(line)
+            ok = answer["ok"]
+        except (ValueError, TypeError, KeyError):
+            raise VerbError(f"what answers on {self.path} is no {self.name}") from None
+        if not ok:
+            raise Refused(answer)
+        return dict(answer)
+
+    def _exchange(self, request: bytes, timeout: float) -> bytes:
+        """Send a line, receive a line."""
+        deadline = time.monotonic() + timeout
+        data = bytearray()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            sock.settimeout(timeout)
+            sock.connect(self.path)
+            # It may close without having read all, after an answer: what it said before is what counts.
+            with contextlib.suppress(BrokenPipeError):
+                sock.sendall(request)
+            with contextlib.suppress(ConnectionResetError):
+                while not data.endswith(b"\n"):
+                    sock.settimeout(max(deadline - time.monotonic(), 1e-3))
+                    more = sock.recv(1 << 20)
+                    if not more:
+                        break
+                    data += more
+        return bytes(data)
+
+
+def run_verb(
+    daemon: Operated, verb: str, run: Callable[[Client, argparse.Namespace], None], args: argparse.Namespace
+) -> int:
+    """Run a verb, which asks and prints, and raises Error if there is nothing to print. Returns the exit status."""
+    prefix = f"{daemon.name} {verb}: "
+    try:
+        run(Client(daemon.name, find_control(daemon, args, prefix)), args)
+    except Error as error:
+        if args.json and isinstance(error, Refused):
+            print_json(error.answer)
+        for line in str(error).split("\n"):
+            print(f"{prefix}{visible(line)}", file=sys.stderr)
+        return _FAILED
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    return 0
+
+
+def find_control(daemon: Operated, args: argparse.Namespace, prefix: str) -> str:
+    """Where the control socket is: as --control says, or else the configuration. Raises VerbError if there is none, or
+    somebody else may have made it.
+
+    What is wrong with the configuration is said behind `prefix` on stderr, and the default is taken.
+    """
+    if args.control is not None:
+        return str(args.control)
+    # Only this one setting is looked at: an operator who asks for the status may have a bad file for a reason.
+    config: str = args.f or daemon.config
+    try:
+        with open(config, "rb") as file:
+            control = tomllib.load(file).get("control", daemon.control)
+        if not isinstance(control, str):
+            raise ValueError("control is not a string")
+    except FileNotFoundError as error:
+        if args.f is None:
+            return _default(daemon)
+        fault = str(error.strerror)
+    except OSError as error:
+        fault = error.strerror or str(error)
+    except (ValueError, RecursionError) as error:
+        fault = str(error)
+    else:
+        if not control:
+            raise VerbError(f"{config} says that there is no control socket")
+        return _default(daemon) if control == daemon.control else control
+    path = _default(daemon)
+    print(f"{prefix}{visible(config)}: {visible(fault)}; trying {path}", file=sys.stderr)
+    return path
+
+
+def _default(daemon: Operated) -> str:
+    """This user's own daemon, or else the system's."""
+    path = control_path(daemon.control, daemon.control)
+    if path == daemon.control or (not os.path.exists(path) and os.path.exists(daemon.control)):
+        return daemon.control
+    try:
+        check_folder(path)
+    except NotPrivate as error:
+        raise VerbError(str(error)) from None
+    return path
+
+
+def print_json(answer: Answer) -> None:
+    """One object on one line."""
+    print(json.dumps(answer), flush=True)
+
+
+def visible(text: object) -> str:
+    """Text with control characters, and whatever else has no shape, escaped as in Python: a client chose some of it."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text))

@@ -1,0 +1,1 @@
+"""Configuration files as typed values, every fault at once."""

@@ -1,0 +1,333 @@
+"""The types of single settings, and the tables that the configurations of both daemons have in common."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Collection, Sequence
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import attrs
+
+from usocksd.log.formats import FORMATS
+from usocksd.log.log import LEVELS
+from usocksd.net.address import IPAddress, join_port
+from usocksd.net.keepalive import KEEPALIVE
+from usocksd.settings.files import NotRegular
+from usocksd.settings.loader import Invalid, Parser, loading, show
+
+T = TypeVar("T")
+
+MOST_WORKERS = 64
+_SOCKET_PATH_MAX = 107  # sun_path of unix(7), less its final zero
+
+
+# Single settings.
+
+
+def integer(low: int, high: int) -> Parser:
+    """An integer from `low` to `high`: no boolean, and no float however round."""
+
+    def parse(value: object) -> int:
+        if type(value) is not int or not low <= value <= high:
+            raise ValueError
+        return value
+
+    return Parser(parse, f"an integer from {low} to {high}")
+
+
+def text(parse: Callable[[str], object], expected: str, *, secret: bool = False) -> Parser:
+    """A string that `parse` (raises ValueError, or Invalid to say more) turns into what it means."""
+
+    def parse_text(value: object) -> object:
+        if type(value) is not str:
+            raise ValueError
+        return parse(value)
+
+    return Parser(parse_text, expected, secret)
+
+
+def seconds(*, zero: bool = False) -> Parser:
+    """A duration, integer or float; `zero`: whether 0 is one. At most a year, so that no clock overflows."""
+
+    def parse(value: object) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError
+        if not 0 <= value <= 31_536_000 or (value == 0 and not zero):  # nan is in no range either
+            raise ValueError
+        return float(value)
+
+    return Parser(parse, f"seconds, {'0 or more' if zero else 'more than 0'} and at most 31536000 (a year)")
+
+
+def parse_address(value: str) -> IPAddress:
+    """One IP address. An IPv4-mapped one is the IPv4 address it maps. Zones (fe80::1%eth0) are not taken."""
+    address = ip_address(value)
+    if isinstance(address, IPv6Address):
+        if address.scope_id is not None:
+            raise Invalid("expected an IP address without a zone")
+        return address.ipv4_mapped or address
+    return address
+
+
+def parse_zoned_address(value: str) -> IPAddress:
+    """One IP address to listen on or to connect to: a link-local one of IPv6 has its interface as the zone (RFC 4007
+    section 11), since it is another host, or none, on each. By name: numbers change from one boot to the next.
+
+    Raises ValueError, Invalid.
+    """
+    host, percent, zone = value.partition("%")
+    address = parse_address(host)
+    if not (address.version == 6 and address.is_link_local):
+        if percent:
+            raise Invalid("expected an IP address without a zone: only link-local ones have one")
+        return address
+    if not _is_interface(zone) or zone.isdigit() or "%" in zone:
+        raise Invalid('expected a link-local address with the name of its interface, as in "fe80::1%eth0"')
+    return IPv6Address(f"{address}%{zone}")
+
+
+def split_port(value: str) -> tuple[str, int | None]:
+    """The host (no brackets) and the port, if any, of "host:port", "[v6]:port", "host", "[v6]" or a bare v6.
+
+    Raises ValueError when the brackets don't match or the port is none.
+    """
+    if value.startswith("["):
+        match = re.fullmatch(r"\[([^\[\]]*:[^\[\]]*)\](?::([0-9]{1,5}))?", value)
+    elif value.count(":") > 1:
+        match = re.fullmatch(r"([0-9a-fA-F:.]+(?:%[^\[\]]*)?)()", value)
+    else:
+        match = re.fullmatch(r"([^:\[\]]*)(?::([0-9]{1,5}))?", value)
+    if match is None:
+        raise ValueError
+    port = int(match[2]) if match[2] else None
+    if port is not None and port > 65535:
+        raise Invalid("expected a port from 0 to 65535 behind the colon")
+    return match[1], port
+
+
+@attrs.frozen
+class SocketAddress:
+    """An address and a port. str() gives "ip:port" or "[ip]:port"."""
+
+    address: IPAddress
+    port: int
+
+    def __str__(self) -> str:
+        return join_port(self.address, self.port)
+
+
+@attrs.frozen
+class ListenAddress:
+    """An address to listen on; port 0 is one of the kernel's choice.
+
+    `optional`: it stands for one family of a pair (localhost, all interfaces), and a host without that family
+    is well configured all the same. `transparent`: with IP_TRANSPARENT, for what TPROXY rules bring.
+    """
+
+    address: IPAddress
+    port: int
+    optional: bool = False
+    transparent: bool = False
+
+    def __str__(self) -> str:
+        return join_port(self.address, self.port)
+
+
+ANY_ADDRESS: tuple[IPAddress, IPAddress] = (IPv4Address("0.0.0.0"), IPv6Address("::"))
+LOCALHOST: tuple[IPAddress, IPAddress] = (IPv4Address("127.0.0.1"), IPv6Address("::1"))
+
+
+def check_distinct_address(address: IPAddress, earlier: Sequence[IPAddress]) -> None:
+    """Two sockets can't listen on one address, nor on a family's wildcard and another address of it."""
+    for other in earlier:
+        if address == other:
+            raise Invalid("is there already, expected every address once")
+        if address.version == other.version and (address.is_unspecified or other.is_unspecified):
+            wildcard = address if address.is_unspecified else other
+            raise Invalid(f"clashes with {other}, expected {wildcard} alone since it covers the others")
+
+
+def _listen_ip(value: str) -> IPAddress:
+    address = parse_zoned_address(value)
+    if address.is_multicast:
+        raise Invalid("is multicast, expected an address of this host")
+    return address
+
+
+def host_ip(value: str) -> IPAddress:
+    """The address of one host. Raises ValueError, Invalid."""
+    return _one_host(parse_address(value))
+
+
+def _one_host(address: IPAddress) -> IPAddress:
+    if address.is_unspecified or address.is_multicast:
+        kind = "multicast" if address.is_multicast else "the unspecified address"
+        raise Invalid(f"is {kind}, expected the address of one host")
+    return address
+
+
+def _listen_ips(value: object) -> tuple[IPAddress, ...]:
+    """One address, or several in a list."""
+    texts = value if isinstance(value, list) and value else [value]
+    found: list[IPAddress] = []
+    for index, text in enumerate(texts):
+        try:
+            if not isinstance(text, str):
+                raise ValueError
+            address = _listen_ip(text)
+            check_distinct_address(address, found)
+        except ValueError as error:
+            at = f"[{index}]" if isinstance(value, list) else ""
+            expected = error.expected if isinstance(error, Invalid) else "expected an IP address"
+            raise Invalid(expected, shown=show(text), at=at) from None
+        found.append(address)
+    return tuple(found)
+
+
+def _dns_server(value: str) -> SocketAddress:
+    host, port = split_port(value)
+    if port == 0:
+        raise Invalid("expected a port from 1 to 65535 behind the colon")
+    return SocketAddress(_one_host(parse_zoned_address(host)), 53 if port is None else port)
+
+
+def _interface(value: str) -> str | None:
+    if value == "":  # how the original's configuration says none
+        return None
+    if not _is_interface(value):
+        raise ValueError
+    return value
+
+
+def _is_interface(name: str) -> bool:
+    """As dev_valid_name() of the kernel has it."""
+    return 1 <= len(name.encode()) <= 15 and name not in (".", "..") and not re.search(r"[\s/:\x00-\x1f]", name)
+
+
+def _path(value: str) -> str | None:
+    if "\0" in value:
+        raise ValueError
+    return value or None
+
+
+def _socket_path(value: str) -> str | None:
+    if "\0" in value or len(os.fsencode(value)) > _SOCKET_PATH_MAX:
+        raise ValueError
+    return value or None
+
+
+def _readable_file(value: str) -> Path:
+    load = loading()
+    path = load.folder / value
+    try:
+        load.read(path)
+    except NotRegular:
+        raise Invalid("expected a regular file") from None
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: NUL in the path
+        raise Invalid("expected a file that exists") from None
+    except OSError as exc:
+        raise Invalid(f"expected a readable file: {exc.strerror}") from None
+    return path
+
+
+def none_if_empty(values: tuple[T, ...] | None) -> tuple[T, ...] | None:
+    """attrs converter: an empty list says what an absent one says, as in the originals."""
+    return values or None
+
+
+Port = Annotated[int, integer(1, 65535)]
+ListenPort = Annotated[int, integer(0, 65535)]
+"""0: of the kernel's choice"""
+Count = Annotated[int, integer(0, 2**31 - 1)]
+Workers = Annotated[int, integer(1, MOST_WORKERS)]
+Seconds = Annotated[float, seconds()]
+SecondsOrZero = Annotated[float, seconds(zero=True)]
+KeepAliveSeconds = Annotated[int, integer(1, 32767)]
+"""what TCP_KEEPIDLE takes, tcp(7)"""
+Mark = Annotated[int, integer(1, 2**32 - 1)]
+"""SO_MARK of socket(7); not 0, which everybody's have: rules that exempt it would exempt everything."""
+ListenIPs = Annotated[tuple[IPAddress, ...], Parser(_listen_ips, "an IP address, or a list of them")]
+ListenIP = Annotated[IPAddress, text(_listen_ip, 'an IP address, as in "127.0.0.1" or "::1"')]
+DnsServer = Annotated[
+    SocketAddress,
+    text(_dns_server, 'the IP address of a name server, as in "192.0.2.53", "192.0.2.53:53" or "[::1]:53"'),
+]
+Interface = Annotated[str | None, text(_interface, 'the name of an interface, at most 15 characters, as in "eth0"')]
+SocketPath = Annotated[str | None, text(_socket_path, f"the path of a socket, at most {_SOCKET_PATH_MAX} bytes")]
+ReadableFile = Annotated[Path, text(_readable_file, "the path of a readable file")]
+
+
+# Tables that both daemons have.
+
+
+def one_of(names: Collection[str]) -> Parser:
+    """One of these strings."""
+
+    def parse(value: str) -> str:
+        if value not in names:
+            raise ValueError
+        return value
+
+    return text(parse, "one of " + ", ".join(f'"{name}"' for name in names))
+
+
+def _one_of(names: Collection[str]) -> Parser:
+    """One of these strings, or "" for None."""
+    return text(lambda value: one_of(names).parse(value) if value else None, one_of(names).expected)
+
+
+@attrs.frozen(kw_only=True)
+class LogConfig:
+    """[log], as `usocksd.log.log.setup` takes it. None, or "" as in the originals, leaves it the choice.
+
+    A relative `filename` is relative to the working directory.
+    """
+
+    filename: Annotated[str | None, text(_path, "the path of a file")] = None
+    level: Annotated[str | None, _one_of(LEVELS)] = None
+    format: Annotated[str | None, _one_of(FORMATS)] = None
+
+
+@attrs.frozen(kw_only=True)
+class DnsConfig:
+    """[dns]. `servers` None: those of /etc/resolv.conf. `resolver` "system": getaddrinfo(3) instead."""
+
+    servers: tuple[DnsServer, ...] | None = attrs.field(default=None, converter=none_if_empty)
+    resolver: Annotated[str, one_of(("dns", "system"))] = "dns"
+
+    def __attrs_post_init__(self) -> None:
+        if self.resolver == "system" and self.servers is not None:
+            expected = 'expected "dns" beside servers, which the system is not told of'
+            raise Invalid(expected, shown='"system"', at="resolver")
+
+
+@attrs.frozen(kw_only=True)
+class Timeouts:
+    """[timeouts], all in seconds."""
+
+    handshake: Seconds = 10.0
+    """from accept to the end of the client's request; transocks: for the proxy's part of the answer to ours"""
+    connect: Seconds = 30.0
+    """for resolving and connecting to the destination, all its addresses together"""
+    idle: Seconds = 7440.0
+    """without a byte in either direction"""
+    half_closed: Seconds = 300.0
+    """the same once one direction has ended"""
+    keepalive: KeepAliveSeconds = KEEPALIVE
+    """until a silent peer is asked for a sign of life; sooner where connection tracking forgets sooner"""
+    stop: SecondsOrZero = 30.0
+    """how long a graceful stop waits for connections to end"""
+    drain: SecondsOrZero = 600.0
+    """how long connections may go on in workers that a reload has replaced"""
+
+
+@attrs.frozen(kw_only=True)
+class LimitsConfig:
+    """[limits], over all workers together; 0 is no limit but that of the descriptors."""
+
+    connections: Count = 0
+    per_client: Count = 0
+    """from one client address"""

@@ -1,0 +1,278 @@
+"""Settings that are valid, and yet don't do on this host what they say: the warnings that both daemons have.
+
+Each check is a function that yields what it has found, in the form of a fault: the key, the value, and what would be
+right. Nothing here opens, binds or asks anybody.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+import stat
+from collections.abc import Collection, Iterator
+from ipaddress import IPv6Address
+from pathlib import Path
+
+import attrs
+
+from usocksd.errors import Fault
+from usocksd.host.limits import most_connections
+from usocksd.log.words import counted
+from usocksd.net.address import IPAddress
+from usocksd.settings.common import Common
+from usocksd.settings.control_path import NotPrivate, check_folder
+from usocksd.settings.loader import show
+from usocksd.settings.types import LOCALHOST, Timeouts
+
+
+@attrs.frozen(kw_only=True)
+class Host:
+    """What the checks have to know of this host, and of what this process may do on it."""
+
+    addresses: Collection[IPAddress]
+    interfaces: Collection[str]
+    ipv6: bool
+    nonlocal_bind: Collection[int]
+    """IP versions of which addresses can be bound that are not there: net.ipv4.ip_nonlocal_bind, ip(7)"""
+    descriptors: int
+    """how many files each process may have open: the hard limit, since the daemons raise the soft one"""
+    cpus: int
+    may_mark: bool
+    """whether SO_MARK is allowed, socket(7)"""
+
+    @classmethod
+    def here(cls, addresses: Collection[IPAddress]) -> Host:
+        """This host, with `addresses` as usocksd.host.addresses has them."""
+        return cls(
+            addresses=addresses,
+            interfaces=[name for _, name in socket.if_nameindex()],
+            ipv6=os.path.exists("/proc/net/if_inet6"),
+            nonlocal_bind=[version for version, name in ((4, "ipv4"), (6, "ipv6")) if _nonlocal_bind(name)],
+            descriptors=_hard_limit(),
+            cpus=len(os.sched_getaffinity(0)),
+            may_mark=_may_mark(),
+        )
+
+    def has(self, address: IPAddress) -> bool:
+        """Whether it is an address of this host; all of 127.0.0.0/8 is."""
+        if isinstance(address, IPv6Address) and address.scope_id is not None:
+            address = IPv6Address(int(address))
+        return address in self.addresses or (address.version == 4 and address.is_loopback)
+
+
+def _nonlocal_bind(name: str) -> bool:
+    try:
+        return Path(f"/proc/sys/net/{name}/ip_nonlocal_bind").read_text("ascii").strip() == "1"
+    except OSError:  # no such family
+        return False
+
+
+def _hard_limit() -> int:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return int(Path("/proc/sys/fs/nr_open").read_text("ascii")) if hard == resource.RLIM_INFINITY else hard
+
+
+def _may_mark() -> bool:
+    with socket.socket() as sock:
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, 1)
+        except OSError:
+            return False
+    return True
+
+
+def lint_common(common: Common, host: Host) -> Iterator[Fault]:
+    """Everything about the settings that both daemons have."""
+    for key, listen in common.listen:
+        if not listen.optional:
+            yield from _address(key, listen.address, host)
+    yield from _metrics(common, host)
+    yield from lint_mark(common.mark_key, common.mark, host)
+    yield from _workers(common, host)
+    yield from _limits(common, host)
+    yield from _timeouts(common.timeouts)
+    if common.control is not None and common.control_here is not None:
+        yield from _control(common.control, common.control_here)
+    if common.log.filename is not None:
+        yield from _log_file(common.log.filename)
+
+
+def _address(key: str, address: IPAddress, host: Host) -> Iterator[Fault]:
+    """Whether a socket can be bound to it."""
+    problem = None
+    if address.version == 6 and not host.ipv6:
+        problem = "this host has no IPv6, so this can't be listened on: remove it"
+    elif isinstance(address, IPv6Address) and address.scope_id not in (None, *host.interfaces):
+        problem = f"this host has no interface {address.scope_id}, so this can't be listened on: expected another"
+    elif not (address.is_unspecified or host.has(address) or address.version in host.nonlocal_bind):
+        problem = (
+            "not an address of this host, so it can't be listened on: add it to an interface, remove it here, or"
+            f" set net.ipv{address.version}.ip_nonlocal_bind=1"
+        )
+    if problem is not None:
+        yield Fault(key, str(address), problem)
+
+
+def _metrics(common: Common, host: Host) -> Iterator[Fault]:
+    port_key, key = f"{common.metrics_prefix}metrics_port", f"{common.metrics_prefix}metrics_address"
+    port, addresses = common.metrics_port, common.metrics_addresses
+    if port == 0:
+        if addresses != LOCALHOST[:1]:
+            shown = ", ".join(map(str, addresses))
+            yield Fault(key, shown, "not used, since metrics_port is 0: remove it, or set a port")
+        return
+    for address in addresses:
+        yield from _metrics_at(address, key, port_key, common, host)
+
+
+def _metrics_at(address: IPAddress, key: str, port_key: str, common: Common, host: Host) -> Iterator[Fault]:
+    port = common.metrics_port
+    yield from _address(key, address, host)
+    # A monitoring network of one's own is what the setting is for.
+    if address.is_unspecified or (address.is_global and not getattr(address, "is_site_local", False)):
+        reach = "everybody who reaches this host" if address.is_unspecified else "the Internet"
+        yield Fault(key, str(address), f"lets {reach} read the metrics: expected loopback or a private address")
+    for other, listen in common.listen:
+        if port is not None and listen.port == port and _overlap(address, listen.address):
+            yield Fault(port_key, str(port), f"is the port of {other} ({listen}) too: expected another")
+            return
+
+
+def _overlap(one: IPAddress, other: IPAddress) -> bool:
+    return one.version == other.version and (one == other or one.is_unspecified or other.is_unspecified)
+
+
+def lint_mark(key: str, mark: int | None, host: Host) -> Iterator[Fault]:
+    """Whether connections can be marked so."""
+    if mark is not None and not host.may_mark:
+        yield Fault(
+            key,
+            f"{mark:#x}",
+            f"{_user()} may not set marks here: the daemon does not start without CAP_NET_ADMIN",
+        )
+
+
+def _workers(common: Common, host: Host) -> Iterator[Fault]:
+    if common.workers is not None and common.workers > host.cpus:
+        yield Fault(
+            "workers",
+            str(common.workers),
+            f"more than the CPUs, so they only take memory: expected at most {host.cpus}",
+        )
+
+
+def _limits(common: Common, host: Host) -> Iterator[Fault]:
+    limits = common.limits
+    workers, most = common.workers or host.cpus, connections_of_descriptors(common, host)
+    if limits.connections > most:
+        yield Fault(
+            "limits.connections",
+            str(limits.connections),
+            f"never reached, since {workers} x {host.descriptors} file descriptors allow {most}: expected no more, or a"
+            " higher limit on open files (LimitNOFILE of the unit)",
+        )
+    if 0 < limits.connections < limits.per_client:
+        yield Fault(
+            "limits.per_client",
+            str(limits.per_client),
+            f"never reached, since limits.connections is {limits.connections}: expected less than that",
+        )
+
+
+def connections_of_descriptors(common: Common, host: Host) -> int:
+    """How many connections the limit on open files allows, all workers together."""
+    return (common.workers or host.cpus) * most_connections(host.descriptors)
+
+
+def _timeouts(timeouts: Timeouts) -> Iterator[Fault]:
+    for name, value, why in (
+        ("handshake", timeouts.handshake, "who has not even said where to stays longer than who is silent"),
+        ("half_closed", timeouts.half_closed, "a silent connection lives longer once half of it has ended"),
+    ):
+        if value > timeouts.idle:
+            yield Fault(
+                f"timeouts.{name}", f"{value:g}", f"{why}: expected at most timeouts.idle, which is {timeouts.idle:g}"
+            )
+    if timeouts.drain < timeouts.stop:
+        yield Fault(
+            "timeouts.drain",
+            f"{timeouts.drain:g}",
+            "a reload ends connections sooner than a stop of the service does: expected at least timeouts.stop,"
+            f" which is {timeouts.stop:g}",
+        )
+
+
+def _control(shown: str, path: str) -> Iterator[Fault]:
+    """Whether the control socket can be made at `path`, which is `shown` in the configuration."""
+    folder = Path(path).parent
+    problem = None
+    try:
+        mode = folder.stat().st_mode
+        if not stat.S_ISDIR(mode):
+            problem = f"{folder} is not a directory"
+        elif not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
+            problem = f"{_user()} may not create it in {folder}: give the directory to the user of the service"
+        elif mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            problem = f"everybody may replace it, since {folder} is writable for all: chmod o-w {folder}"
+        elif not stat.S_ISSOCK(Path(path).stat().st_mode):
+            problem = "is there and is no socket: expected the path of one"
+        check_folder(path)
+    except FileNotFoundError:
+        # (The daemon makes the folder, where that is all that is missing.)
+        if not folder.exists() and not os.access(folder.parent, os.W_OK | os.X_OK, effective_ids=True):
+            problem = f"{folder} does not exist: create it (RuntimeDirectory= of the unit does)"
+    except OSError as error:
+        problem = f"can't be looked at: {error.strerror}"
+    except NotPrivate as error:
+        problem = str(error)
+    if problem is not None:
+        yield Fault("control", show(shown), problem)
+
+
+def _log_file(name: str) -> Iterator[Fault]:
+    path = Path(name)
+    problem = None
+    try:
+        if path.is_dir():
+            problem = "is a directory: expected a file"
+        elif path.exists():
+            if not os.access(path, os.W_OK, effective_ids=True):
+                problem = f"{_user()} may not write it: give it to the user of the service"
+        elif not path.parent.is_dir():
+            problem = f"{path.parent} is not a directory: create it"
+        elif not os.access(path.parent, os.W_OK | os.X_OK, effective_ids=True):
+            problem = f"{_user()} may not create it in {path.parent}: give the directory to the user of the service"
+    except OSError as error:
+        problem = f"can't be looked at: {error.strerror}"
+    if problem is not None:
+        yield Fault("log.filename", show(name), problem)
+
+
+def readable_by_all(path: str | os.PathLike[str]) -> bool:
+    """Whether every user of this host may read this file, as far as its own mode says."""
+    try:
+        return bool(os.stat(path).st_mode & stat.S_IROTH)
+    except OSError:
+        return False
+
+
+def first_few(faults: Iterator[Fault], most: int = 10) -> Iterator[Fault]:
+    """At most so many of those that one list of 100,000 entries may have; how many more there are is said."""
+    last, more = None, 0
+    for number, fault in enumerate(faults):
+        if number < most:
+            yield fault
+        else:
+            last, more = fault, more + 1
+    if last is not None:
+        yield (
+            last
+            if more == 1
+            else Fault(last.path, last.value, f"{last.expected} ({counted(more - 1, 'other')} like it)")
+        )
+
+
+def _user() -> str:
+    uid = os.geteuid()
+    return "this process, though root," if uid == 0 else f"this user (uid {uid})"

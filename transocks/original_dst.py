@@ -13,7 +13,8 @@ from socket import SocketType
 from typing import NamedTuple
 
 from usocksd.errors import Error
-from usocksd.host.addresses import HostAddresses, SocketOwners
+from usocksd.host.addresses import HostAddresses
+from usocksd.host.sockets import SocketOwners
 from usocksd.net.address import bound_to, join_port, numeric_address, unmapped, with_zone
 
 log = logging.getLogger(__name__)

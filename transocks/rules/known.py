@@ -7,21 +7,18 @@ the admin's own SSH session.
 from __future__ import annotations
 
 import errno
-import os
 import socket
 import struct
 from collections.abc import Collection, Iterable
 from ipaddress import IPv4Address
 
 from transocks.rules.steps import FirewallError
-from usocksd.host.netlink import HEADER
+from usocksd.host.netlink import ACK, CREATE, EXCL, NETFILTER, ask, attribute, connect
 from usocksd.host.sockets import Connection, tcp_connections
 from usocksd.net.address import IPAddress
 
-# linux/netlink.h, linux/netfilter/nfnetlink.h, nfnetlink_conntrack.h
-_NETLINK_NETFILTER = 12
+# linux/netfilter/nfnetlink.h, nfnetlink_conntrack.h
 _NEW = 1 << 8  # NFNL_SUBSYS_CTNETLINK, IPCTNL_MSG_CT_NEW
-_FLAGS = 0x1 | 0x4 | 0x200 | 0x400  # NLM_F_REQUEST, ACK, EXCL, CREATE
 _NESTED = 0x8000
 _ORIGINAL, _REPLY, _STATUS, _PROTOCOL_INFO, _TIMEOUT = 1, 2, 3, 4, 7
 _IP, _PROTOCOL = 1, 2
@@ -31,7 +28,6 @@ _SEEN_ASSURED_CONFIRMED = 2 | 4 | 8
 _ESTABLISHED = 3
 _LIBERAL = bytes((8, 8))  # IP_CT_TCP_FLAG_BE_LIBERAL, and its mask: nobody has seen how large the windows are
 _SECONDS = 432_000
-_ANSWER = struct.Struct("=16xi")
 
 
 def make_known(ports: Collection[int]) -> None:
@@ -40,7 +36,7 @@ def make_known(ports: Collection[int]) -> None:
     What is tracked already stays as it is. Raises FirewallError.
     """
     try:
-        found = [connection for family in (socket.AF_INET, socket.AF_INET6) for connection in tcp_connections(family)]
+        found = list(tcp_connections())
         clients = {connection.peer for connection in found if connection.local[1] in ports}
         _track(c for c in found if c.local not in clients and not c.peer[0].is_loopback)
     except OSError as error:
@@ -51,35 +47,32 @@ def make_known(ports: Collection[int]) -> None:
 
 
 def _track(connections: Iterable[Connection]) -> None:
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER) as sock:
+    with connect(NETFILTER) as sock:
         sock.settimeout(2)
         for connection in connections:
-            sock.send(_message(connection))
-            code = -_ANSWER.unpack_from(sock.recv(1 << 16))[0]
-            if code not in (0, errno.EEXIST):
-                raise OSError(code, os.strerror(code))
+            try:
+                list(ask(sock, _NEW, ACK | EXCL | CREATE, _body(connection)))
+            except OSError as error:
+                if error.errno != errno.EEXIST:
+                    raise
 
 
-def _message(connection: Connection) -> bytes:
+def _body(connection: Connection) -> bytes:
     family = socket.AF_INET if connection.local[0].version == 4 else socket.AF_INET6
-    state = _attribute(_TCP_STATE, bytes((_ESTABLISHED,)))
-    state += _attribute(_TCP_FLAGS_ORIGINAL, _LIBERAL) + _attribute(_TCP_FLAGS_REPLY, _LIBERAL)
+    state = attribute(_TCP_STATE, bytes((_ESTABLISHED,)))
+    state += attribute(_TCP_FLAGS_ORIGINAL, _LIBERAL) + attribute(_TCP_FLAGS_REPLY, _LIBERAL)
     body = struct.pack("=BBH", family, 0, 0)
     body += _tuple(_ORIGINAL, connection.local, connection.peer) + _tuple(_REPLY, connection.peer, connection.local)
-    body += _attribute(_STATUS, struct.pack(">I", _SEEN_ASSURED_CONFIRMED))
-    body += _attribute(_TIMEOUT, struct.pack(">I", _SECONDS))
-    body += _attribute(_PROTOCOL_INFO | _NESTED, _attribute(_TCP | _NESTED, state))
-    return HEADER.pack(HEADER.size + len(body), _NEW, _FLAGS, 1, 0) + body
+    body += attribute(_STATUS, struct.pack(">I", _SEEN_ASSURED_CONFIRMED))
+    body += attribute(_TIMEOUT, struct.pack(">I", _SECONDS))
+    body += attribute(_PROTOCOL_INFO | _NESTED, attribute(_TCP | _NESTED, state))
+    return body
 
 
 def _tuple(kind: int, source: tuple[IPAddress, int], destination: tuple[IPAddress, int]) -> bytes:
     first = 1 if isinstance(source[0], IPv4Address) else 3  # CTA_IP_V4_SRC, _DST; CTA_IP_V6_SRC, _DST
-    addresses = _attribute(first, source[0].packed) + _attribute(first + 1, destination[0].packed)
-    ports = _attribute(_NUMBER, bytes((socket.IPPROTO_TCP,)))
-    ports += _attribute(_SOURCE_PORT, struct.pack(">H", source[1]))
-    ports += _attribute(_DESTINATION_PORT, struct.pack(">H", destination[1]))
-    return _attribute(kind | _NESTED, _attribute(_IP | _NESTED, addresses) + _attribute(_PROTOCOL | _NESTED, ports))
-
-
-def _attribute(kind: int, data: bytes) -> bytes:
-    return struct.pack("=HH", 4 + len(data), kind) + data + bytes(-len(data) % 4)
+    addresses = attribute(first, source[0].packed) + attribute(first + 1, destination[0].packed)
+    ports = attribute(_NUMBER, bytes((socket.IPPROTO_TCP,)))
+    ports += attribute(_SOURCE_PORT, struct.pack(">H", source[1]))
+    ports += attribute(_DESTINATION_PORT, struct.pack(">H", destination[1]))
+    return attribute(kind | _NESTED, attribute(_IP | _NESTED, addresses) + attribute(_PROTOCOL | _NESTED, ports))

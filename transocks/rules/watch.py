@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import errno
 import select
-import socket
 import time
 from types import TracebackType
 
 from transocks.rules.steps import FirewallError
-from usocksd.host.netlink import messages
+from usocksd.host.netlink import NETFILTER, connect, messages
 
-_NETLINK_NETFILTER = 12
 _GROUP_NFTABLES = 1 << 6  # NFNLGRP_NFTABLES is 7
 _DELTABLE = 10 << 8 | 2  # NFNL_SUBSYS_NFTABLES, NFT_MSG_DELTABLE
 _LARGEST = 1 << 16
@@ -21,7 +19,8 @@ class TableWatch:
     """Of the network namespace of this process; takes CAP_NET_ADMIN. Raises FirewallError without."""
 
     def __init__(self) -> None:
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, _NETLINK_NETFILTER)
+        self._socket = connect(NETFILTER)
+        self._socket.setblocking(False)
         try:
             self._socket.bind((0, _GROUP_NFTABLES))
         except OSError as error:

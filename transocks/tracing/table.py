@@ -20,7 +20,7 @@ from types import TracebackType
 from transocks.rules.guard import Guard
 from transocks.rules.steps import FirewallError
 from transocks.tracing.events import MESSAGE, Event, of_port, parse
-from usocksd.host.netlink import messages
+from usocksd.host.netlink import NETFILTER, connect, messages
 from usocksd.net.address import IPAddress
 
 TABLE = "transocks_trace"
@@ -32,7 +32,7 @@ PLACES = (FIRST, -299, -201, -199, -151, -149, -101, -89, -1, 1, 99, 101, LAST)
 
 _TCP = 6
 _NAMES = {_TCP: "tcp", 17: "udp"}
-_NETLINK_NETFILTER, _NFNLGRP_NFTRACE = 12, 9
+_NFNLGRP_NFTRACE = 9
 _RECEIVE_SIZE, _BUFFER = 1 << 16, 1 << 23
 _SO_RCVBUFFORCE = 33
 _SOL_NETLINK, _NO_ENOBUFS = 270, 5
@@ -45,7 +45,8 @@ class Tracer:
         """`clients`: whose new connections are watched, besides ports."""
         self._events: list[Event] = []
         self._since: dict[tuple[int, int], int] = {}
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, _NETLINK_NETFILTER)
+        self._socket = connect(NETFILTER)
+        self._socket.setblocking(False)
         self._nft: Guard | None = None
         self._watching = [("inet", "watched")]
         try:

@@ -16,7 +16,8 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from usocksd.host.addresses import HostAddresses, SocketOwners
+from usocksd.host.addresses import HostAddresses
+from usocksd.host.sockets import SocketOwners
 from usocksd.log.metrics import Metrics
 from usocksd.net.address import IPAddress
 
@@ -190,7 +191,7 @@ async def test_while_they_cannot_be_watched_the_addresses_stay_what_they_were(
     addresses = HostAddresses(metrics)
     snapshot = addresses.current
 
-    def refused() -> socket.socket:
+    def refused(family: int) -> socket.socket:
         raise OSError(code, os.strerror(code))
 
     def watched() -> bool:
@@ -198,7 +199,7 @@ async def test_while_they_cannot_be_watched_the_addresses_stay_what_they_were(
 
     async with trio.open_nursery() as nursery:
         with monkeypatch.context() as patch:
-            patch.setattr("usocksd.host.addresses._netlink", refused)
+            patch.setattr("usocksd.host.addresses.connect", refused)
             await nursery.start(addresses.watch)
             await trio.sleep(300)
             assert addresses.current is snapshot

@@ -27,7 +27,7 @@ def test_what_is_tested_is_installed(installed: Path) -> None:
 
 
 def test_the_rule_files_come_along(installed: Path) -> None:
-    shipped = {path.name: path.read_text() for path in (installed / "transocks/rules/rules").iterdir()}
+    shipped = {path.name: path.read_text() for path in (installed / "transocks/rules/templates").iterdir()}
     assert shipped == {path.name: path.read_text() for path in (CHECKOUT / "iptables").iterdir()}
 
 

@@ -12,7 +12,7 @@ import attrs
 from transocks.route_settings import NAME, NamesConfig, RouteConfig, check_routes
 from transocks.routes import DEFAULT, DIRECT, REJECT, Routes
 from transocks.rules.config import Mode, RulesConfig
-from transocks.rules.wanted import MARK, reached
+from transocks.rules.redirection import MARK, reached
 from transocks.upstreams.proxy_url import ProxyScheme, ProxyURL, ProxyURLs, parse_proxy_url
 from usocksd.names.conditions import as_table
 from usocksd.names.match import canonical_host

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from enum import Enum
+from typing import Any
 
 from usocksd.errors import Error
 
@@ -32,8 +34,8 @@ _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
-class ToolError(Error):
-    """A program could not be run, failed, or did not end; the message has the command and the program's own words."""
+class FirewallError(Error):
+    """Rules could not be loaded, read or removed. Where a program failed, the message has the command and its words."""
 
 
 def which(program: str) -> str | None:
@@ -56,11 +58,11 @@ def run(*argv: str, stdin: str = "") -> str:
     """Run a program; returns its standard output. It is killed after WITHIN, and when this process ends.
 
     Bytes that are not UTF-8 become surrogates, and the same bytes again in `stdin`: rules of others have such comments.
-    Raises ToolError.
+    Raises FirewallError.
     """
     program, command = which(argv[0]), " ".join(argv)
     if program is None:
-        raise ToolError(f"{argv[0]} is not installed")
+        raise FirewallError(f"{argv[0]} is not installed")
     pipe = subprocess.PIPE
     try:
         process = subprocess.Popen(
@@ -69,15 +71,33 @@ def run(*argv: str, stdin: str = "") -> str:
             process_group=0, preexec_fn=die_with_parent(), encoding="utf-8", errors="surrogateescape",  # noqa: PLW1509
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError) as error:
-        raise ToolError(f"{command}: {getattr(error, 'strerror', None) or error}") from None
+        raise FirewallError(f"{command}: {getattr(error, 'strerror', None) or error}") from None
     try:
         out, err = _communicate(process, command, stdin)
     except BaseException:
         _kill(process)
         raise
     if process.returncode != 0:
-        raise ToolError(f"{command}: {err.strip() or _ended(process.returncode)}")
+        raise FirewallError(f"{command}: {err.strip() or _ended(process.returncode)}")
     return out
+
+
+def run_json(*argv: str) -> Any:
+    """The same of a program that answers in JSON; None if it says nothing."""
+    answer = run(*argv)
+    try:
+        return json.loads(answer) if answer.strip() else None
+    except ValueError as error:
+        raise FirewallError(f"{' '.join(argv)}: not JSON: {error}") from None
+
+
+def complaint(*argv: str, stdin: str = "") -> str | None:
+    """Run a program; returns what it complained of, None if it has succeeded."""
+    try:
+        run(*argv, stdin=stdin)
+    except FirewallError as error:
+        return str(error)
+    return None
 
 
 def _communicate(process: subprocess.Popen[str], command: str, stdin: str) -> tuple[str, str]:
@@ -91,12 +111,12 @@ def _communicate(process: subprocess.Popen[str], command: str, stdin: str) -> tu
         except subprocess.TimeoutExpired:
             feed = None  # what was not taken yet is remembered
         if time.monotonic() >= until and asked is None:
-            raise ToolError(
+            raise FirewallError(
                 f"{command}: did not end within {WITHIN:g} s, and was killed: another program may keep the rules"
                 " locked, or the kernel be in trouble (dmesg tells); try again"
             )
         if time.monotonic() >= until:
-            raise ToolError(f"{command}: did not end within {GRACE:g} s of the signal, and was killed")
+            raise FirewallError(f"{command}: did not end within {GRACE:g} s of the signal, and was killed")
 
 
 def _kill(process: subprocess.Popen[str]) -> None:
@@ -123,8 +143,8 @@ class _Asked:
 def unbroken() -> Iterator[None]:
     """Ctrl-C and its like wait until the block is over: for steps that would leave half of something between them.
 
-    Programs that run meanwhile go on, for GRACE seconds at most: then they are killed, and the block has a ToolError to
-    undo what it has begun. By handlers and not by a mask, which programs would inherit. For the main thread.
+    Programs that run meanwhile go on, for GRACE seconds at most: then they are killed, and the FirewallError makes the
+    block undo what it has begun. By handlers and not by a mask, which programs would inherit. For the main thread.
     """
     numbers: list[int] = []
 

@@ -343,7 +343,7 @@ def test_what_verify_misses_of_the_routing_can_be_typed(scene: Scene) -> None:
     scene.rules("apply")
     for six in (False, True):
         for kind in ("rule", "route"):
-            scene.sh(" ".join(Routing(0x7474, six).step(kind, "del").argv))
+            scene.sh(" ".join(Routing(0x7474, six).step(kind, "del")))
     said = scene.rules("verify", status=1).splitlines()
     assert len(said) == 4
     for line in said:

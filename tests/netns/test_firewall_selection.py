@@ -11,8 +11,8 @@ import pytest
 from scene import BACKENDS, BEYOND, DIRECT, PRIVATE, REDIRECTED, Scene, backends, one_mode
 
 from transocks.rules.config import Mode
+from transocks.rules.redirection import Redirection, Selection
 from transocks.rules.render import render_iptables, render_nft
-from transocks.rules.wanted import Selection, Wanted
 
 NETWORK_4, NETWORK_6 = ip_network(f"{lab.WEB_V4}/32"), ip_network(f"{lab.WEB_V6}/128")
 
@@ -96,7 +96,7 @@ def test_selected_by_user_group_and_cgroup(scene: Scene) -> None:
 BEYOND_ADDRESSES = tuple(map(ip_address, BEYOND))
 
 
-def renders(mode: Mode) -> Iterator[Wanted]:
+def renders(mode: Mode) -> Iterator[Redirection]:
     """One of each thing that can be asked for, then all at once."""
     host = mode is Mode.HOST
     networks = tuple(map(ip_network, ("192.168.0.0/16", "192.168.1.0/24", "203.0.113.0/24", "2001:db8::/32")))
@@ -106,11 +106,11 @@ def renders(mode: Mode) -> Iterator[Wanted]:
     selections += [{"from_": networks}, {"to": networks[:1]}, {"ports": ports}, {"ports": ((22, 22),)}]
     selections += [{**who, "from_": networks, "to": networks, "ports": ports}]
     for selection in selections:
-        yield Wanted(mode=mode, port=2222, selection=Selection(**selection))  # type: ignore[arg-type]
+        yield Redirection(mode=mode, port=2222, selection=Selection(**selection))  # type: ignore[arg-type]
     many = tuple(ip_network(f"2001:db8:ffff:ffff:ffff:ffff:ffff:{n:x}") for n in range(0x1000, 0x1100, 2))
     for exclude in ((), networks[:2], (*networks, *many)):
-        yield Wanted(mode=mode, port=2222, exclude=exclude)
-    yield Wanted(
+        yield Redirection(mode=mode, port=2222, exclude=exclude)
+    yield Redirection(
         mode=mode, port=1, mark=0xFFFFFFFF, exempt_users=(0,), reject_quic=False, closed=True, tproxy_mark=99,
         addresses=BEYOND_ADDRESSES if mode is Mode.TPROXY else (),
     )  # fmt: skip

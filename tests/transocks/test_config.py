@@ -19,8 +19,8 @@ from transocks.config import Config, GroupConfig, ProxyScheme, ProxyURL, parse_p
 from transocks.route_settings import RouteConfig
 from transocks.routes import Decision
 from transocks.rules.config import Mode, RulesConfig, WhenDown
+from transocks.rules.redirection import Redirection
 from transocks.rules.render import excluded
-from transocks.rules.wanted import Wanted
 from usocksd.errors import ConfigError
 from usocksd.serve.plan import make_plan
 from usocksd.settings.loader import KEY, SecretStr, load, parse
@@ -388,7 +388,7 @@ def test_the_sample_shows_every_setting_and_its_default(tmp_path: Path) -> None:
     assert rules is not None
     assert rules.exclude is not None
     # As networks: Python 3.13 writes an IPv4-mapped one in another way.
-    assert set(rules.exclude) == set(map(ip_network, excluded(Wanted(mode=Mode.HOST, port=0))))
+    assert set(rules.exclude) == set(map(ip_network, excluded(Redirection(mode=Mode.HOST, port=0))))
     assert (rules.reject_quic, rules.when_down, rules.tproxy_mark) == (True, WhenDown.OPEN, 0x7474)
 
 

@@ -16,7 +16,7 @@ from transocks.doctor.checks import CHECKS
 from transocks.doctor.finding import Check, Finding, State, fault, unchecked
 from transocks.doctor.seen import Seen, look
 from transocks.doctor.tried import AS_ROOT, Trials
-from transocks.rules.steps import FirewallError
+from transocks.tools import FirewallError
 from transocks.tracing.table import Tracer
 from usocksd.net.address import IPAddress
 

@@ -14,8 +14,7 @@ import attrs
 from transocks.config import Config
 from transocks.rules import live, routing
 from transocks.rules.loops import sender_of
-from transocks.rules.steps import FirewallError
-from transocks.tools import which
+from transocks.tools import FirewallError, which
 from transocks.tracing.links import Links, filtered_bridges, links
 from transocks.tracing.sockets import Identity
 from usocksd.host.addresses import HostAddresses

@@ -9,8 +9,8 @@ import attrs
 
 from transocks.doctor.seen import Seen
 from transocks.rules.config import Mode, RulesConfig
-from transocks.rules.steps import FirewallError
-from transocks.rules.wanted import Wanted, reached, wanted_of
+from transocks.rules.redirection import Redirection, reached, redirections_of
+from transocks.tools import FirewallError
 from transocks.tracing.fate import Fate, What, fate_of
 from transocks.tracing.names import RuleNames
 from transocks.tracing.samples import TCP, Outcome, Sample, samples, send, try_out
@@ -26,7 +26,7 @@ AS_ROOT = "run it as root"
 class Tried:
     """A sample, for which rules it was, and what became of it."""
 
-    wanted: Wanted
+    wanted: Redirection
     outcome: Outcome
     fate: Fate
 
@@ -68,7 +68,7 @@ class Trials:
         return self.seen.config.rules is not None
 
     @cached_property
-    def wanted(self) -> tuple[Wanted, ...]:
+    def wanted(self) -> tuple[Redirection, ...]:
         """The rules of [rules]; or, where they are loaded by hand, of each mode that the listeners are for."""
         config = self.seen.config
         rules = config.rules
@@ -80,7 +80,7 @@ class Trials:
                 modes.remove(Mode.GATEWAY)
             rules = RulesConfig(mode=tuple(modes))
         try:
-            return tuple(wanted_of(rules, config.listen, config.listen_tproxy, config.mark))
+            return tuple(redirections_of(rules, config.listen, config.listen_tproxy, config.mark))
         except FirewallError:
             return ()
 
@@ -141,7 +141,7 @@ class Trials:
             return None
         return send(self.tracer, Sample(mode=Mode.HOST, destination=address, port=port, who=who))
 
-    def fate(self, outcome: Outcome, wanted: Wanted) -> Fate:
+    def fate(self, outcome: Outcome, wanted: Redirection) -> Fate:
         """Of one more sample of these rules."""
         return fate_of(outcome, wanted, self.names)
 

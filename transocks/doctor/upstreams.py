@@ -19,7 +19,7 @@ from transocks.doctor.seen import Seen
 from transocks.doctor.tried import Trials
 from transocks.http_connect import HttpConnect
 from transocks.rules.routing import policy_against
-from transocks.rules.steps import FirewallError
+from transocks.tools import FirewallError
 from transocks.tracing.samples import TCP
 from transocks.tracing.sockets import socket_of
 from transocks.tracing.way import way_of

@@ -5,9 +5,8 @@ the process that applies these rules, and removes them when its parent is gone. 
 [rules] in the configuration:
 
     config.py    [rules], typed
-    wanted.py    the same with everything looked up
+    redirection.py  the same with everything looked up
     render.py    from the files in iptables/ to what the tools take                 (pure)
-    steps.py     commands of the tools, as values
     live.py      what is loaded on this host, and how the tools write a text
     saved.py     output of iptables-save, and the changes between two of it         (pure)
     nft_json.py  JSON of nft                                                        (pure)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from transocks.rules.steps import FirewallError, RuleSet, complaint, run
+from transocks.rules.render import Commands
+from transocks.tools import FirewallError, complaint, run
 
 
-def apply(rules: RuleSet) -> None:
+def apply(rules: Commands) -> None:
     """Load the rules. Raises FirewallError, and then nothing of them is left."""
-    for done, step in enumerate(rules.load):
+    for done, (command, text) in enumerate(rules.load):
         try:
-            run(step)
+            run(*command.split(), stdin=text)
         except FirewallError:
             if done:
                 remove(rules)
             raise
 
 
-def remove(rules: RuleSet) -> list[str]:
+def remove(rules: Commands) -> list[str]:
     """Remove the rules, or what is there of them; returns what the tools complained of: what was gone, say."""
-    return [said for step in rules.unload if (said := complaint(step))]
+    return [said for command, text in rules.unload if (said := complaint(*command.split(), stdin=text))]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import attrs
 
-from transocks.rules.wanted import CGROUPS, Selection
+from transocks.rules.redirection import CGROUPS, Selection
 from usocksd.host.mounts import PROC, lines, mounts
 
 _WITHIN, _EVERY = 5.0, 0.02  # seconds until all that was killed has ended

@@ -16,18 +16,17 @@ from transocks.rules.cut import cut
 from transocks.rules.known import make_known
 from transocks.rules.live import CHAINS, GUARDS, TABLES, Routes, Routing, has
 from transocks.rules.lock import alone
+from transocks.rules.redirection import Redirection
 from transocks.rules.render import render_all_nft, render_iptables
 from transocks.rules.saved import Changes, Table, changes, merge, parse_save, select, write
-from transocks.rules.steps import FirewallError, Step, complaint, run
 from transocks.rules.verify import ACTIVE, HELD, force_nft, guards
-from transocks.rules.wanted import Wanted
-from transocks.tools import unbroken
+from transocks.tools import FirewallError, complaint, run, unbroken
 
 KEEP = "transocks_nat"
 """An nft table that does nothing but need connection tracking: see `remove`."""
 
-_TPROXY = Wanted(mode=Mode.TPROXY, port=0).table
-_HOST = Wanted(mode=Mode.HOST, port=0)
+_TPROXY = Redirection(mode=Mode.TPROXY, port=0).table
+_HOST = Redirection(mode=Mode.HOST, port=0)
 
 _KEEP = f"""table inet {KEEP} {{ chain stays {{ type nat hook output priority -90; }}; }}
 flush chain inet {KEEP} stays
@@ -37,7 +36,7 @@ add rule inet {KEEP} stays ct state new accept
 
 @alone()
 @unbroken()
-def apply(wanted: Sequence[Wanted], tool: Tool, *, seconds: int | None = None, ipv6: bool = True) -> None:
+def apply(wanted: Sequence[Redirection], tool: Tool, *, seconds: int | None = None, ipv6: bool = True) -> None:
     """Make these rules the ones that are loaded, whatever was before. Raises FirewallError, and then that is as it was.
 
     seconds: after which the rules are of no effect any more, unless `confirm` or `prolong` comes; None: never. ipv6:
@@ -63,7 +62,7 @@ def apply(wanted: Sequence[Wanted], tool: Tool, *, seconds: int | None = None, i
         raise FirewallError("applied, but what was there before is not all gone: " + "; ".join(complaints))
 
 
-def know_others(wanted: Sequence[Wanted], tool: Tool, *, ipv6: bool) -> None:
+def know_others(wanted: Sequence[Redirection], tool: Tool, *, ipv6: bool) -> None:
     """Before packets without a connection are refused for the first time: enter existing connections in connection
     tracking.
 
@@ -74,7 +73,7 @@ def know_others(wanted: Sequence[Wanted], tool: Tool, *, ipv6: bool) -> None:
         return
     if tool is Tool.NFT:
         tables = [name for name in (_HOST.table, _HOST.guard) if ("inet", name) in live.tables()]
-        refused = any("jump refuse_unknown" in run(Step(("nft", "list", "table", "inet", name))) for name in tables)
+        refused = any("jump refuse_unknown" in run("nft", "list", "table", "inet", name) for name in tables)
     else:
         saved = [table for six in ((False, True) if ipv6 else (False,)) for table in live.saved(six)]
         refused = any(f"{_HOST.chain}-TCP" in table.chains for table in saved)
@@ -82,13 +81,13 @@ def know_others(wanted: Sequence[Wanted], tool: Tool, *, ipv6: bool) -> None:
         make_known({w.port for w in wanted})
 
 
-def _apply_nft(wanted: Sequence[Wanted], seconds: int | None) -> None:
+def _apply_nft(wanted: Sequence[Redirection], seconds: int | None) -> None:
     needed = {w.table for w in wanted}
     gone = [f"delete table inet {name}\n" for name in _our_tables() if name not in needed]
-    run(Step(("nft", "-f", "-"), "".join([render_all_nft(wanted, seconds=seconds), *gone])))
+    run("nft", "-f", "-", stdin="".join([render_all_nft(wanted, seconds=seconds), *gone]))
 
 
-def _apply_iptables(wanted: Sequence[Wanted], seconds: int | None, families: Iterable[bool]) -> None:
+def _apply_iptables(wanted: Sequence[Redirection], seconds: int | None, families: Iterable[bool]) -> None:
     until = None
     if seconds is not None:
         # In whole seconds, and not less than what was asked for.
@@ -113,11 +112,11 @@ def _restore(todo: dict[bool, Changes]) -> None:
     for part in ("fill", "hook", "drop"):
         for six, found in todo.items():
             if text := getattr(found, part):
-                run(_restoring(live.iptables(six), text))
+                _restoring(live.iptables(six), text)
 
 
-def _restoring(variant: str, text: str) -> Step:
-    return Step((f"{variant}-restore", "--noflush"), text)
+def _restoring(variant: str, text: str) -> None:
+    run(f"{variant}-restore", "--noflush", stdin=text)
 
 
 @alone()
@@ -146,7 +145,7 @@ def confirm(*, ipv6: bool = True) -> bool:
                 for verb in ("delete", "add")
             ]
             try:
-                run(Step(("nft", "-f", "-"), "".join(lines)))
+                run("nft", "-f", "-", stdin="".join(lines))
             except FirewallError:
                 raise late from None
     if has("iptables-save"):
@@ -160,14 +159,14 @@ def confirm(*, ipv6: bool = True) -> bool:
             timed = timed or bool(found)
             for table in {name for name, _, _ in found}:
                 lines = [f"-D {rule}" for name, rule, _ in found if name == table]
-                run(_restoring(live.iptables(six), write(table, lines)))
+                _restoring(live.iptables(six), write(table, lines))
     if not loaded:
         raise FirewallError("there are no rules to confirm")
     return timed
 
 
 @alone()
-def prolong(wanted: Sequence[Wanted], seconds: int) -> None:
+def prolong(wanted: Sequence[Redirection], seconds: int) -> None:
     """Rules loaded by nft: in force for so many seconds from now, even if they were not any more; 0 ends that.
 
     Raises FirewallError when they are not loaded.
@@ -178,13 +177,13 @@ def prolong(wanted: Sequence[Wanted], seconds: int) -> None:
         if seconds:
             timed = ", ".join(f'{protocol} timeout {seconds}s comment "{HELD}"' for protocol in ("tcp", "udp"))
             lines.append(f"add element inet {w.table} {ACTIVE} {{ {timed} }}\n")
-    run(Step(("nft", "-f", "-"), "".join(lines)))
+    run("nft", "-f", "-", stdin="".join(lines))
 
 
-def in_force(wanted: Sequence[Wanted]) -> bool:
+def in_force(wanted: Sequence[Redirection]) -> bool:
     """Whether these are loaded by nft, and in force; what somebody has changed inside of a chain is for verify."""
     text = "".join(f"get element inet {w.table} {ACTIVE} {{ tcp, udp }}\n" for w in wanted)
-    return complaint(Step(("nft", "-f", "-"), text)) is None
+    return complaint("nft", "-f", "-", stdin=text) is None
 
 
 def held() -> bool:
@@ -193,7 +192,7 @@ def held() -> bool:
         return False
     if any(("inet", name) in live.tables() for name in GUARDS):
         return True
-    sets = (run(Step(("nft", "list", "set", "inet", name, ACTIVE))) for name in _our_tables())
+    sets = (run("nft", "list", "set", "inet", name, ACTIVE) for name in _our_tables())
     return any(f'comment "{HELD}"' in text for text in sets)
 
 
@@ -242,7 +241,7 @@ def _remove_nft(*, keep: bool) -> list[str]:
             text += _KEEP if tables else ""
         text += "".join(f"delete table inet {name}\n" for name in tables)
         if text:
-            run(Step(("nft", "-f", "-"), text))
+            run("nft", "-f", "-", stdin=text)
     except FirewallError as error:
         return [str(error)]
     return []
@@ -266,16 +265,18 @@ def _remove_iptables(*, keep: bool = False) -> list[str]:
             try:
                 found: list[Table] = select(live.saved(six, variant), CHAINS)
                 for table in found:  # each by itself, so that one that fails keeps nothing of the others
-                    complaints += _run_all([_restoring(variant, changes([], [table]).drop)])
+                    text = changes([], [table]).drop
+                    if said := complaint(f"{variant}-restore", "--noflush", stdin=text):
+                        complaints.append(said)
             except FirewallError as error:
                 if not six or live.has_ipv6():
                     complaints.append(str(error))
     return complaints
 
 
-def _add_routing(wanted: Iterable[Routing]) -> list[Step]:
+def _add_routing(wanted: Iterable[Routing]) -> list[tuple[str, ...]]:
     """Add what is not there; returns how to undo that. Raises FirewallError, with that done."""
-    undo: list[Step] = []
+    undo: list[tuple[str, ...]] = []
     try:
         for routing in wanted:
             routes = Routes.here(routing.six)
@@ -285,10 +286,10 @@ def _add_routing(wanted: Iterable[Routing]) -> list[Step]:
                     " set rules.tproxy_mark, which is its number, to another"
                 )
             if not routes.has(routing):
-                run(routing.step("route", "add"))
+                run(*routing.step("route", "add"))
                 undo.insert(0, routing.step("route", "del"))
             if routing not in live.routing_rules(routing.six):
-                run(routing.step("rule", "add"))
+                run(*routing.step("rule", "add"))
                 undo.insert(0, routing.step("rule", "del"))
     except FirewallError:
         _run_all(undo)
@@ -296,5 +297,5 @@ def _add_routing(wanted: Iterable[Routing]) -> list[Step]:
     return undo
 
 
-def _run_all(steps: Iterable[Step]) -> list[str]:
-    return [said for step in steps if (said := complaint(step))]
+def _run_all(steps: Iterable[tuple[str, ...]]) -> list[str]:
+    return [said for step in steps if (said := complaint(*step))]

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from transocks.rules import live
 from transocks.rules.live import CHAINS, TABLES
 from transocks.rules.saved import select, write
-from transocks.rules.steps import FirewallError, Step, complaint, run
+from transocks.tools import FirewallError, complaint, run
 from usocksd.host.sockets import end_accepted
 
 _PORT = re.compile(r"redirect to :(\d+)|tproxy ip6? to \S+:(\d+)|--to-ports (\d+)|--on-port (\d+)")
@@ -35,8 +35,8 @@ def _ports() -> Iterator[int]:
     texts = []
     if live.has("nft"):
         for name in [name for name in TABLES if ("inet", name) in live.tables()]:
-            texts.append(run(Step(("nft", "list", "table", "inet", name))))
-            complaint(Step(("nft", "flush", "set", "inet", name, "active")))  # nobody else comes
+            texts.append(run("nft", "list", "table", "inet", name))
+            complaint("nft", "flush", "set", "inet", name, "active")  # nobody else comes
     for six in (False, True) if live.has_ipv6() else (False,):
         for variant in live.variants(six):
             texts += [

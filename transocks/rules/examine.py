@@ -10,10 +10,10 @@ import attrs
 from transocks.rules import live
 from transocks.rules.config import Mode, Tool
 from transocks.rules.live import CHAINS, KINDS, TABLES, Routes, Routing
+from transocks.rules.redirection import Redirection
 from transocks.rules.render import render_all_nft, render_iptables
 from transocks.rules.saved import Table, merge, select
 from transocks.rules.verify import compare, dormant, force_nft, from_nft, from_saved, guards
-from transocks.rules.wanted import Wanted
 from transocks.tracing.shadows import shadows
 
 _FAMILIES = {False: "IPv4", True: "IPv6"}
@@ -31,7 +31,7 @@ class Report:
     notes: tuple[str, ...]
 
 
-def examine(wanted: Sequence[Wanted], tool: Tool, *, ipv6: bool = True, trying: bool = True) -> Report:
+def examine(wanted: Sequence[Redirection], tool: Tool, *, ipv6: bool = True, trying: bool = True) -> Report:
     """Compare what is loaded with what should be. Takes CAP_NET_ADMIN and CAP_SYS_ADMIN. Raises FirewallError.
 
     trying: also try out whether connections get to the rules.
@@ -52,7 +52,7 @@ def examine(wanted: Sequence[Wanted], tool: Tool, *, ipv6: bool = True, trying: 
     return Report(tuple(dict.fromkeys(faults)), tuple(dict.fromkeys(notes)))
 
 
-def _check_nft(wanted: Sequence[Wanted], ruleset: live.Ruleset) -> Iterator[tuple[str, bool]]:
+def _check_nft(wanted: Sequence[Redirection], ruleset: live.Ruleset) -> Iterator[tuple[str, bool]]:
     reference = live.as_loaded(render_all_nft(wanted))
     for w in wanted:
         should = from_nft(reference.entries, reference.listing, w.table)
@@ -71,7 +71,7 @@ def _check_nft(wanted: Sequence[Wanted], ruleset: live.Ruleset) -> Iterator[tupl
                 yield f"{there.name} is in force for {force.seconds:.0f} s more, unless confirmed", False
 
 
-def _check_iptables(wanted: Sequence[Wanted], families: Sequence[bool]) -> Iterator[tuple[str, bool]]:
+def _check_iptables(wanted: Sequence[Redirection], families: Sequence[bool]) -> Iterator[tuple[str, bool]]:
     now = datetime.now(UTC)
     for six in families:
         family = _FAMILIES[six]
@@ -92,7 +92,7 @@ def _check_iptables(wanted: Sequence[Wanted], families: Sequence[bool]) -> Itera
 
 
 def _leftovers(
-    wanted: Sequence[Wanted], tool: Tool, ruleset: live.Ruleset, families: Sequence[bool]
+    wanted: Sequence[Redirection], tool: Tool, ruleset: live.Ruleset, families: Sequence[bool]
 ) -> Iterator[tuple[str, bool]]:
     """What is ours and not wanted: of another mode, of the other tool, or of the other variant of iptables."""
     needed = {w.table for w in wanted} if tool is Tool.NFT else set()
@@ -112,7 +112,7 @@ def _leftovers(
                 yield f"not wanted: {where} has {', '.join(table.chains)}", True
 
 
-def _check_routing(wanted: Sequence[Wanted], families: Sequence[bool]) -> Iterator[tuple[str, bool]]:
+def _check_routing(wanted: Sequence[Redirection], families: Sequence[bool]) -> Iterator[tuple[str, bool]]:
     routed = [six for six in families if not six or live.uses_ipv6()]
     should = [Routing(w.tproxy_mark, six) for w in wanted if w.mode is Mode.TPROXY for six in routed]
     if not should and not live.has("ip"):

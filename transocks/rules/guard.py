@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 
-from transocks.rules.steps import FirewallError
+from transocks.tools import FirewallError
 
 _LIBRARY = "libnftables.so.1"
 

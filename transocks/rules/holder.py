@@ -19,7 +19,8 @@ import cattrs
 
 from transocks.rules import cgroups
 from transocks.rules.apply import apply, remove
-from transocks.rules.steps import FirewallError, RuleSet
+from transocks.rules.render import Commands
+from transocks.tools import FirewallError
 
 
 class Held:
@@ -29,7 +30,7 @@ class Held:
     FirewallError when the rules can't be loaded.
     """
 
-    def __init__(self, rules: RuleSet, folder: str, cgroup: str = "") -> None:
+    def __init__(self, rules: Commands, folder: str, cgroup: str = "") -> None:
         self._rules = rules
         self._folder = folder
         self._cgroup = cgroup
@@ -76,7 +77,7 @@ class Held:
             _end(self._rules, self._folder, self._cgroup)
 
 
-def _end(rules: RuleSet | None, folder: str, cgroup: str) -> None:
+def _end(rules: Commands | None, folder: str, cgroup: str) -> None:
     if cgroup:
         cgroups.end(cgroup)  # first: without the rules it would connect directly
     if rules is not None:
@@ -92,7 +93,7 @@ def main() -> int:
     if not line:
         return 0
     order = json.loads(line)
-    rules = cattrs.structure(order["rules"], RuleSet)
+    rules = cattrs.structure(order["rules"], Commands)
     try:
         apply(rules)
         answer = ""

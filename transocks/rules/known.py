@@ -12,7 +12,7 @@ import struct
 from collections.abc import Collection, Iterable
 from ipaddress import IPv4Address
 
-from transocks.rules.steps import FirewallError
+from transocks.tools import FirewallError
 from usocksd.host.netlink import ACK, CREATE, EXCL, NETFILTER, ask, attribute, connect
 from usocksd.host.sockets import Connection, tcp_connections
 from usocksd.net.address import IPAddress

@@ -11,12 +11,11 @@ from typing import Any
 
 import attrs
 
-from transocks.rules.config import Mode
+from transocks.rules.config import Mode, Tool
 from transocks.rules.nft_json import entries, ruleset_json
+from transocks.rules.redirection import Redirection
 from transocks.rules.saved import Table, merge, parse_save
-from transocks.rules.steps import FirewallError, Step, run, run_json
-from transocks.rules.wanted import Wanted
-from transocks.tools import which
+from transocks.tools import FirewallError, run, run_json, which
 from usocksd.host.sockets import listeners
 from usocksd.net.address import IPAddress
 
@@ -26,12 +25,12 @@ PREFERENCE = 7474
 PROTOCOL = 116
 """Who has made a route, for those that look, and for `remove`: a number that has no name of its own."""
 
-TABLES = tuple(Wanted(mode=mode, port=0).table for mode in Mode)
+TABLES = tuple(Redirection(mode=mode, port=0).table for mode in Mode)
 """Our nft tables."""
-GUARDS = tuple(Wanted(mode=mode, port=0).guard for mode in Mode)
+GUARDS = tuple(Redirection(mode=mode, port=0).guard for mode in Mode)
 """Those that belong to `transocks rules hold`."""
 KINDS = ("", "-UDP", "-TCP")
-CHAINS = tuple(f"{Wanted(mode=mode, port=0).chain}{kind}" for mode in Mode for kind in KINDS)
+CHAINS = tuple(f"{Redirection(mode=mode, port=0).chain}{kind}" for mode in Mode for kind in KINDS)
 """Our chains in iptables's tables."""
 
 _LISTEN = "0A"  # in the column "st" of /proc/net/tcp
@@ -45,6 +44,13 @@ def has_ipv6() -> bool:
 def uses_ipv6() -> bool:
     """Whether any interface has an address of it: with disable_ipv6=1 there is nothing to listen on, nor a route."""
     return has_ipv6() and bool(Path("/proc/self/net/if_inet6").read_text("ascii"))
+
+
+def choose_tool(which: Callable[[str], str | None] = which) -> Tool | None:
+    """nft where it is (one transaction for both families), else iptables, else None."""
+    if which("nft"):
+        return Tool.NFT
+    return Tool.IPTABLES if which("iptables-restore") else None
 
 
 def has(program: str) -> bool:
@@ -66,15 +72,13 @@ class Ruleset:
 
 def ruleset() -> Ruleset:
     """Everything that nft sees. Raises FirewallError."""
-    found = _entries(lambda: ruleset_json(lambda *argv: run(Step(argv))))
-    return Ruleset(found, run(Step(("nft", "-a", "list", "ruleset"))))
+    found = _entries(lambda: ruleset_json(run))
+    return Ruleset(found, run("nft", "-a", "list", "ruleset"))
 
 
 def tables() -> set[tuple[str, str]]:
     """Family and name of each table of nft. Raises FirewallError."""
-    return {
-        (words[1], words[2]) for line in run(Step(("nft", "list", "tables"))).splitlines() if (words := line.split())
-    }
+    return {(words[1], words[2]) for line in run("nft", "list", "tables").splitlines() if (words := line.split())}
 
 
 def as_loaded(text: str) -> Ruleset:
@@ -83,7 +87,7 @@ def as_loaded(text: str) -> Ruleset:
     Takes CAP_SYS_ADMIN.
     """
     script = "nft -f - && nft -j list ruleset && nft -a list ruleset"
-    first, _, listing = run(Step(("unshare", "--net", "sh", "-c", script), text)).partition("\n")
+    first, _, listing = run("unshare", "--net", "sh", "-c", script, stdin=text).partition("\n")
     return Ruleset(_entries(lambda: first), listing)
 
 
@@ -127,14 +131,18 @@ def has_legacy(name: str, net: Path = Path("/proc/self/net")) -> bool:
 
 def saved(six: bool, variant: str | None = None) -> list[Table]:
     """What iptables-save says, or ip6tables-save, or that of another variant. Raises FirewallError."""
-    return parse_save(run(Step((f"{variant or iptables(six)}-save",))))
+    return parse_save(
+        run(
+            f"{variant or iptables(six)}-save",
+        )
+    )
 
 
 def saved_as_loaded(texts: Iterable[str], six: bool) -> list[Table]:
     """What it would say of these texts, if that were all; as `as_loaded`."""
     script = f"{iptables(six)}-restore --noflush && {iptables(six)}-save"
     return merge(
-        table for text in texts for table in parse_save(run(Step(("unshare", "--net", "sh", "-c", script), text)))
+        table for text in texts for table in parse_save(run("unshare", "--net", "sh", "-c", script, stdin=text))
     )
 
 
@@ -155,21 +163,21 @@ class Routing:
         """For `ip route`."""
         return ("local", "default", "dev", "lo", "table", str(self.mark))
 
-    def step(self, kind: str, action: str) -> Step:
+    def step(self, kind: str, action: str) -> tuple[str, ...]:
         """The command for its "rule" or "route": to "add" or "del", also of what others have made."""
         words = self.rule if kind == "rule" else self.route
         if (kind, action) == ("route", "add"):
             words = (*words, "proto", str(PROTOCOL))
-        return Step(("ip", "-6" if self.six else "-4", kind, action, *words))
+        return ("ip", "-6" if self.six else "-4", kind, action, *words)
 
     def by_hand(self, kind: str) -> str:
         """The same to type, to add it."""
-        return " ".join(self.step(kind, "add").argv)
+        return " ".join(self.step(kind, "add"))
 
 
 def routing_rules(six: bool) -> list[Routing]:
     """Of the routing policy, those rules that are of our shape: for any mark. Raises FirewallError."""
-    answer = run_json(Step(("ip", "-N", "-json", "-6" if six else "-4", "rule", "show", "pref", str(PREFERENCE))))
+    answer = run_json("ip", "-N", "-json", "-6" if six else "-4", "rule", "show", "pref", str(PREFERENCE))
     found = []
     for rule in answer or ():
         mark, table = int(str(rule.get("fwmark", "0")), 0), str(rule.get("table"))
@@ -189,7 +197,7 @@ class Routes:
     def here(cls, six: bool) -> Routes:
         """Those of this host. Raises FirewallError."""
         # Of all tables, since asking for one that has never been is an error.
-        answer = run_json(Step(("ip", "-N", "-json", "-6" if six else "-4", "route", "show", "table", "all")))
+        answer = run_json("ip", "-N", "-json", "-6" if six else "-4", "route", "show", "table", "all")
         return cls(six, tuple(answer or ()))
 
     def has(self, routing: Routing) -> bool:
@@ -243,7 +251,7 @@ def _listening_by_proc(port: int) -> set[IPAddress]:
     return found
 
 
-def unheard(wanted: Wanted, ipv6: bool) -> list[str]:
+def unheard(wanted: Redirection, ipv6: bool) -> list[str]:
     """Where the rules would send connections and nobody listens: "127.0.0.1:1081" and such."""
     there = listening(wanted.port)
     missing = []

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from typing import IO
 
-from transocks.rules.steps import FirewallError
+from transocks.tools import FirewallError
 
 FILE = "/run/transocks-rules.lock"
 """For root alone: who may hold it keeps root from changing rules. Stays, as /run/xtables.lock does."""

@@ -20,8 +20,8 @@ import attrs
 
 from transocks.config import DIRECT, Config
 from transocks.rules.config import Mode
+from transocks.rules.redirection import MARK, Redirection
 from transocks.rules.render import excluded
-from transocks.rules.wanted import MARK, Wanted
 from usocksd.host.addresses import HostAddresses
 from usocksd.host.sockets import Listener, listeners
 from usocksd.net.address import IPAddress, join_port, without_zone
@@ -58,7 +58,7 @@ class Sender:
         return f"user {self.uid}"
 
 
-def takes(wanted: Wanted, sender: Sender, destination: IPAddress, port: int) -> bool:
+def takes(wanted: Redirection, sender: Sender, destination: IPAddress, port: int) -> bool:
     """Whether the rules of host mode redirect a connection to a destination other than this host, as far as known."""
     selection = wanted.selection_here
     mine = MARK if wanted.mark is None else wanted.mark
@@ -75,7 +75,7 @@ def takes(wanted: Wanted, sender: Sender, destination: IPAddress, port: int) -> 
     return not selection.ports or any(low <= port <= high for low, high in selection.ports)
 
 
-def loops(config: Config, wanted: list[Wanted]) -> Iterator[str]:
+def loops(config: Config, wanted: list[Redirection]) -> Iterator[str]:
     """Each loop in words, with what to do. Reads the sockets and processes of this host."""
     host = next((each for each in wanted if each.mode is Mode.HOST), None)
     if host is None:
@@ -84,7 +84,9 @@ def loops(config: Config, wanted: list[Wanted]) -> Iterator[str]:
         yield from _loops(config, host, listeners(), HostAddresses().current)
 
 
-def _loops(config: Config, host: Wanted, there: tuple[Listener, ...], addresses: frozenset[IPAddress]) -> Iterator[str]:
+def _loops(
+    config: Config, host: Redirection, there: tuple[Listener, ...], addresses: frozenset[IPAddress]
+) -> Iterator[str]:
     own = next((sender_of(found) for found in there if found.port == host.port), Sender())
     own = attrs.evolve(own, marks=frozenset({config.mark or 0}))
     mark = f"{config.mark or MARK:#x}"
@@ -126,7 +128,7 @@ def _upstreams(config: Config) -> Iterator[tuple[IPAddress, int]]:
                 yield _PUBLIC[0], proxy.port
 
 
-def _anywhere(wanted: Wanted) -> Iterator[tuple[IPAddress, int]]:
+def _anywhere(wanted: Redirection) -> Iterator[tuple[IPAddress, int]]:
     """Examples of destinations that the rules select."""
     selection = wanted.selection
     ports = [low for low, _ in selection.ports] or [443]

@@ -16,9 +16,8 @@ from pathlib import Path
 import attrs
 
 from transocks.rules.config import Mode, Tool
+from transocks.rules.redirection import Redirection, Selection
 from transocks.rules.saved import delete, parse_save
-from transocks.rules.steps import RuleSet, Step
-from transocks.rules.wanted import Selection, Wanted
 from usocksd.net.address import IPNetwork
 
 _PORTS = {Mode.HOST: 1081, Mode.GATEWAY: 1081, Mode.TPROXY: 1084}
@@ -31,25 +30,33 @@ _NFT_UNKNOWN = r"^(\t\t)#(tcp flags & \(fin \| syn \| rst \| ack\) != syn ct {} 
 _NFT_UDP = r"^(\t\t)(udp dport 443 jump reject_quic)$"
 
 
-def render(tool: Tool, wanted: Wanted, *, ipv6: bool = True) -> RuleSet:
+@attrs.frozen
+class Commands:
+    """How to load rules, and how to remove them: programs, and what each reads."""
+
+    load: tuple[tuple[str, str], ...]
+    unload: tuple[tuple[str, str], ...]
+
+
+def render(tool: Tool, wanted: Redirection, *, ipv6: bool = True) -> Commands:
     """The rules as a set of commands of its own, for `transocks exec`: load and unload, nothing else.
 
     ipv6: whether this kernel has IPv6 (ip6tables fails without; an nft table of the inet family does not).
     """
     if tool is Tool.NFT:
         text = render_nft(wanted)
-        return RuleSet((Step(("nft", "-f", "-"), text),), (Step(("nft", "delete", "table", "inet", wanted.table)),))
+        return Commands((("nft -f -", text),), ((f"nft delete table inet {wanted.table}", ""),))
     load, unload = [], []
     for restore, six in (("iptables-restore", False), ("ip6tables-restore", True))[: 2 if ipv6 else 1]:
         text = render_iptables(wanted, six=six)
-        load.append(Step((restore, "--noflush"), text))
+        load.append((f"{restore} --noflush", text))
         # A table at a time, so that one that is gone already keeps nothing of the other.
-        unload += [Step((restore, "--noflush"), delete(table)) for table in parse_save(text)]
+        unload += [(f"{restore} --noflush", delete(table)) for table in parse_save(text)]
     # Removed in the opposite order: what hooked in last goes first.
-    return RuleSet(tuple(load), tuple(unload[::-1]))
+    return Commands(tuple(load), tuple(unload[::-1]))
 
 
-def render_all_nft(wanted: Iterable[Wanted], *, seconds: int | None = None) -> str:
+def render_all_nft(wanted: Iterable[Redirection], *, seconds: int | None = None) -> str:
     """The rules of several modes as one text, so one transaction; see `render_nft`."""
     first, *others = (render_nft(w, seconds=seconds) for w in wanted)
     return "".join([first, *map(_redefining, others)])
@@ -60,7 +67,7 @@ def _redefining(text: str) -> str:
     return re.sub(r"^define\b", "redefine", text, flags=re.MULTILINE)
 
 
-def render_nft(wanted: Wanted, *, seconds: int | None = None) -> str:
+def render_nft(wanted: Redirection, *, seconds: int | None = None) -> str:
     """What `nft -f` takes: one table, in the place of what was loaded under its name.
 
     seconds: how long the rules are in force unless somebody prolongs it; None: for good.
@@ -98,7 +105,7 @@ def render_nft(wanted: Wanted, *, seconds: int | None = None) -> str:
     return _multiply(text, _NFT_UDP, quic)
 
 
-def render_guard(wanted: Wanted) -> str:
+def render_guard(wanted: Redirection) -> str:
     """For guard.py: a table of its own that refuses what these rules select and is not redirected, for good.
 
     It filters, behind where the rules redirect; what they or others have redirected or mapped it leaves alone. So it
@@ -124,7 +131,7 @@ def render_guard(wanted: Wanted) -> str:
     return _replace(text, r"^\tchain exempt \{$", rf"{translation}\g<0>", 1)
 
 
-def _render_nft_tproxy(text: str, wanted: Wanted) -> str:
+def _render_nft_tproxy(text: str, wanted: Redirection) -> str:
     # In the commands at its head, too.
     text = _replace(text, r"\b0x7474\b", f"{wanted.tproxy_mark:#x}", 6)
     text = _replace(text, r"\b29812\b", f"{wanted.tproxy_mark}", 9)
@@ -138,7 +145,7 @@ def _render_nft_tproxy(text: str, wanted: Wanted) -> str:
     return text
 
 
-def render_iptables(wanted: Wanted, *, six: bool, until: str | None = None) -> str:
+def render_iptables(wanted: Redirection, *, six: bool, until: str | None = None) -> str:
     """What iptables-restore takes, or ip6tables-restore if `six`: no comments, otherwise as the files are.
 
     until: the time when the rules end by themselves, in UTC as in "2026-01-31T23:59:59"; None: never.
@@ -178,7 +185,7 @@ def render_iptables(wanted: Wanted, *, six: bool, until: str | None = None) -> s
     return _multiply(text, rf"^(-A {chain}-UDP -p udp )(-j REJECT .*)$", quic)
 
 
-def _iptables_lines(wanted: Wanted, six: bool, kinds: Iterable[str]) -> str:
+def _iptables_lines(wanted: Redirection, six: bool, kinds: Iterable[str]) -> str:
     """The lines of the file that count, with the names of these rules."""
     text = _template(f"{wanted.mode.value}.v{6 if six else 4}")
     own_chain = _own(wanted).chain
@@ -193,7 +200,7 @@ def _iptables_lines(wanted: Wanted, six: bool, kinds: Iterable[str]) -> str:
     return re.sub(rf"\b{own_chain}\b", wanted.chain, text)
 
 
-def excluded(wanted: Wanted) -> list[str]:
+def excluded(wanted: Redirection) -> list[str]:
     """The networks that these rules leave alone as destinations."""
     if wanted.exclude is not None:
         return list(map(str, wanted.exclude))
@@ -201,12 +208,12 @@ def excluded(wanted: Wanted) -> list[str]:
     return [network for text in texts for network in re.findall(rf"^-A {_own(wanted).chain} -d (\S+) -j", text, re.M)]
 
 
-def _own(wanted: Wanted) -> Wanted:
+def _own(wanted: Redirection) -> Redirection:
     """The file's own names."""
-    return Wanted(mode=wanted.mode, port=0)
+    return Redirection(mode=wanted.mode, port=0)
 
 
-def _quic(wanted: Wanted) -> bool:
+def _quic(wanted: Redirection) -> bool:
     """Whether to refuse QUIC: it is where TCP port 443 is taken."""
     ports = wanted.selection.ports
     return wanted.reject_quic and (not ports or any(low <= 443 <= high for low, high in ports))
@@ -329,6 +336,6 @@ def _replace(text: str, pattern: str, replacement: str, count: int) -> str:
 
 
 def _template(file: str) -> str:
-    installed = Path(__file__).parent / "rules"  # in a wheel; in a checkout they stand where operators look for them
+    installed = Path(__file__).parent / "templates"  # in a wheel; a checkout has them where operators look
     folder = installed if installed.is_dir() else Path(__file__).parents[2] / "iptables"
     return (folder / file).read_text(encoding="utf-8")

@@ -10,7 +10,7 @@ from typing import Any
 
 import attrs
 
-from transocks.rules.steps import FirewallError, Step, run
+from transocks.tools import FirewallError, run
 from usocksd.net.address import IPAddress, without_zone
 
 # linux/rtnetlink.h
@@ -76,8 +76,8 @@ def policy_against(destination: IPAddress, mark: int, uid: int | None) -> str | 
     except OSError:
         pass
     try:
-        found = json.loads(run(Step(("ip", "-N", "-json", "-6" if destination.version == 6 else "-4", "rule", "show"))))
-        texts = run(Step(("ip", "-6" if destination.version == 6 else "-4", "rule", "show"))).splitlines()
+        found = json.loads(run("ip", "-N", "-json", "-6" if destination.version == 6 else "-4", "rule", "show"))
+        texts = run("ip", "-6" if destination.version == 6 else "-4", "rule", "show").splitlines()
     except (FirewallError, ValueError):
         return None
     ours = [

@@ -7,7 +7,7 @@ import select
 import time
 from types import TracebackType
 
-from transocks.rules.steps import FirewallError
+from transocks.tools import FirewallError
 from usocksd.host.netlink import NETFILTER, connect, messages
 
 _GROUP_NFTABLES = 1 << 6  # NFNLGRP_NFTABLES is 7

@@ -8,7 +8,7 @@ import attrs
 
 from transocks.rules.config import Mode
 from transocks.rules.live import CHAINS, GUARDS, TABLES
-from transocks.rules.wanted import Wanted
+from transocks.rules.redirection import Redirection
 from transocks.tracing.events import Event, Verdict
 from transocks.tracing.names import RuleNames
 from transocks.tracing.samples import Outcome
@@ -53,7 +53,7 @@ class Fate:
     """of that text, where nft knows of one"""
 
 
-def fate_of(outcome: Outcome, wanted: Wanted, names: RuleNames) -> Fate:
+def fate_of(outcome: Outcome, wanted: Redirection, names: RuleNames) -> Fate:
     """Of a sample of these rules."""
     way = outcome.way
     if way is None:
@@ -72,7 +72,7 @@ def fate_of(outcome: Outcome, wanted: Wanted, names: RuleNames) -> Fate:
     return _before(way, wanted, names)
 
 
-def _of_tproxy(way: Way, wanted: Wanted, names: RuleNames) -> Fate:
+def _of_tproxy(way: Way, wanted: Redirection, names: RuleNames) -> Fate:
     taken = next((mark for mark in way.marks if mark.after == wanted.tproxy_mark), None)
     if taken is None:
         turn = way.turn
@@ -98,7 +98,7 @@ def _behind(way: Way, names: RuleNames) -> Fate | None:
     return Fate(What.STOPPED, _lost(way, names))
 
 
-def _before(way: Way, wanted: Wanted, names: RuleNames) -> Fate:
+def _before(way: Way, wanted: Redirection, names: RuleNames) -> Fate:
     """What kept the packet from our rules."""
     if way.dropped is not None:
         return Fate(What.DROPPED, names.does(way.dropped), way.dropped)
@@ -125,7 +125,7 @@ def is_guard(rule: Event | None) -> bool:
     return rule is not None and rule.family == "inet" and rule.table in GUARDS
 
 
-def is_ours(rule: Event, names: RuleNames, wanted: Wanted | None = None) -> bool:
+def is_ours(rule: Event, names: RuleNames, wanted: Redirection | None = None) -> bool:
     """Whether it is a rule of ours, or of this mode alone: of its table or chains, or one that leads there."""
     tables = TABLES if wanted is None else (wanted.table,)
     chains = CHAINS if wanted is None else (wanted.chain,)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import attrs
 
-from transocks.rules.steps import FirewallError, Step, run
+from transocks.tools import FirewallError, run
 from usocksd.net.address import IPAddress
 
 _RTF_UP = 1
@@ -105,7 +105,7 @@ def _ask(name: str, question: int) -> bytes:
 def bridge_ports() -> dict[str, list[str]]:
     """Each bridge, and the interfaces that are its ports; nothing where there is no ip(8)."""
     try:
-        found = json.loads(run(Step(("ip", "-json", "-details", "link", "show"))) or "[]")
+        found = json.loads(run("ip", "-json", "-details", "link", "show") or "[]")
     except (FirewallError, ValueError):
         return {}
     bridges = [link["ifname"] for link in found if link.get("linkinfo", {}).get("info_kind") == "bridge"]

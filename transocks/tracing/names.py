@@ -6,8 +6,8 @@ import re
 from functools import cached_property
 
 from transocks.rules import live
-from transocks.rules.steps import FirewallError, Step, run
 from transocks.rules.verify import rule_texts
+from transocks.tools import FirewallError, run
 from transocks.tracing.events import Event, Verdict
 from transocks.tracing.way import Change, Way
 
@@ -63,7 +63,7 @@ class RuleNames:
     def listing(self) -> str:
         """All that nft shows, with handles; "" if it does not."""
         try:
-            return run(Step(("nft", "-a", "list", "ruleset")))
+            return run("nft", "-a", "list", "ruleset")
         except FirewallError:
             return ""
 
@@ -85,7 +85,13 @@ class RuleNames:
         if family not in self._saved_of:
             variant = next((v for v in live.variants(family == "ip6") if live.is_nft(v)), None)
             try:
-                self._saved_of[family] = run(Step((f"{variant}-save",))) if variant else ""
+                self._saved_of[family] = (
+                    run(
+                        f"{variant}-save",
+                    )
+                    if variant
+                    else ""
+                )
             except FirewallError:
                 self._saved_of[family] = ""
         return self._saved_of[family]

@@ -19,10 +19,10 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 import attrs
 
 from transocks.rules.config import Mode
+from transocks.rules.redirection import Redirection
 from transocks.rules.render import excluded
 from transocks.rules.routing import lookup
-from transocks.rules.steps import FirewallError
-from transocks.rules.wanted import Wanted
+from transocks.tools import FirewallError
 from transocks.tracing.events import ACK, RST, SYN, Packet
 from transocks.tracing.frames import datagram, frame
 from transocks.tracing.inject import inject
@@ -217,7 +217,7 @@ def try_out(tracer: Tracer, sample: Sample, *, flags: int = SYN, protocol: int =
         return Outcome(sample=sample, problem=error)
 
 
-def samples(wanted: Wanted, here: Links, versions: tuple[int, ...] = (4, 6)) -> list[Sample]:
+def samples(wanted: Redirection, here: Links, versions: tuple[int, ...] = (4, 6)) -> list[Sample]:
     """What the rules of one mode are for: some of it."""
     return [
         sample
@@ -226,7 +226,7 @@ def samples(wanted: Wanted, here: Links, versions: tuple[int, ...] = (4, 6)) -> 
     ]
 
 
-def _of_host(wanted: Wanted, here: Links, version: int) -> Iterator[Sample]:
+def _of_host(wanted: Redirection, here: Links, version: int) -> Iterator[Sample]:
     chosen = wanted.selection_here
     people = [
         *(attrs.evolve(NOBODY, uid=user) for user in chosen.users[:_MOST]),
@@ -239,7 +239,7 @@ def _of_host(wanted: Wanted, here: Links, version: int) -> Iterator[Sample]:
                 yield Sample(mode=wanted.mode, destination=destination, port=port, who=who)
 
 
-def _of_clients(wanted: Wanted, here: Links, version: int) -> Iterator[Sample]:
+def _of_clients(wanted: Redirection, here: Links, version: int) -> Iterator[Sample]:
     for iif, source in _clients(wanted, here, version)[:_MOST]:
         for port in _ports(wanted):
             for destination in _destinations(wanted, here, version):
@@ -248,7 +248,7 @@ def _of_clients(wanted: Wanted, here: Links, version: int) -> Iterator[Sample]:
                 )
 
 
-def _clients(wanted: Wanted, here: Links, version: int) -> list[tuple[str, IPAddress]]:
+def _clients(wanted: Redirection, here: Links, version: int) -> list[tuple[str, IPAddress]]:
     """Interfaces and addresses behind them, one for each."""
     chosen = wanted.selection_here
     sources = [network for network in chosen.from_ if network.version == version]
@@ -277,7 +277,7 @@ def _inside(network: IPv4Network | IPv6Network) -> IPAddress:
     return network[network.num_addresses * 3 // 4 - (1 if network.num_addresses > 4 else 0)]
 
 
-def _ports(wanted: Wanted) -> tuple[int, ...]:
+def _ports(wanted: Redirection) -> tuple[int, ...]:
     chosen = wanted.selection.ports
     if not chosen:
         return PORTS
@@ -285,7 +285,7 @@ def _ports(wanted: Wanted) -> tuple[int, ...]:
     return tuple(found)[:2]
 
 
-def _destinations(wanted: Wanted, here: Links, version: int) -> tuple[IPAddress, ...]:
+def _destinations(wanted: Redirection, here: Links, version: int) -> tuple[IPAddress, ...]:
     """One that the rules are for, if there is one."""
     without = [ip_network(network) for network in excluded(wanted)]
     candidates = (

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from transocks.rules.config import Mode, Tool
 from transocks.rules.live import has_legacy, iptables, uses_ipv6
-from transocks.rules.steps import FirewallError
-from transocks.rules.wanted import Wanted
+from transocks.rules.redirection import Redirection
+from transocks.tools import FirewallError
 from transocks.tracing.fate import What, fate_of, is_guard, is_ours
 from transocks.tracing.links import links
 from transocks.tracing.names import RuleNames
@@ -17,7 +17,7 @@ from transocks.tracing.table import Tracer
 _TAKEN = {What.DROPPED, What.ELSEWHERE, What.UNTRACKED, What.ENDED}
 
 
-def shadows(wanted: Sequence[Wanted], tool: Tool, *, well: bool) -> Iterator[tuple[str, bool]]:
+def shadows(wanted: Sequence[Redirection], tool: Tool, *, well: bool) -> Iterator[tuple[str, bool]]:
     """A line for each, and whether it is a fault. `well`: there is no other fault that might explain what happens.
 
     Something that can't be tried is reported, but is no fault.

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import attrs
 
-from transocks.rules.steps import FirewallError
-from transocks.rules.wanted import CGROUPS
+from transocks.rules.redirection import CGROUPS
+from transocks.tools import FirewallError
 
 
 @attrs.frozen(kw_only=True)

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from types import TracebackType
 
 from transocks.rules.guard import Guard
-from transocks.rules.steps import FirewallError
+from transocks.tools import FirewallError
 from transocks.tracing.events import MESSAGE, Event, of_port, parse
 from usocksd.host.netlink import NETFILTER, connect, messages
 from usocksd.net.address import IPAddress

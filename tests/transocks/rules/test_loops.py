@@ -8,7 +8,7 @@ import pytest
 
 from transocks.rules.config import Mode
 from transocks.rules.loops import Sender, takes
-from transocks.rules.wanted import Selection, Wanted
+from transocks.rules.redirection import Redirection, Selection
 
 PUBLIC = "203.0.113.9"
 
@@ -42,5 +42,5 @@ PUBLIC = "203.0.113.9"
 def test_what_is_taken(
     more: dict[str, object], sender: dict[str, object], address: str, port: int, taken: bool
 ) -> None:
-    wanted = Wanted(mode=Mode.HOST, port=1081, **more)  # type: ignore[arg-type]
+    wanted = Redirection(mode=Mode.HOST, port=1081, **more)  # type: ignore[arg-type]
     assert takes(wanted, Sender(**sender), ip_address(address), port) == taken  # type: ignore[arg-type]

@@ -10,10 +10,10 @@ import pytest
 
 from transocks.rules import render as rendering
 from transocks.rules.config import Mode, Tool
+from transocks.rules.redirection import Redirection, Selection
 from transocks.rules.render import excluded, merged, render, render_guard, render_iptables, render_nft
-from transocks.rules.wanted import Selection, Wanted
 
-HOST = Wanted(mode=Mode.HOST, port=2081)
+HOST = Redirection(mode=Mode.HOST, port=2081)
 
 
 def lines(text: str) -> list[str]:
@@ -23,7 +23,7 @@ def lines(text: str) -> list[str]:
 @pytest.mark.parametrize("mode", list(Mode))
 def test_without_wishes_it_is_the_file(mode: Mode) -> None:
     port = 1084 if mode is Mode.TPROXY else 1081
-    wanted = Wanted(mode=mode, port=port)
+    wanted = Redirection(mode=mode, port=port)
     assert render_nft(wanted) == rendering._template(f"{mode.value}.nft")
     for six in (False, True):
         file = rendering._template(f"{mode.value}.v{6 if six else 4}")
@@ -31,7 +31,7 @@ def test_without_wishes_it_is_the_file(mode: Mode) -> None:
 
 
 def test_port_mark_and_name() -> None:
-    wanted = Wanted(mode=Mode.HOST, port=2081, mark=0x99, name="transocks_exec_7")
+    wanted = Redirection(mode=Mode.HOST, port=2081, mark=0x99, name="transocks_exec_7")
     text = render_nft(wanted)
     assert "define transocks_port = 2081" in text
     assert "define transocks_mark = 0x99" in text
@@ -43,7 +43,7 @@ def test_port_mark_and_name() -> None:
 
 
 def test_selection_is_alternatives_of_one_kind_and_limits_of_the_others() -> None:
-    wanted = Wanted(
+    wanted = Redirection(
         mode=Mode.HOST,
         port=1081,
         selection=Selection(
@@ -66,26 +66,26 @@ def test_selection_is_alternatives_of_one_kind_and_limits_of_the_others() -> Non
 
 
 def test_a_family_that_is_not_asked_for_is_left_alone() -> None:
-    wanted = Wanted(mode=Mode.GATEWAY, port=1081, selection=Selection(from_=(ip_network("10.0.0.0/8"),)))
+    wanted = Redirection(mode=Mode.GATEWAY, port=1081, selection=Selection(from_=(ip_network("10.0.0.0/8"),)))
     assert "ip6 saddr" not in render_nft(wanted)
     assert "REDIRECT" in render_iptables(wanted, six=False)
     assert "REDIRECT" not in render_iptables(wanted, six=True)
     assert "-j REJECT" not in render_iptables(wanted, six=True)
     crossed = Selection(from_=(ip_network("10.0.0.0/8"),), to=(ip_network("2001:db8::/32"),))
-    assert "jump redirect_tcp\n" not in render_nft(Wanted(mode=Mode.GATEWAY, port=1081, selection=crossed))
+    assert "jump redirect_tcp\n" not in render_nft(Redirection(mode=Mode.GATEWAY, port=1081, selection=crossed))
 
 
 def test_quic_is_refused_where_port_443_is_taken() -> None:
     for ports, refused in (((), True), (((80, 80),), False), (((400, 500),), True)):
-        wanted = Wanted(mode=Mode.HOST, port=1081, selection=Selection(ports=ports))
+        wanted = Redirection(mode=Mode.HOST, port=1081, selection=Selection(ports=ports))
         assert ("udp dport 443 jump reject_quic\n" in render_nft(wanted)) is refused
         assert ("-j REJECT" in render_iptables(wanted, six=False)) is refused
-    wanted = Wanted(mode=Mode.HOST, port=1081, reject_quic=False)
+    wanted = Redirection(mode=Mode.HOST, port=1081, reject_quic=False)
     assert "udp dport 443 jump" not in render_nft(wanted)
 
 
 def test_users_that_are_exempt() -> None:
-    wanted = Wanted(mode=Mode.HOST, port=1081, exempt_users=(5, 6))
+    wanted = Redirection(mode=Mode.HOST, port=1081, exempt_users=(5, 6))
     assert "meta skuid { 5, 6 } accept" in lines(render_nft(wanted))
     found = [line for line in lines(render_iptables(wanted, six=True)) if "uid-owner" in line]
     assert found == [f"-A TRANSOCKS -m owner --uid-owner {user} -j RETURN" for user in (5, 6)]
@@ -93,7 +93,7 @@ def test_users_that_are_exempt() -> None:
 
 def test_networks_to_leave_alone() -> None:
     networks = tuple(map(ip_network, ("10.1.0.0/16", "10.0.0.0/8", "192.0.2.1/32")))
-    wanted = Wanted(mode=Mode.HOST, port=1081, exclude=networks)
+    wanted = Redirection(mode=Mode.HOST, port=1081, exclude=networks)
     text = lines(render_nft(wanted))
     assert "elements = { 10.0.0.0/8, 192.0.2.1/32 }" in text
     assert [line for line in text if line.startswith("elements")] == [
@@ -109,7 +109,7 @@ def test_networks_to_leave_alone() -> None:
 def test_in_force_for_a_time() -> None:
     assert "elements = { tcp timeout 60s, udp timeout 60s }" in lines(render_nft(HOST, seconds=60))
     for mode, position in ((Mode.HOST, 0), (Mode.GATEWAY, 0), (Mode.TPROXY, 2)):
-        wanted = Wanted(mode=mode, port=1)
+        wanted = Redirection(mode=mode, port=1)
         found = lines(render_iptables(wanted, six=False, until="2030-01-01T00:00:00"))
         for chain, place in ((wanted.chain, position), (f"{wanted.chain}-UDP", 0)):
             rules = [line for line in found if line.startswith(f"-A {chain} ")]
@@ -121,7 +121,9 @@ def test_in_force_for_a_time() -> None:
 def test_closed_refuses_what_is_forgotten(mode: Mode) -> None:
     selection = Selection(interfaces=("lan0",), users=(7,), ports=((443, 443),))
     networks = (ip_network("10.0.0.0/8"), ip_network("fd00::/8"))
-    wanted = Wanted(mode=mode, port=1, mark=5, exempt_users=(9,), exclude=networks, closed=True, selection=selection)
+    wanted = Redirection(
+        mode=mode, port=1, mark=5, exempt_users=(9,), exclude=networks, closed=True, selection=selection
+    )
     narrowed = "meta skuid { 7 } " if mode is Mode.HOST else 'iifname { "lan0" } '
     first = f"{narrowed}tcp dport {{ 443 }} tcp flags & (fin | syn | rst | ack) != syn ct "
     refusing = [f"{first}state != {{ established, related }} jump refuse_unknown"]
@@ -154,7 +156,7 @@ def test_closed_refuses_what_is_forgotten(mode: Mode) -> None:
 
 def test_tproxy() -> None:
     addresses = (ip_address("192.0.2.9"), ip_address("2001:db8::9"))
-    wanted = Wanted(mode=Mode.TPROXY, port=9, addresses=addresses, tproxy_mark=100, closed=True)
+    wanted = Redirection(mode=Mode.TPROXY, port=9, addresses=addresses, tproxy_mark=100, closed=True)
     text = render_nft(wanted)
     assert "tproxy ip to 192.0.2.9:$transocks_port" in text
     assert "tproxy ip6 to [2001:db8::9]:$transocks_port" in text
@@ -165,12 +167,12 @@ def test_tproxy() -> None:
 
 
 def test_rules_of_one_command_unload_in_the_opposite_order() -> None:
-    wanted = Wanted(mode=Mode.HOST, port=1, name="transocks_exec_7", selection=Selection(groups=(5,)))
+    wanted = Redirection(mode=Mode.HOST, port=1, name="transocks_exec_7", selection=Selection(groups=(5,)))
     rules = render(Tool.IPTABLES, wanted)
-    assert [step.argv[0] for step in rules.load] == ["iptables-restore", "ip6tables-restore"]
-    assert [step.argv[0] for step in rules.unload] == ["ip6tables-restore"] * 2 + ["iptables-restore"] * 2
-    assert "-D OUTPUT -p tcp -j TRANSOCKS-EXEC-7" in lines(rules.unload[-1].stdin)
-    assert render(Tool.NFT, wanted).unload[0].argv == ("nft", "delete", "table", "inet", "transocks_exec_7")
+    assert [command.split()[0] for command, _ in rules.load] == ["iptables-restore", "ip6tables-restore"]
+    assert [command.split()[0] for command, _ in rules.unload] == ["ip6tables-restore"] * 2 + ["iptables-restore"] * 2
+    assert "-D OUTPUT -p tcp -j TRANSOCKS-EXEC-7" in lines(rules.unload[-1][1])
+    assert render(Tool.NFT, wanted).unload[0][0] == "nft delete table inet transocks_exec_7"
     assert len(render(Tool.IPTABLES, wanted, ipv6=False).load) == 1
 
 
@@ -181,11 +183,11 @@ def test_rules_of_one_command_unload_in_the_opposite_order() -> None:
         ("== syn jump redirect_tcp", "== syn tcp dport 1-65535 jump redirect_tcp", HOST),
         ("--to-ports 1081", "--to-port 1081", HOST),
         ("-p tcp -j REDIRECT", "-p tcp -m tcp -j REDIRECT", HOST),
-        ("elements = {\n\t\t\t0", "elements={\n\t\t\t0", Wanted(mode=Mode.HOST, port=1, exclude=())),
-        ("#-A TRANSOCKS -m owner", "# -A TRANSOCKS -m owner", Wanted(mode=Mode.HOST, port=1, exempt_users=(1,))),
+        ("elements = {\n\t\t\t0", "elements={\n\t\t\t0", Redirection(mode=Mode.HOST, port=1, exclude=())),
+        ("#-A TRANSOCKS -m owner", "# -A TRANSOCKS -m owner", Redirection(mode=Mode.HOST, port=1, exempt_users=(1,))),
     ],
 )
-def test_insists(old: str, new: str, wanted: Wanted, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_insists(old: str, new: str, wanted: Redirection, monkeypatch: pytest.MonkeyPatch) -> None:
     template = rendering._template
     monkeypatch.setattr(rendering, "_template", lambda file: template(file).replace(old, new))
     with pytest.raises(AssertionError, match="the rule files have changed"):

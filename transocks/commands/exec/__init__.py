@@ -33,11 +33,10 @@ from transocks.commands.exec.terminal import Signals
 from transocks.rules.cgroups import Cgroup, end, make, members_of, name_of
 from transocks.rules.config import Mode, Tool
 from transocks.rules.holder import Held
-from transocks.rules.live import uses_ipv6
+from transocks.rules.live import choose_tool, uses_ipv6
+from transocks.rules.redirection import Redirection, Selection
 from transocks.rules.render import render
-from transocks.rules.steps import FirewallError, choose_tool
-from transocks.rules.wanted import Selection, Wanted
-from transocks.tools import Capability, die_with_parent, lacking
+from transocks.tools import Capability, FirewallError, die_with_parent, lacking
 from usocksd.errors import Error
 from usocksd.serve.verbs.client import visible
 
@@ -151,7 +150,7 @@ def _redirect(tool: Tool, gid: int, port: int, ipv6: bool, stack: contextlib.Exi
                 trial.callback(end, cgroup.folder)
             selection = attrs.evolve(Selection() if cgroup is None else cgroup.selection, groups=(gid,))
             # closed: what connection tracking has forgotten does not go directly.
-            wanted = Wanted(mode=Mode.HOST, name=name, port=port, selection=selection, closed=True)
+            wanted = Redirection(mode=Mode.HOST, name=name, port=port, selection=selection, closed=True)
             rules = render(tool, wanted, ipv6=ipv6)
             try:
                 trial.enter_context(Held(rules, folder, "" if cgroup is None else cgroup.folder))

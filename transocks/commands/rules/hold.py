@@ -18,8 +18,8 @@ from transocks.rules.config import Tool, WhenDown
 from transocks.rules.guard import Guard
 from transocks.rules.loops import loops
 from transocks.rules.render import render_guard
-from transocks.rules.steps import FirewallError
 from transocks.rules.watch import TableWatch
+from transocks.tools import FirewallError
 from usocksd.serve.notify import Notifier
 from usocksd.serve.verbs.client import visible
 

@@ -14,11 +14,12 @@ from transocks.config import DIRECT, Config
 from transocks.rules import change, live
 from transocks.rules.config import Mode, RulesConfig, Tool, WhenDown
 from transocks.rules.examine import examine
+from transocks.rules.live import choose_tool
 from transocks.rules.lock import alone
 from transocks.rules.loops import loops
+from transocks.rules.redirection import Redirection, redirections_of
 from transocks.rules.render import render_all_nft, render_iptables
-from transocks.rules.steps import FirewallError, choose_tool
-from transocks.rules.wanted import Wanted, wanted_of
+from transocks.tools import FirewallError
 from transocks.tracing.links import filtered_bridges
 from usocksd.serve.verbs.client import Answer, Client, Refused, VerbError, visible
 from usocksd.settings import loader as configuration
@@ -37,7 +38,7 @@ class Order:
 
     config: Config
     rules: RulesConfig
-    wanted: list[Wanted]
+    wanted: list[Redirection]
     tool: Tool
     ipv6: bool
 
@@ -51,7 +52,7 @@ def order_of(args: argparse.Namespace) -> Order:
     tool = config.rules.tool or choose_tool()
     if tool is None:
         raise FirewallError("neither nft nor iptables is installed")
-    wanted = wanted_of(config.rules, config.listen, config.listen_tproxy, config.mark)
+    wanted = redirections_of(config.rules, config.listen, config.listen_tproxy, config.mark)
     return Order(config, config.rules, wanted, tool, live.has_ipv6())
 
 
@@ -66,7 +67,7 @@ def render(args: argparse.Namespace) -> int:
             print(f"# for {'ip6tables' if six else 'iptables'}-restore --noflush")
             if wanted.mode is Mode.TPROXY:
                 for kind in ("route", "rule"):
-                    print(f"# {' '.join(live.Routing(wanted.tproxy_mark, six).step(kind, 'add').argv)}")
+                    print(f"# {' '.join(live.Routing(wanted.tproxy_mark, six).step(kind, 'add'))}")
             print(render_iptables(wanted, six=six), end="")
     return 0
 

@@ -8,9 +8,9 @@ from transocks.doctor.finding import Finding, fault, fine, unchecked, warning
 from transocks.doctor.seen import Seen
 from transocks.doctor.tried import AS_ROOT, Trials
 from transocks.rules.examine import examine
-from transocks.rules.live import has_ipv6
-from transocks.rules.steps import FirewallError, choose_tool
-from transocks.rules.wanted import wanted_of
+from transocks.rules.live import choose_tool, has_ipv6
+from transocks.rules.redirection import redirections_of
+from transocks.tools import FirewallError
 
 _NAME = "applied rules"
 # Of what else `verify` tells there is a check of its own, which sees rules by hand too.
@@ -29,7 +29,7 @@ def applied(seen: Seen, trials: Trials) -> Iterator[Finding]:
     if tool is None:
         return
     try:
-        wanted = wanted_of(config.rules, config.listen, config.listen_tproxy, config.mark)
+        wanted = redirections_of(config.rules, config.listen, config.listen_tproxy, config.mark)
         report = examine(wanted, tool, ipv6=has_ipv6(), trying=False)
     except FirewallError as error:
         yield unchecked(_NAME, str(error))

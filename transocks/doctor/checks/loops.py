@@ -12,7 +12,7 @@ from transocks.doctor.tried import AS_ROOT, Trials
 from transocks.doctor.upstreams import goes_direct, proxies
 from transocks.rules.config import Mode
 from transocks.rules.loops import sender_of
-from transocks.rules.steps import FirewallError
+from transocks.tools import FirewallError
 from transocks.tracing.fate import What
 from transocks.tracing.samples import EXAMPLES, Sample, receive
 from transocks.tracing.sockets import Identity

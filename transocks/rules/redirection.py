@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 import attrs
 
 from transocks.rules.config import Mode, RulesConfig, WhenDown
-from transocks.rules.steps import FirewallError
+from transocks.tools import FirewallError
 from usocksd.host.mounts import mounts
 from usocksd.net.address import IPAddress, IPNetwork
 from usocksd.settings.types import ListenAddress
@@ -39,7 +39,7 @@ class Selection:
 
 
 @attrs.frozen(kw_only=True)
-class Wanted:
+class Redirection:
     """The rules of one mode."""
 
     mode: Mode
@@ -86,9 +86,9 @@ class Wanted:
         return attrs.evolve(self.selection, users=(), groups=(), cgroups=(), classids=())
 
 
-def wanted_of(
+def redirections_of(
     rules: RulesConfig, listen: Sequence[ListenAddress], listen_tproxy: Sequence[ListenAddress], mark: int | None
-) -> list[Wanted]:
+) -> list[Redirection]:
     """What [rules] asks for, one for each mode. Raises FirewallError for users and groups that there are not."""
     selection = Selection(
         users=tuple(_ids(rules.users, "users", lambda name: pwd.getpwnam(name).pw_uid)),
@@ -105,7 +105,7 @@ def wanted_of(
     for mode in rules.mode:
         listeners = reached(mode, listen_tproxy if mode is Mode.TPROXY else listen)
         found.append(
-            Wanted(
+            Redirection(
                 mode=mode,
                 port=listeners[0].port,
                 addresses=tuple(_specific(listeners)) if mode is Mode.TPROXY else (),

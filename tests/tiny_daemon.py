@@ -62,7 +62,6 @@ from usocksd.settings.types import (
     LOCALHOST,
     LimitsConfig,
     ListenAddress,
-    ListenIP,
     ListenIPs,
     ListenPort,
     LogConfig,
@@ -83,7 +82,7 @@ class Config:
     limits: LimitsConfig = attrs.field(factory=LimitsConfig)
     workers: Workers | None = 1
     control: SocketPath = None
-    addresses: tuple[ListenIP, ...] = (LOCALHOST[0],)
+    addresses: ListenIPs = LOCALHOST[:1]
     optional: bool = False
     ports: tuple[ListenPort, ...] = (0,)
     metrics_port: ListenPort | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import attrs
@@ -18,7 +18,7 @@ from usocksd.names.conditions import as_table
 from usocksd.names.match import canonical_host
 from usocksd.net.address import IPAddress
 from usocksd.settings.common import Common
-from usocksd.settings.loader import Invalid, Located, Parser, show
+from usocksd.settings.loader import Invalid, Located, show
 from usocksd.settings.types import (
     ANY_ADDRESS,
     LOCALHOST,
@@ -35,8 +35,9 @@ from usocksd.settings.types import (
     Workers,
     check_distinct_address,
     one_of,
+    one_or_more,
     parse_address,
-    parse_zoned_address,
+    parse_listen_address,
     split_port,
     text,
 )
@@ -44,33 +45,7 @@ from usocksd.settings.types import (
 _LISTEN_EXPECTED = '"host:port" or a list of them, as in "localhost:1081", "[::1]:1081" or ":1081" (all interfaces)'
 
 
-def _parse_listen(value: object) -> tuple[ListenAddress, ...]:
-    """Every address of every entry; the faults of all entries in one group."""
-    entries = [value] if type(value) is str else value
-    if type(entries) is not list or not entries:
-        raise ValueError
-    addresses: list[ListenAddress] = []
-    faults: list[Invalid] = []
-    for index, entry in enumerate(entries):
-        try:
-            found = _parse_listen_entry(entry)
-            for listen in found:
-                check_distinct_address(
-                    listen.address, [other.address for other in addresses if other.port == listen.port]
-                )
-            addresses += found
-        except ValueError as exc:
-            expected = exc.expected if isinstance(exc, Invalid) else f"expected {_LISTEN_EXPECTED}"
-            at = f"[{index}]" if type(value) is list else ""
-            faults.append(Invalid(expected, shown=show(entry), at=at))
-    if faults:
-        raise ExceptionGroup("listen", faults)
-    return tuple(addresses)
-
-
-def _parse_listen_entry(value: object) -> list[ListenAddress]:
-    if type(value) is not str:
-        raise ValueError
+def _parse_listen(value: str) -> list[ListenAddress]:
     host, port = split_port(value)
     if port is None:
         raise Invalid('expected a port, as in "localhost:1081"')
@@ -78,14 +53,11 @@ def _parse_listen_entry(value: object) -> list[ListenAddress]:
     if pair is not None:
         return [ListenAddress(address, port, optional=True) for address in pair]
     try:
-        address = parse_zoned_address(host)
+        return [ListenAddress(parse_listen_address(host), port)]
     except Invalid:
         raise
     except ValueError:
         return [ListenAddress(address, port) for address in _lookup(host)]
-    if address.is_multicast:
-        raise Invalid("is multicast, expected an address of this host")
-    return [ListenAddress(address, port)]
 
 
 def _lookup(name: str) -> list[IPAddress]:
@@ -100,15 +72,19 @@ def _lookup(name: str) -> list[IPAddress]:
     return list(dict.fromkeys(parse_address(address) for address in found if "%" not in address))
 
 
-def _parse_listen_tproxy(value: object) -> tuple[ListenAddress, ...]:
-    """The same, with IP_TRANSPARENT; an empty list is none."""
-    found = () if value == [] else _parse_listen(value)
-    return tuple(attrs.evolve(listen, transparent=True) for listen in found)
+def _check_distinct(listen: ListenAddress, earlier: Sequence[ListenAddress]) -> None:
+    check_distinct_address(listen.address, [other.address for other in earlier if other.port == listen.port])
 
 
-Listen = Annotated[tuple[ListenAddress, ...], Parser(_parse_listen, _LISTEN_EXPECTED)]
-ListenTproxy = Annotated[tuple[ListenAddress, ...], Parser(_parse_listen_tproxy, _LISTEN_EXPECTED)]
+def _parse_listen_tproxy(value: str) -> list[ListenAddress]:
+    return [attrs.evolve(listen, transparent=True) for listen in _parse_listen(value)]
 
+
+Listen = Annotated[tuple[ListenAddress, ...], one_or_more(_parse_listen, _LISTEN_EXPECTED, distinct=_check_distinct)]
+ListenTproxy = Annotated[
+    tuple[ListenAddress, ...],
+    one_or_more(_parse_listen_tproxy, _LISTEN_EXPECTED, distinct=_check_distinct, empty=True),
+]
 
 FAILOVER, ROUND_ROBIN, STICKY = "failover", "round-robin", "sticky"
 

@@ -21,7 +21,7 @@ from usocksd.names.conditions import (
     empty_lists,
     site_lists,
 )
-from usocksd.settings.loader import KEY, Invalid, show
+from usocksd.settings.loader import Invalid, show
 from usocksd.settings.types import integer, one_of, seconds, text
 
 NAME, ADDRESS, REFUSE = "name", "address", "refuse"
@@ -85,7 +85,7 @@ class RouteConfig:
 
     name: RouteName | None = None
     """None: "route N", counted from 1"""
-    from_: tuple[Network, ...] | None = attrs.field(default=None, metadata={KEY: "from"})
+    from_: tuple[Network, ...] | None = None
     to: tuple[Destination, ...] | None = None
     ports: tuple[Ports, ...] | None = None
     via: str

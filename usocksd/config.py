@@ -30,7 +30,7 @@ from usocksd.names.conditions import (
 from usocksd.names.match import NAT64_LENGTHS, canonical_host, parse_network
 from usocksd.net.address import IPAddress, IPNetwork
 from usocksd.settings.common import Common
-from usocksd.settings.loader import KEY, Distinct, Invalid, Located, show
+from usocksd.settings.loader import Invalid, Located, show
 from usocksd.settings.types import (
     ANY_ADDRESS,
     LOCALHOST,
@@ -38,8 +38,8 @@ from usocksd.settings.types import (
     Interface,
     LimitsConfig,
     ListenAddress,
-    ListenIP,
     ListenIPs,
+    ListenIPsOrNone,
     ListenPort,
     LogConfig,
     Mark,
@@ -48,7 +48,6 @@ from usocksd.settings.types import (
     SocketPath,
     Timeouts,
     Workers,
-    check_distinct_address,
     host_ip,
     none_if_empty,
     one_of,
@@ -127,9 +126,7 @@ class ProxyProtocol:
 
     port: Port
     """another than `incoming.port`"""
-    addresses: Annotated[tuple[ListenIP, ...], Distinct(check_distinct_address)] | None = attrs.field(
-        default=None, converter=none_if_empty
-    )
+    addresses: ListenIPsOrNone | None = attrs.field(default=None, converter=none_if_empty)
     """None: those of `incoming`"""
     trusted: tuple[Network, ...]
     """Whom to believe: who claims to be another client is that client to every rule."""
@@ -147,9 +144,7 @@ class Incoming:
     metrics_port: ListenPort | None = None
     """None: 1082 if nobody else has it; 0: no metrics endpoint"""
     metrics_address: ListenIPs = LOCALHOST[:1]
-    addresses: Annotated[tuple[ListenIP, ...], Distinct(check_distinct_address)] | None = attrs.field(
-        default=None, converter=none_if_empty
-    )
+    addresses: ListenIPsOrNone | None = attrs.field(default=None, converter=none_if_empty)
     """None: all interfaces"""
     allow_from: tuple[Network, ...] | None = attrs.field(default=None, converter=none_if_empty)
     """None: loopback and private networks only (the original: everybody). An empty list says the same."""
@@ -215,7 +210,7 @@ class RuleConfig:
     name: RuleName | None = None
     """None: "rule N", counted from 1"""
     action: Annotated[str, one_of(("allow", "deny"))]
-    from_: tuple[Network, ...] | None = attrs.field(default=None, metadata={KEY: "from"})
+    from_: tuple[Network, ...] | None = None
     user: tuple[User, ...] | None = None
     to: tuple[Destination, ...] | None = None
     ports: tuple[Ports, ...] | None = None

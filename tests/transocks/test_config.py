@@ -23,7 +23,7 @@ from transocks.rules.redirection import Redirection
 from transocks.rules.render import excluded
 from usocksd.errors import ConfigError
 from usocksd.serve.plan import make_plan
-from usocksd.settings.loader import KEY, SecretStr, load, parse
+from usocksd.settings.loader import SecretStr, load, parse
 from usocksd.settings.types import DnsConfig, LogConfig
 
 SAMPLE = Path(__file__).parents[2] / "deploy" / "transocks.toml"
@@ -371,11 +371,11 @@ def test_the_sample_shows_every_setting_and_its_default(tmp_path: Path) -> None:
     assert set(group) == {field.name for field in attrs.fields(GroupConfig)}
     for field in attrs.fields(attrs.resolve_types(Config)):
         if field.name == "rules":  # a table, or none
-            assert set(table["rules"]) == {inner.metadata.get(KEY, inner.name) for inner in attrs.fields(RulesConfig)}
+            assert set(table["rules"]) == {inner.name.rstrip("_") for inner in attrs.fields(RulesConfig)}
         elif isinstance(table.get(field.name), dict):
             assert set(table[field.name]) == {inner.name for inner in attrs.fields(field.type)}
     (route,) = table["route"]
-    assert set(route) == {field.metadata.get(KEY, field.name) for field in attrs.fields(RouteConfig)}
+    assert set(route) == {field.name.rstrip("_") for field in attrs.fields(RouteConfig)}
     (tmp_path / "partners.txt").touch()
     config = parse(Config, shown, str(tmp_path / "transocks.toml"))
     assert (config.log.level, config.log.format) == ("info", "plain")

@@ -14,7 +14,7 @@ import pytest
 
 from usocksd.config import Auth, Config, PoolConfig
 from usocksd.errors import ConfigError
-from usocksd.settings.loader import KEY, Invalid, load, parse
+from usocksd.settings.loader import Invalid, load, parse
 
 DATA = Path(__file__).parent / "data"
 SAMPLE = Path(__file__).parents[2] / "deploy" / "usocksd.toml"
@@ -426,7 +426,7 @@ def settings(cls: type[Any], prefix: str = "") -> set[str]:
     for field in attrs.fields(attrs.resolve_types(cls)):
         if not field.init:
             continue
-        key = f"{prefix}{field.metadata.get(KEY, field.name)}"
+        key = f"{prefix}{field.name.rstrip('_')}"
         args = get_args(field.type)
         if get_origin(field.type) is Mapping:
             found |= settings(args[1], f"{key}.partners.")

@@ -13,7 +13,7 @@ import attrs
 from usocksd.names.conditions import as_written
 from usocksd.names.match import parse_network
 from usocksd.net.address import IPNetwork
-from usocksd.settings.loader import KEY, Invalid, Parser, show
+from usocksd.settings.loader import Invalid, Parser, show
 from usocksd.settings.types import Interface, Mark, integer, text
 
 
@@ -118,7 +118,7 @@ class RulesConfig:
     cgroups: tuple[Cgroup, ...] = ()
     interfaces: tuple[InterfaceName, ...] = ()
     """where connections come in"""
-    from_: tuple[Network, ...] = attrs.field(default=(), metadata={KEY: "from"})
+    from_: tuple[Network, ...] = ()
     to: tuple[Network, ...] = ()
     ports: tuple[Ports, ...] = ()
     exclude: tuple[Network, ...] | None = None

@@ -11,8 +11,8 @@ import attrs
 
 from usocksd.names.match import canonical_host
 from usocksd.net.address import IPAddress, join_port
-from usocksd.settings.loader import Invalid, Parser, SecretStr
-from usocksd.settings.types import parse_zoned_address, split_port
+from usocksd.settings.loader import Invalid, SecretStr
+from usocksd.settings.types import one_or_more, parse_zoned_address, split_port
 
 
 class ProxyScheme(enum.Enum):
@@ -116,25 +116,5 @@ def _userinfo(value: str | None, scheme: ProxyScheme) -> tuple[str | None, Secre
     return user, SecretStr(password)
 
 
-def _parse_proxy_urls(value: object) -> tuple[ProxyURL, ...]:
-    """One URL or a list of them; the faults of all in one group."""
-    entries = [value] if type(value) is str else value
-    if type(entries) is not list or not entries:
-        raise ValueError
-    urls: list[ProxyURL] = []
-    faults: list[Invalid] = []
-    for index, entry in enumerate(entries):
-        try:
-            if type(entry) is not str:
-                raise ValueError
-            urls.append(parse_proxy_url(entry))
-        except ValueError as exc:
-            expected = exc.expected if isinstance(exc, Invalid) else f"expected {_EXPECTED}"
-            faults.append(Invalid(expected, shown="", at=f"[{index}]" if type(value) is list else ""))
-    if faults:
-        raise ExceptionGroup("proxy_url", faults)
-    return tuple(urls)
-
-
-ProxyURLs = Annotated[tuple[ProxyURL, ...], Parser(_parse_proxy_urls, _EXPECTED, secret=True)]
+ProxyURLs = Annotated[tuple[ProxyURL, ...], one_or_more(lambda value: [parse_proxy_url(value)], _EXPECTED, secret=True)]
 """The proxies of one group, in order."""

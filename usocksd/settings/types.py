@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -16,7 +16,7 @@ from usocksd.log.log import LEVELS
 from usocksd.net.address import IPAddress, join_port
 from usocksd.net.keepalive import KEEPALIVE
 from usocksd.settings.files import NotRegular
-from usocksd.settings.loader import Invalid, Parser, loading, show
+from usocksd.settings.loader import Faults, Invalid, Parser, loading
 
 T = TypeVar("T")
 
@@ -47,6 +47,42 @@ def text(parse: Callable[[str], object], expected: str, *, secret: bool = False)
         return parse(value)
 
     return Parser(parse_text, expected, secret)
+
+
+def one_or_more(
+    parse: Callable[[str], Iterable[T]],
+    expected: str,
+    *,
+    distinct: Callable[[T, Sequence[T]], None] = lambda _, __: None,
+    empty: bool = False,
+    secret: bool = False,
+) -> Parser:
+    """A string or a list of them, each of which `parse`, as in `text`, turns into values: one tuple of them all.
+
+    `distinct(value, earlier)` raises Invalid if a value clashes with earlier ones; `empty`: an empty list is taken too.
+    """
+
+    def parse_all(value: object) -> tuple[T, ...]:
+        found: list[T] = []
+
+        def add(entry: str) -> None:
+            for each in parse(entry):
+                distinct(each, found)
+                found.append(each)
+
+        read = text(add, expected, secret=secret).read
+        if type(value) is not list:
+            read(value)
+        elif not value and not empty:
+            raise ValueError
+        else:
+            faults = Faults()
+            for index, entry in enumerate(value):
+                faults.read(f"[{index}]", read, entry)
+            faults.check()
+        return tuple(found)
+
+    return Parser(parse_all, expected, secret)
 
 
 def seconds(*, zero: bool = False) -> Parser:
@@ -150,11 +186,16 @@ def check_distinct_address(address: IPAddress, earlier: Sequence[IPAddress]) -> 
             raise Invalid(f"clashes with {other}, expected {wildcard} alone since it covers the others")
 
 
-def _listen_ip(value: str) -> IPAddress:
+def parse_listen_address(value: str) -> IPAddress:
+    """One IP address to listen on. Raises ValueError, Invalid."""
     address = parse_zoned_address(value)
     if address.is_multicast:
         raise Invalid("is multicast, expected an address of this host")
     return address
+
+
+def _listen_ip(value: str) -> list[IPAddress]:
+    return [parse_listen_address(value)]
 
 
 def host_ip(value: str) -> IPAddress:
@@ -167,24 +208,6 @@ def _one_host(address: IPAddress) -> IPAddress:
         kind = "multicast" if address.is_multicast else "the unspecified address"
         raise Invalid(f"is {kind}, expected the address of one host")
     return address
-
-
-def _listen_ips(value: object) -> tuple[IPAddress, ...]:
-    """One address, or several in a list."""
-    texts = value if isinstance(value, list) and value else [value]
-    found: list[IPAddress] = []
-    for index, text in enumerate(texts):
-        try:
-            if not isinstance(text, str):
-                raise ValueError
-            address = _listen_ip(text)
-            check_distinct_address(address, found)
-        except ValueError as error:
-            at = f"[{index}]" if isinstance(value, list) else ""
-            expected = error.expected if isinstance(error, Invalid) else "expected an IP address"
-            raise Invalid(expected, shown=show(text), at=at) from None
-        found.append(address)
-    return tuple(found)
 
 
 def _dns_server(value: str) -> SocketAddress:
@@ -249,8 +272,12 @@ KeepAliveSeconds = Annotated[int, integer(1, 32767)]
 """what TCP_KEEPIDLE takes, tcp(7)"""
 Mark = Annotated[int, integer(1, 2**32 - 1)]
 """SO_MARK of socket(7); not 0, which everybody's have: rules that exempt it would exempt everything."""
-ListenIPs = Annotated[tuple[IPAddress, ...], Parser(_listen_ips, "an IP address, or a list of them")]
-ListenIP = Annotated[IPAddress, text(_listen_ip, 'an IP address, as in "127.0.0.1" or "::1"')]
+_LISTEN_IP = 'an IP address, as in "127.0.0.1" or "::1", or a list of them'
+ListenIPs = Annotated[tuple[IPAddress, ...], one_or_more(_listen_ip, _LISTEN_IP, distinct=check_distinct_address)]
+ListenIPsOrNone = Annotated[
+    tuple[IPAddress, ...], one_or_more(_listen_ip, _LISTEN_IP, distinct=check_distinct_address, empty=True)
+]
+"""may be an empty list"""
 DnsServer = Annotated[
     SocketAddress,
     text(_dns_server, 'the IP address of a name server, as in "192.0.2.53", "192.0.2.53:53" or "[::1]:53"'),

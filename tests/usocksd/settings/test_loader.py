@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 
 from usocksd.errors import ConfigError, Fault
 from usocksd.net.address import IPAddress
-from usocksd.settings.loader import KEY, Distinct, Invalid, SecretStr, load, loading, parse, show, structure
+from usocksd.settings.loader import Invalid, SecretStr, load, loading, parse, show, structure
 from usocksd.settings.types import (
     DnsConfig,
     Interface,
-    ListenIP,
+    ListenIPsOrNone,
     LogConfig,
     Mark,
     Port,
@@ -29,7 +29,6 @@ from usocksd.settings.types import (
     SecondsOrZero,
     SocketAddress,
     Timeouts,
-    check_distinct_address,
     host_ip,
     split_port,
     text,
@@ -58,7 +57,7 @@ class Outer:
     inner: Inner = attrs.field(factory=lambda: Inner(port=1))
     ports: tuple[Port, ...] = ()
     entries: tuple[Inner, ...] = ()
-    addresses: Annotated[tuple[ListenIP, ...], Distinct(check_distinct_address)] = ()
+    addresses: ListenIPsOrNone = ()
     host: Annotated[IPAddress | None, text(host_ip, 'an IP address, as in "192.0.2.1" or "2001:db8::1"')] = None
     iface: Interface = None
     mark: Mark | None = None
@@ -107,7 +106,7 @@ def test_values_are_typed() -> None:
 
 @attrs.frozen(kw_only=True)
 class Tables:
-    from_: int = attrs.field(default=0, metadata={KEY: "from"})
+    from_: Port = 1
     by_name: Mapping[Annotated[str, text(str.upper, "any name")], Inner] = attrs.field(factory=dict)
 
 
@@ -147,11 +146,6 @@ def test_parsers_know_the_folder_of_the_file(tmp_path: Path) -> None:
         loading()
 
 
-def test_a_configuration_is_frozen() -> None:
-    with pytest.raises(attrs.exceptions.FrozenInstanceError):
-        parse(Outer, "", "test.toml").mark = 1  # type: ignore[misc]
-
-
 def test_every_fault_of_a_text_is_reported_at_once() -> None:
     assert sorted(
         faults(
@@ -181,7 +175,7 @@ def test_every_fault_of_a_text_is_reported_at_once() -> None:
             "entries[1].port: missing: expected an integer from 1 to 65535",
             "entries[1].prt: unknown key, did you mean port?",
             "entries[2]: 3: expected a table",
-            'addresses[1]: "nowhere": expected an IP address, as in "127.0.0.1" or "::1"',
+            'addresses[1]: "nowhere": expected an IP address, as in "127.0.0.1" or "::1", or a list of them',
             'addresses[2]: "127.0.0.1": is there already, expected every address once',
             "mark: 0: expected an integer from 1 to 4294967295",
             'iface: "averylonginterface": expected the name of an interface, at most 15 characters, as in "eth0"',
@@ -235,24 +229,6 @@ def test_fault(toml: str, fault: str) -> None:
     assert faults(toml) == [fault]
 
 
-@attrs.frozen
-class Plain:
-    b: bool = False
-    i: int = 0
-    f: float = 0.0
-    s: str = ""
-
-
-def test_plain_types_are_strict_too() -> None:
-    assert parse(Plain, 'b = true\ni = 1\nf = 1.0\ns = "x"', "") == Plain(True, 1, 1.0, "x")
-    assert faults("b = 1\ni = true\nf = 1\ns = 1", Plain) == [
-        "b: 1: expected true or false",
-        "i: true: expected an integer",
-        "f: 1: expected a float",
-        "s: 1: expected a string",
-    ]
-
-
 def test_the_wildcards_of_both_families_do_not_clash() -> None:
     assert len(parse(Outer, 'addresses = ["0.0.0.0", "::"]', "test.toml").addresses) == 2
 
@@ -262,15 +238,10 @@ def test_what_the_kernel_refuses_as_an_interface_name(name: str) -> None:
     assert len(faults(f'iface = "{name}"')) == 1
 
 
-def test_a_readable_file(tmp_path: Path) -> None:
-    users = tmp_path / "users"
-    users.touch()
-    assert parse(Outer, f'file = "{users}"', "test.toml").file == users
-
-
 def test_a_file_that_can_not_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("users").touch()
+    assert parse(Outer, 'file = "users"', "test.toml").file == Path("users")
 
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
@@ -296,7 +267,7 @@ def test_syntax_errors_tell_line_and_column(toml: str, place: str) -> None:
 
 
 @pytest.mark.parametrize("toml", ["mark = " + "9" * 5000, "mark = " + "[" * 5000])
-def test_numbers_and_nesting_without_measure(toml: str) -> None:
+def test_a_number_too_long_and_brackets_nested_too_deep(toml: str) -> None:
     (fault,) = faults(toml)
     assert "file: can't be read" in fault
 
@@ -315,39 +286,33 @@ def test_a_hexadecimal_number_of_thousands_of_digits() -> None:
 def test_load_reads_a_file(tmp_path: Path) -> None:
     path = tmp_path / "test.toml"
     path.write_bytes(b"\xef\xbb\xbfmark = 7\r\n")
-    assert load(Outer, path).mark == 7
-    assert load(Outer, str(path)).mark == 7
+    assert load(Outer, path).mark == load(Outer, str(path)).mark == 7
+    path.write_text("mark = -1\ndrain = -1\n")
+    with pytest.raises(ConfigError) as caught:
+        load(Outer, path)
+    assert caught.value.source == str(path)
+    assert [line.partition(": ")[0] for line in str(caught.value).splitlines()] == [f"{path}:1", f"{path}:2"]
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("none", "file: can't be read: No such file or directory"),
+        (".", "file: can't be read: Is a directory"),
+        ("latin1", "line 2: byte 0xff: expected UTF-8"),
+    ],
+)
+def test_what_can_not_be_loaded(tmp_path: Path, name: str, problem: str) -> None:
+    (tmp_path / "latin1").write_bytes(b"# one\n# two \xff\n")
+    with pytest.raises(ConfigError) as caught:
+        load(Outer, tmp_path / name)
+    assert str(caught.value) == f"{tmp_path / name}: {problem}"
 
 
 def test_rules_are_named_as_records_name_them() -> None:
     assert str(Fault("rule[0].to[1]", '"x"', "expected another")) == 'rule 1: to[1]: "x": expected another'
     assert str(Fault("route[9]", "", "expected another")) == "route 10: expected another"
     assert str(Fault("outgoing.rule[0]", "", "expected another")) == "outgoing.rule[0]: expected another"
-
-
-def test_load_names_the_file_in_each_fault(tmp_path: Path) -> None:
-    path = tmp_path / "test.toml"
-    path.write_text("mark = -1\ndrain = -1\n")
-    with pytest.raises(ConfigError) as caught:
-        load(Outer, path)
-    assert caught.value.source == str(path)
-    lines = str(caught.value).splitlines()
-    assert [line.partition(": ")[0] for line in lines] == [f"{path}:1", f"{path}:2"]
-
-
-def test_load_of_a_missing_file_and_of_a_directory(tmp_path: Path) -> None:
-    for path, problem in ((tmp_path / "none", "No such file or directory"), (tmp_path, "Is a directory")):
-        with pytest.raises(ConfigError) as caught:
-            load(Outer, path)
-        assert str(caught.value) == f"{path}: file: can't be read: {problem}"
-
-
-def test_load_of_what_is_not_utf8(tmp_path: Path) -> None:
-    path = tmp_path / "test.toml"
-    path.write_bytes(b"# one\n# two \xff\n")
-    with pytest.raises(ConfigError) as caught:
-        load(Outer, path)
-    assert str(caught.value) == f"{path}: line 2: byte 0xff: expected UTF-8"
 
 
 # Secrets.
@@ -418,11 +383,6 @@ def test_log() -> None:
     config = parse(LogConfig, 'filename = "/var/log/x"\nlevel = "crit"\nformat = "logfmt"', "")
     assert config == LogConfig(filename="/var/log/x", level="crit", format="logfmt")
     assert parse(LogConfig, 'filename = ""\nlevel = ""\nformat = ""', "") == LogConfig()
-
-
-@pytest.mark.parametrize("level", ["critical", "crit", "error", "warning", "warn", "info", "information", "debug"])
-def test_log_levels(level: str) -> None:
-    assert parse(LogConfig, f'level = "{level}"', "").level == level
 
 
 def test_log_faults() -> None:

@@ -50,7 +50,7 @@ from usocksd import __version__
 from usocksd.errors import Error
 from usocksd.host.limits import most_pipes
 from usocksd.log.metrics import BYTES
-from usocksd.net.dial import Target, dial
+from usocksd.net.dial import Dialer, Target
 from usocksd.net.ending import Limits
 from usocksd.net.endpoint import Endpoint
 from usocksd.net.pipes import PipePool
@@ -174,7 +174,7 @@ def make(parts: Parts) -> Built:
             case b"relay":
                 client.deadline = inf
                 target = Target("127.0.0.1", int(rest[0]))
-                upstream, _ = await dial(client.reactor, [target], deadline=client.reactor.clock() + 10)
+                upstream, _ = await Dialer(client.reactor).dial([target], deadline=client.reactor.clock() + 10)
                 try:
                     await client.send_all(word)
                     result = await relay(client, upstream, pipes=pipes, limits=Limits())

@@ -11,7 +11,7 @@ from usocksd.names.match import judged_addresses
 from usocksd.names.protected import PROTECTED_NETWORKS
 from usocksd.names.resolver import Resolver
 from usocksd.net.address import IPAddress
-from usocksd.net.dial import Target, dial
+from usocksd.net.dial import Dialer, Target
 from usocksd.net.endpoint import Endpoint
 from usocksd.settings.types import Timeouts
 
@@ -24,8 +24,11 @@ class Direct:
 
     name = NAME
 
-    def __init__(self, *, resolver: Resolver, mark: int | None, is_local: Callable[[IPAddress], bool]) -> None:
+    def __init__(
+        self, *, dialer: Dialer, resolver: Resolver, mark: int | None, is_local: Callable[[IPAddress], bool]
+    ) -> None:
         """`mark` is what exempts its connections from the redirect rules. `is_local` tells this host's addresses."""
+        self._dialer = dialer
         self._resolver = resolver
         self._mark = mark
         self._is_local = is_local
@@ -38,12 +41,11 @@ class Direct:
         Raises DialError, ResolveError, Denied (the name is one of ours), PeerReset (`client` is gone).
         """
         access.trying(NAME, NAME, None)
-        reactor = client.reactor
-        deadline = reactor.clock() + timeouts.connect
+        deadline = client.reactor.clock() + timeouts.connect
         host, port = request.destination
         hosts = [host] if request.name is None else await self._hosts(request, request.name, client, deadline)
         targets = [Target(each, port, mark=self._mark) for each in hosts]
-        endpoint, target = await dial(reactor, targets, deadline=deadline, client=client)
+        endpoint, target = await self._dialer.dial(targets, deadline=deadline, client=client)
         access.connected(endpoint, target)
         return Tunnel(endpoint, b"", request.first)
 

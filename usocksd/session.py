@@ -21,7 +21,7 @@ from usocksd.errors import CommandNotSupported, Denied, Error, NoEgress, Resolve
 from usocksd.names.match import canonical_host
 from usocksd.names.resolver import ABSENT, NO_SUCH_NAME, Resolver
 from usocksd.net.address import IPAddress, numeric_address
-from usocksd.net.dial import Target, dial
+from usocksd.net.dial import Dialer, Target
 from usocksd.net.ending import Limits
 from usocksd.net.endpoint import DeadlineExpired, Endpoint, PeerReset, Unwatched
 from usocksd.net.keepalive import KeepAlive
@@ -61,6 +61,7 @@ class Sessions:
         resolver: Resolver,
         egress: EgressPools,
         usable: Callable[[], Usable],
+        dialer: Dialer,
         pipes: PipePool,
         timeouts: Timeouts,
         keepalive: KeepAlive,
@@ -82,6 +83,7 @@ class Sessions:
         self._resolver = resolver
         self._egress = egress
         self._usable = usable
+        self._dialer = dialer
         self._timeouts = timeouts
         self._limits = Limits(timeouts.idle, timeouts.half_closed, keepalive)
         self._access_log = access_log
@@ -135,7 +137,7 @@ class Sessions:
                 raise Denied(ALLOW_FROM)
             deadline = clock() + self._timeouts.connect
             targets = await self._targets(request, client, access, deadline)
-            upstream, target = await dial(client.reactor, targets, deadline=deadline, client=client)
+            upstream, target = await self._dialer.dial(targets, deadline=deadline, client=client)
         except ClientFault as fault:
             access.misspoke(fault, server, news=fault.kind is not Kind.TLS or self._is_news(access.client_host))
             await client.finish(fault.reply, _LAST_WORD_WITHIN)

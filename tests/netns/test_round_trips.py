@@ -21,8 +21,7 @@ from delay import ROUND_TRIP, DelayLine, opens_fast
 
 from usocksd.errors import DialError
 from usocksd.net import dial as dial_module
-from usocksd.net import fast_open
-from usocksd.net.dial import Target, dial
+from usocksd.net.dial import Dialer, Target
 from usocksd.net.endpoint import DeadlineExpired
 from usocksd.net.reactor import Reactor
 from usocksd.socks import Client, Established
@@ -64,7 +63,6 @@ def net(delayed_net: tuple[lab.Net, DelayLine], monkeypatch: pytest.MonkeyPatch)
         return sock
 
     monkeypatch.setattr(dial_module, "SocketType", socket_there)
-    monkeypatch.setattr(fast_open, "_blamed", {})
     yield net
     line.loses = lambda packet: False
 
@@ -81,14 +79,33 @@ def server(delayed_net: tuple[lab.Net, DelayLine], tmp_path_factory: pytest.Temp
         yield daemon.ready()
 
 
+class Clock:
+    """The time, and some seconds more."""
+
+    ahead = 0.0
+
+    def __call__(self) -> float:
+        return time.monotonic() + self.ahead
+
+
 @pytest.fixture
-async def reactor() -> AsyncIterator[Reactor]:
-    reactor = Reactor(sweep_every=0.05)
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+async def reactor(clock: Clock) -> AsyncIterator[Reactor]:
+    reactor = Reactor(clock=clock, sweep_every=0.05)
     async with trio.open_nursery() as nursery:
         await nursery.start(reactor.run)
         yield reactor
         nursery.cancel_scope.cancel()
     reactor.close()
+
+
+@pytest.fixture
+def dialer(reactor: Reactor) -> Dialer:
+    return Dialer(reactor)
 
 
 @pytest.fixture
@@ -101,13 +118,13 @@ def web(net: lab.Net) -> Iterator[dict[int, Served]]:
 
 
 @pytest.fixture
-def ask(reactor: Reactor, web: dict[int, Served], link: DelayLine) -> Ask:
+def ask(dialer: Dialer, reactor: Reactor, web: dict[int, Served], link: DelayLine) -> Ask:
     async def ask(first: bytes, *, fast: bool, repeatable: bool = True, version: int = 4) -> Answer:
         """`first`, with a mark at its end, goes to the web server, pipelined through usocksd; it says the same."""
         first += os.urandom(MARK)
         target = Target(PROXY[version], 1080, fast_open=fast)
         handshake = Client(WEB[version], web[version].port, pipelined=True)
-        endpoint, _ = await dial(reactor, [target], deadline=reactor.clock() + daemons.PATIENCE)
+        endpoint, _ = await dialer.dial([target], deadline=reactor.clock() + daemons.PATIENCE)
         unproven = endpoint.unproven
         endpoint.deadline = reactor.clock() + daemons.PATIENCE
         if repeatable:
@@ -175,13 +192,13 @@ async def test_bytes_that_may_not_be_said_twice_go_when_the_connection_is_proven
 @pytest.mark.parametrize("cause", [errno.ECONNREFUSED, errno.ETIMEDOUT])
 @pytest.mark.parametrize("wait", ["receive", "proven"])
 async def test_the_verdict_on_a_connect_comes_with_the_first_wait(
-    reactor: Reactor, ask: Ask, link: DelayLine, cause: int, wait: str
+    dialer: Dialer, reactor: Reactor, ask: Ask, link: DelayLine, cause: int, wait: str
 ) -> None:
     await ask(HELLO, fast=True)
     if cause == errno.ETIMEDOUT:
         link.loses = lambda packet: True
     target = Target(lab.NEXT_V4, 1 if cause == errno.ECONNREFUSED else 1080, fast_open=True)
-    endpoint, _ = await dial(reactor, [target], deadline=reactor.clock() + 1)
+    endpoint, _ = await dialer.dial([target], deadline=reactor.clock() + 1)
     assert endpoint.unproven
     await endpoint.send_all(b"\x05\x01\x00")
     endpoint.deadline = reactor.clock() + (3 * ROUND_TRIP if cause == errno.ETIMEDOUT else daemons.PATIENCE)
@@ -192,12 +209,12 @@ async def test_the_verdict_on_a_connect_comes_with_the_first_wait(
 
 
 async def test_who_answers_the_syn_and_says_nothing_is_late_and_not_unreachable(
-    reactor: Reactor, ask: Ask, net: lab.Net
+    dialer: Dialer, reactor: Reactor, ask: Ask, net: lab.Net
 ) -> None:
     await ask(HELLO, fast=True)
     with net.outside.listen(lab.NEXT_V4) as silent:
         target = Target(*silent.getsockname(), fast_open=True)
-        endpoint, _ = await dial(reactor, [target], deadline=reactor.clock() + 1)
+        endpoint, _ = await dialer.dial([target], deadline=reactor.clock() + 1)
         assert endpoint.unproven
         await endpoint.send_all(b"\x05\x01\x00")
         endpoint.deadline = reactor.clock() + 3 * ROUND_TRIP
@@ -207,10 +224,10 @@ async def test_who_answers_the_syn_and_says_nothing_is_late_and_not_unreachable(
         endpoint.close()
 
 
-async def test_of_several_addresses_none_is_taken_unproven(reactor: Reactor, ask: Ask) -> None:
+async def test_of_several_addresses_none_is_taken_unproven(dialer: Dialer, reactor: Reactor, ask: Ask) -> None:
     await ask(HELLO, fast=True)
     targets = [Target(lab.NEXT_V4, port, fast_open=True) for port in (1, 1080)]
-    endpoint, target = await dial(reactor, targets, deadline=reactor.clock() + daemons.PATIENCE)
+    endpoint, target = await dialer.dial(targets, deadline=reactor.clock() + daemons.PATIENCE)
     assert (endpoint.unproven, target) == (False, targets[1])
     endpoint.close()
 
@@ -228,18 +245,19 @@ async def test_where_such_syns_get_lost_it_costs_a_second_once(ask: Ask, link: D
     assert not answer.unproven
 
 
-async def test_a_lost_syn_is_remembered_for_longer_each_time(ask: Ask, link: DelayLine) -> None:
-    """Any may be lost by chance: a minute the first time, and one that arrives ends the blame."""
-
-    def let_time_pass() -> float:
-        blame = fast_open._blamed[lab.NEXT_V4]
-        fast_open._blamed[lab.NEXT_V4] = blame._replace(until=0)
-        return blame.seconds
-
+async def test_a_lost_syn_is_remembered_for_longer_each_time(ask: Ask, link: DelayLine, clock: Clock) -> None:
+    """Any SYN may be lost by chance: a minute the first time, then two; one that arrives ends the blame."""
+    await ask(HELLO, fast=True)
     link.loses = opens_fast
     for seconds in (60, 120):
-        await ask(HELLO, fast=True)
-        assert let_time_pass() == seconds
+        assert (await ask(HELLO, fast=True)).unproven
+        clock.ahead += seconds - 10
+        assert not (await ask(HELLO, fast=True)).unproven
+        clock.ahead += 10
     link.loses = lambda packet: False
+    assert (await ask(HELLO, fast=True)).unproven
+    link.loses = opens_fast
     await ask(HELLO, fast=True)
-    assert not fast_open._blamed
+    link.loses = lambda packet: False
+    clock.ahead += 60
+    assert (await ask(HELLO, fast=True)).unproven

@@ -26,7 +26,7 @@ import transocks.session
 import transocks.upstreams.upstream
 from transocks.original_dst import Destination, NotRedirected
 from usocksd.net.address import join_port
-from usocksd.net.dial import dial
+from usocksd.net.dial import Dialer
 from usocksd.net.endpoint import Endpoint
 
 WEB = Destination("203.0.113.80", 80)
@@ -271,6 +271,8 @@ async def test_a_client_that_goes_ends_the_attempt(tmp_path: Path, monkeypatch: 
         token.run_sync_soon(asked.set)
         sock.recv(1)
 
+    dial = Dialer.dial
+
     async def dial_too_late(*arguments: Any, client: Endpoint | None = None, **more: Any) -> Any:
         found = await dial(*arguments, client=client, **more)
         if client is not None:  # it is no probe
@@ -283,7 +285,7 @@ async def test_a_client_that_goes_ends_the_attempt(tmp_path: Path, monkeypatch: 
         await stream.aclose()
 
     if where == "connected":
-        monkeypatch.setattr(transocks.upstreams.upstream, "dial", dial_too_late)
+        monkeypatch.setattr(Dialer, "dial", dial_too_late)
     with daemons.blackhole() as full, Served(daemons.loopback(), handle) as mute:
         port = full if where == "connecting" else mute.port
         async with running(tmp_path, f"socks5://127.0.0.1:{port}") as proxy:

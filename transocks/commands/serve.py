@@ -14,9 +14,9 @@ from transocks.upstreams.group import Upstreams
 from usocksd import __version__
 from usocksd.errors import Error
 from usocksd.host.addresses import HostAddresses
-from usocksd.host.limits import most_name_sockets, most_pipes
+from usocksd.host.limits import most_name_sockets, most_pipes, most_spare
 from usocksd.names.resolver import Resolver
-from usocksd.net.dial import check_mark
+from usocksd.net.dial import Dialer, check_mark
 from usocksd.net.keepalive import KeepAlive
 from usocksd.net.pipes import PipePool
 from usocksd.serve.plan import Built, Parts, Plan, make_plan
@@ -42,11 +42,12 @@ def build(config: Config, parts: Parts) -> Built:
         system=config.dns.resolver == "system",
         sockets=most_name_sockets(parts.descriptors),
     )
-    direct = Direct(resolver=resolver, mark=config.mark, is_local=hosts.is_local)
+    dialer = Dialer(parts.reactor, spare=most_spare(parts.descriptors))
+    direct = Direct(dialer=dialer, resolver=resolver, mark=config.mark, is_local=hosts.is_local)
     upstreams = Upstreams(
         config.groups(),
         config.health,
-        reactor=parts.reactor,
+        dialer=dialer,
         resolver=resolver,
         mark=config.mark,
         fast_open=config.fast_open,

@@ -19,8 +19,8 @@ from usocksd.errors import DialError, Error, ResolveError
 from usocksd.log.metrics import Metrics
 from usocksd.names.match import rendezvous
 from usocksd.names.resolver import Resolver
+from usocksd.net.dial import Dialer
 from usocksd.net.endpoint import Endpoint
-from usocksd.net.reactor import Reactor
 from usocksd.settings.types import Timeouts
 from usocksd.socks import AuthenticationFailed, Reply, RequestRefused, Socks4Reply, UpstreamFault
 
@@ -170,7 +170,7 @@ class Upstreams:
         groups: Mapping[str, GroupConfig],
         health: HealthConfig,
         *,
-        reactor: Reactor,
+        dialer: Dialer,
         resolver: Resolver,
         mark: int | None,
         fast_open: bool,
@@ -191,7 +191,7 @@ class Upstreams:
                     url,
                     name=_new(str(url), {each.name for each in found.values()}),
                     key=_new(key, {each.key for each in found.values()}),
-                    reactor=reactor,
+                    dialer=dialer,
                     resolver=resolver,
                     mark=mark,
                     fast_open=fast_open,
@@ -205,7 +205,7 @@ class Upstreams:
             for name, group in groups.items()
         }
         self._all = tuple(found.values())
-        self.health = Health(self._all, health, share, metrics, clock=reactor.clock)
+        self.health = Health(self._all, health, share, metrics, clock=dialer.reactor.clock)
         self._parts: list[frozenset[Destination]] = []
         self._addresses: frozenset[Destination] = frozenset()
 

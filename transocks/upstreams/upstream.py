@@ -20,10 +20,9 @@ from usocksd.errors import DialError, Error, ResolveError, UpstreamError
 from usocksd.log.metrics import SECONDS, Metrics
 from usocksd.names.resolver import ABSENT, Resolver
 from usocksd.net import tcp_info
-from usocksd.net.dial import Target, dial
+from usocksd.net.dial import Dialer, Target
 from usocksd.net.endpoint import DeadlineExpired, Endpoint, PeerReset
 from usocksd.net.proxy_protocol import LOCAL_HEADER, header
-from usocksd.net.reactor import Reactor
 from usocksd.settings.types import Timeouts
 from usocksd.socks import AuthenticationFailed, Client, ClientRole, Established, RequestRefused, Version
 
@@ -72,7 +71,7 @@ class Upstream:
         *,
         name: str,
         key: str,
-        reactor: Reactor,
+        dialer: Dialer,
         resolver: Resolver,
         mark: int | None,
         fast_open: bool,
@@ -85,10 +84,11 @@ class Upstream:
         self.name = name
         self.key = key
         self.scheme = url.scheme
-        self.state = State(name, reactor.clock)
+        self.state = State(name, dialer.reactor.clock)
         self._url = url
         self._password = None if url.password is None else url.password.reveal()
-        self._reactor = reactor
+        self._dialer = dialer
+        self._reactor = reactor = dialer.reactor
         self._addresses = UpstreamAddresses(url, reactor=reactor, resolver=resolver, mark=mark, fast_open=fast_open)
         self._proxy_protocol = proxy_protocol
         self._questions = Questions(url, LOCAL_HEADER if proxy_protocol else b"")
@@ -128,7 +128,7 @@ class Upstream:
             await self._addresses.refresh_for(client, deadline)
             attempt.check()
             since = reactor.clock()
-            endpoint, target = await dial(reactor, self._addresses.targets, deadline=deadline, client=client)
+            endpoint, target = await self._dialer.dial(self._addresses.targets, deadline=deadline, client=client)
             try:
                 attempt.check()
                 endpoint.deadline = reactor.clock() + timeouts.connect + timeouts.handshake
@@ -211,7 +211,7 @@ class Upstream:
     async def _dial_plainly(self) -> tuple[Endpoint, Target]:
         """For probes, which are about the whole way: without Fast Open, which hides some of it."""
         targets = [target._replace(fast_open=False) for target in self._addresses.targets]
-        return await dial(self._reactor, targets, deadline=inf)
+        return await self._dialer.dial(targets, deadline=inf)
 
     def _note(self, error: Error, seconds: float) -> None:
         """An attempt ended so, after so long."""

@@ -12,10 +12,10 @@ from usocksd.dnsbl import Lookups
 from usocksd.everyone import notes
 from usocksd.explain import Explainer
 from usocksd.host.addresses import HostAddresses
-from usocksd.host.limits import most_name_sockets, most_pipes
+from usocksd.host.limits import most_name_sockets, most_pipes, most_spare
 from usocksd.lint import warnings
 from usocksd.names.resolver import Resolver
-from usocksd.net.dial import check_mark
+from usocksd.net.dial import Dialer, check_mark
 from usocksd.net.keepalive import KeepAlive
 from usocksd.net.pipes import PipePool
 from usocksd.proxied import ProxiedListener
@@ -59,6 +59,7 @@ def build(config: Config, parts: Parts) -> Built:
         resolver=resolver,
         egress=egress,
         usable=listings.usable,
+        dialer=Dialer(parts.reactor, spare=most_spare(parts.descriptors)),
         pipes=PipePool(most_pipes(parts.descriptors)),
         timeouts=config.timeouts,
         keepalive=keepalive,

@@ -24,6 +24,15 @@ _RECEIVE_SIZE = 16 * 1024
 _LINGER_ZERO = b"\x01\x00\x00\x00\x00\x00\x00\x00"
 
 
+def set_options(sock: socket.SocketType) -> None:
+    """The options of every proxied connection, on either side; accepted sockets inherit them from their listener.
+
+    TCP_NODELAY: a proxy that waits for more to send only adds delay. SO_OOBINLINE: the urgent byte is not lost.
+    """
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+
+
 class DeadlineExpired(Exception):
     """The deadline of an endpoint has passed while a task waited on it."""
 

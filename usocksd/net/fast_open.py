@@ -5,11 +5,11 @@ it connects as ever. What is left to us:
 
 - With a cookie, connect(2) returns at once and has sent nothing: the SYN goes out with the first send, and whether
   anybody is there shows when the answer comes. `Unproven` is such an endpoint.
-- A SYN may arrive twice, and its bytes with it, as two connections. So only such bytes may go with it as do no harm
-  when said twice: a proxy's handshake, a TLS hello.
-- Some firewalls drop a SYN that has the option, or data. The kernel sends it again without, after a second, and does
-  not remember that (net.ipv4.tcp_fastopen_blackhole_timeout_sec is 0 by default). So we do: for a minute, since any SYN
-  may get lost, and for twice as long each time that the next one with it is lost too, up to an hour.
+- A SYN may arrive twice, and its bytes with it, as two connections. So it may carry only bytes that do no harm when
+  they arrive twice: a proxy's handshake, a TLS hello.
+- Some firewalls drop a SYN that has the option, or data. The kernel sends it again without, after a second, but does
+  not remember that (net.ipv4.tcp_fastopen_blackhole_timeout_sec is 0 by default). So we do: for a minute, since any
+  SYN may get lost, and twice as long each time that the next one is lost too, up to an hour.
 """
 
 from __future__ import annotations
@@ -28,24 +28,56 @@ from usocksd.net.reactor import OUT, Reactor
 _TCP_FASTOPEN_CONNECT = 30
 # tcpi_state of a connection that nobody has answered, and of one that failed, see tcp_states.h
 _NOT_CONNECTED = (2, 7)
-# So many connections that began with data may wait for the rest of their handshake. Past that, a SYN's data is ignored.
+# How many connections that began with data may wait for the rest of their handshake. Past that, the kernel ignores a
+# SYN's data.
 _QUEUE = 1024
-# The first SYN is sent again after a second (RFC 6298, section 2.1). What took nearly as long may have lost one.
+# The kernel repeats a SYN after a second (RFC 6298, section 2.1). A connect that took nearly as long may have lost one.
 _LOST_AFTER = 0.9
 _AVOID_FOR, _AVOID_FOR_AT_MOST = 60.0, 3600.0
-_MOST_AVOIDED = 4096
+_MOST_BLAMED = 4096
 
 
 class _Blame(NamedTuple):
-    """A SYN with it was lost on the way to a host."""
+    """A SYN with Fast Open was lost on the way to a host."""
 
     until: float
-    """when not to be asked for it, on the reactor's clock"""
+    """on the reactor's clock: no Fast Open to that host before"""
     seconds: float
     """how long that was"""
 
 
-_blamed: dict[str, _Blame] = {}
+class LostSyns:
+    """Hosts to which SYNs with Fast Open get lost."""
+
+    def __init__(self) -> None:
+        self._blamed: dict[str, _Blame] = {}
+
+    def ask(self, sock: socket.SocketType, host: str, now: float) -> bool:
+        """Have the connect(2) that follows use Fast Open. False if it will not: such SYNs have been lost on the way to
+        `host`, or the kernel knows no Fast Open.
+        """
+        if self._blamed and host in self._blamed and self._blamed[host].until > now:
+            return False
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, _TCP_FASTOPEN_CONNECT, 1)
+        except OSError:
+            return False
+        return True
+
+    def answered(self, sock: socket.SocketType, host: str, took: float, now: float) -> None:
+        """A SYN with Fast Open to `host` got its answer after `took` seconds."""
+        blame = self._blamed.get(host) if self._blamed else None
+        if blame is not None and blame.until > now:
+            return  # it went without, or began before that
+        # (A late answer without a loss: the host is far away, or this process did not run.)
+        if took < _LOST_AFTER or not tcp_info.retransmitted(sock):
+            if blame is not None:
+                del self._blamed[host]
+            return
+        if len(self._blamed) >= _MOST_BLAMED:
+            self._blamed.clear()
+        seconds = _AVOID_FOR if blame is None else min(2 * blame.seconds, _AVOID_FOR_AT_MOST)
+        self._blamed[host] = _Blame(now + seconds, seconds)
 
 
 def accept_fast_open(listener: socket.socket) -> None:
@@ -54,46 +86,18 @@ def accept_fast_open(listener: socket.socket) -> None:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_FASTOPEN, _QUEUE)
 
 
-def ask_for_fast_open(sock: socket.SocketType, host: str, now: float) -> bool:
-    """Have the connect(2) that follows use it. False if it will not: such SYNs have been lost on the way to `host`, or
-    the kernel knows no Fast Open.
-    """
-    if _blamed and host in _blamed and _blamed[host].until > now:
-        return False
-    try:
-        sock.setsockopt(socket.IPPROTO_TCP, _TCP_FASTOPEN_CONNECT, 1)
-    except OSError:
-        return False
-    return True
-
-
-def answered(sock: socket.SocketType, host: str, took: float, now: float) -> None:
-    """A SYN with Fast Open to `host` got its answer after `took` seconds."""
-    blame = _blamed.get(host) if _blamed else None
-    if blame is not None and blame.until > now:
-        return  # it went without, or began before that
-    # (What takes long without a loss is far away, or this process did not run.)
-    if took < _LOST_AFTER or not tcp_info.retransmitted(sock):
-        if blame is not None:
-            del _blamed[host]
-        return
-    if len(_blamed) >= _MOST_AVOIDED:
-        _blamed.clear()
-    seconds = _AVOID_FOR if blame is None else min(2 * blame.seconds, _AVOID_FOR_AT_MOST)
-    _blamed[host] = _Blame(now + seconds, seconds)
-
-
 class Unproven(Endpoint):
     """An endpoint whose connect(2) has returned without an answer: its SYN goes out with the first `send_all`.
 
-    Nothing happens before that. Until the peer has answered (`unproven`), what goes wrong is a connect that failed:
-    every wait here raises DialError, also for the deadline.
+    Nothing happens before that. Until the peer has answered (`unproven`), any failure is a failed connect: every wait
+    here raises DialError, also for the deadline.
     """
 
-    __slots__ = ("_address", "_host", "_since", "unproven")
+    __slots__ = ("_address", "_host", "_lost_syns", "_since", "unproven")
 
-    def __init__(self, reactor: Reactor, sock: socket.SocketType, host: str, address: str) -> None:
+    def __init__(self, reactor: Reactor, sock: socket.SocketType, host: str, address: str, lost_syns: LostSyns) -> None:
         self.unproven = True
+        self._lost_syns = lost_syns
         self._host = host
         self._address = address
         self._since: float | None = None
@@ -101,7 +105,7 @@ class Unproven(Endpoint):
         self.writable = True
 
     async def send_all(self, data: bytes) -> None:
-        """As Endpoint's. The first may arrive twice. What does not fit into the SYN follows when it is answered."""
+        """As Endpoint's. The first bytes may arrive twice. What does not fit into the SYN follows after its answer."""
         if self._since is None:
             self._since = self.reactor.clock()
         try:
@@ -134,7 +138,7 @@ class Unproven(Endpoint):
         if self.unproven and since is not None and tcp_info.state(self.sock) not in _NOT_CONNECTED:
             self.unproven = False
             now = self.reactor.now
-            answered(self.sock, self._host, now - since, now)
+            self._lost_syns.answered(self.sock, self._host, now - since, now)
         super().on_event(flags)
 
     def _cause(self, error: OSError | DeadlineExpired) -> Exception:

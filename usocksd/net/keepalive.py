@@ -9,13 +9,31 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
-
-from usocksd.net.conntrack import DEFAULTS, tcp_timers
 
 KEEPALIVE = 180
 """Seconds of silence after which a peer is asked. NATs and clouds forget after 240."""
+
+_FOLDER = Path("/proc/sys/net/netfilter")
+
+CONNTRACK_TIMERS: Mapping[str, int] = MappingProxyType(
+    {
+        "established": 432_000,
+        "unacknowledged": 300,
+        "max_retrans": 300,
+        "fin_wait": 120,
+        "time_wait": 120,
+        "close_wait": 60,
+        "last_ack": 30,
+        "close": 10,
+    }
+)
+"""How long connection tracking remembers a silent TCP connection: the kernel's defaults in seconds, by the NAME in
+net.netfilter.nf_conntrack_tcp_timeout_NAME (Documentation/networking/nf_conntrack-sysctl.rst)."""
+
 
 _OPEN, _HALF = ("established",), ("fin_wait", "close_wait")
 _TRIES = 4  # within the shortest timer, so that a probe may get lost
@@ -24,6 +42,20 @@ _LONGEST_AFTER = 60.0
 _HALF_AFTER = 1.0
 _TCP_RTO_MAX_MS = 44  # linux/tcp.h, Linux 6.15; Python has no name for it
 _RTO_MAX = 120  # TCP_RTO_MAX, seconds
+
+
+def tcp_timers(names: Iterable[str] = CONNTRACK_TIMERS, folder: Path = _FOLDER) -> dict[str, int]:
+    """The timers of this network namespace, in seconds. Those that can't be read are missing: all of them where nothing
+    is tracked, or in a container that may not see it.
+    """
+    found = {}
+    for name in names:
+        try:
+            with open(f"{folder}/nf_conntrack_tcp_timeout_{name}", "rb", buffering=0) as file:
+                found[name] = int(file.read())
+        except (OSError, ValueError):
+            continue
+    return found
 
 
 class Timing(NamedTuple):
@@ -56,10 +88,12 @@ class KeepAlive:
         return before != (self.open, self.half)
 
     def _set(self, timers: Mapping[str, int]) -> None:
-        self.open = self._timing(min(timers.get(name, DEFAULTS[name]) for name in _OPEN))
+        self.open = self._timing(min(timers.get(name, CONNTRACK_TIMERS[name]) for name in _OPEN))
         """While both directions are open."""
         # Other hosts on the way are not asked. So no longer than the kernel's default, whatever this one says.
-        self.half = self._timing(min(min(timers.get(name, DEFAULTS[name]), DEFAULTS[name]) for name in _HALF))
+        self.half = self._timing(
+            min(min(timers.get(name, CONNTRACK_TIMERS[name]), CONNTRACK_TIMERS[name]) for name in _HALF)
+        )
         """Once one direction has ended."""
         self.after = min(_LONGEST_AFTER, float(self.open.idle))
         """The age in seconds from which a relay is worth the system calls."""

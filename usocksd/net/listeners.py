@@ -13,10 +13,9 @@ from socket import SocketType
 
 from usocksd.errors import Error
 from usocksd.net.address import join_port, socket_address, unmapped
-from usocksd.net.endpoint import Endpoint, TransparentEndpoint
+from usocksd.net.endpoint import Endpoint, TransparentEndpoint, set_options
 from usocksd.net.fast_open import accept_fast_open
-from usocksd.net.keepalive import Timing, keep_alive
-from usocksd.net.options import set_listener_options
+from usocksd.net.keepalive import KeepAlive, Timing, keep_alive
 from usocksd.net.reactor import Reactor
 
 log = logging.getLogger(__name__)
@@ -121,6 +120,12 @@ def may_be_transparent() -> bool:
 def is_transparent(sock: socket.SocketType) -> bool:
     """Whether this socket has IP_TRANSPARENT; those accepted from it have it then, in both families."""
     return bool(sock.getsockopt(socket.IPPROTO_IP, _IP_TRANSPARENT))
+
+
+def set_listener_options(sock: socket.SocketType) -> None:
+    """What the connections that it accepts inherit."""
+    set_options(sock)
+    keep_alive(sock, KeepAlive().open)  # a worker puts in what its configuration says
 
 
 class Listener:

@@ -75,15 +75,11 @@ class Reactor:
     at, and so how late one may fire, in seconds.
     """
 
-    def __init__(
-        self, *, clock: Callable[[], float] = time.monotonic, sweep_every: float = 0.5, spare: int = 1000
-    ) -> None:
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic, sweep_every: float = 0.5) -> None:
         self.handlers: dict[int, Handler] = {}
         self.buffer = bytearray(BUFFER_SIZE)
         self.view = memoryview(self.buffer)
         self.clock = clock
-        self.spare = spare
-        """How many more sockets may be open beside the two that each session counts for: borrowed, and given back."""
         self.now = clock()
         """When the present batch began: what happens in it needs no clock of its own."""
         self._sweep_every = sweep_every

@@ -19,8 +19,14 @@ from typing import Any
 from usocksd.errors import Error
 from usocksd.net.address import bound_to, join_port
 from usocksd.net.fast_open import accept_fast_open
-from usocksd.net.listeners import NO_SUCH_FAMILY, ListenError, is_transparent, listen, queue
-from usocksd.net.options import set_listener_options
+from usocksd.net.listeners import (
+    NO_SUCH_FAMILY,
+    ListenError,
+    is_transparent,
+    listen,
+    queue,
+    set_listener_options,
+)
 from usocksd.serve.plan import Address
 
 Place = tuple[str, int]

@@ -21,7 +21,7 @@ import trio
 
 from usocksd import __version__
 from usocksd.errors import ConfigError, Error, Fault
-from usocksd.host.limits import Tally, most_connections, most_spare, raise_descriptor_limit
+from usocksd.host.limits import Tally, most_connections, raise_descriptor_limit
 from usocksd.log.log import Log, parse_level, setup
 from usocksd.log.metrics import Metrics
 from usocksd.net.endpoint import Endpoint
@@ -169,7 +169,7 @@ class Worker:
         self._sockets = [_adopt(fd) for fd in listeners]
         self._adopted: dict[int, list[Listener]] = {}
         self._limit = raise_descriptor_limit()
-        self._reactor = Reactor(spare=most_spare(self._limit))
+        self._reactor = Reactor()
         self._metrics = Metrics(daemon.name)
         self._daemon = daemon
         self._draining = False

@@ -29,7 +29,7 @@ from transocks.upstreams.upstream import Tunnel, Unanswered, Upstream
 from usocksd.errors import Denied, DialError, Error, ResolveError, UpstreamError
 from usocksd.log.metrics import Metrics
 from usocksd.names.resolver import Resolver
-from usocksd.net.dial import Target
+from usocksd.net.dial import Dialer, Target
 from usocksd.net.endpoint import Endpoint, PeerReset
 from usocksd.net.reactor import IN, Reactor
 from usocksd.settings.loader import parse
@@ -199,14 +199,15 @@ class World:
         host, _, port = self.dns.rpartition(":")
         resolver = Resolver((SocketAddress(ip_address(host), int(port)),), Metrics("dns"), clock=trio.current_time)
         await self.nursery.start(resolver.run)
+        dialer = Dialer(self.reactor)
         self.upstreams = Upstreams(
             config.groups(),
             config.health,
-            reactor=self.reactor,
+            dialer=dialer,
             resolver=resolver,
             mark=None,
             fast_open=config.fast_open,
-            direct=Direct(resolver=resolver, mark=None, is_local=lambda ip: ip.is_loopback),
+            direct=Direct(dialer=dialer, resolver=resolver, mark=None, is_local=lambda ip: ip.is_loopback),
             share=self.shared.append,
             metrics=self.metrics,
         )

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from random import Random
@@ -17,12 +17,15 @@ import trio
 
 import usocksd
 from usocksd.errors import DialError
-from usocksd.net import dial as dial_module
-from usocksd.net.dial import Target, dial
-from usocksd.net.endpoint import PeerReset
+from usocksd.net.dial import Dialer, Target
+from usocksd.net.endpoint import Endpoint, PeerReset
+from usocksd.net.race import PACE, Attempt, Pace
 
 ROOT = Path(usocksd.__file__).parents[1]
 IP_BIND_ADDRESS_NO_PORT = 24
+HASTE = Pace(0.005, 0.005)
+
+Dial = Callable[..., Awaitable[tuple[Endpoint, Target]]]
 
 
 @pytest.fixture
@@ -32,7 +35,17 @@ def open_sockets() -> Iterator[ExitStack]:
 
 
 @pytest.fixture
-def answering(open_sockets: ExitStack) -> Callable[[], Target]:
+def dial(lab: Any) -> Dial:
+    """Dial these targets, with a deadline in 10 s on the lab's clock."""
+
+    def start(*targets: Target, pace: Pace = PACE, within: float = 10, **more: Any) -> Awaitable[Any]:
+        return Dialer(lab.reactor, pace=pace).dial(targets, deadline=lab.clock.now + within, **more)
+
+    return start
+
+
+@pytest.fixture
+def answering(open_sockets: ExitStack) -> Callable[..., Target]:
     """Makes a target that answers."""
 
     def make(family: int = socket.AF_INET) -> Target:
@@ -64,89 +77,93 @@ def black_hole(open_sockets: ExitStack) -> Target:
     return Target("127.0.0.1", listener.getsockname()[1])
 
 
-async def test_connects(lab: Any, open_sockets: ExitStack) -> None:
+async def failure(attempt: Awaitable[Any]) -> DialError:
+    """What a dial raises."""
+    with pytest.raises(DialError) as caught:
+        await attempt
+    return caught.value
+
+
+async def test_connects(lab: Any, dial: Dial, open_sockets: ExitStack) -> None:
     listener = open_sockets.enter_context(socket.create_server(("127.0.0.1", 0)))
     target = Target("127.0.0.1", listener.getsockname()[1])
-    endpoint, chosen = await dial(lab.reactor, [target], deadline=lab.clock.now + 1)
+    endpoint, chosen = await dial(target)
     peer = lab.peer(listener.accept()[0])
     assert chosen is target
     await endpoint.send_all(b"hello")
     assert await peer.receive(5) == b"hello"
     await peer.send(b"you")
     assert await endpoint.receive() == b"you"
-    for level, option in (
-        (socket.IPPROTO_TCP, socket.TCP_NODELAY),
-        (socket.SOL_SOCKET, socket.SO_OOBINLINE),
-    ):
+    for level, option in ((socket.IPPROTO_TCP, socket.TCP_NODELAY), (socket.SOL_SOCKET, socket.SO_OOBINLINE)):
         assert endpoint.sock.getsockopt(level, option)
     endpoint.close()
 
 
-async def test_connects_by_ipv6(lab: Any, answering: Callable[..., Target]) -> None:
-    target = answering(socket.AF_INET6)
-    endpoint, _ = await dial(lab.reactor, [target._replace(source="::1")], deadline=lab.clock.now + 1)
-    assert endpoint.sock.getsockname()[0] == "::1"
-    assert str(target) == f"[::1]:{target.port}"
-    endpoint.close()
+async def test_refused(dial: Dial, refusing: Target) -> None:
+    for targets in ([refusing], [refusing, refusing]):
+        error = await failure(dial(*targets))
+        assert (error.errno, error.step) == (errno.ECONNREFUSED, "connect")
+        assert error.address == f"127.0.0.1:{refusing.port}"
 
 
-async def test_refused(lab: Any, refusing: Target) -> None:
-    with pytest.raises(DialError, match="ECONNREFUSED") as caught:
-        await dial(lab.reactor, [refusing], deadline=lab.clock.now + 1)
-    assert (caught.value.errno, caught.value.step) == (errno.ECONNREFUSED, "connect")
-    assert caught.value.address == f"127.0.0.1:{refusing.port}"
+async def test_no_network(dial: Dial) -> None:
+    assert (await failure(dial(Target("255.255.255.255", 80)))).errno == errno.ENETUNREACH
 
 
-async def test_no_network(lab: Any) -> None:
-    with pytest.raises(DialError) as caught:
-        await dial(lab.reactor, [Target("255.255.255.255", 80)], deadline=lab.clock.now + 1)
-    assert caught.value.errno == errno.ENETUNREACH
-
-
-async def test_deadline(lab: Any, black_hole: Target) -> None:
-    caught = []
+@pytest.mark.parametrize("number", [1, 100])
+async def test_the_deadline_holds_for_any_number_of_addresses(
+    lab: Any, dial: Dial, black_hole: Target, number: int
+) -> None:
+    errors: list[DialError] = []
 
     async def run() -> None:
-        with pytest.raises(DialError) as error:
-            await dial(lab.reactor, [black_hole], deadline=lab.clock.now + 10)
-        caught.append(error.value.errno)
+        errors.append(await failure(dial(*[black_hole] * number)))
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(run)
-        await lab.pass_time(9.0)
-        assert caught == []
+        while not lab.reactor.handlers:
+            await trio.lowlevel.checkpoint()
+        lab.clock.now += 9
+        lab.reactor.sweep()
+        await lab.settle()
+        assert errors == []
         await lab.pass_time(1.0)
-    assert caught == [errno.ETIMEDOUT]
+    assert [error.errno for error in errors] == [errno.ETIMEDOUT]
+    assert lab.reactor.handlers == {}
 
 
 # Where from
 
 
-async def test_source_address(lab: Any, answering: Callable[..., Target]) -> None:
-    target = answering()._replace(source="127.9.8.7")
-    endpoint, _ = await dial(lab.reactor, [target], deadline=lab.clock.now + 1)
-    assert endpoint.sock.getsockname()[0] == "127.9.8.7"
+@pytest.mark.parametrize(("family", "source"), [(socket.AF_INET, "127.9.8.7"), (socket.AF_INET6, "::1")])
+async def test_source_address(dial: Dial, answering: Callable[..., Target], family: int, source: str) -> None:
+    endpoint, _ = await dial(answering(family)._replace(source=source))
+    assert endpoint.sock.getsockname()[0] == source
     assert endpoint.sock.getsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT)
     endpoint.close()
 
 
-async def test_source_address_that_is_gone(lab: Any, answering: Callable[..., Target]) -> None:
-    with pytest.raises(DialError, match=r"bind 192\.0\.2\.1 for 127\.0\.0\.1:\d+: .*\(EADDRNOTAVAIL\)") as caught:
-        await dial(lab.reactor, [answering()._replace(source="192.0.2.1")], deadline=lab.clock.now + 1)
-    assert caught.value.errno == errno.EADDRNOTAVAIL
-
-
-async def test_interface_that_is_gone(lab: Any, answering: Callable[..., Target]) -> None:
-    with pytest.raises(DialError, match="interface nosuch0 for") as caught:
-        await dial(lab.reactor, [answering()._replace(iface="nosuch0")], deadline=lab.clock.now + 1)
-    assert caught.value.errno in (errno.ENODEV, errno.EPERM)
+@pytest.mark.parametrize(
+    ("gone", "step", "numbers"),
+    [
+        ({"source": "192.0.2.1"}, "bind 192.0.2.1 for", {errno.EADDRNOTAVAIL}),
+        ({"iface": "nosuch0"}, "interface nosuch0 for", {errno.ENODEV, errno.EPERM}),
+    ],
+)
+async def test_a_source_that_is_gone(
+    dial: Dial, answering: Callable[..., Target], gone: Any, step: str, numbers: set[int]
+) -> None:
+    target = answering()._replace(**gone)
+    error = await failure(dial(target))
+    assert error.errno in numbers
+    assert str(error).startswith(f"{step} {target}: ")
 
 
 IN_A_NAMESPACE = """
     import json, socket, subprocess, sys, trio
     from pathlib import Path
     from usocksd.errors import DialError
-    from usocksd.net.dial import Target, dial
+    from usocksd.net.dial import Dialer, Target
     from usocksd.net.reactor import Reactor
 
     def ip(*words):
@@ -163,11 +180,12 @@ IN_A_NAMESPACE = """
     async def main():
         now = [1000.0]
         reactor = Reactor(clock=lambda: now[0])
+        dialer = Dialer(reactor)
         said, opened = {}, {}
 
         async def attempt(name, host, port, **more):
             try:
-                endpoint, _ = await dial(reactor, [Target(host, port, **more)], deadline=reactor.clock() + 5)
+                endpoint, _ = await dialer.dial([Target(host, port, **more)], deadline=now[0] + 5)
             except DialError as error:
                 said[name] = [error.errno, error.step, type(error).__name__, str(error)]
             else:
@@ -259,70 +277,48 @@ def test_ports_and_routes_in_a_namespace_of_its_own() -> None:
 
 
 async def test_a_refusal_leads_to_the_next_at_once(
-    lab: Any, refusing: Target, answering: Callable[..., Target]
+    dial: Dial, refusing: Target, answering: Callable[..., Target]
 ) -> None:
-    began = trio.current_time()
-    endpoint, chosen = await dial(lab.reactor, [refusing, refusing, target := answering()], deadline=lab.clock.now + 9)
+    with trio.fail_after(5):
+        endpoint, chosen = await dial(refusing, refusing, target := answering(), pace=Pace(60, 60))
     assert chosen is target
-    assert trio.current_time() - began < dial_module._ATTEMPT_DELAY
     endpoint.close()
 
 
-async def test_a_black_hole_delays_little(lab: Any, black_hole: Target, answering: Callable[..., Target]) -> None:
+async def test_a_black_hole_delays_little(
+    lab: Any, dial: Dial, black_hole: Target, answering: Callable[..., Target]
+) -> None:
     """The clock of deadlines does not move at all."""
     with trio.fail_after(5):
-        endpoint, chosen = await dial(lab.reactor, [black_hole, target := answering()], deadline=lab.clock.now + 9)
+        endpoint, chosen = await dial(black_hole, target := answering())
     assert chosen is target
     endpoint.close()
     assert lab.reactor.handlers == {}
 
 
-async def test_a_late_answer_still_wins(
-    lab: Any, black_hole: Target, refusing: Target, monkeypatch: pytest.MonkeyPatch
+async def test_of_several_failures_the_first_is_raised(
+    lab: Any, dial: Dial, black_hole: Target, refusing: Target
 ) -> None:
-    monkeypatch.setattr(dial_module, "_ATTEMPT_DELAY", 0.001)
-    caught = []
+    errors = []
 
     async def run() -> None:
-        with pytest.raises(DialError) as error:
-            await dial(lab.reactor, [black_hole, refusing, black_hole], deadline=lab.clock.now + 10)
-        caught.append(error.value.errno)
+        errors.append(await failure(dial(black_hole, refusing, black_hole, pace=HASTE)))
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(run)
         while len(lab.reactor.handlers) < 2:
             await trio.lowlevel.checkpoint()
-        assert caught == []
+        assert errors == []
         await lab.pass_time(10.0)
-    # The cause that was known first.
-    assert caught == [errno.ECONNREFUSED]
-    assert lab.reactor.handlers == {}
-
-
-async def test_the_deadline_holds_for_however_many_addresses(lab: Any, black_hole: Target) -> None:
-    """It is what ends the attempts under way; none begins behind it."""
-
-    async def run() -> None:
-        with pytest.raises(DialError, match="ETIMEDOUT"):
-            await dial(lab.reactor, [black_hole] * 100, deadline=lab.clock.now + 10)
-
-    with trio.move_on_after(3 * dial_module._ATTEMPT_DELAY) as scope:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(run)
-            while len(lab.reactor.handlers) < 2:
-                await trio.lowlevel.checkpoint()
-            await lab.pass_time(10.0)
-    assert not scope.cancelled_caught
+    assert [error.errno for error in errors] == [errno.ECONNREFUSED]
     assert lab.reactor.handlers == {}
 
 
 async def test_many_black_holes_do_not_hide_the_last_address(
-    lab: Any, black_hole: Target, answering: Callable[..., Target], monkeypatch: pytest.MonkeyPatch
+    lab: Any, dial: Dial, black_hole: Target, answering: Callable[..., Target]
 ) -> None:
     """Nor do they take many descriptors at a time."""
-    monkeypatch.setattr(dial_module, "_SHORTEST_DELAY", 0.01)
     most = 0
-    began = trio.current_time()
     targets = [black_hole] * 20 + [target := answering()]
     async with trio.open_nursery() as nursery:
 
@@ -333,12 +329,12 @@ async def test_many_black_holes_do_not_hide_the_last_address(
                 await trio.sleep(0.001)
 
         nursery.start_soon(look)
-        endpoint, chosen = await dial(lab.reactor, targets, deadline=lab.clock.now + 0.8)
+        with trio.fail_after(5):
+            endpoint, chosen = await dial(*targets, within=0.8, pace=Pace(shortest=0.01))
         nursery.cancel_scope.cancel()
     assert chosen is target
-    assert trio.current_time() - began < 20 * dial_module._ATTEMPT_DELAY
     # (One more for a moment: it ends when the next one begins.)
-    assert most <= dial_module._MOST_ATTEMPTS + 1
+    assert most <= PACE.at_once + 1
     endpoint.close()
     assert lab.reactor.handlers == {}
 
@@ -351,7 +347,7 @@ class Accepting:
         self._listener.setblocking(False)
         self.target = Target(*self._listener.getsockname())
 
-    def came(self) -> int:
+    def accepted(self) -> int:
         count = 0
         with suppress(BlockingIOError):
             while True:
@@ -366,38 +362,27 @@ class Accepting:
     ids=" ".join,
 )
 async def test_nothing_is_connected_to_behind_the_winner(
-    lab: Any,
-    before: list[str],
-    open_sockets: ExitStack,
-    refusing: Target,
-    black_hole: Target,
-    monkeypatch: pytest.MonkeyPatch,
+    lab: Any, dial: Dial, before: list[str], open_sockets: ExitStack, refusing: Target, black_hole: Target
 ) -> None:
     """However short the delay: loopback answers at once."""
-    monkeypatch.setattr(dial_module, "_ATTEMPT_DELAY", 0.005)
-    monkeypatch.setattr(dial_module, "_SHORTEST_DELAY", 0.005)
-    there, behind = Accepting(open_sockets), Accepting(open_sockets)
+    winner, behind = Accepting(open_sockets), Accepting(open_sockets)
     kinds = {"refuses": refusing, "silent": black_hole}
     for last in ([], [refusing], [black_hole]):
-        targets = [*(kinds[each] for each in before), there.target, *last, behind.target]
-        endpoint, chosen = await dial(lab.reactor, targets, deadline=lab.clock.now + 9)
+        targets = [*(kinds[each] for each in before), winner.target, *last, behind.target]
+        endpoint, chosen = await dial(*targets, pace=HASTE)
         await lab.settle()
-        assert chosen is there.target
-        assert (there.came(), behind.came()) == (1, 0)
+        assert chosen is winner.target
+        assert (winner.accepted(), behind.accepted()) == (1, 0)
         endpoint.close()
     assert lab.reactor.handlers == {}
 
 
-async def test_an_answer_that_came_in_time_wins_in_a_busy_process(
-    lab: Any, open_sockets: ExitStack, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_answer_in_time_wins_in_a_busy_process(lab: Any, dial: Dial, open_sockets: ExitStack) -> None:
     """The answer and the time for the next attempt are found in one turn."""
-    monkeypatch.setattr(dial_module, "_ATTEMPT_DELAY", 0.001)
-    monkeypatch.setattr(dial_module, "_SHORTEST_DELAY", 0.001)
-    there, behind = Accepting(open_sockets), Accepting(open_sockets)
+    first, second = Accepting(open_sockets), Accepting(open_sockets)
 
     async def run() -> None:
-        endpoint, _ = await dial(lab.reactor, [there.target, behind.target], deadline=lab.clock.now + 9)
+        endpoint, _ = await dial(first.target, second.target, pace=Pace(0.001, 0.001))
         endpoint.close()
 
     for _ in range(50):
@@ -407,20 +392,20 @@ async def test_an_answer_that_came_in_time_wins_in_a_busy_process(
                 await trio.lowlevel.checkpoint()
             time.sleep(0.002)  # noqa: ASYNC251
     await lab.settle()
-    assert behind.came() == 0
+    assert second.accepted() == 0
 
 
 @pytest.mark.parametrize("spare", [0, 1, 3])
-async def test_what_races_have_open_is_borrowed(
+async def test_races_borrow_what_they_open(
     lab: Any, black_hole: Target, answering: Callable[..., Target], spare: int
 ) -> None:
     """With nothing to borrow, attempts take turns, and the last address is reached all the same."""
-    lab.reactor.spare = spare
+    dialer = Dialer(lab.reactor, spare=spare)
     most = 0
     target = answering()
 
     async def run() -> None:
-        endpoint, chosen = await dial(lab.reactor, [black_hole] * 3 + [target], deadline=lab.clock.now + 0.4)
+        endpoint, chosen = await dialer.dial([black_hole] * 3 + [target], deadline=lab.clock.now + 0.4)
         assert chosen is target
         endpoint.close()
 
@@ -428,7 +413,7 @@ async def test_what_races_have_open_is_borrowed(
         nonlocal most
         while True:
             most = max(most, len(lab.reactor.handlers))
-            assert lab.reactor.spare >= 0
+            assert dialer.spare >= 0
             await trio.sleep(0.001)
 
     async with trio.open_nursery() as watching:
@@ -438,43 +423,37 @@ async def test_what_races_have_open_is_borrowed(
                 nursery.start_soon(run)
         watching.cancel_scope.cancel()
     assert most <= 3 + spare
-    assert lab.reactor.spare == spare
+    assert dialer.spare == spare
     assert lab.reactor.handlers == {}
-
-
-async def test_all_refuse(lab: Any, refusing: Target) -> None:
-    with pytest.raises(DialError) as caught:
-        await dial(lab.reactor, [refusing, refusing], deadline=lab.clock.now + 10)
-    assert caught.value.errno == errno.ECONNREFUSED
 
 
 # Nobody waits any more
 
 
-@pytest.mark.parametrize("several", [False, True])
-async def test_client_reset_ends_the_dial(lab: Any, black_hole: Target, several: bool) -> None:
+@pytest.mark.parametrize("number", [1, 2])
+async def test_a_reset_of_the_client_ends_the_dial(lab: Any, dial: Dial, black_hole: Target, number: int) -> None:
     client, peer = lab.endpoint()
-    caught = trio.Event()
+    ended = trio.Event()
 
     async def run() -> None:
         with pytest.raises(PeerReset):
-            await dial(lab.reactor, [black_hole] * (1 + several), deadline=lab.clock.now + 10, client=client)
-        caught.set()
+            await dial(*[black_hole] * number, client=client)
+        ended.set()
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(run)
         await lab.settle()
-        # The end of its stream is none: it waits for the answer.
+        # After the end of its stream it still waits for the answer.
         peer.end()
         await lab.settle()
-        assert not caught.is_set()
+        assert not ended.is_set()
         peer.reset()
     assert client.on_reset is None
     assert set(lab.reactor.handlers) == {client.fd}
 
 
 @pytest.mark.parametrize("fin", [False, True])
-async def test_a_client_that_was_reset_before_the_dial(lab: Any, black_hole: Target, fin: bool) -> None:
+async def test_a_client_that_was_reset_before_the_dial(lab: Any, dial: Dial, black_hole: Target, fin: bool) -> None:
     client, peer = lab.endpoint()
     await peer.send(b"request")
     if fin:
@@ -483,22 +462,22 @@ async def test_a_client_that_was_reset_before_the_dial(lab: Any, black_hole: Tar
     await lab.settle()
     assert await client.receive() == b"request"
     with pytest.raises(PeerReset):
-        await dial(lab.reactor, [black_hole], deadline=lab.clock.now + 10, client=client)
+        await dial(black_hole, client=client)
     assert set(lab.reactor.handlers) == {client.fd}
 
 
-@pytest.mark.parametrize("several", [False, True])
-async def test_interrupt_reaches_the_session_as_it_is(lab: Any, black_hole: Target, several: bool) -> None:
+@pytest.mark.parametrize("number", [1, 2])
+async def test_interrupt_reaches_the_session_as_it_is(lab: Any, dial: Dial, black_hole: Target, number: int) -> None:
     class Stop(Exception):
         pass
 
     async def run() -> None:
         with pytest.raises(Stop):
-            await dial(lab.reactor, [black_hole] * (1 + several), deadline=lab.clock.now + 10)
+            await dial(*[black_hole] * number)
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(run)
-        while len(lab.reactor.handlers) < 1 + several:
+        while len(lab.reactor.handlers) < number:
             await trio.lowlevel.checkpoint()
         await lab.settle()
         lab.reactor.interrupt_all(Stop)
@@ -506,10 +485,9 @@ async def test_interrupt_reaches_the_session_as_it_is(lab: Any, black_hole: Targ
 
 
 async def test_cancelling_at_any_moment_leaves_nothing_open(
-    lab: Any, answering: Callable[..., Target], refusing: Target, black_hole: Target, monkeypatch: pytest.MonkeyPatch
+    lab: Any, dial: Dial, answering: Callable[..., Target], refusing: Target, black_hole: Target
 ) -> None:
     random = Random(5)
-    monkeypatch.setattr(dial_module, "_ATTEMPT_DELAY", 0.0)
     good = answering()
     won = 0
     for _ in range(500):
@@ -523,7 +501,7 @@ async def test_cancelling_at_any_moment_leaves_nothing_open(
 
             lab.nursery.start_soon(cancel)
             try:
-                endpoint, _ = await dial(lab.reactor, targets, deadline=lab.clock.now + 10)
+                endpoint, _ = await dial(*targets, pace=Pace(0, 0))
             except DialError:
                 continue
             endpoint.close()
@@ -533,27 +511,24 @@ async def test_cancelling_at_any_moment_leaves_nothing_open(
 
 
 async def test_cancelled_in_the_moment_of_success(
-    lab: Any, answering: Callable[..., Target], black_hole: Target
+    lab: Any, dial: Dial, answering: Callable[..., Target], black_hole: Target
 ) -> None:
     """The answer and the cancel come in one turn."""
-    target = answering()
-    with trio.CancelScope() as scope:
-        real = dial_module._Attempt.on_event
+    with trio.CancelScope() as scope, pytest.MonkeyPatch.context() as patch:
+        real = Attempt.on_event
 
-        def on_event(attempt: Any, flags: int) -> None:
+        def on_event(attempt: Attempt, flags: int) -> None:
             real(attempt, flags)
             scope.cancel()
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(dial_module._Attempt, "on_event", on_event)
-            endpoint, _ = await dial(lab.reactor, [target, black_hole], deadline=lab.clock.now + 10)
-            endpoint.close()
+        patch.setattr(Attempt, "on_event", on_event)
+        endpoint, _ = await dial(answering(), black_hole)
+        endpoint.close()
     assert lab.reactor.handlers == {}
 
 
-async def test_no_descriptors(lab: Any, refusing: Target, no_more_descriptors: Any) -> None:
+async def test_no_descriptors(dial: Dial, refusing: Target, no_more_descriptors: Any) -> None:
     with no_more_descriptors():
         for targets in ([refusing], [refusing, refusing]):
-            with pytest.raises(DialError, match=r"socket 127.*EMFILE") as caught:
-                await dial(lab.reactor, targets, deadline=lab.clock.now + 10)
-            assert (caught.value.errno, caught.value.step) == (errno.EMFILE, "socket")
+            error = await failure(dial(*targets))
+            assert (error.errno, error.step) == (errno.EMFILE, "socket")

@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 
-from usocksd.net.conntrack import tcp_timers
 from usocksd.net.ending import Limits, Reason
 from usocksd.net.endpoint import Endpoint
 from usocksd.net.flow import Flow
-from usocksd.net.keepalive import KeepAlive, Timing
+from usocksd.net.keepalive import KeepAlive, Timing, tcp_timers
 
 _KEEPALIVE = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE),

@@ -8,7 +8,7 @@ from transocks.doctor.finding import Finding, fault, fine, warning
 from transocks.doctor.seen import Seen
 from transocks.doctor.tried import Trials
 from transocks.rules.config import Mode
-from usocksd.net.conntrack import DEFAULTS, tcp_timers
+from usocksd.net.keepalive import CONNTRACK_TIMERS, tcp_timers
 
 _FULL, _FILLING = 0.95, 0.75
 _TIMERS = ("established", "fin_wait", "close_wait")
@@ -44,7 +44,7 @@ def conntrack_timers(seen: Seen, trials: Trials) -> Iterator[Finding]:
         told = ", ".join(f"{prefix}{name}={seconds}" for name, seconds in short.items())
         yield fault(
             "conntrack timers", f"redirected connections that are silent for seconds are forgotten: {told}",
-            "sysctl " + " ".join(f"{prefix}{name}={DEFAULTS[name]}" for name in short),
+            "sysctl " + " ".join(f"{prefix}{name}={CONNTRACK_TIMERS[name]}" for name in short),
         )  # fmt: skip
     elif found:
         yield fine("conntrack timers", ", ".join(f"{name} {seconds} s" for name, seconds in found.items()))

@@ -1,0 +1,183 @@
+"""Several addresses of one destination: happy eyeballs (RFC 8305)."""
+
+from __future__ import annotations
+
+import errno
+from collections import deque
+from collections.abc import Sequence
+from functools import partial
+from math import inf
+from socket import SocketType
+from typing import TYPE_CHECKING, NamedTuple
+
+import trio
+
+from usocksd.errors import DialError
+from usocksd.net.endpoint import DeadlineExpired, Endpoint, PeerReset
+from usocksd.net.reactor import Reactor
+
+if TYPE_CHECKING:
+    from usocksd.net.dial import Dialer, Target
+
+# How many seconds an attempt has at most if the next one may not begin beside it: a lost SYN is sent again after one.
+_LONGEST_ALONE = 3.0
+
+
+class Pace(NamedTuple):
+    """How fast a race goes."""
+
+    delay: float = 0.25
+    """RFC 8305, section 5: seconds until the next address is tried beside the one before."""
+    shortest: float = 0.1
+    """The same with so many addresses that they could not all be tried in the first half of the time."""
+    at_once: int = 16
+    """How many attempts of one race may be under way."""
+
+
+PACE = Pace()
+
+
+class Attempt(Endpoint):
+    """One attempt of a race, which is told of everything that happens to it."""
+
+    __slots__ = ("race", "target")
+
+    def __init__(self, race: Race, target: Target, reactor: Reactor, sock: SocketType) -> None:
+        self.race: Race | None = race
+        self.target = target
+        super().__init__(reactor, sock, connecting=True)
+
+    def on_event(self, flags: int) -> None:
+        super().on_event(flags)
+        if self.race is not None:
+            self.race.news.set()
+
+    def interrupt(self, reason: BaseException) -> None:
+        if self.race is not None:
+            self.race.stop(reason)
+        else:
+            super().interrupt(reason)
+
+
+class Race:
+    """Attempts begin a moment apart, or as soon as one has failed; the first to connect wins.
+
+    The race is one task, which looks at every attempt before it begins another: once one has connected, none begins.
+
+    A session counts as two descriptors. A race borrows further ones from `Dialer.spare`, and never more than it leaves
+    there for others. If it can borrow none, each attempt has its share of the time, and then gives way to the next.
+    """
+
+    def __init__(self, dialer: Dialer, targets: Sequence[Target], deadline: float) -> None:
+        self.news = trio.Event()
+        """Set when something has happened to an attempt."""
+        self._dialer = dialer
+        self._reactor = reactor = dialer.reactor
+        self._untried = deque(targets)
+        self._deadline = deadline
+        spread = (deadline - reactor.clock()) / (2 * len(targets))
+        self._delay = max(min(dialer.pace.delay, spread), dialer.pace.shortest)
+        self._running: dict[Attempt, None] = {}
+        """In the order in which they began. All but one are borrowed."""
+        self._failed: list[DialError] = []
+        self._stopped: BaseException | None = None
+        # In trio's time: when the next attempt may begin beside those that run, and when in place of one of them.
+        self._beside_at = self._instead_at = -inf
+
+    async def run(self, client: Endpoint | None) -> tuple[Endpoint, Target]:
+        """As `dial`."""
+        if client is not None:
+            client.on_reset = partial(self.stop, PeerReset())
+        winner = None
+        try:
+            while (winner := self._connected()) is None:
+                if self._stopped is not None:
+                    raise self._stopped
+                if self._untried and self._may_begin():
+                    self._begin(self._untried.popleft())
+                elif self._running:
+                    await self._wait()
+                else:
+                    raise self._failed[0]
+            winner.race = None
+            return winner, winner.target
+        except DeadlineExpired:
+            if self._failed:
+                raise self._failed[0] from None
+            oldest = next(iter(self._running))
+            raise DialError(errno.ETIMEDOUT, str(oldest.target)) from None
+        finally:
+            if client is not None:
+                client.on_reset = None
+            self._dialer.spare += max(len(self._running) - 1, 0)
+            for attempt in self._running:
+                if attempt is not winner:
+                    attempt.close()
+
+    def stop(self, reason: BaseException) -> None:
+        """End it with `reason`."""
+        self._stopped = self._stopped or reason
+        self.news.set()
+
+    def _connected(self) -> Attempt | None:
+        """The attempt that has connected, if any. Attempts that have failed are dropped."""
+        for attempt in list(self._running):
+            if attempt.writable:
+                error = attempt.connect_error()
+                if not error:
+                    return attempt
+                self._failed.append(DialError(error, str(attempt.target)))
+                self._drop(attempt)
+                self._beside_at = -inf
+        return None
+
+    def _may_begin(self) -> bool:
+        """Whether it is time for another attempt, and room: the one that has waited longest gives way if it has to."""
+        running = self._running
+        if not running:
+            # Past the deadline each would begin only to end: with many targets, for a long time.
+            return not self._failed or self._reactor.clock() < self._deadline
+        now = trio.current_time()
+        if now < self._beside_at:
+            return False
+        if len(running) < self._dialer.pace.at_once:
+            if len(running) <= self._dialer.spare:
+                return True
+            if now < self._instead_at:
+                return False
+        self._drop(next(iter(running)))
+        return True
+
+    def _begin(self, target: Target) -> None:
+        try:
+            attempt = self._dialer.start(target, lambda sock, _: Attempt(self, target, self._reactor, sock))
+        except DialError as error:
+            self._failed.append(error)
+            return
+        attempt.deadline = self._deadline
+        if self._running:
+            self._dialer.spare -= 1
+        self._running[attempt] = None
+        now = trio.current_time()
+        self._beside_at = now + self._delay
+        share = (self._deadline - self._reactor.clock()) / (len(self._untried) + 1)
+        self._instead_at = now + min(max(share, self._delay), _LONGEST_ALONE)
+
+    def _drop(self, attempt: Attempt) -> None:
+        if len(self._running) > 1:
+            self._dialer.spare += 1
+        del self._running[attempt]
+        attempt.close()
+
+    async def _wait(self) -> None:
+        """Wait for news, or until another attempt may begin."""
+        self.news = trio.Event()
+        at, now = inf, trio.current_time()
+        if self._untried:
+            # (Another race may give something back meanwhile.)
+            at = self._beside_at if now < self._beside_at else min(self._instead_at, now + self._delay)
+        with trio.move_on_at(at):
+            await self.news.wait()
+            return
+        # A process that was busy finds its timers and its events due in one turn: the events are looked at first.
+        await trio.lowlevel.checkpoint()

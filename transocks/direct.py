@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from transocks.upstreams.request import Request
-from transocks.upstreams.upstream import Progress, Tunnel
+from transocks.upstreams.request import Progress, Request, Tunnel
 from usocksd.errors import Denied
 from usocksd.names.match import judged_addresses
 from usocksd.names.protected import PROTECTED_NETWORKS

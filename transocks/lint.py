@@ -91,7 +91,7 @@ def _password(config: Config, source: str | None) -> Iterator[Fault]:
         return
     for key, group in config.keyed_groups():
         for place, proxy in _urls(key, group):
-            if proxy.password is not None and proxy.password.reveal():
+            if proxy.secret:
                 yield Fault(
                     place, "", f"has a password, and every user may read this file: chmod o-r {source}, and give it"
                     " to the group of the service",

@@ -17,8 +17,7 @@ from transocks.original_dst import Destination, LoopGuard, original_destination,
 from transocks.route_settings import ADDRESS, NAME, NamesConfig
 from transocks.routes import DIRECT, REJECT, Routes
 from transocks.upstreams.group import UpstreamGroup
-from transocks.upstreams.request import Request
-from transocks.upstreams.upstream import Tunnel
+from transocks.upstreams.request import Request, Tunnel
 from usocksd.errors import Denied, Error, ResolveError
 from usocksd.net.address import numeric_address
 from usocksd.net.ending import Limits

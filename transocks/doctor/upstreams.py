@@ -251,7 +251,7 @@ async def _ping(stream: trio.SocketStream, proxy: ProxyURL, before: bytes) -> st
 
 async def _handshake(stream: trio.SocketStream, proxy: ProxyURL, before: bytes) -> None:
     """Greeting and credentials; no request. Raises UpstreamError, BrokenResourceError."""
-    probe = Probe(proxy.username, None if proxy.password is None else proxy.password.reveal())
+    probe = Probe(proxy.username, proxy.secret)
     while not isinstance(probe.next_event(), Probed):
         if data := probe.data_to_send():
             await stream.send_all(before + data)

@@ -1,8 +1,8 @@
-"""Where an upstream is: its address, or those of its name, asked for again when their time is over."""
+"""The addresses of an upstream: the one in its URL, or those of its name, resolved again when their TTL is over."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from math import inf
 
 from transocks.original_dst import Destination
@@ -12,25 +12,25 @@ from usocksd.names.resolver import ABSENT, Resolver
 from usocksd.net.address import IPAddress, without_zone
 from usocksd.net.dial import Target
 from usocksd.net.endpoint import Endpoint
-from usocksd.net.reactor import Reactor
 
-# Seconds. When the name servers fail, or think for longer, the addresses that were known go on being used (RFC 8767).
+# Seconds. If the name servers fail, or take longer, the addresses known before stay in use (RFC 8767).
 _RESOLVE_WITHIN = 1.0
 _STALE_FOR = 5.0
 
 
 class UpstreamAddresses:
-    """The addresses of one upstream, as far as they are known: to dial, and without zones to be compared with."""
+    """The addresses of one upstream, as they are known now."""
 
     def __init__(
-        self, url: ProxyURL, *, reactor: Reactor, resolver: Resolver, mark: int | None, fast_open: bool
+        self, url: ProxyURL, *, clock: Callable[[], float], resolver: Resolver, mark: int | None, fast_open: bool
     ) -> None:
         self.targets: Sequence[Target] = ()
         """What to dial."""
         self.known: frozenset[Destination] = frozenset()
+        """The same, without zones."""
         self._name = url.host if isinstance(url.host, str) else None
         self._port = url.port
-        self._reactor = reactor
+        self._clock = clock
         self._resolver = resolver
         self._mark = mark
         self._fast_open = fast_open
@@ -40,17 +40,17 @@ class UpstreamAddresses:
             self._learn((url.host,))
 
     async def refresh_for(self, client: Endpoint, deadline: float) -> None:
-        """See to it, on behalf of a client, that there are addresses: those in force now, if the name servers tell them
-        in time. Raises ResolveError, PeerReset.
+        """Resolve the name, on behalf of a client, unless its addresses are still valid. Raises ResolveError, if there
+        are no addresses, and PeerReset.
         """
-        now = self._reactor.clock()
+        now = self._clock()
         if self._name is not None and now >= self._stale_until:
             within = min(deadline, now + _RESOLVE_WITHIN) if self.targets else deadline
             await self._look_up(self._resolver.search_for(client, self._name, within))
 
     async def refresh(self, *, in_haste: bool) -> None:
-        """See to it that there are addresses; in haste, those that are known will do: slow name servers are not the
-        upstream's fault. Raises ResolveError.
+        """Resolve the name; in haste only if there are no addresses, since slow name servers are not the upstream's
+        fault. Raises ResolveError.
         """
         if self._name is not None and not (in_haste and self.targets):
             await self._look_up(self._resolver.search(self._name))
@@ -61,7 +61,7 @@ class UpstreamAddresses:
         except ResolveError as error:
             if not self.targets or error.cause in ABSENT:
                 raise
-            self._stale_until = self._reactor.clock() + _STALE_FOR
+            self._stale_until = self._clock() + _STALE_FOR
 
     def _learn(self, addresses: Sequence[IPAddress]) -> None:
         if addresses != self._resolved:

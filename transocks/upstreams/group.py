@@ -1,4 +1,4 @@
-"""Groups of upstreams: in which order they are tried, and when another one is."""
+"""Groups of upstreams: the order in which they are tried, and when the next one is."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from transocks.config import DIRECT, FAILOVER, ROUND_ROBIN, STICKY, GroupConfig,
 from transocks.direct import Direct
 from transocks.original_dst import Destination
 from transocks.upstreams.health import Health
+from transocks.upstreams.probes import WAITING
 from transocks.upstreams.proxy_url import ProxyURL
-from transocks.upstreams.request import Request
-from transocks.upstreams.state import Attempt
-from transocks.upstreams.upstream import WAITING, Progress, Tunnel, Upstream, UpstreamMetrics
+from transocks.upstreams.request import Attempt, Progress, Request, Tunnel
+from transocks.upstreams.upstream import Upstream, UpstreamMetrics
 from usocksd.errors import DialError, Error, ResolveError
 from usocksd.log.metrics import Metrics
 from usocksd.names.match import rendezvous
@@ -24,10 +24,10 @@ from usocksd.net.endpoint import Endpoint
 from usocksd.settings.types import Timeouts
 from usocksd.socks import AuthenticationFailed, Reply, RequestRefused, Socks4Reply, UpstreamFault
 
-# The table of refusals. These are the proxy's own trouble, so another one is asked. All others are about the
-# destination (unreachable, refused, timed out), where another proxy would meet the same and take its time for it, or
-# the proxy's policy, which another one must not be used to get around. Squid says 503 of a destination too, and
-# tinyproxy 500; it does no harm to ask once more. What has no number in any standard means nothing to us: asked again.
+# The table of refusals. After these replies of SOCKS no other proxy is tried: they are about the destination, where
+# another one would fail as well, or the proxy's policy, which another one must not be used to get around. Any other
+# code, assigned or not, is the proxy's own trouble. With HTTP these statuses are; squid uses 503 for a destination too,
+# and tinyproxy 500, but one more try does no harm.
 _FINAL: set[int] = {
     Reply.NOT_ALLOWED,
     Reply.HOST_UNREACHABLE,
@@ -42,7 +42,7 @@ class UpstreamGroup:
     """Proxies that stand in for each other."""
 
     def __init__(
-        self, name: str, config: GroupConfig, upstreams: Sequence[Upstream], direct: Direct, metrics: PoolMetrics
+        self, name: str, config: GroupConfig, upstreams: Sequence[Upstream], direct: Direct, metrics: UpstreamMetrics
     ) -> None:
         """`upstreams` are those of `config`, in its order."""
         self.name = name
@@ -59,8 +59,8 @@ class UpstreamGroup:
             each.state.has_others |= len(self._upstreams) > 1 or self._direct is not None
 
     async def connect(self, request: Request, client: Endpoint, timeouts: Timeouts, access: Progress) -> Tunnel:
-        """Reach what `request` is for through one of the proxies, each at most once, within `timeouts` (see
-        Upstream.connect) all together. `access` is told of every try.
+        """Reach what `request` is for through one of the proxies. Each is tried at most once; all tries together have
+        `timeouts` (see Upstream.connect). `access` is told of every try.
 
         Raises the Error of the last try, or PeerReset when `client` is gone.
         """
@@ -82,11 +82,11 @@ class UpstreamGroup:
                 return await upstream.connect(request, client, timeouts, access, attempt=attempt, deadline=deadline)
             except Error as error:
                 if attempt.pipelined and isinstance(error, UpstreamFault):
-                    # It is not what it was: once more, step by step, unless what it was told can't be told again.
+                    # It does not take pipelining any more: once more, step by step, unless bytes may not be sent twice.
                     upstream.state.forget()
                     untried.appendleft(upstream)
                 elif attempt.pipelined and is_late(error):
-                    # It may not be, and drop what it does not expect. The next is asked step by step, to make sure.
+                    # Perhaps it does not take pipelining any more, and drops the rest: step by step the next time.
                     upstream.state.forget()
                 if not (untried or self._direct) or not goes_on(error, attempt) or reactor.clock() >= deadline:
                     raise
@@ -101,7 +101,7 @@ class UpstreamGroup:
         }
 
     def _order(self, request: Request) -> deque[Upstream]:
-        """All of them, the preferred one first."""
+        """All upstreams, the preferred one first."""
         upstreams = self._upstreams
         if len(upstreams) == 1 or self._policy == FAILOVER:
             return deque(upstreams)
@@ -114,7 +114,7 @@ class UpstreamGroup:
         return deque((*up[first:], *up[:first], *(each for each in upstreams if each not in up)))
 
     def _next(self, untried: deque[Upstream]) -> Upstream | None:
-        """The next to try, taken out: one that is well, or else up, or else the first; None: go directly."""
+        """Take out the next one to try: the first that is well, or else up, or else the first; None: go directly."""
         found = next((each for each in untried if each.state.well), None)
         if found is None:
             found = next((each for each in untried if each.state.up), None)
@@ -122,44 +122,30 @@ class UpstreamGroup:
             untried.remove(found)
             found.state.trial = False
             return found
-        # What is known may be out of date, so they are asked all the same.
+        # All are down. That may be out of date, so they are tried all the same.
         return None if self._direct is not None else untried.popleft()
 
 
 def goes_on(error: Error, attempt: Attempt) -> bool:
-    """Whether another upstream may and should be tried after this one has failed so."""
+    """Whether another upstream may be tried after this error."""
     match error:
         case RequestRefused():
             reply = error.reply
-            # (Nothing that the client said was passed on. From 300 on it is an HTTP status.)
+            # (A proxy that refuses has passed nothing on. From 300 on it is an HTTP status.)
             return reply not in _FINAL if reply < 300 else reply in _HTTP_OWN_TROUBLE
         case AuthenticationFailed() | ResolveError():
             return True
         case DialError():
             if is_late(error):
                 return False
-            # Refused, when all that was sent was on the SYN, or before.
+            # Not connected: nothing was sent, or only on the SYN.
             return error.step == "connect" or not attempt.sent
     return not attempt.sent
 
 
 def is_late(error: Error) -> bool:
-    """Whether the upstream has been asked, and its time to answer is over."""
+    """Whether the upstream was asked and has not answered in time."""
     return isinstance(error, DialError) and error.step == WAITING
-
-
-class PoolMetrics:
-    """What is counted of all groups."""
-
-    def __init__(self, metrics: Metrics) -> None:
-        # The smallest of all workers: one that can't reach it is one too many.
-        self.up = metrics.minimums("upstream_up", "Whether an upstream is up", "group", "upstream")
-        self.failovers = metrics.counters(
-            "upstream_failovers_total",
-            "Connections that were given to another upstream, or led past it, after this one had failed",
-            "group",
-            "upstream",
-        )
 
 
 class Upstreams:
@@ -179,8 +165,8 @@ class Upstreams:
         metrics: Metrics,
     ) -> None:
         """`share`: see Health."""
-        of_upstreams, of_groups = UpstreamMetrics(metrics), PoolMetrics(metrics)
-        # A proxy that wants PROXY headers is another one than the same without, and so is one for another user.
+        measured = UpstreamMetrics(metrics)
+        # The same proxy with other credentials, or with PROXY headers, counts as another upstream.
         found: dict[tuple[ProxyURL, bool], Upstream] = {}
         for url, proxied in ((url, group.proxy_protocol) for group in groups.values() for url in group.proxy_url):
             if (url, proxied) not in found:
@@ -196,22 +182,22 @@ class Upstreams:
                     mark=mark,
                     fast_open=fast_open,
                     proxy_protocol=proxied,
-                    metrics=of_upstreams,
+                    metrics=measured,
                 )
         self.groups = {
             name: UpstreamGroup(
-                name, group, [found[url, group.proxy_protocol] for url in group.proxy_url], direct, of_groups
+                name, group, [found[url, group.proxy_protocol] for url in group.proxy_url], direct, measured
             )
             for name, group in groups.items()
         }
         self._all = tuple(found.values())
-        self.health = Health(self._all, health, share, metrics, clock=dialer.reactor.clock)
+        self.health = Health(self._all, health, share, measured, clock=dialer.reactor.clock)
         self._parts: list[frozenset[Destination]] = []
         self._addresses: frozenset[Destination] = frozenset()
 
     @property
     def addresses(self) -> frozenset[Destination]:
-        """Where they are, as far as that is known now."""
+        """The addresses of all upstreams, as they are known now."""
         parts = [upstream.addresses for upstream in self._all]
         if parts != self._parts:
             self._parts, self._addresses = parts, frozenset().union(*parts)
@@ -223,7 +209,7 @@ class Upstreams:
 
 
 def _new(text: str, taken: Collection[str]) -> str:
-    """This, or with a number behind it if that is taken."""
+    """`text`, with a number behind it if it is taken."""
     texts = (f"{text} ({number})" if number > 1 else text for number in count(1))
     return next(each for each in texts if each not in taken)
 

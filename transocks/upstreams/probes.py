@@ -1,19 +1,46 @@
-"""What is said to an upstream to find out whether it answers, and how much it takes at once."""
+"""Probes: whether an upstream answers, how fast, and how much it takes at once. Each has a connection of its own."""
 
 from __future__ import annotations
 
+import errno
+from math import inf
+
+import trio
+
 from transocks.http_connect import HttpConnect
+from transocks.upstreams.addresses import UpstreamAddresses
 from transocks.upstreams.proxy_url import ProxyScheme, ProxyURL
-from usocksd.errors import UpstreamError
+from transocks.upstreams.state import Answer, UpstreamState
+from usocksd.errors import DialError, UpstreamError
+from usocksd.net import tcp_info
+from usocksd.net.dial import Dialer, Target
 from usocksd.net.endpoint import Endpoint
 from usocksd.socks import NEED_DATA, SOCKS4_PROBE, Kind, Probe, Probed, RequestRefused, UpstreamFault
 
-_SOCKS5 = (ProxyScheme.SOCKS5, ProxyScheme.SOCKS5H)
+WAITING = "waiting for the answer of"
+"""The step of a DialError: the upstream was asked, and has not answered in time."""
+
 # What an HTTP proxy is asked to connect to: an address to which TCP connects nowhere, so that connect(2) fails at once,
-# and sends nothing. A CONNECT is what it is there for, and nothing of it is passed on: the harm that a probe does ends
-# here. Any other request can be taken for one to the proxy itself: pproxy and older tinyproxy connect to what Host
-# says, or to port 80 of their host without one, and pass the request on, to themselves if that is where they listen.
+# and sends nothing. A CONNECT is what it is there for, and it passes nothing of it on, so a probe does no harm. Any
+# other request can be taken for one to the proxy itself: pproxy and older tinyproxy connect to what Host says, or to
+# port 80 of their host without one, and pass the request on, to themselves if that is where they listen.
 _NOWHERE = ("255.255.255.255", 1)
+# A server that takes pipelining answers within a round trip, one that does not is silent. It has this many times the
+# seconds that its first answer took, and some more.
+_PIPELINING_TIMES, _PIPELINING_MORE = 2.0, 0.5
+# Seconds after which a server that did not answer is asked again whether it takes pipelining.
+_ASK_AGAIN_AFTER = 600.0
+# A timer that fires this many seconds late says that this process did not run, and nothing of the upstream.
+_LATE = 0.1
+
+
+class ProbeTimedOut(DialError):
+    """There was no answer in time. `late`: this process did not run meanwhile, so the fault may be its own."""
+
+    def __init__(self, address: str, step: str, *, late: bool) -> None:
+        super().__init__(errno.ETIMEDOUT, address, step)
+        self.accepted = step != "connect"
+        self.late = late
 
 
 def ping(url: ProxyURL) -> bytes:
@@ -22,33 +49,81 @@ def ping(url: ProxyURL) -> bytes:
 
 
 def _connect_nowhere(url: ProxyURL) -> HttpConnect:
-    password = None if url.password is None else url.password.reveal()
-    return HttpConnect(*_NOWHERE, username=url.username, password=password)
+    return HttpConnect(*_NOWHERE, username=url.username, password=url.secret)
 
 
-class Questions:
-    """What one upstream is asked, each time on a new connection."""
+class Prober:
+    """Probes one upstream."""
 
-    def __init__(self, url: ProxyURL, before: bytes) -> None:
-        """`before` is in front of all that is said to it on our own behalf."""
+    def __init__(
+        self,
+        url: ProxyURL,
+        state: UpstreamState,
+        addresses: UpstreamAddresses,
+        dialer: Dialer,
+        before: bytes,
+    ) -> None:
+        """`before` goes in front of everything that is sent."""
         self._url = url
-        self._password = None if url.password is None else url.password.reveal()
+        self._state = state
+        self._addresses = addresses
+        self._dialer = dialer
+        self._clock = dialer.reactor.clock
         self._before = before
+        self._ask_again_at = 0.0
 
-    async def is_ours(self, endpoint: Endpoint) -> bool:
-        """Whether it is a usocksd; returns as soon as it answers. Raises UpstreamError, OSError."""
-        if self._url.scheme in _SOCKS5:
-            return (await self._next(endpoint, Probe(self._url.username, self._password), self._before)).ours
-        # The end will do for an answer: a program has seen to it.
+    async def probe(self, *, connect: float, answer: float, learn: bool) -> Answer:
+        """Ask the upstream whether it is there. It has `connect` seconds to accept a connection, and `answer` seconds
+        to answer on it, or three times as long as it took to accept. `learn`: also find out whether it takes
+        pipelining, if that is not known.
+
+        Raises Error.
+        """
+        where = self._state.name
+        with trio.move_on_after(connect) as scope:
+            await self._addresses.refresh(in_haste=not learn)
+            began = trio.current_time()
+            endpoint, target = await self._dial()
+        if scope.cancelled_caught:
+            raise _timed_out(scope, where, "connect")
+        where = str(target)
+        connected = trio.current_time() - began
+        try:
+            with trio.move_on_after(max(answer, 3 * connected)) as scope:
+                ours = await self._is_usocksd(endpoint)
+            if scope.cancelled_caught:
+                raise _timed_out(scope, where, WAITING)
+            round_trip = tcp_info.round_trip(endpoint.sock)
+        except OSError as error:
+            raise DialError(error.errno or errno.EIO, where, "probe") from None
+        finally:
+            endpoint.close()
+        latency = trio.current_time() - began
+        pipelines = True if ours else None
+        if learn and not ours and self._may_learn():
+            self._ask_again_at = self._clock() + _ASK_AGAIN_AFTER
+            pipelines = await self._takes_pipelining(_PIPELINING_TIMES * latency + _PIPELINING_MORE)
+        return Answer(latency, ours, pipelines, connected if round_trip is None else round_trip)
+
+    async def _dial(self) -> tuple[Endpoint, Target]:
+        """Without Fast Open: a probe is about the whole way, and Fast Open hides some of it."""
+        targets = [target._replace(fast_open=False) for target in self._addresses.targets]
+        return await self._dialer.dial(targets, deadline=inf)
+
+    async def _is_usocksd(self, endpoint: Endpoint) -> bool:
+        """Returns as soon as the upstream answers. Raises UpstreamError, OSError."""
+        if self._url.scheme.is_socks5:
+            return (await self._next(endpoint, Probe(self._url.username, self._url.secret), self._before)).ours
+        # The end of the connection counts as an answer: a program has closed it.
         if self._url.scheme is ProxyScheme.HTTP:
-            await self._is_http(endpoint)
+            await self._ask_http(endpoint)
         else:
             await endpoint.send_all(self._before + SOCKS4_PROBE)
             await endpoint.receive()
         return False
 
-    async def _is_http(self, endpoint: Endpoint) -> None:
-        """Any answer of HTTP will do, but that it wants other credentials."""
+    async def _ask_http(self, endpoint: Endpoint) -> None:
+        """Returns after any answer of HTTP; raises UpstreamError if it wants other credentials."""
         handshake = _connect_nowhere(self._url)
         await endpoint.send_all(self._before + handshake.data_to_send())
         try:
@@ -60,27 +135,39 @@ class Questions:
             if fault.kind is not Kind.EOF:
                 raise
 
-    @property
-    def may_pipeline(self) -> bool:
-        """Whether `pipelines` can be asked."""
-        return self._url.scheme in _SOCKS5
+    def _may_learn(self) -> bool:
+        known = self._state.pipelines
+        again = known is False and self._clock() >= self._ask_again_at
+        return self._url.scheme.is_socks5 and (known is None or again)
 
-    async def pipelines(self, endpoint: Endpoint) -> bool:
-        """Whether it takes greeting, credentials and request in one. One that does answers within a round trip, one
-        that does not may be silent: don't wait for long.
+    async def _takes_pipelining(self, within: float) -> bool | None:
+        """Whether a SOCKS5 server takes greeting, credentials and request in one segment; None: it could not be asked
+        this time, for want of descriptors, say.
         """
-        probe = Probe(self._url.username, self._password, pipelined=True)
-        try:
-            first = await self._next(endpoint, probe, self._before)
-            return bool(first.pipelines or (await self._next(endpoint, probe)).pipelines)
-        except (OSError, UpstreamError):
-            return False
+        probe = Probe(self._url.username, self._url.secret, pipelined=True)
+        with trio.move_on_after(within):
+            try:
+                endpoint, _ = await self._dial()
+            except DialError:
+                return None
+            try:
+                first = await self._next(endpoint, probe, self._before)
+                return bool(first.pipelines or (await self._next(endpoint, probe)).pipelines)
+            except (OSError, UpstreamError):
+                return False
+            finally:
+                endpoint.close()
+        return False
 
     async def _next(self, endpoint: Endpoint, probe: Probe, before: bytes = b"") -> Probed:
-        """Up to the next event of a probe; `before` goes in front of what it says."""
+        """The next event of a handshake; `before` goes in front of what it sends."""
         while not isinstance(event := probe.next_event(), Probed):
             if data := probe.data_to_send():
                 await endpoint.send_all(before + data)
                 before = b""
             probe.receive_data(await endpoint.receive())
         return event
+
+
+def _timed_out(scope: trio.CancelScope, address: str, step: str) -> ProbeTimedOut:
+    return ProbeTimedOut(address, step, late=trio.current_time() - scope.deadline > _LATE)

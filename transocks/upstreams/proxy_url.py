@@ -16,18 +16,23 @@ from usocksd.settings.types import one_or_more, parse_zoned_address, split_port
 
 
 class ProxyScheme(enum.Enum):
-    """What the upstream proxy speaks, and whether it is asked for names where there is one."""
+    """What an upstream proxy speaks, and whether it is asked for names."""
 
     SOCKS5 = "socks5"
-    """It is asked for addresses only."""
+    """asked for addresses only"""
     SOCKS5H = "socks5h"
     SOCKS4A = "socks4a"
     HTTP = "http"
 
     @property
     def takes_names(self) -> bool:
-        """Whether it is to resolve the names itself, where one is known."""
+        """Whether the proxy is to resolve names itself, if one is known."""
         return self is not ProxyScheme.SOCKS5
+
+    @property
+    def is_socks5(self) -> bool:
+        """Whether the proxy speaks SOCKS5."""
+        return self in (ProxyScheme.SOCKS5, ProxyScheme.SOCKS5H)
 
 
 @attrs.frozen(kw_only=True)
@@ -40,12 +45,16 @@ class ProxyURL:
     username: str | None = None
     password: SecretStr | None = None
 
+    @property
+    def secret(self) -> str | None:
+        """The password in clear."""
+        return None if self.password is None else self.password.reveal()
+
     def __str__(self) -> str:
         return f"{self.scheme.value}://{join_port(self.host, self.port)}"
 
 
 _SCHEMES = {scheme.value: scheme for scheme in ProxyScheme}
-_SOCKS5 = (ProxyScheme.SOCKS5, ProxyScheme.SOCKS5H)
 
 _URL = re.compile(r"([^:/?#@]*)://(?:(.*)@)?([^/?#@]*)(/?)", re.DOTALL)
 
@@ -109,7 +118,7 @@ def _userinfo(value: str | None, scheme: ProxyScheme) -> tuple[str | None, Secre
         if colon or not 1 <= len(user.encode()) <= 255:
             raise Invalid("expected a user of 1 to 255 bytes and no password, which SOCKS4 does not have")
         return user, None
-    if scheme in _SOCKS5 and not (1 <= len(user.encode()) <= 255 and len(password.encode()) <= 255):
+    if scheme.is_socks5 and not (1 <= len(user.encode()) <= 255 and len(password.encode()) <= 255):
         raise Invalid("expected a user of 1 to 255 bytes and a password of at most 255 (RFC 1929)")
     if scheme is ProxyScheme.HTTP and ":" in user:
         raise Invalid("expected a user without a colon (RFC 7617)")

@@ -1,10 +1,14 @@
-"""What a client wants to reach: from its session to the upstream that is to reach it."""
+"""What a session asks of an upstream, one try at it, and the tunnel that comes of it."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 from transocks.original_dst import Destination
+from transocks.upstreams.proxy_url import ProxyScheme
+from usocksd.net.dial import Target
+from usocksd.net.endpoint import Endpoint, PeerReset
 
 
 class Request(NamedTuple):
@@ -17,6 +21,68 @@ class Request(NamedTuple):
     name: str | None = None
     """to be asked for instead of the address; canonical"""
     first: bytes = b""
-    """what the client has said already: goes on unchanged, once"""
+    """what the client has sent already: goes on unchanged, once"""
     repeatable: bool = False
-    """`first` is a TLS hello: may be sent to a second proxy when one fails"""
+    """`first` is a TLS hello: it may be sent to a second proxy if one fails"""
+
+
+class Tunnel(NamedTuple):
+    """A connection to the destination, through an upstream or direct."""
+
+    endpoint: Endpoint
+    early: bytes
+    """What the destination has already sent."""
+    unsent: bytes = b""
+    """The part of Request.first that was not sent yet: the relay begins with it."""
+
+
+class Progress(Protocol):
+    """Takes notes of what becomes of a request: the session's access record."""
+
+    def trying(self, group: str, upstream: str, scheme: ProxyScheme | None) -> None:
+        """A try begins, with this upstream of this group; scheme None: without one, directly."""
+
+    def connected(self, endpoint: Endpoint, proxy: Target) -> None:
+        """There is a connection to the upstream, or to the destination directly."""
+
+
+class Attempt:
+    """One try to reach a destination through one upstream, until that has answered the request."""
+
+    __slots__ = ("_better", "_client", "_replaceable", "left", "pipelined", "sent", "since")
+
+    def __init__(self, client: Endpoint, *, replaceable: bool, better: Callable[[], bool] = lambda: False) -> None:
+        """`client`: the session's. `replaceable`: something else can be tried. `better` tells whether that includes an
+        upstream that is well.
+        """
+        self.since = client.reactor.clock()
+        """When it began."""
+        self.sent = False
+        """Bytes of the client were sent to the upstream that may not be sent to another one."""
+        self.pipelined = False
+        """Everything was sent to the upstream at once, since it is known to take that."""
+        self.left = False
+        """Given up: it ends as if the client were gone."""
+        self._better = better
+        self._client = client
+        self._replaceable = replaceable
+
+    def check(self) -> None:
+        """Raise PeerReset if it is `left`, or the client is gone. Ask after every wait: either may have happened when
+        the wait was over and its task not yet running, and nothing else tells of it then.
+        """
+        if self.left:
+            raise PeerReset
+        self._client.check_peer()
+
+    def leave(self) -> None:
+        """Give it up, if something else can be tried (by the next session, if the client has to ask again)."""
+        if self._replaceable and not self.left:
+            self.left = True
+            if self._client.on_reset is not None:
+                self._client.on_reset()
+
+    def leave_for_better(self) -> None:
+        """Give it up, if the session may go on with an upstream that is well."""
+        if not self.sent and self._better():
+            self.leave()

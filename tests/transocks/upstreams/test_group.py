@@ -1,4 +1,4 @@
-"""Groups of upstreams: who is asked, in which order, and what happens when one fails.
+"""Groups of upstreams: which is asked, in which order, and what happens when one fails.
 
 Over real sockets. Where time matters, the clock moves only when a test says so: it has `mock_clock` among its arguments.
 """
@@ -23,9 +23,9 @@ from transocks.direct import Direct
 from transocks.original_dst import Destination
 from transocks.upstreams.group import Upstreams
 from transocks.upstreams.proxy_url import ProxyScheme
-from transocks.upstreams.request import Request
+from transocks.upstreams.request import Request, Tunnel
 from transocks.upstreams.state import Answer
-from transocks.upstreams.upstream import Tunnel, Unanswered, Upstream
+from transocks.upstreams.upstream import Unanswered
 from usocksd.errors import Denied, DialError, Error, ResolveError, UpstreamError
 from usocksd.log.metrics import Metrics
 from usocksd.names.resolver import Resolver
@@ -44,17 +44,18 @@ ASK_WEB = daemons.request(*WEB)
 GRANTED = b"\x05\x00\x00" + daemons.address_bytes("0.0.0.0", 0)
 PROBE = b"\x05\x02\xf5\x00"
 SUSPECT = 0.3
+USOCKSD = Answer(0.001, ours=True, pipelines=True)
 
 
 class Peer:
-    """A proxy: says what `script` says to what it hears, by connection; what it does not know it keeps silent about."""
+    """A proxy that answers each connection as `script` says."""
 
     def __init__(self, script: Callable[[bytes], bytes | None], host: str = "127.0.0.1") -> None:
         self.host = host
         self.script = script
-        """From all that a connection has said to what is answered; None closes it."""
+        """Makes the whole answer from all that a connection has sent; None closes it."""
         self.heard: list[bytes] = []
-        """All that each connection has said."""
+        """What each connection has sent."""
         self.pieces: list[list[bytes]] = []
         """As it was received."""
         self.streams: list[trio.SocketStream] = []
@@ -155,7 +156,7 @@ class Session:
         self.done = trio.Event()
 
     async def over(self) -> None:
-        """Wait for its end, for so long on the clock on the wall: trio's may stand still."""
+        """Wait for its end, by the clock on the wall: trio's may stand still."""
         deadline = time.monotonic() + daemons.PATIENCE
         while not self.done.is_set():
             assert time.monotonic() < deadline, f"tried {self.access.tries}"
@@ -214,6 +215,12 @@ class World:
         await self.nursery.start(self.upstreams.health.run)
         return self.upstreams
 
+    async def upstreams_of(self, *scripts: Callable[[bytes], bytes | None], more: str = "") -> list[Peer]:
+        """Peers with these scripts, configured as upstreams in this order."""
+        found = await self.peers(*scripts)
+        await self.configured(*found, more=more)
+        return found
+
     def ask(self, request: Request = Request(CLIENT, WEB), group: str = "default") -> Session:  # noqa: B008
         session = Session()
         near, session.client = socket.socketpair()
@@ -247,7 +254,7 @@ class World:
         self.clock.jump(seconds)
         await wait_all_tasks_blocked(0.005)
 
-    async def answered(self, peer: Peer, answer: Answer) -> None:
+    def answered(self, peer: Peer, answer: Answer) -> None:
         """As if that had been the answer to a probe."""
         self.state(peer).answered(answer, trio.current_time())
 
@@ -287,7 +294,7 @@ def port(peer: Peer) -> str:
 # ---- failover
 
 
-async def test_a_refused_connection_goes_on_at_once(world: World) -> None:
+async def test_after_a_refused_connection_the_next_is_tried_at_once(world: World) -> None:
     (well,) = await world.peers(socks())
     dead = daemons.closed_port()
     await world.configured(f"socks5://127.0.0.1:{dead}", well)
@@ -300,60 +307,49 @@ async def test_a_refused_connection_goes_on_at_once(world: World) -> None:
     assert world.counted("upstream_up") == {("default", f"socks5://127.0.0.1:{well.port}"): 1}
 
 
+def http(status: int) -> Any:
+    return lambda _: f"HTTP/1.1 {status} No\r\n\r\n".encode()
+
+
+def socks4(code: int) -> Any:
+    return lambda _: bytes((0, code)) + bytes(6)
+
+
 @pytest.mark.parametrize(
-    ("reply", "goes_on"),
+    ("scheme", "script", "final", "goes_on"),
     [
-        (1, True),
-        (2, False),
-        (3, True),
-        (4, False),
-        (5, False),
-        (6, False),
-        (7, True),
-        (8, True),
-        (9, True),
-        (255, True),
+        ("socks5", socks, [2, 4, 5, 6], [1, 3, 7, 8, 9, 255]),
+        ("socks4a", socks4, [91], [92, 93]),
+        ("http", http, [403, 502], [405, 407, 429, 500, 501, 503, 505]),
     ],
 )
-async def test_which_refusals_are_final(world: World, reply: int, goes_on: bool) -> None:
-    """What is the proxy's own trouble is no reason to give up; what is the destination's or its policy's is."""
-    first, second = await world.peers(socks(reply), socks())
-    await world.configured(first, second)
-    session = await world.asked(Request(CLIENT, WEB, first=b"GET"))
-    assert session.through == [port(first), port(second)][: 1 + goes_on]
-    if goes_on:
-        assert (await session.tunnel()).unsent == b"GET"
-    else:
-        with pytest.raises(RequestRefused):
-            await session.tunnel()
-    assert world.state(first).up
-
-
-@pytest.mark.parametrize(
-    ("status", "goes_on"), [(403, False), (405, True), (407, True), (429, True), (500, True), (502, False), (503, True)]
-)
-async def test_which_statuses_are_final(world: World, status: int, goes_on: bool) -> None:
-    first, second = await world.peers(lambda _: f"HTTP/1.1 {status} No\r\n\r\n".encode(), socks())
-    await world.configured(f"http://127.0.0.1:{first.port}", second)
-    assert (await world.asked()).through == [port(first), port(second)][: 1 + goes_on]
-
-
-@pytest.mark.parametrize(("code", "goes_on"), [(91, False), (92, True), (93, True)])
-async def test_which_socks4_replies_are_final(world: World, code: int, goes_on: bool) -> None:
-    first, second = await world.peers(lambda _: bytes((0, code)) + bytes(6), socks())
-    await world.configured(f"socks4a://127.0.0.1:{first.port}", second)
-    assert (await world.asked()).through == [port(first), port(second)][: 1 + goes_on]
+async def test_which_refusals_are_final(
+    world: World, scheme: str, script: Callable[[int], Any], final: list[int], goes_on: list[int]
+) -> None:
+    """A refusal is final if the destination or the proxy's policy is its cause, and not the proxy's own trouble."""
+    first, second = await world.peers(silent, socks())
+    for reply in (*final, *goes_on):
+        world.metrics = Metrics("transocks")
+        await world.configured(f"{scheme}://127.0.0.1:{first.port}", second)
+        first.script = script(reply)
+        session = await world.asked(Request(CLIENT, WEB, first=b"GET"))
+        assert session.through == [port(first), port(second)][: 1 + (reply in goes_on)], reply
+        assert world.state(first).up == (reply != 407)
+        if reply in goes_on:
+            assert (await session.tunnel()).unsent == b"GET"
+        else:
+            with pytest.raises(RequestRefused):
+                await session.tunnel()
 
 
 async def test_a_proxy_that_wants_other_credentials_is_down(world: World) -> None:
-    first, second = await world.peers(socks(method=b"\x05\xff"), socks())
-    await world.configured(first, second)
+    first, second = await world.upstreams_of(socks(method=b"\x05\xff"), socks())
     assert (await world.asked()).through == [port(first), port(second)]
     assert (await world.asked()).through == [port(second)]
     assert "other than no credentials" in world.state(first).status()["why"]
 
 
-async def test_socks4_can_not_be_asked_for_ipv6(world: World) -> None:
+async def test_socks4_is_not_asked_for_ipv6_addresses(world: World) -> None:
     first, second = await world.peers(silent, socks())
     await world.configured(f"socks4a://127.0.0.1:{first.port}", second)
     assert (await world.asked(Request(CLIENT, WEB_V6))).through == [port(first), port(second)]
@@ -364,18 +360,16 @@ async def test_socks4_can_not_be_asked_for_ipv6(world: World) -> None:
     assert not named.done.is_set()
 
 
-async def test_the_last_error_is_the_one_that_is_told(world: World) -> None:
-    first, second = await world.peers(closing, socks(1))
-    await world.configured(first, second)
+async def test_the_error_of_the_last_try_is_raised(world: World) -> None:
+    first, second = await world.upstreams_of(closing, socks(1))
     session = await world.asked()
     assert session.through == [port(first), port(second)]
     with pytest.raises(RequestRefused, match="general failure"):
         await session.tunnel()
 
 
-async def test_when_all_are_down_they_are_asked_all_the_same(world: World) -> None:
-    first, second = await world.peers(socks(), socks())
-    await world.configured(first, second)
+async def test_when_all_are_down_they_are_still_tried(world: World) -> None:
+    first, second = await world.upstreams_of(socks(), socks())
     for peer in (first, second):
         world.state(peer).failed("a test says so")
     assert (await world.asked()).through == [port(first)]
@@ -395,7 +389,7 @@ async def test_when_all_are_down_it_may_go_directly(world: World, name: str | No
             assert (len(session.access.tries), session.access.schemes[-1]) == (tries, None)
 
 
-async def test_a_name_that_means_this_host_is_no_way_into_it(world: World) -> None:
+async def test_the_direct_way_by_name_never_leads_to_this_host(world: World) -> None:
     with daemons.NameServer({"www.example": ["127.0.0.1", "::1", "169.254.169.254", "100.100.100.200"]}) as dns:
         world.dns = dns.address
         await world.configured(f"socks5://127.0.0.1:{daemons.closed_port()}", more='when_all_down = "direct"')
@@ -406,9 +400,8 @@ async def test_a_name_that_means_this_host_is_no_way_into_it(world: World) -> No
             await (await world.asked(Request(CLIENT, WEB, "nowhere.example"))).tunnel()
 
 
-async def test_a_client_that_goes_is_not_carried_on(world: World) -> None:
-    first, second = await world.peers(silent, socks())
-    await world.configured(first, second)
+async def test_no_other_upstream_is_tried_for_a_client_that_is_gone(world: World) -> None:
+    _first, second = await world.upstreams_of(silent, socks())
     session = world.ask()
     await wait_all_tasks_blocked(0.005)
     assert session.client is not None
@@ -418,13 +411,12 @@ async def test_a_client_that_goes_is_not_carried_on(world: World) -> None:
     assert second.heard == []
 
 
-# ---- what was said to the first
+# ---- what was sent to the first
 
 
-async def test_bytes_that_may_not_be_repeated_are_not(world: World) -> None:
-    first, second = await world.peers(socks(ours=True), socks())
-    await world.configured(first, second)
-    await world.answered(first, Answer(0.001, ours=True, pipelines=True))
+async def test_bytes_that_may_not_be_repeated_go_to_one_upstream(world: World) -> None:
+    first, _second = await world.upstreams_of(socks(ours=True), socks())
+    world.answered(first, USOCKSD)
     first.script = closing
     session = await world.asked(Request(CLIENT, WEB, first=b"POST"))
     assert session.through == [port(first)]
@@ -433,9 +425,8 @@ async def test_bytes_that_may_not_be_repeated_are_not(world: World) -> None:
 
 
 async def test_a_tls_hello_may_be_repeated(world: World) -> None:
-    first, second = await world.peers(closing, socks())
-    await world.configured(first, second)
-    await world.answered(first, Answer(0.001, ours=True, pipelines=True))
+    first, second = await world.upstreams_of(closing, socks())
+    world.answered(first, USOCKSD)
     session = await world.asked(Request(CLIENT, WEB, first=HELLO, repeatable=True))
     assert (await session.tunnel()).unsent == HELLO
     # The first is asked step by step too, since it is not what it was.
@@ -443,51 +434,44 @@ async def test_a_tls_hello_may_be_repeated(world: World) -> None:
     assert first.heard[0] == daemons.GREETING + ASK_WEB + HELLO
 
 
-async def test_a_refusal_says_that_nothing_was_passed_on(world: World) -> None:
-    first, second = await world.peers(socks(1, ours=True), socks())
-    await world.configured(first, second)
-    await world.answered(first, Answer(0.001, ours=True, pipelines=True))
+async def test_after_a_refusal_any_bytes_may_go_to_the_next(world: World) -> None:
+    first, second = await world.upstreams_of(socks(1, ours=True), socks())
+    world.answered(first, USOCKSD)
     session = await world.asked(Request(CLIENT, WEB, first=b"POST"))
     assert session.through == [port(first), port(second)]
     assert (await session.tunnel()).unsent == b"POST"
 
 
-# ---- how much is said at once
+# ---- how much is sent at once
 
 
-async def test_ours_gets_it_all_in_one_segment(world: World) -> None:
-    (peer,) = await world.peers(socks(ours=True))
-    await world.configured(peer)
-    await world.answered(peer, Answer(0.001, ours=True, pipelines=True))
+@pytest.mark.parametrize(
+    ("answer", "pieces", "unsent"),
+    [
+        (USOCKSD, [daemons.GREETING + ASK_WEB + b"POST"], b""),
+        (Answer(0.001, ours=False, pipelines=True), [daemons.GREETING + ASK_WEB], b"POST"),
+        (None, [daemons.GREETING, ASK_WEB], b"POST"),
+    ],
+    ids=["usocksd", "takes pipelining", "unknown"],
+)
+async def test_how_much_is_sent_at_once(
+    world: World, answer: Answer | None, pieces: list[bytes], unsent: bytes
+) -> None:
+    (peer,) = await world.upstreams_of(socks())
+    if answer is not None:
+        world.answered(peer, answer)
     tunnel = await (await world.asked(Request(CLIENT, WEB, first=b"POST"))).tunnel()
-    assert (tunnel.unsent, tunnel.early) == (b"", b"")
-    assert peer.pieces == [[daemons.GREETING + ASK_WEB + b"POST"]]
+    assert (tunnel.unsent, tunnel.early) == (unsent, b"")
+    assert peer.pieces == [pieces]
 
 
-async def test_others_that_take_pipelining_get_the_handshake_in_one(world: World) -> None:
-    (peer,) = await world.peers(socks())
-    await world.configured(peer)
-    await world.answered(peer, Answer(0.001, ours=False, pipelines=True))
-    tunnel = await (await world.asked(Request(CLIENT, WEB, first=b"POST"))).tunnel()
-    assert tunnel.unsent == b"POST"
-    assert peer.pieces == [[daemons.GREETING + ASK_WEB]]
-
-
-async def test_the_unknown_is_asked_step_by_step(world: World) -> None:
-    (peer,) = await world.peers(socks())
-    await world.configured(peer)
-    tunnel = await (await world.asked(Request(CLIENT, WEB, first=b"POST"))).tunnel()
-    assert tunnel.unsent == b"POST"
-    assert peer.pieces == [[daemons.GREETING, ASK_WEB]]
-
-
-async def test_what_was_learned_may_be_wrong(world: World) -> None:
+async def test_an_upstream_that_takes_pipelining_no_longer_is_asked_again(world: World) -> None:
     """The proxy was replaced by one that wants to be asked step by step."""
     (peer,) = await world.peers(closing)
     steps = socks()
     peer.script = lambda heard: None if peer.pieces[-1] == [daemons.GREETING + ASK_WEB] else steps(heard)
     await world.configured(peer)
-    await world.answered(peer, Answer(0.001, ours=True, pipelines=True))
+    world.answered(peer, USOCKSD)
     session = await world.asked()
     await session.tunnel()
     assert session.through == [port(peer)] * 2
@@ -504,7 +488,7 @@ async def test_what_was_learned_may_be_wrong(world: World) -> None:
         ("http", b"CONNECT www.example:443 HTTP/1.1\r\n"),
     ],
 )
-async def test_who_is_asked_for_names(world: World, scheme: str, asks_for: bytes) -> None:
+async def test_which_schemes_are_asked_for_names(world: World, scheme: str, asks_for: bytes) -> None:
     (peer,) = await world.peers(lambda heard: b"\x05\x00" if heard[:1] == b"\x05" else b"")
     await world.configured(f"{scheme}://127.0.0.1:{peer.port}")
     world.ask(Request(CLIENT, WEB, "www.example"))
@@ -515,9 +499,8 @@ async def test_who_is_asked_for_names(world: World, scheme: str, asks_for: bytes
 # ---- silence
 
 
-async def test_a_proxy_that_hangs_is_found_out(mock_clock: MockClock, world: World) -> None:
-    first, second = await world.peers(silent, socks())
-    await world.configured(first, second)
+async def test_a_proxy_that_hangs_is_marked_down(mock_clock: MockClock, world: World) -> None:
+    first, second = await world.upstreams_of(silent, socks())
     sessions = [world.ask() for _ in range(5)]
     await world.pass_time(SUSPECT)
     assert first.probed == 1
@@ -530,7 +513,7 @@ async def test_a_proxy_that_hangs_is_found_out(mock_clock: MockClock, world: Wor
     assert world.counted("upstream_probes_total") == {(f"socks5://127.0.0.1:{first.port}", "failed"): 1}
 
 
-async def test_a_proxy_that_is_not_reached_is_found_out(mock_clock: MockClock, world: World) -> None:
+async def test_a_proxy_that_does_not_accept_is_marked_down(mock_clock: MockClock, world: World) -> None:
     (second,) = await world.peers(socks())
     with daemons.blackhole() as full:
         await world.configured(f"socks5://127.0.0.1:{full}", second)
@@ -542,8 +525,7 @@ async def test_a_proxy_that_is_not_reached_is_found_out(mock_clock: MockClock, w
 
 
 async def test_a_slow_destination_is_not_the_fault_of_its_proxy(mock_clock: MockClock, world: World) -> None:
-    first, second = await world.peers(slow, socks())
-    await world.configured(first, second)
+    first, second = await world.upstreams_of(slow, socks())
     session = world.ask()
     for _ in range(30):
         await world.pass_time(SUSPECT)
@@ -556,11 +538,10 @@ async def test_a_slow_destination_is_not_the_fault_of_its_proxy(mock_clock: Mock
     assert session.through == [port(first)]
 
 
-async def test_what_may_not_be_repeated_ends_with_its_proxy(mock_clock: MockClock, world: World) -> None:
+async def test_a_request_that_may_not_be_repeated_ends_with_its_proxy(mock_clock: MockClock, world: World) -> None:
     """As soon as that is found to be down: its client can ask again, and is given to another."""
-    first, second = await world.peers(silent, socks())
-    await world.configured(first, second)
-    await world.answered(first, Answer(0.001, ours=True, pipelines=True))
+    first, _second = await world.upstreams_of(silent, socks())
+    world.answered(first, USOCKSD)
     moves = world.ask(Request(CLIENT, WEB, first=HELLO, repeatable=True))
     ends = world.ask(Request(CLIENT, WEB, first=b"POST"))
     await world.pass_time(SUSPECT)
@@ -571,7 +552,7 @@ async def test_what_may_not_be_repeated_ends_with_its_proxy(mock_clock: MockCloc
     assert ends.through == [port(first)]
 
 
-async def test_the_only_one_is_waited_for(mock_clock: MockClock, world: World) -> None:
+async def test_the_only_upstream_has_all_the_time(mock_clock: MockClock, world: World) -> None:
     (first,) = await world.peers(silent)
     await world.configured(first)
     session = world.ask()
@@ -584,10 +565,9 @@ async def test_the_only_one_is_waited_for(mock_clock: MockClock, world: World) -
     await session.tunnel()
 
 
-async def test_who_was_given_up_while_an_answer_came_does_not_wait_on(world: World) -> None:
+async def test_an_attempt_given_up_while_an_answer_comes_ends(world: World) -> None:
     """The event of that answer has woken its task, which another event of the same moment can't do again."""
-    first, second = await world.peers(silent, socks())
-    await world.configured(first, second)
+    first, second = await world.upstreams_of(silent, socks())
     session = world.ask()
     await wait_all_tasks_blocked(0.005)
     (asking,) = (each for each in world.reactor.handlers.values() if isinstance(each, Endpoint) and each.about is None
@@ -599,7 +579,7 @@ async def test_who_was_given_up_while_an_answer_came_does_not_wait_on(world: Wor
     assert session.through == [port(first), port(second)]
 
 
-async def test_the_time_of_a_client_is_no_verdict_on_a_proxy(mock_clock: MockClock, world: World) -> None:
+async def test_a_deadline_of_the_client_marks_no_proxy_down(mock_clock: MockClock, world: World) -> None:
     """It may have been used up by another, or by this process, which did not run."""
     with daemons.blackhole() as full:
         await world.configured(f"socks5://127.0.0.1:{full}")
@@ -610,15 +590,13 @@ async def test_the_time_of_a_client_is_no_verdict_on_a_proxy(mock_clock: MockClo
         assert next(iter(world.upstreams.groups["default"]._upstreams)).state.up
 
 
-async def test_one_that_is_silent_when_told_all_at_once_is_asked_step_by_step(
-    mock_clock: MockClock, world: World
-) -> None:
+async def test_after_silence_an_upstream_is_asked_step_by_step(mock_clock: MockClock, world: World) -> None:
     """The next time, since it may have been replaced unnoticed."""
     (peer,) = await world.peers(socks())
     steps, at_once = socks(), daemons.GREETING + ASK_WEB
     peer.script = lambda heard: b"" if peer.pieces[-1] == [at_once] else steps(heard)
     await world.configured(peer)
-    await world.answered(peer, Answer(0.001, ours=False, pipelines=True))
+    world.answered(peer, Answer(0.001, ours=False, pipelines=True))
     session = world.ask()
     await world.pass_time(41)
     with pytest.raises(DialError):
@@ -628,12 +606,11 @@ async def test_one_that_is_silent_when_told_all_at_once_is_asked_step_by_step(
 
 
 @pytest.mark.parametrize("script", [closing, lambda _: b"HTTP/1.1 400 Bad Request\r\n\r\n"])
-async def test_to_close_or_to_speak_something_else_is_no_sign_of_life(
+async def test_closing_or_another_protocol_is_no_sign_of_life(
     world: World, script: Callable[[bytes], bytes | None]
 ) -> None:
     """Else steady traffic would keep up what no probe finds well."""
-    first, second = await world.peers(script, socks())
-    await world.configured(first, second)
+    first, second = await world.upstreams_of(script, socks())
     began = trio.current_time()
     world.clock.jump(0.1)
     assert (await world.asked()).through == [port(first), port(second)]
@@ -657,8 +634,7 @@ async def test_a_far_proxy_has_more_time(mock_clock: MockClock, world: World) ->
 
 async def test_a_slow_destination_hides_no_hung_proxy(mock_clock: MockClock, world: World) -> None:
     """An attempt that has waited for long is looked after ever less often; one that comes then is not."""
-    first, second = await world.peers(slow, socks())
-    await world.configured(first, second)
+    first, second = await world.upstreams_of(slow, socks())
     patient = world.ask()
     for _ in range(40):
         await world.pass_time(SUSPECT)
@@ -671,10 +647,10 @@ async def test_a_slow_destination_hides_no_hung_proxy(mock_clock: MockClock, wor
     await patient.tunnel()
 
 
-async def test_one_that_is_slow_comes_after_those_that_are_well(world: World) -> None:
+async def test_slow_upstreams_come_after_those_that_are_well(world: World) -> None:
     first, second, third = await world.peers(socks(), socks(), socks())
     await world.configured(first, second, third, more='when_all_down = "direct"')
-    await world.answered(first, Answer(2.0, slow=True))
+    world.answered(first, Answer(2.0, slow=True))
     assert (await world.asked()).through == [port(second)]
     world.state(second).failed("a test says so")
     assert (await world.asked()).through == [port(third)]
@@ -683,15 +659,14 @@ async def test_one_that_is_slow_comes_after_those_that_are_well(world: World) ->
 
 
 @pytest.mark.parametrize("better", [False, True])
-async def test_who_waits_for_one_that_turns_out_to_be_slow(world: World, better: bool) -> None:
+async def test_attempts_leave_an_upstream_that_becomes_slow_for_one_that_is_well(world: World, better: bool) -> None:
     """It goes on with one that is well, and else waits: neither those that are down nor a direct way are better."""
-    first, second = await world.peers(silent, socks())
-    await world.configured(first, second, more='when_all_down = "direct"')
+    first, second = await world.upstreams_of(silent, socks(), more='when_all_down = "direct"')
     if not better:
         world.state(second).failed("a test says so")
     session = world.ask()
     await wait_all_tasks_blocked(0.005)
-    await world.answered(first, Answer(2.0, slow=True))
+    world.answered(first, Answer(2.0, slow=True))
     if better:
         await session.tunnel()
         assert session.through == [port(first), port(second)]
@@ -701,9 +676,8 @@ async def test_who_waits_for_one_that_turns_out_to_be_slow(world: World, better:
 
 
 @pytest.mark.parametrize("policy", ["failover", "round-robin", "sticky"])
-async def test_one_on_trial_gets_one_client(world: World, policy: str) -> None:
-    first, second = await world.peers(closing, socks())
-    await world.configured(first, second, more=f'policy = "{policy}"')
+async def test_an_upstream_on_trial_gets_one_client(world: World, policy: str) -> None:
+    first, second = await world.upstreams_of(closing, socks(), more=f'policy = "{policy}"')
     state = world.state(first)
     state.failed("a test says so")
     state.trial = True
@@ -713,10 +687,9 @@ async def test_one_on_trial_gets_one_client(world: World, policy: str) -> None:
     assert not state.up
 
 
-async def test_a_tunnel_says_that_a_proxy_is_up(world: World) -> None:
+async def test_a_tunnel_marks_its_proxy_up(world: World) -> None:
     """All are down, so they are asked all the same, and the one that serves is up again at once."""
-    first, second = await world.peers(closing, socks())
-    await world.configured(first, second)
+    first, second = await world.upstreams_of(closing, socks())
     for peer in (first, second):
         world.state(peer).failed("a test says so")
     await (await world.asked()).tunnel()
@@ -727,17 +700,17 @@ async def test_a_tunnel_says_that_a_proxy_is_up(world: World) -> None:
 # ---- probes
 
 
-def upstream_of(world: World) -> Upstream:
+def upstream_of(world: World) -> Any:
     (found,) = world.upstreams.groups["default"]._upstreams
     return found
 
 
 @pytest.mark.parametrize("answer", [b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.0 403 Forbidden\r\n\r\n", None])
-async def test_an_http_proxy_is_asked_for_nothing_that_it_could_pass_on(world: World, answer: bytes | None) -> None:
+async def test_a_probe_of_an_http_proxy_is_a_connect_to_nowhere(world: World, answer: bytes | None) -> None:
     """Any answer will do, and so will the end."""
     (peer,) = await world.peers(lambda heard: answer if heard.endswith(b"\r\n\r\n") else b"")
     await world.configured(f"http://me:secret@127.0.0.1:{peer.port}")
-    assert not (await upstream_of(world).probe(connect=1, answer=1, learn=True)).ours
+    assert not (await upstream_of(world).prober.probe(connect=1, answer=1, learn=True)).ours
     assert peer.heard == [
         b"CONNECT 255.255.255.255:1 HTTP/1.1\r\nHost: 255.255.255.255:1\r\n"
         b"Proxy-Authorization: Basic bWU6c2VjcmV0\r\n\r\n"
@@ -745,14 +718,14 @@ async def test_an_http_proxy_is_asked_for_nothing_that_it_could_pass_on(world: W
 
 
 @pytest.mark.parametrize("answer", [b"HTTP/1.1 407 No\r\n\r\n", b"\x05\xff"])
-async def test_an_http_proxy_that_will_not_do(world: World, answer: bytes) -> None:
+async def test_answers_that_fail_a_probe_of_an_http_proxy(world: World, answer: bytes) -> None:
     (peer,) = await world.peers(lambda _: answer)
     await world.configured(f"http://127.0.0.1:{peer.port}")
     with pytest.raises(UpstreamError):
-        await upstream_of(world).probe(connect=1, answer=1, learn=True)
+        await upstream_of(world).prober.probe(connect=1, answer=1, learn=True)
 
 
-async def test_an_http_proxy_that_answers_connects_only(mock_clock: MockClock, world: World) -> None:
+async def test_an_http_proxy_that_does_not_answer_probes(mock_clock: MockClock, world: World) -> None:
     """It is up for those who get through, whatever probes hear, and is not left out for a slow destination."""
 
     def script(heard: bytes) -> bytes:
@@ -769,8 +742,7 @@ async def test_an_http_proxy_that_answers_connects_only(mock_clock: MockClock, w
     assert (await world.asked()).through == [port(peer).rpartition(":")[2]]
 
 
-async def test_one_silence_is_no_answer_for_ever(mock_clock: MockClock, world: World) -> None:
-    """Whether it takes pipelining is asked again."""
+async def test_whether_it_takes_pipelining_is_asked_again_after_silence(mock_clock: MockClock, world: World) -> None:
     (peer,) = await world.peers(socks())
     pipelined = b"\x05\x02\xf5\x00" + daemons.request("0.0.0.0", 0)
     steps = socks()
@@ -782,7 +754,7 @@ async def test_one_silence_is_no_answer_for_ever(mock_clock: MockClock, world: W
         answers: list[Answer] = []
 
         async def probe() -> None:
-            answers.append(await upstream.probe(connect=5, answer=5, learn=True))
+            answers.append(await upstream.prober.probe(connect=5, answer=5, learn=True))
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(probe)
@@ -798,10 +770,9 @@ async def test_one_silence_is_no_answer_for_ever(mock_clock: MockClock, world: W
     assert await learn() is True
 
 
-async def test_silence_of_this_process_proves_nothing(mock_clock: MockClock, world: World) -> None:
+async def test_a_probe_is_repeated_if_this_process_did_not_run(mock_clock: MockClock, world: World) -> None:
     """Its answer was there in time, and we were not."""
-    first, second = await world.peers(silent, socks())
-    await world.configured(first, second)
+    first, second = await world.upstreams_of(silent, socks())
     session = world.ask()
     await world.pass_time(SUSPECT)
     await world.pass_time(SUSPECT + 5)  # as after SIGSTOP and SIGCONT
@@ -845,7 +816,7 @@ async def test_sticky(world: World) -> None:
     assert {key for key in before if before[key] != after[key]} == {k for k in before if before[k] == port(peers[0])}
 
 
-async def test_groups_of_their_own(world: World) -> None:
+async def test_an_upstream_in_two_groups(world: World) -> None:
     one, two = await world.peers(socks(), socks())
     more = f'[upstream.far]\nproxy_url = ["socks5://127.0.0.1:{two.port}", "socks5://127.0.0.1:{one.port}"]'
     upstreams = await world.configured(one, more=more)

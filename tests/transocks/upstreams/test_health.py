@@ -12,8 +12,11 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from transocks.config import HealthConfig
-from transocks.upstreams.health import Health, ProbeTimedOut
-from transocks.upstreams.state import Answer, State
+from transocks.upstreams.health import Health
+from transocks.upstreams.probes import ProbeTimedOut
+from transocks.upstreams.state import Answer
+from transocks.upstreams.state import UpstreamState as State
+from transocks.upstreams.upstream import UpstreamMetrics
 from usocksd.errors import DialError, UpstreamError
 from usocksd.log.metrics import Metrics
 from usocksd.serve.service import Stopping
@@ -138,6 +141,7 @@ class Upstream:
     def __init__(self, key: str = "one") -> None:
         self.key = key
         self.state = State(key, trio.current_time)
+        self.prober = self
         self.answer: Answer | Exception = Answer(0.01)
         self.once: list[Answer | Exception] = []
         """What it answers before that, one after the other."""
@@ -164,7 +168,7 @@ class World:
             [self.upstream],
             HealthConfig(interval=10),
             self.shared.append,
-            self.metrics,
+            UpstreamMetrics(self.metrics),
             clock=trio.current_time,
         )
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 from transocks.original_dst import Destination, Loop, NotRedirected
@@ -14,7 +15,6 @@ from usocksd.errors import Denied, Error, UpstreamError
 from usocksd.log.access import AccessRecords, Connection, pair_member
 from usocksd.log.log import Log
 from usocksd.log.metrics import Metrics
-from usocksd.log.seldom import Seldom
 from usocksd.net.dial import Target
 from usocksd.net.endpoint import Endpoint
 from usocksd.socks import Reply, RequestRefused
@@ -56,7 +56,7 @@ class AccessLog(AccessRecords):
     def __init__(self, log: Log, metrics: Metrics, routes: Iterable[str] = ()) -> None:
         """`routes` are the names of all routes."""
         super().__init__(log, _KEYS, logging.getLogger(__name__), metrics)
-        self.seldom = Seldom()
+        self.repeats = Repeats()
         self.connections = metrics.counters(
             "connections_total",
             "Client connections, by what their upstream speaks and how they began",
@@ -166,7 +166,7 @@ class Access(Connection):
             case NotRedirected():
                 # Mostly a health check, every few seconds.
                 level, message, status = logging.DEBUG, "not redirected", _NOT_REDIRECTED
-                if (times := self._records.seldom.due((self.client_host, str(error)))) is not None:
+                if (times := self._records.repeats.due((self.client_host, str(error)))) is not None:
                     level, more = logging.WARNING, {"count": times} if times > 1 else {}
             case Loop():
                 message, status = "loop refused", _LOOP
@@ -217,3 +217,25 @@ class Access(Connection):
             "route": self._route,
             "upstream": self._upstream,
         }
+
+
+class Repeats:
+    """Says when to write a record that repeats: every ten minutes, with how often it did. Knows the latest 1000."""
+
+    def __init__(self, *, every: float = 600.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._every = every
+        self._clock = clock
+        self._known: dict[Hashable, tuple[float, int]] = {}
+        """When each was written, and how often it has happened since."""
+
+    def due(self, what: Hashable) -> int | None:
+        """It has happened: how often since it was last written, if that was long enough ago to write it again."""
+        now = self._clock()
+        written, count = self._known.pop(what, (-self._every, 0))
+        if now - written < self._every:
+            self._known[what] = written, count + 1
+            return None
+        self._known[what] = now, 0
+        if len(self._known) > 1000:
+            del self._known[next(iter(self._known))]
+        return count + 1

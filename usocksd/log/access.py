@@ -6,17 +6,17 @@ Records: one when a relay starts, one when it ends, and one for each connection 
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from usocksd.errors import DialError, Error, NoEgress, ResolveError
 from usocksd.log.formats import Severity, Template
 from usocksd.log.log import Log
 from usocksd.log.metrics import BYTES, SECONDS, Counter, Histogram, Metrics
-from usocksd.log.request_id import request_ids
 from usocksd.net.address import join_port, unmapped
 from usocksd.net.ending import Reason, RelayResult, Side
 
@@ -177,6 +177,18 @@ class Connection:
     def _details(self) -> dict[str, Any]:
         """What `connections` shows of it beyond what all have."""
         raise NotImplementedError
+
+
+def request_ids() -> Callable[[], str]:
+    """A generator of UUIDs that never repeat: 74 random bits of this process, then 48 that count.
+
+    They are of version 8, whose bits are the application's own (RFC 9562, section 5.8). A random UUID for every
+    connection would cost a system call each.
+    """
+    head = int.from_bytes(os.urandom(10))
+    text = f"{head >> 32 & 0xFFFFFFFF:08x}-{head >> 16 & 0xFFFF:04x}-8{head & 0xFFF:03x}-{0x8000 | head >> 66:04x}"
+    count = itertools.count(1)
+    return lambda: f"{text}-{next(count):012x}"
 
 
 def pair_member(host: str, port: int) -> str:

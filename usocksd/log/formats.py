@@ -1,40 +1,40 @@
 """The three log formats of the original programs: values in, one finished line out. No I/O.
 
-They are those of github.com/cybozu-go/log (plain.go, logfmt.go, json.go), byte for byte where that library is
-deterministic (JSON: where all is printable), so that existing log pipelines keep working. Rules of this file:
+They are those of github.com/cybozu-go/log (plain.go, logfmt.go, json.go), so that existing log pipelines keep working:
+byte for byte where that library is deterministic and all is printable. Rules of this file:
 
 - A record is one line, and nothing in it moves a terminal: what is not printable is escaped, in every format.
 - What is not UTF-8 becomes U+FFFD. Python says "not UTF-8" with lone surrogates (`surrogateescape`).
-- A key that is not allowed is a bug, and a ValueError; no value is an error.
+- A key that is not allowed is a bug, and a ValueError; no value is an error. Values are None, bool, int, float, str
+  and lists of these; anything else (exceptions, addresses) is the text of its str().
 - Fields that are None are left out of plain and logfmt, where people would read "null" in half of a record. In JSON
   they stay: programs look for their key.
 
-Access records go through a `Template`, twice per proxied connection: whatever is known before is formatted
-before, so that a record costs one pass over its values and one `%`.
+Access records go through a `Template`, twice for each proxied connection.
 """
 
 from __future__ import annotations
 
 import re
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
+from decimal import Decimal
 from enum import IntEnum
-from itertools import compress, repeat
-from json.encoder import encode_basestring
-from operator import is_not, itemgetter
+from json.encoder import encode_basestring, encode_basestring_ascii
 from typing import Any, ClassVar, Final
-
-from usocksd.log.gotext import go_float, go_quote, go_v, json_quote, timestamp
 
 MAX_RECORD: Final = 1 << 20
 """Bytes in a record, its newline included."""
 
+MESSAGE_CUT: Final = 1 << 16
+"""Characters to which a message is cut so that it fits even if each of them needs ten (\\U0001f600)."""
+
 _RESERVED: Final = frozenset({"topic", "logged_at", "severity", "utsname", "message"})
 _KEY = re.compile(r"[_a-z][a-z0-9_]*")
-# Keeps an over-long message under MAX_RECORD even when each of its characters needs ten (\U0001f600).
-_MESSAGE_CUT: Final = 1 << 16
+_SURROGATES = re.compile(r"[\ud800-\udfff]+")
+_GO_SHORT: Final = {
+    '"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t", "\a": "\\a", "\b": "\\b", "\f": "\\f", "\v": "\\v",
+}  # fmt: skip
 
 
 class Severity(IntEnum):
@@ -47,11 +47,10 @@ class Severity(IntEnum):
     DEBUG = 7
 
 
-class Formatter(ABC):
-    """Makes records of one format for one program on one host.
+class Formatter:
+    """Makes records of one format for one program on one host; the subclasses are the formats.
 
-    `topic` is the program's name, `utsname` the host's; what could break a line in them becomes '-' (in the
-    original only the topic's).
+    `topic` is the program's name, `utsname` the host's; what could break a line in them becomes '-'.
     """
 
     name: ClassVar[str]
@@ -72,12 +71,6 @@ class Formatter(ABC):
         """
         return Template(self, severity, message, fields or {}, ()).render(now, ())
 
-    def template(
-        self, severity: Severity, message: str, constants: Mapping[str, object], keys: Sequence[str]
-    ) -> Template:
-        """A record all fixed but its time and the values of `keys`. Raises ValueError as `format` does."""
-        return Template(self, severity, message, constants, keys)
-
     def second(self, second: int) -> str:
         """A record's timestamp up to the fraction. Kept for the other records of the same second."""
         known, text = self._second  # one tuple, replaced as a whole: threads may race here
@@ -86,55 +79,49 @@ class Formatter(ABC):
             self._second = (second, text)
         return text
 
-    @abstractmethod
     def head(self, severity: str, message: str) -> tuple[str, str]:
         """What stands before the timestamp, and what between it and the fields."""
+        raise NotImplementedError
 
-    @abstractmethod
     def key(self, key: str) -> str:
         """`key` with all that stands between the field before it and its value."""
-
-    @abstractmethod
-    def mapping(self, value: Mapping[object, object]) -> str: ...
-
-    @abstractmethod
-    def sequence(self, value: Iterable[object]) -> str: ...
+        return f" {key}="
 
     def quote(self, text: str) -> str:
-        return go_quote(text)
+        """A string, as strconv.Quote of Go (fmt's %q) writes it; each run of what is not UTF-8 is one U+FFFD.
 
-    def number(self, number: float) -> str:
-        return go_float(number)
+        `str.isprintable` and Go's `strconv.IsPrint` both mean "in neither of Unicode's categories C and Z, or the
+        space", so the C function behind the json module is right for Go too. (They may know different versions of
+        Unicode.)
+        """
+        if text.isprintable():
+            return encode_basestring(text)
+        return f'"{"".join(map(_go_escape, _SURROGATES.sub(chr(0xFFFD), text)))}"'
 
-    def time(self, moment: datetime) -> str:
-        return timestamp(moment)
+    def sequence(self, value: Iterable[object]) -> str:
+        """A list."""
+        return f"[{' '.join(map(self.value, value))}]"
 
     def value(self, value: object) -> str:
-        """A field's value: None, bool, int, float, str, datetime, mappings, lists, tuples and sets have a
-        form of their own, bytes are text, all else (exceptions, addresses, enums) is the text of its str().
-        """
+        """A field's value."""
         match value:
             case str():
-                text = self.quote(str.__str__(value))  # a StrEnum is its value
+                return self.quote(value)
             case None:
-                text = "null"
-            case bool() | int():
-                text = go_v(value)
+                return "null"
+            case bool():
+                return "true" if value else "false"
+            case int():
+                return str(int(value))  # an IntEnum is its number
             case float():
-                text = self.number(value)
-            case datetime():
-                text = self.time(value)
-            case list() | tuple() | set() | frozenset():
-                text = self.sequence(value)
-            case Mapping():  # behind all that is cheaper to tell
-                text = self.mapping(value)
-            case _:
-                text = self.quote(go_v(value))
-        return text
+                return _float(value)
+            case list() | tuple():
+                return self.sequence(value)
+        return self.quote(str(value) or repr(value))  # str(TimeoutError()) is empty
 
 
 class Plain(Formatter):
-    """2001-12-03T13:45:01.123456Z localhost tag1 debug: "test message" a=1 b="[x y]" c="map[k:1]" """
+    """2001-12-03T13:45:01.123456Z localhost tag1 debug: "test message" a=1 b="[x y]" """
 
     name = "plain"
     sorts = True
@@ -142,18 +129,12 @@ class Plain(Formatter):
     def head(self, severity: str, message: str) -> tuple[str, str]:
         return "", f"Z {self.utsname} {self.topic} {severity}: {self.quote(message)}"
 
-    def key(self, key: str) -> str:
-        return f" {key}="
-
-    def mapping(self, value: Mapping[object, object]) -> str:
-        return self.quote(go_v(value))
-
     def sequence(self, value: Iterable[object]) -> str:
-        return self.quote(go_v(value))
+        return self.quote(f"[{' '.join(map(str, value))}]")
 
 
 class Logfmt(Formatter):
-    """topic=tag1 logged_at=… severity=debug utsname=localhost message="a message" a=1 b=["x" "y"] c={k=1}"""
+    """topic=tag1 logged_at=… severity=debug utsname=localhost message="a message" a=1 b=["x" "y"]"""
 
     name = "logfmt"
 
@@ -162,16 +143,6 @@ class Logfmt(Formatter):
             f"topic={self.topic} logged_at=",
             f"Z severity={severity} utsname={self.utsname} message={self.quote(message)}",
         )
-
-    def key(self, key: str) -> str:
-        return f" {key}="
-
-    def mapping(self, value: Mapping[object, object]) -> str:
-        keys = ((k if _KEY.fullmatch(k := str(key)) else self.quote(k), item) for key, item in value.items())
-        return f"{{{' '.join(f'{key}={self.value(item)}' for key, item in keys)}}}"
-
-    def sequence(self, value: Iterable[object]) -> str:
-        return f"[{' '.join(map(self.value, value))}]"
 
 
 class JSON(Formatter):
@@ -190,46 +161,28 @@ class JSON(Formatter):
     def key(self, key: str) -> str:
         return f',"{key}":'
 
-    def mapping(self, value: Mapping[object, object]) -> str:
-        items = (f"{self.quote(str(key))}:{self.value(item)}" for key, item in value.items())
-        return f"{{{','.join(items)}}}"
+    def quote(self, text: str) -> str:
+        """A string. The original leaves all but ASCII's controls as they are: U+0085 and U+2028, which end lines for
+        some readers, and U+009B and U+202E, which terminals obey.
+        """
+        if text.isprintable():
+            return encode_basestring(text)
+        return encode_basestring_ascii(_SURROGATES.sub("\ufffd", text))
 
     def sequence(self, value: Iterable[object]) -> str:
         # Of strings mostly, in each connection's record: not by way of `value`, which takes twice as long.
         quote, text = self.quote, self.value
         return f"[{','.join([quote(item) if type(item) is str else text(item) for item in value])}]"
 
-    def quote(self, text: str) -> str:
-        return json_quote(text)
-
-    def number(self, number: float) -> str:
-        text = go_float(number)
-        return f'"{text}"' if text[-1].isalpha() else text  # NaN, +Inf, -Inf
-
-    def time(self, moment: datetime) -> str:
-        return f'"{timestamp(moment)}"'
-
 
 FORMATS: Final[Mapping[str, type[Formatter]]] = {cls.name: cls for cls in (Plain, Logfmt, JSON)}
 
 
 class Template:
-    """A record, formatted but for its time and the values of some keys; see `Formatter.template`."""
+    """A record of which all is known but its time and the values of `keys`.
 
-    __slots__ = (
-        "_constants",
-        "_fewer",
-        "_format",
-        "_formatter",
-        "_keys",
-        "_message",
-        "_number",
-        "_order",
-        "_quote",
-        "_second",
-        "_value",
-        "severity",
-    )
+    Raises ValueError for a key that is not allowed, or there twice.
+    """
 
     def __init__(
         self,
@@ -243,29 +196,24 @@ class Template:
         for name in names:
             if name in _RESERVED or not _KEY.fullmatch(name) or names.count(name) > 1:
                 raise ValueError(f"invalid key of a log field: {name!r}")
-        if not formatter.nulls:
-            names = [name for name in names if name not in constants or constants[name] is not None]
         if formatter.sorts:
             names.sort()
         order = [keys.index(name) for name in names if name not in constants]
-        # itemgetter returns no tuple for one index, and takes no empty list: those need no permutation.
-        self._order = itemgetter(*order) if order != sorted(order) else None
-        before, after = formatter.head(severity.name.lower(), message)
-        fields = (
-            escaped(formatter.key(name)) + (escaped(formatter.value(constants[name])) if name in constants else "%s")
-            for name in names
-        )
-        self._format = f"{escaped(before)}%s%06d{escaped(after)}{''.join(fields)}{formatter.end}"
+        self._order = order if order != sorted(order) else None
+        # Where fields that are None are left out, their keys are too.
+        prefixes = {name: formatter.key(name) for name in names}
+        self._prefixes = ["" if formatter.nulls else prefixes[keys[at]] for at in order]
+        self._null = "null" if formatter.nulls else ""
+        fields = ""
+        for name in names:
+            if name not in constants:
+                fields += f"{_escape(prefixes[name])}%s" if formatter.nulls else "%s"
+            elif formatter.nulls or constants[name] is not None:
+                fields += _escape(prefixes[name] + formatter.value(constants[name]))
+        before, after = map(_escape, formatter.head(severity.name.lower(), message))
+        self._format = f"{before}%s%06d{after}{fields}{formatter.end}"
         self._formatter = formatter
-        self._constants = constants
-        self._keys = keys
-        self._fewer: dict[tuple[bool, ...], Template] = {}
-        """For records of which some values are None: by which of them are not."""
         self._message = message
-        self._number = formatter.number
-        self._quote = formatter.quote
-        self._second = formatter.second
-        self._value = formatter.value
         self.severity = severity
 
     def render(self, now: float, values: tuple[Any, ...]) -> bytes:
@@ -273,40 +221,50 @@ class Template:
 
         Costs about 3 µs for twelve short values. A record of more than MAX_RECORD loses its fields.
         """
-        if None in values and not self._formatter.nulls:
-            return self._render_fewer(now, values)
         second = int(now)
         micros = int((now - second) * 1e6 + 0.5)
-        texts: list[object] = [self._second(second), micros if micros < 1000000 else 999999]
-        append, quote, order = texts.append, self._quote, self._order
-        for value in values if order is None else order(values):
+        formatter = self._formatter
+        texts: list[object] = [formatter.second(second), micros if micros < 1000000 else 999999]
+        append, quote, null = texts.append, formatter.quote, self._null
+        if self._order is not None:
+            values = tuple([values[at] for at in self._order])
+        for prefix, value in zip(self._prefixes, values, strict=True):
             # By type(): isinstance would cost as much here as the quoting. Subclasses take the long way.
             if (kind := type(value)) is str:
-                append(encode_basestring(value) if value.isprintable() else quote(value))
+                append(prefix + (encode_basestring(value) if value.isprintable() else quote(value)))
             elif kind is int:
-                append(value)
+                append(f"{prefix}{value}")
             elif value is None:
-                append("null")
+                append(null)
             elif kind is float:
-                append(self._number(value))
+                append(prefix + _float(value))
             else:
-                append(self._value(value))
+                append(prefix + formatter.value(value))
         record = (self._format % tuple(texts)).encode()
         return record if len(record) <= MAX_RECORD else self._too_large(now, len(record))
 
-    def _render_fewer(self, now: float, values: tuple[Any, ...]) -> bytes:
-        there = tuple(map(is_not, values, repeat(None)))
-        fewer = self._fewer.get(there)
-        if fewer is None:
-            keys = list(compress(self._keys, there))
-            fewer = self._fewer[there] = Template(self._formatter, self.severity, self._message, self._constants, keys)
-        return fewer.render(now, tuple(compress(values, there)))
-
     def _too_large(self, now: float, size: int) -> bytes:
         error = f"a record of {size} bytes exceeds {MAX_RECORD}"
-        return self._formatter.format(now, self.severity, self._message[:_MESSAGE_CUT], {"log_error": error})
+        return self._formatter.format(now, self.severity, self._message[:MESSAGE_CUT], {"log_error": error})
 
 
-def escaped(text: str) -> str:
+def _escape(text: str) -> str:
     """`text` as it has to stand in a %-format."""
     return text.replace("%", "%%")
+
+
+def _go_escape(char: str) -> str:
+    code = ord(char)
+    if char in _GO_SHORT:
+        return _GO_SHORT[char]
+    if char.isprintable():
+        return char
+    if code < 0x20 or code == 0x7F:
+        return f"\\x{code:02x}"
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def _float(number: float) -> str:
+    """The shortest text that reads back as `number`, without an exponent (strconv.FormatFloat 'f', -1)."""
+    text = repr(number)
+    return f"{Decimal(text):f}" if "e" in text else text.removesuffix(".0")

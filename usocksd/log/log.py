@@ -16,8 +16,8 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from usocksd.log.formats import FORMATS, Formatter, Severity, Template
-from usocksd.log.sink import Sink
+from usocksd.log.formats import FORMATS, MESSAGE_CUT, Formatter, Severity, Template
+from usocksd.log.sink import STDERR, Sink
 
 LEVELS: Final[Mapping[str, Severity]] = {
     "critical": Severity.CRITICAL,
@@ -31,17 +31,12 @@ LEVELS: Final[Mapping[str, Severity]] = {
 }
 """The names that -loglevel, `[log] level` and CYBOZU_LOG_LEVEL take."""
 
-LOGGERS: Final = ("usocksd", "transocks")
+_LOGGERS: Final = ("usocksd", "transocks")
 
-_STDERR: Final = 2
-_STDLIB: Final = {
-    Severity.CRITICAL: logging.CRITICAL,
-    Severity.ERROR: logging.ERROR,
-    Severity.WARNING: logging.WARNING,
-    Severity.INFO: logging.INFO,
-    Severity.DEBUG: logging.DEBUG,
-}
-_MESSAGE_CUT: Final = 1 << 16
+
+def _stdlib_level(severity: Severity) -> int:
+    level: int = getattr(logging, severity.name)
+    return level
 
 
 def parse_level(name: str) -> Severity:
@@ -53,33 +48,44 @@ def parse_level(name: str) -> Severity:
 
 
 class Log:
-    """Owns the sink and, once attached, the standard library's loggers of both packages, until it is closed.
-
-    See `setup`.
-    """
+    """Owns the sink and, while attached, the standard library's loggers of both packages. See `setup`."""
 
     def __init__(self, formatter: Formatter, sink: Sink, level: Severity) -> None:
         self.formatter = formatter
         self.append = sink.append
         """Hands a finished record to the sink; see `Sink.append`."""
+        self.reopen = sink.reopen
+        """Opens the log file again (SIGUSR1); see `Sink.reopen`."""
+        self.configured = self.level = level
+        """The level that it was set up with, and the one in force: records of the same or a worse severity are
+        written.
+        """
         self._sink = sink
         self._handler = Handler(formatter, sink)
-        self.configured = level
-        """The level that it was set up with."""
-        self._level = level
 
     def attach(self) -> None:
         """The standard library's records come here from now on."""
-        for name in LOGGERS:
+        for name in _LOGGERS:
             logger = logging.getLogger(name)
             logger.addHandler(self._handler)
             logger.propagate = False
-        self.set_level(self._level)
+        self.set_level(self.level)
 
-    @property
-    def level(self) -> Severity:
-        """Records of a worse or the same severity are written."""
-        return self._level
+    def detach(self) -> None:
+        """Give the loggers back; what is appended directly is still written."""
+        for name in _LOGGERS:
+            logger = logging.getLogger(name)
+            logger.removeHandler(self._handler)
+            if not any(isinstance(handler, Handler) for handler in logger.handlers):  # else another has taken over
+                logger.propagate = True
+                logger.setLevel(logging.NOTSET)
+
+    def close(self, timeout: float = 1.0) -> None:
+        """Write what can be written within `timeout` seconds, and give the loggers back. To be called before the
+        process ends, or the records of the last moments are lost.
+        """
+        self.detach()
+        self._sink.close(timeout)
 
     @property
     def dropped(self) -> int:
@@ -93,41 +99,18 @@ class Log:
 
     def enabled(self, severity: Severity) -> bool:
         """Whether a record of this severity is to be written."""
-        return severity <= self._level
+        return severity <= self.level
 
     def set_level(self, level: Severity) -> None:
-        self._level = level
-        for name in LOGGERS:
-            logging.getLogger(name).setLevel(_STDLIB[level])
+        self.level = level
+        for name in _LOGGERS:
+            logging.getLogger(name).setLevel(_stdlib_level(level))
 
     def template(
         self, severity: Severity, message: str, constants: Mapping[str, object], keys: Sequence[str]
     ) -> Template:
-        """A record all fixed but its time and the values of `keys`: what the hot path renders and appends.
-
-        Raises ValueError for a key that is not allowed.
-        """
-        return self.formatter.template(severity, message, constants, keys)
-
-    def reopen(self) -> None:
-        """Open the log file again (SIGUSR1); see `Sink.reopen`."""
-        self._sink.reopen()
-
-    def detach(self) -> None:
-        """Give the loggers back; what is appended directly is still written."""
-        for name in LOGGERS:
-            logger = logging.getLogger(name)
-            logger.removeHandler(self._handler)
-            if not any(isinstance(handler, Handler) for handler in logger.handlers):  # else another has taken over
-                logger.propagate = True
-                logger.setLevel(logging.NOTSET)
-
-    def close(self, timeout: float = 1.0) -> None:
-        """Write what can be written within `timeout` seconds, and give the loggers back. It must be called
-        before the process ends: without it the records of the last moments are lost.
-        """
-        self.detach()
-        self._sink.close(timeout)
+        """A record for the hot path; see `Template`."""
+        return Template(self.formatter, severity, message, constants, keys)
 
 
 class Handler(logging.Handler):
@@ -143,7 +126,7 @@ class Handler(logging.Handler):
         self._sink = sink
 
     def emit(self, record: logging.LogRecord) -> None:
-        severity = _severity(record.levelno)
+        severity = next((each for each in Severity if record.levelno >= _stdlib_level(each)), Severity.DEBUG)
         try:
             fields = dict(getattr(record, "fields", {}))
             if record.exc_info and record.exc_info[1] is not None:
@@ -153,12 +136,8 @@ class Handler(logging.Handler):
             line = self._formatter.format(record.created, severity, record.getMessage(), fields)
         except Exception as error:
             complaint = {"log_error": f"{type(error).__name__}: {error}"}
-            line = self._formatter.format(record.created, severity, str(record.msg)[:_MESSAGE_CUT], complaint)
+            line = self._formatter.format(record.created, severity, str(record.msg)[:MESSAGE_CUT], complaint)
         self._sink.append(line)
-
-
-def _severity(level: int) -> Severity:
-    return next((severity for severity, number in _STDLIB.items() if level >= number), Severity.DEBUG)
 
 
 def setup(topic: str, filename: str | None, level: str | None, format: str | None) -> Log:
@@ -180,4 +159,4 @@ def open_log(topic: str, filename: str | None, level: str | None, format: str | 
         formatter = FORMATS[format or "plain"](topic, os.uname().nodename)
     except KeyError:
         raise ValueError(f"no such log format: {format!r} (known are {', '.join(FORMATS)})") from None
-    return Log(formatter, Sink(filename or _STDERR, formatter), severity)
+    return Log(formatter, Sink(filename or STDERR, formatter), severity)

@@ -7,7 +7,7 @@ Rules of this file:
 - Lines are not torn, by us or by other processes that write to the same place (each worker does). Linux
   appends one write(2) to a local file as a whole, and to a pipe if it is of at most PIPE_BUF bytes (pipe(7));
   so every write holds whole records. The one exception is a record of more than PIPE_BUF to a pipe or socket,
-  which goes in pieces: then another process's record may land between two of them.
+  which goes in pieces: another process's record may land between two of them, or the reader may go away.
 - No O_NONBLOCK on a descriptor that we inherited: it would change stderr for everyone who shares it. poll(2)
   says when a write of PIPE_BUF will not block. Should it block after all, because someone else took the room,
   only the thread waits.
@@ -25,14 +25,14 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
-from itertools import islice
 from queue import Empty, SimpleQueue
 from typing import Final
 
 from usocksd.log.formats import MAX_RECORD, Formatter, Severity
 
+STDERR: Final = 2
+
 _FLAGS: Final = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
-_STDERR: Final = 2
 _MAX_BACKOFF: Final = 5.0
 _PATIENCE: Final = 0.1
 """Seconds for which the thread looks at nothing but a reader that does not read."""
@@ -42,73 +42,52 @@ class Output:
     """One open file, pipe, socket or device. Opening raises OSError."""
 
     def __init__(self, target: str | int) -> None:
-        self.own = isinstance(target, str)
+        self._own = isinstance(target, str)
         if isinstance(target, str):
             # O_NONBLOCK so that a FIFO without a reader is ENXIO and not a hang. The open file is ours alone.
             self.fd = os.open(target, _FLAGS, 0o644)
         else:
             self.fd = _duplicate(target)
-        status = os.fstat(self.fd)
-        self.identity = (status.st_dev, status.st_ino)
-        self.regular = stat.S_ISREG(status.st_mode)
-        self._limit = MAX_RECORD + 1 if self.regular else select.PIPE_BUF  # 1 for a newline, see _torn
+        self._regular = stat.S_ISREG(os.fstat(self.fd).st_mode)
+        self._limit = MAX_RECORD + 1 if self._regular else select.PIPE_BUF  # 1 for a newline, see _torn
         self._poll = select.poll()
         self._poll.register(self.fd, select.POLLOUT)
-        self._offset = 0  # how much of the next record went out already; streams only
-        self._torn = False  # what is written may end in the middle of a line: begin with a newline
+        self._torn = False  # the file may end in the middle of a line: begin with a newline
 
     def write(self, records: deque[bytes], patience: float) -> int | None:
-        """One write(2) from the front of `records`, taking off those that are now written whole.
+        """One write(2) from the front of `records`, taking off what is written.
 
-        Returns their bytes, or None when for `patience` seconds nobody read. Raises OSError; `records` then
+        Returns how many bytes that is, or None when for `patience` seconds nobody read. Raises OSError; `records` then
         still begins with the one to go on with.
         """
-        if not self.regular and not self._poll.poll(patience * 1000):
+        if not self._regular and not self._poll.poll(patience * 1000):
             return None
-        data = self._gather(records)
-        try:
-            written = os.write(self.fd, data)
-        except BrokenPipeError:
-            # Whoever was to get the rest is gone; the first part may or may not wait for the next reader of a
-            # FIFO. That one gets the record whole, on a line of its own.
-            self._torn = self._torn or self._offset > 0
-            self._offset = 0
-            raise
+        written = os.write(self.fd, self._gather(records))
         if self._torn and written:
             self._torn = False
             written -= 1
-        done = self._retire(records, written)
-        if self.regular and not done:
+        done = 0
+        while records and done + len(records[0]) <= written:
+            done += len(records.popleft())
+        if rest := written - done:
+            if not self._regular:
+                records[0] = records[0][rest:]
+                return written
+            self._mend(rest)
+        if self._regular and not done:
             # A full disk may take a part of a record again and again.
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return done
 
     def _gather(self, records: deque[bytes]) -> bytes:
         pieces = [b"\n"] if self._torn else []
-        end = self._offset + self._limit - len(pieces)
-        pieces.append(records[0][self._offset : end])
-        size = sum(map(len, pieces))
-        if end >= len(records[0]):
-            for record in islice(records, 1, None):
-                size += len(record)
-                if size > self._limit:
-                    break
-                pieces.append(record)
-        return b"".join(pieces)
-
-    def _retire(self, records: deque[bytes], written: int) -> int:
-        left = self._offset + written
-        done = 0
-        while records and left >= len(records[0]):
-            size = len(records.popleft())
-            left -= size
-            done += size
-        if self.regular:
-            if left:
-                self._mend(left)
-        else:
-            self._offset = left
-        return done
+        size = len(pieces)
+        for record in records:
+            size += len(record)
+            if size > self._limit and record is not records[0]:
+                break
+            pieces.append(record)
+        return b"".join(pieces)[: self._limit]
 
     def _mend(self, partial: int) -> None:
         # A disk is full, or a limit reached, in the middle of a record. Someone else may write to this file
@@ -117,17 +96,12 @@ class Output:
         # can't be cut (an append-only file, stderr without O_APPEND) is closed by the next write's newline.
         # Either way the record is written again from its start.
         self._torn = True
-        if self.own:
+        if self._own:
             with suppress(OSError):
                 end = os.lseek(self.fd, 0, os.SEEK_CUR)
                 if os.fstat(self.fd).st_size == end:
                     os.ftruncate(self.fd, end - partial)
                     self._torn = False
-
-    def succeed(self, old: Output) -> None:
-        """Go on where `old` stopped if it is the same file or pipe, opened again."""
-        if self.identity == old.identity:
-            self._offset, self._torn = old._offset, old._torn
 
     def close(self) -> None:
         os.close(self.fd)
@@ -241,20 +215,15 @@ class Sink:
             try:
                 drained = self._flush(_PATIENCE)
             except OSError as error:
-                self._trouble = error
                 self._note(error)
                 delay = backoff
                 backoff = min(backoff * 2, _MAX_BACKOFF)
                 continue
+            backoff = self._backoff
+            delay = 0.0  # poll did the waiting
             if drained:
                 self._note(None)
-            backoff = self._backoff
-            if not drained:
-                delay = 0.0  # poll did the waiting
-            elif self._backlog or self._untold:
-                delay = self._linger
-            else:
-                delay = None
+                delay = self._linger if self._backlog or self._untold else None
         self._finish()
 
     def _pause(self, seconds: float | None) -> None:
@@ -285,15 +254,17 @@ class Sink:
 
     def _note(self, error: OSError | None) -> None:
         """The output fails, or does so no more. When that changes, stderr is told if it is something else."""
+        self._trouble = error or self._trouble
         before, self._failing = self._failing, error
         if (before is None) is (error is None) or isinstance(self._target, int):
             return
-        severity, message = Severity.ERROR, "the log can't be written"
-        if error is None:
-            severity, message = Severity.INFO, "the log is written again"
-        fields = {"file": self._target} | ({} if error is None else {"error": error})
+        severity, message = Severity.INFO, "the log is written again"
+        fields: dict[str, object] = {"file": self._target}
+        if error is not None:
+            severity, message = Severity.ERROR, "the log can't be written"
+            fields["error"] = error
         with suppress(OSError):
-            stderr = Output(_STDERR)
+            stderr = Output(STDERR)
             stderr.write(deque([self._formatter.format(time.time(), severity, message, fields)]), patience=0.0)
             stderr.close()
 
@@ -312,19 +283,15 @@ class Sink:
         except OSError as error:
             self._tell(Severity.ERROR, "failed to reopen the log file", {"error": error})
             return
-        fresh.succeed(self._output)
         self._output.close()
         self._output = fresh
 
     def _finish(self) -> None:
-        try:
-            while True:
+        with suppress(OSError):  # no time for another try
+            left = 1.0
+            while left > 0 and (self._held or self._backlog or self._untold):
                 left = self._deadline - time.monotonic()
                 self._flush(max(0.0, min(left, _PATIENCE)))
-                if left <= 0 or not (self._held or self._backlog or self._untold):
-                    break
-        except OSError:
-            pass  # no time for another try
         with self._lock:
             self._dropped += len(self._held) + len(self._backlog)
         self._output.close()

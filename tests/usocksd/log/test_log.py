@@ -80,15 +80,7 @@ def test_bad_names_and_places(start: StartLog, tmp_path: Path) -> None:
     assert not logging.getLogger("usocksd").handlers
 
 
-def test_default_format_is_plain(start: StartLog, tmp_path: Path) -> None:
-    log = start(format="")
-    logging.getLogger("usocksd").info("hello", extra={"fields": {"b": 1, "a": "x"}})
-    log.close(LIMIT)
-    text = (tmp_path / "log").read_text()
-    assert text.endswith(f' {log.formatter.utsname} usocksd info: "hello" a="x" b=1\n')
-
-
-@pytest.mark.parametrize("name", ["usocksd", "usocksd.names.resolver", "transocks", "transocks.session"])
+@pytest.mark.parametrize("name", ["usocksd.names.resolver", "transocks"])
 def test_standard_loggers(start: StartLog, tmp_path: Path, name: str) -> None:
     log = start()
     logging.getLogger(name).warning("look at %s", "this", extra={"fields": {"n": 1, "x": None}})
@@ -162,16 +154,6 @@ def test_mistakes_in_a_log_call(start: StartLog, tmp_path: Path, args: tuple[obj
     assert record["severity"] == "info"
     if args or fields:
         assert "log_error" in record
-
-
-def test_templates(start: StartLog, tmp_path: Path) -> None:
-    log = start()
-    ends = log.template(Severity.INFO, "proxy ends", {"type": "access"}, ("elapsed", "dest"))
-    assert log.enabled(ends.severity)
-    log.append(ends.render(1.0, (0.5, "192.0.2.1:80")))
-    (record,) = written(log, tmp_path)
-    assert record["logged_at"] == "1970-01-01T00:00:01.000000Z"
-    assert (record["type"], record["elapsed"], record["dest"]) == ("access", 0.5, "192.0.2.1:80")
 
 
 def test_reopen_and_dropped(start: StartLog, tmp_path: Path) -> None:

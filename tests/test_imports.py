@@ -23,7 +23,7 @@ COMMON = ("usocksd.errors", "usocksd.__version__")
 PURE = (
     *(f"usocksd.{name}" for name in ("socks", "errors", "acl", "clients", "egress", "policy", "records", "replay")),
     *(f"usocksd.{name}" for name in ("replies", "net.address", "net.proxy_protocol")),
-    *(f"usocksd.names.{name}" for name in ("match", "sites", "site_index", "protected")),
+    *(f"usocksd.names.{name}" for name in ("match", "sites", "site_index")),
     *(f"transocks.{name}" for name in ("sniff", "routes", "http_connect", "tracing.events", "tracing.frames")),
     *(f"transocks.rules.{name}" for name in ("config", "render", "nft_json", "saved", "verify")),
 )

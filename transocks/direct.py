@@ -6,8 +6,7 @@ from collections.abc import Callable
 
 from transocks.upstreams.request import Progress, Request, Tunnel
 from usocksd.errors import Denied
-from usocksd.names.match import judged_addresses
-from usocksd.names.protected import PROTECTED_NETWORKS
+from usocksd.names.match import PROTECTED_NETWORKS, judged_addresses
 from usocksd.names.resolver import Resolver
 from usocksd.net.address import IPAddress
 from usocksd.net.dial import Dialer, Target

@@ -18,8 +18,7 @@ from ipaddress import IPv6Network
 
 from attrs import frozen
 
-from usocksd.names.match import NameSet, NetworkMap, judged_addresses, parse_network
-from usocksd.names.protected import PROTECTED_NETWORKS
+from usocksd.names.match import PROTECTED_NETWORKS, NameSet, NetworkMap, judged_addresses, parse_network
 from usocksd.names.site_index import PortIndex, SiteIndex, has_port, mask_of
 from usocksd.names.sites import Prefix, SiteList, parse_entry
 from usocksd.net.address import IPAddress, IPNetwork

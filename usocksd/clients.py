@@ -6,8 +6,7 @@ from collections.abc import Iterable
 from ipaddress import IPv6Address
 from typing import Final
 
-from usocksd.names.match import NetworkMap, parse_network
-from usocksd.names.protected import LINK_LOCAL, LOOPBACK
+from usocksd.names.match import LINK_LOCAL, LOOPBACK, NetworkMap, parse_network
 from usocksd.net.address import IPAddress, IPNetwork, numeric_address
 
 # RFC 1918, RFC 6598, RFC 4193

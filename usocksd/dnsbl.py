@@ -154,17 +154,18 @@ class Lookups:
         metrics: Metrics,
         *,
         resolv_conf: Path = Path("/etc/resolv.conf"),
+        port: int = 53,
         shortest: float = _SHORTEST,
         after_failure: float = _AFTER_FAILURE,
         lifetime: float = _LIFETIME,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`servers` None: those of `resolv_conf`. The times are in seconds: between two questions about one address at
-        least, until the next one when there was no answer, and for an answer.
+        """`servers` None: those of `resolv_conf`, on `port`. Times in seconds: the shortest between two questions
+        about one address, until the next one if there was no answer, and for an answer.
         """
         self._listings = listings
         self._share = share
-        self._servers = NameServers(servers, resolv_conf, lifetime=lifetime, clock=clock)
+        self._servers = NameServers(servers, resolv_conf, port=port, lifetime=lifetime, clock=clock)
         self._shortest = shortest
         self._after_failure = after_failure
         self._clock = clock

@@ -17,8 +17,9 @@ from usocksd.clients import ALLOW_FROM
 from usocksd.dnsbl import Listings
 from usocksd.egress import EgressPools, sites
 from usocksd.errors import Denied, Error, NoEgress, ResolveError
+from usocksd.names.answers import ABSENT, NO_SUCH_NAME
 from usocksd.names.match import canonical_host
-from usocksd.names.resolver import ABSENT, NO_SUCH_NAME, Resolver
+from usocksd.names.resolver import Resolver
 from usocksd.net.address import IPAddress, numeric_address
 from usocksd.policy import USERS, Policy
 

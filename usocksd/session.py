@@ -18,8 +18,9 @@ from usocksd.auth import Users
 from usocksd.clients import ALLOW_FROM, ClientRules
 from usocksd.egress import EgressPools, Usable, sites
 from usocksd.errors import CommandNotSupported, Denied, Error, NoEgress, ResolveError
+from usocksd.names.answers import ABSENT, NO_SUCH_NAME
 from usocksd.names.match import canonical_host
-from usocksd.names.resolver import ABSENT, NO_SUCH_NAME, Resolver
+from usocksd.names.resolver import Resolver
 from usocksd.net.address import IPAddress, numeric_address
 from usocksd.net.dial import Dialer, Target
 from usocksd.net.ending import Limits

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from usocksd.acl import AccessRules, Decision, Rule, Step
 from usocksd.clients import ClientRules
 from usocksd.config import Config
-from usocksd.names.match import canonical_host, judged_addresses, parse_network
-from usocksd.names.protected import PROTECTED
+from usocksd.names.match import PROTECTED, canonical_host, judged_addresses, parse_network
 from usocksd.names.sites import SiteList, entry_fault, parse_entry
 from usocksd.net.address import IPAddress
 from usocksd.settings.loader import parse

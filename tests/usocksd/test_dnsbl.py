@@ -319,13 +319,11 @@ async def test_a_dead_list_holds_up_no_other_with_however_many_addresses(tasks: 
         keeper.scope.cancel()
 
 
-async def test_a_bad_resolv_conf_does_not_end_the_lookups(
-    tasks: trio.Nursery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_bad_resolv_conf_does_not_end_the_lookups(tasks: trio.Nursery, tmp_path: Path) -> None:
     resolv_conf = tmp_path / "resolv.conf"
     resolv_conf.write_text("search a..b\nnameserver bogus\nnameserver 127.0.0.1\n")
     with NameServer({f"10.100.51.198.{DOMAIN}": ["127.0.0.2"]}) as server:
-        monkeypatch.setattr("usocksd.names.name_servers.PORT", int(server.address.rpartition(":")[2]))
-        keeper = Keeper(tasks, None, ONE, resolv_conf=resolv_conf)
+        port = int(server.address.rpartition(":")[2])
+        keeper = Keeper(tasks, None, ONE, resolv_conf=resolv_conf, port=port)
         await until(lambda: keeper.listed == {ONE})
         keeper.scope.cancel()

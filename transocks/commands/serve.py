@@ -15,7 +15,7 @@ from usocksd import __version__
 from usocksd.errors import Error
 from usocksd.host.addresses import HostAddresses
 from usocksd.host.limits import most_name_sockets, most_pipes, most_spare
-from usocksd.names.resolver import Resolver
+from usocksd.names.resolver import make_resolver
 from usocksd.net.dial import Dialer, check_mark
 from usocksd.net.keepalive import KeepAlive
 from usocksd.net.pipes import PipePool
@@ -36,12 +36,7 @@ def build(config: Config, parts: Parts) -> Built:
             " unit, and a master of an older version has to be restarted"
         )
     hosts = HostAddresses(parts.metrics)
-    resolver = Resolver(
-        config.dns.servers,
-        parts.metrics,
-        system=config.dns.resolver == "system",
-        sockets=most_name_sockets(parts.descriptors),
-    )
+    resolver = make_resolver(config.dns, parts.metrics, sockets=most_name_sockets(parts.descriptors))
     dialer = Dialer(parts.reactor, spare=most_spare(parts.descriptors))
     direct = Direct(dialer=dialer, resolver=resolver, mark=config.mark, is_local=hosts.is_local)
     upstreams = Upstreams(

@@ -27,7 +27,7 @@ from transocks.upstreams.probes import ping
 from transocks.upstreams.proxy_url import ProxyScheme, ProxyURL
 from usocksd.errors import Error, ResolveError, UpstreamError
 from usocksd.log.metrics import Metrics
-from usocksd.names.resolver import Resolver
+from usocksd.names.resolver import Resolver, make_resolver
 from usocksd.net.address import IPAddress, join_port, socket_address
 from usocksd.net.proxy_protocol import LOCAL_HEADER
 from usocksd.socks import NEED_DATA, Probe, Probed, RequestRefused
@@ -86,8 +86,7 @@ def greet_all(seen: Seen, trials: Trials) -> list[Greeted]:
 
 async def _greet_all(seen: Seen, trials: Trials) -> list[Greeted]:
     found: list[Greeted] = []
-    dns = seen.config.dns
-    resolver = Resolver(dns.servers, Metrics("doctor"), system=dns.resolver == "system", sockets=16)
+    resolver = make_resolver(seen.config.dns, Metrics("doctor"), sockets=16)
 
     async def greet_one(proxy: ProxyURL) -> None:
         found.extend(await _greet(proxy, resolver, seen, trials))

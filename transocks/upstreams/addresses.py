@@ -8,7 +8,8 @@ from math import inf
 from transocks.original_dst import Destination
 from transocks.upstreams.proxy_url import ProxyURL
 from usocksd.errors import ResolveError
-from usocksd.names.resolver import ABSENT, Resolver
+from usocksd.names.answers import ABSENT
+from usocksd.names.resolver import Resolver
 from usocksd.net.address import IPAddress, without_zone
 from usocksd.net.dial import Target
 from usocksd.net.endpoint import Endpoint

@@ -13,7 +13,8 @@ from transocks.upstreams.request import Attempt, Progress, Request, Tunnel
 from transocks.upstreams.state import UpstreamState
 from usocksd.errors import DialError, Error, ResolveError, UpstreamError
 from usocksd.log.metrics import SECONDS, Metrics
-from usocksd.names.resolver import ABSENT, Resolver
+from usocksd.names.answers import ABSENT
+from usocksd.names.resolver import Resolver
 from usocksd.net.dial import Dialer
 from usocksd.net.endpoint import DeadlineExpired, Endpoint, PeerReset
 from usocksd.net.proxy_protocol import LOCAL_HEADER, header

@@ -170,11 +170,11 @@ async def _explain(config: Config, request: Json) -> Json:
     from usocksd.explain import Explainer  # noqa: PLC0415
     from usocksd.host.addresses import HostAddresses  # noqa: PLC0415
     from usocksd.log.metrics import Metrics  # noqa: PLC0415
-    from usocksd.names.resolver import Resolver  # noqa: PLC0415
+    from usocksd.names.resolver import make_resolver  # noqa: PLC0415
 
     metrics, hosts = Metrics("usocksd"), HostAddresses()
     policy = make_policy(config, make_users(config), hosts.is_local)
-    resolver = Resolver(config.dns.servers, metrics, system=config.dns.resolver == "system")
+    resolver = make_resolver(config.dns, metrics)
     egress, listings = make_egress(config, hosts, metrics)
     lookups = Lookups(listings, listings.take, config.dns.servers, metrics)
     explainer = Explainer(policy, resolver, egress, listings, min(config.timeouts.connect, _RESOLVE_WITHIN))

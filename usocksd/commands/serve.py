@@ -14,7 +14,7 @@ from usocksd.explain import Explainer
 from usocksd.host.addresses import HostAddresses
 from usocksd.host.limits import most_name_sockets, most_pipes, most_spare
 from usocksd.lint import warnings
-from usocksd.names.resolver import Resolver
+from usocksd.names.resolver import make_resolver
 from usocksd.net.dial import Dialer, check_mark
 from usocksd.net.keepalive import KeepAlive
 from usocksd.net.pipes import PipePool
@@ -41,12 +41,7 @@ def build(config: Config, parts: Parts) -> Built:
     egress, listings = make_egress(config, hosts, parts.metrics)
     parts.shared(listings.take)
     lookups = Lookups(listings, parts.share, config.dns.servers, parts.metrics)
-    resolver = Resolver(
-        config.dns.servers,
-        parts.metrics,
-        system=config.dns.resolver == "system",
-        sockets=most_name_sockets(parts.descriptors),
-    )
+    resolver = make_resolver(config.dns, parts.metrics, sockets=most_name_sockets(parts.descriptors))
     in_front, proxied = config.incoming.proxy_protocol, None
     if in_front is not None and policy.trusted is not None:
         proxied = ProxiedListener(in_front.port, policy.trusted, policy.clients, parts.count_as)

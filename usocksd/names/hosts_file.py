@@ -1,22 +1,53 @@
-"""/etc/hosts, see hosts(5)."""
+"""/etc/hosts, see hosts(5); and files that are read again when they change."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
-from itertools import zip_longest
+import logging
+import os
 from pathlib import Path
 
 from usocksd.names.match import canonical_host
-from usocksd.names.watched_file import WatchedFile
 from usocksd.net.address import IPAddress, numeric_address
+
+_logger = logging.getLogger("usocksd.names.resolver")
+
+
+class WatchedFile:
+    """A small text file that is read again when it has changed. A missing file is an empty one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._seen: tuple[int, int, int] | str | None = "never"
+        self._unreadable = False
+
+    def changed(self) -> str | None:
+        """Its text, if it has changed since the last call and can be read."""
+        try:
+            status = os.stat(self.path)
+            now = (status.st_mtime_ns, status.st_ino, status.st_size)
+            if now == self._seen:
+                return None
+            text = self.path.read_text("utf-8", "replace")
+        except (FileNotFoundError, NotADirectoryError):
+            if self._seen is None:
+                return None
+            text, now = "", None
+        except OSError as error:
+            if not self._unreadable:
+                fields = {"file": str(self.path), "error": str(error)}
+                _logger.error("file can't be read: what was read before stays", extra={"fields": fields})
+            self._unreadable = True
+            return None
+        self._seen = now
+        self._unreadable = False
+        return text
 
 
 class HostsFile:
     """The names of the file and their addresses. Nothing is read until `reread`.
 
-    People keep a hundred thousand names there: reading takes 0.2 s for so many, since a name is looked at more
-    closely only when it is asked for.
+    Some people keep 100,000 names there. Reading those takes 0.2 s, since addresses are parsed only when asked for.
     """
 
     def __init__(self, path: Path) -> None:
@@ -35,29 +66,17 @@ class HostsFile:
                 self._texts.setdefault(_key(name), []).append(address)
         return True
 
-    def addresses(self, name: str) -> tuple[IPAddress, ...]:
-        """Those of a name as `canonical_host` gives it; none if the file does not have it.
-
-        What is no address is skipped, as the C library does.
-        """
+    def addresses(self, name: str) -> list[IPAddress]:
+        """Those of a name as `canonical_host` gives it. A word that is no address is skipped, as the C library does."""
         found: list[IPAddress] = []
         for text in self._texts.get(name, ()):
             with contextlib.suppress(ValueError):
                 found.append(numeric_address(text))
-        return in_turn(found)
-
-
-def in_turn(addresses: Iterable[IPAddress]) -> tuple[IPAddress, ...]:
-    """RFC 8305 section 4: the families in turn, IPv6 first, each in the order given."""
-    families: dict[int, list[IPAddress]] = {6: [], 4: []}
-    for address in dict.fromkeys(addresses):
-        families[address.version].append(address)
-    pairs = zip_longest(families[6], families[4])
-    return tuple(address for pair in pairs for address in pair if address is not None)
+        return found
 
 
 def _key(name: str) -> str:
-    """The canonical form of a name, if it has one; nobody asks for what has none."""
+    """The canonical form of a name; "" if it has none, and then nobody asks for it."""
     if name.isascii():
         return name.lower().removesuffix(".")
     try:

@@ -1,6 +1,6 @@
-"""The DNS servers to ask, as resolv.conf(5) or the configuration says, and in which order.
+"""The DNS servers of the configuration or of resolv.conf(5), and the order in which they are asked.
 
-A server that is dead costs a moment now and then, not with every name: it is asked last for a while.
+A dead server costs a moment now and then, but not with every name: it is asked last for a while.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import dns.rdatatype
 import trio
 
 from usocksd.errors import ResolveError
+from usocksd.names.hosts_file import WatchedFile
 from usocksd.names.name_query import SERVERS_FAILED, TIMED_OUT, Found, Kind, NameQuery, NameServer, Told
 from usocksd.names.resolv_conf import PORT, ResolvConf, parse
-from usocksd.names.watched_file import WatchedFile
 from usocksd.net.address import join_port
 from usocksd.settings.types import SocketAddress
 
@@ -30,7 +30,7 @@ FAMILIES = (dns.rdatatype.AAAA, dns.rdatatype.A)
 
 
 class NameServers:
-    """Those of the configuration, or of resolv.conf, whose search domains and options hold for either."""
+    """The servers. The search domains and options of resolv.conf hold for those of the configuration too."""
 
     def __init__(
         self,
@@ -38,13 +38,17 @@ class NameServers:
         resolv_conf: Path,
         *,
         clock: Callable[[], float],
+        port: int = PORT,
+        hostname: Callable[[], str] = socket.gethostname,
         lifetime: float | None = None,
     ) -> None:
-        """Servers None: those of `resolv_conf`, to be read by `reread`. `lifetime`: seconds for one name, all servers
-        together; None: as resolv.conf says, `timeout` times `attempts`.
+        """Servers None: those of `resolv_conf`, on `port`, once `reread` has read it. `lifetime`: seconds for one name,
+        all servers together; None: `timeout` times `attempts` of resolv.conf.
         """
         self.conf = ResolvConf()
         self._given = servers
+        self._port = port
+        self._hostname = hostname
         self._file = WatchedFile(resolv_conf)
         self._lifetime = lifetime
         self._clock = clock
@@ -53,7 +57,7 @@ class NameServers:
 
     @property
     def lifetime(self) -> float:
-        """Seconds until who asks for a name gives it up."""
+        """Seconds after which a name is given up."""
         return self.conf.timeout * self.conf.attempts if self._lifetime is None else self._lifetime
 
     def status(self) -> dict[str, bool]:
@@ -99,20 +103,18 @@ class NameServers:
         servers = random.sample(self._servers, len(self._servers)) if self.conf.rotate else self._servers
         order = sorted(servers, key=lambda server: server.silent_until if server.silent_until > now else -inf)
         if order[0].silent_until > -inf:
-            # Its while is over (or no other is better).
+            # It is tried again (or no other is better).
             order[0].try_again()
         return order
 
     def _configure(self, text: str) -> None:
-        self.conf = parse(text, hostname=socket.gethostname())
+        self.conf = parse(text, hostname=self._hostname())
         for line, error in self.conf.faults:
             fields = {"file": str(self._file.path), "line": line, "error": error}
             _logger.error("resolver configuration ignored", extra={"fields": fields})
-        self._servers = [NameServer(host, port, self._clock) for host, port in _addresses(self.conf, self._given)]
-
-
-def _addresses(conf: ResolvConf, given: Sequence[SocketAddress] | None) -> list[tuple[str, int]]:
-    if given is not None:
-        return [(str(server.address), server.port) for server in given]
-    # resolv.conf(5): without any it is the one on this host.
-    return [(server, PORT) for server in conf.servers] or [("127.0.0.1", PORT)]
+        if self._given is not None:
+            addresses = [(str(server.address), server.port) for server in self._given]
+        else:
+            # resolv.conf(5): without any it is the one on this host.
+            addresses = [(server, self._port) for server in self.conf.servers or ("127.0.0.1",)]
+        self._servers = [NameServer(host, port, self._clock) for host, port in addresses]

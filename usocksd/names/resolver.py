@@ -1,14 +1,14 @@
 """Names to addresses: /etc/hosts, a cache, and DNS servers, or the system's getaddrinfo.
 
-What this file keeps:
+Rules of this file:
 
-1. Nothing is asked for that the rules have not seen. `full_names` tells the names that a name may stand for by the
-   search domains of resolv.conf; everything else here takes a name for just itself.
-2. `cached` is plain dictionaries; only what it does not know costs a task switch.
-3. Askers of one name share one query. It belongs to none of them: it goes on when one gives up, and ends when
-   the last one has gone.
-4. What can't be answered costs the asker its deadline and nobody else anything: few are asked for at a time, they give
-   way to clients who ask for fewer, and what is past all hope fails at once (turns.py).
+1. Only names that the rules have seen are asked for. `full_names` applies the search domains of resolv.conf;
+   everything else here takes a name for just itself.
+2. `cached` is plain dictionaries; only a name that they don't have costs a task switch.
+3. Askers of one name share one query. It belongs to none of them: it goes on when one gives up, and ends when the last
+   one has gone.
+4. A name without an answer costs its asker the deadline, and others nothing: few names are asked for at a time, those
+   that wait give way to clients with fewer of them, and when too many wait some are refused (turns.py).
 """
 
 from __future__ import annotations
@@ -19,75 +19,53 @@ import socket
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import trio
-from attrs import Factory, define, frozen
+from attrs import Factory, define
 
 from usocksd.errors import ResolveError
 from usocksd.host.limits import owner
 from usocksd.log.metrics import SECONDS, Metrics
-from usocksd.names.hosts_file import HostsFile, in_turn
+from usocksd.names import answers
+from usocksd.names.answers import Entry
+from usocksd.names.hosts_file import HostsFile
 from usocksd.names.match import canonical_host
 from usocksd.names.name_query import SERVERS_FAILED, TIMED_OUT, Found
 from usocksd.names.name_servers import FAMILIES, NameServers
-from usocksd.names.resolv_conf import MOST_SERVERS, RESOLV_CONF
+from usocksd.names.resolv_conf import MOST_SERVERS, PORT, RESOLV_CONF
 from usocksd.names.turns import Refused, Ticket, Turns
-from usocksd.net.address import IPAddress, numeric_address
+from usocksd.net.address import IPAddress
 from usocksd.net.endpoint import DeadlineExpired, Endpoint
-from usocksd.settings.types import SocketAddress
+from usocksd.settings.types import DnsConfig, SocketAddress
 
 _logger = logging.getLogger("usocksd.names.resolver")
 
-# Seconds. A TTL of 0 would mean a query per connection of a page; one of days outlives every change.
-_SHORTEST_TTL, _LONGEST_TTL = 5.0, 3600.0
-_LONGEST_NEGATIVE_TTL = 300.0
-_FAILURE_TTL = 1.0  # RFC 9520 section 3.2: failures are to be cached, for a second at least
-_PARTIAL_TTL = 10.0  # one family answered, the other did not
-# RFC 8305 section 3: whoever has addresses of one family does not wait long for a server that drops the other query.
+# RFC 8305 section 3: with addresses of one family, a client does not wait long for a server that drops the other query.
 _RESOLUTION_DELAY = 0.2
-_MOST_NAMES = 10_000
-_MOST_FAILURES = 2000  # names that have no address are anybody's to invent
-# How many names are asked for at a time, and how many may wait. Name servers answer within milliseconds; names that get
-# no answer must not take up this process.
-_AT_ONCE, _MOST_WAITING = 256, 1024
-# Each address is judged and recorded for every connection, and the owner of the name decides their number.
-_MOST_ADDRESSES = 256
 _LONGEST_NAME = 253
 _CHECK_FILES_EVERY = 1.0
-_SYSTEM_TTL = 5.0  # getaddrinfo(3) tells none
 _MOST_THREADS = 64  # that may wait in getaddrinfo at a time
 
-NO_SUCH_NAME = "no such name"
-NO_ADDRESS = "no address"
 TOO_MANY = "too many names are asked for"
-ABSENT = frozenset({NO_SUCH_NAME, NO_ADDRESS})
-"""The causes that say: this name is none, so ask for the next one that it may stand for."""
-
-# getaddrinfo(3). What is not here, EAI_AGAIN above all, is a time-out or SERVFAIL: it does not tell which.
-_GAI_CAUSES = {
-    socket.EAI_NONAME: NO_SUCH_NAME,
-    socket.EAI_NODATA: NO_ADDRESS,
-    socket.EAI_ADDRFAMILY: NO_ADDRESS,
-}
 # What IDNA takes for the dot at the end (RFC 3490 section 3.1).
 _DOTS = (".", "\u3002", "\uff0e", "\uff61")
 
 
-@frozen
-class _Entry:
-    """What is known about a name: addresses, or why there are none. `ttl` from now, or the time when it ends.
+class Most(NamedTuple):
+    """Upper limits of a resolver."""
 
-    A `ttl` of 0: nobody says how long.
-    """
-
-    addresses: tuple[IPAddress, ...]
-    cause: str = ""
-    ttl: float = 0.0
-    expires: float = 0.0
-
-
-_UNANSWERED, _SILENCE = _Entry((), TIMED_OUT), _Entry((), TIMED_OUT, _FAILURE_TTL)
-_LOCALHOST = _Entry((numeric_address("::1"), numeric_address("127.0.0.1")))
+    names: int = 10_000
+    """in the cache"""
+    absent: int = 2000
+    """in the cache, of names without an address, which anybody can invent"""
+    addresses: int = 256
+    """of one name, whose owner decides their number: each is judged and recorded for every connection"""
+    at_once: int = 256
+    """names that are asked for at a time: name servers answer within milliseconds, and names that get no answer must
+    not take up this process"""
+    waiting: int = 1024
+    """names that wait for that"""
 
 
 @define(eq=False)
@@ -97,9 +75,22 @@ class _Query:
     waiters: int = 0
     scope: trio.CancelScope = Factory(trio.CancelScope)
     done: trio.Event = Factory(trio.Event)
-    known: _Entry = _SILENCE
+    known: Entry = answers.SILENCE
     """So far"""
-    outcome: _Entry = _Entry((), "resolver stopped")
+    outcome: Entry = answers.STOPPED
+
+
+def make_resolver(dns: DnsConfig, metrics: Metrics, *, sockets: int = 1000) -> Resolver:
+    """The resolver of this process, as [dns] says; see Resolver.
+
+    For `resolver = "system"` glibc is told, for the whole process, to leave searching to us.
+    """
+    system = dns.resolver == "system"
+    if system:
+        # resolv.conf(5): replaces the search list, here by one that adds nothing to a name. A dot at the end of the
+        # name would say the same, but to DNS alone: /etc/hosts has no names with a dot at the end.
+        os.environ["LOCALDOMAIN"] = "."
+    return Resolver(dns.servers, metrics, system=system, sockets=sockets)
 
 
 class Resolver:
@@ -114,34 +105,34 @@ class Resolver:
         sockets: int = 1000,
         resolv_conf: Path = RESOLV_CONF,
         hosts: Path = Path("/etc/hosts"),
+        port: int = PORT,
+        hostname: Callable[[], str] = socket.gethostname,
         lifetime: float | None = None,
         clock: Callable[[], float] = time.monotonic,
+        most: Most = Most(),  # noqa: B008
     ) -> None:
-        """`servers` replace those of `resolv_conf`, whose search domains and options stay in force.
+        """`servers` replace those of `resolv_conf` (which are asked on `port`); its search domains and options stay in
+        force. `system`: ask getaddrinfo(3), and with it whatever nsswitch.conf(5) names, instead of name servers.
 
-        `system`: ask getaddrinfo(3), and with it whatever nsswitch.conf(5) names, instead of name servers. glibc is
-        told, for the whole process, to leave searching to us.
-
-        `sockets`: so many are open to name servers at a time, of which each session has one to spare for its name (see
+        `sockets`: how many are open to name servers at a time. Each session has one to spare for its name (see
         host/limits.py); further names wait, see turns.py. `lifetime`: seconds for one name, all its queries and
-        servers together; None: what resolv.conf says. Both files are read when they change, looked at once a second at
-        most; a missing one is an empty one, and one that can't be read stays what it was.
+        servers together; None: as resolv.conf says.
+
+        Both files are looked at once a second at most, and read when they have changed. A missing file is an empty one;
+        while one can't be read, what was read before stays.
         """
         self._threads = trio.CapacityLimiter(_MOST_THREADS) if system else None
-        if system:
-            # resolv.conf(5): replaces the search list, here by one that adds nothing to a name. A dot at the end of
-            # the name would say the same, but to DNS alone: /etc/hosts knows no name with one.
-            os.environ["LOCALDOMAIN"] = "."
+        self._most = most
         # A name has a socket for each server, and one for TCP. The first is the one that its session does not use.
-        beside = max(MOST_SERVERS if servers is None else len(servers), 2) - 1
-        at_once = _MOST_THREADS if system else min(max(sockets // 2 // beside, 1), _AT_ONCE)
-        self._turns = Turns(at_once, waiting=_MOST_WAITING)
+        extra = max(MOST_SERVERS if servers is None else len(servers), 2) - 1
+        at_once = _MOST_THREADS if system else min(max(sockets // 2 // extra, 1), most.at_once)
+        self._turns = Turns(at_once, waiting=most.waiting)
         self._clock = clock
-        self._servers = NameServers(servers, resolv_conf, lifetime=lifetime, clock=clock)
+        self._servers = NameServers(servers, resolv_conf, port=port, hostname=hostname, lifetime=lifetime, clock=clock)
         self._hosts = HostsFile(hosts)
         self._next_check = 0.0
-        self._cache: dict[str, _Entry] = {}
-        self._failures: dict[str, _Entry] = {}
+        self._cache: dict[str, Entry] = {}
+        self._failures: dict[str, Entry] = {}
         """The same, of names without an address."""
         self._queries: dict[str, _Query] = {}
         self._nursery: trio.Nursery | None = None
@@ -151,50 +142,49 @@ class Resolver:
         )
         self._seconds = {
             cause: seconds.labels(cause.replace(" ", "_") or "ok")
-            for cause in ("", NO_SUCH_NAME, NO_ADDRESS, TIMED_OUT, SERVERS_FAILED, TOO_MANY)
+            for cause in ("", answers.NO_SUCH_NAME, answers.NO_ADDRESS, TIMED_OUT, SERVERS_FAILED, TOO_MANY)
         }
         self._reread()
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Holds the queries; until cancelled, which ends those under way."""
+        """Run the queries until cancelled, which ends those under way."""
         async with trio.open_nursery() as self._nursery:
             task_status.started()
             await self._turns.run()
 
     @property
     def servers(self) -> dict[str, bool]:
-        """The name servers, and whether each answers as far as that is known; none where the system is asked."""
+        """The name servers, and whether each answers as far as that is known; empty if the system is asked."""
         return {} if self._threads is not None else self._servers.status()
 
     def full_names(self, text: str) -> tuple[str, ...]:
         """The names that a host name as a client sent it may stand for, canonical, in the order in which to ask.
 
-        One, itself, if it ends in a dot, is in /etc/hosts or is `localhost`; otherwise the search domains of
-        resolv.conf(5) give it others: before it when it has fewer dots than `ndots`, and else behind it. The first
-        with an address is the one that is meant. Raises ValueError as `canonical_host` does.
+        Only itself, if it ends in a dot, is in /etc/hosts or is `localhost`. Otherwise the search domains of
+        resolv.conf(5) add names: before it if it has fewer dots than `ndots`, else behind it. The first with an address
+        is the one that is meant. Raises ValueError as `canonical_host` does.
         """
         host = canonical_host(text)
         name = str(host)
         if self._clock() >= self._next_check:
             self._reread()
+        conf = self._servers.conf
         absolute = text.endswith(_DOTS) or not isinstance(host, str) or _is_localhost(name)
-        if absolute or not self._servers.conf.search or self._hosts.addresses(name):
+        if absolute or not conf.search or self._hosts.addresses(name):
             return (name,)
-        others = [f"{name}.{domain}" for domain in self._servers.conf.search if len(name) + len(domain) < _LONGEST_NAME]
-        return (name, *others) if name.count(".") >= self._servers.conf.ndots else (*others, name)
+        others = [f"{name}.{domain}" for domain in conf.search if len(name) + len(domain) < _LONGEST_NAME]
+        return (name, *others) if name.count(".") >= conf.ndots else (*others, name)
 
     def cached(self, name: str) -> tuple[IPAddress, ...] | None:
-        """The addresses of a name if they are known without asking anybody; None means: call `resolve`.
+        """The addresses of a name, in the order in which to try them, if they are known; None: call `resolve`.
 
-        In the order in which to try them. Takes names as `canonical_host` gives them fastest, and literals too.
+        Fastest with names as `canonical_host` gives them; takes literals too.
         """
         entry = self._known(name)
-        if entry is None:
-            return None
-        return entry.addresses or None
+        return entry.addresses or None if entry is not None else None
 
-    def _known(self, name: str) -> _Entry | None:
-        """What is known of a name without asking anybody, also that it has no address."""
+    def _known(self, name: str) -> Entry | None:
+        """What is known of a name without asking a server; also that it has no address."""
         now = self._clock()
         if now >= self._next_check:
             self._reread()
@@ -205,23 +195,23 @@ class Resolver:
         try:
             host = canonical_host(name)
         except ValueError:
-            return _Entry((), "not a host name")
+            return Entry((), "not a host name")
         if not isinstance(host, str):
-            return _Entry((host,))
+            return Entry((host,))
         if host != name:
             return self._known(host)
         if _is_localhost(host):
-            return _LOCALHOST  # RFC 6761 section 6.3: never asked, and both families whatever /etc/hosts has
+            return answers.LOCALHOST  # RFC 6761 section 6.3: never asked, and both families whatever /etc/hosts has
         listed = self._hosts.addresses(host) if self._threads is None else ()
-        return _Entry(listed) if listed else None
+        return Entry(answers.in_turn(listed)) if listed else None
 
     async def resolve(self, name: str, client: str | None = None) -> tuple[IPAddress, ...]:
         """The addresses of a name, in the order in which to try them: the families in turn, IPv6 first.
 
-        Asks for this name and no other, whatever the search domains. Give it a deadline with a cancel scope; it has
-        its own too, the `lifetime`. `client`: the numeric address of the one that it is for. Raises ResolveError with
-        cause "no such name", "no address", "timed out", "servers failed", "too many names are asked for" (this client,
-        of those who wait), or "not a host name".
+        Asks for this name only, whatever the search domains. Give it a deadline with a cancel scope; the `lifetime`
+        bounds it too. `client`: the numeric address of the client that asks. Raises ResolveError with cause "no such
+        name", "no address", "timed out", "servers failed", "too many names are asked for" (by this client, more than by
+        others), or "not a host name".
         """
         entry = self._known(name)
         if entry is None:
@@ -231,14 +221,14 @@ class Resolver:
         return entry.addresses
 
     async def search(self, text: str) -> tuple[IPAddress, ...]:
-        """The addresses of the first of `full_names` that has any. For names that no rule is to judge.
+        """The addresses of the first of `full_names` that has any. For names that no rule judges.
 
         Raises ResolveError as `resolve` does.
         """
         return await self._first(text, self.resolve)
 
     async def search_for(self, client: Endpoint, text: str, deadline: float) -> tuple[IPAddress, ...]:
-        """What `search` says, on behalf of a session. Raises as `resolve_for` does."""
+        """`search`, on behalf of a session. Raises as `resolve_for` does."""
         return await self._first(text, lambda name: self.resolve_for(client, None, name, deadline))
 
     async def _first(self, text: str, ask: Callable[[str], Awaitable[tuple[IPAddress, ...]]]) -> tuple[IPAddress, ...]:
@@ -246,22 +236,22 @@ class Resolver:
             names = self.full_names(text)
         except ValueError:
             raise ResolveError(text, "not a host name") from None
-        cause = NO_SUCH_NAME
+        cause = answers.NO_SUCH_NAME
         for name in names:
             try:
                 return await ask(name)
             except ResolveError as error:
-                if error.cause not in ABSENT:
+                if error.cause not in answers.ABSENT:
                     raise ResolveError(text, error.cause) from None
-                if error.cause == NO_ADDRESS:
-                    cause = NO_ADDRESS
+                if error.cause == answers.NO_ADDRESS:
+                    cause = answers.NO_ADDRESS
         raise ResolveError(text, cause)
 
     async def resolve_for(
         self, client: Endpoint, host: str | None, name: str, deadline: float
     ) -> tuple[IPAddress, ...]:
-        """What `resolve` says, on behalf of the session of `client`, whose address is `host` (None: the name is not
-        the client's), until `deadline` (on the reactor's clock).
+        """`resolve`, on behalf of the session of `client`, until `deadline` (on the reactor's clock). `host` is the
+        client's numeric address, None if the client did not ask for the name.
 
         Raises ResolveError, also for a time-out, and PeerReset when `client` is gone meanwhile.
         """
@@ -275,7 +265,7 @@ class Resolver:
         except DeadlineExpired:
             raise ResolveError(name, TIMED_OUT) from None
 
-    async def _shared_query(self, host: str, asker: bytes) -> _Entry:
+    async def _shared_query(self, host: str, asker: bytes) -> Entry:
         query = self._queries.get(host)
         if query is None:
             if self._nursery is None:
@@ -291,7 +281,7 @@ class Resolver:
         finally:
             query.waiters -= 1
             if not query.waiters and not query.done.is_set():
-                self._forget(host, query)  # who comes now starts anew
+                self._forget(host, query)  # the next asker starts a new one
                 query.scope.cancel()
         return query.outcome
 
@@ -305,22 +295,24 @@ class Resolver:
                         async with self._turns.turn(query.ticket):
                             await ask(host, query)
                 except Refused:
-                    query.known = _Entry((), TOO_MANY)
+                    query.known = Entry((), TOO_MANY)
                 self._settle(host, query, query.known)
-        except Exception:  # one name's fault, never that of the others
+        except Exception:  # a bug with one name does not harm others
             _logger.exception("resolver failed", extra={"fields": {"name": host}})
-            self._settle(host, query, _Entry((), SERVERS_FAILED, _FAILURE_TTL))
+            self._settle(host, query, answers.FAILURE)
         finally:
             self._forget(host, query)
             query.done.set()
 
     async def _ask_servers(self, host: str, query: _Query) -> None:
-        answers: list[_Entry] = []
+        heard: list[Entry] = []
 
         def told(_: object, found: Found | ResolveError) -> None:
-            answers.append(_entry(found))
-            query.known = _combine(answers if len(answers) == 2 else [*answers, _UNANSWERED])
-            if len(answers) == 1 and query.known.addresses:
+            heard.append(answers.of_family(found))
+            query.known = answers.combine(
+                heard if len(heard) == 2 else [*heard, answers.UNANSWERED], self._most.addresses
+            )
+            if len(heard) == 1 and query.known.addresses:
                 nursery.start_soon(settle_with_one)
 
         async def settle_with_one() -> None:
@@ -333,15 +325,16 @@ class Resolver:
             nursery.cancel_scope.cancel()
 
     async def _ask_system(self, host: str, query: _Query) -> None:
-        # A thread in getaddrinfo can't be stopped: it is abandoned, and keeps its place among the threads until it
-        # returns.
-        query.known = await trio.to_thread.run_sync(_getaddrinfo, host, abandon_on_cancel=True, limiter=self._threads)
+        # A thread in getaddrinfo can't be stopped: it is abandoned, and counts among the threads until it returns.
+        query.known = await trio.to_thread.run_sync(
+            answers.of_system, host, abandon_on_cancel=True, limiter=self._threads
+        )
 
-    def _settle(self, host: str, query: _Query, entry: _Entry) -> None:
-        known = _Entry(entry.addresses, entry.cause, expires=self._clock() + entry.ttl)
+    def _settle(self, host: str, query: _Query, entry: Entry) -> None:
+        known = Entry(entry.addresses, entry.cause, expires=self._clock() + entry.ttl)
         self._cache.pop(host, None)
         self._failures.pop(host, None)
-        kept, most = (self._cache, _MOST_NAMES) if entry.addresses else (self._failures, _MOST_FAILURES)
+        kept, most = (self._cache, self._most.names) if entry.addresses else (self._failures, self._most.absent)
         if entry.ttl:
             if len(kept) >= most:
                 del kept[next(iter(kept))]  # the one that has been there longest
@@ -364,45 +357,5 @@ class Resolver:
             self._failures.clear()
 
 
-def _entry(found: Found | ResolveError) -> _Entry:
-    if isinstance(found, ResolveError):
-        return _Entry((), found.cause)
-    if found.addresses:
-        return _Entry(tuple(map(numeric_address, found.addresses)), "", _clamp(found.ttl or 0.0, _LONGEST_TTL))
-    ttl = 0.0 if found.ttl is None else _clamp(found.ttl, _LONGEST_NEGATIVE_TTL)
-    return _Entry((), NO_ADDRESS if found.exists else NO_SUCH_NAME, ttl)
-
-
 def _is_localhost(name: str) -> bool:
     return name == "localhost" or name.endswith(".localhost")
-
-
-def _getaddrinfo(host: str) -> _Entry:
-    """In a thread of its own. Blocks for as long as the system's configuration lets it."""
-    try:
-        # As bytes: Python would put a str through a codec of its own.
-        found = socket.getaddrinfo(host.encode("ascii"), None, type=socket.SOCK_STREAM)
-    except socket.gaierror as error:
-        cause = _GAI_CAUSES.get(error.errno or 0, SERVERS_FAILED)
-        return _Entry((), cause, _SYSTEM_TTL if cause in ABSENT else _FAILURE_TTL)
-    return _Entry(in_turn(numeric_address(str(sockaddr[0])) for *_, sockaddr in found), "", _SYSTEM_TTL)
-
-
-def _combine(answers: Sequence[_Entry]) -> _Entry:
-    """One entry from those of both families; a family that failed makes it short-lived."""
-    failures = [answer.cause for answer in answers if answer.cause in {TIMED_OUT, SERVERS_FAILED}]
-    ttl = min((answer.ttl for answer in answers if answer.ttl), default=0.0)
-    addresses = in_turn(address for answer in answers for address in answer.addresses)[:_MOST_ADDRESSES]
-    if addresses:
-        # That there is none of the other family is kept as long as these are, even if nobody vouches for it.
-        longest = _PARTIAL_TTL if failures else _LONGEST_TTL if all(a.ttl for a in answers) else _LONGEST_NEGATIVE_TTL
-        return _Entry(addresses, "", min(ttl, longest))
-    if failures:
-        return _Entry((), TIMED_OUT if TIMED_OUT in failures else SERVERS_FAILED, _FAILURE_TTL)
-    nothing = all(answer.cause == NO_SUCH_NAME for answer in answers)
-    # An absence that nobody vouches for is not to be kept (RFC 2308 section 5), or hardly.
-    return _Entry((), NO_SUCH_NAME if nothing else NO_ADDRESS, ttl or _SHORTEST_TTL)
-
-
-def _clamp(ttl: float, longest: float) -> float:
-    return min(max(ttl, _SHORTEST_TTL), longest)

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from ipaddress import ip_address
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import dns.flags
 import dns.message
@@ -21,12 +22,10 @@ import trio
 import trio.testing
 from trio.testing import MockClock
 
-import usocksd.names.name_servers
-import usocksd.names.resolver
 from usocksd.errors import ResolveError
 from usocksd.log.metrics import Metrics
 from usocksd.names.resolv_conf import parse
-from usocksd.names.resolver import Resolver
+from usocksd.names.resolver import Most, Resolver
 from usocksd.net.address import IPAddress
 from usocksd.settings.types import SocketAddress
 
@@ -49,25 +48,31 @@ class Place:
         self.hosts = directory / "hosts"
         self.resolv_conf = directory / "resolv.conf"
         self.clock = Clock()
-        self.metrics = Metrics("test")
-        """Those of the last resolver."""
-        self._nursery = nursery
+        self.nursery = nursery
 
-    async def resolver(
-        self, *servers: SocketAddress, lifetime: float | None = 5.0, from_file: bool = False, sockets: int = 1000
-    ) -> Resolver:
-        self.metrics = Metrics("test")
+    async def server(self, answer: Answer) -> Server:
+        server = Server(answer)
+        await self.nursery.start(server.serve)
+        return server
+
+    async def resolver(self, *servers: SocketAddress, lifetime: float | None = 5.0, **more: Any) -> Resolver:
+        """One that asks these servers, or else those of resolv.conf."""
         resolver = Resolver(
-            None if from_file else servers,
-            self.metrics,
+            servers or None,
+            Metrics("test"),
             resolv_conf=self.resolv_conf,
             hosts=self.hosts,
             lifetime=lifetime,
             clock=self.clock,
-            sockets=sockets,
+            **more,
         )
-        await self._nursery.start(resolver.run)
+        await self.nursery.start(resolver.run)
         return resolver
+
+    async def serving(self, answer: Answer, **more: Any) -> tuple[Server, Resolver]:
+        """A server, and a resolver that asks it."""
+        server = await self.server(answer)
+        return server, await self.resolver(server.endpoint, **more)
 
 
 @pytest.fixture
@@ -108,6 +113,7 @@ class Server:
         self.released.set()
         self._udp, self._tcp = sockets_on_one_port(host)
         self.over_tcp = 0
+        self.silent_over_tcp = False
         self.before: Callable[[dns.message.Message, object], Awaitable[object]] | None = None
         """Done before each answer."""
         self.lies = 0
@@ -151,23 +157,12 @@ class Server:
                 while len(wire) < 2 or len(wire) < 2 + int.from_bytes(wire[:2], "big"):
                     wire += await stream.receive_some()
                 self.over_tcp += 1
+                if self.silent_over_tcp:
+                    await trio.sleep_forever()
                 query = dns.message.from_wire(wire[2:])
                 reply = records({"big.test": ["192.0.2.1"]})(query)[0]
                 assert isinstance(reply, dns.message.Message)
                 await stream.send_all(len(reply.to_wire()).to_bytes(2, "big") + reply.to_wire())
-
-
-Start = Callable[[Answer], Awaitable[Server]]
-
-
-@pytest.fixture
-async def start(place: Place) -> Start:
-    async def started(answer: Answer) -> Server:
-        server = Server(answer)
-        await place._nursery.start(server.serve)
-        return server
-
-    return started
 
 
 def records(zone: dict[str, list[str]], ttl: int = 60, minimum: int | None = None) -> Answer:
@@ -195,6 +190,11 @@ def silence(query: dns.message.Message) -> list[bytes]:
     return []
 
 
+def dead_or(answer: Answer) -> Answer:
+    """Names that begin with "dead" get no answer."""
+    return lambda query: [] if query.question[0].name.to_text().startswith("dead") else answer(query)
+
+
 def refusal(query: dns.message.Message, rcode: dns.rcode.Rcode = dns.rcode.SERVFAIL) -> list[dns.message.Message]:
     reply = dns.message.make_response(query)
     reply.set_rcode(rcode)
@@ -208,10 +208,9 @@ async def cause_of_failure(resolver: Resolver, name: str) -> str:
     return caught.value.cause
 
 
-async def test_families_in_turn_and_then_from_the_cache(place: Place, start: Start) -> None:
+async def test_families_in_turn_and_then_from_the_cache(place: Place) -> None:
     zone = ["192.0.2.1", "192.0.2.2", "192.0.2.3", "2001:db8::1"]
-    server = await start(records({"www.test": zone}))
-    resolver = await place.resolver(server.endpoint)
+    server, resolver = await place.serving(records({"www.test": zone}))
     expected = addresses("2001:db8::1", "192.0.2.1", "192.0.2.2", "192.0.2.3")
     assert resolver.cached("www.test") is None
     assert await resolver.resolve("www.test") == expected
@@ -221,9 +220,10 @@ async def test_families_in_turn_and_then_from_the_cache(place: Place, start: Sta
     assert server.asked == {("www.test", "A"): 1, ("www.test", "AAAA"): 1}
 
 
-async def test_a_ttl_is_respected_and_kept_within_bounds(place: Place, start: Start) -> None:
-    server = await start(records({"www.test": ["192.0.2.1"], "a.test": ["192.0.2.1"]}, ttl=60, minimum=900))
-    resolver = await place.resolver(server.endpoint)
+async def test_a_ttl_is_respected_and_kept_within_bounds(place: Place) -> None:
+    server, resolver = await place.serving(
+        records({"www.test": ["192.0.2.1"], "a.test": ["192.0.2.1"]}, ttl=60, minimum=900)
+    )
     await resolver.resolve("www.test")
     place.clock.now += 59
     assert resolver.cached("www.test")
@@ -243,7 +243,7 @@ async def test_a_ttl_is_respected_and_kept_within_bounds(place: Place, start: St
     assert resolver.cached("long.test") is None
 
 
-async def test_the_ttl_of_a_cname_counts(place: Place, start: Start) -> None:
+async def test_the_ttl_of_a_cname_counts(place: Place) -> None:
     def answer(query: dns.message.Message) -> list[dns.message.Message]:
         question = query.question[0]
         reply = dns.message.make_response(query)
@@ -252,16 +252,14 @@ async def test_the_ttl_of_a_cname_counts(place: Place, start: Start) -> None:
         reply.answer.append(dns.rrset.from_text("target.test.", 600, "IN", question.rdtype, text))
         return [reply]
 
-    server = await start(answer)
-    resolver = await place.resolver(server.endpoint)
+    _, resolver = await place.serving(answer)
     assert await resolver.resolve("alias.test") == addresses("2001:db8::1", "192.0.2.1")
     place.clock.now += 11
     assert resolver.cached("alias.test") is None
 
 
-async def test_absence_is_remembered_as_long_as_the_soa_says(place: Place, start: Start) -> None:
-    server = await start(records({"empty.test": []}, minimum=30))
-    resolver = await place.resolver(server.endpoint)
+async def test_absence_is_remembered_as_long_as_the_soa_says(place: Place) -> None:
+    server, resolver = await place.serving(records({"empty.test": []}, minimum=30))
     for name, cause in (("none.test", "no such name"), ("empty.test", "no address")):
         assert await cause_of_failure(resolver, name) == cause
         place.clock.now += 29
@@ -273,10 +271,9 @@ async def test_absence_is_remembered_as_long_as_the_soa_says(place: Place, start
         assert server.asked[name, "A"] == 2
 
 
-async def test_an_absence_that_nobody_vouches_for_is_hardly_kept(place: Place, start: Start) -> None:
+async def test_an_absence_that_nobody_vouches_for_is_hardly_kept(place: Place) -> None:
     """RFC 2308 section 5: without a SOA it is not to be cached."""
-    server = await start(records({"empty.test": []}))
-    resolver = await place.resolver(server.endpoint)
+    server, resolver = await place.serving(records({"empty.test": []}))
     for name in ("none.test", "empty.test"):
         await cause_of_failure(resolver, name)
         place.clock.now += 6
@@ -289,13 +286,12 @@ async def test_an_absence_that_nobody_vouches_for_is_hardly_kept(place: Place, s
     assert resolver.cached("four.test")
 
 
-async def test_hosts_localhost_and_literals_are_never_asked_for(place: Place, start: Start) -> None:
+async def test_hosts_localhost_and_literals_are_never_asked_for(place: Place) -> None:
     place.hosts.write_text(
         "# comment\n192.0.2.9 Build.Example. build # alias\n2001:db8::9\tbuild.example\n"
         "127.0.0.1 localhost\nnonsense here\n192.0.2.10\n192.0.2.11 bad..name good.example\n"
     )
-    server = await start(records({}))
-    resolver = await place.resolver(server.endpoint)
+    server, resolver = await place.serving(records({}))
     assert resolver.cached("build.example") == addresses("2001:db8::9", "192.0.2.9")
     assert resolver.cached("build") == addresses("192.0.2.9")
     assert resolver.cached("good.example") == addresses("192.0.2.11")
@@ -308,14 +304,14 @@ async def test_hosts_localhost_and_literals_are_never_asked_for(place: Place, st
     assert not server.asked
 
 
-async def test_files_are_read_again_when_they_change(
-    place: Place, start: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    old, new = await start(records({"www.test": ["192.0.2.1"]})), await start(records({"www.test": ["192.0.2.2"]}))
+async def test_files_are_read_again_when_they_change(place: Place) -> None:
+    old, new = (
+        await place.server(records({"www.test": ["192.0.2.1"]})),
+        await place.server(records({"www.test": ["192.0.2.2"]})),
+    )
     place.hosts.write_text("192.0.2.9 build\n")
     place.resolv_conf.write_text("nameserver 127.0.0.1\n")
-    monkeypatch.setattr(usocksd.names.name_servers, "PORT", old.endpoint.port)
-    resolver = await place.resolver(from_file=True)
+    resolver = await place.resolver(port=old.endpoint.port)
     assert await resolver.resolve("www.test") == addresses("192.0.2.1")
     # replaced by another file, as editors and DHCP clients do
     for file, text in ((place.hosts, "192.0.2.10 build\n"), (place.resolv_conf, "nameserver 127.0.0.1\nsearch x\n")):
@@ -333,11 +329,9 @@ async def test_files_are_read_again_when_they_change(
     assert not new.asked
 
 
-async def test_a_file_that_cannot_be_read_stays_what_it_was(
-    place: Place, start: Start, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_file_that_cannot_be_read_stays_what_it_was(place: Place, caplog: pytest.LogCaptureFixture) -> None:
     place.hosts.write_text("192.0.2.9 build\n")
-    resolver = await place.resolver((await start(records({}))).endpoint)
+    resolver = await place.resolver((await place.server(records({}))).endpoint)
     place.hosts.write_text("192.0.2.10 build again\n")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))  # no descriptor is left in the moment of the change
@@ -353,13 +347,12 @@ async def test_a_file_that_cannot_be_read_stays_what_it_was(
 
 
 async def test_a_line_of_resolv_conf_that_is_wrong_does_not_cost_the_others(
-    place: Place, start: Start, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    place: Place, caplog: pytest.LogCaptureFixture
 ) -> None:
-    server = await start(records({"www.lab.test": ["192.0.2.1"]}))
-    monkeypatch.setattr("usocksd.names.name_servers.PORT", server.endpoint.port)
+    server = await place.server(records({"www.lab.test": ["192.0.2.1"]}))
     text = "search a..b\nsearch lab.test\nnameserver bogus\nnameserver https://dns.example/\nnameserver 127.0.0.1\n"
     place.resolv_conf.write_text(text + "options timeout:0\n")
-    resolver = await place.resolver(from_file=True)
+    resolver = await place.resolver(port=server.endpoint.port)
     assert await resolver.search("www") == addresses("192.0.2.1")
     assert len(caplog.records) == 2
 
@@ -370,25 +363,23 @@ def test_an_address_is_no_search_domain() -> None:
     assert [line for line, _ in conf.faults] == ["search 10.0.0.1", "search ::1", "search 0x7f.1"]
 
 
-async def test_a_hosts_line_without_a_good_address_says_nothing_of_its_names(place: Place, start: Start) -> None:
+async def test_a_hosts_line_without_a_good_address_says_nothing_of_its_names(place: Place) -> None:
     place.hosts.write_text("192.0.2 www.test\n")
-    resolver = await place.resolver((await start(records({"www.test": ["192.0.2.1"]}))).endpoint)
+    resolver = await place.resolver((await place.server(records({"www.test": ["192.0.2.1"]}))).endpoint)
     assert await resolver.resolve("www.test") == addresses("192.0.2.1")
 
 
-async def test_a_bad_resolv_conf_is_ignored(place: Place, start: Start, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_bad_resolv_conf_is_ignored(place: Place, caplog: pytest.LogCaptureFixture) -> None:
     place.resolv_conf.write_bytes(b"nameserver \xff\nsearch a..b\n")
-    server = await start(records({"www.test": ["192.0.2.1"]}))
-    resolver = await place.resolver(server.endpoint)
+    _, resolver = await place.serving(records({"www.test": ["192.0.2.1"]}))
     assert "resolver configuration ignored" in caplog.text
     assert await resolver.resolve("www.test") == addresses("192.0.2.1")
 
 
-async def test_search_domains(place: Place, start: Start) -> None:
+async def test_search_domains(place: Place) -> None:
     place.resolv_conf.write_text("search corp.test lab.test\noptions ndots:2\n")
     zone = {"www.lab.test": ["192.0.2.1"], "a.b": ["192.0.2.2"], "x.y.z": ["192.0.2.3"], "empty.corp.test": []}
-    server = await start(records(zone | {"empty.lab.test": ["192.0.2.4"], "none": []}))
-    resolver = await place.resolver(server.endpoint)
+    server, resolver = await place.serving(records(zone | {"empty.lab.test": ["192.0.2.4"], "none": []}))
     assert await resolver.search("www") == addresses("192.0.2.1")
     assert ("www.corp.test", "A") in server.asked
     assert ("www", "A") not in server.asked
@@ -407,7 +398,7 @@ async def test_search_domains(place: Place, start: Start) -> None:
     assert set(server.asked) == {("www", "A"), ("www", "AAAA")}
 
 
-async def test_a_failure_ends_the_search(place: Place, start: Start) -> None:
+async def test_a_failure_ends_the_search(place: Place) -> None:
     """Else a name would mean another host for as long as a server is in trouble."""
     place.resolv_conf.write_text("search corp.test lab.test\n")
 
@@ -416,14 +407,13 @@ async def test_a_failure_ends_the_search(place: Place, start: Start) -> None:
             return refusal(query)
         return records({"www.lab.test": ["203.0.113.66"]})(query)
 
-    server = await start(answer)
-    resolver = await place.resolver(server.endpoint)
+    _server, resolver = await place.serving(answer)
     with pytest.raises(ResolveError) as caught:
         await resolver.search("www")
     assert (caught.value.name, caught.value.cause) == ("www", "servers failed")
 
 
-async def test_both_families_are_of_one_name(place: Place, start: Start) -> None:
+async def test_both_families_are_of_one_name(place: Place) -> None:
     """Each searched for by itself, this name would be two hosts."""
     place.resolv_conf.write_text("search corp.test lab.test\n")
     truth = records({"www.corp.test": ["192.0.2.1"], "www.lab.test": ["203.0.113.66", "2001:db8::66"]})
@@ -435,8 +425,7 @@ async def test_both_families_are_of_one_name(place: Place, start: Start) -> None
             return refusal(query, dns.rcode.NXDOMAIN)
         return truth(query)
 
-    server = await start(answer)
-    resolver = await place.resolver(server.endpoint)
+    _, resolver = await place.serving(answer)
     assert await resolver.search("www") == addresses("192.0.2.1")
 
 
@@ -474,19 +463,15 @@ async def test_both_families_are_of_one_name(place: Place, start: Start) -> None
         ),  # one with the domain would be too long
     ],
 )
-async def test_the_names_that_a_name_may_stand_for(
-    place: Place, monkeypatch: pytest.MonkeyPatch, resolv_conf: str, text: str, names: list[str]
-) -> None:
-    monkeypatch.setattr(socket, "gethostname", lambda: "host")
+async def test_the_names_that_a_name_may_stand_for(place: Place, resolv_conf: str, text: str, names: list[str]) -> None:
     place.resolv_conf.write_text(f"nameserver 192.0.2.53\n{resolv_conf}\n")
     place.hosts.write_text("192.0.2.9 build\n")
-    resolver = await place.resolver(from_file=True)
+    resolver = await place.resolver(hostname=lambda: "host")
     assert list(resolver.full_names(text)) == names
 
 
-async def test_the_domain_of_the_host_is_the_one_to_search(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(socket, "gethostname", lambda: "host.corp.test")
-    resolver = await place.resolver(from_file=True)
+async def test_the_domain_of_the_host_is_the_one_to_search(place: Place) -> None:
+    resolver = await place.resolver(hostname=lambda: "host.corp.test")
     assert resolver.full_names("www") == ("www.corp.test", "www")
     place.resolv_conf.write_text("search lab.test\n")
     place.clock.now += 1
@@ -495,8 +480,8 @@ async def test_the_domain_of_the_host_is_the_one_to_search(place: Place, monkeyp
         resolver.full_names("a..b")
 
 
-async def test_askers_of_one_name_share_a_query_and_survive_each_other(place: Place, start: Start) -> None:
-    server = await start(records({"www.test": ["192.0.2.1", "2001:db8::1"]}))
+async def test_askers_of_one_name_share_a_query_and_survive_each_other(place: Place) -> None:
+    server = await place.server(records({"www.test": ["192.0.2.1", "2001:db8::1"]}))
     server.released = trio.Event()
     resolver = await place.resolver(server.endpoint)
     got: list[tuple[IPAddress, ...]] = []
@@ -518,9 +503,8 @@ async def test_askers_of_one_name_share_a_query_and_survive_each_other(place: Pl
     assert server.asked == {("www.test", "A"): 1, ("www.test", "AAAA"): 1}
 
 
-async def test_the_last_asker_gone_ends_the_query(place: Place, start: Start) -> None:
-    server = await start(silence)
-    resolver = await place.resolver(server.endpoint)
+async def test_the_last_asker_gone_ends_the_query(place: Place) -> None:
+    server, resolver = await place.serving(silence)
     assert resolver._nursery is not None
     async with trio.open_nursery() as nursery:
         nursery.start_soon(resolver.resolve, "www.test")
@@ -534,13 +518,8 @@ async def test_the_last_asker_gone_ends_the_query(place: Place, start: Start) ->
     assert await resolver.resolve("www.test") == addresses("192.0.2.1")
 
 
-async def test_a_server_that_never_answers_costs_the_deadline_and_nothing_else(place: Place, start: Start) -> None:
-    def answer(query: dns.message.Message) -> Sequence[dns.message.Message | bytes]:
-        dead = query.question[0].name.to_text().startswith("dead")
-        return [] if dead else records({"www.test": ["192.0.2.1", "2001:db8::1"]})(query)
-
-    server = await start(answer)
-    resolver = await place.resolver(server.endpoint, lifetime=0.3)
+async def test_a_server_that_never_answers_costs_the_deadline_and_nothing_else(place: Place) -> None:
+    server, resolver = await place.serving(dead_or(records({"www.test": ["192.0.2.1", "2001:db8::1"]})), lifetime=0.3)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(cause_of_failure, resolver, "dead1.test")
         nursery.start_soon(cause_of_failure, resolver, "dead2.test")
@@ -556,21 +535,19 @@ async def test_a_server_that_never_answers_costs_the_deadline_and_nothing_else(p
     assert scope.cancelled_caught
 
 
-async def test_the_next_server_is_asked(place: Place, start: Start, autojump_clock: MockClock) -> None:
+async def test_the_next_server_is_asked(place: Place, autojump_clock: MockClock) -> None:
     place.resolv_conf.write_text("options timeout:1\n")
-    good = await start(records({"www.test": ["192.0.2.1"]}))
+    good = await place.server(records({"www.test": ["192.0.2.1"]}))
     for bad in (refusal, lambda query: refusal(query, dns.rcode.REFUSED), silence):
-        server = await start(bad)
+        server = await place.server(bad)
         resolver = await place.resolver(server.endpoint, good.endpoint)
         assert await resolver.resolve("www.test") == addresses("192.0.2.1")
 
 
-async def test_a_server_that_is_dead_is_asked_last_for_a_while(
-    place: Place, start: Start, autojump_clock: MockClock
-) -> None:
+async def test_a_server_that_is_dead_is_asked_last_for_a_while(place: Place, autojump_clock: MockClock) -> None:
     place.resolv_conf.write_text("options timeout:1\n")
     truth = records({f"{name}.test": ["192.0.2.1", "2001:db8::1"] for name in "abcde"})
-    dead, good = await start(silence), await start(truth)
+    dead, good = await place.server(silence), await place.server(truth)
     resolver = await place.resolver(dead.endpoint, good.endpoint)
     await resolver.resolve("a.test")
     assert dead.asked == {("a.test", "A"): 1, ("a.test", "AAAA"): 1}
@@ -592,26 +569,23 @@ async def test_a_server_that_is_dead_is_asked_last_for_a_while(
     assert not good.asked
 
 
-async def test_a_server_that_leaves_some_queries_unanswered_is_not_dead(place: Place, start: Start) -> None:
+async def test_a_server_that_leaves_some_queries_unanswered_is_not_dead(place: Place) -> None:
     """Those of a zone far away, say: then whoever asks for its names does not change whom others ask."""
     place.resolv_conf.write_text("options timeout:1\n")
 
-    def answer(query: dns.message.Message) -> Sequence[dns.message.Message | bytes]:
-        slow = query.question[0].name.to_text() == "slow.test."
-        return [] if slow else records({"www.test": ["192.0.2.1"], "web.test": ["192.0.2.2"]})(query)
-
-    first, second = await start(answer), await start(records({}))
+    zone = {"www.test": ["192.0.2.1"], "web.test": ["192.0.2.2"]}
+    first, second = await place.server(dead_or(records(zone))), await place.server(records({}))
     resolver = await place.resolver(first.endpoint, second.endpoint)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(cause_of_failure, resolver, "slow.test")
+        nursery.start_soon(cause_of_failure, resolver, "dead.test")
         await first.got_query.wait()
         assert await resolver.resolve("www.test") == addresses("192.0.2.1")
     assert await resolver.resolve("web.test") == addresses("192.0.2.2")
 
 
-async def test_one_bad_moment_does_not_count_for_long(place: Place, start: Start, autojump_clock: MockClock) -> None:
+async def test_one_bad_moment_does_not_count_for_long(place: Place, autojump_clock: MockClock) -> None:
     truth = records({f"{name}.test": ["192.0.2.1", "2001:db8::1"] for name in "abcd"})
-    first, second = await start(silence), await start(truth)
+    first, second = await place.server(silence), await place.server(truth)
     resolver = await place.resolver(first.endpoint, second.endpoint)
     await resolver.resolve("a.test")
     first.answer = truth
@@ -635,16 +609,14 @@ async def test_one_bad_moment_does_not_count_for_long(place: Place, start: Start
 
 
 @pytest.mark.parametrize("options", ["", "options timeout:1 attempts:5", "options timeout:5 attempts:1"])
-async def test_a_server_that_takes_its_time(
-    place: Place, start: Start, autojump_clock: MockClock, options: str
-) -> None:
+async def test_a_server_that_takes_its_time(place: Place, autojump_clock: MockClock, options: str) -> None:
     """Whether it is the only one, or the next one has been asked meanwhile, and says nothing."""
     place.resolv_conf.write_text(options)
 
     async def think(*_: object) -> None:
         await trio.sleep(2)
 
-    slow, silent = await start(records({"www.test": ["192.0.2.1", "2001:db8::1"]})), await start(silence)
+    slow, silent = await place.server(records({"www.test": ["192.0.2.1", "2001:db8::1"]})), await place.server(silence)
     slow.before = think
     for servers in ((slow.endpoint,), (slow.endpoint, silent.endpoint), (silent.endpoint, slow.endpoint)):
         resolver = await place.resolver(*servers, lifetime=None)
@@ -655,11 +627,10 @@ async def test_a_server_that_takes_its_time(
     ("options", "seconds"), [("", 10), ("options timeout:1 attempts:1", 1), ("options timeout:99 attempts:9", 150)]
 )
 async def test_how_long_servers_are_waited_for(
-    place: Place, start: Start, autojump_clock: MockClock, options: str, seconds: float
+    place: Place, autojump_clock: MockClock, options: str, seconds: float
 ) -> None:
     place.resolv_conf.write_text(options)
-    server = await start(silence)
-    resolver = await place.resolver(server.endpoint, lifetime=None)
+    server, resolver = await place.serving(silence, lifetime=None)
     began = trio.current_time()
     assert await cause_of_failure(resolver, "www.test") == "timed out"
     assert trio.current_time() - began == pytest.approx(seconds)
@@ -668,24 +639,19 @@ async def test_how_long_servers_are_waited_for(
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "::1%lo"])
-async def test_how_a_name_server_may_be_written(
-    place: Place, start: Start, monkeypatch: pytest.MonkeyPatch, host: str
-) -> None:
+async def test_how_a_name_server_may_be_written(place: Place, host: str) -> None:
     """The unspecified address is this host, as to the C library, and a link-local one has its interface behind it."""
     async with trio.open_nursery() as nursery:
         server = Server(records({"www.test": ["192.0.2.1", "2001:db8::1"]}), "::1" if ":" in host else "127.0.0.1")
         await nursery.start(server.serve)
-        monkeypatch.setattr(usocksd.names.name_servers, "PORT", server.endpoint.port)
         place.resolv_conf.write_text(f"nameserver {host}\n")
-        resolver = await place.resolver(from_file=True)
+        resolver = await place.resolver(port=server.endpoint.port)
         assert await resolver.resolve("www.test") == addresses("2001:db8::1", "192.0.2.1")
         nursery.cancel_scope.cancel()
 
 
-async def test_a_server_that_can_be_none_is_said_once(
-    place: Place, start: Start, caplog: pytest.LogCaptureFixture
-) -> None:
-    good = await start(records({"www.test": ["192.0.2.1"], "web.test": ["192.0.2.1"]}))
+async def test_a_server_that_can_be_none_is_said_once(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    good = await place.server(records({"www.test": ["192.0.2.1"], "web.test": ["192.0.2.1"]}))
     resolver = await place.resolver(SocketAddress(ip_address("fe80::1"), 53), good.endpoint)
     for name in ("www.test", "web.test"):
         assert await resolver.resolve(name) == addresses("192.0.2.1")
@@ -693,12 +659,8 @@ async def test_a_server_that_can_be_none_is_said_once(
     assert set(good.asked.values()) == {1}
 
 
-async def test_names_without_an_address_do_not_push_out_those_that_have_one(
-    place: Place, start: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(usocksd.names.resolver, "_MOST_FAILURES", 3)
-    server = await start(records({"www.test": ["192.0.2.1"]}, minimum=60))
-    resolver = await place.resolver(server.endpoint)
+async def test_names_without_an_address_do_not_push_out_those_that_have_one(place: Place) -> None:
+    _, resolver = await place.serving(records({"www.test": ["192.0.2.1"]}, minimum=60), most=Most(absent=3))
     await resolver.resolve("www.test")
     for number in range(10):
         await cause_of_failure(resolver, f"{number}.test")
@@ -706,17 +668,10 @@ async def test_names_without_an_address_do_not_push_out_those_that_have_one(
     assert len(resolver._failures) == 3
 
 
-async def test_one_client_s_names_do_not_hold_up_another_s(
-    place: Place, start: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(usocksd.names.resolver, "_MOST_WAITING", 50)
-
-    def answer(query: dns.message.Message) -> Sequence[dns.message.Message | bytes]:
-        dead = query.question[0].name.to_text().startswith("dead")
-        return [] if dead else records({"www.test": ["192.0.2.1"]})(query)
-
-    server = await start(answer)
-    resolver = await place.resolver(server.endpoint, sockets=8, lifetime=60)
+async def test_one_client_s_names_do_not_hold_up_another_s(place: Place) -> None:
+    _, resolver = await place.serving(
+        dead_or(records({"www.test": ["192.0.2.1"]})), sockets=8, lifetime=60, most=Most(waiting=50)
+    )
     refused = 0
 
     async def ask(name: str) -> None:
@@ -738,8 +693,8 @@ async def test_one_client_s_names_do_not_hold_up_another_s(
         nursery.cancel_scope.cancel()
 
 
-async def test_where_no_server_listens_the_next_is_asked_at_once(place: Place, start: Start) -> None:
-    good = await start(records({"www.test": ["192.0.2.1"]}))
+async def test_where_no_server_listens_the_next_is_asked_at_once(place: Place) -> None:
+    good = await place.server(records({"www.test": ["192.0.2.1"]}))
     with socket.socket(type=socket.SOCK_DGRAM) as closed:
         closed.bind(("127.0.0.1", 0))
         nobody = SocketAddress(ip_address("127.0.0.1"), closed.getsockname()[1])
@@ -751,7 +706,7 @@ async def test_where_no_server_listens_the_next_is_asked_at_once(place: Place, s
 
 
 @pytest.mark.parametrize("rcode", [dns.rcode.FORMERR, dns.rcode.NOTIMP])
-async def test_a_server_that_takes_no_edns(place: Place, start: Start, rcode: dns.rcode.Rcode) -> None:
+async def test_a_server_that_takes_no_edns(place: Place, rcode: dns.rcode.Rcode) -> None:
     def answer(query: dns.message.Message) -> Sequence[dns.message.Message | bytes]:
         if query.edns >= 0:
             reply = refusal(query, rcode)[0]
@@ -760,22 +715,20 @@ async def test_a_server_that_takes_no_edns(place: Place, start: Start, rcode: dn
             return [reply]
         return records({"www.test": ["192.0.2.1"], "web.test": ["192.0.2.2"]})(query)
 
-    server = await start(answer)
-    resolver = await place.resolver(server.endpoint)
+    server, resolver = await place.serving(answer)
     assert await resolver.resolve("www.test") == addresses("192.0.2.1")
     server.asked.clear()
     assert await resolver.resolve("web.test") == addresses("192.0.2.2")
     assert server.asked["web.test", "A"] == 1  # remembered
 
 
-async def test_servers_that_fail(place: Place, start: Start) -> None:
-    server = await start(refusal)
-    resolver = await place.resolver(server.endpoint)
+async def test_servers_that_fail(place: Place) -> None:
+    _, resolver = await place.serving(refusal)
     assert await cause_of_failure(resolver, "www.test") == "servers failed"
 
 
 @pytest.mark.parametrize("cut", [False, True])
-async def test_truncated_answers_are_asked_for_again_over_tcp(place: Place, start: Start, cut: bool) -> None:
+async def test_truncated_answers_are_asked_for_again_over_tcp(place: Place, cut: bool) -> None:
     """Also those that end in the middle of a record, as some forwarders send them."""
 
     def answer(query: dns.message.Message) -> list[bytes]:
@@ -787,15 +740,12 @@ async def test_truncated_answers_are_asked_for_again_over_tcp(place: Place, star
         wire = reply.to_wire()
         return [wire[:-13] if cut else wire]  # without its OPT and 2 bytes
 
-    server = await start(answer)
-    resolver = await place.resolver(server.endpoint)
+    server, resolver = await place.serving(answer)
     assert await resolver.resolve("big.test") == addresses("192.0.2.1")
     assert server.over_tcp == 2
 
 
-async def test_a_truncated_answer_that_comes_again_is_none(
-    place: Place, start: Start, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_truncated_answer_that_comes_again_is_none(place: Place, autojump_clock: MockClock) -> None:
     """It is asked for over TCP, where nothing comes back, and once more over UDP meanwhile."""
 
     def answer(query: dns.message.Message) -> list[dns.message.Message]:
@@ -803,19 +753,14 @@ async def test_a_truncated_answer_that_comes_again_is_none(
         reply.flags |= dns.flags.TC
         return [reply]
 
-    server = await start(answer)
-
-    async def never(*_: object) -> None:
-        await trio.sleep_forever()
-
-    monkeypatch.setattr(trio.SocketStream, "receive_some", never)
-    resolver = await place.resolver(server.endpoint, lifetime=4.0)
+    server, resolver = await place.serving(answer, lifetime=4.0)
+    server.silent_over_tcp = True
     assert await cause_of_failure(resolver, "big.test") == "timed out"
     assert server.asked["big.test", "A"] > 1
 
 
 @pytest.mark.parametrize("truth_follows", [True, False])
-async def test_lies_about_the_question_are_not_believed(place: Place, start: Start, truth_follows: bool) -> None:
+async def test_lies_about_the_question_are_not_believed(place: Place, truth_follows: bool) -> None:
     truth = records({"www.test": ["192.0.2.1", "2001:db8::1"]})
 
     def answer(query: dns.message.Message) -> list[dns.message.Message | bytes]:
@@ -827,18 +772,17 @@ async def test_lies_about_the_question_are_not_believed(place: Place, start: Sta
         no_answer = query.to_wire()  # the query itself, not a response
         return [other_id, other_question, no_answer, b"\x00garbage", *(truth(query) if truth_follows else ())]
 
-    server = await start(answer)
-    resolver = await place.resolver(server.endpoint, lifetime=5.0 if truth_follows else 0.3)
+    _, resolver = await place.serving(answer, lifetime=5.0 if truth_follows else 0.3)
     if truth_follows:
         assert await resolver.resolve("www.test") == addresses("2001:db8::1", "192.0.2.1")
     else:
         assert await cause_of_failure(resolver, "www.test") == "timed out"
 
 
-async def test_an_answer_from_elsewhere_is_not_believed(place: Place, start: Start) -> None:
+async def test_an_answer_from_elsewhere_is_not_believed(place: Place) -> None:
     truth = records({"www.test": ["192.0.2.1", "2001:db8::1"]})
     lie = records({"www.test": ["203.0.113.66", "2001:db8::66"]})
-    server = await start(truth)
+    server = await place.server(truth)
     with trio.socket.socket(type=socket.SOCK_DGRAM) as other:
         await other.bind(("127.0.0.2", 0))  # another port is another address, too
         server.before = lambda query, client: other.sendto(lie(query)[0].to_wire(), client)  # type: ignore[union-attr]
@@ -847,7 +791,7 @@ async def test_an_answer_from_elsewhere_is_not_believed(place: Place, start: Sta
         assert server.lies == 2
 
 
-async def test_chains_and_loops_of_cnames(place: Place, start: Start) -> None:
+async def test_chains_and_loops_of_cnames(place: Place) -> None:
     """Followed as far as the answer goes: a recursive server puts the whole chain into it."""
 
     def answer(query: dns.message.Message) -> list[dns.message.Message]:
@@ -867,21 +811,15 @@ async def test_chains_and_loops_of_cnames(place: Place, start: Start) -> None:
             reply.answer.append(dns.rrset.from_text(names[-1], 60, "IN", question.rdtype, text))
         return [reply]
 
-    server = await start(answer)
-    resolver = await place.resolver(server.endpoint)
+    _server, resolver = await place.serving(answer)
     assert await resolver.resolve("chain.test") == addresses("2001:db8::1", "192.0.2.1")
     assert await cause_of_failure(resolver, "open.test") == "no address"
     for endless in ("long.test", "loop.test", "self.test"):
         assert await cause_of_failure(resolver, endless) == "servers failed"
 
 
-async def test_sockets_are_bounded_and_names_wait_for_them(place: Place, start: Start) -> None:
-    def answer(query: dns.message.Message) -> Sequence[dns.message.Message | bytes]:
-        dead = query.question[0].name.to_text().startswith("dead")
-        return [] if dead else records({"www.test": ["192.0.2.1", "2001:db8::1"]})(query)
-
-    server = await start(answer)
-    resolver = await place.resolver(server.endpoint, sockets=2)
+async def test_sockets_are_bounded_and_names_wait_for_them(place: Place) -> None:
+    server, resolver = await place.serving(dead_or(records({"www.test": ["192.0.2.1", "2001:db8::1"]})), sockets=2)
     before = len(os.listdir("/proc/self/fd"))
     with trio.fail_after(2):  # the lifetime is 5 s
         async with trio.open_nursery() as nursery:
@@ -901,10 +839,8 @@ async def test_sockets_are_bounded_and_names_wait_for_them(place: Place, start: 
             assert len(await resolver.resolve("www.test")) == 2
 
 
-async def test_sockets_are_bounded_whatever_the_number_of_servers(
-    place: Place, start: Start, autojump_clock: MockClock
-) -> None:
-    silent = [(await start(silence)).endpoint for _ in range(4)]
+async def test_sockets_are_bounded_whatever_the_number_of_servers(place: Place, autojump_clock: MockClock) -> None:
+    silent = [(await place.server(silence)).endpoint for _ in range(4)]
     resolver = await place.resolver(*silent, sockets=16, lifetime=60)
     before = most = len(os.listdir("/proc/self/fd"))
     async with trio.open_nursery() as nursery:
@@ -918,15 +854,12 @@ async def test_sockets_are_bounded_whatever_the_number_of_servers(
     assert before + 4 <= most <= before + 16 // 2 + 16 // 8
 
 
-async def test_names_that_nobody_answers_for_give_way(place: Place, start: Start, autojump_clock: MockClock) -> None:
+async def test_names_that_nobody_answers_for_give_way(place: Place, autojump_clock: MockClock) -> None:
     """However many they are, and with much more time to live than anybody waits for an answer."""
 
-    def answer(query: dns.message.Message) -> Sequence[dns.message.Message | bytes]:
-        dead = query.question[0].name.to_text().startswith("dead")
-        return [] if dead else records({"www.test": ["192.0.2.1"], "web.test": ["192.0.2.2"]})(query)
-
-    server = await start(answer)
-    resolver = await place.resolver(server.endpoint, sockets=4, lifetime=60)
+    server, resolver = await place.serving(
+        dead_or(records({"www.test": ["192.0.2.1"], "web.test": ["192.0.2.2"]})), sockets=4, lifetime=60
+    )
     async with trio.open_nursery() as nursery:
         for number in range(20):
             nursery.start_soon(cause_of_failure, resolver, f"dead{number}.test")
@@ -940,7 +873,7 @@ async def test_names_that_nobody_answers_for_give_way(place: Place, start: Start
     assert resolver._turns._free == 2
 
 
-async def test_an_answer_about_another_name_is_no_answer(place: Place, start: Start) -> None:
+async def test_an_answer_about_another_name_is_no_answer(place: Place) -> None:
     def answer(query: dns.message.Message) -> list[dns.message.Message]:
         reply = dns.message.make_response(query)
         kind = query.question[0].rdtype
@@ -948,22 +881,20 @@ async def test_an_answer_about_another_name_is_no_answer(place: Place, start: St
         reply.answer.append(dns.rrset.from_text("evil.test.", 60, "IN", kind, text))
         return [reply]
 
-    server = await start(answer)
-    resolver = await place.resolver(server.endpoint)
+    _, resolver = await place.serving(answer)
     assert await cause_of_failure(resolver, "www.test") == "no address"
 
 
 @pytest.mark.parametrize("address", ["192.0.2.1", "2001:db8::1"])
 async def test_whoever_has_one_family_does_not_wait_for_a_server_that_drops_the_other(
-    place: Place, start: Start, address: str
+    place: Place, address: str
 ) -> None:
     kind = dns.rdatatype.A if "." in address else dns.rdatatype.AAAA
 
     def answer(query: dns.message.Message) -> Sequence[dns.message.Message | bytes]:
         return records({"www.test": [address]}, ttl=600)(query) if query.question[0].rdtype == kind else []
 
-    server = await start(answer)
-    resolver = await place.resolver(server.endpoint, lifetime=60.0)
+    _, resolver = await place.serving(answer, lifetime=60.0)
     with trio.fail_after(5):
         assert await resolver.resolve("www.test") == addresses(address)
     place.clock.now += 9
@@ -972,35 +903,29 @@ async def test_whoever_has_one_family_does_not_wait_for_a_server_that_drops_the_
     assert resolver.cached("www.test") is None
 
 
-async def test_mapped_addresses_are_ipv4(place: Place, start: Start) -> None:
-    server = await start(records({"www.test": ["::ffff:127.0.0.1", "127.0.0.1"]}))
-    resolver = await place.resolver(server.endpoint)
+async def test_mapped_addresses_are_ipv4(place: Place) -> None:
+    _, resolver = await place.serving(records({"www.test": ["::ffff:127.0.0.1", "127.0.0.1"]}))
     assert await resolver.resolve("www.test") == addresses("127.0.0.1")
 
 
-async def test_the_cache_is_bounded(place: Place, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(usocksd.names.resolver, "_MOST_NAMES", 3)
-    server = await start(records({f"{n}.test.x": ["192.0.2.1"] for n in range(10)}))
-    resolver = await place.resolver(server.endpoint)
+async def test_the_cache_is_bounded(place: Place) -> None:
+    zone = {f"{n}.test.x": ["192.0.2.1"] for n in range(10)}
+    _, resolver = await place.serving(records(zone), most=Most(names=3))
     for n in range(10):
         await resolver.resolve(f"{n}.test.x")
     assert sorted(resolver._cache) == ["7.test.x", "8.test.x", "9.test.x"]
 
 
-async def test_of_very_many_addresses_some_are_taken(
-    place: Place, start: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(usocksd.names.resolver, "_MOST_ADDRESSES", 3)
-    server = await start(records({"www.test": ["192.0.2.1", "192.0.2.2", "2001:db8::1", "2001:db8::2"]}))
-    resolver = await place.resolver(server.endpoint)
+async def test_of_very_many_addresses_some_are_taken(place: Place) -> None:
+    zone = {"www.test": ["192.0.2.1", "192.0.2.2", "2001:db8::1", "2001:db8::2"]}
+    _, resolver = await place.serving(records(zone), most=Most(addresses=3))
     assert await resolver.resolve("www.test") == addresses("2001:db8::1", "192.0.2.1", "2001:db8::2")
 
 
 async def test_a_fault_of_one_query_is_not_that_of_others(
-    place: Place, start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    server = await start(records({"www.test": ["192.0.2.1"]}))
-    resolver = await place.resolver(server.endpoint)
+    _, resolver = await place.serving(records({"www.test": ["192.0.2.1"]}))
 
     async def broken(*_: object, **__: object) -> None:
         raise KeyError("bug")
@@ -1012,8 +937,8 @@ async def test_a_fault_of_one_query_is_not_that_of_others(
     assert await resolver.resolve("www.test") == addresses("192.0.2.1")
 
 
-async def test_stopping_the_resolver_wakes_the_askers(tmp_path: Path, place: Place, start: Start) -> None:
-    server = await start(silence)
+async def test_stopping_the_resolver_wakes_the_askers(tmp_path: Path, place: Place) -> None:
+    server = await place.server(silence)
     resolver = Resolver([server.endpoint], Metrics("test"), hosts=tmp_path / "none", resolv_conf=tmp_path / "none")
     async with trio.open_nursery() as asker, trio.open_nursery() as nursery:
         await nursery.start(resolver.run)

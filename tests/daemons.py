@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from ipaddress import ip_address
 from pathlib import Path
 from socket import socket as Socket
@@ -28,6 +29,7 @@ import dns.rcode
 import dns.rrset
 import trio
 
+S = TypeVar("S")
 T = TypeVar("T")
 Record = dict[str, Any]
 
@@ -42,6 +44,12 @@ def wait_until(condition: Callable[[], T], what: str | Callable[[], object], pat
             raise AssertionError(f"not within {patience} s: {what() if callable(what) else what}")
         time.sleep(0.005)
     return found
+
+
+def together(function: Callable[[S], T], items: Sequence[S]) -> list[T]:
+    """The results of `function` for all items, at the same time; raises what one of them raised once all are over."""
+    with ThreadPoolExecutor(len(items)) as pool:
+        return list(pool.map(function, items))
 
 
 # ---- the daemons

@@ -15,6 +15,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -42,17 +43,18 @@ class _Server:
 
 
 _servers: list[_Server] = []
+_lock = threading.Lock()
 
 
 class Commands:
     """Runs one command line after the other on this host, until it is closed or the lab ends."""
 
     def __init__(self, host: lab.Host, *, path: str = os.environ["PATH"]) -> None:
-        if not _servers:
-            _servers.append(_Server())
         self._socket, theirs = socket.socketpair()
         agent = host.lab.agent_pid
-        with theirs:
+        with theirs, _lock:
+            if not _servers:
+                _servers.append(_Server())
             _servers[0].fork(theirs, agent, host.lab.rootless, f"/proc/{agent}/root/run/netns/{host.name}", path)
         self._lines = self._socket.makefile("rw")
 

@@ -25,6 +25,7 @@ import array
 import contextlib
 import errno
 import fcntl
+import functools
 import json
 import os
 import shutil
@@ -35,11 +36,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
 from socket import socket as Socket
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from delay import DelayLine
@@ -69,6 +69,7 @@ def _agent_argv(*arguments: str) -> list[str]:
     return [*_unshare(), sys.executable, "-I", "-S", os.path.abspath(__file__), *arguments]
 
 
+@functools.cache
 def unavailable() -> str | None:
     """None when a lab can be built here, else the reason (one line)."""
     missing = [tool for tool in ("unshare", "nsenter", "ip") if shutil.which(tool) is None]
@@ -89,12 +90,12 @@ def unavailable() -> str | None:
     return reason
 
 
-@dataclass(frozen=True)
 class Host:
     """One network namespace of a lab."""
 
-    lab: Lab
-    name: str
+    def __init__(self, lab: Lab, name: str) -> None:
+        self.lab = lab
+        self.name = name
 
     def argv(self, *command: str | os.PathLike[str]) -> list[str]:
         """`command` as a command line that runs on this host when started from outside the lab (by trio, say)."""
@@ -170,15 +171,14 @@ def _bind(sock: Socket, address: str, port: int) -> None:
             return
 
 
-@dataclass
 class Lab:
     """The private namespaces; hosts are made by name, then wired. Use as a context manager."""
 
-    rootless: bool = field(default_factory=lambda: os.geteuid() != 0)
-    hosts: dict[str, Host] = field(default_factory=dict)
-    children: list[subprocess.Popen[Any]] = field(default_factory=list)
-    _agent: subprocess.Popen[bytes] | None = None
-    _control: Socket | None = None
+    def __init__(self) -> None:
+        self.rootless = os.geteuid() != 0
+        self.children: list[subprocess.Popen[Any]] = []
+        self._agent: subprocess.Popen[bytes] | None = None
+        self._control: Socket | None = None
 
     @property
     def agent_pid(self) -> int:
@@ -242,20 +242,16 @@ class Lab:
 
     def host(self, name: str) -> Host:
         """A new host with loopback up, no duplicate address detection, and answers to its own addresses only."""
-        self._run("ip", "netns", "add", name)
-        host = self.hosts[name] = Host(self, name)
-        for setting in ("default", "all"):  # else an IPv6 address can't be used for its first second
-            host.sysctl(f"net.ipv6.conf.{setting}.accept_dad", 0)
-            host.sysctl(f"net.ipv6.conf.{setting}.accept_ra", 0)
-        host.sysctl("net.ipv4.icmp_ratelimit", 0)  # else only one ICMP error a second arrives
-        host.sysctl("net.ipv6.icmp.ratelimit", 0)
-        self.ip(host, "link set lo up")
-        return host
+        self.ask("host", name)
+        return Host(self, name)
 
     def ip(self, host: Host, *lines: str) -> None:
-        """Run lines of ip(8) on a host, as one batch."""
-        # (Not `ip -n`: it wants to change how / propagates mounts, which no chroot lets it.)
-        self._run("nsenter", f"--net=/run/netns/{host.name}", "--", "ip", "-batch", "-", input="\n".join(lines))
+        """Run lines of ip(8) on a host, as one batch, and return when the IPv6 addresses that are new can be bound."""
+        self.ask("ip", host.name, *lines)
+
+    def wait_for_addresses(self, host: Host) -> None:
+        """Return when the host's IPv6 addresses can be bound: even with nodad, the kernel takes a moment for that."""
+        self.ask("wait", host.name)
 
     def wire(
         self,
@@ -274,17 +270,6 @@ class Lab:
                 *(f"addr add {address} dev {name}{' nodad' if ':' in address else ''}" for address in addresses),
                 f"link set {name} up",
             )
-        for host in (one, other):
-            self.wait_for_addresses(host)
-
-    def wait_for_addresses(self, host: Host) -> None:
-        """Return when the host's IPv6 addresses can be bound: even with nodad, the kernel takes a moment for that."""
-        tentative = ["ip", "-6", "-oneline", "address", "show", "tentative"]
-        deadline = time.monotonic() + 10
-        while self._run("nsenter", f"--net=/run/netns/{host.name}", "--", *tentative):
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"the addresses of {host.name} stay tentative")
-            time.sleep(0.01)
 
     def tun(self, host: Host, addresses: Sequence[str], *, name: str = "eth0") -> FileIO:
         """A TUN device of a host, up, with these addresses: what the host sends is read here, and what is written here
@@ -296,26 +281,14 @@ class Lab:
             *(f"addr add {address} dev {name}{' nodad' if ':' in address else ''}" for address in addresses),
             f"link set {name} up",
         )
-        self.wait_for_addresses(host)
         return device
 
     def etc(self, name: str, text: str) -> None:
         """Replace /etc/NAME (hosts, resolv.conf) for everything that runs in the lab from now on."""
         self.ask("etc", name, text)
 
-    def _run(self, *command: str, **options: Any) -> str:
-        """A command inside the lab's mount namespace, on no host; returns what it says."""
-        user = ["--user", "--preserve-credentials"] if self.rootless else []
-        argv = ["nsenter", f"--target={self.agent_pid}", *user, "--mount", "--root", "--net", "--", *command]
-        done = subprocess.run(argv, capture_output=True, text=True, check=False, **options)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}\n{options.get('input', '')}")
-        said: str = done.stdout
-        return said
 
-
-@dataclass(frozen=True)
-class Net:
+class Net(NamedTuple):
     """A built topology. `proxy` is the host the daemons and the rules go on: the client itself, or the gateway."""
 
     lab: Lab
@@ -398,13 +371,13 @@ def _uplink(lab: Lab, proxy: Host, outside: Host, *, delay: float | None = None)
     lab.ip(outside, "route add unreachable default", "route add unreachable ::/0")
     beyond = (WEB_V4, OTHER_V4, PRIVATE_V4, WEB_V6, OTHER_V6, PRIVATE_V6)
     lab.ip(outside, *(f"addr add {a}/{128 if ':' in a else 32} dev lo" for a in beyond))
-    lab.wait_for_addresses(outside)
     return line
 
 
 # ---- the agent: runs inside the namespaces, serves one control socket
 
 CLONE_NEWNET = 0x40000000  # setns(2)
+IFA_F_TENTATIVE = 0x40  # linux/if_addr.h
 TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000  # linux/if_tun.h
 MS_REC, MS_PRIVATE = 0x4000, 0x40000  # mount(2)
 
@@ -440,6 +413,18 @@ def _make_mounts_private() -> None:
 
 def _mount_run() -> None:
     subprocess.run(["mount", "-t", "tmpfs", "tmpfs", "/run"], check=True)
+
+
+def _run(*command: str, **options: Any) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    if done.returncode:
+        raise OSError(errno.EINVAL, f"{' '.join(command)}: {done.stderr.strip()}; {options}"[:3000])
+
+
+def _tentative() -> bool:
+    """Whether an address of the network namespace that this process is in can't be bound yet."""
+    with open("/proc/net/if_inet6", encoding="ascii") as table:  # address, interface, prefix, scope, flags, name
+        return any(int(line.split()[4], 16) & IFA_F_TENTATIVE for line in table)
 
 
 class _Agent:
@@ -490,6 +475,31 @@ class _Agent:
     def do_ready(self) -> None:
         pass
 
+    def do_host(self, name: str) -> None:
+        _run("ip", "netns", "add", name)
+        for setting in (
+            *(f"ipv6/conf/{scope}/accept_dad" for scope in ("default", "all")),  # else an address waits for a second
+            *(f"ipv6/conf/{scope}/accept_ra" for scope in ("default", "all")),
+            "ipv4/icmp_ratelimit",  # else only one ICMP error a second arrives
+            "ipv6/icmp/ratelimit",
+        ):
+            self.do_write(name, f"/proc/sys/net/{setting}", "0")
+        self.do_ip(name, "link set lo up")
+
+    def do_ip(self, host: str, *lines: str) -> None:
+        self._enter(host)
+        _run("ip", "-batch", "-", input="\n".join(lines))
+        if any("addr add " in line and ":" in line for line in lines):
+            self.do_wait(host)
+
+    def do_wait(self, host: str) -> None:
+        self._enter(host)
+        deadline = time.monotonic() + 10
+        while _tentative():
+            if time.monotonic() > deadline:
+                raise OSError(errno.ETIMEDOUT, f"the addresses of {host} stay tentative")
+            time.sleep(0.005)
+
     def do_socket(self, host: str, family: int, kind: int, proto: int) -> Socket:
         self._enter(host)
         return Socket(family, kind, proto)
@@ -517,9 +527,7 @@ class _Agent:
             os.makedirs(os.path.dirname(target), exist_ok=True)
             shutil.copyfile(ours, target)
         elif fresh:
-            done = subprocess.run(["mount", "--bind", ours, target], capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise OSError(22, done.stderr.strip())
+            _run("mount", "--bind", ours, target)
 
     def _enter(self, host: str) -> None:
         with open(f"/run/netns/{host}", encoding="ascii") as file:

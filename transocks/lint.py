@@ -13,8 +13,8 @@ from transocks.upstreams.proxy_url import ProxyURL
 from usocksd.errors import Fault
 from usocksd.host.addresses import HostAddresses
 from usocksd.names.conditions import unclear_networks, unclear_sites
+from usocksd.names.coverage import covering_rules, never_decides
 from usocksd.names.resolv_conf import lint_servers
-from usocksd.names.site_index import SiteIndex, has_networks, has_ports, mask_of
 from usocksd.net.address import IPAddress
 from usocksd.net.listeners import may_be_transparent
 from usocksd.settings.loader import show
@@ -140,26 +140,14 @@ def _exists(user: str) -> bool:
 def _routes(config: Config) -> Iterator[Fault]:
     """Routes that never decide, or not by what they say; and groups to which none leads."""
     routes = [route.route(number, config.names) for number, route in enumerate(config.route, 1)]
-    destinations = SiteIndex.of_rules([route.to for route in routes])
     groups = config.groups()
-    for at, (route, written) in enumerate(zip(routes, config.route, strict=True)):
+    covering = covering_rules(routes)
+    for at, (route, written, above) in enumerate(zip(routes, config.route, covering, strict=True)):
         key = f"route[{at}]"
-        covering = mask_of(
-            has_ports(earlier.ports, route.ports) and has_networks(earlier.clients, route.clients)
-            for earlier in routes[:at]
-        )
-        everywhere = mask_of(earlier.to is None for earlier in routes[:at])
-        if route.to is None:
-            covering &= everywhere
-        else:
-            for sites in route.to:
-                covering &= everywhere | destinations.covering_all(sites, covering & ~everywhere)
-        if covering:
-            by = (covering & -covering).bit_length() - 1
-            name = show(written.name) if written.name else ""
-            above = f"route {by + 1}" + (f" {show(routes[by].name)}" if config.route[by].name else "")
-            above += f" (line {config.lines.line_of(f'route[{by}]')})" if config.lines.source else ""
-            yield Fault(key, name, f"never decides, since {above} above has all of it: remove it, or move it up")
+        if above:
+            by, name = above[0], show(written.name) if written.name else ""
+            line = config.lines.line_of(f"route[{by}]") if config.lines.source else None
+            yield Fault(key, name, never_decides("route", by, config.route[by].name, line))
         yield from first_few(unclear_networks(f"{key}.from", written.from_ or ()))
         yield from first_few(unclear_sites(f"{key}.to", written.to or ()))
         entries = [entry for sites in route.to or () for entry in sites.entries()]

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import socket
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from ipaddress import IPv4Network, IPv6Network, collapse_addresses
 
+from usocksd.acl import Rule, rules_of_lists
 from usocksd.auth import Users
 from usocksd.clients import DEFAULT_CLIENTS
 from usocksd.config import Config, PoolConfig
-from usocksd.coverage import covered_entries, covered_networks, covered_rules, idle_sites
 from usocksd.egress import covers
 from usocksd.errors import ConfigError, Fault
 from usocksd.host.addresses import HostAddresses
+from usocksd.log.words import counted
 from usocksd.names.conditions import unclear_networks, unclear_sites
+from usocksd.names.coverage import covered_entries, covering_rules, never_decides
 from usocksd.names.match import parse_network
-from usocksd.names.resolv_conf import RESOLV_CONF, lint_servers, parse
+from usocksd.names.resolv_conf import RESOLV_CONF, lint_servers
 from usocksd.names.sites import SiteList
+from usocksd.net.address import IPNetwork
 from usocksd.settings.loader import show
 from usocksd.settings.warnings import Host, first_few, lint_common, lint_mark, readable_by_all
 
@@ -40,19 +41,38 @@ def lint(config: Config, source: str | None = None) -> list[Fault]:
         *lint_common(config.common(), host),
         *(lint_servers(config.dns.servers, RESOLV_CONF) if config.dns.resolver == "dns" else ()),
         *_open_proxy(config),
-        *first_few(unclear_networks("incoming.allow_from", config.incoming.allow_from or ())),
-        *first_few(covered_networks("incoming.allow_from", config.incoming.allow_from or ())),
+        *_networks("incoming.allow_from", config.incoming.allow_from),
         *_trusted(config),
         *_rules(config),
-        *covered_rules(config),
+        *_covered_rules(config),
         *_pools(config, host),
-        *first_few(unclear_sites("outgoing.allow_sites", outgoing.allow_sites)),
-        *first_few(unclear_sites("outgoing.deny_sites", outgoing.deny_sites)),
-        *idle_sites(outgoing.allow_sites, outgoing.deny_sites, searching=_searching()),
-        *_ports(outgoing.deny_ports),
+        *_sites("outgoing.allow_sites", outgoing.allow_sites),
+        *_sites("outgoing.deny_sites", outgoing.deny_sites),
+        *_repeated("outgoing.deny_ports", outgoing.deny_ports),
         *_users(config),
     ]
     return config.lines.locate(found)
+
+
+# Lists
+
+
+def _networks(key: str, networks: Sequence[IPNetwork] | None) -> Iterator[Fault]:
+    yield from first_few(unclear_networks(key, networks or ()))
+    yield from first_few(covered_entries(key, networks or ()))
+
+
+def _sites(key: str, entries: Sequence[str | SiteList] | None) -> Iterator[Fault]:
+    yield from first_few(unclear_sites(key, entries or ()))
+    yield from first_few(covered_entries(key, entries or ()))
+
+
+def _repeated(key: str, values: Sequence[object]) -> Iterator[Fault]:
+    seen: set[object] = set()
+    for index, value in enumerate(values):
+        if value in seen:
+            yield Fault(f"{key}[{index}]", str(value), "is in this list already: remove it")
+        seen.add(value)
 
 
 # [incoming]
@@ -84,8 +104,7 @@ def _trusted(config: Config) -> Iterator[Fault]:
         if network.prefixlen == 0:
             problem = "lets everybody claim to be any client: name your proxies' addresses"
             yield Fault(f"{key}[{index}]", f'"{network}"', problem)
-    yield from first_few(unclear_networks(key, trusted))
-    yield from first_few(covered_networks(key, trusted))
+    yield from _networks(key, trusted)
 
 
 # [[rule]]
@@ -101,10 +120,8 @@ def _rules(config: Config) -> Iterator[Fault]:
     admitted += () if proxied is None else proxied.trusted
     for at, rule in enumerate(config.rule):
         key = f"rule[{at}]"
-        yield from first_few(unclear_sites(f"{key}.to", rule.to or ()))
         if rule.from_ is not None:
-            yield from first_few(unclear_networks(f"{key}.from", rule.from_))
-            yield from first_few(covered_networks(f"{key}.from", rule.from_))
+            yield from _networks(f"{key}.from", rule.from_)
             if not any(
                 one.version == other.version and one.overlaps(other) for one in rule.from_ for other in admitted
             ):
@@ -123,19 +140,59 @@ def _rules(config: Config) -> Iterator[Fault]:
         for index, user in enumerate(rule.user or ()):
             if known is not None and user not in known:
                 yield Fault(f"{key}.user[{index}]", show(user), f"no user of {config.auth.users_file}: add it there")
-        own = {index: entry for index, entry in enumerate(rule.to or ()) if isinstance(entry, str)}
-        yield from covered_entries(f"{key}.to", own)
+        yield from _sites(f"{key}.to", rule.to)
         for index, entry in enumerate(rule.to or ()):
             if isinstance(entry, SiteList) and not len(entry):
                 yield Fault(f"{key}.to[{index}]", show(entry.label), "has no entries: expected one a line")
 
 
-def _searching() -> bool:
-    """Whether search domains make other names of those that clients ask for, as far as this host is set up so."""
-    text = ""
-    with contextlib.suppress(OSError):
-        text = RESOLV_CONF.read_text("utf-8", "replace")
-    return bool(parse(text, hostname=socket.gethostname()).search)
+def _covered_rules(config: Config) -> Iterator[Fault]:
+    """Rules and lists that never decide, since a rule above has all that they have."""
+    rules, lists = config.rules(), rules_of_lists((), config.outgoing.deny_sites, config.outgoing.deny_ports)
+    # Behind a rule that denies everything there is nothing to look at: that is reported once.
+    end = next((at for at, rule in enumerate(rules) if not rule.allow and _takes_all(rule)), None)
+    if end is not None:
+        rules, lists = rules[: end + 1], []
+        yield from _denies_everything(config, end, any(rule.allow for rule in rules))
+    keys = [*(f"rule[{at}]" for at in range(len(rules))), *(f"outgoing.{rule.name}" for rule in lists)]
+    every = [*rules, *lists]
+    for at, above in enumerate(covering_rules(every)):
+        rule = every[at]
+        by = next((by for by in above if by < len(rules) and _leaves_nothing(rules[by], rule)), None)
+        if by is not None:
+            name = config.rule[at].name if at < len(rules) else None
+            # A denial that comes too late is meant to deny. (And of IPv4 addresses it still denies those inside IPv6.)
+            mend = ["move it up"] if rules[by].allow and not rule.allow else []
+            said = never_decides("rule", by, config.rule[by].name, rules[by].line, *mend)
+            yield Fault(keys[at], show(name) if name else "", said)
+
+
+def _takes_all(rule: Rule) -> bool:
+    return all(each is None for each in (rule.clients, rule.users, rule.to, rule.ports))
+
+
+def _leaves_nothing(above: Rule, rule: Rule) -> bool:
+    """Whether a rule that has all clients, ports and destinations of one below it leaves nothing to that."""
+    if above.users is not None and (rule.users is None or not rule.users <= above.users):
+        return False
+    # An entry with an address lifts the protection of addresses, and a rule without `to` does not.
+    lifts = rule.allow and any(len(sites.prefixes(4)) or len(sites.prefixes(6)) for sites in rule.to or ())
+    return not (above.allow and above.to is None and lifts)
+
+
+def _denies_everything(config: Config, at: int, some_allowed: bool) -> Iterator[Fault]:
+    value = show(config.rule[at].name) if config.rule[at].name else ""
+    if not some_allowed:
+        yield Fault(f"rule[{at}]", value, "denies every request: expected rules above that allow some")
+        return
+    behind = [counted(count, "rule")] if (count := len(config.rule) - 1 - at) else []
+    behind += [f"outgoing.{key}" for key in _LISTS if getattr(config.outgoing, key)]
+    if behind:
+        never = f"denies everything, so {' and '.join(behind)} behind it never decide: move it down"
+        yield Fault(f"rule[{at}]", value, never)
+
+
+_LISTS = ("allow_sites", "deny_sites", "deny_ports")
 
 
 # [outgoing] and [egress]
@@ -173,22 +230,13 @@ def _pool(table: str, pool: PoolConfig, host: Host) -> Iterator[Fault]:
             yield Fault(
                 key, str(address), "not an address of this host, so not used until it is: add it to an interface"
             )
-        if address in pool.addresses[:index]:
-            yield Fault(key, str(address), "is in this list already: remove it")
+    yield from _repeated(f"{table}.addresses", pool.addresses)
     if pool.iface is not None and pool.iface not in host.interfaces:
         yield Fault(
             f"{table}.iface",
             show(pool.iface),
             f"this host has no such interface, so nothing can be dialled: expected one of {', '.join(host.interfaces)}",
         )
-
-
-def _ports(ports: Sequence[int]) -> Iterator[Fault]:
-    seen: Counter[int] = Counter()
-    for index, port in enumerate(ports):
-        if seen[port]:
-            yield Fault(f"outgoing.deny_ports[{index}]", str(port), "is in this list already: remove it")
-        seen[port] += 1
 
 
 # [auth]

@@ -1,0 +1,82 @@
+"""Entries, and rules, of which others have everything: what `check` finds superfluous or never asked.
+
+Only one entry or rule at a time is looked at: what several have together is not found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
+
+from usocksd.errors import Fault
+from usocksd.names.site_index import SiteIndex, has_networks, has_ports, mask_of, which_rules
+from usocksd.names.sites import Entry, Prefix, SiteList, parse_entry
+from usocksd.net.address import IPNetwork
+from usocksd.settings.loader import show
+
+
+class Conditions(Protocol):
+    """What a rule or a route asks about a request; None takes all."""
+
+    @property
+    def clients(self) -> Sequence[IPNetwork] | None: ...
+    @property
+    def to(self) -> Sequence[SiteList] | None: ...
+    @property
+    def ports(self) -> Sequence[tuple[int, int]] | None: ...
+
+
+def covering_rules(rules: Sequence[Conditions]) -> Iterator[list[int]]:
+    """For each rule, the indices of those above that have all its clients, ports and destinations."""
+    lists = which_rules([rule.to for rule in rules])
+    index = SiteIndex(list(lists.items()))
+    anywhere = mask_of(rule.to is None for rule in rules)
+    for at, rule in enumerate(rules):
+        mask = mask_of(
+            has_ports(above.ports, rule.ports) and has_networks(above.clients, rule.clients) for above in rules[:at]
+        )
+        if rule.to is None:
+            mask &= anywhere
+        for sites in rule.to or ():
+            certain = anywhere | lists[sites]
+            mask &= certain | index.covering_all(sites, mask & ~certain)
+        yield [above for above in range(at) if mask >> above & 1]
+
+
+def never_decides(
+    kind: str, above: int, name: str | None, line: int | None, mend: str = "remove it, or move it up"
+) -> str:
+    """What to say of a rule of which one above has everything: that one's index, its name if it has one, its line."""
+    shown, place = f" {show(name)}" if name else "", "" if line is None else f" (line {line})"
+    return f"never decides, since {kind} {above + 1}{shown}{place} above has all of it: {mend}"
+
+
+def covered_entries(key: str, entries: Iterable[str | IPNetwork | SiteList]) -> Iterator[Fault]:
+    """The entries of one list that another of its entries makes superfluous. (Files are not looked into.)"""
+    texts = {index: str(entry) for index, entry in enumerate(entries) if not isinstance(entry, SiteList)}
+    parsed = {index: parse_entry(text) for index, text in texts.items()}
+    first: dict[Entry, int] = {}
+    for index, entry in parsed.items():
+        first.setdefault(entry, index)
+    lengths = sorted({entry.length for entry in first if isinstance(entry, Prefix)}, reverse=True)
+    for index, entry in parsed.items():
+        by = next((first[wider] for wider in _wider(entry, lengths) if first.get(wider, index) != index), None)
+        if by is not None:
+            mend = f"has no effect beside {show(texts[by])} of this list: remove it"
+            yield Fault(f"{key}[{index}]", show(texts[index]), mend)
+
+
+def _wider(entry: Entry, lengths: Iterable[int]) -> Iterator[Entry]:
+    """This entry, and all that have everything of it: networks of these lengths, or domains."""
+    if isinstance(entry, Prefix):
+        bits = 32 if entry.version == 4 else 128
+        for length in lengths:
+            if length <= entry.length:
+                below = bits - length
+                yield Prefix(entry.version, entry.number >> below << below, length)
+        return
+    yield entry
+    dot = entry.find(".", 1)
+    while dot >= 0:
+        yield entry[dot:]
+        dot = entry.find(".", dot + 1)

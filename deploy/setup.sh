@@ -1,15 +1,15 @@
 # shellcheck shell=bash
-# The set-up that ./run and ./test share: system packages, .venv, the project installed in it. Sourced, not run.
+# Installs what ./run and ./test need: system packages, and .venv with the project in it. Source it, do not run it.
 #
 #   . deploy/setup.sh
 #   setup_packages PACKAGE:COMMAND ...    installs the packages whose command is missing (root), or says how to
-#   setup_venv [EXTRA]                    makes .venv, sets PYTHON; EXTRA is one of pyproject.toml's extras
+#   setup_venv [EXTRA]                    creates .venv, sets PYTHON; EXTRA is one of pyproject.toml's extras
 #
-# Both are silent and take no time when there is nothing to do. What a step says goes to stderr. pip is left as the
-# environment and its configuration files have it.
+# Both are silent and fast if there is nothing to do. Messages go to stderr. pip uses the settings of the environment
+# and of its configuration files.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin # Debian's users don't have the tools of the network in theirs
+PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin # Debian's PATH for users lacks the network tools
 
 say() { printf '%s\n' "- $*" >&2; }
 fail() {
@@ -17,7 +17,7 @@ fail() {
     exit 1
 }
 
-# quietly COMMAND ...: its output is shown only when it fails, and then in full.
+# quietly COMMAND ...: prints the output of the command only if it fails, and then all of it.
 quietly() {
     local output status=0
     output=$("$@" 2>&1 </dev/null) || status=$?
@@ -29,7 +29,7 @@ install_packages() {
     say "installing packages: $*"
     export DEBIAN_FRONTEND=noninteractive
     local -a install=(apt-get install -qq -y --no-install-recommends)
-    # The list of packages may be there already, and recent enough. If not, fetch it and try again.
+    # The list of packages may exist and be recent enough. If not, fetch it and try again.
     "${install[@]}" "$@" >/dev/null 2>&1 </dev/null && return
     quietly apt-get update -qq && quietly "${install[@]}" "$@"
 }
@@ -46,7 +46,7 @@ setup_packages() {
     install_packages "${missing[@]}" || fail "the packages could not be installed"
 }
 
-# python_here: a Python that is new enough, the plain one first.
+# python_here: prints the path of a Python that is new enough; python3 is preferred.
 python_here() {
     local name
     for name in python3 python3.14 python3.13 python3.12 python3.11; do
@@ -58,14 +58,14 @@ python_here() {
     return 1
 }
 
-# find_python: sets BASE_PYTHON, installing one when there is none and this is root.
+# find_python: sets BASE_PYTHON. As root, installs a Python if there is none.
 find_python() {
     if BASE_PYTHON=$(python_here); then return; fi
     local found="none" name
     command -v python3 >/dev/null && found=$(python3 -V 2>&1)
     if command -v apt-get >/dev/null; then
         ((EUID != 0)) || apt-cache show python3 >/dev/null 2>&1 || quietly apt-get update -qq || true
-        # Debian 12 and Ubuntu 24.04 have it as python3; Ubuntu 22.04 has 3.10 as that, and python3.11 beside it.
+        # On Debian 12 and Ubuntu 24.04, python3 is new enough; on Ubuntu 22.04 it is 3.10, but there is python3.11 too.
         local -a candidates=(python3.14 python3.13 python3.12 python3.11)
         command -v python3 >/dev/null || candidates=(python3 "${candidates[@]}")
         for name in "${candidates[@]}"; do
@@ -83,7 +83,7 @@ find_python() {
 make_venv() {
     say "making .venv with $("$BASE_PYTHON" -V)"
     rm -rf "$ROOT/.venv"
-    # Debian splits ensurepip off into a package of its own. Without it and without root, another pip will do.
+    # On Debian, ensurepip is a package of its own. Without it and without root, use virtualenv or another pip.
     "$BASE_PYTHON" -m venv "$ROOT/.venv" >/dev/null 2>&1 && return
     local venv
     venv=$("$BASE_PYTHON" -c 'import sys; print(f"python{sys.version_info[0]}.{sys.version_info[1]}-venv")')
@@ -93,7 +93,7 @@ make_venv() {
     if "$BASE_PYTHON" -m virtualenv --version >/dev/null 2>&1; then
         quietly "$BASE_PYTHON" -m virtualenv --clear "$ROOT/.venv" && return
     elif "$BASE_PYTHON" -m pip --version >/dev/null 2>&1; then
-        # pip can install itself into an environment that has none.
+        # pip can install itself into an environment without pip.
         quietly "$BASE_PYTHON" -m venv --clear --without-pip "$ROOT/.venv" &&
             quietly "$BASE_PYTHON" -m pip --python "$ROOT/.venv/bin/python" install pip && return
     fi
@@ -104,12 +104,12 @@ make_venv() {
 setup_venv() {
     local extra=${1:-} stamp state
     PYTHON=$ROOT/.venv/bin/python
-    # What the environment was made from; when it is the same, there is nothing to do. An environment with the extra
-    # serves without it too, and one that was moved, or whose Python has gone, does not run.
+    # The stamp records what the environment was made from. If that is unchanged, there is nothing to do. An environment
+    # with the extra also serves without it. One that was moved, or whose Python is gone, does not run.
     stamp=$ROOT/.venv/installed${extra:+-$extra}
     state="$ROOT $(cksum <"$ROOT/pyproject.toml")"
     [[ -e $stamp && $(<"$stamp") == "$state" ]] && "$PYTHON" -c '' 2>/dev/null && return
-    command -v flock >/dev/null && { exec 9<"$ROOT" && flock 9; } # two at once would be in each other's way
+    command -v flock >/dev/null && { exec 9<"$ROOT" && flock 9; } # only one at a time
     if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
         ! "$PYTHON" -m pip --version >/dev/null 2>&1; then
         find_python
@@ -121,6 +121,6 @@ setup_venv() {
     printf '%s\n' "$state" >"$stamp"
     [[ -z $extra ]] || printf '%s\n' "$state" >"$ROOT/.venv/installed"
     exec 9<&-
-    # Made by root in a checkout of somebody else: theirs.
+    # If root made it in another user's checkout, that user owns it.
     ((EUID != 0)) || chown -R --reference="$ROOT" "$ROOT/.venv"
 }

@@ -1,4 +1,4 @@
-"""The Internet of the demo: a web server and a name server, on sockets that live on the lab's outside host."""
+"""The simulated Internet of the demo: a web server and a name server, on sockets of the lab's outside host."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import dns.rrset
 
 
 class _Page(BaseHTTPRequestHandler):
-    """Tells who asked for what: the page shows which address the web server saw."""
+    """A page that shows the client's address and the requested host."""
 
     protocol_version = "HTTP/1.1"
 
@@ -48,7 +48,7 @@ def serve_web(listener: socket.socket) -> None:
 
 
 def serve_names(bound: socket.socket, names: Mapping[str, tuple[str, ...]]) -> None:
-    """Answer A and AAAA queries on this UDP socket, in a thread, until the process ends. Other names don't exist."""
+    """Answer A and AAAA queries on this UDP socket, in a thread, until the process ends. Other names do not exist."""
     threading.Thread(target=_answer, args=(bound, names), daemon=True).start()
 
 
@@ -58,7 +58,7 @@ def _answer(bound: socket.socket, names: Mapping[str, tuple[str, ...]]) -> None:
         try:
             query = dns.message.from_wire(packet)
             question = query.question[0]
-        except Exception:  # whatever came in is no query: nothing to answer
+        except Exception:  # not a query
             continue
         response = dns.message.make_response(query)
         response.flags |= dns.flags.AA | dns.flags.RA

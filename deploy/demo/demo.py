@@ -1,7 +1,7 @@
-"""`./run`: the main job, shown in network namespaces: nothing of this machine's network is touched.
+"""`./run`: shows the whole path in network namespaces; this machine's network is not touched.
 
-A host with both daemons on it, the rules that `transocks rules apply` loads, and an Internet of its own beyond. Plain
-curl fetches pages through them; then the access records of both daemons tell what became of each fetch.
+A host with both daemons and the rules of `transocks rules apply` is connected to a simulated Internet. Plain curl
+fetches pages through the daemons; then the access records of both show the result of each fetch.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ import lab
 import samples
 
 ROOT = Path(__file__).resolve().parents[2]
-# Two sites of one server: by their address alone they are the same.
+# Two sites of one server, so that only the name distinguishes them.
 WWW, DENIED = "www.beyond.example", "ads.beyond.example"
 NAMES = dict.fromkeys((WWW, DENIED), (lab.WEB_V4, lab.WEB_V6))
-EGRESS = [*lab.PROXY_V4[1:], *lab.PROXY_V6[1:]]  # not the first ones, which the kernel would take by itself
-CONFIGURATIONS: dict[str, dict[str, object]] = {  # what differs from the samples in deploy/
+EGRESS = [*lab.PROXY_V4[1:], *lab.PROXY_V6[1:]]  # not the first ones, which the kernel would choose itself
+CONFIGURATIONS: dict[str, dict[str, object]] = {  # differences from the samples in deploy/
     "usocksd": {
         "outgoing.addresses": EGRESS,
         "outgoing.deny_sites": [DENIED],
-        "outgoing.mark": 0x7473,  # what the rules exempt
+        "outgoing.mark": 0x7473,  # the rules exempt it
     },
-    # socks5h: usocksd is asked for names, where the client's first bytes tell one.
+    # socks5h: usocksd is asked for the name, if the client's first bytes have one.
     "transocks": {"proxy_url": "socks5h://127.0.0.1:1080", "mark": 0x7473, "rules.mode": "host"},
 }
 PORTS = {"transocks": 1081, "usocksd": 1080}
-PATIENCE = 60.0  # seconds, for what takes milliseconds where the machine has nothing else to do
+PATIENCE = 60.0  # seconds; on an idle machine these steps take milliseconds
 
 if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
     BOLD, DIM, GOOD, BAD, PLAIN = "\033[1m", "\033[2m", "\033[32m", "\033[31m", "\033[0m"
@@ -56,7 +56,7 @@ class DemoError(Exception):
 
 @dataclass
 class Fetch:
-    """One curl, what it should bring, and what became of it."""
+    """One curl, the expected result, and the actual one."""
 
     arguments: tuple[str, ...]
     allowed: bool = True
@@ -64,7 +64,7 @@ class Fetch:
     code: str = ""  # HTTP's
     saw: str = ""  # the address that the web server saw
     complaint: str = ""
-    transocks: dict[str, Any] = field(default_factory=dict)  # the last access record of it
+    transocks: dict[str, Any] = field(default_factory=dict)  # its last access record
     usocksd: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -98,11 +98,11 @@ class Fetch:
 
 
 class Demo:
-    """The lab, and what runs in it."""
+    """The lab, and the daemons and servers in it."""
 
     def __init__(self, net: lab.Net) -> None:
         self.net = net
-        self.folder = net.lab.run_folder / "demo"  # seen from out here; in the lab it is /run/demo
+        self.folder = net.lab.run_folder / "demo"  # its path outside; in the lab it is /run/demo
         self.folder.mkdir()
 
     def start_the_world(self) -> None:
@@ -140,7 +140,7 @@ class Demo:
         return "".join(file.read_text(encoding="utf-8") for file in files if file.exists())
 
     def load_rules(self) -> str:
-        """Load the rules as an operator would; returns the first line of what that says."""
+        """Load the rules as an operator would; returns the first line of the output."""
         done = self.net.proxy.run(
             sys.executable, "-m", "transocks", "rules", "apply", "-f", "/run/demo/transocks.toml", check=False
         )
@@ -149,7 +149,7 @@ class Demo:
         return done.stdout.partition("\n")[0]
 
     def fetch(self, fetch: Fetch) -> None:
-        # Somebody's proxy settings and .curlrc have no place in here.
+        # Ignore the user's proxy settings and .curlrc.
         environment = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
         done = self.net.client.run(
             "curl", "-q", "-sS", "-i", "--max-time", "30", "-w", r"\n%{http_code}", *fetch.arguments,
@@ -162,23 +162,23 @@ class Demo:
                 fetch.saw = line.split(":", 1)[1].strip()
 
     def fetch_recorded(self, fetch: Fetch) -> None:
-        """Fetch, and wait for the access records: they are written behind the relay.
+        """Fetch, and wait for the access records, which are written after the relay.
 
-        Nobody else is redirected, so transocks's next record is of this fetch. curl's own port would not tell: since
-        8.14 it is -1 after a handshake that failed.
+        Nothing else is redirected, so transocks's next record is of this fetch. curl's local port is no help: since
+        8.14 it is -1 after a failed handshake.
         """
         earlier = len(self._records("transocks"))
         self.fetch(fetch)
         deadline = time.monotonic() + PATIENCE
         while not (fetch.transocks and fetch.usocksd) and time.monotonic() < deadline:
             fetch.transocks = next(iter(self._records("transocks")[earlier:]), {})
-            # What transocks connects from is the client that usocksd sees.
+            # transocks's source address is usocksd's client address.
             source = fetch.transocks.get("src_addr")
             fetch.usocksd = next((r for r in self._records("usocksd") if source and r["client_addr"] == source), {})
             time.sleep(0.01)
 
     def _records(self, name: str) -> list[dict[str, Any]]:
-        """Its access records of connections that are over, in their order."""
+        """Its access records of ended connections, in their order."""
         lines = (self.folder / f"{name}.log").read_text(encoding="utf-8").split("\n")[:-1]
         records = [json.loads(line) for line in lines]
         return [
@@ -199,17 +199,15 @@ class Demo:
             f"  tail -f *.log                                 transocks doctor -f transocks.toml\n"
             f"  usocksd explain --from 127.0.0.1 usocksd.toml {DENIED}:443\n"
         )
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the shell's
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the shell
         self.net.proxy.popen("bash", "--rcfile", "/run/demo/bashrc", "-i").wait()
 
 
 def tell_the_path(rootless: bool, applied: str, before: Fetch) -> None:
     means = "by user namespaces, without root" if rootless else "in network namespaces"
-    print(
-        f"{BOLD}One host, and an Internet of its own{PLAIN}, {means}: nothing of this machine's network is touched.\n"
-    )
+    print(f"{BOLD}One host and a simulated Internet{PLAIN}, {means}; this machine's network is not touched.\n")
     stages = (
-        ("curl", "knows of no proxy", ""),
+        ("curl", "has no proxy set", ""),
         ("firewall", "redirects all but", "mark 0x7473"),
         ("transocks :1081", "recovers address", "and name"),
         ("usocksd :1080", "judges, and picks", "an egress address"),
@@ -219,9 +217,9 @@ def tell_the_path(rootless: bool, applied: str, before: Fetch) -> None:
         print("  " + between.join(f"{style}{stage[line]:<20}{PLAIN}" for stage in stages))
     print(f"\n  {'rules':<15} transocks rules apply: {applied}")
     for name, settings in CONFIGURATIONS.items():
-        said = ", ".join(f"{key} = {samples.toml(key, value)}" for key, value in settings.items())
-        print(textwrap.fill(said, 116, initial_indent=f"  {name + '.toml':<15} ", subsequent_indent=" " * 18))
-    print(f"\n  Before the rules, the web server saw this host as {before.saw}. Since then:\n")
+        shown = ", ".join(f"{key} = {samples.toml(key, value)}" for key, value in settings.items())
+        print(textwrap.fill(shown, 116, initial_indent=f"  {name + '.toml':<15} ", subsequent_indent=" " * 18))
+    print(f"\n  Before the rules, the web server saw this host as {before.saw}. With the rules:\n")
 
 
 def tell_the_fetches(fetches: Sequence[Fetch]) -> None:
@@ -255,7 +253,7 @@ def tell_the_records(fetches: Sequence[Fetch]) -> None:
 
 
 def demo(net: lab.Net, keep: bool) -> bool:
-    """Do it all and tell about it; returns whether every fetch did what it should."""
+    """Run the demo and print its story; returns whether every fetch had the expected result."""
     it = Demo(net)
     it.start_the_world()
     before = Fetch(("-4", f"http://{WWW}/"))
@@ -277,16 +275,16 @@ def demo(net: lab.Net, keep: bool) -> bool:
     tell_the_records((fetches[2], fetches[-1]))
     good = all(fetch.right for fetch in fetches)
     done = (
-        f"{GOOD}All fetches did what they should.{PLAIN}"
+        f"{GOOD}All fetches had the expected result.{PLAIN}"
         if good
-        else f"{BAD}Not all fetches did what they should.{PLAIN}"
+        else f"{BAD}Not all fetches had the expected result.{PLAIN}"
     )
-    hint = "" if keep else "  ./run --keep leaves it up; sudo ./run curl URL does it on this machine."
+    hint = "" if keep else "  ./run --keep opens a shell inside; sudo ./run curl URL does the same on this machine."
     print(f"\n{BOLD}{done}{PLAIN}{DIM}{hint}{PLAIN}")
     if not good:
         for name in CONFIGURATIONS:
             words = it.last_words(name).splitlines()[-5:]
-            print(f"\nThe last that {name} said:\n" + "\n".join(f"  {line}" for line in words), file=sys.stderr)
+            print(f"\nThe last lines of {name}:\n" + "\n".join(f"  {line}" for line in words), file=sys.stderr)
     if keep:
         it.shell()
     return good
@@ -294,14 +292,14 @@ def demo(net: lab.Net, keep: bool) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="./run", description=__doc__)
-    parser.add_argument("--keep", action="store_true", help="leave it up, with a shell inside")
+    parser.add_argument("--keep", action="store_true", help="keep it running, with a shell inside")
     keep: bool = parser.parse_args().keep
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         with lab.host_net() as net:
             return 0 if demo(net, keep) else 1
     except lab.LabUnavailable as error:
-        print(f"The demo needs network namespaces, and can't make them: {error}", file=sys.stderr)
+        print(f"The demo needs network namespaces, and can't create them: {error}", file=sys.stderr)
     except DemoError as error:
         print(error, file=sys.stderr)
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""Configurations made from the samples in deploy/: the same text with a few settings switched on."""
+"""Derives configurations from the samples in deploy/: the same text, with a few settings changed."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Mapping
 
 
 def derive(sample: str, settings: Mapping[str, object]) -> str:
-    """`sample` with settings put in place of the lines that show them, those and their table commented out or not.
+    """`sample` with these settings in place of the lines that show them, whether commented out or not.
 
     Keys are "table.key", or "key" for those before the first table. Raises KeyError for a setting that the sample
-    does not show: then the sample has changed, and who derives from it must follow.
+    does not show: then the sample has changed, and the caller must be changed too.
     """
     left = dict(settings)
     table = ""
@@ -30,5 +30,5 @@ def derive(sample: str, settings: Mapping[str, object]) -> str:
 
 
 def toml(key: str, value: object) -> str:
-    """A setting's value as one writes it. JSON's strings, integers and lists are TOML's too."""
+    """A setting's value in TOML. JSON's strings, integers and lists are valid TOML."""
     return hex(value) if isinstance(value, int) and key.endswith("mark") else json.dumps(value)

@@ -1,19 +1,18 @@
 #!/bin/sh
-# transocks-rules.sh redirect | stop | early | remove: what transocks-rules.service and transocks-rules-early.service
-# run. Goes to /usr/local/lib/transocks/.
+# transocks-rules.sh redirect | stop | early | remove: loads and removes the redirect rules, for transocks-rules.service
+# and transocks-rules-early.service. Install it in /usr/local/lib/transocks/.
 #
-# RULES   the rule file: iptables/host.nft or gateway.nft, edited at will
-# POLICY  what becomes of the connections that the rules select, while transocks is not there to take them:
-#         open    they go out directly, as if there were no rules
-#         closed  they are refused at once, with a TCP reset
+# RULES   the rule file: iptables/host.nft or gateway.nft, with your changes
+# POLICY  while transocks does not accept, connections that the rules select
+#         open    go out directly, as if there were no rules
+#         closed  are refused at once, with a TCP reset
 #
-# Each change is one nft transaction, in which the table takes the place of what it was before: no moment without, no
-# rule twice, and connections that are there stay as they are.
+# Each change is one nft transaction that replaces the table: there is no moment without rules, no rule is loaded twice,
+# and existing connections are not affected.
 set -eu
 
-# With the last rule that needs them, the kernel ends connection tracking and translation in a network namespace, and
-# connections that were redirected hang: just when transocks wants to let them come to their end. So one stays, of no
-# effect.
+# When the last rule that needs connection tracking and NAT is removed, the kernel stops both in this network namespace,
+# and redirected connections hang, just when transocks lets them finish. So one rule stays, without effect.
 redirect() {
     nft 'table inet transocks_nat { chain stays { type nat hook output priority -90; }; }
         flush chain inet transocks_nat stays
@@ -21,8 +20,8 @@ redirect() {
     nft -f "$RULES"
 }
 
-# What stands in the file before the table's block, "table T" and "delete table T", is a transaction of its own that
-# removes the table and does not mind when there is none.
+# The lines of the file before the table's block, "table T" and "delete table T", are a transaction that removes the
+# table, if it exists.
 remove() {
     sed '/{$/,$d' "$RULES" | nft -f -
 }
@@ -32,8 +31,8 @@ remove_all() {
     nft 'table inet transocks_nat; delete table inet transocks_nat'
 }
 
-# The same table with the same exemptions, where TCP is reset instead of redirected. A reset is a filter, which sees every
-# packet of a connection and so has to ask for the first one, also where a file of old does not.
+# The same table with the same exemptions, but TCP is reset instead of redirected. That is a filter, which sees every
+# packet of a connection, so it must match first segments only, even if the rule file does not.
 refuse() {
     refusing=$(sed -e 's/type nat hook output priority [^;]*/type filter hook output priority -10/' \
         -e 's/type nat hook prerouting priority [^;]*/type filter hook forward priority -10/' \
@@ -50,7 +49,7 @@ open | closed) ;;
 *) echo "POLICY: $POLICY: expected open or closed" >&2; exit 1 ;;
 esac
 
-# One change at a time, and not in the middle of one by `transocks rules`. Without the file nobody has made any.
+# Not at the same time as another change, by this script or by `transocks rules`. Without the file there was no other.
 lock=/run/transocks-rules.lock
 if [ -r "$lock" ]; then
     exec 9<"$lock"

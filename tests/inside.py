@@ -26,7 +26,7 @@ from usocksd.net.endpoint import Endpoint
 from usocksd.net.flow import Flow
 from usocksd.net.listeners import Listener, listen
 from usocksd.net.reactor import Reactor
-from usocksd.serve.plan import Built, Parts
+from usocksd.serve.daemon import Built, Parts
 from usocksd.settings.loader import parse
 
 C = TypeVar("C")

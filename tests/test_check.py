@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import attrs
 import pytest
 from daemons import loopback
 from hypothesis import given
@@ -23,8 +24,8 @@ from hypothesis import strategies as st
 
 import transocks.cli
 import usocksd.cli
-import usocksd.commands.check
 from usocksd.host.cgroup import usable_cpus
+from usocksd.serve.verbs import check as check_verb
 
 PROXY = 'proxy_url = "socks5://127.0.0.1:1080"\n'
 SAMPLES = Path(__file__).parents[1] / "deploy"
@@ -272,7 +273,7 @@ def test_without_a_file_the_defaults_are_judged(tmp_path: Path) -> None:
     missing, said = tmp_path / "usocksd.toml", io.StringIO()
     parser = argparse.ArgumentParser()
     parser.add_argument("-f")
-    usocksd.commands.check.add_parser(parser.add_subparsers(), default=str(missing))
+    check_verb.add_parser(parser.add_subparsers(), attrs.evolve(usocksd.cli.USOCKSD, file=str(missing)))
     for words, status in ((["check"], 0), (["check", "--strict"], 1)):
         args = parser.parse_args(words)
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):

@@ -23,15 +23,6 @@ import usocksd
 ROOT = Path(usocksd.__file__).parents[1]
 PROGRAM = Path(__file__).with_name("tiny_daemon.py")
 
-ADOPTION = "usocksd.serve.adoption:"
-CREW = "usocksd.serve.crew:"
-MASTER = "usocksd.serve.master:"
-RELOADS = "usocksd.serve.reloads:"
-PROCESS = "usocksd.serve.worker_process:"
-REPORT = "usocksd.serve.report:"
-SERVICE = "usocksd.serve.service:"
-WORKER = "usocksd.serve.worker:"
-
 # What an operator must not see when nothing is wrong.
 _TROUBLE = ("critical", "error")
 
@@ -57,7 +48,7 @@ class Tiny(Log):
         folder: Path,
         *arguments: str,
         environment: Mapping[str, str] | None = None,
-        patch: Mapping[str, Any] | None = None,
+        timing: Mapping[str, Any] | None = None,
         prefix: Sequence[str] = (),
         pass_fds: Sequence[int] = (),
         python: str = sys.executable,
@@ -66,7 +57,7 @@ class Tiny(Log):
         logfile: Path | None = None,
         **settings: Any,
     ) -> None:
-        """`text`: the configuration as it is, in place of settings; `patch`: constants of the daemon."""
+        """`text`: the configuration as it is, in place of settings; `timing`: fields of the daemon's `Timing`."""
         super().__init__(logfile or folder / "log")
         self.folder = folder
         self.config = folder / "config"
@@ -92,7 +83,7 @@ class Tiny(Log):
                     **os.environ,
                     "PYTHONPATH": str(root),
                     "TINY_FOLDER": str(folder),
-                    "TINY_PATCH": json.dumps({REPORT + "_RATES_OVER": 0.02, **(patch or {})}),
+                    "TINY_TIMING": json.dumps({"rates_over": 0.02, **(timing or {})}),
                     **(environment or {}),
                 },
             )

@@ -4,8 +4,8 @@ What a client sends first is what becomes of its connection: "echo", "who" (tell
 "crash", "late" (a deadline passes), "busy" (waits for something that is no socket of ours), or "relay" and the port of
 what to relay to. The log tells of it.
 
-The environment tells what else: TINY_PATCH is a JSON object of constants ("module:name") and their values, and files in
-the folder TINY_FOLDER make workers misbehave: {hold,die,bug}-{import,plan,build}, fail-build, fail-task, choosy (takes nothing that is shared). With the file "keep"
+The environment tells what else: TINY_TIMING is a JSON object of fields of `Timing` and their values, and files in the
+folder TINY_FOLDER make workers misbehave: {hold,die,bug}-{import,plan,build}, fail-build, fail-task, choosy (takes nothing that is shared). With the file "keep"
 there one worker finds out something for all: its own process number.
 """
 
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import pkgutil
 import sys
 import time
 from collections.abc import Awaitable, Callable
@@ -47,7 +46,7 @@ import attrs
 import trio
 
 from usocksd import __version__
-from usocksd.errors import Error
+from usocksd.errors import Error, Fault
 from usocksd.host.limits import most_pipes
 from usocksd.log.metrics import BYTES
 from usocksd.net.dial import Dialer, Target
@@ -55,8 +54,8 @@ from usocksd.net.ending import Limits
 from usocksd.net.endpoint import Endpoint
 from usocksd.net.pipes import PipePool
 from usocksd.net.relay import close_pair, relay
-from usocksd.serve.plan import Built, Daemon, Parts, Plan, make_plan
-from usocksd.serve.program import Program
+from usocksd.serve.daemon import Built, Daemon, Examined, Parts, run
+from usocksd.serve.timing import Timing
 from usocksd.settings.common import Common
 from usocksd.settings.types import (
     LOCALHOST,
@@ -91,27 +90,29 @@ class Config:
     warning: Annotated[str, text(str, "a text")] = ""
     file: ReadableFile | None = None
 
+    def common(self) -> Common:
+        listen = [ListenAddress(at, port, self.optional) for at in self.addresses for port in self.ports]
+        return Common(
+            listen=tuple(("addresses", at) for at in listen),
+            metrics_prefix="",
+            metrics_port=self.metrics_port,
+            metrics_default=self.metrics_default,
+            metrics_addresses=self.metrics_address,
+            mark_key="mark",
+            mark=None,
+            log=self.log,
+            timeouts=self.timeouts,
+            limits=self.limits,
+            workers=self.workers,
+            control=self.control,
+            control_default=None,
+            more={},
+        )
 
-def plan(config: Config) -> Plan:
+
+def examine(config: Config, _: str | None) -> Examined:
     misbehave("plan")
-    listen = [ListenAddress(at, port, config.optional) for at in config.addresses for port in config.ports]
-    common = Common(
-        listen=tuple(("addresses", at) for at in listen),
-        metrics_prefix="",
-        metrics_port=config.metrics_port,
-        metrics_default=config.metrics_default,
-        metrics_addresses=config.metrics_address,
-        mark_key="mark",
-        mark=None,
-        log=config.log,
-        timeouts=config.timeouts,
-        limits=config.limits,
-        workers=config.workers,
-        control=config.control,
-        control_default=None,
-        more={},
-    )
-    return make_plan(common, version=__version__, warnings=[config.warning] if config.warning else [])
+    return Examined([Fault("", "", config.warning)] if config.warning else [])
 
 
 def say(**fields: object) -> None:
@@ -202,14 +203,19 @@ def make(parts: Parts) -> Built:
 
 
 # As __main__: under PYTHONSAFEPATH the folder of a script is not on the path.
-DAEMON: Daemon[Any] = Daemon("tiny", Config, plan="__main__:plan", build="__main__:build")
+DAEMON: Daemon[Any] = Daemon(
+    name="tiny",
+    description="tiny",
+    config=Config,
+    file="/nonexistent",
+    file_required=True,
+    control="/nonexistent",
+    examine="__main__:examine",
+    build="__main__:build",
+    timing=Timing(**json.loads(os.environ.get("TINY_TIMING", "{}"))),
+)
 
 if __name__ == "__main__":
-    for place, value in json.loads(os.environ.get("TINY_PATCH", "{}")).items():
-        module, _, name = place.partition(":")
-        home = pkgutil.resolve_name(module)
-        getattr(home, name)  # there has to be one, or the patch is for what the code was once
-        setattr(home, name, value)
     if limit := int(os.environ.get("TINY_DESCRIPTORS", "0")):
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-    sys.exit(Program(DAEMON, "tiny", default="/nonexistent", required=True).main())
+    sys.exit(run(DAEMON, lambda _: None))

@@ -3,39 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 from usocksd.config import Config
-from usocksd.serve import worker
-from usocksd.serve.plan import Daemon
-from usocksd.serve.verbs.client import Operated
+from usocksd.serve.daemon import Daemon, Subparsers, run
 
-DAEMON = Daemon("usocksd", Config, plan="usocksd.commands.serve:plan", build="usocksd.commands.serve:build")
-OPERATED = Operated(
-    "usocksd", "/etc/usocksd.toml", "/run/usocksd/control.sock", columns=("peer", "user", "rule", "egress")
+USOCKSD = Daemon(
+    name="usocksd",
+    description="A SOCKS server (4, 4a, 5) with access control and a choice of egress address.",
+    config=Config,
+    file="/etc/usocksd.toml",
+    file_required=False,
+    control="/run/usocksd/control.sock",
+    columns=("peer", "user", "rule", "egress"),
+    verbs=("explain",),
+    examine="usocksd.commands.check:examine",
+    build="usocksd.commands.serve:build",
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run usocksd with these arguments, or the process's; returns the exit status."""
-    status = worker.run_if_told(DAEMON)
-    if status is not None:
-        return status
-    # Not in workers: the command line and all verbs are several MB.
-    from usocksd.commands import check, diff, explain  # noqa: PLC0415
-    from usocksd.serve.program import Program  # noqa: PLC0415
-    from usocksd.serve.verbs.parsers import add_parsers  # noqa: PLC0415
+    return run(USOCKSD, _add_verbs, argv)
 
-    program = Program(
-        DAEMON,
-        "A SOCKS server (4, 4a, 5) with access control and a choice of egress address.",
-        default=OPERATED.config,
-        required=False,
-        verbs=(
-            check.add_parser,
-            partial(explain.add_parser, daemon=OPERATED),
-            diff.add_parser,
-            partial(add_parsers, daemon=OPERATED),
-        ),
-    )
-    return program.main(argv)
+
+def _add_verbs(subparsers: Subparsers) -> None:
+    from usocksd.commands import diff, explain  # noqa: PLC0415
+    from usocksd.serve.verbs import check, parsers  # noqa: PLC0415
+
+    check.add_parser(subparsers, USOCKSD)
+    explain.add_parser(subparsers, USOCKSD)
+    diff.add_parser(subparsers)
+    parsers.add_parsers(subparsers, USOCKSD)

@@ -41,7 +41,7 @@ class ProxiedListener:
     clients: ClientRules
     """Who may be named."""
     count_as: Callable[[Endpoint, str, int], bool]
-    """See `usocksd.serve.plan.Parts`."""
+    """See `usocksd.serve.daemon.Parts`."""
 
     async def learn_client(self, client: Endpoint, peer: tuple[str, int], server: Server, access: Access) -> Named:
         """Make it the connection of the client that `peer` names; `server` gets what came behind the header.

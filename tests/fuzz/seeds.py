@@ -14,11 +14,9 @@ import dns.rrset
 from transocks.tracing.events import MESSAGE, Packet
 from transocks.tracing.frames import datagram
 from transocks.tracing.table import TABLE
-from usocksd.config import Config
 from usocksd.host.netlink import HEADER
 from usocksd.log.formats import Logfmt, Plain, Severity
 from usocksd.net.proxy_protocol import LOCAL_HEADER, header
-from usocksd.serve.plan import make_plan
 
 _HELLOS = Path(__file__).parents[1] / "transocks" / "data"
 
@@ -179,9 +177,6 @@ SEEDS: dict[str, list[bytes]] = {
         b"GET /metrics HTTP/1.1\r\nHost: x\r\nAccept: application/openmetrics-text; version=1.0.0;q=0.5\r\n\r\n",
         b"HEAD /healthz HTTP/1.0\r\n\r\n",
         b"GET /healthz\r\n",
-    ],
-    "plan_message": [
-        json.dumps(make_plan(Config().common(), version="2.0.0", warnings=["x"]).as_json()).encode(),
     ],
     "netlink": [b"\x14\x00\x00\x00\x03\x00\x00\x00" + bytes(12) + b"\x11\x00\x00\x00\x02\x00" + bytes(11)],
     "nft_rules": _nft(),

@@ -49,7 +49,6 @@ from usocksd.policy import Policy
 from usocksd.records import Record, read_record
 from usocksd.serve import control, exporter
 from usocksd.serve.channel import Channel
-from usocksd.serve.plan import Plan
 from usocksd.socks import (
     NEED_DATA,
     Client,
@@ -407,18 +406,6 @@ def metrics_request(data: bytes) -> None:
 
 
 @target
-def plan_message(data: bytes) -> None:
-    """A plan of another version, as the master reads it."""
-    try:
-        values = json.loads(data)
-    except (ValueError, RecursionError):
-        return
-    if isinstance(values, dict):
-        with contextlib.suppress(KeyError, TypeError, ValueError):
-            Plan.from_json(values)
-
-
-@target
 def netlink(data: bytes) -> None:
     """Messages of the kernel: from nobody else, and yet read with care."""
     assert sum(len(body) for _, _, body in messages(data)) <= len(data)
@@ -480,7 +467,7 @@ def trace(data: bytes) -> None:
 
 @target
 def channel(data: bytes) -> None:
-    """Messages of another version, or torn ones."""
+    """Messages that are torn."""
     whole, cut = (trio.run(_received, list(parts)) for parts in ([data], pieces(data)))
     assert whole == cut
 

@@ -106,7 +106,7 @@ def test_listen_tproxy_is_as_listen_is_and_transparent() -> None:
     assert not any(listen.transparent for listen in config.listen)
     listened = config.common().listen
     assert [key for key, _ in listened] == ["listen"] * 2 + ["listen_tproxy"] * 3
-    addresses = make_plan(config.common(), version="1", warnings=()).listen
+    addresses = make_plan(config.common()).listen
     assert [address.transparent for address in addresses] == [False] * 2 + [True] * 3
 
 

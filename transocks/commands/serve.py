@@ -6,12 +6,10 @@ from transocks.access_log import AccessLog
 from transocks.config import Config
 from transocks.direct import Direct
 from transocks.first_bytes import FirstBytes
-from transocks.lint import warnings
 from transocks.original_dst import LoopGuard
 from transocks.routes import DIRECT
 from transocks.session import Sessions
 from transocks.upstreams.group import Upstreams
-from usocksd import __version__
 from usocksd.errors import Error
 from usocksd.host.addresses import HostAddresses
 from usocksd.host.limits import most_name_sockets, most_pipes, most_spare
@@ -19,12 +17,7 @@ from usocksd.names.resolver import make_resolver
 from usocksd.net.dial import Dialer, check_mark
 from usocksd.net.keepalive import KeepAlive
 from usocksd.net.pipes import PipePool
-from usocksd.serve.plan import Built, Parts, Plan, make_plan
-
-
-def plan(config: Config) -> Plan:
-    """What the master needs to know."""
-    return make_plan(config.common(), version=__version__, warnings=warnings(config))
+from usocksd.serve.daemon import Built, Parts
 
 
 def build(config: Config, parts: Parts) -> Built:
@@ -32,8 +25,8 @@ def build(config: Config, parts: Parts) -> Built:
     check_mark(config.mark)
     if config.listen_tproxy and not parts.transparent:
         raise Error(
-            "listen_tproxy: none of the sockets has IP_TRANSPARENT; sockets of systemd need Transparent=yes in their"
-            " unit, and a master of an older version has to be restarted"
+            "listen_tproxy: none of the sockets has IP_TRANSPARENT; sockets of systemd need Transparent=yes in"
+            " their unit"
         )
     hosts = HostAddresses(parts.metrics)
     resolver = make_resolver(config.dns, parts.metrics, sockets=most_name_sockets(parts.descriptors))

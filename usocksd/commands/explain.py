@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Final
 from usocksd.config import Config
 from usocksd.errors import Error
 from usocksd.net.address import join_port, numeric_address
-from usocksd.serve.verbs.client import Client, Operated, find_control, visible
+from usocksd.serve.daemon import Daemon
+from usocksd.serve.verbs.client import Client, find_control, visible
 from usocksd.settings import loader as configuration
 from usocksd.settings.types import split_port
 
@@ -67,7 +68,7 @@ class _Parser(argparse.ArgumentParser):
             self._intermixing = False
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], daemon: Operated) -> None:
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], daemon: Daemon[Config]) -> None:
     """Add this verb to a command line that has an option -f, the configuration."""
     parser = subparsers.add_parser(
         "explain",
@@ -91,7 +92,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
     parser.add_argument("-v", "--verbose", action="store_true", help="show every rule, address and egress address")
     parser.add_argument("--json", action="store_true", help="print one JSON object, with everything")
     parser.add_argument(
-        "file", nargs="?", metavar="FILE", help=f"the configuration (default: that of -f, or else {daemon.config})"
+        "file", nargs="?", metavar="FILE", help=f"the configuration (default: that of -f, or else {daemon.file})"
     )
     parser.add_argument(
         "to", metavar="HOST:PORT", type=_parse_destination, help="where to, as a client writes it; [IPv6]:PORT"
@@ -116,7 +117,7 @@ def _parse_destination(text: str) -> tuple[str, int]:
     return host, port
 
 
-def _run(daemon: Operated, args: argparse.Namespace) -> int:
+def _run(daemon: Daemon[Config], args: argparse.Namespace) -> int:
     host, port = args.to
     request = {"client": args.client, "user": args.user, "host": host, "port": port}
     try:
@@ -136,7 +137,7 @@ def _run(daemon: Operated, args: argparse.Namespace) -> int:
     return _TROUBLE
 
 
-def _ask(daemon: Operated, args: argparse.Namespace, request: Json) -> Json:
+def _ask(daemon: Daemon[Config], args: argparse.Namespace, request: Json) -> Json:
     args.f = args.file or args.f
     client = Client(daemon.name, find_control(daemon, args, "usocksd explain: "))
     saying = threading.Timer(_SAY_AFTER, _say, ["waiting for the daemon, which asks its name servers"])
@@ -148,13 +149,13 @@ def _ask(daemon: Operated, args: argparse.Namespace, request: Json) -> Json:
         saying.cancel()
 
 
-def _judge(daemon: Operated, args: argparse.Namespace, request: Json) -> Json:
+def _judge(daemon: Daemon[Config], args: argparse.Namespace, request: Json) -> Json:
     path: str | None = args.file or args.f
-    if path is None and not Path(daemon.config).exists():
-        print(f"usocksd explain: there is no {daemon.config}: judged by the defaults", file=sys.stderr)
-        config = configuration.parse(Config, "", daemon.config)
+    if path is None and not Path(daemon.file).exists():
+        print(f"usocksd explain: there is no {daemon.file}: judged by the defaults", file=sys.stderr)
+        config = configuration.parse(Config, "", daemon.file)
     else:
-        config = configuration.load(Config, path or daemon.config)
+        config = configuration.load(Config, path or daemon.file)
     # Not for the command lines of other verbs: trio and what it needs take a tenth of a second to load.
     import trio  # noqa: PLC0415
 

@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-import logging
-
-from usocksd import __version__
 from usocksd.access_log import AccessLog
-from usocksd.commands.parts import make_egress, make_policy, make_users, policy_of
+from usocksd.commands.parts import make_egress, make_policy, make_users
 from usocksd.config import Config
 from usocksd.dnsbl import Lookups
-from usocksd.everyone import notes
 from usocksd.explain import Explainer
 from usocksd.host.addresses import HostAddresses
 from usocksd.host.limits import most_name_sockets, most_pipes, most_spare
-from usocksd.lint import warnings
 from usocksd.names.resolver import make_resolver
 from usocksd.net.dial import Dialer, check_mark
 from usocksd.net.keepalive import KeepAlive
 from usocksd.net.pipes import PipePool
 from usocksd.proxied import ProxiedListener
-from usocksd.serve.plan import Built, Parts, Plan, make_plan
+from usocksd.serve.daemon import Built, Parts
 from usocksd.session import Sessions
-
-log = logging.getLogger(__name__)
-
-
-def plan(config: Config) -> Plan:
-    """What the master needs to know."""
-    said = [note.at(config.lines.source) for note in notes(config, lambda: policy_of(config))]
-    return make_plan(config.common(), version=__version__, warnings=[*warnings(config), *said])
 
 
 def build(config: Config, parts: Parts) -> Built:

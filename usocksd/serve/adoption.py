@@ -1,4 +1,4 @@
-"""Who accepts from the listening sockets of a worker that is not there: another one, which adopts them for a while."""
+"""Adoption: while a worker is missing, another one accepts from its listening sockets as well."""
 
 from __future__ import annotations
 
@@ -10,34 +10,31 @@ import trio
 from usocksd.net.listeners import queue_length
 from usocksd.serve.plan import Plan
 from usocksd.serve.slots import Slots
+from usocksd.serve.timing import Timing
 from usocksd.serve.worker_process import WorkerProcess
-
-# A surplus socket is closed when nobody has waited in it for so long, in seconds: longer than a handshake takes.
-_QUIET = 2.0
-# So long is waited for one that adopted it to say that it has let go.
-_ANSWERS_WITHIN = 2.0
 
 
 class Adoption:
-    """Keeps every slot of the plan in force served, and empties what no plan wants any more.
+    """Keeps every slot of the plan in force served, and empties sockets that no plan wants any more.
 
-    `serving` are the workers that accept connections, as far as one knows.
+    `serving` returns the workers that accept connections, as far as is known.
     """
 
-    def __init__(self, slots: Slots, serving: Callable[[], list[WorkerProcess]]) -> None:
+    def __init__(self, slots: Slots, serving: Callable[[], list[WorkerProcess]], timing: Timing) -> None:
         self._slots = slots
         self._serving = serving
+        self._timing = timing
         self._plan: Plan | None = None
         self._adopters: dict[int, WorkerProcess] = {}
         self._covering = trio.Lock()
 
     def begin(self, plan: Plan) -> None:
-        """This plan is in force from now on. Who has adopted a slot was a worker of the one before."""
+        """Go by this plan from now on. Adopters so far were workers of the one before."""
         self._plan = plan
         self._adopters.clear()
 
     async def cover(self) -> None:
-        """Every slot is served: by its own worker, or by another that has adopted it until its own is there."""
+        """Have every slot served: by its own worker, or until that is there by another one."""
         async with self._covering:
             plan = self._plan
             if plan is None or self._slots.inherited:
@@ -54,24 +51,25 @@ class Adoption:
                     await adopter.send({"type": "adopt", "id": slot}, self._slots.of(slot, plan.listen))
 
     async def empty(self, surplus: Sequence[socket.socket]) -> None:
-        """Have what waits in these sockets accepted, then close them: closed at once, they would reset it."""
+        """Have the connections that wait in these sockets accepted, then close them: closed at once, they would reset
+        those connections.
+        """
         adopters: list[WorkerProcess] = []
-        quiet = 0.0
-        # Bounded, for where nothing keeps new connections away from a dropped address (see slots.py).
-        with trio.move_on_after(_QUIET * 5):
-            while quiet < _QUIET:
+        quiet, step = 0.0, self._timing.quiet / 10
+        # Bounded, for hosts where nothing keeps new connections away from a dropped address (see slots.py).
+        with trio.move_on_after(self._timing.quiet * 5):
+            while quiet < self._timing.quiet:
                 serving = self._serving()
                 if serving and not any(adopter in serving for adopter in adopters):
                     adopters.append(serving[0])
                     for sock in surplus:
                         await serving[0].send({"type": "adopt", "id": -sock.fileno()}, [sock.fileno()])
-                await trio.sleep(_QUIET / 10)
-                quiet = 0.0 if any(map(queue_length, surplus)) else quiet + _QUIET / 10
+                await trio.sleep(step)
+                quiet = 0.0 if any(map(queue_length, surplus)) else quiet + step
         for adopter in adopters:
             for sock in surplus:
                 await adopter.send({"type": "release", "id": -sock.fileno()})
-            # An answer says that it has: until then they are in their groups, to be kept from choice.
-            with trio.move_on_after(_ANSWERS_WITHIN):
-                await adopter.ask("measure")
+            # An answer says that it has. Until then its duplicates keep the sockets in their groups.
+            await adopter.ask("measure", within=self._timing.send_within)
         for sock in surplus:
             sock.close()

@@ -17,10 +17,18 @@ Message: TypeAlias = dict[str, Any]
 
 _HEAD = struct.Struct("!IH")  # length of the JSON text, number of descriptors
 _RECEIVE_SIZE = 64 * 1024
-# Seconds for the other side to take the rest of a message whose sender is cancelled.
+# How many seconds the other side has to take the rest of a message whose sender is cancelled.
 _REST_WITHIN = 5.0
-# SCM_MAX_FD of unix(7): so many fit into one message of the kernel.
+# How many descriptors fit into one message: SCM_MAX_FD of unix(7).
 _MOST_FDS = 253
+
+
+def restore_socket(fd: int) -> socket.socket:
+    """The socket of a descriptor that this process has inherited."""
+    sock = socket.socket(fileno=fd)
+    sock.set_inheritable(False)
+    sock.setblocking(False)
+    return sock
 
 
 class Channel:
@@ -48,7 +56,7 @@ class Channel:
                 while data:
                     data = data[await self._sock.send(data) :]
             except trio.Cancelled:
-                # What has begun must end, or the other side can't make out what follows.
+                # The message must be complete, or the other side can't tell where the next one begins.
                 with trio.CancelScope(shield=True, deadline=trio.current_time() + _REST_WITHIN):
                     while data:
                         data = data[await self._sock.send(data) :]
@@ -97,7 +105,7 @@ class Channel:
         return self._sending.locked()
 
     def close(self) -> None:
-        """Close this end, and what came along and nobody took."""
+        """Close this end, and descriptors that have arrived and were not taken."""
         self._sock.close()
         while self._fds:
             os.close(self._fds.popleft())

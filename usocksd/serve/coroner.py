@@ -7,26 +7,26 @@ from collections.abc import Callable
 
 from usocksd.host.cgroup import oom_kills
 
-# Seconds. A killed process is gone within this time; a kill that was counted earlier was another process.
+# A killed process is gone within these seconds; a kill that was counted earlier was another process.
 _GONE_WITHIN = 5.0
 
 
 class Coroner:
-    """Tells deaths apart. `oom_kills` counts the processes that the kernel has killed for want of memory, if it can."""
+    """Says what ended a process. `oom_kills` counts the processes that the kernel has killed for want of memory."""
 
     def __init__(self, oom_kills: Callable[[], int | None] = oom_kills) -> None:
         self._oom_kills = oom_kills
         self._told = self._seen = oom_kills() or 0
-        """How many of them are accounted for, and how many there were at `_seen_at`."""
+        """How many kills are accounted for, and how many there were at `_seen_at`"""
         self._seen_at = 0.0
 
     def forget(self, now: float) -> None:
-        """Forget kills of long ago, so that they explain no later death. `now` is in seconds. Call it now and then."""
+        """Forget old kills, so that they explain no later death. `now` is in seconds. Call it now and then."""
         if now - self._seen_at > _GONE_WITHIN:
             self._told, self._seen, self._seen_at = max(self._told, self._seen), self._oom_kills() or 0, now
 
     def cause(self, status: int, *, killed: bool) -> str:
-        """Of an end with this status, as subprocess.Popen.returncode has it; `killed`: by this daemon itself."""
+        """The cause of an end with this status, as subprocess.Popen.returncode; `killed`: by this daemon itself."""
         if status >= 0:
             return f"exit status {status}"
         if -status != signal.SIGKILL:
@@ -40,6 +40,6 @@ class Coroner:
         if now is None:
             return "killed by signal 9: out of memory?"
         if now > self._told:
-            self._told += 1  # one each: there may be several to tell
+            self._told += 1  # one each: several workers may have been killed
             return "killed by signal 9: out of memory, as the kernel has counted"
         return "killed by signal 9, and not by the kernel: by an administrator, systemd-oomd or the like"

@@ -1,6 +1,6 @@
-"""The workers of all generations: started, watched, replaced, and let go.
+"""The workers of all generations: started, watched, replaced, and drained.
 
-A worker that dies or hangs is replaced; until the new one is ready, another one serves its slot as well.
+A worker that dies or hangs is replaced. Until the new one is ready, another one serves its slot as well (adoption.py).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import socket
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from contextlib import ExitStack
+from typing import Any, NamedTuple
 
 import attrs
 import trio
@@ -23,30 +23,20 @@ from usocksd.log.metrics import Metrics, Snapshot, lasting, total
 from usocksd.serve.adoption import Adoption
 from usocksd.serve.channel import Message
 from usocksd.serve.coroner import Coroner
-from usocksd.serve.generation import Generation
+from usocksd.serve.plan import Generation
 from usocksd.serve.slots import Slots
-from usocksd.serve.worker_process import LAST_WORDS, State, WorkerProcess
+from usocksd.serve.timing import Timing
+from usocksd.serve.worker_process import State, WorkerProcess
 from usocksd.settings.files import NamedFiles
 from usocksd.settings.types import LogConfig
 
 log = logging.getLogger(__name__)
 
-# So long may a generation take to become ready, in seconds: a cold cache and a million rules.
-_READY_WITHIN = 60.0
-# Silent for so long, a worker's slot is served by another as well; and then it is taken for hung.
-_SUSPECT_AFTER = 2.0
-_HUNG_AFTER = 10.0
-_LOOK_EVERY = 0.5
-# A worker that dies is replaced at once, one that dies again soon ever more slowly; but while nobody serves, soon.
-_BACKOFF = (0.0, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0)
-_BACKOFF_ALONE = 0.5
-_STEADY_AFTER = 5.0
 # Their descriptors travel in one message (SCM_MAX_FD of unix(7)).
 _MOST_ADDRESSES = 200
 
 
-@attrs.frozen
-class Candidate:
+class Candidate(NamedTuple):
     """A generation that is ready to serve, and not in force yet."""
 
     generation: Generation
@@ -56,28 +46,31 @@ class Candidate:
 class Crew:
     """Every worker there is, in the order in which they were started."""
 
-    def __init__(self, nursery: trio.Nursery, slots: Slots, metrics: Metrics, table: int | None = None) -> None:
+    def __init__(
+        self, nursery: trio.Nursery, slots: Slots, metrics: Metrics, timing: Timing, table: int | None = None
+    ) -> None:
         self.workers: list[WorkerProcess] = []
         self.generation: Generation | None = None
-        """The one in force."""
+        """The one in force"""
         self.retired: Snapshot = {}
-        """What ended workers counted."""
+        """What ended workers counted"""
         self.table = make_table() if table is None else table
         self.stopping = False
         self.level: str | None = None
-        """The log level that an operator has set, until the next reload."""
+        """The log level that an operator has set, until the next reload"""
         self.shared: Any = None
-        """What the keeper has last shared with all workers, a JSON value; None if nothing yet."""
+        """The latest value that the keeper has shared with all workers, as JSON; None if there is none"""
         self.changed = trio.Event()
-        """Set, and a new one put in its place, when a worker has ended, or `emptying` is over."""
+        """Set, and replaced by a new one, when a worker has ended, or `emptying` is over."""
         self.emptying = False
-        """Sockets that nobody wants any more are still open, since there may be connections waiting in them."""
+        """Surplus sockets are still open, since connections may wait in them."""
         self._nursery = nursery
         self._slots = slots
-        self._adoption = Adoption(slots, lambda: self.serving)
+        self._timing = timing
+        self._metrics = metrics
+        self._adoption = Adoption(slots, lambda: self.serving, timing)
         self._coroner = Coroner()
         self._failures: defaultdict[int, int] = defaultdict(int)
-        self._born: dict[int, float] = {}
         self._restarts = metrics.counters("worker_restarts_total", "Workers that were replaced, by cause", "cause")
         for cause in ("exit", "signal", "hung"):
             self._restarts.labels(cause)
@@ -85,64 +78,59 @@ class Crew:
     # A generation comes, and its predecessors go
 
     async def prepare(
-        self,
-        number: int,
-        text: str,
-        source: str,
-        log_order: Callable[[LogConfig], dict[str, str | None]],
-        kept: NamedFiles | None = None,
+        self, number: int, text: str, source: str, log_of: Callable[[LogConfig], LogConfig], kept: NamedFiles | None
     ) -> Candidate:
-        """Start the workers of a new configuration; returns when all are ready. None has accepted anything yet. Files
-        that are `kept` are not read again.
+        """Start the workers of a new configuration; returns when all are ready. None accepts connections yet.
 
-        Raises ConfigError with every fault, or Error; then nothing has changed.
+        `log_of` opens the log that the configuration wants, and returns where it is. Files that are `kept` are not read
+        again. Raises ConfigError with every fault, or Error; then nothing has changed.
         """
         workers: list[WorkerProcess] = []
-        files = NamedFiles()
-        try:
-            with trio.fail_after(_READY_WITHIN):
-                # Sockets that are still in their groups: nothing could be opened in their place, nor the others let go.
-                while self.emptying:
-                    await self.changed.wait()
-                workers.append(self._start(number, 0))
-                plan, said, files = await workers[0].plan(text, source, kept)
-                if len(plan.listen) > _MOST_ADDRESSES:
-                    raise Error(f"too many listening addresses: {len(plan.listen)}, expected at most {_MOST_ADDRESSES}")
-                generation = Generation(number, text, source, plan, said, log_order(plan.log), time.time(), files)
-                self._slots.open(plan.listen, plan.workers)
-                workers += [self._start(number, slot) for slot in range(1, plan.workers)]
-                await self._serve_all(generation, workers)
-        except BaseException as error:
-            files.close()
-            if workers:
-                self._give_up(workers)
-            if isinstance(error, trio.TooSlowError):
-                raise Error(f"the workers were not ready within {_READY_WITHIN:.0f} s") from None
-            raise
+        with ExitStack() as undo:
+            undo.callback(self._give_up, workers)
+            try:
+                with trio.fail_after(self._timing.ready_within):
+                    # Surplus sockets are still in their groups, where nothing can be opened in their place.
+                    while self.emptying:
+                        await self.changed.wait()
+                    workers.append(self._start(number, 0))
+                    plan, files = await workers[0].plan(text, source, kept)
+                    undo.callback(files.close)
+                    if (count := len(plan.listen)) > _MOST_ADDRESSES:
+                        raise Error(f"too many listening addresses: {count}, expected at most {_MOST_ADDRESSES}")
+                    generation = Generation(number, text, source, plan, log_of(plan.log), time.time(), files)
+                    self._slots.open(plan.listen, plan.workers)
+                    workers += [self._start(number, slot) for slot in range(1, plan.workers)]
+                    await self._serve_all(generation, workers)
+            except trio.TooSlowError:
+                raise Error(f"the workers were not ready within {self._timing.ready_within:.0f} s") from None
+            undo.pop_all()
         return Candidate(generation, workers)
 
     def dismiss(self, candidate: Candidate) -> None:
-        """It is not to be in force after all."""
+        """End a generation that was prepared and does not come into force."""
         candidate.generation.files.close()
         self._give_up(candidate.workers)
 
     def _give_up(self, workers: Sequence[WorkerProcess]) -> None:
-        for worker in workers:
-            worker.kill()
-        self.emptying = True
-        self._nursery.start_soon(self._take_back, workers)
+        if workers:
+            for worker in workers:
+                worker.kill()
+            self.emptying = True
+            self._nursery.start_soon(self._take_back, workers)
 
     async def _take_back(self, workers: Sequence[WorkerProcess]) -> None:
-        """Close what was opened for these, when they have: until then it is in its groups, to be kept from choice."""
+        """Close the sockets that were opened for these workers when they have ended. Until then their duplicates keep
+        the sockets in their groups, where no connection may be sent to them.
+        """
         async with trio.open_nursery() as nursery:
             for worker in workers:
-                nursery.start_soon(self._bury, worker)
+                nursery.start_soon(self._remove, worker)
         self._slots.restore()
-        self.emptying = False
-        self._tell_change()
+        self._emptied()
 
     async def commit(self, candidate: Candidate) -> None:
-        """From now on this one is in force. Older ones drain."""
+        """Bring a prepared generation into force. Older ones drain."""
         if self.generation is not None:
             self.generation.files.close()
         generation = self.generation = candidate.generation
@@ -160,7 +148,7 @@ class Crew:
         await self.drain([worker for worker in older if worker.state is not State.DRAINING], generation.plan.drain)
 
     async def drain(self, workers: Sequence[WorkerProcess], within: float) -> None:
-        """These accept no more, and end what is left in `within` seconds."""
+        """Have these accept no more, and end what is left after `within` seconds."""
         for worker in workers:
             if worker.coming:
                 worker.kill()
@@ -170,14 +158,15 @@ class Crew:
 
     async def tell(self, message: Message, workers: Sequence[WorkerProcess] | None = None) -> None:
         """Tell these, or all that know how to serve, at the same time: one that hangs does not hold up the others."""
+        everybody = [worker for worker in self.workers if worker.ordered]
         async with trio.open_nursery() as nursery:
-            for worker in self.ordered if workers is None else workers:
+            for worker in everybody if workers is None else workers:
                 nursery.start_soon(worker.send, message)
 
     async def stop(self, within: float) -> None:
-        """End all workers; returns when they have."""
+        """End all workers; returns when they have ended, or are killed."""
         self.stopping = True
-        with trio.move_on_after(within + LAST_WORDS):
+        with trio.move_on_after(within + self._timing.last_words):
             await self.drain(self.workers, within)
             while self.workers:
                 await self.changed.wait()
@@ -186,35 +175,59 @@ class Crew:
 
     @property
     def draining(self) -> list[int]:
-        """The numbers of the generations that drain, the oldest first."""
+        """The numbers of the generations that drain, the oldest first"""
         return sorted({worker.generation for worker in self.workers if worker.state is State.DRAINING})
 
     def of(self, generation: int) -> list[WorkerProcess]:
-        """The workers of a generation."""
+        """The workers of a generation"""
         return [worker for worker in self.workers if worker.generation == generation]
 
     @property
     def serving(self) -> list[WorkerProcess]:
-        """The workers that accept connections, as far as one knows."""
+        """The workers that accept connections, as far as is known, by slot"""
         number = self.generation.number if self.generation else 0
-        return [worker for worker in self.of(number) if worker.state is State.SERVING]
+        serving = [worker for worker in self.of(number) if worker.state is State.SERVING]
+        return sorted(serving, key=lambda worker: worker.slot)
 
-    @property
-    def ordered(self) -> list[WorkerProcess]:
-        """The workers that know how to serve, whether they are ready yet or not."""
-        return [worker for worker in self.workers if worker.ordered]
+    # The master becomes a new version
 
     @property
     def settled(self) -> bool:
-        """Whether nobody is coming or going, and nothing is half said: what there is can be passed on."""
+        """Whether no worker is coming or going, and no message is half sent: all there is can be passed on."""
         return not self.emptying and not any(
             worker.coming or worker.channel.sending or worker.exit_status is not None for worker in self.workers
         )
 
     def filenos(self) -> list[int]:
-        """Every descriptor."""
+        """Every descriptor"""
         files = [] if self.generation is None else self.generation.files.fds
         return [self.table, *files, *(worker.channel.fileno() for worker in self.workers)]
+
+    def hand_over(self) -> dict[str, Any]:
+        """What `take_over` needs in the program that this process is about to become; as JSON values."""
+        assert self.generation is not None
+        return {
+            "table": self.table,
+            "generation": self.generation.as_json(),
+            "retired": total([self.retired, lasting(self._metrics.snapshot())], bounded=True),
+            "level": self.level,
+            "shared": self.shared,
+            "workers": [worker.hand_over() for worker in self.workers],
+        }
+
+    def take_over(self, state: dict[str, Any]) -> Generation:
+        """Go on with the workers of the program that this process was. Returns the generation in force."""
+        generation = self.generation = Generation.from_json(state["generation"])
+        for fd in (self.table, *generation.files.fds):
+            os.set_inheritable(fd, False)
+        self.retired, self.level, self.shared = state["retired"], state["level"], state["shared"]
+        self._adoption.begin(generation.plan)
+        self.workers += [WorkerProcess.take_over(worker, self._timing) for worker in state["workers"]]
+        for worker in self.workers:
+            self._nursery.start_soon(self._watch, worker)
+        for slot in set(range(generation.plan.workers)) - {worker.slot for worker in self.of(generation.number)}:
+            self._nursery.start_soon(self._replace, generation, slot)
+        return generation
 
     # A worker's life
 
@@ -224,86 +237,65 @@ class Crew:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
             except ChildProcessError:
-                break
+                return
             if not pid:
-                break
+                return
             for worker in self.workers:
                 if worker.pid == pid:
                     code = os.waitstatus_to_exitcode(status)
                     worker.ended(code, self._coroner.cause(code, killed=worker.killed))
-        for worker in self.workers:
-            if worker.exit_status is None:
-                try:
-                    os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-                except ChildProcessError:  # reaped already, before this process became this version
-                    worker.ended(0, "unknown")
 
     async def look_after(self) -> None:
-        """Find those that hang."""
+        """Find workers that hang, until cancelled."""
         last = trio.current_time()
         while True:
-            await trio.sleep(_LOOK_EVERY)
+            await trio.sleep(self._timing.look_every)
             self.reap()
             last, before = trio.current_time(), last
             self._coroner.forget(last)
-            if last - before > _SUSPECT_AFTER:
-                continue  # it was this process that slept
+            if last - before > self._timing.suspect_after:
+                continue  # it was this process that hung
             for worker in self.workers:
                 silent = last - worker.seen
-                if worker.coming or silent < _SUSPECT_AFTER:
+                if worker.coming or silent < self._timing.suspect_after:
                     continue
                 if worker.state is State.SERVING:
                     worker.state = State.SUSPECTED
                     log.warning("a worker is silent", extra={"fields": {"pid": worker.pid, "slot": worker.slot}})
                     self._nursery.start_soon(self._adoption.cover)
-                if silent > _HUNG_AFTER and not worker.hung:
+                if silent > self._timing.hung_after and not worker.hung:
                     worker.hung = True
                     log.error("a worker hangs, ending it", extra={"fields": {"pid": worker.pid, "live": worker.live}})
                     worker.kill()
-
-    def take_over(self, generation: Generation, workers: Sequence[WorkerProcess]) -> None:
-        """Go on with what an earlier version of this process has started."""
-        self.generation = generation
-        self._adoption.begin(generation.plan)
-        self.workers += workers
-        for worker in workers:
-            self._nursery.start_soon(self._watch, worker)
-        for slot in set(range(generation.plan.workers)) - {worker.slot for worker in self.of(generation.number)}:
-            self._nursery.start_soon(self._replace, generation, slot)
 
     def _start(self, generation: int, slot: int) -> WorkerProcess:
         taken = {worker.column for worker in self.workers}
         column = next((column for column in range(COLUMNS) if column not in taken), None)
         if column is None:
             raise Error("too many workers at a time: wait until older ones have drained")
-        worker = WorkerProcess.start(generation, slot, column)
+        worker = WorkerProcess.start(generation, slot, column, self._timing)
         self.workers.append(worker)
-        self._born[worker.pid] = trio.current_time()
         return worker
 
     async def _serve_all(self, generation: Generation, workers: Sequence[WorkerProcess]) -> None:
-        """Raises the first error of any."""
-        errors: list[Error] = []
+        """Have all get ready; the first is configured already. Raises the first error of any."""
+        failure = None
+        try:
+            async with trio.open_nursery() as nursery:
+                for worker in workers:
+                    nursery.start_soon(self._serve, generation, worker, worker is workers[0])
+        except* Error as errors:
+            failure = errors.exceptions[0]
+        if failure is not None:
+            raise failure
 
-        async def serve(worker: WorkerProcess, *, configured: bool) -> None:
-            try:
-                await self._serve(generation, worker, configured=configured)
-            except Error as error:
-                errors.append(error)
-                nursery.cancel_scope.cancel()
-
-        async with trio.open_nursery() as nursery:
-            for worker in workers:
-                nursery.start_soon(partial(serve, worker, configured=worker is workers[0]))
-        if errors:
-            raise errors[0]
-
-    async def _serve(self, generation: Generation, worker: WorkerProcess, *, configured: bool = False) -> None:
+    async def _serve(self, generation: Generation, worker: WorkerProcess, configured: bool = False) -> None:
         plan = generation.plan
         if not configured:
             await worker.configure(generation.text, generation.source, generation.files)
+        level = self.level if generation is self.generation else None
         order = {
-            "log": generation.log | ({"level": self.level} if self.level and generation is self.generation else {}),
+            "log": attrs.asdict(generation.log) | ({"level": level} if level else {}),
             "ports": self._slots.ports(plan.listen),
             "connections": plan.connections,
             "per_client": plan.per_client,
@@ -314,53 +306,44 @@ class Crew:
         await worker.serve(order, [*self._slots.of(worker.slot, plan.listen), self.table])
 
     async def _watch(self, worker: WorkerProcess) -> None:
+        """Listen to a worker until it ends, and replace it if it should not have."""
         async for message in worker.listen():
             if worker.state is State.SUSPECTED:
                 worker.state = State.SERVING
                 await self._adoption.cover()
-            if message["type"] == "share":
-                await self._pass_on(worker, message["value"])
-            elif message["type"] == "refuse" and worker in self.serving and message["value"] == self.shared:
-                self.shared = None
-                log.warning("what the workers can't take is not handed on", extra={"fields": {"pid": worker.pid}})
-        born = self._born.get(worker.pid, 0.0)
-        await self._bury(worker)
-        generation = self.generation
-        expected = worker.state is State.DRAINING
+            if message["type"] == "share" and worker.slot == 0 and worker in self.serving:
+                self.shared = message["value"]
+                await self.tell({"type": "shared", "value": self.shared})
+        await self._remove(worker)
         fields = {
             "pid": worker.pid,
             "generation": worker.generation,
             "exit_status": worker.exit_status,
             "cause": worker.cause,
         }
-        if expected and worker.exit_status == 0:
+        draining = worker.state is State.DRAINING
+        if draining and worker.exit_status == 0:
             log.log(logging.DEBUG if self.stopping else logging.INFO, "a worker has drained", extra={"fields": fields})
         else:
             log.error("a worker ended", extra={"fields": {**fields, "live": worker.live}})
-        if expected or self.stopping or generation is None or worker.generation != generation.number:
+        generation = self.generation
+        if draining or self.stopping or generation is None or worker.generation != generation.number:
             return
         cause = "hung" if worker.hung else "signal" if (worker.exit_status or 0) < 0 else "exit"
         self._restarts.labels(cause).value += 1
-        if trio.current_time() - born > _STEADY_AFTER:
+        if trio.current_time() - worker.born > self._timing.steady_after:
             self._failures[worker.slot] = 0
         await self._replace(generation, worker.slot)
 
-    async def _pass_on(self, worker: WorkerProcess, value: Any) -> None:
-        """What the keeper shares, to all; it hears it too. The keeper is the worker of slot 0 of what is in force."""
-        if worker.slot == 0 and worker in self.serving:
-            self.shared = value
-            await self.tell({"type": "shared", "value": value})
-
-    async def _bury(self, worker: WorkerProcess) -> None:
-        """It has closed its channel, or was killed: see it end, and keep what it counted."""
-        with trio.move_on_after(LAST_WORDS):
+    async def _remove(self, worker: WorkerProcess) -> None:
+        """Forget a worker that has closed its channel, or was killed, when it has ended; keep what it counted."""
+        with trio.move_on_after(self._timing.last_words):
             await worker.exited.wait()
         worker.kill()
         await worker.exited.wait()
         worker.close()
         self.retired = total([self.retired, lasting(worker.metrics)], bounded=True)
         self.workers.remove(worker)
-        self._born.pop(worker.pid, None)
         clear_column(self.table, worker.column)
         self._tell_change()
 
@@ -371,39 +354,43 @@ class Crew:
     async def _empty(self, surplus: Sequence[socket.socket]) -> None:
         await self._adoption.empty(surplus)
         self._slots.settle()
+        self._emptied()
+
+    def _emptied(self) -> None:
         self.emptying = False
         self._tell_change()
 
     async def _replace(self, generation: Generation, slot: int) -> None:
+        """Start a worker in place of one that has ended, again and again until one gets ready."""
         await self._adoption.cover()
+        backoff = self._timing.backoff
         while True:
-            delay = _BACKOFF[min(self._failures[slot], len(_BACKOFF) - 1)]
-            await trio.sleep(delay if self.serving else min(delay, _BACKOFF_ALONE))
-            if self.stopping or self.generation is not generation:
+            delay = backoff[min(self._failures[slot], len(backoff) - 1)]
+            await trio.sleep(delay if self.serving else min(delay, self._timing.backoff_alone))
+            if not self._wants(generation):
                 return
             self._failures[slot] += 1
+            worker = None
             try:
                 worker = self._start(generation.number, slot)
-            except Error as error:
-                log.error("a worker can't be replaced", extra={"fields": {"error": str(error)}})
-                continue
-            failure = None
-            try:
-                with trio.fail_after(_READY_WITHIN):
+                with trio.fail_after(self._timing.ready_within):
                     await self._serve(generation, worker)
             except (Error, trio.TooSlowError) as error:
                 failure = str(error) or "not ready in time"
-            except Exception as error:  # it speaks another language: no reason to end the others
-                failure = f"internal error: {error}"
-                log.exception("internal error")
-            wanted = not self.stopping and self.generation is generation
-            if wanted and failure is None:
-                break
-            if wanted:
+            else:
+                if self._wants(generation):
+                    break
+                failure = ""
+            if self._wants(generation):
                 log.error("a worker can't be replaced", extra={"fields": {"error": failure}})
-            worker.kill()
-            await self._bury(worker)
+            if worker is not None:
+                worker.kill()
+                await self._remove(worker)
         await worker.accept()
         self._nursery.start_soon(self._watch, worker)
         log.info("a worker was replaced", extra={"fields": {"pid": worker.pid, "slot": slot}})
         await self._adoption.cover()
+
+    def _wants(self, generation: Generation) -> bool:
+        """Whether workers of this generation are still to be started."""
+        return not self.stopping and self.generation is generation

@@ -14,17 +14,14 @@ import trio
 from usocksd.log.metrics import Snapshot
 from usocksd.net.address import join_port
 from usocksd.net.listeners import ListenError, listen
+from usocksd.serve.channel import restore_socket
 from usocksd.serve.control import ControlError, ControlSocket, Handlers
 from usocksd.serve.exporter import Exporter
-from usocksd.serve.plan import Metering, make_metering
+from usocksd.serve.plan import Metering
 from usocksd.serve.report import Report
-from usocksd.serve.slots import restore_socket
+from usocksd.serve.timing import Timing
 
 log = logging.getLogger(__name__)
-
-
-# A door that could not be opened is tried again so often, in seconds.
-_AGAIN_AFTER = 1.0
 
 
 class Doors:
@@ -33,8 +30,9 @@ class Doors:
     What another process has, an earlier daemon that still drains for example, is taken over once it is free.
     """
 
-    def __init__(self, name: str, nursery: trio.Nursery, report: Report, handlers: Handlers) -> None:
+    def __init__(self, name: str, nursery: trio.Nursery, report: Report, handlers: Handlers, timing: Timing) -> None:
         self._name = name
+        self._timing = timing
         self._nursery = nursery
         self._report = report
         self._handlers = handlers
@@ -54,7 +52,7 @@ class Doors:
         if metering is None:
             return None
         present = self._metering
-        if self._exporter is not None and present is not None and metering.where == present.where:
+        if self._exporter is not None and present is not None and metering[:2] == present[:2]:
             return self._exporter
         try:
             return self._open_metrics(metering)
@@ -112,10 +110,11 @@ class Doors:
     def take_over(self, state: dict[str, Any]) -> None:
         """Go on with the doors of the program that this process was."""
         if state["metrics"] is not None:
-            fds = state["metrics"]
-            self._exporter = self._export([restore_socket(fd) for fd in (fds if isinstance(fds, list) else [fds])])
+            self._exporter = self._export([restore_socket(fd) for fd in state["metrics"]])
             self._report.metrics_address = _where(self._exporter)
-        self._metering = None if state["metering"] is None else make_metering(state["metering"])
+        if state["metering"] is not None:
+            hosts, port, required = state["metering"]
+            self._metering = Metering(tuple(hosts), port, required)
         if state["control"] is not None:
             path, fd, *inode = state["control"]
             self._serve(ControlSocket(path, restore_socket(fd), (inode[0], inode[1])))
@@ -151,7 +150,7 @@ class Doors:
         async def keep_trying() -> None:
             with scope:
                 while not self._is_open:
-                    await trio.sleep(_AGAIN_AFTER)
+                    await trio.sleep(self._timing.open_again)
                     self._open_missing()
 
         self._nursery.start_soon(keep_trying)

@@ -1,4 +1,4 @@
-"""A master becomes the newer version of itself that its workers already are: the same process, another program.
+"""A master becomes the new version of itself that its workers already are: the same process, another program.
 
 It passes on its descriptors, and in a memory file (memfd_create(2)) what they are and what it knows. Its workers stay
 its children and notice nothing.
@@ -6,7 +6,6 @@ its children and notice nothing.
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import signal
@@ -14,23 +13,25 @@ import sys
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import trio
-
-from usocksd.serve.channel import Channel
-from usocksd.serve.slots import restore_socket
-from usocksd.serve.worker_process import State, WorkerProcess
+from usocksd import __version__
+from usocksd.errors import Error
+from usocksd.serve.plan import PROTOCOL
 
 _VARIABLE = "TRANSOCKS_HANDOVER"
 
 
 def received() -> dict[str, Any] | None:
-    """What the program that this process was has passed on, if it was one."""
+    """What the program that this process was has passed on, if it was one. Raises Error if that had another protocol:
+    then still another version was installed in between.
+    """
     number = os.environ.pop(_VARIABLE, None)
     if number is None:
         return None
     with open(int(number), "rb") as file:
         file.seek(0)
         state: dict[str, Any] = json.load(file)
+    if state["protocol"] != PROTOCOL:
+        raise Error(f"version {__version__} can't take over from {state['version']}")
     return state
 
 
@@ -43,43 +44,14 @@ def become(
     """
     memory = os.memfd_create("handover", 0)
     try:
-        os.write(memory, json.dumps(state).encode())
+        os.write(memory, json.dumps({**state, "protocol": PROTOCOL, "version": __version__}).encode())
         for fd in fds:
             os.set_inheritable(fd, True)
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         variables = {**os.environ, **environment, _VARIABLE: str(memory)}
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], variables)
-    finally:
-        # Still here: there is no such program any more.
+    finally:  # there is no such program any more
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         for fd in fds:
             os.set_inheritable(fd, False)
         os.close(memory)
-
-
-def worker_state(worker: WorkerProcess) -> dict[str, Any]:
-    """A worker, as JSON values."""
-    return {
-        "generation": worker.generation,
-        "slot": worker.slot,
-        "column": worker.column,
-        "pid": worker.pid,
-        "channel": worker.channel.fileno(),
-        "received": base64.b64encode(worker.channel.unread()).decode(),
-        "state": worker.state.value,
-        "version": worker.version,
-        "handover": worker.handover,
-        "verbs": worker.verbs,
-        "alive": worker.alive,
-    }
-
-
-def restore_worker(state: Mapping[str, Any]) -> WorkerProcess:
-    """The worker again."""
-    sock = trio.socket.from_stdlib_socket(restore_socket(state["channel"]))
-    channel = Channel(sock, base64.b64decode(state["received"]))
-    worker = WorkerProcess(state["generation"], state["slot"], state["column"], state["pid"], channel)
-    worker.state, worker.ordered = State(state["state"]), True
-    worker.version, worker.handover, worker.alive = state["version"], state["handover"], state["alive"]
-    worker.verbs = state.get("verbs", [])
-    return worker

@@ -1,78 +1,43 @@
-"""What a master needs to know of a configuration. Workers read the configuration itself; the master reads only this.
+"""What a master knows of a configuration, and what its workers are told of it.
 
-So a new version of the program, with settings that the running master has never heard of, can be reloaded into, and
-the master needs nothing of what a daemon is made of.
+A master never reads a configuration: its workers do, and the first of them sends this. So the master needs nothing of
+what a daemon is made of.
 """
 
 from __future__ import annotations
 
-import pkgutil
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Generic, NamedTuple, TypeVar
+from collections.abc import Sequence
+from ipaddress import ip_address
+from typing import Any, NamedTuple
 
 import attrs
 
 from usocksd.host.cgroup import usable_cpus
-from usocksd.log.log import Log
-from usocksd.log.metrics import Metrics
-from usocksd.net.endpoint import Endpoint
-from usocksd.net.keepalive import KeepAlive
-from usocksd.net.reactor import Reactor
-from usocksd.serve.service import Session
 from usocksd.settings.common import Common
-from usocksd.settings.files import read_file
-from usocksd.settings.types import LogConfig
+from usocksd.settings.files import NamedFiles
+from usocksd.settings.types import ListenAddress, LogConfig
 
-C = TypeVar("C")
-
-
-HANDOVER = 1
-"""The format of what a master passes on to a newer version of itself; a number for each change of it."""
-
-
-class Address(NamedTuple):
-    """Where to listen; an optional one may be missing (a family that the host lacks), if another is there.
-
-    New fields go to the end, with a default: a plan of another version may have more, or fewer.
-    """
-
-    host: str
-    port: int
-    optional: bool = False
-    transparent: bool = False
-    """With IP_TRANSPARENT. (A master of before there was this opens an ordinary socket; transocks refuses to serve
-    on that, see commands/serve.py.)"""
+PROTOCOL = 1
+"""The version of what processes of this program tell each other: orders, answers, plans, and what a master passes on
+when it becomes a new version. Increment it with every change of those: a reload into a version with another number is
+refused.
+"""
 
 
 class Metering(NamedTuple):
-    """Where the metrics endpoint is. `required`: somebody asked for just this port, so not having it is an error."""
+    """Where the metrics endpoint is."""
 
-    host: str
+    hosts: tuple[str, ...]
     port: int
     required: bool
-    others: tuple[str, ...] = ()
-    """More hosts, with the same port"""
-
-    @property
-    def hosts(self) -> tuple[str, ...]:
-        """All of them."""
-        return (self.host, *self.others)
-
-    @property
-    def where(self) -> tuple[tuple[str, ...], int]:
-        """Where it is, whoever has asked for that."""
-        return self.hosts, self.port
+    """The configuration has this port, so that it is an error if it can't be had"""
 
 
 @attrs.frozen(kw_only=True)
 class Plan:
     """One configuration, as the master sees it."""
 
-    version: str
-    """of the program that has read it"""
-    listen: tuple[Address, ...]
+    listen: tuple[ListenAddress, ...]
     workers: int
     log: LogConfig
     metrics: Metering | None
@@ -83,54 +48,41 @@ class Plan:
     stop: float
     """Seconds that connections may go on when the daemon stops"""
     connections: int
-    """At most so many in all, 0 for as many as there are descriptors"""
+    """The most connections at a time; 0: no limit but descriptors"""
     per_client: int
-    """At most so many from one client address, 0 for any number"""
+    """The most connections of one client address; 0: no limit"""
     warnings: tuple[str, ...] = ()
     """What is no fault, and yet not what an operator would want"""
 
     def as_json(self) -> dict[str, Any]:
         """As a message carries it."""
-        return attrs.asdict(self, recurse=False) | {"log": attrs.asdict(self.log)}
+        listen = [[str(at.address), at.port, at.optional, at.transparent] for at in self.listen]
+        return attrs.asdict(self, recurse=False) | {"listen": listen, "log": attrs.asdict(self.log)}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Plan:
-        """From a message, of this version or a later one: what is not known here is left out.
-
-        Raises KeyError, TypeError or ValueError when that is not enough.
-        """
-        known = _known(cls, values)
-        metrics = known["metrics"]
-        known |= {
-            "listen": tuple(Address(*address[: len(Address._fields)]) for address in known["listen"]),
-            "log": LogConfig(**_known(LogConfig, known["log"])),
-            "metrics": None if metrics is None else make_metering(metrics),
-            "warnings": tuple(known["warnings"]),
-        }
-        return cls(**known)
+        """From a message."""
+        metrics = values["metrics"]
+        return cls(
+            **values
+            | {
+                "listen": tuple(ListenAddress(ip_address(host), *rest) for host, *rest in values["listen"]),
+                "log": LogConfig(**values["log"]),
+                "metrics": None if metrics is None else Metering(tuple(metrics[0]), *metrics[1:]),
+                "warnings": tuple(values["warnings"]),
+            }
+        )
 
 
-def make_metering(values: Sequence[Any]) -> Metering:
-    """From JSON, of this version or another."""
-    host, port, required, *more = values
-    return Metering(host, port, required, tuple(more[0]) if more else ())
-
-
-def _known(cls: type[Any], values: dict[str, Any]) -> dict[str, Any]:
-    return {field.name: values[field.name] for field in attrs.fields(cls) if field.name in values}
-
-
-def make_plan(common: Common, *, version: str, warnings: Sequence[str]) -> Plan:
-    """The plan of a configuration, read by this `version` of the program."""
+def make_plan(common: Common, warnings: Sequence[str] = ()) -> Plan:
+    """The plan of a configuration."""
     port = common.metrics_default if common.metrics_port is None else common.metrics_port
-    required = common.metrics_port is not None
-    host, *others = map(str, common.metrics_addresses)
+    hosts = tuple(map(str, common.metrics_addresses))
     return Plan(
-        version=version,
-        listen=tuple(Address(str(at.address), at.port, at.optional, at.transparent) for _, at in common.listen),
+        listen=tuple(at for _, at in common.listen),
         workers=common.workers or usable_cpus(),
         log=common.log,
-        metrics=Metering(host, port, required, tuple(others)) if port else None,
+        metrics=Metering(hosts, port, required=common.metrics_port is not None) if port else None,
         control=common.control_here,
         drain=common.timeouts.drain,
         stop=common.timeouts.stop,
@@ -140,75 +92,33 @@ def make_plan(common: Common, *, version: str, warnings: Sequence[str]) -> Plan:
     )
 
 
-class Parts(NamedTuple):
-    """What a worker gives to the daemon that it runs."""
-
-    log: Log
-    reactor: Reactor
-    metrics: Metrics
-    ports: frozenset[int]
-    """The ports that are listened on"""
-    transparent: bool
-    """Whether one of the sockets has IP_TRANSPARENT"""
-    descriptors: int
-    """How many open files the process may have"""
-    connections: int
-    """How many connections fit into them"""
-    count_as: Callable[[Endpoint, str, int], bool]
-    """Have a connection on one of `Built.proxied` count as one of this client, numeric address and port. False if a
-    limit forbids that; then it has been reset."""
-    share: Callable[[Any], None]
-    """Hand a JSON value to the master, which passes it on to all workers, this one and those to come. Only the latest
-    counts, and only from what runs in `Built.keeping`."""
-    shared: Callable[[Callable[[Any], None]], None]
-    """Have a function called with what is shared: at once if there is something, and whenever it is shared again. It
-    may have been shared under another configuration."""
-    read: Callable[[Path], bytes] = read_file
-    """Read a file that the configuration names, as it was when that was read; for now, not for later."""
-
-
-class Built(NamedTuple):
-    """A daemon, ready to serve."""
-
-    session: Session
-    background: tuple[Callable[..., Awaitable[object]], ...] = ()
-    """Tasks started before the first connection is accepted; they say `task_status.started()`."""
-    close: Callable[[], None] = lambda: None
-    """When everything is over."""
-    keeping: tuple[Callable[[], Awaitable[object]], ...] = ()
-    """Tasks that one worker does for all, the keeper: from when it accepts connections until it drains or dies, and
-    then they begin in another one. What they find out they `Parts.share`."""
-    verbs: Mapping[str, Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]] = MappingProxyType({})
-    """What the daemon itself answers on the control socket: gets the whole request, returns the answer. Raises Error
-    when there is none. One worker is asked, so it is for what all know."""
-    proxied: Collection[int] = ()
-    """Ports whose connections a proxy makes for its clients: they count for nobody until `Parts.count_as`."""
-    keepalive: KeepAlive = KeepAlive()
-    """What the relays of `session` go by. It is kept up to date with the timers of this host."""
-    status: Callable[[], dict[str, Any]] = dict
-    """What the answer to `status` has under "daemon": JSON values that are the same in all workers."""
-
-
 @attrs.frozen
-class Daemon(Generic[C]):
-    """One of the two daemons, as everything that is common to both sees it.
+class Generation:
+    """A configuration that is or was in force. The next one has the next number."""
 
-    `plan` and `build` are "module:function": only workers load what is behind them.
-    """
+    number: int
+    text: str
+    source: str
+    """The file that the text is from"""
+    plan: Plan
+    log: LogConfig
+    """That of the plan, where the command line does not say otherwise"""
+    since: float
+    """Seconds since the epoch"""
+    files: NamedFiles
+    """The files that it names; closed when no more workers of this generation will be started"""
 
-    name: str
-    config: type[C]
-    _plan: str
-    """(config) -> Plan"""
-    _build: str
-    """(config, parts) -> Built. Raises Error when that can't be done."""
+    def as_json(self) -> dict[str, Any]:
+        """For the program that this process is about to become; its files' descriptors stay open."""
+        values = attrs.asdict(self, recurse=False) | {"log": attrs.asdict(self.log), "plan": self.plan.as_json()}
+        return values | {"files": [self.files.places, self.files.fds]}
 
-    def plan(self, config: C) -> Plan:
-        """What the master needs to know."""
-        plan: Plan = pkgutil.resolve_name(self._plan)(config)
-        return plan
-
-    def build(self, config: C, parts: Parts) -> Built:
-        """Put the daemon together. Raises Error."""
-        built: Built = pkgutil.resolve_name(self._build)(config, parts)
-        return built
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Generation:
+        """From the program that this process was."""
+        plan, log, files = (
+            Plan.from_json(values["plan"]),
+            LogConfig(**values["log"]),
+            NamedFiles.received(*values["files"]),
+        )
+        return cls(**values | {"plan": plan, "log": log, "files": files})

@@ -1,41 +1,43 @@
-"""A configuration comes into force: at the start, and at each reload; or nothing changes, and the log says why.
+"""A configuration comes into force, at the start and at each reload; or nothing changes, and the log says why.
 
-Reloads that are asked for while one is under way are one. At most two older generations drain at a time.
+Reloads that are requested while one is under way are combined into one. At most two older generations drain at a time.
 
-A reload may be on trial (trial.py). Until somebody confirms it, what was in force before is kept. Reloads meanwhile
-neither confirm it nor give it more time, unless they are on trial themselves: whoever automates them is no witness that
-all is well.
+A reload may be on trial: unless somebody confirms it in time, the configuration before comes back. Other reloads
+neither confirm a trial nor change its deadline, unless they are on trial themselves: a timer that reloads is no proof
+that all is well.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack
 from math import inf
 
+import attrs
 import trio
 
 from usocksd.errors import ConfigError, Error
 from usocksd.serve.crew import Candidate, Crew
 from usocksd.serve.doors import Doors
 from usocksd.serve.exporter import Exporter
-from usocksd.serve.invocation import Invocation, MasterLog
+from usocksd.serve.master_log import MasterLog
 from usocksd.serve.notify import Notifier
+from usocksd.serve.plan import Generation
 from usocksd.serve.report import Report
-from usocksd.serve.slots import Slots, place_names
-from usocksd.serve.trial import Before, Trial
+from usocksd.serve.slots import Slots
+from usocksd.serve.timing import Timing
 
 log = logging.getLogger(__name__)
 
-# A third generation would drain: so long, in seconds, a reload waits for the oldest to end by itself.
 _MOST_DRAINING = 2
-_PATIENCE = 30.0
-# When what was before a trial can't be brought up, it is tried again after so many seconds.
-_RETURN_AGAIN = 5.0
+
+Read = Callable[[], tuple[str, str]]
+"""Returns the text of the configuration, and the name of its file. Raises ConfigError."""
 
 
 def complain(level: int, message: str, error: Error) -> None:
-    """A record for each fault of a configuration, or for what else is in the way."""
+    """Log each fault of a configuration, or another error as `message`."""
     if isinstance(error, ConfigError):
         for fault in error.faults:
             place: dict[str, object] = {"file": error.source} | ({} if fault.line is None else {"line": fault.line})
@@ -44,15 +46,25 @@ def complain(level: int, message: str, error: Error) -> None:
         log.log(level, message, extra={"fields": {"error": str(error)}})
 
 
-class Reloads:
-    """Brings configurations into force, one at a time.
+@attrs.define
+class Trial:
+    """A configuration is on trial. `deadline` is by trio's clock, which setting the time does not move."""
 
-    `committed` is called when the workers of one are those that serve; `done` is awaited after each reload.
-    """
+    before: Generation
+    """What comes back, with files of its own"""
+    seconds: int
+    """What was asked for"""
+    deadline: float
+    returning: bool = False
+    """The deadline has passed, and the configuration before is coming back."""
+
+
+class Reloads:
+    """Brings configurations into force, one at a time. `done` is awaited after each reload that went well."""
 
     def __init__(
         self,
-        invocation: Invocation,
+        read: Read,
         own_log: MasterLog,
         notifier: Notifier,
         *,
@@ -60,17 +72,17 @@ class Reloads:
         crew: Crew,
         doors: Doors,
         report: Report,
-        committed: Callable[[], None],
+        timing: Timing,
         done: Callable[[], Awaitable[None]],
     ) -> None:
-        self._invocation = invocation
+        self._read = read
         self._log = own_log
         self._notifier = notifier
         self._slots = slots
         self._crew = crew
         self._doors = doors
         self._report = report
-        self._committed = committed
+        self._timing = timing
         self._done = done
         self._wanted = False
         self._news = trio.Event()
@@ -78,7 +90,7 @@ class Reloads:
         # Of the task that reloads: whoever stops the daemon cancels it, and waits until it is over.
         self._scope = trio.CancelScope()
         self._over = trio.Event()
-        # Who asked for the next reload, and for how many seconds it is to be on trial, if it is.
+        # Those who have asked for the next reload; and the seconds that it is to be on trial, if it is.
         self._waiting: list[trio.MemorySendChannel[Error | None]] = []
         self._on_trial_for: int | None = None
 
@@ -88,7 +100,7 @@ class Reloads:
         self._news.set()
 
     async def ask_and_wait(self, on_trial_for: int | None = None) -> None:
-        """The same, and return when it is in force, perhaps for so many seconds. Raises Error when that went wrong."""
+        """The same, perhaps for these seconds only; returns when it is in force. Raises Error if that went wrong."""
         if self._report.draining:
             raise Error("the daemon is stopping")
         sender, receiver = trio.open_memory_channel[Error | None](1)
@@ -100,33 +112,34 @@ class Reloads:
             raise error
 
     def confirm(self) -> bool:
-        """What is in force stays; False if it was not on trial. Raises Error when it is too late, or too early."""
-        if self._trial is None:
+        """Keep what is in force; False if it was not on trial. Raises Error if it is too late, or too early."""
+        trial = self._trial
+        if trial is None:
             return False
-        if self._trial.returning:
+        if trial.returning:
             raise Error("too late: the configuration before is coming back")
         if self._report.reloading:
             raise Error("a reload is under way: confirm what it brings when you have seen that")
-        self._decided()
+        self._end_trial(trial)
         log.info("the configuration is confirmed")
         self._news.set()
         return True
 
     async def end(self) -> None:
-        """No more reloads: the one under way changes nothing, unless it is past that point."""
+        """Reload no more. A reload that is under way changes nothing, unless it is coming into force already."""
         if self._trial is not None:
             log.warning("stopping with a configuration that nobody has confirmed: the next start reads it again")
         self._scope.cancel()
         await self._over.wait()
 
     async def run(self) -> None:
-        """Reload whenever it is asked for, and go back when a trial is over, until told to end."""
+        """Reload whenever somebody has asked, and go back when a trial is over, until told to end."""
         with self._scope:
             while True:
                 with trio.move_on_at(inf if self._trial is None else self._trial.deadline):
                     await self._news.wait()
                 failure: Error | None = None
-                if self._trial is not None and self._trial.over:
+                if self._trial is not None and self._trial.deadline <= trio.current_time():
                     failure = await self._go_back(self._trial)
                 else:
                     self._news = trio.Event()
@@ -139,13 +152,14 @@ class Reloads:
         self._over.set()
 
     async def _reload_for_all(self) -> Error | None:
-        """Whoever asked until here is answered by what is read from here on."""
+        """Reload, and answer all who have asked until now."""
         self._wanted = False
         asked, self._waiting = self._waiting, []
         seconds, self._on_trial_for = self._on_trial_for, None
         failure: Error | None = Error("the daemon is stopping")
-        assert self._crew.generation is not None
-        before = None if seconds is None or self._trial is not None else Before.of(self._crew.generation)
+        before = self._crew.generation if seconds is not None and self._trial is None else None
+        if before is not None:
+            before = attrs.evolve(before, files=before.files.copy())
         try:
             failure = await self._reload()
             self._report.reloaded(failure)
@@ -158,36 +172,36 @@ class Reloads:
             _answer(asked, failure)
         return failure
 
-    def _begin_trial(self, before: Before | None, seconds: int) -> None:
-        """Or begin it anew, with what was before the first."""
+    def _begin_trial(self, before: Generation | None, seconds: int) -> None:
+        """Or, if there is one, give it a new deadline; it goes back to what was before the first."""
         deadline = trio.current_time() + seconds
-        if self._trial is not None:
+        if before is not None:
+            self._trial = Trial(before, seconds, deadline)
+        elif self._trial is not None:
             self._trial.seconds, self._trial.deadline = seconds, deadline
-        elif before is not None:
-            self._trial = self._report.trial = Trial(before, seconds, deadline)
+        self._report.confirm_by = deadline
         log.warning("the configuration is on trial", extra={"fields": {"seconds": seconds}})
+
+    def _end_trial(self, trial: Trial) -> None:
+        trial.before.files.close()
+        self._trial = self._report.confirm_by = None
 
     async def _go_back(self, trial: Trial) -> Error | None:
         log.warning("nobody has confirmed the configuration: the one before comes back")
         trial.returning = True
         failure = await self._reload(trial.before)
         if failure is None:
-            seconds = trial.seconds
-            self._decided()
-            source = trial.before.source
-            failure_of_trial = f"{source}: not confirmed within {seconds} s: what was in force before it is again"
-            self._report.reloaded(Error(failure_of_trial))
+            self._end_trial(trial)
+            source, seconds = trial.before.source, trial.seconds
+            self._report.reloaded(
+                Error(f"{source}: not confirmed within {seconds} s: what was in force before it is again")
+            )
         else:
-            trial.returning, trial.deadline = False, trio.current_time() + _RETURN_AGAIN
+            trial.returning, trial.deadline = False, trio.current_time() + self._timing.return_again
         return failure
 
-    def _decided(self) -> None:
-        if self._trial is not None:
-            self._trial.close()
-        self._trial = self._report.trial = None
-
-    async def _reload(self, before: Before | None = None) -> Error | None:
-        """What is in the file, or was `before`. Returns what went wrong; then everything is as it was."""
+    async def _reload(self, before: Generation | None = None) -> Error | None:
+        """Bring the file, or `before`, into force. Returns what went wrong; then everything is as it was."""
         generation, report = self._crew.generation, self._report
         assert generation is not None
         failure = None
@@ -210,44 +224,38 @@ class Reloads:
         self._notifier.ready(report.line)
         return failure
 
-    async def bring_up(self, number: int, before: Before | None = None) -> None:
-        """Start a generation of what the configuration says now, or said `before`, and have it in force when it is
-        ready.
+    async def bring_up(self, number: int, before: Generation | None = None) -> None:
+        """Start a generation of the configuration as it is now, or as it was `before`, and bring it into force when it
+        is ready.
 
         Raises Error, or is cancelled; then everything is as it was.
         """
         if before is None:
-            # In a thread: what it is read from may keep us waiting (a FIFO).
-            text, source = await trio.to_thread.run_sync(self._invocation.read, abandon_on_cancel=True)
-            kept = None
+            # In a thread: the file may block (a FIFO).
+            text, source = await trio.to_thread.run_sync(self._read, abandon_on_cancel=True)
         else:
-            text, source, kept = before.text, before.source, before.files
-        try:
+            text, source = before.text, before.source
+        with ExitStack() as undo:
+            undo.callback(self._log.drop)
+            kept = None if before is None else before.files
             candidate = await self._crew.prepare(number, text, source, self._log.prepare, kept)
-        except BaseException:
-            self._log.drop()
-            raise
-        exporter = None
-        try:
+            undo.callback(self._crew.dismiss, candidate)
             exporter = self._doors.prepare(candidate.generation.plan.metrics)
-            # Whoever goes back has been locked out, perhaps, and is not to wait.
+            undo.callback(self._doors.drop, exporter)
+            # An admin who goes back may be locked out, and does not wait.
             await self._let_drain(_MOST_DRAINING if before is None else _MOST_DRAINING + 1)
-        except BaseException:
-            self._log.drop()
-            self._doors.drop(exporter)
-            self._crew.dismiss(candidate)
-            raise
+            undo.pop_all()
         with trio.CancelScope(shield=True):
             await self._commit(candidate, exporter)
 
     async def _let_drain(self, most: int) -> None:
-        """One more generation is about to drain: the oldest must have ended if there would be more than `most`."""
+        """Wait until one more generation may drain; in the end, end the oldest."""
         crew = self._crew
         if len(crew.draining) < most:
             return
         oldest = crew.draining[0]
         log.info("the reload waits for an older generation to drain", extra={"fields": {"generation": oldest}})
-        with trio.move_on_after(_PATIENCE):
+        with trio.move_on_after(self._timing.patience):
             while crew.of(oldest):
                 await crew.changed.wait()
         if left := crew.of(oldest):
@@ -256,16 +264,14 @@ class Reloads:
             await crew.drain(left, 0.0)
 
     async def _commit(self, candidate: Candidate, exporter: Exporter | None) -> None:
-        """Let a generation that is ready be the one in force."""
         plan = candidate.generation.plan
-        listened = set() if self._crew.generation is None else set(place_names(self._slots, opened=False))
+        listened = set() if self._crew.generation is None else set(self._slots.listening(opened=False))
         old_log = self._log.commit()
         await self._crew.commit(candidate)
-        self._committed()
         self._doors.commit(exporter, plan.metrics, plan.control)
         for warning in plan.warnings:
             log.warning(warning)
-        for place in place_names(self._slots):
+        for place in self._slots.listening():
             if place not in listened:
                 log.info("listening", extra={"fields": {"address": place}})
         if old_log is not None:

@@ -1,4 +1,4 @@
-"""What the daemon says of itself: the answer to `status`, the master's metrics, health, and a line for systemd."""
+"""What the daemon says of itself: the answers to `status` and `health`, all metrics, and a line for systemd."""
 
 from __future__ import annotations
 
@@ -16,37 +16,33 @@ from usocksd.errors import Error
 from usocksd.log.metrics import Metrics, Snapshot, total
 from usocksd.log.words import counted
 from usocksd.serve.crew import Crew
-from usocksd.serve.generation import Generation
-from usocksd.serve.invocation import MasterLog
-from usocksd.serve.slots import Slots, place_names
-from usocksd.serve.trial import Trial
+from usocksd.serve.master_log import MasterLog
+from usocksd.serve.plan import Generation
+from usocksd.serve.slots import Slots
+from usocksd.serve.timing import Timing
 from usocksd.serve.vitals import LOG_FAILING
 from usocksd.serve.worker_process import Answer, State, WorkerProcess
 
-# Rates are those of so many seconds.
-_RATES_OVER = 0.5
 _RATES = ("connections", "tx_bytes", "rx_bytes")
-# A worker that hangs is not waited for; to list 20,000 connections takes a busy one seconds.
-_ANSWER_WITHIN = 1.0
-_LIST_WITHIN = 5.0
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class Report:
-    """Knows what there is to tell; `started` is when the daemon was, by `now`."""
+    """Gathers what there is to tell."""
 
     def __init__(
-        self, name: str, crew: Crew, slots: Slots, metrics: Metrics, *, log: MasterLog, started: float
+        self, name: str, crew: Crew, slots: Slots, metrics: Metrics, *, log: MasterLog, timing: Timing
     ) -> None:
         self.name = name
-        self.started = started
+        self.started = now()
         self.draining = False
         """The daemon stops."""
         self.reloading = False
         self.last_reload: dict[str, Any] | None = None
-        self.trial: Trial | None = None
-        """What is in force is on trial."""
+        self.confirm_by: float | None = None
+        """The deadline of the trial, by trio's clock, if the configuration in force is on trial"""
         self.metrics_address: str | None = None
+        self._timing = timing
         self._log = log
         self._crew = crew
         self._slots = slots
@@ -70,7 +66,7 @@ class Report:
         self._own_dropped = metrics.counter("log_records_dropped_total", "Log records that were never written")
 
     def reloaded(self, error: Error | None) -> None:
-        """A reload is over."""
+        """Note the result of a reload."""
         faults = str(error).split("\n")
         self.last_reload = {"at": _text(time.time()), "ok": error is None, "faults": faults if error else []}
         self._reloads.labels("failed" if error else "ok").value += 1
@@ -78,11 +74,11 @@ class Report:
 
     @property
     def live(self) -> int:
-        """Connections, those that drain included."""
+        """Connections, those that drain included"""
         return sum(worker.live for worker in self._crew.workers)
 
     async def live_now(self) -> int:
-        """Connections, asked for where there is an answer: `live` may be half a second old."""
+        """The same, up to date for workers that answer: `live` may be half a second old."""
         asked = await self._measure()
         return sum(int(asked.get(worker.pid, {"live": worker.live})["live"]) for worker in self._crew.workers)
 
@@ -94,8 +90,18 @@ class Report:
         return "ready" if self._crew.serving else "broken"
 
     @property
+    def state(self) -> str:
+        """The same, or reloading"""
+        return "reloading" if self.reloading else self.health
+
+    @property
+    def confirm_within(self) -> float | None:
+        """Seconds left of the trial, if there is one"""
+        return None if self.confirm_by is None else max(self.confirm_by - trio.current_time(), 0.0)
+
+    @property
     def line(self) -> str:
-        """For the service manager."""
+        """The state in a line, for the service manager"""
         crew = self._crew
         number = crew.generation.number if crew.generation else 0
         drain = f", generations that drain: {', '.join(map(str, crew.draining))}" if crew.draining else ""
@@ -121,7 +127,7 @@ class Report:
         generation = crew.generation
         assert generation is not None
         before = await self._measure()
-        await trio.sleep(_RATES_OVER)
+        await trio.sleep(self._timing.rates_over)
         after = await self._measure()
         snapshot = self.collect()
         return {
@@ -129,15 +135,15 @@ class Report:
             "version": __version__,
             "pid": os.getpid(),
             "uptime": now() - self.started,
-            "state": "reloading" if self.reloading else self.health,
+            "state": self.state,
             "config": {
                 "file": generation.source,
                 "generation": generation.number,
                 "since": _text(generation.since),
                 "last_reload": self.last_reload,
-                "confirm_within": None if self.trial is None else self.trial.left,
+                "confirm_within": self.confirm_within,
             },
-            "listening": place_names(self._slots),
+            "listening": self._slots.listening(),
             "metrics": self.metrics_address,
             "log": {
                 "level": self._log.current.level.name.lower(),
@@ -159,24 +165,28 @@ class Report:
             "daemon": await self._of_daemon(),
         }
 
+    async def health_of_daemon(self) -> dict[str, Any]:
+        """The answer to the verb `health`: `state`, `version` and `daemon` of `status`, without measuring."""
+        return {"state": self.state, "version": __version__, "daemon": await self._of_daemon()}
+
     @property
     def _log_failing(self) -> str | None:
-        """Why some process can't write its log at present, if one can't."""
+        """Why one of the processes can't write its log at present, if so"""
         failing = [self._log.current.failing, *(worker.alive.get("log_failing") for worker in self._crew.workers)]
         return next((error for error in failing if error is not None), None)
 
     async def connections(self) -> dict[str, Any]:
         """The answer to the verb `connections`."""
-        answers = await self._ask("connections", _LIST_WITHIN)
+        answers = await self._ask("connections", self._timing.list_within)
         return {
             "connections": [row for answer in answers.values() for row in answer.rows],
             "partial": [worker.pid for worker, answer in answers.items() if not answer.whole],
         }
 
     async def _of_daemon(self) -> dict[str, Any]:
-        """What the daemon says of itself: the first worker that serves, since all know the same."""
-        for worker in sorted(self._crew.serving, key=lambda worker: worker.slot):
-            for row in (await worker.ask("status", within=_ANSWER_WITHIN)).rows:
+        """`Built.status` of the first worker that answers, since all know the same"""
+        for worker in self._crew.serving:
+            for row in (await worker.ask("status", within=self._timing.answer_within)).rows:
                 return dict(row)
         return {}
 
@@ -193,16 +203,16 @@ class Report:
 
     @property
     def _established(self) -> list[WorkerProcess]:
-        """Those who can be asked."""
+        """The workers that can be asked"""
         return [worker for worker in self._crew.workers if not worker.coming]
 
     async def _measure(self) -> dict[int, dict[str, float]]:
-        """What each has carried, by process; those who are late or gone are left out."""
-        answers = await self._ask("measure", _ANSWER_WITHIN)
+        """What each worker has carried, by process id; those that are late or gone are left out."""
+        answers = await self._ask("measure", self._timing.answer_within)
         return {worker.pid: row for worker, answer in answers.items() for row in answer.rows}
 
     async def _ask(self, question: str, within: float) -> dict[WorkerProcess, Answer]:
-        """What all say."""
+        """The answers of all workers"""
         answers: dict[WorkerProcess, Answer] = {}
 
         async def ask(worker: WorkerProcess) -> None:
@@ -219,12 +229,12 @@ class Report:
 
 
 def now() -> float:
-    """Seconds since the system has started, as no clock that is put right can have them."""
+    """Seconds since the system was started: setting the time does not change it."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def _rates(before: Mapping[int, Mapping[str, float]], after: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
-    """Of the workers that have answered both times."""
+    """Per second, of the workers that have answered both times."""
     pairs = [(before[pid], after[pid]) for pid in before.keys() & after.keys()]
     return {key: sum(max(new[key] - old[key], 0) / (new["at"] - old["at"]) for old, new in pairs) for key in _RATES}
 

@@ -24,22 +24,15 @@ from usocksd.net.keepalive import KeepAlive
 from usocksd.net.listeners import Listener
 from usocksd.net.reactor import Reactor
 from usocksd.net.relay import Pair
+from usocksd.serve.timing import Timing
 
 log = logging.getLogger(__name__)
 
-Session = Callable[[Endpoint, str, int], Awaitable[None]]
-"""Serves one accepted connection: endpoint, the peer's numeric address and port."""
-
-# What a session that was told to stop still needs to write its record and close.
-_LAST_WORDS = 0.5
 # A connection makes no cycles, so there is little for the collector to find and much to look through.
 _COLLECT_AFTER = 50_000
-# At the descriptor limit so many of the connections that were silent longest make room, if that was long enough.
-_SHED_AT_ONCE = 32
-_SHED_AFTER = 60.0
 _SAY_AGAIN_AFTER = 10.0
 _LOOK_AT_TIMERS_EVERY = 2.0
-# So many tasks without a connection are kept, some 2 KB each.
+# The most tasks without a connection that are kept, some 2 KB each.
 _MOST_IDLE = 64
 
 
@@ -50,15 +43,15 @@ class Stopping(Exception):
 class Service:
     """Runs a session for each accepted connection, in the nursery `sessions`.
 
-    `most` is how many the process has descriptors for; while there are as many, connections wait in the kernel's
-    queue, unless some that are idle can make room. `proxied` are ports whose connections are some proxy's, and count
-    for nobody until `count_as`.
+    `most` is how many connections the process has descriptors for. When there are as many, new ones wait in the
+    kernel's queue, unless idle ones can make room. `proxied` are ports whose connections a proxy makes for its clients:
+    they count for nobody until `count_as`.
     """
 
     def __init__(
         self,
         reactor: Reactor,
-        session: Session,
+        session: Callable[[Endpoint, str, int], Awaitable[None]],
         sessions: trio.Nursery,
         *,
         most: int,
@@ -66,6 +59,7 @@ class Service:
         metrics: Metrics,
         proxied: Collection[int] = (),
         keepalive: KeepAlive,
+        timing: Timing,
     ) -> None:
         self.live = 0
         """Connections that are being served."""
@@ -77,8 +71,9 @@ class Service:
         self._tally = tally
         self._proxied = proxied
         self._keepalive = keepalive
+        self._timing = timing
         self._rows: dict[Endpoint, int] = {}
-        """Where those are counted of which it was not known at accept."""
+        """Where a connection is counted, if that was not known at accept"""
         self._idle: list[trio.lowlevel.Task] = []
         """Tasks of sessions that have ended, each waiting for the next connection."""
         self._listeners: list[Listener] = []
@@ -108,7 +103,7 @@ class Service:
         return listeners
 
     async def keep_alive(self) -> NoReturn:
-        """Have every connection outlive what this host's connection tracking asks, also when that changes."""
+        """Have every connection outlive the timers of this host's connection tracking, also when they change."""
         while True:
             if self._keepalive.look():
                 for listener in self._listeners:
@@ -130,7 +125,7 @@ class Service:
         return any(listener.paused for listener in self._listeners)
 
     def count_as(self, endpoint: Endpoint, host: str, port: int) -> bool:
-        """From now on the connection counts as one of this client, of which a proxy has made it.
+        """Count a connection as one of this client, for which a proxy has made it.
 
         False if a limit forbids that; then it has been reset.
         """
@@ -146,30 +141,30 @@ class Service:
         return True
 
     async def drain(self, within: float) -> None:
-        """Accept no more, let connections end, and end those that have not after `within` seconds."""
+        """Accept no more, let connections end, and end those that are left after `within` seconds."""
         self.close(list(self._listeners))
         with trio.move_on_after(within):
             await self._emptied()
         if self.live:
             log.warning("ending what is still connected", extra={"fields": {"live": self.live}})
             self._reactor.interrupt_all(Stopping)
-            with trio.move_on_after(_LAST_WORDS):
+            with trio.move_on_after(self._timing.session_ends):
                 await self._emptied()
         self._sessions.cancel_scope.cancel()
 
     def connections(self) -> Iterator[dict[str, Any]]:
-        """The live ones, as their sessions describe them, with bytes and seconds; each as it is when it is asked for,
-        which is its "at", by CLOCK_MONOTONIC.
+        """The live ones, as their sessions describe them, with bytes and seconds; "at" is when that was, by
+        CLOCK_MONOTONIC.
         """
         handlers = self._reactor.handlers
-        # (By descriptor: behind one that has been closed meanwhile is another connection by now, or nothing.)
+        # By descriptor: one that has been closed meanwhile belongs to another connection by now, or to nothing.
         for fd in list(handlers):
             row = _describe(handlers.get(fd), self._reactor.clock())
             if row is not None:
                 yield row
 
     def moving(self) -> tuple[int, int]:
-        """Bytes of the live connections, to the destinations and from there."""
+        """Bytes of the live connections so far, to the destinations and from there."""
         pairs = self._pairs()
         return sum(pair.up.count for pair in pairs), sum(pair.down.count for pair in pairs)
 
@@ -187,12 +182,12 @@ class Service:
         if self.live < self.most:
             return True
         self._make_room()
-        return False  # those that were told to end need a moment for it
+        return False  # those that make room need a moment to end
 
     def _make_room(self) -> None:
-        before = self._reactor.now - _SHED_AFTER
+        before = self._reactor.now - self._timing.shed_after
         idle = (pair for pair in self._pairs() if pair.active <= before and pair.result is None)
-        for pair in heapq.nsmallest(_SHED_AT_ONCE, idle, key=attrgetter("active")):
+        for pair in heapq.nsmallest(self._timing.shed_at_once, idle, key=attrgetter("active")):
             self._shed.value += 1
             pair.end(Reason.SHED, Side.PROXY)
 
@@ -226,7 +221,7 @@ class Service:
             log.warning("too many connections", extra={"fields": fields})
 
     async def _serve_each(self, connection: tuple[Endpoint, str, int, int]) -> None:
-        """Serve it, and then others that come: to begin a task and to end it takes 4 us, which is more than to wait."""
+        """Serve it, and then others: beginning and ending a task takes 4 us, which is more than waiting."""
         task = trio.lowlevel.current_task()
         idle = self._idle
 
@@ -261,7 +256,7 @@ class Service:
 
 
 def settle_memory() -> None:
-    """What is there now stays: the collector need not look at it again, nor often at all."""
+    """Tell the collector that what is there now stays, and to look seldom."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(_COLLECT_AFTER)

@@ -1,10 +1,9 @@
-"""The listening sockets that the master owns: one in a SO_REUSEPORT group for each worker slot and address.
+"""The listening sockets that the master owns: for each address a SO_REUSEPORT group, with a socket for each worker.
 
-The master keeps every one open and hands duplicates to workers, so that a connection waiting in an accept queue
+The master keeps every socket open and hands duplicates to workers, so that a connection waiting in an accept queue
 outlives the worker that was to accept it. Closing a socket resets what waits in it (unless tcp_migrate_req is 1,
-ip-sysctl), and a socket without a worker lets connections wait; so while a group grows or shrinks, a small program in
-the kernel says which of its sockets new connections may go to: the first so many, in the order in which they were
-opened.
+ip-sysctl), and in a socket without a worker connections wait. So while a group grows or shrinks, a small program in the
+kernel sends new connections to the first n of its sockets only, in the order in which they were opened.
 """
 
 from __future__ import annotations
@@ -27,9 +26,11 @@ from usocksd.net.listeners import (
     queue,
     set_listener_options,
 )
-from usocksd.serve.plan import Address
+from usocksd.serve.channel import restore_socket
+from usocksd.settings.types import ListenAddress
 
 Place = tuple[str, int]
+"""The address and port that a group was opened for; the port may be 0."""
 
 # asm-generic/socket.h; Python has no names for these.
 _SO_ATTACH_FILTER = 26
@@ -54,9 +55,8 @@ _REFUSE_SYN = b"".join(
 
 
 class Slots:
-    """The sockets by address and slot, and those that systemd handed over, which all workers share.
-
-    REUSEPORT groups want one owner, and systemd's sockets are root's: so no slots there.
+    """The sockets by address and slot; or those that systemd passed on, which all workers share: REUSEPORT groups want
+    one owner, and systemd's sockets are root's.
     """
 
     def __init__(self, inherited: Sequence[socket.socket] = ()) -> None:
@@ -64,11 +64,11 @@ class Slots:
         self._groups: dict[Place, list[socket.socket]] = {}
         self._opened: list[tuple[Place, socket.socket]] = []
 
-    def open(self, addresses: Iterable[Address], count: int) -> None:
-        """Have `count` sockets for each address, opening what is missing; `restore` takes that back.
+    def open(self, addresses: Iterable[ListenAddress], count: int) -> None:
+        """Open what is missing for `count` sockets at each address; `restore` takes that back.
 
-        Until `release`, new connections don't go to sockets that were added to others. Raises ListenError, or Error
-        for an address that there are sockets of the other kind for; then all is as before.
+        Until `release`, no new connections go to sockets that were added to a group. Raises ListenError, or Error for
+        an address whose present sockets differ in IP_TRANSPARENT; then all is as before.
         """
         self._opened = []
         if self.inherited:
@@ -101,21 +101,20 @@ class Slots:
         self._opened = []
         self.settle()
 
-    def of(self, slot: int, addresses: Iterable[Address]) -> list[int]:
+    def of(self, slot: int, addresses: Iterable[ListenAddress]) -> list[int]:
         """The descriptors of one slot's sockets at these addresses."""
         if self.inherited:
             return [sock.fileno() for sock in self.inherited]
-        groups = (self._groups.get((address.host, address.port), ()) for address in addresses)
+        groups = (self._groups.get(_place(address), ()) for address in addresses)
         return [group[slot].fileno() for group in groups if slot < len(group)]
 
-    def release(self, addresses: Iterable[Address], count: int) -> list[socket.socket]:
-        """New connections go to the first `count` sockets of each address, and to no other address.
+    def release(self, addresses: Iterable[ListenAddress], count: int) -> list[socket.socket]:
+        """Have new connections go to the first `count` sockets of each address, and to no other address.
 
-        Returns the sockets that nobody wants now. They may have connections waiting: accept those, close them, then
-        `settle`.
+        Returns the surplus sockets. Connections may wait in them: accept those, close the sockets, then `settle`.
         """
         self._opened = []
-        wanted = {(address.host, address.port) for address in addresses}
+        wanted = set(map(_place, addresses))
         surplus: list[socket.socket] = []
         for place, group in list(self._groups.items()):
             if place not in wanted:
@@ -124,7 +123,7 @@ class Slots:
                 surplus += self._groups.pop(place)
             elif len(group) > count:
                 _steer(group[0], count)
-                # The last one first: the kernel fills the hole that a closed one leaves with its last.
+                # The last one first: the kernel fills the hole of a closed socket with the last one.
                 surplus += reversed(group[count:])
                 self._groups[place] = group[:count]
             else:
@@ -132,29 +131,33 @@ class Slots:
         return surplus
 
     def settle(self) -> None:
-        """The kernel may choose by itself again."""
+        """Have the kernel choose among all sockets again."""
         for group in self._groups.values():
             _let_go(group[0])
 
     def refuse(self) -> bool:
-        """The daemon stops: handshakes under way may end, but no new ones begin. False if that can't be had.
+        """Let handshakes under way end and no new ones begin: the daemon stops. False if the kernel does not allow it.
 
         What waits in inherited sockets stays there for the next start.
         """
         refused = [_refuse(sock) for group in self._groups.values() for sock in group]
         return all(refused)
 
-    def ports(self, addresses: Iterable[Address]) -> list[int]:
-        """The ports at these addresses, or of what is inherited."""
-        groups = (self._groups.get((address.host, address.port), ()) for address in addresses)
+    def ports(self, addresses: Iterable[ListenAddress]) -> list[int]:
+        """The ports at these addresses, or of inherited sockets."""
+        groups = (self._groups.get(_place(address), ()) for address in addresses)
         first = self.inherited or [group[0] for group in groups if group]
         return sorted({sock.getsockname()[1] for sock in first})
 
     def names(self, *, opened: bool = True) -> list[tuple[str, int]]:
-        """The addresses that are listened on, with the ports that the kernel chose; see `place_names`."""
+        """Address and port of each group, with the port that the kernel chose; those of the last `open` if `opened`."""
         fresh = set() if opened else {sock for _, sock in self._opened}
         first = self.inherited or [group[0] for group in self._groups.values()]
         return [bound_to(sock) for sock in first if sock not in fresh]
+
+    def listening(self, *, opened: bool = True) -> list[str]:
+        """The same as ADDRESS:PORT"""
+        return [join_port(host, port) for host, port in self.names(opened=opened)]
 
     def queues(self) -> tuple[int, int]:
         """How many connections wait to be accepted, and how many could, over all sockets."""
@@ -162,7 +165,7 @@ class Slots:
         return sum(length for length, _ in lengths), sum(limit for _, limit in lengths)
 
     def close(self) -> None:
-        """Close all: nobody listens any more. (Inherited ones stay open with whoever opened them.)"""
+        """Close all. Whoever opened inherited ones still has them."""
         for sock in self._all():
             sock.close()
         self._groups.clear()
@@ -181,7 +184,7 @@ class Slots:
 
     @classmethod
     def take_over(cls, state: dict[str, Any]) -> Slots:
-        """The slots of the program that this process was."""
+        """The sockets of the program that this process was."""
         slots = cls([restore_socket(fd) for fd in state["inherited"]])
         slots._groups = {(host, port): [restore_socket(fd) for fd in fds] for host, port, fds in state["groups"]}
         return slots
@@ -191,11 +194,11 @@ class Slots:
         for group in self._groups.values():
             yield from group
 
-    def _fill(self, address: Address, count: int) -> None:
-        host, port = place = address.host, address.port
+    def _fill(self, address: ListenAddress, count: int) -> None:
+        host, port = place = _place(address)
         group = self._groups.get(place, [])
         if group and is_transparent(group[0]) != address.transparent:
-            # Changed under way, it would be one thing to the workers that drain and another to those that come.
+            # Workers that drain still take it for the other kind.
             raise Error(
                 f"{join_port(host, port)} is listened on already, {'without' if address.transparent else 'with'}"
                 " IP_TRANSPARENT (listen_tproxy): expected another port, or a restart"
@@ -205,7 +208,7 @@ class Slots:
             if len(group) < count:
                 _steer(group[0], len(group))
         elif port and all(ours != port for _, ours in self._groups):
-            # Sockets with SO_REUSEPORT share a port with whoever has it too: another instance, unnoticed.
+            # Sockets with SO_REUSEPORT would share the port with another instance, unnoticed.
             listen(host, port, transparent=address.transparent).close()
         while len(group) < count:
             sock = listen(host, port, reuse_port=True, transparent=address.transparent)
@@ -216,7 +219,7 @@ class Slots:
 
 
 def check_inherited(sockets: Sequence[socket.socket]) -> None:
-    """Make sockets of the service manager's ready to be accepted from. Raises Error for what is no TCP listener."""
+    """Prepare the service manager's sockets for accepting. Raises Error for one that is no TCP listener."""
     for sock in sockets:
         internet = sock.family in (socket.AF_INET, socket.AF_INET6) and sock.type == socket.SOCK_STREAM
         if not internet or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
@@ -225,27 +228,18 @@ def check_inherited(sockets: Sequence[socket.socket]) -> None:
         accept_fast_open(sock)
 
 
-def place_names(slots: Slots, *, opened: bool = True) -> list[str]:
-    """The addresses that are listened on, as text; those of the last `open`, which may be taken back, if `opened`."""
-    return [join_port(host, port) for host, port in slots.names(opened=opened)]
-
-
-def restore_socket(fd: int) -> socket.socket:
-    """The socket of a descriptor that was passed on."""
-    sock = socket.socket(fileno=fd)
-    sock.set_inheritable(False)
-    sock.setblocking(False)
-    return sock
+def _place(address: ListenAddress) -> Place:
+    return str(address.address), address.port
 
 
 def _steer(member: socket.socket, count: int) -> None:
-    """New connections of the member's group go to its first `count` sockets; where that can't be had, to all."""
+    """Have new connections of the member's group go to its first `count` sockets; without the permission, to all."""
     with contextlib.suppress(OSError):
         _attach(member, _SO_ATTACH_REUSEPORT_CBPF, _LOAD_HASH + _INSTRUCTION.pack(_MODULO, 0, 0, count) + _RETURN)
 
 
 def _refuse(sock: socket.socket) -> bool:
-    """Drop SYNs. False if that can't be had: newer kernels want CAP_NET_ADMIN for a filter on one's own socket."""
+    """Drop SYNs. False without the permission: newer kernels want CAP_NET_ADMIN for a filter on one's own socket."""
     try:
         _attach(sock, _SO_ATTACH_FILTER, _REFUSE_SYN)
     except OSError:

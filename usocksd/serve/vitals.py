@@ -1,4 +1,4 @@
-"""What a worker tells of itself: whether it is well, how much it has of what, and what it has carried."""
+"""What a worker reports about itself: whether it is well, what it uses, and what it has carried."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from usocksd.serve.channel import Message
 from usocksd.serve.service import Service
 
 LOG_FAILING = "Processes that can't write their log at present"
-# Descriptors and bytes are counted at every so many signs of life: 10,000 connections take some milliseconds.
+# Descriptors and bytes are counted with every fourth sign of life: for 10,000 connections that takes milliseconds.
 _COUNT_EVERY = 4
 
 
@@ -39,7 +39,7 @@ class Vitals:
         self._relayed = relayed.labels("tx"), relayed.labels("rx")
 
     def alive(self, *, last: bool = False) -> Message:
-        """A sign of life; the `last` one has all figures as they are."""
+        """A sign of life; the `last` one has all figures up to date."""
         service = self._service
         self._dropped.value = self._sink.dropped
         self._failing.value = int(self._sink.failing is not None)
@@ -63,7 +63,7 @@ class Vitals:
         }
 
     def measure(self) -> dict[str, float]:
-        """What the rates are made of: connections, and bytes each way, so far; and when that is, by CLOCK_MONOTONIC."""
+        """Connections and bytes each way so far, for rates; "at" is the time, by CLOCK_MONOTONIC."""
         tx_bytes, rx_bytes = self._bytes()
         return {
             "at": time.monotonic(),
@@ -74,6 +74,6 @@ class Vitals:
         }
 
     def _bytes(self) -> tuple[float, float]:
-        """Relayed so far, each way, by the relays that have ended and those that go on."""
+        """Relayed so far, each way, by relays that have ended and those that go on"""
         up, down = self._service.moving()
         return up + self._metrics.observed("proxy_tx_bytes"), down + self._metrics.observed("proxy_rx_bytes")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import itertools
 import logging
@@ -11,8 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import fields
+from collections.abc import AsyncIterator, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
@@ -21,21 +21,19 @@ import trio
 
 from usocksd import __version__
 from usocksd.errors import ConfigError, Error, Fault
-from usocksd.log.metrics import Snapshot, lasting, total
-from usocksd.serve.channel import Channel, Message
-from usocksd.serve.plan import Plan
-from usocksd.serve.worker import CHANNEL, IGNORED, STDERR
+from usocksd.log.metrics import Snapshot
+from usocksd.serve.channel import Channel, Message, restore_socket
+from usocksd.serve.daemon import CHANNEL
+from usocksd.serve.plan import PROTOCOL, Plan
+from usocksd.serve.timing import Timing
+from usocksd.serve.worker import IGNORED, STDERR
 from usocksd.settings.files import NamedFiles
 
 log = logging.getLogger(__name__)
 
 _numbers = itertools.count(1)
-# A worker that reads nothing for so long, in seconds, is not waited for; it will be found to hang.
-_SEND_WITHIN = 2.0
-# So much of what a worker has said on stderr before it ended is logged, in bytes.
-_MOST_SAID = 16 * 1024
-LAST_WORDS = 5.0
-"""Seconds that a worker has to end, once it has been told to or has closed its channel, before it is killed."""
+# How much of a dead worker's stderr is logged, in bytes.
+_MOST_STDERR = 16 * 1024
 
 
 class State(Enum):
@@ -51,76 +49,74 @@ class State(Enum):
 
 
 class WorkerEnded(Error):
-    """A worker ended before it was ready. The message tells why, as far as one can know."""
+    """A worker ended before it was ready. The message tells why, as far as that is known."""
 
 
 @attrs.define
 class Answer:
-    """What a worker has said to a question."""
+    """What a worker has answered to a question."""
 
     rows: list[Any] = attrs.Factory(list)
+    error: str | None = None
     whole: bool = False
-    """Whether that is all, or it is late or gone."""
+    """All rows are there. If not, the worker is late or gone."""
+    over: trio.Event = attrs.Factory(trio.Event)
 
 
 class WorkerProcess:
-    """The master's side of one worker. `slot` is which listening sockets are its own, `column` where it counts."""
+    """The master's side of one worker. `slot` says which listening sockets are its own, `column` where it counts."""
 
-    def __init__(self, generation: int, slot: int, column: int, pid: int, channel: Channel) -> None:
+    def __init__(self, generation: int, slot: int, column: int, pid: int, channel: Channel, *, timing: Timing) -> None:
         self.generation = generation
         self.slot = slot
         self.column = column
         self.pid = pid
         self.channel = channel
+        self.timing = timing
+        self.born = trio.current_time()
         self.state = State.STARTING
         self.ordered = False
-        """It has been told how to serve: what it is told now, it does once it is ready."""
+        """It knows how to serve: what it is told from now on, it does once it is ready."""
         self.version = ""
-        self.handover = 0
-        """The format in which its version takes over from another master."""
-        self.verbs: list[str] = []
-        """What its daemon answers on the control socket itself."""
         self.alive: Message = {}
-        """What it last said of itself."""
+        """Its last sign of life"""
         self.seen = trio.current_time()
-        """When that was."""
+        """When that came"""
         self.exit_status: int | None = None
-        """As subprocess.Popen.returncode has it."""
+        """As subprocess.Popen.returncode"""
         self.cause = ""
-        """How it ended, in words."""
+        """How it ended, in words"""
         self.exited = trio.Event()
         self.killed = False
-        """By this process."""
+        """By this process"""
         self.hung = False
         """It was killed for its silence."""
-        self._legible: bool | None = None
-        """Whether its signs of life can be read; not known before the first."""
         self._stderr: int | None = None
-        """What it says before it can say it otherwise; closed once it is ready, or has ended."""
-        self._ended = False
-        self._questions: dict[int, trio.MemorySendChannel[Message]] = {}
+        """A memory file with its stderr until it is ready"""
+        self._listening = True
+        self._questions: dict[int, Answer] = {}
 
     @classmethod
-    def start(cls, generation: int, slot: int, column: int) -> WorkerProcess:
+    def start(cls, generation: int, slot: int, column: int, timing: Timing) -> WorkerProcess:
         """Start one by exec, with this process's own command line: the program that is installed now.
 
-        Raises Error when the system has no room for one more process.
+        Raises Error if the system has no room for one more process.
         """
-        # It inherits the mask: until it ignores these signals, they would end it.
+        # The worker inherits the mask. Until it ignores these signals, they would end it.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)
-        with contextlib.ExitStack() as opened, contextlib.ExitStack() as theirs:
+        with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
             try:
-                ours, end = socket.socketpair()
-                opened.enter_context(ours)
-                theirs.enter_context(end)
+                end, its_end = socket.socketpair()
+                ours.enter_context(end)
+                theirs.enter_context(its_end)
                 early = os.memfd_create("stderr")
-                opened.callback(os.close, early)
+                ours.callback(os.close, early)
                 stderr = _duplicate_stderr()
                 theirs.callback(os.close, stderr)
                 process = subprocess.Popen(
                     [sys.executable, *sys.orig_argv[1:]],
-                    env={**os.environ, CHANNEL: str(end.fileno()), STDERR: str(stderr)},
-                    pass_fds=[end.fileno(), stderr],
+                    env={**os.environ, CHANNEL: str(its_end.fileno()), STDERR: str(stderr)},
+                    pass_fds=[its_end.fileno(), stderr],
                     stdin=subprocess.DEVNULL,
                     stderr=early,
                 )
@@ -128,60 +124,48 @@ class WorkerProcess:
                 raise Error(f"can't start a worker: {error.filename or sys.executable}: {error.strerror}") from None
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            opened.pop_all()
-        # The master waits for all its children itself, also for those that an earlier version of it has started.
-        process.returncode = 0
-        worker = cls(generation, slot, column, process.pid, Channel(trio.socket.from_stdlib_socket(ours)))
+            ours.pop_all()
+        process.returncode = 0  # `Crew.reap` waits for all children, also for those of an earlier version of the master
+        channel = Channel(trio.socket.from_stdlib_socket(end))
+        worker = cls(generation, slot, column, process.pid, channel, timing=timing)
         worker._stderr = early
         return worker
 
     @property
     def coming(self) -> bool:
-        """Whether it is yet to be told to accept connections; until then nobody listens to its reports."""
+        """Whether it has not been told to accept connections; until then nobody listens to its reports."""
         return self.state in (State.STARTING, State.READY)
 
     @property
     def live(self) -> int:
-        """Connections that it serves."""
-        count: int = self.alive.get("live", 0)
-        return count
+        """Connections that it serves"""
+        return int(self.alive.get("live", 0))
 
     @property
     def metrics(self) -> Snapshot:
-        """What it last counted."""
+        """What it last counted"""
         snapshot: Snapshot = self.alive.get("metrics", {})
         return snapshot
 
-    async def plan(self, text: str, source: str, kept: NamedFiles | None) -> tuple[Plan, dict[str, Any], NamedFiles]:
-        """Have it read a configuration, and say what is in it: as the master knows it, and as the worker has said it;
-        and the files that it names, which are the caller's to close. Those that are `kept` are not read again.
+    async def plan(self, text: str, source: str, kept: NamedFiles | None) -> tuple[Plan, NamedFiles]:
+        """Have it read a configuration. Returns its plan and the files that it names, which the caller closes. Files
+        that are `kept` are not read again.
 
-        Raises ConfigError with every fault, WorkerEnded, or Error when a newer version says what this can't make out.
+        Raises ConfigError with every fault, WorkerEnded, or Error if it is of a version that this one can't talk to.
         """
-        order = {"type": "configure", "text": text, "source": source, "plan": True}
-        await self._order(order | ({"files": kept.places} if kept else {}), kept.fds if kept else ())
-        answer, fds = await self._expect("plan")
-        values, files = answer["plan"], NamedFiles.received(answer.get("files", {}), fds)
-        try:
-            return Plan.from_json(values), values, files
-        except (KeyError, TypeError, ValueError):
-            files.close()
-            version = values.get("version", "another")
-            raise Error(f"version {version} can't be reloaded into from {__version__}: restart the daemon") from None
+        answer, fds = await self._configure(text, source, kept or NamedFiles(), first=True)
+        return Plan.from_json(answer["plan"]), NamedFiles.received(answer["files"], fds)
 
     async def configure(self, text: str, source: str, files: NamedFiles) -> None:
         """Have it read a configuration, and the files that it names as they were. Raises as `plan` does."""
-        order = {"type": "configure", "text": text, "source": source, "plan": False, "files": files.places}
-        await self._order(order, files.fds)
-        await self._expect("plan")
+        await self._configure(text, source, files, first=False)
 
     async def serve(self, order: dict[str, Any], fds: Sequence[int]) -> None:
         """Have it make ready to serve; returns when it is. Raises Error with what it says is wrong, WorkerEnded."""
         self.ordered = True
         await self._order({"type": "serve", **order, "column": self.column}, fds)
         ready, _ = await self._expect("ready")
-        self.version, self.handover = ready["version"], ready.get("handover", 0)
-        self.verbs = ready.get("verbs", [])
+        self.version = ready["version"]
         self.state = State.READY
         self.seen = trio.current_time()
         self._close_stderr()
@@ -193,47 +177,37 @@ class WorkerProcess:
         await self.send({"type": "accept"})
 
     async def send(self, message: Message, fds: Sequence[int] = ()) -> None:
-        """Tell it something; if it is gone, or does not read, so be it: whoever listens to it finds out."""
-        with contextlib.suppress(OSError), trio.move_on_after(_SEND_WITHIN):
+        """Tell it something. If it is gone, or does not read, whoever listens to it finds out."""
+        with contextlib.suppress(OSError), trio.move_on_after(self.timing.send_within):
             await self.channel.send(message, fds)
 
-    async def ask(self, question: str, *, within: float = math.inf, **details: object) -> Answer:
-        """Its answer to a question; what there is of it after so many seconds, or if it ends meanwhile."""
-        number = next(_numbers)
-        sender, receiver = trio.open_memory_channel[Message](math.inf)
-        self._questions[number] = sender
-        if self._ended:
-            sender.close()
-        answer = Answer()
+    async def ask(self, verb: str, *, within: float = math.inf, request: Message | None = None) -> Answer:
+        """Its answer to a question: what there is of it after `within` seconds, or when it ends."""
+        number, answer = next(_numbers), Answer()
+        self._questions[number] = answer
         try:
             with trio.move_on_after(within):
-                await self.send({"type": question, "id": number, **details})
-                async for part in receiver:
-                    answer.rows += part["rows"]
-                    answer.whole = part["last"]
+                await self.send({"type": "ask", "id": number, "verb": verb, "request": request})
+                if self._listening:
+                    await answer.over.wait()
         finally:
-            self._questions.pop(number, None)
+            del self._questions[number]
         return answer
 
     async def listen(self) -> AsyncIterator[Message]:
-        """Take note of what it says, until its end; yields its signs of life, and what it shares or refuses."""
+        """Take note of what it says until its end; yields its signs of life, and what it shares."""
         while (received := await self.channel.receive()) is not None:
             message, _ = received
             self.seen = trio.current_time()
-            match message["type"]:
-                case "answer":
-                    self._answered(message)
-                case "alive" | "ended":
-                    if self._legible is None:
-                        self._legible = self._reads(message)
-                    if self._legible:
-                        self.alive = message
-                    yield message
-                case "share" | "refuse":
-                    yield message
-        self._ended = True
-        for sender in self._questions.values():
-            sender.close()
+            if message["type"] == "answer":
+                self._take(message)
+                continue
+            if message["type"] in ("alive", "ended"):
+                self.alive = message
+            yield message
+        self._listening = False
+        for answer in self._questions.values():
+            answer.over.set()
 
     def kill(self) -> None:
         """End it at once."""
@@ -243,36 +217,51 @@ class WorkerProcess:
                 os.kill(self.pid, signal.SIGKILL)
 
     def ended(self, status: int, cause: str) -> None:
-        """It has; `status` is as `exit_status`."""
+        """It has ended; `status` is as `exit_status`."""
         self.exit_status, self.cause = status, cause
         self.exited.set()
 
     def close(self) -> None:
-        """Nothing more is to be heard of it."""
+        """Listen to it no more."""
         self.channel.close()
         self._close_stderr()
 
-    def _reads(self, message: Message) -> bool:
-        """Whether its figures can be added up. Another version might give them in another form; one that serves is
-        worth more than its figures, and nothing in it may end this process.
-        """
-        try:
-            total([lasting(message["metrics"])])
-            return isinstance(message["live"], int)
-        except (LookupError, TypeError, ValueError, AttributeError):
-            log.exception("the figures of a worker can't be read", extra={"fields": {"pid": self.pid}})
-            return False
+    def hand_over(self) -> dict[str, Any]:
+        """What `take_over` needs in the program that this process is about to become; as JSON values."""
+        return {
+            "process": [self.generation, self.slot, self.column, self.pid],
+            "channel": [self.channel.fileno(), base64.b64encode(self.channel.unread()).decode()],
+            "state": self.state.value,
+            "version": self.version,
+            "alive": self.alive,
+        }
 
-    def _answered(self, message: Message) -> None:
-        sender = self._questions.get(message["id"])
-        if sender is None:
-            return
-        sender.send_nowait(message)
-        if message["last"]:
-            sender.close()
+    @classmethod
+    def take_over(cls, state: Mapping[str, Any], timing: Timing) -> WorkerProcess:
+        """The worker of the program that this process was."""
+        fd, unread = state["channel"]
+        channel = Channel(trio.socket.from_stdlib_socket(restore_socket(fd)), base64.b64decode(unread))
+        generation, slot, column, pid = state["process"]
+        worker = cls(generation, slot, column, pid, channel, timing=timing)
+        worker.state, worker.ordered = State(state["state"]), True
+        worker.version, worker.alive = state["version"], state["alive"]
+        return worker
+
+    def _take(self, message: Message) -> None:
+        answer = self._questions.get(message["id"])
+        if answer is not None:
+            answer.rows += message["rows"]
+            if message["last"]:
+                answer.whole, answer.error = message["error"] is None, message["error"]
+                answer.over.set()
+
+    async def _configure(self, text: str, source: str, files: NamedFiles, *, first: bool) -> tuple[Message, list[int]]:
+        order = {"type": "configure", "protocol": PROTOCOL, "version": __version__, "text": text, "source": source}
+        await self._order(order | {"first": first, "files": files.places}, files.fds)
+        return await self._expect("plan")
 
     async def _order(self, message: Message, fds: Sequence[int] = ()) -> None:
-        """What the caller waits for: it may be long, and the worker may not read before it has started."""
+        """Send without a limit of time: it may be long, and a worker does not read before it has started."""
         with contextlib.suppress(OSError):
             await self.channel.send(message, fds)
 
@@ -282,25 +271,24 @@ class WorkerProcess:
             if message["type"] == kind:
                 return message, fds
             if message["type"] == "faults":
-                # (A later version may say more of each.)
-                faults = [Fault(*fault[: len(fields(Fault))]) for fault in message["faults"]]
+                faults = [Fault(*fault) for fault in message["faults"]]
                 if message["source"]:
                     raise ConfigError(message["source"], faults)
                 raise Error(faults[0].expected)
-        # Killed now, it could not say why.
-        with trio.move_on_after(LAST_WORDS):
+        # Killed now, it could not say why it ends.
+        with trio.move_on_after(self.timing.last_words):
             await self.exited.wait()
         raise WorkerEnded(f"a worker (pid {self.pid}) ended before it was ready: {self._last_words()}")
 
     def _last_words(self) -> str:
-        """How it ended, with the last line of what it said on stderr. All of that goes to the log."""
+        """How it ended, with the last line of its stderr. All of that goes to the log."""
         cause = self.cause or "it has closed its channel"
-        said = "" if self._stderr is None else os.pread(self._stderr, _MOST_SAID, 0).decode(errors="replace").strip()
+        text = "" if self._stderr is None else os.pread(self._stderr, _MOST_STDERR, 0).decode(errors="replace").strip()
         self._close_stderr()
-        if not said:
+        if not text:
             return cause
-        log.error("the last words of a worker", extra={"fields": {"pid": self.pid, "stderr": said}})
-        return f"{cause}: {said.splitlines()[-1]}"
+        log.error("the last words of a worker", extra={"fields": {"pid": self.pid, "stderr": text}})
+        return f"{cause}: {text.splitlines()[-1]}"
 
     def _close_stderr(self) -> None:
         if self._stderr is not None:

@@ -15,6 +15,7 @@ from usocksd.net.keepalive import KeepAlive
 from usocksd.net.listeners import listen
 from usocksd.serve import service as service_module
 from usocksd.serve.service import Service
+from usocksd.serve.timing import Timing
 
 
 class Served:
@@ -26,7 +27,14 @@ class Served:
         # (Without limits nothing is counted, and no table needed.)
         tally = Tally(-1, 0, most=0, per_client=0)
         self.service = Service(
-            lab.reactor, self._session, sessions, most=1000, tally=tally, metrics=Metrics("tiny"), keepalive=KeepAlive()
+            lab.reactor,
+            self._session,
+            sessions,
+            most=1000,
+            tally=tally,
+            metrics=Metrics("tiny"),
+            keepalive=KeepAlive(),
+            timing=Timing(),
         )
         self._sock = listen("127.0.0.1", 0)
         self._address = self._sock.getsockname()

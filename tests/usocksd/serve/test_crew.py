@@ -12,18 +12,18 @@ import pytest
 import trio
 import trio.testing
 from daemons import wait_until
-from tiny import CREW, PROCESS, REPORT, WORKER, Tiny, free_port, is_over, lives, running
+from tiny import Tiny, free_port, is_over, lives, running
 
 from usocksd.log.metrics import Metrics
 from usocksd.serve.channel import Channel
 from usocksd.serve.crew import Crew
-from usocksd.serve.handover import restore_worker, worker_state
 from usocksd.serve.slots import Slots
+from usocksd.serve.timing import Timing
 from usocksd.serve.worker_process import State, WorkerProcess
 from usocksd.settings.files import NamedFiles
 
 # A worker's silence, in seconds, that is suspicious, and that is its end.
-QUICKER = {CREW + "_SUSPECT_AFTER": 0.8, CREW + "_HUNG_AFTER": 2.0, CREW + "_LOOK_EVERY": 0.1}
+QUICKER = {"suspect_after": 0.8, "hung_after": 2.0, "look_every": 0.1}
 
 
 def states(tiny: Tiny) -> dict[int, str]:
@@ -120,8 +120,8 @@ def test_the_only_worker_is_killed(tmp_path: Path) -> None:
 
 def test_a_worker_that_ends_by_itself(tmp_path: Path) -> None:
     """Again and again: ever more slowly, and the other one serves all the time."""
-    patch = {CREW + "_BACKOFF": [0.0, 0.05, 0.1]}
-    with Tiny(tmp_path, workers=2, patch=patch).ready() as tiny:
+    timing = {"backoff": [0.0, 0.05, 0.1]}
+    with Tiny(tmp_path, workers=2, timing=timing).ready() as tiny:
         tiny.expected |= {"a worker ended", "a worker can't be replaced"}
         first, second = tiny.one_each()
         tiny.flag("die-build").touch()
@@ -137,7 +137,7 @@ def test_a_worker_that_ends_by_itself(tmp_path: Path) -> None:
 def test_a_worker_that_hangs(tmp_path: Path) -> None:
     """Its slot is served by the other soon, and later it is replaced."""
     port = free_port()
-    with Tiny(tmp_path, workers=2, patch=QUICKER, metrics_port=port).ready() as tiny:
+    with Tiny(tmp_path, workers=2, timing=QUICKER, metrics_port=port).ready() as tiny:
         tiny.expected |= {"a worker hangs, ending it", "a worker ended"}
         hung, other = tiny.one_each()
         os.kill(hung, signal.SIGSTOP)
@@ -153,8 +153,8 @@ def test_a_worker_that_hangs(tmp_path: Path) -> None:
 
 def test_a_worker_that_only_seemed_to_hang(tmp_path: Path) -> None:
     """It goes on, and has its slot for itself again."""
-    patch = QUICKER | {CREW + "_HUNG_AFTER": 60.0}
-    with Tiny(tmp_path, workers=2, patch=patch).ready() as tiny:
+    timing = QUICKER | {"hung_after": 60.0}
+    with Tiny(tmp_path, workers=2, timing=timing).ready() as tiny:
         held = tiny.one_each()
         slow, other = held
         listening = listeners(tiny, other)
@@ -173,8 +173,8 @@ def test_a_worker_that_only_seemed_to_hang(tmp_path: Path) -> None:
 
 def test_a_worker_that_does_not_read(tmp_path: Path) -> None:
     """Stopped, and what it is told piles up: signals are for the others all the same."""
-    patch = {CREW + "_HUNG_AFTER": 60.0, PROCESS + "_SEND_WITHIN": 0.2, REPORT + "_ANSWER_WITHIN": 0.2}
-    with Tiny(tmp_path, workers=2, patch=patch).ready() as tiny:
+    timing = {"hung_after": 60.0, "send_within": 0.2, "answer_within": 0.2}
+    with Tiny(tmp_path, workers=2, timing=timing).ready() as tiny:
         stopped, other = tiny.one_each()
         os.kill(stopped, signal.SIGSTOP)
         try:
@@ -205,24 +205,19 @@ def ended() -> Iterator[int]:
 
 
 async def test_what_can_t_be_passed_on_yet(nothing_leaks: None, ended: int) -> None:
-    """A worker that has ended, and is not buried: the next version of the master could not know its exit status."""
+    """A worker that has ended and is still listened to: the next version of the master could not learn how it ended."""
     ours, theirs = socket.socketpair()
     async with trio.open_nursery() as nursery:
-        crew = Crew(nursery, Slots(), Metrics("tiny"))
-        worker = WorkerProcess(1, 0, 0, ended, Channel(trio.socket.from_stdlib_socket(ours)))
+        crew = Crew(nursery, Slots(), Metrics("tiny"), Timing())
+        worker = WorkerProcess(1, 0, 0, ended, Channel(trio.socket.from_stdlib_socket(ours)), timing=Timing())
         worker.state = State.DRAINING
         crew.workers.append(worker)
         assert crew.settled
         crew.reap()
         assert worker.exit_status == 0
         assert not crew.settled
-        # Passed on nevertheless, it has no child to wait for: it is gone.
-        heir = restore_worker(worker_state(worker) | {"channel": theirs.detach()})
-        crew.workers[:] = [heir]
-        crew.reap()
-        assert heir.exited.is_set()
         worker.channel.close()
-        heir.channel.close()
+        theirs.close()
         os.close(crew.table)
 
 
@@ -230,7 +225,7 @@ async def test_a_worker_that_takes_long_to_start(nothing_leaks: None, mock_clock
     """It reads its configuration, which is more than fits into the channel, when it has; nobody minds."""
     ours, theirs = (Channel(trio.socket.from_stdlib_socket(sock)) for sock in socket.socketpair())
     text = "# more\n" * 300_000
-    worker = WorkerProcess(1, 0, 0, os.getpid(), ours)
+    worker = WorkerProcess(1, 0, 0, os.getpid(), ours, timing=Timing())
     async with trio.open_nursery() as nursery:
         nursery.start_soon(worker.configure, text, "file", NamedFiles())
         await trio.testing.wait_all_tasks_blocked()
@@ -267,7 +262,7 @@ def test_an_adopter_that_dies_too(tmp_path: Path) -> None:
 
 def test_a_master_that_hangs(tmp_path: Path) -> None:
     """When it is back, it does not take its own silence for that of the workers."""
-    with Tiny(tmp_path, workers=2, patch=QUICKER).ready() as tiny:
+    with Tiny(tmp_path, workers=2, timing=QUICKER).ready() as tiny:
         held = tiny.one_each()
         tiny.signal(signal.SIGSTOP)
         try:
@@ -283,7 +278,7 @@ def test_a_master_that_hangs(tmp_path: Path) -> None:
 
 def test_nothing_is_left_open(tmp_path: Path) -> None:
     """The master's descriptors after reloads and kills are those that it had before; no zombies."""
-    with Tiny(tmp_path, workers=2, patch={CREW + "_BACKOFF": [0.0]}).ready() as tiny:
+    with Tiny(tmp_path, workers=2, timing={"backoff": [0.0]}).ready() as tiny:
         tiny.expected.add("a worker ended")
         settled(tiny, 2)
         # The thread that looks names up and the like come with the first reload.
@@ -325,8 +320,8 @@ def uptime() -> float:
 
 def test_answers_say_that_a_worker_did_not_answer(tmp_path: Path) -> None:
     """And its rates are not made of half of the figures."""
-    hasty = {REPORT + "_ANSWER_WITHIN": 0.3, REPORT + "_LIST_WITHIN": 0.3}
-    with Tiny(tmp_path, workers=2, patch=hasty).ready() as tiny:
+    hasty = {"answer_within": 0.3, "list_within": 0.3}
+    with Tiny(tmp_path, workers=2, timing=hasty).ready() as tiny:
         held = tiny.one_each()
         assert tiny.ask("connections")["partial"] == tiny.ask("status")["partial"] == []
         busy, other = held
@@ -340,14 +335,14 @@ def test_answers_say_that_a_worker_did_not_answer(tmp_path: Path) -> None:
         wait_until(lambda: tiny.ask("status")["partial"] == [], "all answer again")
 
 
-def test_what_nobody_can_take_is_dropped(tmp_path: Path) -> None:
-    """A value of another version, say: those that serve go on, and those to come never hear of it."""
+def test_a_shared_value_that_workers_can_t_take(tmp_path: Path) -> None:
+    """They say so and serve without it, those that come later too."""
     (tmp_path / "keep").touch()
     (tmp_path / "choosy").touch()
+    message = "what was shared can't be taken"
     with Tiny(tmp_path, workers=2).ready() as tiny:
-        tiny.expected |= {"what was shared can't be taken", "a worker ended"}
-        wait_until(lambda: len(tiny.records("what was shared can't be taken")) == 2, "both were told")
-        tiny.record("what the workers can't take is not handed on")
+        tiny.expected |= {message, "a worker ended"}
+        wait_until(lambda: len(tiny.records(message)) == 2, "both were told")
         (keeper,) = {record["pid"] for record in tiny.records("tiny", keeps=True)}
         before = tiny.one_each()
         (other,) = set(before) - {keeper}
@@ -355,17 +350,5 @@ def test_what_nobody_can_take_is_dropped(tmp_path: Path) -> None:
         tiny.record("a worker was replaced")
         assert lives(before[keeper])
         assert {lives(sock) for sock in tiny.one_each().values()} == {True}
-        assert len(tiny.records("what was shared can't be taken")) == 2
+        assert len(tiny.records(message)) == 3
         assert len(tiny.records("a worker ended")) == 1
-
-
-def test_an_order_that_can_t_be_followed(tmp_path: Path) -> None:
-    """Of a later master, say, with another idea of log levels."""
-    told = "an order of the master can't be followed"
-    with Tiny(tmp_path, patch={WORKER + "parse_level": None}).ready() as tiny:
-        tiny.expected.add(told)
-        client = tiny.client(b"echo")
-        assert tiny.ask("log-level", level="info")["ok"]
-        assert tiny.record(told)["type"] == "level"
-        assert lives(client)
-        assert not tiny.records("a worker ended")

@@ -14,6 +14,7 @@ from usocksd.net.listeners import ListenError
 from usocksd.serve.control import ControlError, ControlSocket
 from usocksd.serve.doors import Doors
 from usocksd.serve.plan import Metering
+from usocksd.serve.timing import Timing
 
 
 @contextmanager
@@ -45,7 +46,7 @@ async def test_doors_without_descriptors(tmp_path: Path) -> None:
     """Whatever it is for that there is none: such a door is shut, and the daemon lives on."""
     async with trio.open_nursery() as nursery:
         report: Any = None
-        doors = Doors("tiny", nursery, report, {})
-        metering = Metering("127.0.0.1", 0, required=False)
+        doors = Doors("tiny", nursery, report, {}, Timing())
+        metering = Metering(("127.0.0.1",), 0, required=False)
         assert failures(lambda: doors._open_metrics(metering), ListenError) >= 4
         assert failures(lambda: ControlSocket.open(str(tmp_path / "control"), "tiny"), ControlError) >= 2

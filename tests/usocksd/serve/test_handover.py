@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 from daemons import wait_until
-from tiny import CREW, MASTER, ROOT, Tiny, free_port, is_over, lives, running
+from tiny import ROOT, Tiny, free_port, is_over, lives, running
 
-PLAN = Path("usocksd", "serve", "plan.py")
+from usocksd import __version__
+
 SILENT = shutil.ignore_patterns("__pycache__")
 
 
@@ -22,11 +23,8 @@ def installed(tmp_path: Path) -> Path:
     return folder
 
 
-def install(folder: Path, version: str, plan: str = "") -> None:
-    """Put another version there, with `plan` added to its plan.py."""
-    if plan:
-        with (folder / PLAN).open("a", encoding="utf-8") as source:
-            source.write(plan)
+def install(folder: Path, version: str) -> None:
+    """Put another version there."""
     file = folder / "usocksd" / "__init__.py"
     text = file.read_text(encoding="utf-8")
     head, _, _ = text.partition("__version__")
@@ -160,80 +158,18 @@ def test_told_to_stop_right_after_a_reload_into_a_new_version(tmp_path: Path, in
         assert tiny.records("ending what is still connected")
 
 
-def test_a_plan_that_says_more(tmp_path: Path, installed: Path) -> None:
-    """A later version's: what this one does not know is left to the later one."""
-    patch = {MASTER + "_ANSWERED_AFTER": 0.1}
-    with Tiny(tmp_path, root=installed, patch=patch, metrics_port=free_port()).ready() as tiny:
-        client = tiny.client(b"echo")
-        install(installed, "99.1", plan=_MORE)
-        assert tiny.ask("reload")["generation"] == 2
-        is_now(tiny, "99.1")
-        assert tiny.ask("status")["version"] == "99.1"
-        assert lives(client)
-        assert tiny.who()[1] == "99.1"
-
-
-def test_a_plan_that_can_t_be_made_out(tmp_path: Path, installed: Path) -> None:
-    """An error of the reload, and everything is as before."""
+def test_a_version_with_another_protocol(tmp_path: Path, installed: Path) -> None:
+    """A reload into it is refused, and everything is as before."""
     with Tiny(tmp_path, root=installed).ready() as tiny:
         tiny.expected |= {"reload failed", "nothing has changed: the configuration in force stays"}
         (worker,) = tiny.workers()
-        good = (installed / PLAN).read_text(encoding="utf-8")
-        for plan in (_LESS, _OTHER):
-            (installed / PLAN).write_text(good, encoding="utf-8")
-            install(installed, "99.1", plan=plan)
-            answer = tiny.ask("reload")
-            assert not answer["ok"]
-            assert answer["error"].startswith("version 99.1 can't be reloaded into from ")
-            wait_until(lambda: tiny.workers() == [worker], "only the old one is left")
-            assert tiny.who()[0] == worker
-
-
-def test_workers_whose_figures_can_t_be_made_out(tmp_path: Path, installed: Path) -> None:
-    """They serve all the same, and neither they nor their end are the master's."""
-    port = free_port()
-    with Tiny(tmp_path, root=installed, metrics_port=port).ready() as tiny:
-        tiny.expected |= {"the figures of a worker can't be read", "a worker ended"}
-        install(installed, "99.1", plan=_OTHER_FIGURES)
-        assert tiny.ask("reload")["ok"]
-        tiny.record("the workers are of a newer version, which can't take over from this master: restart it")
-        worker, version, _ = tiny.who()
-        assert version == "99.1"
-        tiny.record("the figures of a worker can't be read")
-        assert tiny.ask("status")["state"] == "ready"
-        assert tiny.metrics(port)['tiny_workers{state="serving"}'] == 1
-        os.kill(worker, signal.SIGKILL)
-        tiny.record("a worker was replaced")
-        assert tiny.who()[1] == "99.1"
-
-
-# What other versions might say, as an end of plan.py.
-_OTHER_FIGURES = """
-HANDOVER = 0
-Metrics.snapshot = lambda self: {"name": "in another form"}
-"""
-_CHANGED = """
-_as_json = Plan.as_json
-
-
-def _changed(self: Plan) -> dict[str, Any]:
-    values = _as_json(self)
-    return values | {change}
-
-
-Plan.as_json = _changed
-"""
-_MORE = _CHANGED.replace(
-    "{change}",
-    """{
-        "pools": 3,
-        "log": values["log"] | {"rotate": "daily"},
-        "listen": [[*address, "backlog"] for address in values["listen"]],
-        "metrics": [*values["metrics"], "path"],
-    }""",
-)
-_LESS = _CHANGED.replace("values | {change}", '{key: value for key, value in values.items() if key != "listen"}')
-_OTHER = _CHANGED.replace("{change}", '{"listen": "everywhere", "log": None}')
+        plan = installed / "usocksd" / "serve" / "plan.py"
+        plan.write_text(plan.read_text(encoding="utf-8") + "\nPROTOCOL += 1\n", encoding="utf-8")
+        install(installed, "99.1")
+        error = f"version 99.1 can't be reloaded into from {__version__}: restart the daemon"
+        assert tiny.ask("reload") == {"ok": False, "error": error}
+        wait_until(lambda: tiny.workers() == [worker], "only the old one is left")
+        assert tiny.who()[0] == worker
 
 
 def test_a_new_version_that_does_not_work(tmp_path: Path, installed: Path) -> None:
@@ -296,8 +232,8 @@ def test_no_program_just_then(tmp_path: Path, installed: Path) -> None:
 
 def test_a_slot_without_a_worker_is_filled_by_the_new_version(tmp_path: Path, installed: Path) -> None:
     """It died before, and the old master was about to replace it, but not at once."""
-    patch = {CREW + "_BACKOFF": [1.5], MASTER + "_ANSWERED_AFTER": 0.1}
-    with Tiny(tmp_path, root=installed, workers=2, patch=patch).ready() as tiny:
+    timing = {"backoff": [1.5], "answered_after": 0.1}
+    with Tiny(tmp_path, root=installed, workers=2, timing=timing).ready() as tiny:
         tiny.expected.add("a worker ended")
         install(installed, "99.1")
         tiny.signal(signal.SIGHUP)

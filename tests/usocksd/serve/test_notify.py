@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from daemons import PATIENCE, wait_until
-from tiny import MASTER, Tiny
+from tiny import Tiny
 
 
 class Manager:
@@ -46,7 +46,7 @@ def manager(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Ma
 def test_states(tmp_path: Path, manager: tuple[Manager, str]) -> None:
     hears, name = manager
     environment = {"NOTIFY_SOCKET": name, "WATCHDOG_USEC": "200000"}
-    with Tiny(tmp_path, environment=environment, patch={MASTER + "_STATUS_EVERY": 0.05}) as tiny:
+    with Tiny(tmp_path, environment=environment, timing={"status_every": 0.05}) as tiny:
         first = hears.hear("READY", "1")
         assert first["STATUS"] == "ready: generation 1, 1 worker, 0 connections"
         assert not any("RELOADING" in message for message in hears.heard)

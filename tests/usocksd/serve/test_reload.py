@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 from daemons import wait_until
-from tiny import ADOPTION, CREW, RELOADS, Tiny, free_port, is_over, is_reset, lives, running
+from tiny import Tiny, free_port, is_over, is_reset, lives, running
 
 # Seconds: how long a surplus socket is watched, and how long a reload waits for older generations.
-QUICKER = {ADOPTION + "_QUIET": 0.5, RELOADS + "_PATIENCE": 0.3}
+QUICKER = {"quiet": 0.5, "patience": 0.3}
 
 
 class Load:
@@ -170,7 +170,7 @@ def test_reloads_coalesce(tmp_path: Path) -> None:
 def test_addresses_come_and_go(tmp_path: Path) -> None:
     """The port of an address that is dropped is closed, after those that wait there were served."""
     first, second = free_port(), free_port()
-    with Tiny(tmp_path, workers=2, ports=[first], patch=QUICKER).ready() as tiny:
+    with Tiny(tmp_path, workers=2, ports=[first], timing=QUICKER).ready() as tiny:
         held = tiny.one_each()
         tiny.reload(ports=[first, second])
         with load(first), load(second) as clients:
@@ -204,7 +204,7 @@ def test_addresses_come_and_go(tmp_path: Path) -> None:
 
 def test_workers_come_and_go(tmp_path: Path) -> None:
     """Up and down, one reload right after the other, and not one connection is lost or waits in vain."""
-    with Tiny(tmp_path, patch=QUICKER).ready() as tiny:
+    with Tiny(tmp_path, timing=QUICKER).ready() as tiny:
         with load(tiny.port) as clients:
             for count in (3, 1, 1, 2, 1, 3):
                 tiny.reload(workers=count)
@@ -216,7 +216,7 @@ def test_workers_come_and_go(tmp_path: Path) -> None:
 
 def test_a_worker_that_empties_what_is_closed_and_dies(tmp_path: Path) -> None:
     """Another one goes on with it."""
-    with Tiny(tmp_path, workers=3, patch={ADOPTION + "_QUIET": 1.5}).ready() as tiny:
+    with Tiny(tmp_path, workers=3, timing={"quiet": 1.5}).ready() as tiny:
         tiny.expected.add("a worker ended")
         tiny.reload(workers=2)
         old = [row["pid"] for row in tiny.rows()]
@@ -356,8 +356,8 @@ def test_reopening_the_log(tmp_path: Path) -> None:
 
 def test_at_most_two_generations_drain(tmp_path: Path) -> None:
     """A third reload waits for the oldest for a while, then ends it. The new one is well all that time."""
-    patch = QUICKER | {RELOADS + "_PATIENCE": 2.0, CREW + "_SUSPECT_AFTER": 0.5, CREW + "_HUNG_AFTER": 1.0}
-    with Tiny(tmp_path, patch=patch).ready() as tiny:
+    timing = QUICKER | {"patience": 2.0, "suspect_after": 0.5, "hung_after": 1.0}
+    with Tiny(tmp_path, timing=timing).ready() as tiny:
         generations = []
         for number in (1, 2, 3):
             generations.append((tiny.who(), tiny.relayed()))
@@ -410,7 +410,7 @@ def test_told_to_stop_during_a_reload(tmp_path: Path, where: str) -> None:
 
 def test_told_to_stop_while_a_reload_waits(tmp_path: Path) -> None:
     """For an older generation to drain: it waits no longer, and none of its workers is left."""
-    with Tiny(tmp_path, patch=QUICKER | {RELOADS + "_PATIENCE": 60.0}).ready() as tiny:
+    with Tiny(tmp_path, timing=QUICKER | {"patience": 60.0}).ready() as tiny:
         clients = [tiny.client(b"echo")]
         for _ in range(2):
             tiny.reload()

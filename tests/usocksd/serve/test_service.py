@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 from daemons import reset, wait_until
-from tiny import MASTER, SERVICE, WORKER, Tiny, free_port, is_over, is_reset, lives
+from tiny import Tiny, free_port, is_over, is_reset, lives
 
 from usocksd.errors import Error
 from usocksd.serve.master import stop_delay
 
 # What is busy with something else has this long for its last words, in seconds.
-HASTE = {SERVICE + "_LAST_WORDS": 0.3}
+HASTE = {"session_ends": 0.3}
 LINGER_ZERO = b"\x01\0\0\0\0\0\0\0"
 
 
@@ -48,7 +48,7 @@ def test_stops_at_once_when_nobody_is_connected(tmp_path: Path) -> None:
 
 def test_a_reload_asked_for_while_it_stops(tmp_path: Path) -> None:
     """Nothing is brought up again, and the end comes in time."""
-    with Tiny(tmp_path, timeouts={"stop": 1.0}, patch=HASTE).ready() as tiny:
+    with Tiny(tmp_path, timeouts={"stop": 1.0}, timing=HASTE).ready() as tiny:
         client, workers = tiny.client(b"echo"), tiny.workers()
         tiny.signal(signal.SIGTERM)
         tiny.wait_until_closed()
@@ -104,7 +104,7 @@ def test_a_relay_finishes_while_it_drains(tmp_path: Path) -> None:
 
 
 def test_ends_and_records_what_does_not_finish_in_time(tmp_path: Path) -> None:
-    with Tiny(tmp_path, timeouts={"stop": 0.2}, patch=HASTE).ready() as tiny:
+    with Tiny(tmp_path, timeouts={"stop": 0.2}, timing=HASTE).ready() as tiny:
         relayed, upstream = tiny.relayed()
         silent = tiny.client()
         tiny.record("tiny", session=silent.getsockname()[1])
@@ -126,7 +126,7 @@ def test_ends_and_records_what_does_not_finish_in_time(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_at_once_and_still_records(tmp_path: Path, second: signal.Signals) -> None:
-    with Tiny(tmp_path, patch=HASTE).ready() as tiny:
+    with Tiny(tmp_path, timing=HASTE).ready() as tiny:
         relayed, _ = tiny.relayed()
         tiny.client(b"echo")
         tiny.client(b"busy")
@@ -227,7 +227,7 @@ def test_at_the_descriptor_limit_others_wait_in_the_queue(tmp_path: Path) -> Non
 
 def test_a_worker_without_descriptors_lives_on(tmp_path: Path) -> None:
     """It can't even look at what it has, and says so when it can again."""
-    with Tiny(tmp_path, patch={WORKER + "HEARTBEAT": 0.02}).ready() as tiny:
+    with Tiny(tmp_path, timing={"heartbeat": 0.02}).ready() as tiny:
         (worker,) = tiny.workers()
         client = tiny.client(b"echo")
         limits = resource.prlimit(worker, resource.RLIMIT_NOFILE)
@@ -246,8 +246,8 @@ def test_a_worker_without_descriptors_lives_on(tmp_path: Path) -> None:
 
 
 def test_at_the_descriptor_limit_those_idle_longest_make_room(tmp_path: Path) -> None:
-    patch = {SERVICE + "_SHED_AFTER": 0.3, SERVICE + "_SHED_AT_ONCE": 1}
-    with Tiny(tmp_path, environment={"TINY_DESCRIPTORS": "90"}, patch=patch).ready() as tiny:
+    timing = {"shed_after": 0.3, "shed_at_once": 1}
+    with Tiny(tmp_path, environment={"TINY_DESCRIPTORS": "90"}, timing=timing).ready() as tiny:
         tiny.expected.add("accepting is paused")
         most = tiny.rows()[0]["most"]
         relays = [tiny.relayed() for _ in range(most)]
@@ -330,5 +330,5 @@ def test_a_port_of_the_daemon_s_own_is_free_again_at_once(tmp_path: Path) -> Non
     port = free_port()
     for run in ("first", "second"):
         (tmp_path / run).mkdir()
-        with Tiny(tmp_path / run, ports=[port], patch={MASTER + "_STATUS_EVERY": 60.0}).ready() as tiny:
+        with Tiny(tmp_path / run, ports=[port], timing={"status_every": 60.0}).ready() as tiny:
             tiny.client(b"echo")

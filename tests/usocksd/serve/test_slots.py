@@ -2,22 +2,23 @@
 
 import contextlib
 import errno
-import json
 import os
 import select
 import socket
 from collections.abc import Iterator
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
+from attrs import evolve
 
 from usocksd.errors import Error
 from usocksd.net.listeners import ListenError, is_transparent, listen, may_be_transparent, queue_length
 from usocksd.serve import slots as slots_module
-from usocksd.serve.plan import Address, Plan
-from usocksd.serve.slots import Slots, check_inherited, place_names
+from usocksd.serve.slots import Slots, check_inherited
+from usocksd.settings.types import LOCALHOST, ListenAddress
 
-V4, V6 = Address("127.0.0.1", 0), Address("::1", 0)
+V4, V6 = (ListenAddress(address, 0) for address in LOCALHOST)
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def slots(nothing_leaks: None) -> Iterator[Slots]:
     made.close()
 
 
-def group(slots: Slots, address: Address, count: int) -> list[socket.socket]:
+def group(slots: Slots, address: ListenAddress, count: int) -> list[socket.socket]:
     """The sockets of an address, as a worker would have them."""
     fds = [fd for slot in range(count) for fd in slots.of(slot, [address])]
     return [socket.socket(fileno=os.dup(fd)) for fd in fds]
@@ -58,7 +59,7 @@ def all_closed(*lists: list[socket.socket]) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("address", [V4, V6], ids=["v4", "v6"])
-def test_a_group_that_grows(slots: Slots, address: Address) -> None:
+def test_a_group_that_grows(slots: Slots, address: ListenAddress) -> None:
     """New sockets get no connection before they are released, since nobody might be there to accept it."""
     slots.open([address], 2)
     slots.release([address], 2)
@@ -76,7 +77,7 @@ def test_a_group_that_grows(slots: Slots, address: Address) -> None:
 
 
 @pytest.mark.parametrize("address", [V4, V6], ids=["v4", "v6"])
-def test_a_group_that_shrinks(slots: Slots, address: Address) -> None:
+def test_a_group_that_shrinks(slots: Slots, address: ListenAddress) -> None:
     """What waits stays, and nothing comes in addition; closed from the end, the group is in order again."""
     slots.open([address], 4)
     slots.release([address], 4)
@@ -182,7 +183,7 @@ def test_a_failure_leaves_what_there_was(slots: Slots) -> None:
     (place,) = slots.names()
     before = slots.filenos()
     with listen("::1", 0) as taken:
-        other = Address("::1", taken.getsockname()[1])
+        other = evolve(V6, port=taken.getsockname()[1])
         with pytest.raises(ListenError, match="in use"):
             slots.open([V4, other], 3)
     assert slots.filenos() == before
@@ -197,36 +198,36 @@ def test_another_instance_has_the_port(slots: Slots) -> None:
     (_, port) = slots.names()[0]
     other = Slots()
     with pytest.raises(ListenError, match=f"can't listen on 127.0.0.1:{port}: Address already in use"):
-        other.open([Address("127.0.0.1", port)], 1)
+        other.open([evolve(V4, port=port)], 1)
     assert other.filenos() == []
     slots.close()
-    other.open([Address("127.0.0.1", port)], 1)
+    other.open([evolve(V4, port=port)], 1)
     other.close()
 
 
 def test_optional_addresses(slots: Slots) -> None:
     # An address that the host lacks stands for a family that it lacks.
-    lacking = Address("2001:db8::1", 0, optional=True)
+    lacking = ListenAddress(ip_address("2001:db8::1"), 0, optional=True)
     slots.open([V4, lacking], 2)
     (place,) = slots.names()
-    assert place_names(slots) == [f"127.0.0.1:{place[1]}"]
+    assert slots.listening() == [f"127.0.0.1:{place[1]}"]
     assert len(slots.of(1, [V4, lacking])) == 1
     slots.close()
     with pytest.raises(ListenError, match=r"\[2001:db8::1\]:0"):
         slots.open([lacking], 1)
     with pytest.raises(ListenError, match=r"\[2001:db8::1\]:0"):
-        slots.open([V4, lacking._replace(optional=False)], 1)
+        slots.open([V4, evolve(lacking, optional=False)], 1)
     assert slots.filenos() == []
 
 
 def test_optional_excuses_no_port_that_is_taken(slots: Slots) -> None:
     with listen("127.0.0.1", 0) as taken, pytest.raises(ListenError, match="in use"):
-        slots.open([V6, Address("127.0.0.1", taken.getsockname()[1], optional=True)], 1)
+        slots.open([V6, evolve(V4, port=taken.getsockname()[1], optional=True)], 1)
     assert slots.filenos() == []
 
 
 def test_ports_of_the_kernel_s_choice_are_one_a_group(slots: Slots) -> None:
-    other = Address("127.0.0.2", 0)
+    other = ListenAddress(ip_address("127.0.0.2"), 0)
     slots.open([V4, other, V6], 3)
     names = slots.names()
     assert len(names) == 3
@@ -249,10 +250,10 @@ def test_queues_are_summed_up(slots: Slots) -> None:
 
 @pytest.mark.skipif(not may_be_transparent(), reason="sockets with IP_TRANSPARENT need CAP_NET_ADMIN")
 @pytest.mark.parametrize("address", [V4, V6], ids=["v4", "v6"])
-def test_transparent_sockets(slots: Slots, address: Address) -> None:
+def test_transparent_sockets(slots: Slots, address: ListenAddress) -> None:
     """So are all of the group, also what is passed on, and what is accepted; others are not."""
-    address = address._replace(transparent=True)
-    plain = Address("127.0.0.2", 0)
+    address = evolve(address, transparent=True)
+    plain = ListenAddress(ip_address("127.0.0.2"), 0)
     slots.open([address, plain], 2)
     slots.release([address, plain], 2)
     sockets, others = group(slots, address, 2), group(slots, plain, 2)
@@ -265,20 +266,10 @@ def test_transparent_sockets(slots: Slots, address: Address) -> None:
                 with waiting.accept()[0] as accepted:
                     assert is_transparent(accepted) == transparent
         with pytest.raises(Error, match="without IP_TRANSPARENT"):
-            slots.open([plain._replace(transparent=True)], 3)
+            slots.open([evolve(plain, transparent=True)], 3)
         with pytest.raises(Error, match="with IP_TRANSPARENT"):
-            slots.open([plain, address._replace(transparent=False)], 3)
+            slots.open([plain, evolve(address, transparent=False)], 3)
         assert len(slots.filenos()) == 4
-
-
-def test_a_plan_that_says_less_or_more_of_an_address() -> None:
-    """Of a version that did not know of transparent sockets, and of one that knows more than this one."""
-    config = {"version": "1", "workers": 1, "log": {}, "metrics": None, "control": None, "drain": 1.0, "stop": 1.0}
-    rest = {"connections": 0, "per_client": 0, "warnings": []}
-    listens = [["127.0.0.1", 1080, True], ["127.0.0.1", 1084, False, True, "more"]]
-    plan = Plan.from_json({**config, **rest, "listen": listens})
-    assert plan.listen == (Address("127.0.0.1", 1080, True, False), Address("127.0.0.1", 1084, False, True))
-    assert Plan.from_json(json.loads(json.dumps(plan.as_json()))) == plan
 
 
 def test_passing_it_on(slots: Slots) -> None:

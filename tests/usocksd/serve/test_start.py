@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from daemons import wait_until
-from tiny import CREW, PROGRAM, ROOT, Tiny, free_port, lives, running
+from tiny import PROGRAM, ROOT, Tiny, free_port, lives, running
 
 JSON = ("-logformat", "json")
 
@@ -82,7 +82,7 @@ def test_what_a_worker_says_before_it_starts(tmp_path: Path) -> None:
 
 def test_a_worker_that_never_gets_ready(tmp_path: Path) -> None:
     (tmp_path / "hold-build").touch()
-    tiny = Tiny(tmp_path, *JSON, patch={CREW + "_READY_WITHIN": 0.7})
+    tiny = Tiny(tmp_path, *JSON, timing={"ready_within": 0.7})
     assert faults(tiny) == ["the workers were not ready within 1 s"]
 
 
@@ -107,7 +107,7 @@ def test_a_log_file_that_can_t_be_opened(tmp_path: Path) -> None:
     assert fault == f"can't open the log file {log}: No such file or directory"
 
 
-SOON = {"usocksd.serve.doors:_AGAIN_AFTER": 0.05}
+SOON = {"open_again": 0.05}
 
 
 def test_a_metrics_port_that_is_taken(tmp_path: Path) -> None:
@@ -119,10 +119,10 @@ def test_a_metrics_port_that_is_taken(tmp_path: Path) -> None:
         ]
         (tmp_path / "second").mkdir()
         with Tiny(
-            tmp_path / "second", metrics_port=None, metrics_default=port, warning="odd", patch=SOON
+            tmp_path / "second", metrics_port=None, metrics_default=port, warning="odd", timing=SOON
         ).ready() as tiny:
             assert tiny.record("no metrics endpoint")["severity"] == "warning"
-            assert tiny.record("odd")["severity"] == "warning"
+            assert tiny.record(f"{tiny.config}: odd")["severity"] == "warning"
             assert tiny.ask("status")["metrics"] is None
             taken.close()
             assert tiny.record("metrics endpoint is there now")["address"] == f"127.0.0.1:{port}"
@@ -146,7 +146,7 @@ def test_a_control_socket_that_is_taken(tmp_path: Path) -> None:
     """By a daemon that still drains, say: once that is gone, the socket is the other one's."""
     (tmp_path / "second").mkdir()
     control = str(tmp_path / "control")
-    with Tiny(tmp_path).ready() as first, Tiny(tmp_path / "second", control=control, patch=SOON).ready() as second:
+    with Tiny(tmp_path).ready() as first, Tiny(tmp_path / "second", control=control, timing=SOON).ready() as second:
         second.record("no control socket")
         second.client(b"echo")
         assert first.ask("status")["pid"] == first.pid
@@ -311,7 +311,7 @@ def test_under_a_real_socket_activator(tmp_path: Path) -> None:
     prefix = ["systemd-socket-activate", "--listen", f"127.0.0.1:{port}"]
     if subprocess.run(["sh", "-c", "command -v systemd-socket-activate"], capture_output=True, check=False).returncode:
         pytest.skip("no systemd-socket-activate here")
-    names = [f"--setenv={name}" for name in ("PYTHONPATH", "TINY_FOLDER", "TINY_PATCH")]
+    names = [f"--setenv={name}" for name in ("PYTHONPATH", "TINY_FOLDER", "TINY_TIMING")]
     with Tiny(tmp_path, workers=2, ports=[1], prefix=[*prefix, *names]) as tiny:
 
         def connected() -> bool:

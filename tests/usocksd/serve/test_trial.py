@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from daemons import wait_until
-from tiny import RELOADS, Tiny, free_port, lives
+from tiny import Tiny, free_port, lives
 
 NOBODY = "nobody has confirmed the configuration: the one before comes back"
 STILL = "nothing has changed: the configuration in force stays"
@@ -18,6 +18,12 @@ STILL = "nothing has changed: the configuration in force stays"
 def files(tiny: Tiny) -> list[str]:
     """What the workers of each generation have found in the file that their configuration names."""
     return [record["file"] for record in tiny.records("tiny") if "file" in record]
+
+
+def warned(tiny: Tiny) -> list[str]:
+    """The warnings of the configurations that have come into force."""
+    messages = [record["message"] for record in tiny.records()]
+    return [message.rpartition(" ")[2] for message in messages if message.startswith(f"{tiny.config}: ")]
 
 
 def test_it_goes_by_itself(tmp_path: Path) -> None:
@@ -30,7 +36,11 @@ def test_it_goes_by_itself(tmp_path: Path) -> None:
         named.write_text("new")
         tiny.write(ports=[second], warning="there is something to say")
         answer = tiny.ask("reload", confirm=2)
-        assert (answer["ok"], answer["generation"], answer["warnings"]) == (True, 2, ["there is something to say"])
+        assert (answer["ok"], answer["generation"], answer["warnings"]) == (
+            True,
+            2,
+            [f"{tiny.config}: there is something to say"],
+        )
         assert 0 < answer["confirm_within"] <= 2
         assert lives(tiny.client(b"echo", port=second))
         named.write_text("newer")
@@ -59,20 +69,14 @@ def test_it_stays_when_it_is_confirmed(tmp_path: Path) -> None:
     with Tiny(tmp_path, warning="first").ready() as tiny:
         assert tiny.ask("confirm") == {"ok": True, "confirmed": False}
         tiny.write(warning="second")
-        assert tiny.ask("reload", confirm=86400)["warnings"] == ["second"]
+        assert tiny.ask("reload", confirm=86400)["warnings"] == [f"{tiny.config}: second"]
         assert 86000 < tiny.ask("status")["config"]["confirm_within"] <= 86400
         assert tiny.ask("confirm") == {"ok": True, "confirmed": True}
         assert tiny.ask("status")["config"]["confirm_within"] is None
         tiny.write(warning="third")
-        assert tiny.ask("reload", confirm=1)["warnings"] == ["third"]
+        assert tiny.ask("reload", confirm=1)["warnings"] == [f"{tiny.config}: third"]
         wait_until(lambda: tiny.generation() == 4, "the second is back")
-        assert tiny.records("second")
-        assert [r["message"] for r in tiny.records() if r["message"] in ("first", "second", "third")] == [
-            "first",
-            "second",
-            "third",
-            "second",
-        ]
+        assert warned(tiny) == ["first", "second", "third", "second"]
 
 
 def test_another_reload_is_no_confirmation(tmp_path: Path) -> None:
@@ -85,7 +89,7 @@ def test_another_reload_is_no_confirmation(tmp_path: Path) -> None:
         tiny.write(warning="fourth")
         assert tiny.ask("reload", confirm=1)["confirm_within"] <= 1
         wait_until(lambda: tiny.generation() == 5, "the first is back")
-        assert [r["message"] for r in tiny.records() if r["severity"] == "warning"][-1] == "first"
+        assert warned(tiny)[-1] == "first"
 
 
 @pytest.mark.parametrize("seconds", [None, 1])
@@ -126,7 +130,7 @@ def test_a_trial_that_can_not_begin_is_none(tmp_path: Path) -> None:
 
 
 def test_it_tries_again_to_come_back(tmp_path: Path) -> None:
-    with Tiny(tmp_path, patch={RELOADS + "_RETURN_AGAIN": 0.1}).ready() as tiny:
+    with Tiny(tmp_path, timing={"return_again": 0.1}).ready() as tiny:
         tiny.expected |= {"reload failed", STILL}
         assert tiny.ask("reload", confirm=1)["ok"]
         tiny.flag("fail-build").touch()

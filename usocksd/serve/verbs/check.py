@@ -10,22 +10,20 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import partial
-from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import attrs
 
 from usocksd.errors import ConfigError, Fault
 from usocksd.log.words import counted
 from usocksd.net.address import join_port
+from usocksd.serve.daemon import Daemon, Examined, Subparsers
 from usocksd.serve.verbs.client import visible
 from usocksd.settings import loader as configuration
 from usocksd.settings.common import Common
 from usocksd.settings.warnings import Host, connections_of_descriptors
-
-C = TypeVar("C")
 
 _DESCRIPTION = """\
 Check a configuration on this host, as this user, and change nothing. Print every fault (the daemon would not start),
@@ -42,32 +40,6 @@ with "file", "ok", "faults", "warnings" and "notes" (lists of "file", "line", "c
 "expected"), and "settings" (null when there are faults).
 
 Exit status: 0 if there are no faults, and with --strict no warnings; else 1; 2 for a wrong command line."""
-
-
-@attrs.frozen
-class Examined:
-    """A configuration that has loaded, looked at closely."""
-
-    common: Common
-    warnings: Sequence[Fault]
-    error: ConfigError | None = None
-    """faults of other files that belong to it"""
-    notes: Sequence[Fault] = ()
-    """what it does to everybody, and may be meant"""
-
-
-@attrs.frozen
-class Checked(Generic[C]):
-    """A daemon as this verb sees it. A missing `default` file is a fault if it is `required`.
-
-    `examine` gets a configuration that has loaded, and the name of its file if it has one.
-    """
-
-    name: str
-    config: type[C]
-    default: str
-    required: bool
-    examine: Callable[[C, str | None], Examined]
 
 
 @attrs.frozen
@@ -89,7 +61,7 @@ class Finding:
         return ":".join(str(part) for part in (self.file, self.line, self.column) if part is not None)
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], daemon: Checked[Any]) -> None:
+def add_parser(subparsers: Subparsers, daemon: Daemon[Any]) -> None:
     """Add this verb to a command line that has an option -f, the configuration."""
     parser = subparsers.add_parser(
         "check",
@@ -103,33 +75,33 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
     parser.add_argument("--strict", action="store_true", help="warnings count as faults")
     parser.add_argument("-q", "--quiet", action="store_true", help="print faults and warnings only")
     parser.add_argument(
-        "file", nargs="?", metavar="FILE", help=f"the configuration (default: that of -f, or else {daemon.default})"
+        "file", nargs="?", metavar="FILE", help=f"the configuration (default: that of -f, or else {daemon.file})"
     )
     parser.set_defaults(run=partial(_run, daemon))
 
 
-def _run(daemon: Checked[Any], args: argparse.Namespace) -> int:
+def _run(daemon: Daemon[Any], args: argparse.Namespace) -> int:
     """Run the verb; returns the exit status."""
     path: str | None = args.file or args.f
-    file = path or daemon.default
+    file = path or daemon.file
     faults: list[Finding] = []
     warnings: list[Finding] = []
     notes: list[Finding] = []
     settings: dict[str, object] | None = None
     try:
-        if path is None and not daemon.required and not Path(file).exists():
-            config, source = configuration.parse(daemon.config, "", file), None
+        source = daemon.source(path)
+        if source is None:
             warnings = [Finding(file, 1, None, "file", "", "there is none, so the defaults are judged")]
-        else:
-            config, source = configuration.load(daemon.config, file), file
-        examined = daemon.examine(config, source)
+        text, file = daemon.text(path)
+        config = configuration.parse(daemon.config, text, file)
+        examined: Examined = daemon.call(daemon.examine, config, source)
     except ConfigError as error:
         faults = _findings(error.source, error.faults)
     else:
         warnings += _findings(file, examined.warnings)
         notes = _findings(file, examined.notes)
         if examined.error is None:
-            settings = effective(examined.common)
+            settings = effective(config.common())
         else:
             faults = _findings(examined.error.source, examined.error.faults)
     ok = not faults and not (args.strict and warnings)

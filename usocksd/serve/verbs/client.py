@@ -16,6 +16,7 @@ from typing import Any, Final, TypeAlias
 import attrs
 
 from usocksd.errors import Error
+from usocksd.serve.daemon import Daemon
 from usocksd.settings.control_path import NotPrivate, check_folder, control_path
 
 Answer: TypeAlias = dict[str, Any]
@@ -24,17 +25,6 @@ TIMEOUT: Final = 10.0
 """Seconds in which a daemon answers."""
 
 _FAILED, _INTERRUPTED = 1, 130
-
-
-@attrs.frozen
-class Operated:
-    """A daemon as its verbs see it: its name, and where its configuration and control socket are by default."""
-
-    name: str
-    config: str
-    control: str
-    columns: tuple[str, ...] = ()
-    """What its connections have besides what all have: of "user", "rule", "egress", "route" and "upstream"."""
 
 
 class VerbError(Error):
@@ -104,7 +94,7 @@ class Client:
 
 
 def run_verb(
-    daemon: Operated, verb: str, run: Callable[[Client, argparse.Namespace], None], args: argparse.Namespace
+    daemon: Daemon[Any], verb: str, run: Callable[[Client, argparse.Namespace], None], args: argparse.Namespace
 ) -> int:
     """Run a verb, which asks and prints, and raises Error if there is nothing to print. Returns the exit status."""
     prefix = f"{daemon.name} {verb}: "
@@ -121,7 +111,7 @@ def run_verb(
     return 0
 
 
-def find_control(daemon: Operated, args: argparse.Namespace, prefix: str) -> str:
+def find_control(daemon: Daemon[Any], args: argparse.Namespace, prefix: str) -> str:
     """Where the control socket is: as --control says, or else the configuration. Raises VerbError if there is none, or
     somebody else may have made it.
 
@@ -130,7 +120,7 @@ def find_control(daemon: Operated, args: argparse.Namespace, prefix: str) -> str
     if args.control is not None:
         return str(args.control)
     # Only this one setting is looked at: an operator who asks for the status may have a bad file for a reason.
-    config: str = args.f or daemon.config
+    config: str = args.f or daemon.file
     try:
         with open(config, "rb") as file:
             control = tomllib.load(file).get("control", daemon.control)
@@ -153,7 +143,7 @@ def find_control(daemon: Operated, args: argparse.Namespace, prefix: str) -> str
     return path
 
 
-def _default(daemon: Operated) -> str:
+def _default(daemon: Daemon[Any]) -> str:
     """This user's own daemon, or else the system's."""
     path = control_path(daemon.control, daemon.control)
     if path == daemon.control or (not os.path.exists(path) and os.path.exists(daemon.control)):

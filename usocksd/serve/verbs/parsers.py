@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import argparse
 import pkgutil
-from typing import TypeAlias
+from typing import Any
 
 from usocksd.log.log import LEVELS
+from usocksd.serve.daemon import Daemon, Subparsers
 from usocksd.serve.verbs import selection
-from usocksd.serve.verbs.client import Operated, run_verb
+from usocksd.serve.verbs.client import run_verb
 
 _DAY = 86400
 
-Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
-
-def add_parsers(subparsers: Subparsers, daemon: Operated) -> None:
+def add_parsers(subparsers: Subparsers, daemon: Daemon[Any]) -> None:
     """Add all verbs to a command line that has an option -f, the configuration file."""
     _add(
         subparsers,
@@ -89,7 +88,7 @@ def _parse_seconds(text: str) -> int:
 
 
 def _add(
-    subparsers: Subparsers, daemon: Operated, verb: str, *, help: str, description: str
+    subparsers: Subparsers, daemon: Daemon[Any], verb: str, *, help: str, description: str
 ) -> argparse.ArgumentParser:
     def run(args: argparse.Namespace) -> int:
         return run_verb(daemon, verb, pkgutil.resolve_name(f"{__package__}.{verb.replace('-', '_')}:run"), args)

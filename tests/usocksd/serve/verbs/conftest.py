@@ -59,17 +59,15 @@ trio.run(main)
 
 # A command line as the daemons have it, with a default configuration and control socket of the test's.
 _VERB = """
-import argparse, sys
-from usocksd.serve.program import run_printing
-from usocksd.serve.verbs.client import Operated
+import sys
+import attrs
+from usocksd.cli import USOCKSD
+from usocksd.serve.daemon import run
 from usocksd.serve.verbs.parsers import add_parsers
 
 config, control, *words = sys.argv[1:]
-parser = argparse.ArgumentParser("usocksd")
-parser.add_argument("-f")
-add_parsers(parser.add_subparsers(required=True), Operated("usocksd", config, control, ("user", "rule", "egress")))
-args = parser.parse_args(words)
-sys.exit(run_printing("usocksd", args.run, args))
+daemon = attrs.evolve(USOCKSD, file=config, control=control)
+sys.exit(run(daemon, lambda subparsers: add_parsers(subparsers, daemon), words))
 """
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from daemons import wait_until
 
-from usocksd.serve.invocation import Invocation, MasterLog
+from usocksd.serve.master_log import MasterLog
 from usocksd.settings.types import LogConfig
 
 
@@ -13,7 +13,7 @@ def test_what_was_dropped_is_not_forgotten(tmp_path: Path, nothing_leaks: None) 
     """When the log moves, or is opened again."""
     fifo, file = tmp_path / "fifo", tmp_path / "file"
     os.mkfifo(fifo)
-    log = MasterLog(Invocation("tiny", lambda: ("", ""), None, None, None))
+    log = MasterLog("tiny", LogConfig())
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)  # opened, and never read
     try:
         log.prepare(LogConfig(filename=str(fifo)))

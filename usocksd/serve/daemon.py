@@ -1,0 +1,151 @@
+"""What a daemon is: one value from which its command line, master, workers and verbs are made."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pkgutil
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
+
+import attrs
+
+from usocksd.errors import ConfigError, Fault
+from usocksd.net.keepalive import KeepAlive
+from usocksd.serve.timing import Timing
+from usocksd.settings import loader
+from usocksd.settings.common import Common
+from usocksd.settings.files import read_file
+
+if TYPE_CHECKING:  # command lines of verbs do without: trio takes a tenth of a second to load
+    from usocksd.log.log import Log
+    from usocksd.log.metrics import Metrics
+    from usocksd.net.endpoint import Endpoint
+    from usocksd.net.reactor import Reactor
+
+CHANNEL = "TRANSOCKS_CHANNEL"
+"""In the environment of a worker: the descriptor of its end of the channel. The command line is the master's."""
+
+Request: TypeAlias = dict[str, Any]
+Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+class Config(Protocol):
+    """The settings of a daemon."""
+
+    def common(self) -> Common: ...
+
+
+C = TypeVar("C", bound=Config)
+
+
+@attrs.frozen(kw_only=True)
+class Daemon(Generic[C]):
+    """One of the two daemons. `examine` and `build` are "module:function", so that only their users load them."""
+
+    name: str
+    description: str
+    config: type[C]
+    """What its configuration is read as"""
+    file: str
+    """The configuration file that is read by default"""
+    file_required: bool
+    control: str
+    """The control socket by default"""
+    columns: tuple[str, ...] = ()
+    """What its connections have besides what all have: see verbs/selection.py"""
+    verbs: tuple[str, ...] = ()
+    """What its workers answer on the control socket; see `Built.verbs`"""
+    examine: str
+    """(config, file or None) -> Examined. None: the file itself, and other files, are not looked at."""
+    build: str
+    """(config, parts) -> Built. Raises Error if the daemon can't be put together."""
+    timing: Timing = attrs.field(factory=Timing)
+
+    def source(self, path: str | None) -> str | None:
+        """The file to read for -f `path`: None if there is none, and the defaults apply."""
+        if path is None and not self.file_required and not os.path.exists(self.file):
+            return None
+        return path or self.file
+
+    def text(self, path: str | None) -> tuple[str, str]:
+        """The configuration as text, and the name of its file. Raises ConfigError if it can't be read."""
+        source = self.source(path)
+        return ("", self.file) if source is None else (loader.read(source), source)
+
+    def call(self, function: str, *arguments: Any) -> Any:
+        """Load and call `examine` or `build`."""
+        return pkgutil.resolve_name(function)(*arguments)
+
+
+class Examined(NamedTuple):
+    """What there is to say about a valid configuration."""
+
+    warnings: Sequence[Fault]
+    notes: Sequence[Fault] = ()
+    """What it does to everybody, which may be intended"""
+    error: ConfigError | None = None
+    """Faults of other files that belong to it"""
+
+
+class Parts(NamedTuple):
+    """What a worker gives to the daemon that it runs."""
+
+    log: Log
+    reactor: Reactor
+    metrics: Metrics
+    ports: frozenset[int]
+    """The ports that are listened on"""
+    transparent: bool
+    """Whether one of the sockets has IP_TRANSPARENT"""
+    descriptors: int
+    """How many open files the process may have"""
+    connections: int
+    """How many connections fit into them"""
+    count_as: Callable[[Endpoint, str, int], bool]
+    """Count a connection on one of the ports `Built.proxied` as one of this client, numeric address and port. False if
+    a limit forbids that; then it has been reset."""
+    share: Callable[[Any], None]
+    """Send a JSON value to all workers, this one and later ones included. Only the latest value counts, and only from
+    a task of `Built.keeping`."""
+    shared: Callable[[Callable[[Any], None]], None]
+    """Have a function called with the shared value: at once if there is one, and whenever there is a new one. It may be
+    from another configuration."""
+    read: Callable[[Path], bytes] = read_file
+    """Read a file that the configuration names, as it was when that was read. For use in `build`, not later."""
+
+
+class Built(NamedTuple):
+    """A daemon, ready to serve."""
+
+    session: Callable[[Endpoint, str, int], Awaitable[None]]
+    """Serves one accepted connection: endpoint, the peer's numeric address and port"""
+    background: tuple[Callable[..., Awaitable[object]], ...] = ()
+    """Tasks started before the first connection is accepted; they say `task_status.started()`."""
+    close: Callable[[], None] = lambda: None
+    """Called at the end."""
+    keeping: tuple[Callable[[], Awaitable[object]], ...] = ()
+    """Tasks that one worker, the keeper, does for all: from when it accepts connections until it drains or dies; then
+    they begin in another one. What they find out they `Parts.share`."""
+    verbs: Mapping[str, Callable[[Request], Awaitable[dict[str, Any]]]] = MappingProxyType({})
+    """Answers to `Daemon.verbs`: each gets the whole request and returns the answer, or raises Error. One worker is
+    asked, so it is for what all of them know."""
+    proxied: Collection[int] = ()
+    """Ports whose connections a proxy makes for its clients: they count for nobody until `Parts.count_as`."""
+    keepalive: KeepAlive = KeepAlive()
+    """What the relays of `session` use. The worker adapts it when the timers of this host change."""
+    status: Callable[[], dict[str, Any]] = dict
+    """What the answer to `status` has under "daemon": JSON values that are the same in all workers."""
+
+
+def run(daemon: Daemon[Any], add_verbs: Callable[[Subparsers], None], argv: Sequence[str] | None = None) -> int:
+    """Be what this process was started as: a worker of the daemon, its master, or a verb. Returns the exit status."""
+    if CHANNEL in os.environ:
+        from usocksd.serve import worker  # noqa: PLC0415  (the command line with its verbs takes several MB)
+
+        return worker.main(daemon, int(os.environ.pop(CHANNEL)))
+    from usocksd.serve import program  # noqa: PLC0415
+
+    return program.main(daemon, add_verbs, argv)

@@ -1,0 +1,57 @@
+"""How long things take between a master, its workers and those who ask: one value, so that a test can be quick."""
+
+from __future__ import annotations
+
+import attrs
+
+
+@attrs.frozen(kw_only=True)
+class Timing:
+    """In seconds, if not said otherwise."""
+
+    ready_within: float = 60.0
+    """A generation gets ready within this time, with a cold cache and a million rules."""
+    heartbeat: float = 0.5
+    """Between a worker's signs of life"""
+    suspect_after: float = 2.0
+    """Silent for this long, a worker's slot is served by another one as well."""
+    hung_after: float = 10.0
+    """Silent for this long, a worker is killed."""
+    look_every: float = 0.5
+    """The master looks for silent workers."""
+    backoff: tuple[float, ...] = (0.0, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0)
+    """Before a worker that has died is replaced: the first time, the second, and so on"""
+    backoff_alone: float = 0.5
+    """The most of that while no worker serves"""
+    steady_after: float = 5.0
+    """A worker that has lived for this long has not failed."""
+    last_words: float = 5.0
+    """A worker that has been told to end, or has closed its channel, is killed after this time."""
+    send_within: float = 2.0
+    """A worker that reads nothing for this long is not waited for."""
+    quiet: float = 2.0
+    """A surplus socket is closed when nobody has waited in it for this long, which is longer than a handshake takes."""
+    answer_within: float = 1.0
+    """A worker answers a question, or is left out."""
+    list_within: float = 5.0
+    """The same for a list of its connections: 20,000 take a busy worker seconds."""
+    verb_within: float = 60.0
+    """The same for a verb of the daemon's own"""
+    rates_over: float = 0.5
+    """Rates in `status` are over this time."""
+    status_every: float = 5.0
+    """The service manager is told the state, if it has changed."""
+    patience: float = 30.0
+    """A reload waits this long for the oldest generation to drain."""
+    return_again: float = 5.0
+    """Until the configuration before a trial is tried again"""
+    answered_after: float = 0.5
+    """A verb that has asked for a reload has its answer, and the master may become a new version."""
+    open_again: float = 1.0
+    """Until an endpoint that could not be opened is tried again"""
+    session_ends: float = 0.5
+    """A session that was told to stop writes its record and closes."""
+    shed_after: float = 60.0
+    """At the descriptor limit, connections that were silent for this long make room."""
+    shed_at_once: int = 32
+    """How many of them"""

@@ -14,9 +14,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from ipaddress import IPv4Address, IPv6Address, ip_address
+from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 
+from usocksd.clients import Client
 from usocksd.config import Config
 from usocksd.net.address import IPAddress
 from usocksd.settings.loader import load
@@ -122,8 +123,10 @@ def decide(file: Path) -> dict[str, float]:
     listed = [line.strip().lstrip(".") for line in (file.parent / "names.txt").read_text().splitlines()[:: RULES + 1]]
     requests = [
         (
-            ip_address(f"10.{chance.randrange(RULES + 10)}.{chance.randrange(256)}.{chance.randrange(4)}"),
-            chance.choice([None, "user3", "user6"]),
+            Client.at(
+                f"10.{chance.randrange(RULES + 10)}.{chance.randrange(256)}.{chance.randrange(4)}",
+                user=chance.choice([None, "user3", "user6"]),
+            ),
             chance.choice(listed) if number % 4 == 0 else f"www.site{number}.example.com",
             address(chance, IPv4Address if number % 3 else IPv6Address),
             chance.choice([443, 80, 25, 1500]),
@@ -135,13 +138,8 @@ def decide(file: Path) -> dict[str, float]:
         best = float("inf")
         for _ in range(3):
             began = time.process_time()
-            for client, user, name, ip, port in requests:
-                if kind == "name":
-                    rules.decide_name(client, user, name, port)
-                elif kind == "address":
-                    rules.decide_name(client, user, ip, port)
-                else:
-                    rules.decide_address(client, user, name, ip, port)
+            for client, name, ip, port in requests:
+                rules.judge(client, None if kind == "address" else name, None if kind == "name" else ip, port)
             best = min(best, time.process_time() - began)
         figures[kind] = best / REQUESTS * 1e6
     return figures

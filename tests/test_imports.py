@@ -21,7 +21,7 @@ COMMON = ("usocksd.errors", "usocksd.__version__")
 """What everybody may import."""
 
 PURE = (
-    *(f"usocksd.{name}" for name in ("socks", "errors", "acl", "clients", "egress", "policy", "records", "replay")),
+    *(f"usocksd.{name}" for name in ("socks", "errors", "acl", "clients", "egress", "decision", "records", "replay")),
     *(f"usocksd.{name}" for name in ("replies", "net.address", "net.proxy_protocol")),
     *(f"usocksd.names.{name}" for name in ("match", "sites", "site_index")),
     *(f"transocks.{name}" for name in ("sniff", "routes", "http_connect", "tracing.events", "tracing.frames")),

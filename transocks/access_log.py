@@ -98,6 +98,7 @@ class Access(Connection):
 
     __slots__ = (
         "_group",
+        "_host",
         "_name",
         "_name_from",
         "_proxy",
@@ -112,6 +113,7 @@ class Access(Connection):
 
     def __init__(self, records: AccessLog, host: str, port: int) -> None:
         super().__init__(records, host, port)
+        self._host = host
         self.destination: Destination | None = None
         """Where the client was going."""
         self._name: str | None = None
@@ -166,7 +168,7 @@ class Access(Connection):
             case NotRedirected():
                 # Mostly a health check, every few seconds.
                 level, message, status = logging.DEBUG, "not redirected", _NOT_REDIRECTED
-                if (times := self._records.repeats.due((self.client_host, str(error)))) is not None:
+                if (times := self._records.repeats.due((self._host, str(error)))) is not None:
                     level, more = logging.WARNING, {"count": times} if times > 1 else {}
             case Loop():
                 message, status = "loop refused", _LOOP

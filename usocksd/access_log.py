@@ -6,8 +6,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from usocksd.acl import Decision
-from usocksd.clients import ALLOW_FROM, TRUSTED
+from usocksd.clients import ALLOW_FROM, TRUSTED, Client
+from usocksd.decision import Candidate, Decision
 from usocksd.errors import CommandNotSupported, Denied, Error
 from usocksd.log.access import AccessRecords, Connection, pair_member
 from usocksd.log.log import Log
@@ -104,55 +104,48 @@ class AccessLog(AccessRecords):
         for rule in (ALLOW_FROM, TRUSTED):
             self.denied.labels(rule)
 
-    def begin(self, host: str, port: int, local: tuple[str, int]) -> Access:
+    def begin(self, client: Client, local: tuple[str, int]) -> Access:
         """The records of a connection from this client; `local` is our address that it has connected to."""
-        return Access(self, host, port, local)
+        return Access(self, client, local)
 
 
 class Access(Connection):
-    """The records of one connection. The session fills in what it learns."""
+    """The records of one connection. The session tells it what it learns, and asks it nothing."""
 
     __slots__ = (
         "_destination",
         "_local",
         "_peer",
+        "_refusal",
         "_request",
+        "_user",
         "_version",
-        "candidates",
-        "name",
-        "pool",
-        "rule",
+        "decision",
         "tried_user",
-        "user",
     )
 
     _records: AccessLog
 
-    def __init__(self, records: AccessLog, host: str, port: int, local: tuple[str, int]) -> None:
-        super().__init__(records, host, port)
+    def __init__(self, records: AccessLog, client: Client, local: tuple[str, int]) -> None:
+        super().__init__(records, client.host, client.port)
         self._local = pair_member(local[0], local[1])
         self._peer: str | None = None
-        """The proxy that has said whose connection it is; of its own, the client too."""
+        """The proxy that has named the client, which may be itself."""
         self._version: Version | None = None
-        """What it speaks, once it has authenticated itself or got past that."""
+        """What the client speaks, once it has authenticated or need not."""
         self._request: tuple[str, str, str, int] | tuple[None, None, None, None] = (None, None, None, None)
         self._destination: str | None = None
-        self.user: str | None = None
-        """Who the client proved to be."""
+        self._user: str | None = None
         self.tried_user: str | None = None
-        """Who it could not prove to be."""
-        self.rule: str | None = None
-        """The rule that decided."""
-        self.pool: str | None = None
-        """The egress pool that an allowed connection leaves from."""
-        self.name: str | None = None
-        """The name that was resolved, or denied: the requested one in canonical form, or with a search domain."""
-        self.candidates: list[tuple[str, Decision]] | None = None
-        """What was decided on each address that the requested name resolved to; None if none was asked for."""
+        """The user whose password the client did not know."""
+        self.decision: Decision | None = None
+        """What becomes of the request."""
+        self._refusal: str | None = None
+        """The rule or setting that has denied it."""
 
-    def authenticated(self, user: str | None) -> None:
-        """The client's user name and password are accepted: as those of `user`, or unseen."""
-        self.user = user
+    def authenticated(self, client: Client) -> None:
+        """The user name and password of this client are accepted, perhaps unseen."""
+        self._user = client.user
         self._version = Version.SOCKS5
         self._records.authenticated[Method.USERNAME_PASSWORD, True].value += 1
 
@@ -172,21 +165,16 @@ class Access(Connection):
         self._source = join_port(bound[0], bound[1])
         assert self._version is not None
         self._records.granted[self._version].value += 1
-        candidates = self.candidates
-        if candidates is None:
+        decision = self.decision
+        if decision is None or decision.name is None or decision.candidates is None:
             self._begin(None, None)
-            return
-        for address, decision in candidates:
-            if address == target.host:
-                self.rule, self.pool = decision.rule, decision.egress
-                break
-        self._begin(self.name, _texts(candidates))
+        else:
+            self._begin(decision.name, _texts(decision.candidates))
 
-    def claimed(self, host: str, port: int) -> None:
-        """The peer is a proxy whose PROXY header names this client, by numeric address; or the proxy itself."""
+    def named(self, client: Client) -> None:
+        """The peer is a proxy, and has named this client in a PROXY header."""
         self._peer = self._client
-        self.client_host = host
-        self._client = pair_member(host, port)
+        self._client = pair_member(client.host, client.port)
 
     def peer_denied(self) -> None:
         """The peer may not claim to speak for others."""
@@ -229,15 +217,20 @@ class Access(Connection):
         self._event(logging.INFO, "handshake failed", **self._resolved(), error=cause)
 
     def _resolved(self) -> dict[str, object]:
-        more: dict[str, object] = {} if self.name is None else {"dest_name": self.name}
-        return more if self.candidates is None else more | {"candidates": _texts(self.candidates)}
+        """The name that was resolved or denied, and what the rules say to its addresses."""
+        decision = self.decision
+        if decision is None or decision.name is None:
+            return {}
+        if decision.candidates is None:
+            return {} if self._refusal is None else {"dest_name": decision.name}
+        return {"dest_name": decision.name, "candidates": _texts(decision.candidates)}
 
     def refused(self, error: Error, reply: Reply) -> None:
         """The client is told that it can't have what it asked for."""
         self._count(self._version, _STATUSES[reply] if self._version is Version.SOCKS5 else _REJECTED)
         match error:
             case Denied():
-                self.rule, self.pool = error.rule, None
+                self._refusal = error.rule
                 self._records.denied.labels(error.rule).value += 1
                 level, message = logging.WARNING, "ruleset mismatch"
             case CommandNotSupported():
@@ -266,6 +259,13 @@ class Access(Connection):
                 self._records.authenticated[method, True].value += 1
             self._records.address_read[None, False].value += 1
 
+    def _rule_and_pool(self) -> tuple[str | None, str | None]:
+        """The rule that decides, and the egress pool that an allowed connection leaves from."""
+        if self._refusal is not None:
+            return self._refusal, None
+        ruling = None if self.decision is None else self.decision.ruling
+        return (None, None) if ruling is None else (ruling.rule, ruling.pool)
+
     def _values(self) -> tuple[object, ...]:
         return (
             self._id,
@@ -275,30 +275,27 @@ class Access(Connection):
             *self._request,
             self._destination,
             self._source,
-            self.user,
-            self.rule,
-            self.pool,
+            self._user,
+            *self._rule_and_pool(),
         )
 
     def _details(self) -> dict[str, Any]:
+        rule, pool = self._rule_and_pool()
         return {
             "destination": self._destination,
             "name": self._request[2],
-            "user": self.user,
-            "rule": self.rule,
-            "pool": self.pool,
+            "user": self._user,
+            "rule": rule,
+            "pool": pool,
             "egress": self._source,
             "upstream": None,
             "peer": self._peer,
         }
 
 
-def _texts(candidates: list[tuple[str, Decision]]) -> list[str]:
+def _texts(candidates: list[Candidate]) -> list[str]:
     """["203.0.113.80 allowed default", "10.0.0.1 denied RULE"], which records.py reads."""
-    return [
-        f"{address} allowed {decision.rule}" if decision.allowed else f"{address} denied {decision.rule}"
-        for address, decision in candidates
-    ]
+    return [f"{one.host} {'allowed' if one.ruling.allowed else 'denied'} {one.ruling.rule}" for one in candidates]
 
 
 K = TypeVar("K")

@@ -1,23 +1,23 @@
 """Where clients may go: ordered rules, the first match decides. Pure.
 
-A destination is judged twice: as the client asked for it (`decide_name`), and then each address that its name
-resolved to, together with the name (`decide_address`). Both ask the same rules in the same order, and a rule matches
-if the client, the user, the port and the destination do. Behind a name it is enough that `to` has the name or the
-address; so a denied network is denied to an allowed name, and what denies all the rest does not deny the addresses
-of a name that a rule above it allows.
+A destination is judged as the client has asked for it, and if that is a name, again with each address that the name
+resolves to. Both ask the same rules in the same order. A rule matches if its client, user, port and destination do;
+for an address behind a name it is enough that `to` has one of the two. So a network that is denied is denied to an
+allowed name too, and a rule that denies all the rest does not deny the addresses of a name that a rule above allows.
 
-A rule that allows a *name* says nothing about the addresses behind it: only a rule whose `to` has the *address*
-lifts the built-in protection, or whoever owns a name below an allowed domain could point it at this host. For
-protected addresses all other rules that allow do not match.
+A rule that allows a *name* does not lift the built-in protection of addresses: only a rule whose `to` has the
+*address* does. Otherwise the owner of a name below an allowed domain could point it at this host. For protected
+addresses, all other rules that allow do not match.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from ipaddress import IPv6Network
 
 from attrs import frozen
 
+from usocksd.clients import Client
 from usocksd.names.match import PROTECTED_NETWORKS, NameSet, NetworkMap, judged_addresses, parse_network
 from usocksd.names.site_index import PortIndex, SiteIndex, has_port, mask_of
 from usocksd.names.sites import Prefix, SiteList, parse_entry
@@ -25,51 +25,55 @@ from usocksd.net.address import IPAddress, IPNetwork
 
 
 @frozen
-class Decision:
-    """Whether a destination is allowed, the rule that decided as log records show it, and the pool to leave from."""
+class Ruling:
+    """What the rules say to a name or an address."""
 
     allowed: bool
     rule: str
-    egress: str = "default"
+    """The rule that decides, as log records show it."""
+    pool: str = "default"
+    """The egress pool to leave from."""
 
 
-_DEFAULT = Decision(True, "default")
+_DEFAULT = Ruling(True, "default")
 
 
 @frozen
-class Step:
-    """What one rule said to a request: whether it decided, and why, in a short phrase."""
+class RuleAnswer:
+    """What one rule says to a request: whether it decides, and why, in a short phrase."""
 
     rule: str
     matched: bool
     why: str
     line: int | None = None
-    """of the rule in its file, where one line is it"""
+    """The line of the configuration where the rule begins."""
 
 
 @frozen(kw_only=True)
 class Rule:
-    """One rule. What is None matches everything; a user is matched by who has authenticated only."""
+    """One rule. A condition that is None matches everything."""
 
     name: str
     allow: bool
     clients: tuple[IPNetwork, ...] | None = None
     users: frozenset[str] | None = None
+    """Users who have authenticated."""
     to: tuple[SiteList, ...] | None = None
     ports: tuple[tuple[int, int], ...] | None = None
-    """first and last of each range"""
+    """The first and last port of each range."""
     egress: str = "default"
     complement: bool = False
-    """whether it matches what `to` has not"""
+    """The rule matches what `to` does not have."""
     line: int | None = None
-    """in the configuration"""
+    """Where it begins in the configuration."""
     entry: Callable[[str | None, Sequence[IPAddress], int], str] | None = None
-    """Of a list that stands for many rules, one an entry: the entry that has a name, an address or the port"""
+    """For a list that stands for many rules, one for each entry: names the entry that has a name, an address or the
+    port."""
 
 
 def rules_of_lists(allow_sites: Sequence[str], deny_sites: Sequence[str], deny_ports: Sequence[int]) -> list[Rule]:
-    """The lists of [outgoing] in the original's order: with allow_sites given, everything that it has not is denied;
-    then deny_sites; then deny_ports; then allow_sites allows.
+    """The lists of [outgoing] in the order of the original: if there is an allow_sites, what it does not have is
+    denied; then deny_sites; then deny_ports; then allow_sites allows.
 
     Raises ValueError for an entry that has an `entry_fault`.
     """
@@ -88,11 +92,35 @@ def rules_of_lists(allow_sites: Sequence[str], deny_sites: Sequence[str], deny_p
     return rules
 
 
+class _Written:
+    """The entries of a list of [outgoing] as the operator wrote them, which is how records name them."""
+
+    def __init__(self, entries: Iterable[str]) -> None:
+        self._names = NameSet()
+        networks: dict[IPNetwork, str] = {}
+        for text in entries:
+            entry = parse_entry(text)
+            if isinstance(entry, Prefix):
+                networks[parse_network(str(entry))] = str(entry)
+            elif entry:
+                self._names.add(text)
+        self._networks = NetworkMap(networks)
+
+    def entry(self, name: str | None, judged: Iterable[IPAddress], _port: int) -> str:
+        """The entry that has an address or the name; else "", which has all requests for an address."""
+        found = next(filter(None, map(self._networks.match, judged)), None)
+        return f'"{found or (name and self._names.match(name)) or ""}"'
+
+
 class AccessRules:
     """The rules on destinations, in order. Cheap to ask, once a connection and once a resolved address.
 
-    Each rule is a bit, the first one the lowest. For each thing that is asked about there is a mask of the rules that
-    match it, and the lowest bit that all masks have in common is the rule that decides.
+    Each rule is a bit, the first one the lowest. For each property of a request there is a mask of the rules that match
+    it. The lowest bit that all masks have in common is the rule that decides.
+
+    A request is `client`, `name`, `address`, `port` and `sent`: the canonical name before it is resolved, an address
+    behind it together with the name, or an address that was asked for with None for the name. `sent` is what the client
+    called the name if a search domain has completed it: a rule that has either of the two names matches.
     """
 
     _MOST_REMEMBERED = 16384
@@ -104,8 +132,7 @@ class AccessRules:
         self._rules = tuple(rules)
         self._is_local = is_local
         self._nat64 = tuple(nat64)
-        self._protected = PROTECTED_NETWORKS
-        self._decisions = {1 << at: Decision(rule.allow, rule.name, rule.egress) for at, rule in enumerate(rules)}
+        self._rulings = {1 << at: Ruling(rule.allow, rule.name, rule.egress) for at, rule in enumerate(rules)}
         self._entries = {1 << at: rule.entry for at, rule in enumerate(rules) if rule.entry is not None}
 
         self._deny = mask_of(not rule.allow for rule in rules)
@@ -123,7 +150,7 @@ class AccessRules:
             for user in rule.users or ():
                 self._users[user] = self._users.get(user, self._any_user) | 1 << at
         self._asks_who = any(rule.clients is not None or rule.users is not None for rule in rules)
-        self._remembered: dict[tuple[IPAddress, str | None], int] = {}
+        self._remembered: dict[tuple[str, str | None], int] = {}
 
         self._ports = PortIndex([rule.ports for rule in rules])
 
@@ -140,116 +167,65 @@ class AccessRules:
     ) -> AccessRules:
         """These rules in order, then the lists of [outgoing], and at the end the built-in protection.
 
-        `is_local` tells the addresses of this host; `nat64` are as `judged_addresses` takes them. Raises ValueError for
-        an entry that has an `entry_fault`.
+        Raises ValueError for an entry that has an `entry_fault`.
         """
         return cls((*rules, *rules_of_lists(allow_sites, deny_sites, deny_ports)), is_local, nat64)
 
-    def decide_name(
-        self, client: IPAddress, user: str | None, host: IPAddress | str, port: int, *, sent: str | None = None
-    ) -> Decision:
-        """The decision on what the client asked for, `host` being the result of `canonical_host`.
-
-        For an address this is the whole decision; behind a name each resolved address is yet to be judged. `client` is
-        its address, IPv4-mapped ones as IPv4; `user` is who it has proved to be. `sent` is what it called `host`, if
-        that is a name that a search domain made of it: a rule that has either has the host.
-        """
-        bit, kind = self._find(client, user, host, None, port, sent=sent)
-        return self._decision(bit, kind, host, None, port, sent=sent)
-
-    def decide_address(
-        self, client: IPAddress, user: str | None, name: str, ip: IPAddress, port: int, *, sent: str | None = None
-    ) -> Decision:
-        """The decision on an address that an allowed name resolved to, judged together with the name."""
-        bit, kind = self._find(client, user, name, ip, port, sent=sent)
-        return self._decision(bit, kind, name, ip, port, sent=sent)
+    def judge(
+        self, client: Client, name: str | None, address: IPAddress | None, port: int, sent: str | None = None
+    ) -> Ruling:
+        """What the rules say to a request. For a name alone that is half of the answer: judge its addresses too."""
+        return self._ruling(self._find(client, name, address, port, sent), name, address, port, sent)
 
     def trace(
-        self,
-        client: IPAddress,
-        user: str | None,
-        host: IPAddress | str,
-        port: int,
-        *,
-        address: IPAddress | None = None,
-        sent: str | None = None,
-    ) -> list[Step]:
-        """What each rule said, up to the one that decided: the last step, and the only one with `matched`.
+        self, client: Client, name: str | None, address: IPAddress | None, port: int, sent: str | None = None
+    ) -> list[RuleAnswer]:
+        """What each rule says to a request, up to the one that decides: the last answer, and the only one that matched.
 
-        The arguments are those of decide_name, or with `address` those of decide_address. In no hurry.
+        Slow: for `explain`.
         """
-        bit, kind = self._find(client, user, host, address, port, sent=sent)
-        decision = self._decision(bit, kind, host, address, port, sent=sent)
-        name, ip = (host, address) if isinstance(host, str) else (None, host)
-        judged = () if ip is None else judged_addresses(ip, self._nat64)
-        steps = []
+        bit, kind = found = self._find(client, name, address, port, sent)
+        ruling = self._ruling(found, name, address, port, sent)
+        judged = () if address is None else judged_addresses(address, self._nat64)
+        answers: list[RuleAnswer] = []
         for at, rule in enumerate(self._rules):
-            shown = "to" if rule.entry is None and not rule.complement else rule.name
-            entry = self._entry(at, name, judged)
-            if entry is None and sent is not None:
-                entry = self._entry(at, sent, ())
+            entry = self._entry(at, name, judged) or (sent and self._entry(at, sent, ()))
             if bit == 1 << at:
-                reasons = [
-                    *([] if rule.clients is None else [f"from has {client}"]),
-                    *([] if rule.users is None else [f"user is {user}"]),
-                    *([] if rule.to is None else [f"{shown} has {entry}" if entry else f"{shown} has it not"]),
-                    *([] if rule.ports is None else [f"port is {port}"]),
-                ]
-                steps.append(Step(decision.rule, True, ", ".join(reasons) or "it has no conditions", rule.line))
-                return steps
-            if rule.clients is not None and not any(client in network for network in rule.clients):
-                why = f"from has not {client}"
-            elif rule.users is not None and user not in rule.users:
-                why = f"user is {user or 'nobody'}"
-            elif not has_port(rule.ports, port):
-                why = f"port {port} not in {_show_ports(rule.ports or ())}"
-            elif rule.complement:
-                why = f"{shown} has {entry}"
-            elif rule.to is not None and entry is None:
-                why = f"{shown} has not {' or '.join(str(one) for one in (sent, name, ip) if one is not None)}"
-            else:
-                protection = self._kind(judged)
-                why = f"{ip} is protected ({protection}), which only an entry with the address lifts"
-            steps.append(Step(rule.name, False, why, rule.line))
+                why = ", ".join(_reasons(rule, client, entry, port)) or "it has no conditions"
+                return [*answers, RuleAnswer(ruling.rule, True, why, rule.line)]
+            asked = " or ".join(str(each) for each in (sent, name, address) if each is not None)
+            protected = f"{address} is protected ({self._kind(judged)}), which only an entry with the address lifts"
+            answers.append(
+                RuleAnswer(rule.name, False, _mismatch(rule, client, asked, entry, port) or protected, rule.line)
+            )
         if kind is not None:
-            steps.append(Step(decision.rule, True, f"{ip} is protected ({kind})"))
-        else:
-            if ip is not None:
-                steps.append(Step("built-in", False, f"{ip} is not protected"))
-            steps.append(Step(decision.rule, True, "no rule has decided"))
-        return steps
-
-    # What a decision is made of.
+            return [*answers, RuleAnswer(ruling.rule, True, f"{address} is protected ({kind})")]
+        if address is not None:
+            answers.append(RuleAnswer("built-in", False, f"{address} is not protected"))
+        return [*answers, RuleAnswer(ruling.rule, True, "no rule has decided")]
 
     def _find(
-        self,
-        client: IPAddress,
-        user: str | None,
-        host: IPAddress | str,
-        address: IPAddress | None,
-        port: int,
-        *,
-        sent: str | None,
+        self, client: Client, name: str | None, address: IPAddress | None, port: int, sent: str | None
     ) -> tuple[int, str | None]:
-        """The bit of the rule that decides; 0 if none does, and then what the address is protected as, if it is."""
+        """The bit of the rule that decides. If none does: 0, and what the address is protected as, if it is."""
         mask = self._ports.match(port)
         if self._asks_who:
-            mask &= self._who(client, user)
-        if isinstance(host, str):
-            if host != self._last_name:  # one request asks for a name and then for each of its addresses
-                self._last_name, self._last_mask = host, self._sites.of_name(host)
+            mask &= self._who(client)
+        if name is None:
+            to = self._sites.nameless
+        else:
+            if name != self._last_name:  # a request asks for a name, and then for each of its addresses
+                self._last_name, self._last_mask = name, self._sites.of_name(name)
             to = self._last_mask
             if sent is not None:
                 to |= self._sites.of_name(sent)
-            if address is None:
-                mask &= (to | self._anywhere) ^ self._complement
-                return mask & -mask, None
-        else:
-            to, address = self._sites.nameless, host
+        if address is None:
+            mask &= (to | self._anywhere) ^ self._complement
+            return mask & -mask, None
         judged = judged_addresses(address, self._nat64)
         direct = self._sites.of_address(address)
         to = (to | direct | self._anywhere) ^ self._complement
-        # An address is allowed as itself only: what it embeds can forbid it but not permit it.
+        # An address is allowed only as itself: an address that it embeds can forbid it, but not allow it.
         for inner in judged[1:]:
             to |= self._sites.of_address(inner) & self._deny & ~self._complement
         mask &= to
@@ -262,63 +238,88 @@ class AccessRules:
             bit = mask & -mask
         return bit, None if bit else kind
 
-    def _who(self, client: IPAddress, user: str | None) -> int:
+    def _who(self, client: Client) -> int:
         """The rules that this client and user match."""
-        mask = self._remembered.get((client, user))
+        key = client.host, client.user
+        mask = self._remembered.get(key)
         if mask is None:
             if len(self._remembered) >= self._MOST_REMEMBERED:
                 self._remembered.clear()
-            users = self._any_user if user is None else self._users.get(user, self._any_user)
-            mask = self._remembered[client, user] = (self._clients.of_address(client) | self._anyone) & users
+            users = self._any_user if client.user is None else self._users.get(client.user, self._any_user)
+            mask = self._remembered[key] = (self._clients.of_address(client.address) | self._anyone) & users
         return mask
 
     def _kind(self, judged: Iterable[IPAddress]) -> str | None:
         """What one of these addresses is protected as."""
         for address in judged:
-            kind = self._protected.match(address)
+            kind = PROTECTED_NETWORKS.match(address)
             if kind is not None:
                 return kind
             if self._is_local(address):
                 return "address of this host"
         return None
 
-    def _decision(
-        self,
-        bit: int,
-        kind: str | None,
-        host: IPAddress | str,
-        address: IPAddress | None,
-        port: int,
-        *,
-        sent: str | None,
-    ) -> Decision:
+    def _ruling(
+        self, found: tuple[int, str | None], name: str | None, address: IPAddress | None, port: int, sent: str | None
+    ) -> Ruling:
         """What `_find` has found, in words."""
+        bit, kind = found
         if not bit:
-            return _DEFAULT if kind is None else Decision(False, f"built-in: {kind}")
-        decision = self._decisions[bit]
+            return _DEFAULT if kind is None else Ruling(False, f"built-in: {kind}")
+        ruling = self._rulings[bit]
         entry = self._entries.get(bit)
         if entry is None:
-            return decision
-        name, ip = (host, address) if isinstance(host, str) else (None, host)
+            return ruling
         if sent is not None and self._sites.of_name(sent) & bit:
             name = sent
-        judged = () if ip is None else judged_addresses(ip, self._nat64)
-        text = entry(name, judged[:1] if decision.allowed else judged, port)
-        return Decision(decision.allowed, f"{decision.rule} {text}", decision.egress)
+        judged = () if address is None else judged_addresses(address, self._nat64)
+        text = entry(name, judged[:1] if ruling.allowed else judged, port)
+        return Ruling(ruling.allowed, f"{ruling.rule} {text}", ruling.pool)
 
     def _entry(self, at: int, name: str | None, judged: Sequence[IPAddress]) -> str | None:
         """The entry of this rule's `to` that has the address or the name, and the file that it is in."""
         rule = self._rules[at]
-        for ip in judged[:1] if rule.allow or rule.complement else judged:
-            if self._sites.of_address(ip) & 1 << at:
-                for sites in rule.to or ():
-                    if (prefix := sites.find(ip)) is not None:
-                        return _show_entry(str(prefix), sites)
-        if name is not None and (entry := self._sites.entry_of(name, 1 << at)) is not None:
-            return _show_entry(entry, next(sites for sites in rule.to or () if sites.has(entry)))
-        if name is None and self._sites.nameless & 1 << at:
-            return _show_entry("", next(sites for sites in rule.to or () if sites.nameless))
-        return None
+        lists = rule.to or ()
+        for address in judged[:1] if rule.allow or rule.complement else judged:
+            for sites in lists:
+                if (prefix := sites.find(address)) is not None:
+                    return _show_entry(str(prefix), sites)
+        if name is None:
+            return next((_show_entry("", sites) for sites in lists if sites.nameless), None)
+        entry = self._sites.entry_of(name, 1 << at)
+        return None if entry is None else _show_entry(entry, next(sites for sites in lists if sites.has(entry)))
+
+
+def _reasons(rule: Rule, client: Client, entry: str | None, port: int) -> Iterator[str]:
+    """Why a rule matches: each of its conditions."""
+    if rule.clients is not None:
+        yield f"from has {client.address}"
+    if rule.users is not None:
+        yield f"user is {client.user}"
+    if rule.to is not None:
+        yield f"{_to(rule)} has {entry}" if entry else f"{_to(rule)} has it not"
+    if rule.ports is not None:
+        yield f"port is {port}"
+
+
+def _mismatch(rule: Rule, client: Client, asked: str, entry: str | None, port: int) -> str | None:
+    """The first condition of a rule that does not match; None if all do."""
+    if rule.clients is not None and not any(client.address in network for network in rule.clients):
+        return f"from has not {client.address}"
+    if rule.users is not None and client.user not in rule.users:
+        return f"user is {client.user or 'nobody'}"
+    if not has_port(rule.ports, port):
+        return f"port {port} not in {_show_ports(rule.ports or ())}"
+    if rule.complement:
+        return f"{_to(rule)} has {entry}"
+    if rule.to is not None and entry is None:
+        return f"{_to(rule)} has not {asked}"
+    return None
+
+
+def _to(rule: Rule) -> str:
+    """What to call the destinations of a rule: a list of [outgoing] has its own name."""
+    return rule.name if rule.complement or rule.entry is not None else "to"
 
 
 def _show_ports(ports: Sequence[tuple[int, int]], most: int = 6) -> str:
@@ -328,26 +329,3 @@ def _show_ports(ports: Sequence[tuple[int, int]], most: int = 6) -> str:
 
 def _show_entry(entry: str, sites: SiteList) -> str:
     return f'"{entry}" ({sites.label})' if sites.label else f'"{entry}"'
-
-
-class _Written:
-    """The entries of a list of [outgoing] as the operator wrote them, to name them so in records."""
-
-    def __init__(self, entries: Iterable[str]) -> None:
-        self._names = NameSet()
-        networks: dict[IPNetwork, str] = {}
-        for text in entries:
-            entry = parse_entry(text)
-            if isinstance(entry, Prefix):
-                networks[parse_network(str(entry))] = str(entry)
-            elif entry:
-                self._names.add(text)
-        self._networks = NetworkMap(networks)
-
-    def entry(self, name: str | None, judged: Iterable[IPAddress], _port: int) -> str:
-        """The one that has an address or the name; else "", which has all requests for an address."""
-        for address in judged:
-            entry = self._networks.match(address)
-            if entry is not None:
-                return f'"{entry}"'
-        return f'"{"" if name is None else self._names.match(name) or ""}"'

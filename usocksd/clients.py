@@ -1,10 +1,11 @@
-"""Who may come in: which clients `allow_from` admits, by their address. Pure."""
+"""A client: whose connection it is, and which clients may come in, by their address. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from ipaddress import IPv6Address
 from typing import Final
+
+from attrs import frozen
 
 from usocksd.names.match import LINK_LOCAL, LOOPBACK, NetworkMap, parse_network
 from usocksd.net.address import IPAddress, IPNetwork, numeric_address
@@ -14,36 +15,48 @@ PRIVATE = ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "fc
 
 ALLOW_FROM: Final = "allow_from"
 TRUSTED: Final = "incoming.proxy_protocol.trusted"
-"""What records, metrics and verbs call the settings by which somebody may come in or not."""
+"""What records, metrics and verbs call the settings that keep clients and proxies out."""
 
 DEFAULT_CLIENTS = LOOPBACK + PRIVATE + LINK_LOCAL
 
 
-class ClientRules:
-    """Which clients may connect at all: `allow_from`, or loopback, private and link-local networks."""
+@frozen
+class Client:
+    """Whose connection it is, as far as that is known: rules, egress, limits and records all go by this value.
 
-    _MOST_REMEMBERED = 16384
+    A PROXY header or a password tells more: then another Client takes its place.
+    """
+
+    host: str
+    """The numeric address as text, a link-local one with its zone."""
+    port: int
+    address: IPAddress
+    """The same address without a zone; IPv4-mapped ones are IPv4."""
+    user: str | None = None
+    """The user whose password it has given."""
+    proxy: IPAddress | None = None
+    """The proxy that has named this client in a PROXY header. None: the client has connected itself."""
+    local: bool = False
+    """The client is that proxy itself (LOCAL)."""
+
+    @classmethod
+    def at(cls, host: str, port: int = 0, user: str | None = None) -> Client:
+        """The client with this numeric address. Raises ValueError."""
+        return cls(host, port, numeric_address(host), user)
+
+    def authenticated(self, user: str) -> Client:
+        """The same client, now known as `user`."""
+        return Client(self.host, self.port, self.address, user, self.proxy, self.local)
+
+
+class ClientRules:
+    """Networks whose clients may come in: those of `allow_from`, or `DEFAULT_CLIENTS`."""
 
     def __init__(self, allow_from: Iterable[IPNetwork] = ()) -> None:
-        """None given means `DEFAULT_CLIENTS`, where the original admitted everybody; `is_default` tells."""
-        networks = tuple(allow_from)
-        self.is_default = not networks
-        self._networks = NetworkMap(dict.fromkeys(networks or map(parse_network, DEFAULT_CLIENTS), True))
-        self._remembered: dict[str | IPAddress, bool] = {}
+        """Without networks only `DEFAULT_CLIENTS` are admitted, where the original admits everybody."""
+        networks = tuple(allow_from) or map(parse_network, DEFAULT_CLIENTS)
+        self._networks = NetworkMap(dict.fromkeys(networks, True))
 
-    def admits(self, peer: str | IPAddress) -> bool:
-        """Whether a client with this address may connect; text as accept(2) gives it, also "fe80::1%eth0".
-
-        IPv4-mapped IPv6 addresses, the peers of a dual-stack listener, are judged as IPv4.
-        """
-        try:
-            return self._remembered[peer]
-        except KeyError:
-            pass
-        address = numeric_address(peer) if isinstance(peer, str) else peer
-        if isinstance(address, IPv6Address):
-            address = address.ipv4_mapped or address
-        if len(self._remembered) >= self._MOST_REMEMBERED:
-            self._remembered.clear()
-        admitted = self._remembered[peer] = self._networks.match(address) is not None
-        return admitted
+    def admits(self, address: IPAddress) -> bool:
+        """Whether a client with this address may connect."""
+        return self._networks.match(address) is not None

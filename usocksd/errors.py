@@ -73,13 +73,22 @@ class OutOfPorts(DialError):
         self.time_wait = time_wait
 
 
+NO_SUCH_NAME = "no such name"
+NO_ADDRESS = "no address"
+
+
 class ResolveError(Error):
-    """A name has no address, or nobody told us in time; `cause` says which in a word or two."""
+    """A name has no address, or no name server has answered in time; `cause` says which in a word or two."""
 
     def __init__(self, name: str, cause: str) -> None:
         super().__init__(f"{name}: {cause}")
         self.name = name
         self.cause = cause
+
+    @property
+    def absent(self) -> bool:
+        """Whether name servers have answered that the name does not exist, or has no address."""
+        return self.cause in (NO_SUCH_NAME, NO_ADDRESS)
 
 
 class UpstreamError(Error):

@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from usocksd.config import Config
+from usocksd.decision import Policy
 from usocksd.errors import ConfigError, Fault
 from usocksd.log.words import counted
-from usocksd.policy import Policy
-from usocksd.records import Asked, Skipped, lines_of, read_record
+from usocksd.records import RecordedRequest, Skipped, lines_of, read_record
+from usocksd.replay import judge
 from usocksd.settings.loader import show
 
 _HTTPS = 443
@@ -65,10 +66,10 @@ def _denied(config: Config, policy: Callable[[], Policy]) -> Iterator[Fault]:
     if not lines:
         return
     try:
-        judge = policy().judge
+        rules = policy()
     except ConfigError:  # which is said elsewhere
         return
-    known: dict[Asked, str | None] = {}
+    known: dict[RecordedRequest, str | None] = {}
     requests, denied = 0, Counter[str]()
     for line in lines:
         record = read_record(line)
@@ -77,10 +78,10 @@ def _denied(config: Config, policy: Callable[[], Policy]) -> Iterator[Fault]:
         requests += 1
         if not record.allowed:
             continue
-        if record.asked not in known:
-            outcome = judge(record.asked)
-            known[record.asked] = outcome.rule if outcome.allowed is False else None
-        if (rule := known[record.asked]) is not None:
+        if record.request not in known:
+            outcome = judge(rules, record.request)
+            known[record.request] = outcome.rule if outcome.allowed is False else None
+        if (rule := known[record.request]) is not None:
             denied[rule] += 1
     if denied:
         ((rule, most),) = denied.most_common(1)

@@ -1,83 +1,76 @@
-"""The listener for proxies, where each connection begins with a PROXY header that says whose it is.
+"""The listener for proxies, where each connection begins with a PROXY header that names its client.
 
     peer trusted? -> PROXY header -> client allowed? -> counted as that client's
 
-From then on it is a connection like others, and the client is the one that the header names. One that is not allowed
-learns so in answer to its request: a proxy that was reset would take this server for a broken one, and ask another.
+From then on it is a connection like any other, of the client in the header. A client that is not allowed gets the
+answer to its request: after a reset, the proxy would take this server for broken and ask another.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import Enum
 
 import attrs
 
 from usocksd.access_log import Access
-from usocksd.clients import ClientRules
+from usocksd.clients import Client, ClientRules
+from usocksd.net.address import numeric_address
 from usocksd.net.endpoint import Endpoint
 from usocksd.net.proxy_protocol import Header, HeaderFault, Receiver, unlikely
 from usocksd.socks import ClientFault, Kind, Server
 from usocksd.socks.answers import HTTP_ERROR
 
 
-class Named(Enum):
-    """What becomes of the client that a PROXY header names."""
-
-    ALLOWED = "allowed"
-    DENIED = "denied"
-    """By `clients`: to be answered so."""
-    GONE = "gone"
-    """The connection has been reset."""
-
-
 @attrs.frozen
 class ProxiedListener:
-    """What decides on the connections of one port."""
+    """What decides about the connections of one port."""
 
     port: int
     trusted: ClientRules
-    """Who may say whose connection it is."""
+    """Which proxies may name clients."""
     clients: ClientRules
-    """Who may be named."""
+    """Which clients they may name."""
     count_as: Callable[[Endpoint, str, int], bool]
     """See `usocksd.serve.daemon.Parts`."""
 
-    async def learn_client(self, client: Endpoint, peer: tuple[str, int], server: Server, access: Access) -> Named:
-        """Make it the connection of the client that `peer` names; `server` gets what came behind the header.
+    def admits(self, client: Client) -> bool:
+        """Whether a client that a trusted proxy has named may use this server. The proxy itself may (LOCAL): it could
+        as well claim to be a client that is allowed."""
+        return client.local or self.clients.admits(client.address)
 
-        GONE where the peer is not trusted, or the client has too many connections; the log knows. What is the peer's
-        own (LOCAL) needs no more than its being trusted: it could as well claim to be somebody who is allowed.
+    async def learn_client(self, endpoint: Endpoint, peer: Client, server: Server, access: Access) -> Client | None:
+        """The client that `peer` names; `server` gets what follows the header.
+
+        None if the peer is not trusted, or the client has too many connections: the connection is reset and logged.
         Raises ClientFault, DeadlineExpired, OSError.
         """
-        host, port = peer
-        if not self.trusted.admits(host):
+        if not self.trusted.admits(peer.address):
             access.peer_denied()
-            client.reset()
-            return Named.GONE
+            endpoint.reset()
+            return None
         receiver = Receiver()
         try:
-            header = await _receive(client, receiver)
-            if header.source is None:
-                access.claimed(host, port)
-            elif (problem := unlikely(header.source.host, host)) is not None:
+            source = (await _receive(endpoint, receiver)).source
+            if source is None:
+                client = Client(peer.host, peer.port, peer.address, proxy=peer.address, local=True)
+            elif (problem := unlikely(source.host, peer.host)) is not None:
                 raise HeaderFault(problem)
             else:
-                host, port = header.source
-                access.claimed(host, port)
+                client = Client(source.host, source.port, numeric_address(source.host), proxy=peer.address)
         except HeaderFault as fault:
             raise ClientFault(Kind.MALFORMED, HTTP_ERROR if fault.http else b"", str(fault)) from None
+        access.named(client)
         if receiver.trailing_data:
             server.receive_data(receiver.trailing_data)
-        if header.source is not None and not self.clients.admits(host):
-            return Named.DENIED
-        return Named.ALLOWED if self.count_as(client, host, port) else Named.GONE
+        if self.admits(client) and not self.count_as(endpoint, client.host, client.port):
+            return None
+        return client
 
 
-async def _receive(client: Endpoint, receiver: Receiver) -> Header:
+async def _receive(endpoint: Endpoint, receiver: Receiver) -> Header:
     """The PROXY header. Raises HeaderFault, ClientFault if it ends early, DeadlineExpired, OSError."""
     while True:
-        data = await client.receive()
+        data = await endpoint.receive()
         if not data:
             where = "inside its PROXY header" if receiver.received else "before it said anything"
             raise ClientFault(Kind.EOF, b"", f"closed {where}")

@@ -1,10 +1,11 @@
-"""Access records, read back: what the log says that a client asked for, and what became of it. Pure.
+"""Access records, read back from the log in its three formats: what a client asked for, and what became of it. Pure.
 
-The other side is access_log.py; docs/explain.md says what `usocksd diff` goes by.
+access_log.py and log/formats.py write them; docs/explain.md says what `usocksd diff` goes by.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
@@ -12,38 +13,37 @@ from typing import Any
 
 from attrs import frozen
 
-from usocksd.log_lines import read_fields
 from usocksd.net.address import numeric_address
 
 
 @frozen
-class Asked:
-    """A request as it was recorded: texts, so that equal ones are quickly found to be equal."""
+class RecordedRequest:
+    """A request as it was recorded: texts, so that equal requests are quickly found to be equal."""
 
     client: str
     user: str | None
     host: str | None
-    """As the client wrote it; None if it did not get so far."""
+    """As the client wrote it; None if it was not let in."""
     port: int
     name: str | None
-    """The name that was judged, if it is known: as written, in canonical form, perhaps with a search domain."""
+    """The name that was judged, if it was recorded: canonical, perhaps with a search domain."""
     candidates: tuple[str, ...] | None
-    """The addresses that the name had, none if there was no answer; None if it was denied before it was resolved."""
+    """The addresses that the name had, none if it was not resolved; None if it was denied before."""
     dialled: str | None
-    """Which of them the connection went to."""
-    peer: str | None = None
+    """The address that was connected to."""
+    proxy: str | None = None
     """The proxy that has named the client in a PROXY header."""
-    own: bool = False
+    local: bool = False
     """The client is that proxy itself."""
 
 
 @frozen
-class Record:
-    """One line of the log that says what became of a request."""
+class AccessRecord:
+    """A line of the log that says what became of a request."""
 
     at: str
     """RFC 3339 in UTC, as the log has it."""
-    asked: Asked
+    request: RecordedRequest
     allowed: bool
 
 
@@ -51,81 +51,75 @@ class Skipped(Enum):
     """Lines that say nothing about a request."""
 
     OTHER = "other"
-    """no access record, or the second one of a connection"""
+    """no access record, or not the first one of a connection"""
     NO_REQUEST = "no_request"
-    """an access record of a connection that came to no request"""
+    """an access record of a connection without a request"""
     UNREADABLE = "unreadable"
-    """not a record"""
+    """no record"""
 
 
-# As JSON, logfmt and plain have it.
+# As JSON, logfmt and plain write it.
 _ENDS = (b'"message":"proxy ends', b' message="proxy ends', b' info: "proxy ends')
 _CANDIDATE = re.compile(r"(?:^| )([0-9a-f.:]+(?:%\S+)?) (?:allowed|denied) ")
 
 
-def read_record(line: bytes) -> Record | Skipped:
+def read_record(line: bytes) -> AccessRecord | Skipped:
     """What a line of the log says about a request. The first record of each connection counts."""
-    # Half of a busy log: not worth parsing. (Inside of a string the quotes would be escaped.)
-    if any(mark in line for mark in _ENDS):
-        return Skipped.OTHER
-    if not line.strip():
+    # Half of a busy log, not worth parsing. (Inside a string the quotes would be escaped.)
+    if any(mark in line for mark in _ENDS) or not line.strip():
         return Skipped.OTHER
     try:
-        record = read_fields(line)
-    except ValueError:
-        return Skipped.UNREADABLE
-    if record.get("type") != "access" or "client_addr" not in record:
-        return Skipped.OTHER
-    try:
-        return _parse(record)
+        fields = _fields_of(line)
+        if fields.get("type") != "access" or "client_addr" not in fields:
+            return Skipped.OTHER
+        return _read_access(fields)
     except (ValueError, TypeError, AttributeError, KeyError):
         return Skipped.UNREADABLE
 
 
-def _parse(record: Mapping[str, Any]) -> Record | Skipped:
-    message = record["message"]
+def lines_of(readline: Callable[[int], bytes], longest: int = 1 << 21) -> Iterator[bytes]:
+    """The lines of a file, by its `readline`. Longer lines come in pieces, which are no records."""
+    return iter(lambda: readline(longest), b"")
+
+
+def _read_access(fields: Mapping[str, Any]) -> AccessRecord | Skipped:
+    message = fields["message"]
     if message in ("proxy ends", "proxy ends with an error"):
         return Skipped.OTHER
-    client, peer, own = _host_of(record["client_addr"]), None, False
-    if (said := record.get("peer_addr")) is not None:
-        peer, own = _host_of(said), said == record["client_addr"]
-    at, user = _text(record["logged_at"]), record.get("user")
+    at, user = _text(fields["logged_at"]), fields.get("user")
+    client, peer = _host_of(fields["client_addr"]), fields.get("peer_addr")
+    proxy, local = None if peer is None else _host_of(peer), peer == fields["client_addr"]
     if message == "denied access":
-        return Record(at, Asked(client, None, None, 0, None, None, None, peer, own), allowed=False)
-    if message == "command not supported" or "dest_host" not in record:
+        return AccessRecord(at, RecordedRequest(client, None, None, 0, None, None, None, proxy, local), allowed=False)
+    if message == "command not supported" or "dest_host" not in fields:
         return Skipped.NO_REQUEST
-    host, port = _text(record["dest_host"]), record["dest_port"]
-    if type(port) is not int or not (user is None or isinstance(user, str)):
-        raise ValueError("not a port or a user")
-    dialled = None if record.get("dest_addr") is None else _host_of(record["dest_addr"])
+    host, port, name = _text(fields["dest_host"]), fields["dest_port"], fields.get("dest_name")
+    if type(port) is not int or not isinstance(user, str | None) or not isinstance(name, str | None):
+        raise ValueError("not a port, a user or a name")
     allowed = message != "ruleset mismatch"
-    candidates: tuple[str, ...] | None
-    if (found := record.get("candidates")) is not None:
-        candidates = tuple(_candidates(found))
-    elif dialled is not None:
-        candidates = (dialled,)  # by a version that did not record the others
-    else:
-        candidates = () if allowed else None
-    name = None if record.get("dest_name") is None else _text(record["dest_name"])
-    return Record(at, Asked(client, user, host, port, name, candidates, dialled, peer, own), allowed)
+    listed, dialled = fields.get("candidates"), fields.get("dest_addr")
+    candidates = tuple(_candidates(listed)) if listed is not None else () if allowed else None
+    connected = None if dialled is None else _host_of(dialled)
+    request = RecordedRequest(client, user, host, port, name, candidates, connected, proxy, local)
+    return AccessRecord(at, request, allowed)
 
 
-def _candidates(found: object) -> Iterator[str]:
-    """The addresses in ["ADDRESS VERDICT RULE", ...], or in plain: "[ADDRESS VERDICT RULE ADDRESS ...]".
+def _candidates(listed: object) -> Iterator[str]:
+    """The addresses in ["ADDRESS VERDICT RULE", ...]; in plain that is "[ADDRESS VERDICT RULE ADDRESS ...]".
 
-    (Rules have any name. One that is made like the next of the list is the admin's.)
+    (A rule could have a name that looks like the next element of such a list.)
     """
-    if isinstance(found, str) and found.startswith("[") and found.endswith("]"):
-        found = [f"{match[1]} " for match in _CANDIDATE.finditer(found[1:-1])]
-    if not isinstance(found, list):
+    if isinstance(listed, str) and listed.startswith("[") and listed.endswith("]"):
+        listed = [f"{match[1]} " for match in _CANDIDATE.finditer(listed[1:-1])]
+    if not isinstance(listed, list):
         raise ValueError("not a list")
-    for each in found:
+    for each in listed:
         yield _address(_text(each).partition(" ")[0])
 
 
-def _host_of(address: str) -> str:
-    """The host of "host:port" or "[host]:port"; raises ValueError if it is no address."""
-    return _address(_text(address).rpartition(":")[0].removeprefix("[").removesuffix("]"))
+def _host_of(place: object) -> str:
+    """The host of "host:port" or "[host]:port". Raises ValueError if it is no address."""
+    return _address(_text(place).rpartition(":")[0].removeprefix("[").removesuffix("]"))
 
 
 def _address(text: str) -> str:
@@ -139,6 +133,65 @@ def _text(value: object) -> str:
     return value
 
 
-def lines_of(readline: Callable[[int], bytes], longest: int = 1 << 21) -> Iterator[bytes]:
-    """The lines of a file, by its `readline`; of more than `longest` bytes, they come in pieces and are no records."""
-    return iter(lambda: readline(longest), b"")
+# ---- the three formats
+
+# A quoted string as Go writes it. In logfmt, lists and maps are taken as they stand.
+_STRING = r'"(?:[^"\\]|\\.)*"'
+_FIELD = re.compile(
+    rf'([_a-z][a-z0-9_]*)=({_STRING}|\[(?:{_STRING}|[^"\]])*\]|{{(?:{_STRING}|[^"}}])*}}|[^ "[{{]\S*)(?: |$)'
+)
+_PLAIN = re.compile(rf"(\S+) \S+ \S+ [a-z]+: ({_STRING})(?: |$)")
+_QUOTED = re.compile(_STRING)
+_ESCAPE = re.compile(r"\\(?:x([0-9a-f]{2})|u([0-9a-f]{4})|U([0-9a-f]{8})|(.))")
+_SHORT = {"n": "\n", "r": "\r", "t": "\t", "a": "\a", "b": "\b", "f": "\f", "v": "\v"}
+_CONSTANTS = {"null": None, "true": True, "false": False}
+
+
+def _fields_of(line: bytes) -> Mapping[str, Any]:
+    """The fields of a record in JSON, logfmt or plain, "logged_at" and "message" among them. Raises ValueError if it is
+    no record. A list in plain stays the text that it is there.
+    """
+    if line.startswith(b"{"):
+        try:
+            record = json.loads(line)
+        except RecursionError:
+            raise ValueError("nested too deeply") from None
+        if not isinstance(record, dict):
+            raise ValueError("no record")
+        return record
+    text = line.decode().rstrip("\n")
+    if text.startswith("topic="):
+        return _pairs(text, 0)
+    head = _PLAIN.match(text)
+    if head is None:
+        raise ValueError("no record")
+    return {"logged_at": head[1], "message": _value(head[2]), **_pairs(text, head.end())}
+
+
+def _pairs(text: str, start: int) -> dict[str, Any]:
+    found = {}
+    while start < len(text):
+        match = _FIELD.match(text, start)
+        if match is None:
+            raise ValueError("not a field")
+        found[match[1]] = _value(match[2])
+        start = match.end()
+    return found
+
+
+def _value(text: str) -> object:
+    if text[0] == '"':
+        return _ESCAPE.sub(_unescape, text[1:-1])
+    if text[0] == "[":
+        return [_value(each) for each in _QUOTED.findall(text)]
+    if text in _CONSTANTS:
+        return _CONSTANTS[text]
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
+def _unescape(match: re.Match[str]) -> str:
+    code = match[1] or match[2] or match[3]
+    return chr(int(code, 16)) if code else _SHORT.get(match[4], match[4])

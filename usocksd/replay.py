@@ -1,4 +1,8 @@
-"""Recorded requests decided again, under other rules: what `usocksd diff` is made of. Pure."""
+"""Recorded requests decided again, by the rules of two configurations: what `usocksd diff` is made of. Pure.
+
+A record says who asked for what, and which addresses the name had. Rules look at nothing else, so the same request can
+be put to any rules. Where a record does not say enough, the outcome is unknown: nothing is guessed.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,75 @@ from collections.abc import Iterable
 from enum import Enum
 from typing import Final, NamedTuple, TypeAlias
 
-from attrs import define, field
+from attrs import define, field, frozen
 
-from usocksd.policy import Outcome, Policy
-from usocksd.records import Asked, Record, Skipped, read_record
+from usocksd.acl import Ruling
+from usocksd.clients import Client
+from usocksd.decision import REQUIRED, Decision, Policy
+from usocksd.errors import ResolveError
+from usocksd.names.match import canonical_host
+from usocksd.net.address import numeric_address
+from usocksd.records import AccessRecord, RecordedRequest, Skipped, read_record
 
-_MOST_REMEMBERED: Final = 50_000
-_MOST_GROUPS: Final = 10_000
+NEVER_ASKED: Final = "where the client wanted to go is not known"
+UNRESOLVED: Final = "its name was not resolved"
+NO_USER: Final = "as whom the client would come is not known"
 
 _OTHERS: Final = "other rules"
+
+
+@frozen
+class Outcome:
+    """What becomes of a recorded request under a policy."""
+
+    allowed: bool | None
+    """None: unknown."""
+    rule: str
+    """The rule that decides; if the outcome is unknown, the rule that decides as far as can be told, or ""."""
+    why: str = ""
+    """What is not known, if the outcome is unknown."""
+    pool: str = ""
+    """The egress pool of an allowed request: that of the address that was dialled, or is tried first."""
+    addresses: tuple[tuple[str, Ruling], ...] = ()
+    """The ruling on each address of its name."""
+
+    @property
+    def reach(self) -> tuple[str, ...]:
+        """The addresses of its name that may be dialled."""
+        return tuple(address for address, ruling in self.addresses if ruling.allowed)
+
+
+def judge(policy: Policy, request: RecordedRequest) -> Outcome:
+    """Decide a recorded request again."""
+    user = request.user if policy.users is not None else None
+    proxy = None if request.proxy is None else numeric_address(request.proxy)
+    client = Client(request.client, 0, numeric_address(request.client), user, proxy, request.local)
+    refusal = policy.refusal(client)
+    if refusal is not None and refusal != REQUIRED:
+        return Outcome(False, refusal)
+    if request.host is None:
+        return Outcome(None, "", NEVER_ASKED)
+    if refusal is not None:
+        return Outcome(None, "", NO_USER)
+    try:
+        decision = Decision(policy.rules, client, request.host, request.port)
+        name = str(canonical_host(request.name)) if request.name else decision.sent
+    except (ResolveError, ValueError):
+        return Outcome(True, "")  # no rule is asked, and it can't be connected
+    ruling = decision.ruling or decision.judge_name(name)
+    if not ruling.allowed:
+        return Outcome(False, ruling.rule)
+    if decision.unresolved and request.candidates is None:
+        return Outcome(None, ruling.rule, UNRESOLVED)
+    if not decision.unresolved or not request.candidates:
+        return Outcome(True, ruling.rule, pool=ruling.pool)
+    decision.resolved(map(numeric_address, request.candidates))
+    rulings = tuple((text, one.ruling) for text, one in zip(request.candidates, decision.candidates or (), strict=True))
+    allowed = {text: ruling for text, ruling in rulings if ruling.allowed}
+    if not allowed:
+        return Outcome(False, rulings[0][1].rule, addresses=rulings)
+    chosen = allowed.get(request.dialled or "") or next(iter(allowed.values()))
+    return Outcome(True, chosen.rule, pool=chosen.pool, addresses=rulings)
 
 
 class Change(Enum):
@@ -49,8 +113,8 @@ def compare(old: Outcome, new: Outcome) -> Difference | None:
     for (_, before), (_, after) in zip(old.addresses, new.addresses, strict=False):
         if before.allowed != after.allowed:
             return Difference(Change.ADDRESSES, before.rule, after.rule)
-        if before.allowed and before.egress != after.egress:
-            moved = moved or Difference(Change.POOL, before.rule, after.rule, before.egress, after.egress)
+        if before.allowed and before.pool != after.pool:
+            moved = moved or Difference(Change.POOL, before.rule, after.rule, before.pool, after.pool)
     if moved is None and old.pool != new.pool:
         moved = Difference(Change.POOL, old.rule, new.rule, old.pool, new.pool)
     return moved
@@ -62,38 +126,41 @@ class Group:
 
     difference: Difference
     old: Outcome
-    """Of the example, as is `new`."""
+    """Of the example, like `new`."""
     new: Outcome
-    example: Record
+    example: AccessRecord
     count: int = 0
 
 
-_Key: TypeAlias = tuple[Difference, str, str]
+_Known: TypeAlias = tuple[Group | None, bool | None, str]
+"""Where a request belongs, whether the old policy allows it, and the pool that it leaves from under the new one."""
 
 
 @define(eq=False)
 class Replay:
-    """Compares two policies over recorded requests, in bounded memory however many there are."""
+    """Compares two policies over recorded requests, in bounded memory."""
 
     old: Policy
     new: Policy
+    most_remembered: int = 50_000
+    most_groups: int = 10_000
     requests: int = 0
     same: int = 0
     disagreeing: int = 0
-    """Requests that `old` decides otherwise than is recorded, and the first of them."""
-    disagreement: Record | None = None
+    """Requests that `old` decides differently from the record."""
+    disagreement: AccessRecord | None = None
+    """The first of them."""
     leaving: dict[str, int] = field(factory=dict)
     """Requests that `new` allows, by the pool that they leave from."""
     skipped: dict[Skipped, int] = field(factory=lambda: dict.fromkeys(Skipped, 0))
     first: str = ""
-    """When the earliest request was recorded, and the latest."""
+    """When the earliest request was recorded."""
     last: str = ""
-    _groups: dict[_Key, Group] = field(factory=dict, init=False)
-    # Requests repeat: what came of equal ones, and what the old policy said.
-    _known: dict[Asked, tuple[Group | None, bool | None, str]] = field(factory=dict, init=False)
+    _groups: dict[tuple[Difference, str, str], Group] = field(factory=dict, init=False)
+    _known: dict[RecordedRequest, _Known] = field(factory=dict, init=False)
 
     def read(self, lines: Iterable[bytes], *, since: str = "") -> None:
-        """Take the requests of a log; those before `since` (as in `Record.at`) are left out."""
+        """Take the requests of a log; those before `since` (as in `AccessRecord.at`) are left out."""
         for line in lines:
             record = read_record(line)
             if isinstance(record, Skipped):
@@ -101,16 +168,16 @@ class Replay:
             elif record.at >= since:
                 self.add(record)
 
-    def add(self, record: Record) -> None:
+    def add(self, record: AccessRecord) -> None:
         """Take one request."""
         self.requests += 1
         self.first = min(self.first or record.at, record.at)
         self.last = max(self.last, record.at)
-        known = self._known.get(record.asked)
+        known = self._known.get(record.request)
         if known is None:
-            if len(self._known) >= _MOST_REMEMBERED:
+            if len(self._known) >= self.most_remembered:
                 self._known.clear()
-            known = self._known[record.asked] = self._decide(record)
+            known = self._known[record.request] = self._decide(record)
         group, allowed, pool = known
         if pool:
             self.leaving[pool] = self.leaving.get(pool, 0) + 1
@@ -122,19 +189,18 @@ class Replay:
             self.disagreeing += 1
             self.disagreement = self.disagreement or record
 
-    def _decide(self, record: Record) -> tuple[Group | None, bool | None, str]:
-        """Where this request belongs, what the old policy says to it, and the pool it leaves from under the new."""
-        old, new = self.old.judge(record.asked), self.new.judge(record.asked)
+    def _decide(self, record: AccessRecord) -> _Known:
+        old, new = judge(self.old, record.request), judge(self.new, record.request)
         difference = compare(old, new)
         if difference is None:
             return None, old.allowed, new.pool
-        key = (difference, old.why, new.why)
-        if key not in self._groups and len(self._groups) >= _MOST_GROUPS:
-            difference = Difference(difference.change, _OTHERS, _OTHERS)
-            old_, new_ = Outcome(old.allowed, _OTHERS), Outcome(new.allowed, _OTHERS)
-            others = Group(difference, old_, new_, record)
-            return self._groups.setdefault((difference, "", ""), others), old.allowed, new.pool
-        return self._groups.setdefault(key, Group(difference, old, new, record)), old.allowed, new.pool
+        group = Group(difference, old, new, record)
+        key = difference, old.why, new.why
+        if key not in self._groups and len(self._groups) >= self.most_groups:
+            group.difference = Difference(difference.change, _OTHERS, _OTHERS)
+            group.old, group.new = Outcome(old.allowed, _OTHERS), Outcome(new.allowed, _OTHERS)
+            key = group.difference, "", ""
+        return self._groups.setdefault(key, group), old.allowed, new.pool
 
     def groups(self, change: Change) -> list[Group]:
         """The groups of this change, the largest first."""
@@ -142,5 +208,5 @@ class Replay:
         return sorted(found, key=lambda group: -group.count)
 
     def count(self, change: Change) -> int:
-        """How many requests change so."""
+        """How many requests change in this way."""
         return sum(group.count for group in self._groups.values() if group.difference.change is change)

@@ -33,9 +33,11 @@ from transocks.tracing.events import MESSAGE
 from transocks.tracing.events import parse as parse_trace
 from transocks.tracing.way import way_of
 from usocksd.acl import AccessRules, Rule
+from usocksd.clients import Client as WhoAsks
 from usocksd.clients import ClientRules
-from usocksd.errors import UpstreamError
-from usocksd.explain import Asked
+from usocksd.decision import Decision, Policy
+from usocksd.errors import ResolveError, UpstreamError
+from usocksd.explain import read_request
 from usocksd.host.netlink import messages
 from usocksd.log.formats import JSON, Formatter, Logfmt, Plain, Severity
 from usocksd.names import name_query
@@ -45,8 +47,8 @@ from usocksd.names.resolv_conf import parse as parse_resolv_conf
 from usocksd.names.sites import SiteList, parse_entry
 from usocksd.net.address import numeric_address
 from usocksd.net.proxy_protocol import HeaderFault, Receiver, unlikely
-from usocksd.policy import Policy
-from usocksd.records import Record, read_record
+from usocksd.records import AccessRecord, read_record
+from usocksd.replay import judge
 from usocksd.serve import control, exporter
 from usocksd.serve.channel import Channel
 from usocksd.socks import (
@@ -276,8 +278,8 @@ def record(data: bytes) -> None:
     """Lines of the log, of which clients have chosen a part; and the rules asked again about what they say."""
     for line in data.split(b"\n"):
         found = read_record(line)
-        if isinstance(found, Record):
-            _POLICY.judge(found.asked)
+        if isinstance(found, AccessRecord):
+            judge(_POLICY, found.request)
 
 
 @target
@@ -291,13 +293,12 @@ def judged(data: bytes) -> None:
         return
     if isinstance(request, Request):
         try:
-            found = canonical_host(request.host)
-        except ValueError:
+            decision = Decision(_RULES, WhoAsks.at("10.9.9.9"), request.host, request.port)
+        except ResolveError:
             return
-        decision = _RULES.decide_name(ip_address("10.9.9.9"), None, found, request.port)
-        steps = _RULES.trace(ip_address("10.9.9.9"), None, found, request.port)
-        assert steps[-1].matched
-        assert steps[-1].rule == decision.rule
+        ruling = decision.ruling or decision.judge_name(decision.sent)
+        last = decision.trace()[-1]
+        assert (last.matched, last.rule) == (True, ruling.rule)
 
 
 # ---- DNS
@@ -365,7 +366,7 @@ def resolv_conf(data: bytes) -> None:
 
 
 async def _explain(request: dict[str, Any]) -> dict[str, Any]:
-    Asked.read(request)
+    read_request(request)
     return {"read": list(request)}
 
 

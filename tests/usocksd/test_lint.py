@@ -18,10 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import usocksd.lint
+from usocksd.clients import Client
 from usocksd.config import Config
 from usocksd.errors import Fault
 from usocksd.lint import lint, warnings
-from usocksd.names.match import canonical_host
 from usocksd.names.site_index import SiteIndex
 from usocksd.net.address import socket_address
 from usocksd.settings.loader import parse, show, structure
@@ -401,13 +401,13 @@ def decisions(toml: dict[str, Any]) -> list[bool]:
     addresses = ["10.1.0.1", "10.2.0.1", "192.0.2.1", "127.0.0.1", "2001:db8::1", "::1", "64:ff9b::a01:1"]
     clients, users = ["10.9.0.1", "10.200.0.1", "2001:db8::5"], [None, "ci"]
     found = []
-    for client, user, port, text in product(
-        map(ip_address, clients), users, [24, 25], ["a", "x.a", "y.x.a", "b", *addresses]
-    ):
-        host = canonical_host(text)
-        found.append(rules.decide_name(client, user, host, port).allowed)
-        if isinstance(host, str) and found[-1]:
-            found += [rules.decide_address(client, user, host, ip_address(ip), port).allowed for ip in addresses]
+    for text, user, port in product(clients, users, [24, 25]):
+        client = Client.at(text, user=user)
+        found += [rules.judge(client, None, ip_address(address), port).allowed for address in addresses]
+        for name in ("a", "x.a", "y.x.a", "b"):
+            found.append(rules.judge(client, name, None, port).allowed)
+            if found[-1]:
+                found += [rules.judge(client, name, ip_address(address), port).allowed for address in addresses]
     return found
 
 

@@ -12,18 +12,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from usocksd import replay
-from usocksd.clients import TRUSTED, ClientRules
+from usocksd.clients import TRUSTED, Client, ClientRules
 from usocksd.config import Config
+from usocksd.decision import Policy
 from usocksd.log.formats import FORMATS, Severity
 from usocksd.names.match import canonical_host
 from usocksd.net.address import numeric_address
-from usocksd.policy import Policy
-from usocksd.records import Asked, Record, Skipped, lines_of, read_record
-from usocksd.replay import Change, Replay
+from usocksd.records import AccessRecord, RecordedRequest, Skipped, lines_of, read_record
+from usocksd.replay import Change, Difference, Replay, compare, judge
 from usocksd.settings import loader as configuration
 
 AT = "2026-11-23T09:47:58.777489Z"
+BOTH = ("203.0.113.5", "2001:db8::5")
 
 
 def policy(text: str = "", users: Sequence[str] | None = None, *, required: bool = False) -> Policy:
@@ -36,13 +36,9 @@ def policy(text: str = "", users: Sequence[str] | None = None, *, required: bool
     return Policy(clients, rules, None if users is None else frozenset(users), required, trusted)
 
 
-def line(message: str = "proxy starts", **fields: Any) -> bytes:
+def fields(**changes: Any) -> dict[str, Any]:
+    """Those of a record of a request for www.example.com; `...` leaves one out."""
     record = {
-        "topic": "usocksd",
-        "logged_at": AT,
-        "severity": "info",
-        "utsname": "vm",
-        "message": message,
         "type": "access",
         "client_addr": "10.1.2.3:40000",
         "dest_host": "www.example.com",
@@ -52,117 +48,115 @@ def line(message: str = "proxy starts", **fields: Any) -> bytes:
         "rule": "default",
         "candidates": ["203.0.113.5 allowed default", "2001:db8::5 denied some rule"],
     }
-    return json.dumps({k: v for k, v in (record | fields).items() if v is not ...}, separators=(",", ":")).encode()
+    return {key: value for key, value in (record | changes).items() if value is not ...}
 
 
-def lines(message: str = "proxy starts", **fields: Any) -> dict[str, bytes]:
-    """The same record in each format, as the daemon writes it."""
-    record = json.loads(line(message, **fields))
-    for key in ("topic", "logged_at", "severity", "utsname", "message"):
-        del record[key]
-    moment = datetime.fromisoformat(AT).timestamp()
-    return {
-        name: FORMATS[name]("usocksd", "vm").format(moment, Severity.INFO, message, record)
+def line(message: str = "proxy starts", **changes: Any) -> bytes:
+    """The record in JSON."""
+    head = {"topic": "usocksd", "logged_at": AT, "severity": "info", "utsname": "vm", "message": message}
+    record = fields(**(head | changes))
+    return json.dumps(record, separators=(",", ":")).encode()
+
+
+def lines(message: str = "proxy starts", **changes: Any) -> list[bytes]:
+    """The record in each format, as the daemon writes it."""
+    moment, record = datetime.fromisoformat(AT).timestamp(), fields(**changes)
+    return [
+        FORMATS[name]("usocksd", "vm").format(moment, Severity.INFO, message, record)
         for name in ("plain", "logfmt", "json")
-    }
+    ]
 
 
-def asked(
+def request(
     host: str | None = "www.example.com", candidates: Sequence[str] | None = ("203.0.113.5",), **more: Any
-) -> Asked:
-    fields: dict[str, Any] = {"client": "10.1.2.3", "user": None, "port": 443, "name": None, "dialled": None}
-    return Asked(host=host, candidates=None if candidates is None else tuple(candidates), **(fields | more))
+) -> RecordedRequest:
+    known = None if candidates is None else tuple(candidates)
+    values: dict[str, Any] = {"client": "10.1.2.3", "user": None, "port": 443, "name": None, "dialled": None}
+    return RecordedRequest(host=host, candidates=known, **(values | more))
+
+
+def recorded(given: bytes) -> RecordedRequest:
+    record = read_record(given)
+    assert isinstance(record, AccessRecord)
+    return record.request
 
 
 # ---- records
 
-
 TROUBLE = 'a "b" [203.0.113.9 x=1\\ \n\u2028 {}] \x07=\x1b'
-RECORDS: list[tuple[str, dict[str, Any]]] = [
-    ("proxy starts", {}),
-    ("proxy starts", {"user": TROUBLE, "rule": TROUBLE, "dest_host": TROUBLE, "dest_name": "www.example.com"}),
-    ("proxy starts", {"candidates": [], "dest_addr": None}),
-    ("proxy starts", {"candidates": ...}),
-    ("proxy starts", {"peer_addr": "[2001:db8::1]:4000", "client_addr": "[2001:db8::2]:4000", "dest_port": 65535}),
-    (
-        "ruleset mismatch",
-        {"candidates": ["203.0.113.5 denied rule 1", '2001:db8::5 denied deny_sites "2001:db8::/32"']},
-    ),
-    ("dial to destination failed", {"dest_addr": ..., "candidates": ["203.0.113.5 allowed default"]}),
-    ("denied access", {"dest_host": ..., "error": "not in allow_from"}),
-    ("proxy ends", {"elapsed": 0.002208, "reason": "closed"}),
-    ("proxy ends with an error", {}),
-    ("handshake failed", {"dest_host": ..., "tried_user": 'info: "proxy ends'}),
-    ("addresses of this host changed", {"type": ..., "client_addr": ..., "added": ["203.0.113.5"], "removed": []}),
-]
 
 
-@pytest.mark.parametrize(("message", "fields"), RECORDS)
-def test_every_format_is_read_alike(message: str, fields: dict[str, Any]) -> None:
-    read = {name: read_record(text) for name, text in lines(message, **fields).items()}
-    assert read["json"] is not Skipped.UNREADABLE
-    assert read["plain"] == read["logfmt"] == read["json"]
+@pytest.mark.parametrize(
+    ("message", "changes"),
+    [
+        ("proxy starts", {}),
+        ("proxy starts", {"user": TROUBLE, "rule": TROUBLE, "dest_host": TROUBLE, "dest_name": "www.example.com"}),
+        ("proxy starts", {"candidates": [], "dest_addr": None}),
+        ("proxy starts", {"candidates": ...}),
+        ("proxy starts", {"peer_addr": "[2001:db8::1]:4000", "client_addr": "[2001:db8::2]:4000", "dest_port": 65535}),
+        (
+            "ruleset mismatch",
+            {"candidates": ["203.0.113.5 denied rule 1", '2001:db8::5 denied deny_sites "2001:db8::/32"']},
+        ),
+        ("dial to destination failed", {"dest_addr": ..., "candidates": ["203.0.113.5 allowed default"]}),
+        ("denied access", {"dest_host": ..., "error": "not in allow_from"}),
+        ("proxy ends", {"elapsed": 0.002208, "reason": "closed"}),
+        ("proxy ends with an error", {}),
+        ("handshake failed", {"dest_host": ..., "tried_user": 'info: "proxy ends'}),
+        ("addresses of this host changed", {"type": ..., "client_addr": ..., "added": ["203.0.113.5"], "removed": []}),
+    ],
+)
+def test_every_format_is_read_alike(message: str, changes: dict[str, Any]) -> None:
+    plain, logfmt, as_json = map(read_record, lines(message, **changes))
+    assert as_json is not Skipped.UNREADABLE
+    assert plain == logfmt == as_json
 
 
 @given(st.text(), st.text())
 def test_what_clients_chose_is_read_back_from_every_format(user: str, host: str) -> None:
-    read = [read_record(text) for text in lines(user=user, dest_host=host).values()]
-    assert isinstance(read[2], Record)
-    assert read[0] == read[1] == read[2]
+    plain, logfmt, as_json = map(recorded, lines(user=user, dest_host=host))
+    assert plain == logfmt == as_json
 
 
-@given(st.binary())
-def test_any_line_is_read(line: bytes) -> None:
+@given(
+    st.binary(max_size=200) | st.builds(lambda value: json.dumps(value).encode(), st.dictionaries(st.text(), st.text()))
+)
+def test_any_line_is_read(given: bytes) -> None:
     for before in (b"", b"topic=", b"2026-11-23T09:47:58.777489Z vm usocksd info: "):
-        read_record(before + line)
-
-
-def test_what_a_record_says() -> None:
-    candidates = ("203.0.113.5", "2001:db8::5")
-    expected = asked(candidates=candidates, dialled="203.0.113.5")
-    assert read_record(line()) == Record(AT, expected, True)
-    denied = line("ruleset mismatch", dest_addr=..., user="ci", dest_name="www.example.com.corp.example")
-    more = {"user": "ci", "name": "www.example.com.corp.example"}
-    assert read_record(denied) == Record(AT, asked(candidates=candidates, **more), False)
+        read_record(before + given)
 
 
 @pytest.mark.parametrize(
-    ("peer", "expected"),
+    ("given", "expected"),
     [
-        (None, {}),
-        ("192.0.2.1:5", {"peer": "192.0.2.1"}),
-        ("10.1.2.3:40000", {"peer": "10.1.2.3", "own": True}),
+        (line(), request(candidates=BOTH, dialled=BOTH[0])),
+        (
+            line("ruleset mismatch", dest_addr=..., user="ci", dest_name="www.example.com.corp.example"),
+            request(candidates=BOTH, user="ci", name="www.example.com.corp.example"),
+        ),
+        (line(candidates=None, dest_host=BOTH[0]), request(BOTH[0], (), dialled=BOTH[0])),
+        # denied before it was resolved
+        (line("ruleset mismatch", candidates=..., dest_addr=...), request(candidates=None)),
+        # the name had no address
+        (line("dial to destination failed", candidates=..., dest_addr=...), request(candidates=())),
+        # not let in
+        (
+            line("denied access", dest_host=..., dest_port=..., dest_addr=..., candidates=...),
+            request(None, None, port=0),
+        ),
+        # named by a proxy, and that proxy's own
+        (line(peer_addr="192.0.2.1:5"), request(candidates=BOTH, dialled=BOTH[0], proxy="192.0.2.1")),
+        (
+            line(peer_addr="10.1.2.3:40000"),
+            request(candidates=BOTH, dialled=BOTH[0], proxy="10.1.2.3", local=True),
+        ),
+        (line(client_addr="[fe80::1%eth0]:4"), request(candidates=BOTH, dialled=BOTH[0], client="fe80::1%eth0")),
     ],
 )
-def test_who_has_named_the_client(peer: str | None, expected: dict[str, Any]) -> None:
-    record = read_record(line(peer_addr=peer))
-    assert isinstance(record, Record)
-    assert record.asked == asked(candidates=BOTH, dialled=BOTH[0], **expected)
-
-
-def test_an_ipv6_client() -> None:
-    record = read_record(line(client_addr="[fe80::1%eth0]:40000"))
-    assert isinstance(record, Record)
-    assert policy('[incoming]\nallow_from = ["fe80::/10"]').judge(record.asked).allowed
-
-
-@pytest.mark.parametrize(
-    ("given", "candidates"),
-    [
-        (line(candidates=...), ("203.0.113.5",)),  # as it was before candidates were recorded
-        (line("ruleset mismatch", candidates=..., dest_addr=...), None),  # denied before it was resolved
-        (line("dial to destination failed", candidates=..., dest_addr=...), ()),  # the name had no address
-    ],
-)
-def test_addresses_that_were_not_recorded(given: bytes, candidates: tuple[str, ...] | None) -> None:
+def test_what_a_record_says(given: bytes, expected: RecordedRequest) -> None:
     record = read_record(given)
-    assert isinstance(record, Record)
-    assert record.asked.candidates == candidates
-
-
-def test_a_client_that_was_not_admitted() -> None:
-    given = line("denied access", dest_host=..., dest_port=..., dest_addr=..., candidates=...)
-    assert read_record(given) == Record(AT, asked(None, None, port=0), False)
+    allowed = not any(message in given for message in (b"ruleset mismatch", b"denied access"))
+    assert record == AccessRecord(AT, expected, allowed)
 
 
 @pytest.mark.parametrize(
@@ -192,15 +186,8 @@ def test_what_says_nothing_about_a_request(given: bytes, skipped: Skipped) -> No
     assert read_record(given) is skipped
 
 
-@given(
-    st.binary(max_size=200) | st.builds(lambda value: json.dumps(value).encode(), st.dictionaries(st.text(), st.text()))
-)
-def test_no_line_breaks_it(given: bytes) -> None:
-    read_record(given)
-
-
 def test_a_request_can_not_pass_for_the_end_of_a_connection() -> None:
-    assert isinstance(read_record(line(dest_host='x","message":"proxy ends')), Record)
+    assert recorded(line(dest_host='x","message":"proxy ends')).host == 'x","message":"proxy ends'
 
 
 def test_lines_without_an_end_come_in_pieces() -> None:
@@ -216,67 +203,59 @@ DENY_ADDRESS = policy('[[rule]]\nname = "no v4"\naction = "deny"\nto = ["203.0.1
 POOLS = '[[rule]]\nname = "partners"\naction = "allow"\nto = ["{to}"]\negress = "p"\n[egress.p]\nmark = 1\n'
 POOL = policy(POOLS.format(to="www.example.com"))
 POOL_OF_ADDRESS = policy(POOLS.format(to="2001:db8::/32"))
-BOTH = ("203.0.113.5", "2001:db8::5")
 GATEWAY = "192.0.2.1"
 PROXIED = '[incoming.proxy_protocol]\nport = 1090\ntrusted = ["{}"]\n'
 TRUSTING = policy(PROXIED.format(GATEWAY))
-DENY_ALL_CLIENTS = policy('[incoming]\nallow_from = ["192.0.2.9"]\n' + PROXIED.format(GATEWAY))
+ONLY_OTHERS = policy('[incoming]\nallow_from = ["192.0.2.9"]\n' + PROXIED.format(GATEWAY))
+NOT_CI = policy('[[rule]]\nname = "not ci"\naction = "deny"\nuser = ["ci"]', users=["ci", "bob"])
 
 
 @pytest.mark.parametrize(
     ("old", "new", "given", "expected"),
     [
-        (NONE, DENY_NAME, asked(), (Change.DENIED, "default", "no example")),
-        (NONE, DENY_NAME, asked("WWW.Example.com."), (Change.DENIED, "default", "no example")),
-        (NONE, DENY_NAME, asked(name="x.example.org", host="x"), None),
-        (DENY_NAME, NONE, asked(), (Change.ALLOWED, "no example", "default")),
-        (DENY_NAME, NONE, asked(candidates=None), (Change.UNKNOWN, "no example", "default")),
-        (DENY_NAME, DENY_NAME, asked(candidates=None), None),
-        (DENY_NAME, NONE, asked(candidates=()), (Change.ALLOWED, "no example", "default")),
-        (NONE, DENY_ADDRESS, asked(), (Change.DENIED, "default", "no v4")),
-        (NONE, DENY_ADDRESS, asked("203.0.113.9", None), (Change.DENIED, "default", "no v4")),
-        (NONE, DENY_ADDRESS, asked(candidates=BOTH), (Change.ADDRESSES, "default", "no v4")),
-        (DENY_ADDRESS, NONE, asked(candidates=BOTH), (Change.ADDRESSES, "no v4", "default")),
-        (NONE, DENY_ADDRESS, asked(candidates=["2001:db8::5"]), None),
-        (NONE, POOL, asked(), (Change.POOL, "default", "partners")),
-        (NONE, POOL, asked("www.example.com", ()), (Change.POOL, "default", "partners")),
-        (NONE, POOL_OF_ADDRESS, asked(candidates=BOTH), (Change.POOL, "default", "partners")),
-        (NONE, POOL_OF_ADDRESS, asked(), None),
-        (NONE, policy('[incoming]\nallow_from = ["192.0.2.0/24"]'), asked(), (Change.DENIED, "default", "allow_from")),
-        (
-            policy('[incoming]\nallow_from = ["192.0.2.0/24"]'),
-            NONE,
-            asked(None, None),
-            (Change.UNKNOWN, "allow_from", ""),
-        ),
-        (TRUSTING, NONE, asked(peer=GATEWAY), (Change.DENIED, "default", TRUSTED)),
-        (TRUSTING, policy(PROXIED.format("192.0.2.2")), asked(peer=GATEWAY), (Change.DENIED, "default", TRUSTED)),
-        (NONE, TRUSTING, asked(peer=GATEWAY), (Change.ALLOWED, TRUSTED, "default")),
-        (TRUSTING, DENY_ALL_CLIENTS, asked(peer=GATEWAY), (Change.DENIED, "default", "allow_from")),
-        (TRUSTING, DENY_ALL_CLIENTS, asked(client=GATEWAY, peer=GATEWAY, own=True), None),
-        (TRUSTING, NONE, asked(), None),
-        (NONE, policy(users=["ci"], required=True), asked(), (Change.UNKNOWN, "default", "")),
-        (policy(users=["ci"]), policy(users=["bob"]), asked(user="ci"), (Change.DENIED, "default", "users_file")),
-        (NONE, DENY_NAME, asked("not a name"), None),
+        (NONE, DENY_NAME, request(), (Change.DENIED, "default", "no example")),
+        (NONE, DENY_NAME, request("WWW.Example.com."), (Change.DENIED, "default", "no example")),
+        (NONE, DENY_NAME, request(name="x.example.org", host="x"), None),
+        (DENY_NAME, NONE, request(), (Change.ALLOWED, "no example", "default")),
+        (DENY_NAME, NONE, request(candidates=None), (Change.UNKNOWN, "no example", "default")),
+        (DENY_NAME, DENY_NAME, request(candidates=None), None),
+        (DENY_NAME, NONE, request(candidates=()), (Change.ALLOWED, "no example", "default")),
+        (NONE, DENY_ADDRESS, request(), (Change.DENIED, "default", "no v4")),
+        (NONE, DENY_ADDRESS, request("203.0.113.9", None), (Change.DENIED, "default", "no v4")),
+        (NONE, DENY_ADDRESS, request(candidates=BOTH), (Change.ADDRESSES, "default", "no v4")),
+        (DENY_ADDRESS, NONE, request(candidates=BOTH), (Change.ADDRESSES, "no v4", "default")),
+        (NONE, DENY_ADDRESS, request(candidates=["2001:db8::5"]), None),
+        (NONE, POOL, request(), (Change.POOL, "default", "partners")),
+        (NONE, POOL, request(candidates=()), (Change.POOL, "default", "partners")),
+        (NONE, POOL_OF_ADDRESS, request(candidates=BOTH), (Change.POOL, "default", "partners")),
+        (NONE, POOL_OF_ADDRESS, request(), None),
+        (NONE, ONLY_OTHERS, request(), (Change.DENIED, "default", "allow_from")),
+        (ONLY_OTHERS, NONE, request(None, None), (Change.UNKNOWN, "allow_from", "")),
+        (TRUSTING, NONE, request(proxy=GATEWAY), (Change.DENIED, "default", TRUSTED)),
+        (TRUSTING, policy(PROXIED.format("192.0.2.2")), request(proxy=GATEWAY), (Change.DENIED, "default", TRUSTED)),
+        (NONE, TRUSTING, request(proxy=GATEWAY), (Change.ALLOWED, TRUSTED, "default")),
+        (TRUSTING, ONLY_OTHERS, request(proxy=GATEWAY), (Change.DENIED, "default", "allow_from")),
+        (TRUSTING, ONLY_OTHERS, request(client=GATEWAY, proxy=GATEWAY, local=True), None),
+        (TRUSTING, NONE, request(), None),
+        (NONE, policy(users=["ci"], required=True), request(), (Change.UNKNOWN, "default", "")),
+        (NONE, policy(users=["ci"], required=True), request(None, None), (Change.UNKNOWN, "", "")),
+        (policy(users=["ci"]), policy(users=["bob"]), request(user="ci"), (Change.DENIED, "default", "users_file")),
+        (policy(users=["ci", "bob"]), NOT_CI, request(user="bob"), None),
+        (policy(users=["ci", "bob"]), NOT_CI, request(user="ci"), (Change.DENIED, "default", "not ci")),
+        (NONE, DENY_NAME, request("not a name"), None),
+        (NONE, DENY_NAME, request(name="not a name"), None),
+        (NONE, policy('[incoming]\nallow_from = ["fe80::/10"]'), request(client="fe80::1%eth0"), None),
     ],
 )
-def test_difference(old: Policy, new: Policy, given: Asked, expected: tuple[Change, str, str] | None) -> None:
-    found = replay.compare(old.judge(given), new.judge(given))
+def test_difference(old: Policy, new: Policy, given: RecordedRequest, expected: tuple[Change, str, str] | None) -> None:
+    found = compare(judge(old, given), judge(new, given))
     assert (None if found is None else found[:3]) == expected
 
 
-def test_users_decide() -> None:
-    rule = '[[rule]]\nname = "not ci"\naction = "deny"\nuser = ["ci"]'
-    old, new = policy(users=["ci", "bob"]), policy(rule, users=["ci", "bob"])
-    assert replay.compare(old.judge(asked(user="bob")), new.judge(asked(user="bob"))) is None
-    found = replay.compare(old.judge(asked(user="ci")), new.judge(asked(user="ci")))
-    assert found == (Change.DENIED, "default", "not ci", "", "")
-
-
 def test_the_pool_is_that_of_the_address_that_was_dialled() -> None:
-    given = asked(candidates=BOTH, dialled="2001:db8::5")
-    assert POOL_OF_ADDRESS.judge(given).pool == "p"
-    assert POOL_OF_ADDRESS.judge(asked(candidates=BOTH)).pool == "default"
+    given = request(candidates=BOTH, dialled="2001:db8::5")
+    assert judge(POOL_OF_ADDRESS, given).pool == "p"
+    assert judge(POOL_OF_ADDRESS, request(candidates=BOTH)).pool == "default"
 
 
 RULE = st.fixed_dictionaries(
@@ -292,8 +271,8 @@ RULE = st.fixed_dictionaries(
     },
 )
 ADDRESSES = st.sampled_from(["203.0.113.5", "203.0.113.9", "2001:db8::5", "127.0.0.1", "198.51.100.1"])
-ASKED = st.builds(
-    asked,
+REQUEST = st.builds(
+    request,
     host=st.sampled_from(["a.test", "b.test", "test", "203.0.113.5", "127.0.0.1", "203.0.113.77"]),
     candidates=st.lists(ADDRESSES, min_size=1, max_size=3, unique=True),
     client=st.sampled_from(["10.1.2.3", "192.168.1.1"]),
@@ -307,42 +286,34 @@ def as_toml(rules: list[dict[str, Any]]) -> str:
     )
 
 
-@given(st.lists(RULE, max_size=4), st.lists(RULE, max_size=4), st.lists(ASKED, max_size=20))
+def reachable(policy: Policy, one: RecordedRequest) -> set[str]:
+    """What may be dialled, by the rules as they are."""
+    rules, client, host = policy.rules, Client.at(one.client), canonical_host(one.host or "")
+    if not isinstance(host, str):
+        return {str(host)} if rules.judge(client, None, host, one.port).allowed else set()
+    if not rules.judge(client, host, None, one.port).allowed:
+        return set()
+    return {a for a in one.candidates or () if rules.judge(client, host, numeric_address(a), one.port).allowed}
+
+
+@given(st.lists(RULE, max_size=4), st.lists(RULE, max_size=4), st.lists(REQUEST, max_size=20))
 def test_counts_agree_with_deciding_each_request_by_itself(
-    old: list[dict[str, Any]], new: list[dict[str, Any]], requests: list[Asked]
+    old: list[dict[str, Any]], new: list[dict[str, Any]], requests: list[RecordedRequest]
 ) -> None:
     policies = policy(as_toml(old)), policy(as_toml(new))
-
-    def addresses(policy: Policy, one: Asked) -> set[str]:
-        """What may be dialled, by the rules as they are."""
-        client, host = numeric_address(one.client), canonical_host(one.host or "")
-        if not policy.rules.decide_name(client, None, host, one.port).allowed:
-            return set()
-        if not isinstance(host, str):
-            return {str(host)}
-        assert one.candidates is not None
-        decide = policy.rules.decide_address
-        return {a for a in one.candidates if decide(client, None, host, numeric_address(a), one.port).allowed}
-
-    both = Replay(*policies)
+    both, with_itself = Replay(*policies), Replay(policies[0], policies[0])
     expected = dict.fromkeys((Change.DENIED, Change.ALLOWED, Change.ADDRESSES), 0)
     for one in requests:
-        both.add(Record(AT, one, True))
-        before, after = (addresses(policy, one) for policy in policies)
+        both.add(AccessRecord(AT, one, True))
+        with_itself.add(AccessRecord(AT, one, True))
+        before, after = (reachable(policy, one) for policy in policies)
         if bool(before) != bool(after):
             expected[Change.ALLOWED if after else Change.DENIED] += 1
         elif before != after:
             expected[Change.ADDRESSES] += 1
     assert {change: both.count(change) for change in expected} == expected
     assert both.requests == len(requests) == both.same + sum(both.count(change) for change in Change)
-
-
-@given(st.lists(RULE, max_size=4), st.lists(ASKED, max_size=20))
-def test_a_policy_does_not_differ_from_itself(rules: list[dict[str, Any]], requests: list[Asked]) -> None:
-    both = Replay(policy(as_toml(rules)), policy(as_toml(rules)))
-    for one in requests:
-        both.add(Record(AT, one, True))
-    assert both.same == len(requests)
+    assert with_itself.same == len(requests)
 
 
 # ---- the whole log
@@ -351,7 +322,7 @@ def test_a_policy_does_not_differ_from_itself(rules: list[dict[str, Any]], reque
 def test_a_log() -> None:
     both = Replay(NONE, DENY_NAME)
     later = "2026-11-23T10:00:00.000000Z"
-    lines = [
+    log = [
         line(),
         line("proxy ends"),
         line(logged_at=later),
@@ -360,31 +331,29 @@ def test_a_log() -> None:
         b"garbage",
         line("handshake failed", dest_host=..., dest_port=...),
     ]
-    both.read(lines)
+    both.read(log)
     assert (both.requests, both.same, both.first, both.last) == (4, 1, AT, later)
     (group,) = both.groups(Change.DENIED)
-    assert (group.count, group.difference[:3]) == (2, (Change.DENIED, "default", "no example"))
-    assert group.example == read_record(lines[0])
+    assert (group.count, group.difference) == (2, Difference(Change.DENIED, "default", "no example"))
+    assert group.example == read_record(log[0])
     assert both.count(Change.UNKNOWN) == 1
     assert both.leaving == {"default": 1}
     assert both.skipped == {Skipped.OTHER: 1, Skipped.UNREADABLE: 1, Skipped.NO_REQUEST: 1}
     recent = Replay(NONE, DENY_NAME)
-    recent.read(lines, since="2026-11-23T09:50:00.000000Z")
+    recent.read(log, since="2026-11-23T09:50:00.000000Z")
     assert recent.requests == 2
 
 
 def test_records_that_the_old_policy_contradicts() -> None:
     both = Replay(DENY_NAME, NONE)
     both.read([line(), line(dest_host="www.example.org"), line("ruleset mismatch")])
-    assert both.disagreeing == 1
-    assert both.disagreement == read_record(line())
+    assert (both.disagreeing, both.disagreement) == (1, read_record(line()))
 
 
-def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replay, "_MOST_REMEMBERED", 7)
-    monkeypatch.setattr(replay, "_MOST_GROUPS", 3)
+def test_memory_is_bounded() -> None:
     sites = [f"h{number}.test" for number in range(20)]
-    both = Replay(NONE, policy(f"[outgoing]\ndeny_sites = {json.dumps(sites)}"))
+    new = policy(f"[outgoing]\ndeny_sites = {json.dumps(sites)}")
+    both = Replay(NONE, new, most_remembered=7, most_groups=3)
     for _ in range(2):
         both.read(line(dest_host=site) for site in sites)
     assert len(both._known) <= 7

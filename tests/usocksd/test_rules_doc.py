@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
 
-from usocksd.acl import AccessRules, Decision
+from usocksd.acl import Ruling
+from usocksd.clients import Client
 from usocksd.config import Config
-from usocksd.names.match import canonical_host
+from usocksd.decision import Decision
+from usocksd.net.address import numeric_address
 from usocksd.settings.loader import parse
 from usocksd.settings.types import split_port
 
@@ -35,29 +36,19 @@ def examples() -> list[tuple[int, str, str]]:
     return found
 
 
-def rules(config: str) -> AccessRules:
-    return parse(Config, config, str(DOC)).access_rules(lambda _: False)
-
-
-def test_there_are_examples() -> None:
-    assert len(examples()) > 30
-
-
 @pytest.mark.parametrize(("line", "config", "request_"), examples(), ids=[f"line {line}" for line, _, _ in examples()])
 def test_an_example(line: int, config: str, request_: str) -> None:
     asked = REQUEST.fullmatch(request_)
     assert asked is not None, f"{DOC}:{line}"
     host, port = split_port(asked["to"])
     assert port is not None
-    destination = canonical_host(host)
-    client, user = ip_address(asked["client"]), asked["user"]
-    access = rules(config)
-    if asked["address"] is None:
-        decision = access.decide_name(client, user, destination, port)
-    else:
-        assert isinstance(destination, str)
-        # Resolved is only what is allowed as a name.
-        assert access.decide_name(client, user, destination, port).allowed
-        decision = access.decide_address(client, user, destination, ip_address(asked["address"]), port)
-    expected = Decision(asked["verdict"] == "allowed", asked["rule"], asked["pool"] or "default")
-    assert decision == expected, f"{DOC}:{line}"
+    rules = parse(Config, config, str(DOC)).access_rules(lambda _: False)
+    decision = Decision(rules, Client.at(asked["client"], user=asked["user"]), host, port)
+    ruling = decision.ruling or decision.judge_name(decision.sent)
+    if asked["address"] is not None:
+        assert ruling.allowed  # only names that are allowed are resolved
+        decision.resolved([numeric_address(asked["address"])])
+        assert decision.candidates
+        ruling = decision.candidates[0].ruling
+    expected = Ruling(asked["verdict"] == "allowed", asked["rule"], asked["pool"] or "default")
+    assert ruling == expected, f"{DOC}:{line}"

@@ -8,7 +8,6 @@ from math import inf
 from transocks.original_dst import Destination
 from transocks.upstreams.proxy_url import ProxyURL
 from usocksd.errors import ResolveError
-from usocksd.names.answers import ABSENT
 from usocksd.names.resolver import Resolver
 from usocksd.net.address import IPAddress, without_zone
 from usocksd.net.dial import Target
@@ -60,7 +59,7 @@ class UpstreamAddresses:
         try:
             self._learn(await search)
         except ResolveError as error:
-            if not self.targets or error.cause in ABSENT:
+            if not self.targets or error.absent:
                 raise
             self._stale_until = self._clock() + _STALE_FOR
 

@@ -13,7 +13,6 @@ from transocks.upstreams.request import Attempt, Progress, Request, Tunnel
 from transocks.upstreams.state import UpstreamState
 from usocksd.errors import DialError, Error, ResolveError, UpstreamError
 from usocksd.log.metrics import SECONDS, Metrics
-from usocksd.names.answers import ABSENT
 from usocksd.names.resolver import Resolver
 from usocksd.net.dial import Dialer
 from usocksd.net.endpoint import DeadlineExpired, Endpoint, PeerReset
@@ -167,7 +166,7 @@ class Upstream:
                 self.state.failed(str(error))
             case DialError() if is_gone(error):
                 self.state.failed(str(error), gone=True)
-            case ResolveError() if error.cause in ABSENT:
+            case ResolveError() if error.absent:
                 self.state.failed(str(error))
 
     async def _ask(self, endpoint: Endpoint, handshake: ClientRole, request: Request, attempt: Attempt) -> Tunnel:

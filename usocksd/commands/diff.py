@@ -21,9 +21,8 @@ from usocksd.config import Config
 from usocksd.errors import Error
 from usocksd.log.words import counted
 from usocksd.net.address import join_port
-from usocksd.policy import Outcome
-from usocksd.records import Record, Skipped, lines_of
-from usocksd.replay import Change, Group, Replay
+from usocksd.records import AccessRecord, Skipped, lines_of
+from usocksd.replay import Change, Group, Outcome, Replay
 from usocksd.serve.verbs.client import visible
 from usocksd.settings import loader as configuration
 
@@ -257,10 +256,10 @@ def _example(group: Group) -> str:
     return text
 
 
-def _request(record: Record) -> str:
-    asked = record.asked
-    who = asked.client if asked.user is None else f"{asked.client} ({asked.user})"
-    to = "" if asked.host is None else f" to {join_port(asked.host, asked.port)}"
+def _request(record: AccessRecord) -> str:
+    request = record.request
+    who = request.client if request.user is None else f"{request.client} ({request.user})"
+    to = "" if request.host is None else f" to {join_port(request.host, request.port)}"
     return f"{who}{to}, {_until_second(record.at)}"
 
 
@@ -339,14 +338,14 @@ def _outcome(outcome: Outcome, rule: str, places: _Places) -> dict[str, Any]:
     }
 
 
-def _record(record: Record) -> dict[str, Any]:
-    asked = record.asked
+def _record(record: AccessRecord) -> dict[str, Any]:
+    request = record.request
     return {
         "at": record.at,
-        "client": asked.client,
-        "user": asked.user,
-        "host": asked.host,
-        "port": asked.port,
-        "candidates": None if asked.candidates is None else list(asked.candidates),
+        "client": request.client,
+        "user": request.user,
+        "host": request.host,
+        "port": request.port,
+        "candidates": None if request.candidates is None else list(request.candidates),
         "allowed": record.allowed,
     }

@@ -8,12 +8,12 @@ from pathlib import Path
 from usocksd.auth import Users
 from usocksd.clients import ClientRules
 from usocksd.config import Config
+from usocksd.decision import Policy
 from usocksd.dnsbl import Listings
 from usocksd.egress import EgressPools, Pool
 from usocksd.host.addresses import HostAddresses
 from usocksd.log.metrics import Metrics
 from usocksd.net.address import IPAddress
-from usocksd.policy import Policy
 from usocksd.settings.files import read_file
 
 

@@ -34,10 +34,8 @@ def build(config: Config, parts: Parts) -> Built:
         proxied = ProxiedListener(in_front.port, policy.trusted, policy.clients, parts.count_as)
     keepalive = KeepAlive(config.timeouts.keepalive)
     sessions = Sessions(
-        clients=policy.clients,
+        policy=policy,
         users=users,
-        users_required=policy.required,
-        rules=policy.rules,
         resolver=resolver,
         egress=egress,
         usable=listings.usable,

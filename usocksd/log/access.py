@@ -137,13 +137,12 @@ class AccessRecords:
 class Connection:
     """What is said of one connection, as far as both daemons have it in common; the rest is the subclass's."""
 
-    __slots__ = ("_client", "_id", "_records", "_since", "_source", "client_host")
+    __slots__ = ("_client", "_id", "_records", "_since", "_source")
 
     def __init__(self, records: AccessRecords, host: str, port: int) -> None:
+        """`host` is the client's numeric address."""
         self._records = records
         self._id = records.next_id()
-        self.client_host = host
-        """The client's numeric address."""
         self._client = pair_member(host, port)
         self._source: str | None = None
         self._since = time.monotonic()

@@ -8,14 +8,9 @@ from itertools import zip_longest
 
 from attrs import frozen
 
-from usocksd.errors import ResolveError
+from usocksd.errors import NO_ADDRESS, NO_SUCH_NAME, ResolveError
 from usocksd.names.name_query import SERVERS_FAILED, TIMED_OUT, Found
 from usocksd.net.address import IPAddress, numeric_address
-
-NO_SUCH_NAME = "no such name"
-NO_ADDRESS = "no address"
-ABSENT = frozenset({NO_SUCH_NAME, NO_ADDRESS})
-"""The causes for which a search goes on with the next name."""
 
 # Seconds. A TTL of 0 would mean a query per connection of a page; one of days outlives every change.
 _SHORTEST_TTL, _LONGEST_TTL = 5.0, 3600.0
@@ -85,7 +80,7 @@ def of_system(host: str) -> Entry:
         found = socket.getaddrinfo(host.encode("ascii"), None, type=socket.SOCK_STREAM)
     except socket.gaierror as error:
         cause = _GAI_CAUSES.get(error.errno or 0, SERVERS_FAILED)
-        return Entry((), cause, _SYSTEM_TTL if cause in ABSENT else _FAILURE_TTL)
+        return Entry((), cause, _SYSTEM_TTL if cause in (NO_SUCH_NAME, NO_ADDRESS) else _FAILURE_TTL)
     return Entry(in_turn(numeric_address(str(sockaddr[0])) for *_, sockaddr in found), "", _SYSTEM_TTL)
 
 

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import trio
 from attrs import Factory, define
 
-from usocksd.errors import ResolveError
+from usocksd.errors import NO_ADDRESS, NO_SUCH_NAME, ResolveError
 from usocksd.host.limits import owner
 from usocksd.log.metrics import SECONDS, Metrics
 from usocksd.names import answers
@@ -142,7 +142,7 @@ class Resolver:
         )
         self._seconds = {
             cause: seconds.labels(cause.replace(" ", "_") or "ok")
-            for cause in ("", answers.NO_SUCH_NAME, answers.NO_ADDRESS, TIMED_OUT, SERVERS_FAILED, TOO_MANY)
+            for cause in ("", NO_SUCH_NAME, NO_ADDRESS, TIMED_OUT, SERVERS_FAILED, TOO_MANY)
         }
         self._reread()
 
@@ -236,15 +236,15 @@ class Resolver:
             names = self.full_names(text)
         except ValueError:
             raise ResolveError(text, "not a host name") from None
-        cause = answers.NO_SUCH_NAME
+        cause = NO_SUCH_NAME
         for name in names:
             try:
                 return await ask(name)
             except ResolveError as error:
-                if error.cause not in answers.ABSENT:
+                if not error.absent:
                     raise ResolveError(text, error.cause) from None
-                if error.cause == answers.NO_ADDRESS:
-                    cause = answers.NO_ADDRESS
+                if error.cause == NO_ADDRESS:
+                    cause = NO_ADDRESS
         raise ResolveError(text, cause)
 
     async def resolve_for(

@@ -12,8 +12,8 @@ import dns.message
 import dns.rrset
 
 from transocks.tracing.events import MESSAGE, Packet
-from transocks.tracing.frames import datagram
-from transocks.tracing.table import TABLE
+from transocks.tracing.packets import datagram
+from transocks.tracing.path import TABLE
 from usocksd.host.netlink import HEADER
 from usocksd.log.formats import Logfmt, Plain, Severity
 from usocksd.net.proxy_protocol import LOCAL_HEADER, header

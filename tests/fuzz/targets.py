@@ -31,7 +31,7 @@ from transocks.rules.verify import compare, dormant, force_nft, from_nft, from_s
 from transocks.sniff import MOST, Sniffer
 from transocks.tracing.events import MESSAGE
 from transocks.tracing.events import parse as parse_trace
-from transocks.tracing.way import way_of
+from transocks.tracing.path import path_of
 from usocksd.acl import AccessRules, Rule
 from usocksd.clients import Client as WhoAsks
 from usocksd.clients import ClientRules
@@ -451,16 +451,16 @@ def iptables_save(data: bytes) -> None:
 
 @target
 def trace(data: bytes) -> None:
-    """What the kernel tells of packets, and the way that this makes."""
+    """The kernel's reports of packets, and the paths that they make."""
     events = [event for kind, _, body in messages(data) if kind == MESSAGE and (event := parse_trace(body)) is not None]
-    for port in {end for event in events if event.packet for end in (event.packet.sport, event.packet.dport)}:
+    packets = [event.packet for event in events if event.packet]
+    for protocol, port in {(packet.protocol, end) for packet in packets for end in (packet.sport, packet.dport)}:
         for back in (False, True):
-            way = way_of(events, port, back=back)
-            if way is not None:
-                assert {way.packet.sport, way.packet.dport} >= {port}
-                assert len(list(way.marks)) < len(way.events)
-                for told in ("destination", "iif", "oif", "dropped", "at", "delivered", "left", "lost", "turn"):
-                    getattr(way, told)
+            path = path_of(events, protocol, port, back=back)
+            if path is not None:
+                assert {path.packet.sport, path.packet.dport} >= {port}
+                assert len(path.marks) < len(path.events)
+                assert (path.stop is None) is (path.delivered or path.left)
 
 
 # ---- between master and worker

@@ -35,7 +35,7 @@ REDIRECTED, DIRECT, REFUSED, NOTHING = "redirected", "direct", "refused", "no an
 def clients_packets() -> bool:
     """Whether an interface can be made to receive what nobody has sent: takes CAP_BPF of the host itself."""
     words = ["unshare", *(["--user", "--map-root-user"] if os.geteuid() else []), "--net", sys.executable, "-c"]
-    script = "from transocks.tracing.inject import inject; inject('lo', bytes(64))"
+    script = "from ipaddress import ip_address as a; from transocks.tracing.packets import Packet, inject; inject('lo', Packet(17, a('127.0.0.1'), 9, a('127.0.0.1'), 9))"
     return subprocess.run([*words, script], capture_output=True, check=False).returncode == 0
 
 

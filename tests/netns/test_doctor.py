@@ -893,8 +893,7 @@ def test_nothing_is_left_and_nobody_is_connected_to(host_net: lab.Net, tmp_path:
 
 AGAIN = """
 import socket
-from transocks.tracing.table import Tracer
-from transocks.tracing.way import way_of
+from transocks.tracing.tracer import Tracer
 with Tracer() as tracer:
     for mark in (0, 0x7473):
         with socket.socket() as sock:
@@ -903,7 +902,7 @@ with Tracer() as tracer:
             sock.setblocking(False)
             with tracer.watching(6, 45678, keep=True):
                 sock.connect_ex(("203.0.113.1", 443))
-                print(way_of(tracer.events(6, 45678), 45678).turn is not None)
+                print(tracer.path(6, 45678).turn is not None)
 """
 
 

@@ -54,7 +54,7 @@ def _run(args: argparse.Namespace) -> int:
     """Run the verb; returns the exit status."""
     # Not for the command lines of other verbs: what this takes is loaded when it is run.
     from transocks.doctor import State, examine  # noqa: PLC0415
-    from transocks.doctor.report import as_json, as_text  # noqa: PLC0415
+    from transocks.doctor.finding import as_json, as_text  # noqa: PLC0415
 
     file = args.f or _DEFAULT
     try:
@@ -62,7 +62,7 @@ def _run(args: argparse.Namespace) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
-    findings = examine(config, file, client=args.client, say=lambda line: print(line, file=sys.stderr, flush=True))
+    findings = examine(config, client=args.client, say=lambda line: print(line, file=sys.stderr, flush=True))
     if args.json:
         print(json.dumps(as_json(findings, file)))
     else:

@@ -1,23 +1,21 @@
 """What is wrong on this host, between the firewall and the upstream: `transocks doctor`.
 
-    look -> first packets of connections, tried out -> checks
-
-`seen.py` reads the host, once; `tried.py` asks the kernel what it does with packets that transocks should get, with
-`transocks/tracing/`; `checks/` judges. Nothing is changed, and only upstreams are connected to (`upstreams.py`).
+`host.py` looks at the host, and has the kernel say what it does with packets that transocks should get
+(`transocks/tracing/`); `checks/` judge that. Nothing is changed, and only upstreams are connected to.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable
 
 from transocks.config import Config
-from transocks.doctor.checks import CHECKS
-from transocks.doctor.finding import Check, Finding, State, fault, unchecked
-from transocks.doctor.seen import Seen, look
-from transocks.doctor.tried import AS_ROOT, Trials
+from transocks.doctor.checks import CHECKS, Check
+from transocks.doctor.finding import Finding, State, fault, unchecked
+from transocks.doctor.host import Host
 from transocks.tools import FirewallError
-from transocks.tracing.table import Tracer
+from transocks.tracing.tracer import Tracer
 from usocksd.net.address import IPAddress
 
 log = logging.getLogger(__name__)
@@ -26,37 +24,29 @@ WAIT_FOR_CLIENT = 60.0
 _SETTLE = 0.5  # seconds until the first packet of a connection has gone its way
 
 
-def examine(
-    config: Config, config_file: str, *, client: IPAddress | None = None, say: Callable[[str], None] = print
-) -> list[Finding]:
+def examine(config: Config, *, client: IPAddress | None = None, say: Callable[[str], None] = print) -> list[Finding]:
     """Look at this host as this user, within seconds; or wait for the next connection of this client first."""
-    seen = look(config, config_file)
-    if not seen.root:
-        return judge(seen, Trials(seen, None, "packets are traced for root only"))
+    if os.geteuid() != 0:
+        return judge(Host(config=config, why="packets are traced for root only"))
     try:
-        with Tracer((client,) if client else ()) as tracer:
+        with Tracer(client) as tracer:
+            host = Host(config=config, tracer=tracer, client=client)
             if client is not None:
                 say(f"waiting up to {WAIT_FOR_CLIENT:.0f} s for {client} to open a new TCP connection: open one there")
-                if tracer.first_of(client, WAIT_FOR_CLIENT, _SETTLE) is None:
-                    return [_nothing_from(client)]
-            return judge(seen, Trials(seen, tracer, client=client))
+                if tracer.wait_for(client, WAIT_FOR_CLIENT, _SETTLE) is None:
+                    do = "look whether this host is its gateway (ip route there), and whether it opened a connection"
+                    return [fault("client", f"nothing came from {client} within {WAIT_FOR_CLIENT:.0f} s", do)]
+            return judge(host)
     except FirewallError as error:
-        return judge(seen, Trials(seen, None, str(error)))
+        return judge(Host(config=config, why=str(error)))
 
 
-def _nothing_from(client: IPAddress) -> Finding:
-    return fault(
-        "client", f"nothing came from {client} within {WAIT_FOR_CLIENT:.0f} s",
-        "look whether this host is its gateway (ip route there), and whether it opened a connection at all",
-    )  # fmt: skip
-
-
-def judge(seen: Seen, trials: Trials, checks: Iterable[Check] = CHECKS) -> list[Finding]:
+def judge(host: Host, checks: Iterable[Check] = CHECKS) -> list[Finding]:
     """What these checks say, in this order."""
     findings: list[Finding] = []
     for check in checks:
         try:
-            findings += check(seen, trials)
+            findings += check(host)
         except Exception as error:  # one check's fault must not hide what the others have found
             log.debug("a check failed", exc_info=True)
             cause: BaseException = error
@@ -66,4 +56,4 @@ def judge(seen: Seen, trials: Trials, checks: Iterable[Check] = CHECKS) -> list[
     return findings
 
 
-__all__ = ["AS_ROOT", "Finding", "State", "examine", "judge"]
+__all__ = ["Finding", "State", "examine", "judge"]

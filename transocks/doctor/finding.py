@@ -1,15 +1,13 @@
-"""What a check says."""
+"""What checks say: findings, as text that fits a screen and as JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from enum import Enum
-from typing import TypeAlias
 
 import attrs
 
-from transocks.doctor.seen import Seen
-from transocks.doctor.tried import Trials
+from usocksd.serve.verbs.client import visible
 
 
 class State(Enum):
@@ -31,9 +29,6 @@ class Finding:
     do: str = ""
 
 
-Check: TypeAlias = Callable[[Seen, Trials], Iterator[Finding]]
-
-
 def fault(check: str, seen: str, do: str) -> Finding:
     """It does not work like this."""
     return Finding(check, State.FAULT, seen, do)
@@ -52,3 +47,32 @@ def unchecked(check: str, why: str, do: str = "") -> Finding:
 def fine(check: str, seen: str) -> Finding:
     """Nothing is wrong with it."""
     return Finding(check, State.OK, seen)
+
+
+def as_text(findings: Sequence[Finding], *, everything: bool = False) -> Iterator[str]:
+    """Faults first, then warnings, then what was not checked; what is well in a line, or with `everything` in full."""
+    ordered = sorted(findings, key=lambda finding: list(State).index(finding.state))
+    for finding in ordered:
+        if finding.state is not State.OK or everything:
+            yield f"{finding.state.value}: {finding.check}: {visible(finding.seen)}"
+        if finding.do:
+            yield f"    {visible(finding.do)}"
+    bad = {finding.check for finding in findings if finding.state is not State.OK}
+    well = dict.fromkeys(finding.check for finding in findings if finding.check not in bad)
+    if well and not everything:
+        yield f"ok: {', '.join(well)}"
+    faults, warnings, not_checked, _ = (sum(finding.state is state for finding in findings) for state in State)
+    yield (
+        f"{faults} fault{'' if faults == 1 else 's'}, {warnings} warning{'' if warnings == 1 else 's'}"
+        + (f", {not_checked} not checked" if not_checked else "")
+    )
+
+
+def as_json(findings: Sequence[Finding], config_file: str) -> dict[str, object]:
+    """One object: "ok", and all findings, faults first."""
+    ordered = sorted(findings, key=lambda finding: list(State).index(finding.state))
+    return {
+        "file": config_file,
+        "ok": not any(finding.state is State.FAULT for finding in findings),
+        "findings": [{"check": f.check, "state": f.state.value, "seen": f.seen, "do": f.do or None} for f in ordered],
+    }

@@ -1,9 +1,8 @@
-"""What the kernel tells of a packet that it traces: NFT_MSG_TRACE of nfnetlink, one message for each rule and chain."""
+"""The kernel's reports of a packet that it traces: NFT_MSG_TRACE of nfnetlink, one message for each rule and chain."""
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
 from enum import IntEnum
 from ipaddress import ip_address
 
@@ -14,18 +13,18 @@ from usocksd.net.address import IPAddress
 
 # linux/netfilter/nf_tables.h
 MESSAGE = 10 << 8 | 17  # NFNL_SUBSYS_NFTABLES, NFT_MSG_TRACE
-_TABLE, _CHAIN, _HANDLE, _TYPE, _VERDICT, _ID, _LINK = 1, 2, 3, 4, 5, 6, 7
+_TABLE, _CHAIN, _HANDLE, _TYPE, _VERDICT, _ID = 1, 2, 3, 4, 5, 6
 _NETWORK, _TRANSPORT, _IIF, _OIF, _MARK, _POLICY = 8, 9, 10, 12, 14, 16
 _VERDICT_CODE = 1
 _TYPE_RULE = 3
 _FAMILIES = {1: "inet", 2: "ip", 5: "netdev", 7: "bridge", 10: "ip6"}
-_TCP = 6
 
+TCP, UDP = 6, 17
 SYN, RST, ACK = 0x02, 0x04, 0x10
 
 
 class Verdict(IntEnum):
-    """What a rule or chain says, of linux/netfilter.h and nf_tables.h."""
+    """The verdict of a rule or chain: linux/netfilter.h and nf_tables.h."""
 
     DROP = 0
     ACCEPT = 1
@@ -40,7 +39,7 @@ class Verdict(IntEnum):
 
 @attrs.frozen
 class Packet:
-    """The ends of a packet of TCP or UDP, and TCP's flags."""
+    """Both ends of a packet of TCP or UDP, and TCP's flags."""
 
     protocol: int
     source: IPAddress
@@ -52,16 +51,17 @@ class Packet:
 
 @attrs.frozen(kw_only=True)
 class Event:
-    """A rule that matched, or a chain that came to its end."""
+    """A rule that matched, or the end of a chain."""
 
     family: str
     table: str
     chain: str
     handle: int | None
-    """of the rule; None: the chain itself, its policy or the end of it"""
+    """of the rule; None: the chain itself, by its policy or at its end"""
     verdict: Verdict
     mark: int
     id: int
+    """of the packet, as long as the kernel has it"""
     packet: Packet | None
     """in the first event of each hooked chain"""
     iif: int = 0
@@ -69,7 +69,7 @@ class Event:
 
 
 def parse(message: bytes) -> Event | None:
-    """What is behind the header of a message; None for what is not understood."""
+    """Parse a message without its netlink header; None if it is not understood."""
     try:
         return _parse(message)
     except (struct.error, ValueError, LookupError):
@@ -86,7 +86,7 @@ def _parse(message: bytes) -> Event:
     rule = _number(found, _TYPE) == _TYPE_RULE
     return Event(
         family=family, table=_name(found[_TABLE]), chain=_name(found[_CHAIN]),
-        handle=int.from_bytes(found[_HANDLE], "big") if rule and _HANDLE in found else None,
+        handle=_number(found, _HANDLE) if rule and _HANDLE in found else None,
         verdict=verdict, mark=_number(found, _MARK), id=_number(found, _ID),
         packet=_packet(found.get(_NETWORK, b""), found.get(_TRANSPORT, b"")),
         iif=_number(found, _IIF), oif=_number(found, _OIF),
@@ -111,16 +111,5 @@ def _packet(network: bytes, transport: bytes) -> Packet | None:
     else:
         return None
     sport, dport = struct.unpack_from(">HH", transport)
-    flags = transport[13] if protocol == _TCP and len(transport) > 13 else 0
+    flags = transport[13] if protocol == TCP and len(transport) > 13 else 0
     return Packet(protocol, ip_address(source), sport, ip_address(destination), dport, flags)
-
-
-def of_port(events: list[Event], protocol: int, port: int) -> Iterator[Event]:
-    """Those of packets that come from this port or go to it."""
-    ours: dict[int, bool] = {}
-    for event in events:
-        packet = event.packet
-        if packet is not None:
-            ours[event.id] = packet.protocol == protocol and port in {packet.sport, packet.dport}
-        if ours.get(event.id):
-            yield event

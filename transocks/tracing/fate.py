@@ -1,8 +1,9 @@
-"""What became of a connection that rules are for, in one word, and which rule was it."""
+"""What became of a connection that rules of transocks are for, in one word, and what did that."""
 
 from __future__ import annotations
 
 from enum import Enum, auto
+from ipaddress import ip_address
 
 import attrs
 
@@ -11,113 +12,130 @@ from transocks.rules.live import CHAINS, GUARDS, TABLES
 from transocks.rules.redirection import Redirection
 from transocks.tracing.events import Event, Verdict
 from transocks.tracing.names import RuleNames
-from transocks.tracing.samples import Outcome
-from transocks.tracing.way import Way
+from transocks.tracing.path import Cause, Change, Path
+from transocks.tracing.samples import Outcome, Sample
+from usocksd.net.address import IPAddress
 
-_IPTABLES_PLACE = {
+IPTABLES_PLACE = {
     Mode.HOST: ("output", "nat"),
     Mode.GATEWAY: ("prerouting", "nat"),
     Mode.TPROXY: ("prerouting", "mangle"),
 }
-_NOTRACK = ("notrack", "NOTRACK")
+"""The hook and table of our rules."""
+_ENDS = {Verdict.ACCEPT, Verdict.RETURN, Verdict.GOTO}
 
 
 class What(Enum):
-    """Where it got."""
+    """How far it got."""
 
     ARRIVED = auto()
-    """at the port it is for, and past all rules"""
+    """at the port it is for, past all rules"""
     STOPPED = auto()
-    """by a rule behind that which has it for us, or lost there"""
+    """behind our rule"""
     DROPPED = auto()
-    """before"""
-    ELSEWHERE = auto()
-    """something gave it another destination, or another mark"""
+    """before our rule"""
+    TAKEN = auto()
+    """by a rule that gave it another destination, or accepted it where ours would have been asked next"""
+    UNMARKED = auto()
+    """TPROXY's mark was changed, so it was not routed here"""
     UNTRACKED = auto()
     """connection tracking does not know it, so no NAT"""
-    ENDED = auto()
-    """something accepted it where ours would have been asked next"""
     PASSED = auto()
-    """nothing took it"""
+    """no rule took it"""
     NOWHERE = auto()
-    """the kernel did not take it: there is no route, say"""
+    """the kernel did not take it: there is no route, for example"""
 
 
 @attrs.frozen
 class Fate:
-    """`text`: by which rule, or where."""
+    """Of one sample, as far as the rules of one mode are concerned."""
 
+    redirection: Redirection
+    outcome: Outcome
     what: What
     text: str = ""
+    """what did it, or why; "" if no rule of ours was met"""
     rule: Event | None = None
-    """of that text, where nft knows of one"""
+    """that did it, where nft knows of one"""
+
+    @property
+    def sample(self) -> Sample:
+        """What was tried."""
+        return self.outcome.sample
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"{self.redirection.mode.value}, IPv{self.sample.version}"
+
+    @property
+    def end(self) -> tuple[IPAddress, int]:
+        """Where it is sent; TPROXY leaves the destination as it is."""
+        if self.redirection.mode is Mode.TPROXY:
+            own = [address for address in self.redirection.addresses if address.version == self.sample.version]
+            loopback = ip_address("127.0.0.1" if self.sample.version == 4 else "::1")
+            return own[0] if own else loopback, self.redirection.port
+        assert self.outcome.path is not None
+        return self.outcome.path.destination
 
 
-def fate_of(outcome: Outcome, wanted: Redirection, names: RuleNames) -> Fate:
-    """Of a sample of these rules."""
-    way = outcome.way
-    if way is None:
-        return Fate(What.NOWHERE, outcome.why or "nothing is told of it")
-    if wanted.mode is Mode.TPROXY:
-        return _of_tproxy(way, wanted, names)
-    turn = way.turn
-    if turn is not None and turn.to is not None:
-        text = names.change(turn, way)
-        if turn.to[1] != wanted.port:
-            return Fate(What.ELSEWHERE, f"{text} sends it to port {turn.to[1]} of {turn.to[0]}", turn.rule)
-        return _behind(way, names) or Fate(What.ARRIVED, text, turn.rule)
-    if way.untracked:
-        rule = next((rule for rule in way.rules if any(word in names.text(rule) for word in _NOTRACK)), None)
-        return Fate(What.UNTRACKED, names.rule(rule) if rule else names.gap(way.at[0], "raw", way), rule)
-    return _before(way, wanted, names)
+def fate_of(outcome: Outcome, redirection: Redirection, names: RuleNames) -> Fate:
+    """The fate of a sample of these rules."""
+    if outcome.path is None:
+        return Fate(redirection, outcome, What.NOWHERE, outcome.why or "nothing was reported of it")
+    what, text, cause = _judge(outcome.path, redirection, names)
+    return Fate(redirection, outcome, what, text, cause.rule if cause is not None else None)
 
 
-def _of_tproxy(way: Way, wanted: Redirection, names: RuleNames) -> Fate:
-    taken = next((mark for mark in way.marks if mark.after == wanted.tproxy_mark), None)
-    if taken is None:
-        turn = way.turn
-        if turn is not None and turn.to is not None and way.dropped is None:
-            text = names.change(turn, way)
-            return Fate(What.ELSEWHERE, f"{text} sends it to port {turn.to[1]} of {turn.to[0]}", turn.rule)
-        return _before(way, wanted, names)
-    later = next((mark for mark in way.marks if mark.before == wanted.tproxy_mark), None)
-    if later is not None and not way.delivered:
-        text = f"{names.change(later, way)} makes mark {later.before:#x}, which routes it here, {later.after:#x}"
-        return Fate(What.ELSEWHERE, text, later.rule)
-    return _behind(way, names) or Fate(What.ARRIVED, names.change(taken, way), taken.rule)
+_Judgement = tuple[What, str, Cause | None]
 
 
-def _behind(way: Way, names: RuleNames) -> Fate | None:
-    """What keeps the packet from its socket, once it was redirected."""
-    if way.dropped is not None:
-        return Fate(What.STOPPED, names.does(way.dropped), way.dropped)
-    if way.delivered:
-        return None
-    if way.left:
-        return Fate(What.STOPPED, "it is routed out of this host")
-    return Fate(What.STOPPED, _lost(way, names))
+def _judge(path: Path, redirection: Redirection, names: RuleNames) -> _Judgement:
+    turn = path.turn
+    if redirection.mode is Mode.TPROXY:
+        mark = redirection.tproxy_mark
+        taken = next((change for change in path.marks if change.after == mark), None)
+        later = next((change for change in path.marks if change.before == mark), None)
+        if taken is not None and later is not None and not path.delivered:
+            text = f"{names.of(later.cause)} makes mark {mark:#x}, which routes it here, {later.after:#x}"
+            return What.UNMARKED, text, later.cause
+        if taken is None and turn is not None and (path.stop is None or path.stop.rule is None):
+            return _elsewhere(turn, names)
+    else:
+        taken = turn
+        if turn is not None and turn.to is not None and turn.to[1] != redirection.port:
+            return _elsewhere(turn, names)
+    if taken is not None:
+        if path.left:
+            return What.STOPPED, "it is routed out of this host", None
+        if path.stop is not None:
+            return What.STOPPED, names.stop(path.stop), path.stop
+        return What.ARRIVED, names.of(taken.cause), taken.cause
+    if path.untracked and redirection.mode is not Mode.TPROXY:
+        rule = next((rule for rule in path.rules if "notrack" in names.text(rule).lower()), None)
+        hook = "output" if redirection.mode is Mode.HOST else "prerouting"
+        cause = Cause(rule, path.packet.source.version, hook, "raw")
+        return What.UNTRACKED, names.of(cause), cause
+    if path.stop is not None:
+        return What.DROPPED, names.stop(path.stop), path.stop
+    return _untaken(path, redirection, names)
 
 
-def _before(way: Way, wanted: Redirection, names: RuleNames) -> Fate:
-    """What kept the packet from our rules."""
-    if way.dropped is not None:
-        return Fate(What.DROPPED, names.does(way.dropped), way.dropped)
-    if not way.delivered and not way.left:
-        return Fate(What.DROPPED, f"it is lost {_lost(way, names)}")
-    hook, table = _IPTABLES_PLACE[wanted.mode]
+def _elsewhere(turn: Change, names: RuleNames) -> _Judgement:
+    assert turn.to is not None
+    return What.TAKEN, f"{names.of(turn.cause)} sends it to port {turn.to[1]} of {turn.to[0]}", turn.cause
+
+
+def _untaken(path: Path, redirection: Redirection, names: RuleNames) -> _Judgement:
+    """No rule redirected it or stopped it."""
+    hook, table = IPTABLES_PLACE[redirection.mode]
     chains = {("ip", table, hook.upper()), ("ip6", table, hook.upper())}
-    for rule in way.rules:
-        ends = rule.verdict in {Verdict.ACCEPT, Verdict.RETURN, Verdict.GOTO}
-        if ends and (rule.family, rule.table, rule.chain) in chains and not is_ours(rule, names, wanted):
-            return Fate(What.ENDED, names.rule(rule), rule)
-    last = next((rule for rule in reversed(way.rules) if is_ours(rule, names, wanted)), None)
-    return Fate(What.PASSED, names.rule(last) if last else "", last)
-
-
-def _lost(way: Way, names: RuleNames) -> str:
-    hook, _ = way.at
-    place = way.lost_in
-    return f"by {names.gap(hook, place, way)}" if place is not None else way.lost or f"behind {hook.upper()}"
+    ours = [rule for rule in path.rules if is_ours(rule, names, redirection)]
+    theirs = (rule for rule in path.rules if rule not in ours and rule.verdict in _ENDS)
+    before = next((rule for rule in theirs if (rule.family, rule.table, rule.chain) in chains), None)
+    what, rule = (What.TAKEN, before) if before else (What.PASSED, ours[-1] if ours else None)
+    cause = Cause(rule, path.packet.source.version, hook, table)
+    return what, names.of(cause) if rule is not None else "", cause
 
 
 def is_guard(rule: Event | None) -> bool:
@@ -125,10 +143,10 @@ def is_guard(rule: Event | None) -> bool:
     return rule is not None and rule.family == "inet" and rule.table in GUARDS
 
 
-def is_ours(rule: Event, names: RuleNames, wanted: Redirection | None = None) -> bool:
+def is_ours(rule: Event, names: RuleNames, redirection: Redirection | None = None) -> bool:
     """Whether it is a rule of ours, or of this mode alone: of its table or chains, or one that leads there."""
-    tables = TABLES if wanted is None else (wanted.table,)
-    chains = CHAINS if wanted is None else (wanted.chain,)
+    tables = TABLES if redirection is None else (redirection.table,)
+    chains = CHAINS if redirection is None else (redirection.chain,)
     if rule.family == "inet" and rule.table in tables:
         return True
     return rule.chain in chains or any(f"-j {chain}" in names.text(rule).split('"')[-1] for chain in chains)

@@ -2,117 +2,76 @@
 
 from __future__ import annotations
 
-import fcntl
-import json
-import socket
-import struct
-import sys
 from collections.abc import Mapping
-from ipaddress import IPv4Network, IPv6Network
+from ipaddress import ip_network
 from pathlib import Path
+from typing import Any
 
 import attrs
 
-from transocks.tools import FirewallError, run
-from usocksd.net.address import IPAddress
-
-_RTF_UP = 1
-_SIOCGIFFLAGS, _SIOCGIFHWADDR = 0x8913, 0x8927  # linux/sockios.h
-_IFF_UP = 1
+from transocks.tools import FirewallError, run_json
+from usocksd.net.address import IPAddress, IPNetwork
 
 
 @attrs.frozen
 class Link:
-    """An interface other than loopback, and the networks on it."""
+    """An interface other than lo, and the networks on it."""
 
     name: str
-    networks: tuple[IPv4Network | IPv6Network, ...]
-
-    def has(self, address: IPAddress) -> bool:
-        """Whether this address is in a network here."""
-        return any(address in network for network in self.networks)
+    networks: tuple[IPNetwork, ...]
 
 
 @attrs.frozen
 class Links:
     """All of them."""
 
-    links: tuple[Link, ...]
-    uplinks: Mapping[int, str]
+    links: tuple[Link, ...] = ()
+    uplinks: Mapping[int, str] = {}
     """the interface of the default route by IP version, where there is one"""
     ports: Mapping[str, list[str]] = {}
-    """of each bridge"""
+    """of each bridge, those that are up"""
+    lo_is_up: bool = True
 
     def port(self, name: str) -> str:
-        """Where that comes in which comes in by this interface: a port of it, if it is a bridge."""
+        """A port of this interface, if it is a bridge; else the interface itself."""
         return next(iter(self.ports.get(name, ())), name)
 
     def of(self, address: IPAddress) -> Link | None:
         """The one with the network that this address is in."""
-        return next((link for link in self.links if link.has(address)), None)
+        return next((link for link in self.links if any(address in network for network in link.networks)), None)
 
 
 def links() -> Links:
-    """Those of now."""
-    networks: dict[str, list[IPv4Network | IPv6Network]] = {
-        name: [] for _, name in socket.if_nameindex() if name != "lo"
-    }
+    """The interfaces as they are now. Raises FirewallError, without ip(8) for example."""
+    found = _ip("-details", "link", "show")
+    networks: dict[str, list[IPNetwork]] = {link["ifname"]: [] for link in found if link["ifname"] != "lo"}
     uplinks: dict[int, str] = {}
-    for line in _lines("/proc/net/route")[1:]:
-        name, destination, gateway, flags, _, _, _, mask = line.split()[:8]
-        length = int(mask, 16).bit_count()
-        if not int(flags, 16) & _RTF_UP or name not in networks:
-            continue
-        if not length:
-            uplinks.setdefault(4, name)
-        elif int(gateway, 16) == 0:
-            networks[name].append(IPv4Network((int(destination, 16).to_bytes(4, sys.byteorder), length)))
-    for line in _lines("/proc/net/ipv6_route"):
-        destination, prefix, _, _, gateway, _, _, _, _, name = line.split()
-        if name not in networks:
-            continue
-        if int(prefix, 16) == 0 and int(gateway, 16):
-            uplinks.setdefault(6, name)
-        elif 0 < int(prefix, 16) < 128 and not int(gateway, 16) and not destination.startswith("ff"):
-            networks[name].append(IPv6Network((int(destination, 16), int(prefix, 16))))
-    return Links(tuple(Link(name, tuple(found)) for name, found in networks.items()), uplinks, bridge_ports())
+    for version in (4, 6):
+        for route in _ip(f"-{version}", "route", "show"):
+            device = route.get("dev") or next((hop.get("dev") for hop in route.get("nexthops", ())), None)
+            if device not in networks:
+                continue
+            if route["dst"] == "default":
+                uplinks.setdefault(version, device)
+            elif not {"gateway", "via"} & route.keys():
+                network = ip_network(route["dst"])
+                networks[device] += [] if network.is_link_local else [network]
+    return Links(
+        links=tuple(Link(name, tuple(there)) for name, there in networks.items()), uplinks=uplinks, ports=_ports(found),
+        lo_is_up=any(link["ifname"] == "lo" and "UP" in link["flags"] for link in found),
+    )  # fmt: skip
 
 
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text("ascii").splitlines()
-    except OSError:  # no such family
-        return []
-
-
-def is_up(name: str) -> bool:
-    """Whether this interface is up. Raises OSError when there is none of that name."""
-    flags: int = struct.unpack_from("H", _ask(name, _SIOCGIFFLAGS), 16)[0]
-    return bool(flags & _IFF_UP)
-
-
-def hardware_address(name: str) -> bytes:
-    """That of this interface; zeros where it has none. Raises OSError when there is none of that name."""
-    return _ask(name, _SIOCGIFHWADDR)[18:24]
-
-
-def _ask(name: str, question: int) -> bytes:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        answer: bytes = fcntl.ioctl(sock, question, struct.pack("16s24x", name.encode()))
-    return answer
-
-
-def bridge_ports() -> dict[str, list[str]]:
-    """Each bridge, and the interfaces that are its ports; nothing where there is no ip(8)."""
-    try:
-        found = json.loads(run("ip", "-json", "-details", "link", "show") or "[]")
-    except (FirewallError, ValueError):
-        return {}
+def _ports(found: list[dict[str, Any]]) -> dict[str, list[str]]:
     bridges = [link["ifname"] for link in found if link.get("linkinfo", {}).get("info_kind") == "bridge"]
     return {
-        bridge: [link["ifname"] for link in found if link.get("master") == bridge and "UP" in link.get("flags", ())]
+        bridge: [link["ifname"] for link in found if link.get("master") == bridge and "UP" in link["flags"]]
         for bridge in bridges
     }
+
+
+def _ip(*words: str) -> list[dict[str, Any]]:
+    return run_json("ip", "-json", *words) or []
 
 
 def filtered_bridges() -> dict[tuple[str, int], str]:
@@ -121,9 +80,14 @@ def filtered_bridges() -> dict[tuple[str, int], str]:
     With these (br_netfilter, which Docker and Kubernetes load) TPROXY gets nothing: it gives a packet its socket too
     early, and that is lost on the way up from the bridge.
     """
-    found: dict[tuple[str, int], str] = {}
+    settings = {}
     for version, tool in ((4, "iptables"), (6, "ip6tables")):
         setting = f"net.bridge.bridge-nf-call-{tool}"
-        if _lines(f"/proc/sys/{setting.replace('.', '/')}") == ["1"]:
-            found |= {(bridge, version): setting for bridge in bridge_ports()}
-    return found
+        path = Path(f"/proc/sys/{setting.replace('.', '/')}")
+        if path.exists() and path.read_text("ascii").strip() == "1":
+            settings[version] = setting
+    try:
+        bridges = _ports(_ip("-details", "link", "show")) if settings else {}
+    except FirewallError:
+        return {}
+    return {(bridge, version): setting for version, setting in settings.items() for bridge in bridges}

@@ -1,63 +1,54 @@
-"""What rules are called: their table, chain and text, as the tool that has loaded them prints it."""
+"""Rules as the tools print them that have loaded them: table, chain and text."""
 
 from __future__ import annotations
 
 import re
-from functools import cached_property
+from functools import cache, cached_property
 
 from transocks.rules import live
 from transocks.rules.verify import rule_texts
 from transocks.tools import FirewallError, run
 from transocks.tracing.events import Event, Verdict
-from transocks.tracing.way import Change, Way
+from transocks.tracing.path import LO, ROUTING, Cause
 
 _IPTABLES = {"raw", "mangle", "nat", "filter", "security"}
 _VERSIONS = {"ip": "IPv4", "ip6": "IPv6"}
-_DOES = {Verdict.DROP: "drops it", Verdict.QUEUE: "hands it to a program", Verdict.STOLEN: "takes it away"}
+_STOPS = {Verdict.QUEUE: "hands it to a program", Verdict.STOLEN: "takes it away"}
 _WIDTH = 160
+_LINES = re.MULTILINE | re.DOTALL
 
 
 class RuleNames:
-    """Of this host, as it is when they are asked for."""
+    """Of this host, as it is when they are first asked for."""
 
     def __init__(self) -> None:
-        self._saved_of: dict[str, str] = {}
+        self._saved = cache(_saved)
 
-    def rule(self, event: Event) -> str:
-        """A rule, or a chain with its policy."""
-        place = f"{self._table(event)}, chain {event.chain}"
-        if event.handle is None:
-            return f"{place} (its policy)"
-        text = self.text(event)
-        return f'{place}: "{text}"' if text else f"{place}, rule {event.handle}"
+    def of(self, cause: Cause) -> str:
+        """What did something to a packet."""
+        if cause.rule is not None:
+            return self._rule(cause.rule)
+        if cause.place == ROUTING:
+            return f"routing, behind {cause.hook.upper()},"
+        if cause.place == LO:
+            return "the interface lo"
+        version, place, hook = cause.version, cause.place, cause.hook.upper()
+        if place in _IPTABLES and (variant := _legacy(version)) is not None:
+            where = f"IPv{version} table {place} of {variant}, chain {hook}"
+            rules = _legacy_rules(variant, place, hook)
+            return f'{where}: "{rules[0]}"' if len(rules) == 1 else where
+        return f"something that nft does not show, in {hook} at the place of {place}"
 
-    def does(self, event: Event) -> str:
-        """What ends the way of a packet, and how."""
-        return f"{self.rule(event)} {_DOES.get(event.verdict, 'ends it')}"
+    def stop(self, cause: Cause) -> str:
+        """What ended the path of a packet, and how."""
+        return f"{self.of(cause)} {_STOPS.get(cause.rule.verdict, 'drops it') if cause.rule else 'drops it'}"
 
-    def change(self, change: Change, way: Way) -> str:
-        """What has changed a packet."""
-        return self.rule(change.rule) if change.rule is not None else self.gap(change.hook, change.place, way)
-
-    def gap(self, hook: str, place: str, way: Way) -> str:
-        """What nft does not show, at this place."""
-        version = way.packet.source.version
-        if place in _IPTABLES and (variant := self._legacy(version)) is not None:
-            table = f"IPv{version} table {place} of {variant}"
-            return self._legacy_rules(variant, place, hook) or f"{table}, chain {hook.upper()}"
-        return f"something that nft does not show, in {hook.upper()} at the place of {place}"
-
-    def text(self, event: Event) -> str:
-        """A rule's own words; "" where nobody tells them."""
-        if event.table in _IPTABLES and event.family in _VERSIONS and (text := self._saved(event)):
+    def text(self, rule: Event) -> str:
+        """The rule as its tool prints it; "" if it can't be found."""
+        if _is_iptables(rule) and (text := self._iptables_text(rule)):
             return text
-        text = " ".join(rule_texts(self.listing, event.family, event.table).get(event.handle or 0, "").split())
+        text = " ".join(rule_texts(self.listing, rule.family, rule.table).get(rule.handle or 0, "").split())
         return text if len(text) <= _WIDTH else f"{text[:_WIDTH]}..."
-
-    def _table(self, event: Event) -> str:
-        if event.table in _IPTABLES and event.family in _VERSIONS and self._saved_lines(event.family):
-            return f"{_VERSIONS[event.family]} table {event.table}"
-        return f"table {event.family} {event.table}"
 
     @cached_property
     def listing(self) -> str:
@@ -67,49 +58,50 @@ class RuleNames:
         except FirewallError:
             return ""
 
-    def _saved(self, event: Event) -> str:
+    def _rule(self, rule: Event) -> str:
+        """A rule, or a chain with its policy."""
+        iptables = _is_iptables(rule) and self._saved(rule.family)
+        table = f"{_VERSIONS[rule.family]} table {rule.table}" if iptables else f"table {rule.family} {rule.table}"
+        place = f"{table}, chain {rule.chain}"
+        if rule.handle is None:
+            return f"{place} (its policy)"
+        text = self.text(rule)
+        return f'{place}: "{text}"' if text else f"{place}, rule {rule.handle}"
+
+    def _iptables_text(self, rule: Event) -> str:
         """iptables prints what nft can't; its rules stand in the same order."""
-        block = re.search(rf"^table {event.family} {event.table} \{{.*?^\}}", self.listing, re.MULTILINE | re.DOTALL)
-        chain = re.search(
-            rf"^\tchain {re.escape(event.chain)} \{{.*?^\t\}}", block[0] if block else "", re.MULTILINE | re.DOTALL
-        )
+        block = re.search(rf"^table {rule.family} {rule.table} \{{.*?^\}}", self.listing, _LINES)
+        chain = re.search(rf"^\tchain {re.escape(rule.chain)} \{{.*?^\t\}}", block[0] if block else "", _LINES)
         handles = re.findall(r"^\t\t\S.* # handle (\d+)$", chain[0] if chain else "", re.MULTILINE)
-        table = re.search(rf"^\*{event.table}$.*?^COMMIT$", self._saved_lines(event.family), re.MULTILINE | re.DOTALL)
-        rules = re.findall(rf"^-A {re.escape(event.chain)} .*$", table[0] if table else "", re.MULTILINE)
-        if len(handles) != len(rules) or str(event.handle) not in handles:
+        table = re.search(rf"^\*{rule.table}$.*?^COMMIT$", self._saved(rule.family), _LINES)
+        rules = re.findall(rf"^-A {re.escape(rule.chain)} .*$", table[0] if table else "", re.MULTILINE)
+        if len(handles) != len(rules) or str(rule.handle) not in handles:
             return ""
-        return str(rules[handles.index(str(event.handle))])
+        return str(rules[handles.index(str(rule.handle))])
 
-    def _saved_lines(self, family: str) -> str:
-        """What the iptables that stands on nft prints."""
-        if family not in self._saved_of:
-            variant = next((v for v in live.variants(family == "ip6") if live.is_nft(v)), None)
-            try:
-                self._saved_of[family] = (
-                    run(
-                        f"{variant}-save",
-                    )
-                    if variant
-                    else ""
-                )
-            except FirewallError:
-                self._saved_of[family] = ""
-        return self._saved_of[family]
 
-    @staticmethod
-    def _legacy(version: int) -> str | None:
-        if not live.has_legacy(live.iptables(version == 6)):
-            return None
-        return next((v for v in live.variants(version == 6) if not live.is_nft(v)), None)
+def _is_iptables(rule: Event) -> bool:
+    return rule.table in _IPTABLES and rule.family in _VERSIONS
 
-    @staticmethod
-    def _legacy_rules(variant: str, table: str, hook: str) -> str:
-        """What there is in that place, if it is little enough to be read."""
-        version = 6 if variant.startswith("ip6") else 4
-        try:
-            tables = live.saved(version == 6, variant)
-        except FirewallError:
-            return ""
-        rules = [rule.rest for t in tables if t.name == table for rule in t.of(hook.upper())]
-        where = f"IPv{version} table {table} of {variant}, chain {hook.upper()}"
-        return f'{where}: "{rules[0]}"' if len(rules) == 1 else where
+
+def _saved(family: str) -> str:
+    """What the iptables that stands on nft prints."""
+    variant = next((v for v in live.variants(family == "ip6") if live.is_nft(v)), None)
+    try:
+        return run(f"{variant}-save") if variant else ""
+    except FirewallError:
+        return ""
+
+
+def _legacy(version: int) -> str | None:
+    if not live.has_legacy(live.iptables(version == 6)):
+        return None
+    return next((v for v in live.variants(version == 6) if not live.is_nft(v)), None)
+
+
+def _legacy_rules(variant: str, table: str, chain: str) -> list[str]:
+    try:
+        tables = live.saved(variant.startswith("ip6"), variant)
+    except FirewallError:
+        return []
+    return [rule.rest for each in tables if each.name == table for rule in each.of(chain)]

@@ -1,20 +1,17 @@
 """First packets of connections, sent by this host or received by it, and what the kernel did with them.
 
-Nobody else sees them: packets that would leave this host are dropped at the last moment, and so is the last segment of
-a handshake, so no listener gets a connection.
+Nobody else sees them. Packets that would leave this host are dropped at the last moment. They are raw, so this host's
+TCP knows nothing of them, and resets what a listener answers: no listener gets a connection.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-import random
-import select
 import socket
-import struct
 import time
-from collections.abc import Iterator
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from collections.abc import Callable, Iterator
+from functools import partial
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 
 import attrs
 
@@ -23,36 +20,30 @@ from transocks.rules.redirection import Redirection
 from transocks.rules.render import excluded
 from transocks.rules.routing import lookup
 from transocks.tools import FirewallError
-from transocks.tracing.events import ACK, RST, SYN, Packet
-from transocks.tracing.frames import datagram, frame
-from transocks.tracing.inject import inject
-from transocks.tracing.links import Links, hardware_address
+from transocks.tracing.events import ACK, RST, SYN, TCP, Packet
+from transocks.tracing.links import Links
+from transocks.tracing.packets import datagram, inject
+from transocks.tracing.path import Path
 from transocks.tracing.sockets import NOBODY, Identity, socket_of
-from transocks.tracing.table import Tracer
-from transocks.tracing.way import Way, way_of
-from usocksd.net.address import IPAddress, socket_address
+from transocks.tracing.tracer import Tracer
+from usocksd.net.address import IPAddress, IPNetwork, socket_address
 
 EXAMPLES: dict[int, tuple[IPAddress, ...]] = {
     4: (IPv4Address("203.0.113.1"), IPv4Address("192.0.2.1"), IPv4Address("198.51.100.250")),
     6: (IPv6Address("2001:db8:ffff::1"), IPv6Address("3fff::1")),
 }
 """Addresses of the documentation ranges, which rules like ours take for the Internet."""
-PORTS = (443, 80)
-TCP, UDP = 6, 17
+_PORTS = (443, 80)
 _DNS_PORTS = {53, 853}
-_MOST = 4  # examples for each mode and family
-_PATIENCE, _STEP = 0.5, 0.01  # seconds until the kernel has done what it does, and how often is looked
-_LINGER = struct.pack("ii", 1, 0)
-_HIGH_PORTS = (61_000, 65_500)  # seldom in use
-_IPPROTO_RAW = 255
-_IPV6_HDRINCL = 36
+_MOST = 4  # users, groups, cgroups and clients, each
+_PATIENCE, _STEP = 0.5, 0.01  # seconds until the kernel has done what it does, and between two looks
+_IPPROTO_RAW, _IPV6_HDRINCL = 255, 36
 
 
 @attrs.frozen(kw_only=True)
 class Sample:
-    """A connection that rules are for."""
+    """A connection that could be opened on this host, or come in."""
 
-    mode: Mode
     destination: IPAddress
     port: int
     who: Identity = NOBODY
@@ -61,248 +52,161 @@ class Sample:
     iif: str | None = None
     """where it comes in, if it does"""
     device: str | None = None
-    """where that is made to come in: of a bridge, a port"""
+    """the same, or if that is a bridge, a port of it"""
 
     @property
     def version(self) -> int:
+        """The IP version."""
         return self.destination.version
 
 
 @attrs.frozen(kw_only=True)
 class Outcome:
-    """What became of it."""
+    """What became of a sample."""
 
     sample: Sample
-    way: Way | None = None
-    """of the first segment; None: it was not sent, or nothing was told of it"""
-    back: Way | None = None
+    path: Path | None = None
+    """None: it was not sent, or nothing was reported of it"""
+    back: Path | None = None
     """of the answer"""
-    answered: bool = False
-    """whoever has got it accepts"""
     problem: OSError | FirewallError | None = None
-    """why it was not sent, or what came back"""
+    """why it was not sent"""
 
     @property
-    def why(self) -> str | None:
-        """The problem in words."""
-        if isinstance(self.problem, OSError) and self.problem.strerror:
-            return self.problem.strerror
-        return None if self.problem is None else str(self.problem)
+    def answered(self) -> bool:
+        """A listener accepts it, and its answer gets back."""
+        back = self.back
+        accepts = back is not None and back.packet.flags & (SYN | ACK | RST) == SYN | ACK
+        return accepts and back is not None and (back.delivered or back.left)
+
+    @property
+    def why(self) -> str:
+        """The problem in words; "" without."""
+        return (isinstance(self.problem, OSError) and self.problem.strerror) or str(self.problem or "")
 
 
-def send(tracer: Tracer, sample: Sample, *, keep: bool = True, patience: float = _PATIENCE) -> Outcome:
-    """A connection of this host."""
-    way = back = None
-    problem: OSError | FirewallError | None = None
-    answered = False
+def try_out(tracer: Tracer, sample: Sample, *, protocol: int = TCP, flags: int = SYN) -> Outcome:
+    """Try a first segment, one from the middle of a connection (ACK), or an empty datagram of UDP."""
     try:
-        with socket_of(sample.who, _family(sample.destination)) as sock:
-            sock.setblocking(False)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER)
-            sock.bind((_anywhere(sample.source, sample.version), 0))
-            port = sock.getsockname()[1]
-            with tracer.watching(TCP, port, keep=keep):
-                try:
-                    with contextlib.suppress(BlockingIOError):
-                        sock.connect(socket_address(str(sample.destination), sample.port))
-                    answered = _wait(tracer, sock, port, patience, keep)
-                except OSError as error:
-                    problem = error
-                events = tracer.events(TCP, port)
-                way, back = way_of(events, port), way_of(events, port, back=True)
-                sock.close()
+        with _emitter(sample) as (source, emit), _free_port(sample.version, protocol) as port:
+            packet = Packet(protocol, source, port, sample.destination, sample.port, flags if protocol == TCP else 0)
+            with tracer.watching(protocol, port, keep=True):
+                emit(packet)
+                outcome = _wait(tracer, sample, protocol, port)
+                if outcome.answered:  # so that nobody waits for the rest
+                    emit(attrs.evolve(packet, flags=RST))
+            return outcome
     except (OSError, FirewallError) as error:
-        problem = error
-    return Outcome(sample=sample, way=way, back=back, answered=answered, problem=problem)
-
-
-def _wait(tracer: Tracer, sock: socket.socket, port: int, patience: float, keep: bool) -> bool:
-    """Until it is connected, or will not be. Raises OSError."""
-    deadline = time.monotonic() + patience
-    while time.monotonic() < deadline:
-        if select.select([], [sock], [], _STEP)[1]:
-            if code := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-                raise OSError(code, os.strerror(code))
-            return True
-        way = way_of(tracer.events(TCP, port), port)
-        if way is not None and (way.dropped is not None or (way.left and keep)):
-            return False
-    return False
-
-
-def send_datagram(
-    tracer: Tracer, sample: Sample, payload: bytes = b"\0", *, keep: bool = True, answer: float = 0.0
-) -> Outcome:
-    """A datagram of UDP; `answer`: how long, in seconds, one is waited for."""
-    way = None
-    problem: OSError | FirewallError | None = None
-    answered = False
-    try:
-        with socket_of(sample.who, _family(sample.destination), socket.SOCK_DGRAM) as sock:
-            sock.bind((_anywhere(None, sample.version), 0))
-            port = sock.getsockname()[1]
-            with tracer.watching(UDP, port, keep=keep):
-                try:
-                    sock.connect((str(sample.destination), sample.port))
-                    sock.settimeout(answer or _STEP)
-                    with contextlib.suppress(PermissionError):  # what is dropped is told to who sends it
-                        sock.send(payload)
-                    if answer:
-                        answered = bool(sock.recv(4096))
-                except TimeoutError:
-                    answered = False
-                except OSError as error:
-                    problem = error
-                way = way_of(tracer.events(UDP, port), port)
-    except (OSError, FirewallError) as error:
-        problem = error
-    return Outcome(sample=sample, way=way, answered=answered, problem=problem)
-
-
-def receive(tracer: Tracer, sample: Sample, *, flags: int = SYN, protocol: int = TCP) -> Outcome:
-    """A segment of TCP, or an empty datagram of UDP, that comes in from a client, without one.
-
-    Raises OSError where the kernel can't do that.
-    """
-    assert sample.iif is not None
-    assert sample.source is not None
-    port = random.randint(*_HIGH_PORTS)
-    packet = Packet(protocol, sample.source, port, sample.destination, sample.port, flags if protocol == TCP else 0)
-    device, address = sample.device or sample.iif, hardware_address(sample.iif)
-    with tracer.watching(protocol, port, keep=True):
-        inject(device, frame(packet, address))
-        way = back = None
-        deadline = time.monotonic() + _PATIENCE
-        while time.monotonic() < deadline:
-            events = tracer.events(protocol, port)
-            way, back = way_of(events, port), way_of(events, port, back=True)
-            if way is not None and (back is not None or way.dropped is not None or way.left):
-                break
-            time.sleep(_STEP)
-        answered = back is not None and back.packet.flags & (SYN | ACK | RST) == SYN | ACK
-        if answered:  # so that nobody waits for the rest
-            inject(device, frame(attrs.evolve(packet, flags=RST), address))
-    return Outcome(sample=sample, way=way, back=back, answered=answered)
-
-
-def send_middle(tracer: Tracer, sample: Sample) -> Outcome:
-    """A segment from the middle of a connection of this host of which nobody knows. Raises OSError."""
-    family = _family(sample.destination)
-    with socket.socket(family, socket.SOCK_DGRAM) as asked:
-        asked.connect((str(sample.destination), sample.port))
-        source = ip_address(asked.getsockname()[0])
-    port = random.randint(*_HIGH_PORTS)
-    with socket_of(
-        sample.who if os.geteuid() else attrs.evolve(sample.who, uid=None), family, socket.SOCK_RAW, _IPPROTO_RAW
-    ) as sock:
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_HDRINCL, 1)
-        packet = Packet(TCP, source, port, sample.destination, sample.port, ACK)
-        with tracer.watching(TCP, port, keep=True):
-            with contextlib.suppress(PermissionError):
-                sock.sendto(datagram(packet), (str(sample.destination), 0))
-            way = way_of(tracer.events(TCP, port), port)
-    return Outcome(sample=sample, way=way)
-
-
-def try_out(tracer: Tracer, sample: Sample, *, flags: int = SYN, protocol: int = TCP) -> Outcome:
-    """Sent or received, whichever it is: the first segment, one from the middle (ACK), or a datagram."""
-    try:
-        if sample.iif is not None:
-            return receive(tracer, sample, flags=flags, protocol=protocol)
-        if protocol == UDP:
-            return send_datagram(tracer, sample)
-        return send(tracer, sample) if flags == SYN else send_middle(tracer, sample)
-    except OSError as error:
         return Outcome(sample=sample, problem=error)
 
 
-def samples(wanted: Redirection, here: Links, versions: tuple[int, ...] = (4, 6)) -> list[Sample]:
-    """What the rules of one mode are for: some of it."""
-    return [
-        sample
-        for version in versions
-        for sample in (_of_host if wanted.mode is Mode.HOST else _of_clients)(wanted, here, version)
+def _wait(tracer: Tracer, sample: Sample, protocol: int, port: int) -> Outcome:
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        path, back = tracer.path(protocol, port), tracer.path(protocol, port, back=True)
+        silent = protocol != TCP or path is None or not path.delivered
+        over = path is not None and path.ended and (silent or (back is not None and back.ended))
+        if over or time.monotonic() > deadline:
+            return Outcome(sample=sample, path=path, back=back)
+        time.sleep(_STEP)
+
+
+@contextlib.contextmanager
+def _emitter(sample: Sample) -> Iterator[tuple[IPAddress, Callable[[Packet], None]]]:
+    """The source address, and a function that emits a packet."""
+    if sample.iif is not None:
+        assert sample.source is not None
+        device, iif = sample.device or sample.iif, sample.iif
+        yield sample.source, lambda packet: inject(device, packet, iif)
+        return
+    family, there = _family(sample.version), socket_address(str(sample.destination), sample.port)
+    with socket_of(sample.who, family, socket.SOCK_DGRAM) as sock:
+        sock.connect(there)  # sends nothing, and fails without a route
+        source = ip_address(sock.getsockname()[0])
+    with socket_of(sample.who, family, socket.SOCK_RAW, _IPPROTO_RAW) as raw:
+        if family == socket.AF_INET6:
+            raw.setsockopt(socket.IPPROTO_IPV6, _IPV6_HDRINCL, 1)
+
+        def emit(packet: Packet) -> None:
+            with contextlib.suppress(PermissionError):  # the kernel tells the sender that a rule dropped it
+                raw.sendto(datagram(packet), (there[0], 0, *there[2:]))
+
+        yield source, emit
+
+
+@contextlib.contextmanager
+def _free_port(version: int, protocol: int) -> Iterator[int]:
+    """A port that no connection of this host has meanwhile."""
+    kind = socket.SOCK_STREAM if protocol == TCP else socket.SOCK_DGRAM
+    with socket.socket(_family(version), kind) as sock:
+        sock.bind(("", 0))
+        yield sock.getsockname()[1]
+
+
+def _family(version: int) -> int:
+    return socket.AF_INET if version == 4 else socket.AF_INET6
+
+
+def samples(redirection: Redirection, here: Links, versions: tuple[int, ...]) -> Iterator[Sample]:
+    """Some of the connections that the rules of one mode are for."""
+    selection = redirection.selection_here
+    users = [
+        *(attrs.evolve(NOBODY, uid=user) for user in selection.users[:_MOST]),
+        *(attrs.evolve(NOBODY, gid=group) for group in selection.groups[:_MOST]),
+        *(attrs.evolve(NOBODY, cgroup=cgroup) for cgroup in selection.cgroups[:_MOST]),
     ]
+    for version in versions:
+        if redirection.mode is Mode.HOST:
+            origins = [partial(Sample, who=who) for who in users or [NOBODY]]
+        else:
+            clients = _clients(redirection, here, version)[:_MOST]
+            origins = [partial(Sample, source=source, iif=iif, device=here.port(iif)) for iif, source in clients]
+        for origin in origins:
+            for port in _ports(redirection):
+                for destination in _destinations(redirection, here, version):
+                    yield origin(destination=destination, port=port)
 
 
-def _of_host(wanted: Redirection, here: Links, version: int) -> Iterator[Sample]:
-    chosen = wanted.selection_here
-    people = [
-        *(attrs.evolve(NOBODY, uid=user) for user in chosen.users[:_MOST]),
-        *(attrs.evolve(NOBODY, gid=group) for group in chosen.groups[:_MOST]),
-        *(attrs.evolve(NOBODY, cgroup=cgroup) for cgroup in chosen.cgroups[:_MOST]),
-    ] or [NOBODY]
-    for who in people:
-        for port in _ports(wanted):
-            for destination in _destinations(wanted, here, version):
-                yield Sample(mode=wanted.mode, destination=destination, port=port, who=who)
-
-
-def _of_clients(wanted: Redirection, here: Links, version: int) -> Iterator[Sample]:
-    for iif, source in _clients(wanted, here, version)[:_MOST]:
-        for port in _ports(wanted):
-            for destination in _destinations(wanted, here, version):
-                yield Sample(
-                    mode=wanted.mode, destination=destination, port=port, source=source, iif=iif, device=here.port(iif)
-                )
-
-
-def _clients(wanted: Redirection, here: Links, version: int) -> list[tuple[str, IPAddress]]:
+def _clients(redirection: Redirection, here: Links, version: int) -> list[tuple[str, IPAddress]]:
     """Interfaces and addresses behind them, one for each."""
-    chosen = wanted.selection_here
-    sources = [network for network in chosen.from_ if network.version == version]
-    if chosen.from_:
+    selection = redirection.selection_here
+    if selection.from_:
         found = []
-        for address in map(_inside, sources):
+        for address in (_inside(network) for network in selection.from_ if network.version == version):
             link = here.of(address)
             with contextlib.suppress(OSError):
                 found.append((link.name if link is not None else lookup(address).device, address))
-        return [(iif, address) for iif, address in found if not chosen.interfaces or iif in chosen.interfaces]
-    names = chosen.interfaces or tuple(
+        return [(iif, address) for iif, address in found if not selection.interfaces or iif in selection.interfaces]
+    names = selection.interfaces or tuple(
         link.name for link in here.links if link.name not in here.uplinks.values() or len(here.links) == 1
     )
-    return [
-        (link.name, _inside(network))
+    networks = {
+        link.name: [network for network in link.networks if network.version == version and network.num_addresses > 2]
         for link in here.links
         if link.name in names
-        for network in [
-            n for n in link.networks if n.version == version and not n.is_link_local and n.num_addresses > 2
-        ][:1]
-    ]
+    }
+    return [(name, _inside(there[0])) for name, there in networks.items() if there]
 
 
-def _inside(network: IPv4Network | IPv6Network) -> IPAddress:
+def _inside(network: IPNetwork) -> IPAddress:
     """An address in it, which is neither the first nor the last few."""
     return network[network.num_addresses * 3 // 4 - (1 if network.num_addresses > 4 else 0)]
 
 
-def _ports(wanted: Redirection) -> tuple[int, ...]:
-    chosen = wanted.selection.ports
-    if not chosen:
-        return PORTS
-    found = (port for low, high in chosen for port in range(low, min(high, low + 3) + 1) if port not in _DNS_PORTS)
-    return tuple(found)[:2]
+def _ports(redirection: Redirection) -> tuple[int, ...]:
+    ranges = redirection.selection.ports
+    found = (port for low, high in ranges for port in range(low, min(high, low + 3) + 1) if port not in _DNS_PORTS)
+    return tuple(found)[:2] if ranges else _PORTS
 
 
-def _destinations(wanted: Redirection, here: Links, version: int) -> tuple[IPAddress, ...]:
+def _destinations(redirection: Redirection, here: Links, version: int) -> list[IPAddress]:
     """One that the rules are for, if there is one."""
-    without = [ip_network(network) for network in excluded(wanted)]
-    candidates = (
-        [_inside(n) for n in wanted.selection.to if n.version == version] if wanted.selection.to else EXAMPLES[version]
-    )
-    return tuple(
+    to = redirection.selection.to
+    candidates = [_inside(network) for network in to if network.version == version] if to else EXAMPLES[version]
+    without = [ip_network(network) for network in excluded(redirection)]
+    found = [
         address
         for address in candidates
         if here.of(address) is None and not any(address in network for network in without)
-    )[: 2 if wanted.selection.to else 1]
-
-
-def _family(address: IPAddress) -> int:
-    return socket.AF_INET if address.version == 4 else socket.AF_INET6
-
-
-def _anywhere(source: IPAddress | None, version: int) -> str:
-    if source is not None:
-        return str(source)
-    return "0.0.0.0" if version == 4 else "::"
+    ]
+    return found[: 2 if to else 1]

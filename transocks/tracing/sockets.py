@@ -1,11 +1,11 @@
-"""Sockets as others on this host would have them: what rules tell a process's connections by."""
+"""Sockets as others on this host would have them, with all that rules tell a process's connections by."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import socket
-from collections.abc import Iterator
 
 import attrs
 
@@ -15,7 +15,7 @@ from transocks.tools import FirewallError
 
 @attrs.frozen(kw_only=True)
 class Identity:
-    """What firewall rules can tell a process's connections by; None: not known, and then as this process has it."""
+    """What firewall rules can tell a process's connections by; None: that of this process."""
 
     uid: int | None = None
     gid: int | None = None
@@ -25,54 +25,45 @@ class Identity:
 
 
 NOBODY = Identity(uid=65534, gid=65534)
-"""An application of whom the rules have not heard."""
+"""An application that no rule names."""
 
 
 def socket_of(who: Identity, family: int, kind: int = socket.SOCK_STREAM, protocol: int = 0) -> socket.socket:
     """A socket that the rules see as one of theirs, as far as this user may make it so. Raises OSError, and
     FirewallError when there is no such cgroup.
     """
-    if who.cgroup is not None:
-        sock = _in_cgroup(who, family, kind)
-    else:
-        with _as_user(who):
-            sock = socket.socket(family, kind, protocol)
+    make = _in_cgroup if who.cgroup is not None else _as_user
+    sock = make(who, family, kind, protocol)
     if who.mark:
         with contextlib.suppress(OSError):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, who.mark)
     return sock
 
 
-@contextlib.contextmanager
-def _as_user(who: Identity) -> Iterator[None]:
-    """A socket belongs to whoever made it: to this user, if we are root."""
-    if os.geteuid() != 0 or not who.uid:
-        yield
-        return
-    group = os.getegid()
+def _as_user(who: Identity, family: int, kind: int, protocol: int) -> socket.socket:
+    """Rules and routing policy take a socket for that of the file system uid and gid that made it (setfsuid(2)), which
+    leaves us the capability for raw sockets. In a user namespace there may be no such user; then it is ours.
+    """
+    libc, uid, gid = ctypes.CDLL(None), os.geteuid(), os.getegid()
     try:
-        with contextlib.suppress(OSError):  # in a user namespace there may be no other
-            if who.gid is not None:
-                os.setegid(who.gid)
-            os.seteuid(who.uid)
-        yield
+        libc.setfsgid(gid if who.gid is None else who.gid)
+        libc.setfsuid(uid if who.uid is None else who.uid)
+        return socket.socket(family, kind, protocol)
     finally:
-        os.seteuid(0)
-        os.setegid(group)
+        libc.setfsuid(uid)
+        libc.setfsgid(gid)
 
 
-def _in_cgroup(who: Identity, family: int, kind: int) -> socket.socket:
+def _in_cgroup(who: Identity, family: int, kind: int, protocol: int) -> socket.socket:
     """A socket belongs to the cgroup of the process that made it: a child goes there, and hands it over."""
-    procs = f"{CGROUPS}/{who.cgroup}/cgroup.procs"
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
         child = os.fork()
         if child == 0:
             with contextlib.suppress(BaseException):
-                with open(procs, "w", encoding="ascii") as file:
+                with open(f"{CGROUPS}/{who.cgroup}/cgroup.procs", "w", encoding="ascii") as file:
                     file.write("0")
-                with _as_user(who):
-                    socket.send_fds(theirs, [b"."], [socket.socket(family, kind).detach()])
+                socket.send_fds(theirs, [b"."], [_as_user(who, family, kind, protocol).detach()])
             os._exit(0)
         os.waitpid(child, 0)
         theirs.close()

@@ -4,40 +4,28 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import attrs
 import pytest
 
 from transocks.config import Config
 from transocks.doctor import State, judge
-from transocks.doctor.checks import settings, tracking
-from transocks.doctor.finding import Finding, fault, fine, unchecked, warning
-from transocks.doctor.report import as_json, as_text
-from transocks.doctor.seen import Seen, counted
-from transocks.doctor.tried import Trials
-from transocks.tracing.links import Links
-from transocks.tracing.sockets import Identity
+from transocks.doctor.checks import kernel
+from transocks.doctor.finding import Finding, as_json, as_text, fault, fine, unchecked, warning
+from transocks.doctor.host import Host
 from transocks.upstreams.proxy_url import parse_proxy_url
 
-SEEN = Seen(
-    config=Config(proxy_url=(parse_proxy_url("socks5://192.0.2.1:1080"),)), config_file="transocks.toml",
-    listeners=(), addresses=frozenset(), here=Links((), {}), daemon=Identity(), root=True,
-)  # fmt: skip
+CONFIG = Config(proxy_url=(parse_proxy_url("socks5://192.0.2.1:1080"),))
 
 
 @pytest.fixture
-def seen(tmp_path: Path) -> Seen:
-    return attrs.evolve(SEEN, proc=tmp_path)
+def host(tmp_path: Path) -> Host:
+    return Host(config=CONFIG, why="no tracing in this test", proc=tmp_path)
 
 
-def write(seen: Seen, **files: str) -> None:
+def write(host: Host, **files: str) -> None:
     for name, text in files.items():
-        path = seen.proc / name.replace("__", "/")
+        path = host.proc / name.replace("__", "/")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-
-
-def untried(seen: Seen) -> Trials:
-    return Trials(seen, None, "no tracing in this test")
 
 
 def only(findings: object) -> Finding:
@@ -49,11 +37,11 @@ def only(findings: object) -> Finding:
     ("waiting", "reuse", "state"),
     [(9, 2, State.OK), (60, 2, State.WARNING), (95, 2, State.FAULT), (95, 1, State.OK)],
 )
-def test_ports_in_time_wait(seen: Seen, waiting: int, reuse: int, state: State) -> None:
+def test_ports_in_time_wait(host: Host, waiting: int, reuse: int, state: State) -> None:
     line = " 0: 0A00000A:8000 010200C0:0438 06 more\n 1: 0A00000A:8000 010200C0:0438 01 more\n"
-    write(seen, net__tcp="  sl local remote st\n" + line * waiting)
-    write(seen, sys__net__ipv4__tcp_tw_reuse=f"{reuse}\n", sys__net__ipv4__ip_local_port_range="40000\t40099\n")
-    finding = only(settings.ports_in_time_wait(seen, untried(seen)))
+    write(host, net__tcp="  sl local remote st\n" + line * waiting)
+    write(host, sys__net__ipv4__tcp_tw_reuse=f"{reuse}\n", sys__net__ipv4__ip_local_port_range="40000\t40099\n")
+    finding = only(kernel.ports_in_time_wait(host))
     assert finding.state is state
     assert f"{waiting} of 100 ports" in finding.seen
 
@@ -67,9 +55,9 @@ def test_ports_in_time_wait(seen: Seen, waiting: int, reuse: int, state: State) 
         ("50000\t50999", "", State.WARNING),
     ],
 )
-def test_port_range(seen: Seen, ports: str, reserved: str, state: State) -> None:
-    write(seen, sys__net__ipv4__ip_local_port_range=ports, sys__net__ipv4__ip_local_reserved_ports=reserved)
-    assert only(settings.port_range(seen, untried(seen))).state is state
+def test_port_range(host: Host, ports: str, reserved: str, state: State) -> None:
+    write(host, sys__net__ipv4__ip_local_port_range=ports, sys__net__ipv4__ip_local_reserved_ports=reserved)
+    assert only(kernel.port_range(host)).state is state
 
 
 @pytest.mark.parametrize(
@@ -83,32 +71,32 @@ def test_port_range(seen: Seen, ports: str, reserved: str, state: State) -> None
         ("10", "0", 0, 0, State.OK),
     ],
 )
-def test_conntrack(seen: Seen, count: str, most: str, before: int, now: int, state: State) -> None:
+def test_conntrack(host: Host, count: str, most: str, before: int, now: int, state: State) -> None:
     """What counts is what is dropped while somebody looks, not since the boot."""
-    write(seen, sys__net__netfilter__nf_conntrack_count=count, sys__net__netfilter__nf_conntrack_max=most)
-    write(seen, net__stat__nf_conntrack=f"entries drop early_drop\n0 {before:08x} 0\n0 00000000 0\n")
-    seen = attrs.evolve(seen, counters=counted(seen.proc))
-    write(seen, net__stat__nf_conntrack=f"entries drop early_drop\n0 {now:08x} 0\n0 00000000 0\n")
-    assert only(tracking.conntrack(seen, untried(seen))).state is state
+    write(host, sys__net__netfilter__nf_conntrack_count=count, sys__net__netfilter__nf_conntrack_max=most)
+    write(host, net__stat__nf_conntrack=f"entries drop early_drop\n0 {before:08x} 0\n0 00000000 0\n")
+    host = Host(config=CONFIG, proc=host.proc)
+    write(host, net__stat__nf_conntrack=f"entries drop early_drop\n0 {now:08x} 0\n0 00000000 0\n")
+    assert only(kernel.conntrack(host)).state is state
 
 
-def test_the_reverse_path_filter_by_two_readings(seen: Seen) -> None:
+def test_the_reverse_path_filter_by_two_readings(host: Host) -> None:
     head = "TcpExt: A IPReversePathFilter\n"
-    write(seen, net__netstat=f"{head}TcpExt: 1 7\nIpExt: B\nIpExt: 3\n")
-    seen = attrs.evolve(seen, counters=counted(seen.proc))
-    assert (seen.counters, seen.since("IPReversePathFilter")) == ({"A": 1, "IPReversePathFilter": 7, "B": 3}, 0)
-    write(seen, net__netstat=f"{head}TcpExt: 1 9\n")
-    assert seen.since("IPReversePathFilter") == 2
+    write(host, net__netstat=f"{head}TcpExt: 1 7\nIpExt: B\nIpExt: 3\n")
+    host = Host(config=CONFIG, proc=host.proc)
+    assert (host.counters, host.since("IPReversePathFilter")) == ({"A": 1, "IPReversePathFilter": 7, "B": 3}, 0)
+    write(host, net__netstat=f"{head}TcpExt: 1 9\n")
+    assert host.since("IPReversePathFilter") == 2
 
 
-def test_a_check_that_fails_does_not_hide_the_others() -> None:
-    def broken(seen: Seen, trials: Trials) -> object:
+def test_a_check_that_fails_does_not_hide_the_others(host: Host) -> None:
+    def broken(host: Host) -> object:
         raise ExceptionGroup("of a nursery", [RuntimeError("a bug")])
 
-    def sound(seen: Seen, trials: Trials) -> object:
+    def sound(host: Host) -> object:
         yield fine("sound", "well")
 
-    first, second = judge(SEEN, untried(SEEN), (broken, sound))  # type: ignore[arg-type]
+    first, second = judge(host, (broken, sound))  # type: ignore[arg-type]
     assert (first.check, first.state, second.state) == ("broken", State.UNCHECKED, State.OK)
     assert "RuntimeError: a bug" in first.seen
 
@@ -131,9 +119,6 @@ def test_faults_are_told_first() -> None:
         "1 fault, 1 warning, 1 not checked",
     ]
     assert list(as_text(FINDINGS, everything=True))[6:8] == ["ok: a: well", "ok: d: half of it"]
-
-
-def test_json() -> None:
     answer = as_json(FINDINGS, "f")
     assert (answer["file"], answer["ok"]) == ("f", False)
     assert answer["findings"][0] == {"check": "d", "state": "fault", "seen": "bad\x1b[2J", "do": "mend it now"}  # type: ignore[index]

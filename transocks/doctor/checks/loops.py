@@ -1,20 +1,19 @@
-"""Is the exemption in force: do the rules leave the proxies' own connections alone?"""
+"""Do the rules leave the proxies' own connections alone?"""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from ipaddress import ip_address
 
+import attrs
+
 from transocks.doctor.finding import Finding, fault, fine, unchecked
-from transocks.doctor.seen import Seen
-from transocks.doctor.tried import AS_ROOT, Trials
-from transocks.doctor.upstreams import goes_direct, proxies
+from transocks.doctor.host import AS_ROOT, Host
 from transocks.rules.config import Mode
 from transocks.rules.loops import sender_of
 from transocks.tools import FirewallError
-from transocks.tracing.fate import What
-from transocks.tracing.samples import EXAMPLES, Sample, receive
+from transocks.tracing.fate import What, fate_of
+from transocks.tracing.samples import EXAMPLES, try_out
 from transocks.tracing.sockets import Identity
 from usocksd.net.address import IPAddress
 
@@ -22,25 +21,24 @@ _EXEMPT = "exempt it in the rules by its user, or by a mark that its configurati
 _LOOPBACK: tuple[IPAddress, ...] = (ip_address("127.0.0.1"), ip_address("::1"))
 
 
-def loops(seen: Seen, trials: Trials) -> Iterator[Finding]:
-    """What transocks sends to its upstream, and what an upstream on this host sends on."""
-    if trials.tracer is None:
-        yield unchecked("loops", trials.why, AS_ROOT)
+def loops(host: Host) -> Iterator[Finding]:
+    """What transocks sends to its upstream, and what an upstream on this host, or behind it, sends on."""
+    if host.tracer is None:
+        yield unchecked("loops", host.why, AS_ROOT)
         return
-    versions = (4, 6) if seen.ipv6 else (4,)
-    if goes_direct(seen.config):
-        for version in versions:
-            yield from _own(seen, trials, EXAMPLES[version][0], 443, "direct connections")
-    for address, port in _addresses(seen):
-        if address.version in versions:
-            yield from _own(seen, trials, address, port, "connections to its upstream")
-            yield from _from_upstream_here(seen, trials, address, port)
-            yield from _from_upstream_behind(seen, trials, address)
+    if host.goes_direct:
+        for version in host.versions:
+            yield _own(host, EXAMPLES[version][0], 443, "direct connections")
+    for address, port in _addresses(host):
+        if address.version in host.versions:
+            yield _own(host, address, port, "connections to its upstream")
+            yield from _from_upstream_here(host, address, port)
+            yield from _from_upstream_behind(host, address)
 
 
-def _addresses(seen: Seen) -> Iterator[tuple[IPAddress, int]]:
+def _addresses(host: Host) -> Iterator[tuple[IPAddress, int]]:
     """Those of the upstreams that need no name server."""
-    for proxy in proxies(seen.config):
+    for proxy in host.proxies:
         if proxy.host == "localhost":
             yield from ((address, proxy.port) for address in _LOOPBACK)
         elif not isinstance(proxy.host, str):
@@ -50,56 +48,44 @@ def _addresses(seen: Seen) -> Iterator[tuple[IPAddress, int]]:
             yield EXAMPLES[4][0], proxy.port
 
 
-def _own(seen: Seen, trials: Trials, address: IPAddress, port: int, what: str) -> Iterator[Finding]:
-    outcome = trials.sent(seen.daemon, address, port)
-    rule = trials.comes_back(outcome)
-    if outcome is None or (outcome.way is None and isinstance(outcome.problem, FirewallError)):
-        yield unchecked("loops", f"whether transocks's own {what} are redirected: {outcome and outcome.problem}")
-    elif rule is not None:
-        yield fault("loops", f"transocks's own {what} are redirected to it: {rule}", _EXEMPT)
-    else:
-        yield fine("loops", f"transocks's own {what} are not redirected")
+def _own(host: Host, address: IPAddress, port: int, what: str) -> Finding:
+    outcome = host.open(host.daemon, address, port)
+    if isinstance(outcome.problem, FirewallError):
+        return unchecked("loops", f"whether transocks's own {what} are redirected: {outcome.why}")
+    if (rule := host.comes_back(outcome)) is not None:
+        return fault("loops", f"transocks's own {what} are redirected to it: {rule}", _EXEMPT)
+    return fine("loops", f"transocks's own {what} are not redirected")
 
 
-def _from_upstream_here(seen: Seen, trials: Trials, address: IPAddress, port: int) -> Iterator[Finding]:
+def _from_upstream_here(host: Host, address: IPAddress, port: int) -> Iterator[Finding]:
     """An upstream on this host connects to destinations: those connections must not be redirected either."""
-    listener = seen.listener(address, port) if seen.is_local(address) else None
+    listener = host.listener(address, port) if host.is_local(address) else None
     if listener is None:
         return
-    for version in sorted({one.sample.version for one in trials.arrived if one.wanted.mode is Mode.HOST}):
+    sender, rules = sender_of(listener, host.proc), host.config.rules
+    cgroup = sender.cgroup if rules is not None and rules.cgroups else None
+    for version in sorted({f.sample.version for f in host.arrived if f.redirection.mode is Mode.HOST}):
         name = f"the upstream on this host (port {port}), IPv{version}"
-        sender = sender_of(listener, seen.proc)
-        cgroup = sender.cgroup if seen.config.rules is not None and seen.config.rules.cgroups else None
-        looping = None
-        for mark in sender.marks or {0}:
-            who = Identity(uid=listener.uid, gid=sender.gid, mark=mark, cgroup=cgroup)
-            looping = looping or trials.comes_back(trials.sent(who, EXAMPLES[version][0], 443))
-        if looping is not None and sender.marks is not None:
-            yield fault("loops", f"{name}: its connections come back to transocks: {looping}", _EXEMPT)
-        elif looping is not None:
+        who = [Identity(uid=listener.uid, gid=sender.gid, mark=mark, cgroup=cgroup) for mark in sender.marks or {0}]
+        rule = next(filter(None, (host.comes_back(host.open(one, EXAMPLES[version][0], 443)) for one in who)), None)
+        if rule is not None and sender.marks is not None:
+            yield fault("loops", f"{name}: its connections come back to transocks: {rule}", _EXEMPT)
+        elif rule is not None:
             yield unchecked("loops", f"{name}: whether it sets the mark that is exempt", "see what it marks with")
         else:
             yield fine("loops", f"{name}: its connections are not redirected")
 
 
-def _from_upstream_behind(seen: Seen, trials: Trials, address: IPAddress) -> Iterator[Finding]:
+def _from_upstream_behind(host: Host, address: IPAddress) -> Iterator[Finding]:
     """An upstream on the inside network of a gateway: what it sends comes through the gateway's own rules."""
-    link = seen.here.of(address)
-    for one in trials.arrived if link is not None and trials.tracer is not None else ():
-        if one.sample.iif is None or one.sample.version != address.version:
+    link = host.links.of(address)
+    if link is None or host.tracer is None or link.name == host.links.uplinks.get(address.version):
+        return
+    for fate in host.arrived:
+        if fate.sample.iif is None or fate.sample.version != address.version:
             continue
-        assert link is not None
-        assert trials.tracer is not None
-        if link.name == seen.here.uplinks.get(address.version):
-            continue
-        sample = Sample(
-            mode=one.wanted.mode, destination=one.sample.destination, port=one.sample.port, source=address,
-            iif=link.name, device=seen.here.port(link.name),
-        )  # fmt: skip
-        with contextlib.suppress(OSError):
-            fate = trials.fate(receive(trials.tracer, sample), one.wanted)
-            if fate.what is What.ARRIVED:
-                yield fault(
-                    "loops", f"the upstream {address} is behind {link.name}, and so redirected: {fate.text}",
-                    f"leave out what comes from {address}",
-                )  # fmt: skip
+        sample = attrs.evolve(fate.sample, source=address, iif=link.name, device=host.links.port(link.name))
+        found = fate_of(try_out(host.tracer, sample), fate.redirection, host.names)
+        if found.what is What.ARRIVED:
+            text = f"the upstream {address} is behind {link.name}, and so redirected: {found.text}"
+            yield fault("loops", text, f"leave out what comes from {address}")

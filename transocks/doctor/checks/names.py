@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from ipaddress import ip_address
 from pathlib import Path
@@ -9,90 +10,88 @@ from pathlib import Path
 import attrs
 
 from transocks.doctor.finding import Finding, fault, fine, unchecked, warning
-from transocks.doctor.seen import Seen
-from transocks.doctor.tried import AS_ROOT, Trials
-from transocks.doctor.upstreams import proxies
-from transocks.rules.config import Mode
-from transocks.tracing.samples import EXAMPLES, Sample, send_datagram
-from transocks.tracing.sockets import NOBODY, Identity
-from usocksd.net.address import IPAddress
+from transocks.doctor.host import AS_ROOT, Host
+from transocks.tools import FirewallError
+from transocks.tracing.events import UDP
+from transocks.tracing.samples import EXAMPLES, Sample, try_out
+from transocks.tracing.sockets import NOBODY, Identity, socket_of
+from usocksd.net.address import IPAddress, socket_address
 
 _DNS = 53
-# What systemd-resolved asks in turn, where resolv.conf has only itself.
+_RESOLV = "/etc/resolv.conf"
+# The servers of systemd-resolved, where resolv.conf has only itself.
 _RESOLVED = "/run/systemd/resolve/resolv.conf"
-_DO = "leave out TCP port 53 in the rules, as the rule files do, or exempt transocks by its user"
 _QUESTION = bytes.fromhex("7473 0100 0001 0000 0000 0000 00 0002 0001")  # the name servers of the root: RFC 1035
 _PATIENCE = 1.5  # seconds
 
 
-def resolver(seen: Seen, trials: Trials) -> Iterator[Finding]:
+def resolver(host: Host) -> Iterator[Finding]:
     """DNS goes over TCP when an answer is long: then the name of the upstream needs the upstream."""
-    if trials.tracer is None:
-        yield unchecked("resolver", trials.why, AS_ROOT)
+    if host.tracer is None:
+        yield unchecked("resolver", host.why, AS_ROOT)
+    if host.tracer is None or host.client is not None:
         return
-    if trials.client is not None:
-        return
-    named = [proxy for proxy in proxies(seen.config) if isinstance(proxy.host, str) and proxy.host != "localhost"]
-    servers = list(_servers(seen, attrs.evolve(seen.daemon, mark=0)))  # they are asked by sockets without the mark
-    for server, who in servers:
-        if (rule := trials.comes_back(trials.sent(who, server, _DNS))) is not None:
+    own = [server.address for server in host.config.dns.servers or ()]
+    daemon = attrs.evolve(host.daemon, mark=0)  # name servers are asked by sockets without the mark
+    named = [proxy.host for proxy in host.proxies if isinstance(proxy.host, str) and proxy.host != "localhost"]
+    for server, who in _over_tcp(host, own or _listed(_RESOLV), daemon):
+        if (rule := host.comes_back(host.open(who, server, _DNS))) is not None:
             text = f"queries to {server} over TCP are redirected to transocks: {rule}"
+            do = "leave out TCP port 53 in the rules, as the rule files do, or exempt transocks by its user"
             if named:
-                yield fault("resolver", f"{text}; it needs them to find {named[0].host}", _DO)
+                yield fault("resolver", f"{text}; it needs them to find {named[0]}", do)
             else:
-                yield warning("resolver", f"{text}; names need the proxy then", _DO)
-            break
-    else:
-        yield from _by_udp(seen, trials) or [fine("resolver", "nothing on this host keeps queries from name servers")]
+                yield warning("resolver", f"{text}; names need the proxy then", do)
+            return
+    for server in dict.fromkeys([*own, *_listed(_RESOLV)]):
+        for who in (NOBODY, daemon):
+            if (why := _stopped(host, server, who)) is not None and not _answers(server, who):
+                do = "take that rule out, or let somebody answer there: transocks takes no UDP"
+                yield fault("resolver", f"queries to {server} over UDP get no answer: {why}", do)
+                return
+    yield fine("resolver", "nothing on this host keeps queries from name servers")
 
 
-def _by_udp(seen: Seen, trials: Trials) -> list[Finding]:
-    """Redirecting is well, where somebody answers."""
-    assert trials.tracer is not None
-    for server in dict.fromkeys([*_own_servers(seen), *_listed("/etc/resolv.conf")]):
-        for who in (NOBODY, attrs.evolve(seen.daemon, mark=0)):
-            sample = Sample(mode=Mode.HOST, destination=server, port=_DNS, who=who)
-            way = send_datagram(trials.tracer, sample).way
-            if way is None:
-                continue
-            why = trials.why_not(way)
-            turn = way.turn
-            if why is None and turn is not None and turn.to is not None:
-                to = f"port {turn.to[1]} of {turn.to[0]}"
-                why = f"{trials.names.change(turn, way)} sends it to {to}"
-            if why is None:
-                continue
-            if send_datagram(trials.tracer, sample, _QUESTION, keep=False, answer=_PATIENCE).answered:
-                continue
-            do = "take that rule out, or let somebody answer there: transocks takes no UDP"
-            return [fault("resolver", f"queries to {server} over UDP get no answer: {why}", do)]
-    return []
+def _over_tcp(host: Host, servers: list[IPAddress], daemon: Identity) -> Iterator[tuple[IPAddress, Identity]]:
+    """Each name server with who asks it: transocks, or on its behalf a forwarder on this host, as another user."""
+    for server in servers:
+        if host.is_local(server):
+            yield from ((forwarded, NOBODY) for forwarded in _listed(_RESOLVED) or [EXAMPLES[4][0]])
+        else:
+            yield server, daemon
 
 
-def _own_servers(seen: Seen) -> list[IPAddress]:
-    return [server.address for server in seen.config.dns.servers or ()]
+def _stopped(host: Host, server: IPAddress, who: Identity) -> str | None:
+    """What keeps a query from this server, or sends it elsewhere."""
+    assert host.tracer is not None
+    path = try_out(host.tracer, Sample(destination=server, port=_DNS, who=who), protocol=UDP).path
+    if path is not None and path.stop is None and path.turn is not None and path.turn.to is not None:
+        return f"{host.names.of(path.turn.cause)} sends it to port {path.turn.to[1]} of {path.turn.to[0]}"
+    return host.stop(path)
 
 
-def _servers(seen: Seen, asker: Identity) -> Iterator[tuple[IPAddress, Identity]]:
-    """Each name server with who asks it: transocks, or somebody on this host on its behalf."""
-    for server in _own_servers(seen) or _listed("/etc/resolv.conf"):
-        if not seen.is_local(server):
-            yield server, asker
-            continue
-        # A forwarder, that asks others as a user of its own.
-        for forwarded in _listed(_RESOLVED) or [EXAMPLES[4][0]]:
-            yield forwarded, NOBODY
+def _answers(server: IPAddress, who: Identity) -> bool:
+    """Whether a real query is answered: it may be redirected on purpose."""
+    family = socket.AF_INET if server.version == 4 else socket.AF_INET6
+    try:
+        with socket_of(who, family, socket.SOCK_DGRAM) as sock:
+            sock.settimeout(_PATIENCE)
+            sock.connect(socket_address(str(server), _DNS))
+            sock.send(_QUESTION)
+            return bool(sock.recv(4096))
+    except (OSError, FirewallError):
+        return False
 
 
 def _listed(file: str) -> list[IPAddress]:
+    """The name servers in a resolv.conf."""
     try:
-        lines = Path(file).read_text("utf-8", "replace").splitlines()
+        lines = [line.split() for line in Path(file).read_text("utf-8", "replace").splitlines()]
     except OSError:
         return []
     found = []
-    for line in lines:
-        words = line.split()
-        if len(words) > 1 and words[0] == "nameserver":
+    for words in lines:
+        if words[:1] == ["nameserver"] and len(words) > 1:
             try:
                 found.append(ip_address(words[1].partition("%")[0]))
             except ValueError:

@@ -2,291 +2,259 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator
 
+from transocks.doctor.checks.network import routing
 from transocks.doctor.finding import Finding, fault, fine, unchecked, warning
-from transocks.doctor.seen import Seen, setting_of
-from transocks.doctor.tried import AS_ROOT, Trials, Tried
+from transocks.doctor.host import AS_ROOT, Host, device
 from transocks.rules.config import Mode
-from transocks.rules.live import Routing
+from transocks.rules.examine import examine
+from transocks.rules.live import choose_tool, has_ipv6
 from transocks.rules.verify import dormant
-from transocks.tracing.events import ACK
-from transocks.tracing.fate import What, is_guard, is_ours
-from transocks.tracing.samples import UDP, try_out
+from transocks.tools import FirewallError
+from transocks.tracing.events import ACK, UDP
+from transocks.tracing.fate import Fate, What, is_guard, is_ours
+from transocks.tracing.path import LO, ROUTING
+from transocks.tracing.samples import try_out
 from usocksd.net.address import join_port
 
 _APPLY = "transocks rules apply"
-_NO_ROUTE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL, errno.EADDRNOTAVAIL}
 
 
-def rules(seen: Seen, trials: Trials) -> Iterator[Finding]:
+def rules(host: Host) -> Iterator[Finding]:
     """Whether the connections that the rules are for get to our ports."""
-    if trials.tracer is None:
-        yield unchecked("rules", trials.why, AS_ROOT)
+    if host.tracer is None:
+        yield unchecked("rules", host.why, AS_ROOT)
         return
-    results = trials.results
-    if not trials.arrived and all(not one.fate.text or one.fate.what is What.NOWHERE for one in results):
-        # Where the rules may be for clients and nothing of these could be tried, that none is met here means nothing.
-        told = trials.stated or all(one.sample.iif is None or one.fate.what is not What.NOWHERE for one in results)
-        if told and any(one.fate.what is What.PASSED for one in results):
-            yield _missing(seen, trials)
-        yield from dict.fromkeys(_nowhere(one) for one in results if one.fate.what is What.NOWHERE)
+    fates = host.fates
+    unmet = [fate for fate in fates if fate.what is What.PASSED and not fate.text]
+    nowhere = [fate for fate in fates if fate.what is What.NOWHERE]
+    if len(unmet) + len(nowhere) == len(fates):  # no rule was met
+        # Rules that are loaded by hand may be for clients; they say nothing if no client's packet could be made.
+        if unmet and (host.stated or all(fate.sample.iif is None for fate in nowhere)):
+            yield _missing(host)
+        yield from dict.fromkeys(map(_nowhere, nowhere))
         return
-    known: set[object] = set()
-    for one in results:
-        key = one.name, one.fate.what, one.fate.text
-        if key not in known:
-            known.add(key)
-            yield from _of(one, seen, trials)
+    firsts: dict[object, Fate] = {}
+    for fate in fates:
+        firsts.setdefault((fate.name, fate.what, fate.text), fate)
+    yield from dict.fromkeys(finding for fate in firsts.values() for finding in _judge(fate, host))
 
 
-def _missing(seen: Seen, trials: Trials) -> Finding:
-    for table in dormant(trials.names.listing):
+def _missing(host: Host) -> Finding:
+    for table in dormant(host.names.listing):
         text = f"table inet {table} is switched off (flags dormant): none of its rules is asked"
         return fault("rules", text, f"nft add table inet {table}")
-    ports = " and ".join(sorted({str(one.wanted.port) for one in trials.results}))
-    do = _APPLY if trials.stated else f"{_APPLY}, with [rules] in the configuration; or load those of iptables/"
+    ports = " and ".join(sorted({str(fate.redirection.port) for fate in host.fates}))
+    do = _APPLY if host.stated else f"{_APPLY}, with [rules] in the configuration; or load those of iptables/"
     return fault("rules", f"none sends connections to transocks (port {ports})", do)
 
 
-def _nowhere(one: Tried) -> Finding:
-    text = f"{one.name}: {one.fate.text}"
-    if one.sample.iif is None:
+def _nowhere(fate: Fate) -> Finding:
+    text = f"{fate.name}: {fate.text}"
+    if fate.sample.iif is None:
         return unchecked("rules", text)
-    return unchecked(
-        "rules",
-        f"{text}: a client's packet can't be made here",
-        "transocks doctor --client ADDRESS waits for a real one",
-    )
+    do = "transocks doctor --client ADDRESS waits for a real one"
+    return unchecked("rules", f"{text}: a client's packet can't be made here", do)
 
 
-def _of(one: Tried, seen: Seen, trials: Trials) -> Iterator[Finding]:
-    name, what, text = one.name, one.fate.what, one.fate.text
-    arrived = {tried.wanted.mode for tried in trials.arrived}
-    match what:
+def _judge(fate: Fate, host: Host) -> Iterator[Finding]:
+    name, text, port = fate.name, fate.text, fate.redirection.port
+    arrived = {(other.redirection.mode, other.sample.version) for other in host.arrived}
+    mode, version = fate.redirection.mode, fate.sample.version
+    other_family = (mode, 10 - version) in arrived and (mode, version) not in arrived  # see `both_families`
+    match fate.what:
         case What.ARRIVED:
-            to = join_port(one.sample.destination, one.sample.port)
-            yield fine("rules", f"{name}: {to} gets to port {one.wanted.port}, by {text}")
+            to = join_port(fate.sample.destination, fate.sample.port)
+            yield fine("rules", f"{name}: {to} gets to port {port}, by {text}")
         case What.STOPPED:
-            yield _stopped(one, seen)
+            yield _stopped(fate, host)
         case What.NOWHERE:
-            if one.sample.iif is not None:
-                yield _nowhere(one)
+            if fate.sample.iif is not None:
+                yield _nowhere(fate)
         case What.PASSED:
-            # For one family only is another check's; where the rules are not stated, they need not be for all modes.
-            if text or (trials.stated and one.wanted.mode not in arrived):
-                yield _passed(one, seen, trials)
+            # Rules that are loaded by hand need not be for all modes.
+            if text or (host.stated and not {(mode, 4), (mode, 6)} & arrived):
+                yield _passed(fate, host)
         case What.DROPPED:
-            families = {tried.sample.version for tried in trials.arrived if tried.wanted.mode is one.wanted.mode}
-            if trials.stated or not families or one.sample.version in families:
-                do = _APPLY if is_guard(one.fate.rule) else "let it pass there, or remove that rule"
+            if host.stated or not other_family:
+                do = _APPLY if is_guard(fate.rule) else "let it pass there, or remove that rule"
                 yield fault("rules", f"{name}: dropped on the way: {text}", do)
         case What.UNTRACKED:
-            yield fault(
-                "rules", f"{name}: not tracked, and so never redirected: {text}", "take such traffic out of that rule"
-            )
-        case What.ELSEWHERE if one.fate.rule is not None and is_ours(one.fate.rule, trials.names):
-            setting = "listen_tproxy" if one.wanted.mode is Mode.TPROXY else "listen"
-            yield fault(
-                "rules", f"{name}: {text}, and transocks has {one.wanted.port}", f"put that rule and {setting} together"
-            )
-        case What.ELSEWHERE if one.wanted.mode is Mode.TPROXY and "makes mark" in text:
-            yield fault(
-                "rules", f"{name}: {text}",
-                f"take that rule out, or have it leave what has mark {one.wanted.tproxy_mark:#x} alone",
-            )  # fmt: skip
-        case _:
-            yield fault(
-                "rules", f"{name}: others' rules take it before ours: {text}",
-                "remove that rule, or load ours at an earlier place (nft: a lower priority)",
-            )  # fmt: skip
+            do = "take such traffic out of that rule"
+            yield fault("rules", f"{name}: not tracked, and so never redirected: {text}", do)
+        case What.UNMARKED:
+            do = f"take that rule out, or have it leave what has mark {fate.redirection.tproxy_mark:#x} alone"
+            yield fault("rules", f"{name}: {text}", do)
+        case What.TAKEN if fate.rule is not None and is_ours(fate.rule, host.names):
+            do = f"put that rule and {_setting(fate)} together"
+            yield fault("rules", f"{name}: {text}, and transocks has {port}", do)
+        case What.TAKEN:
+            do = "remove that rule, or load ours at an earlier place (nft: a lower priority)"
+            yield fault("rules", f"{name}: others' rules take it before ours: {text}", do)
 
 
-def _passed(one: Tried, seen: Seen, trials: Trials) -> Finding:
+def _passed(fate: Fate, host: Host) -> Finding:
     """Our rules have seen it, and let it go; or there are none."""
-    if one.wanted.mode is Mode.TPROXY and (found := _no_listener(one, seen)) is not None:
+    tproxy = fate.redirection.mode is Mode.TPROXY
+    if tproxy and (found := _no_listener(fate, host)) is not None:
         return found
-    if not one.fate.text:
-        return _missing(seen, trials)
-    to = join_port(one.sample.destination, one.sample.port)
-    text = f"{one.name}: {to} goes past transocks: {one.fate.text} is the last of our rules that it meets"
-    if one.wanted.mode is Mode.TPROXY:  # without a socket that is transparent it goes on to the next rule
-        do = f"put the port of the TPROXY rule and listen_tproxy ({one.wanted.port}) together, or {_APPLY}"
+    if not fate.text:
+        return _missing(host)
+    to = join_port(fate.sample.destination, fate.sample.port)
+    text = f"{fate.name}: {to} goes past transocks: {fate.text} is the last of our rules that it meets"
+    if tproxy:  # without a socket that is transparent it goes on to the next rule
+        do = f"put the port of the TPROXY rule and listen_tproxy ({fate.redirection.port}) together, or {_APPLY}"
         return fault("rules", f"{text}; TPROXY takes only what a transparent socket listens for", do)
     return fault("rules", text, _APPLY)
 
 
-def _no_listener(one: Tried, seen: Seen) -> Finding | None:
-    """None if there is one that will do."""
-    address, port = one.end
-    listener = seen.listener(address, port)
+def _setting(fate: Fate) -> str:
+    return "listen_tproxy" if fate.redirection.mode is Mode.TPROXY else "listen"
+
+
+def _no_listener(fate: Fate, host: Host) -> Finding | None:
+    """What is wrong with the listener that it is for; None if nothing is."""
+    tproxy = fate.redirection.mode is Mode.TPROXY
+    address, port = fate.end
+    listener = host.listener(address, port)
     if listener is None:
-        setting = "listen_tproxy" if one.wanted.mode is Mode.TPROXY else "listen"
-        wanted = f'":{port}"' if one.wanted.mode is Mode.GATEWAY else f'"localhost:{port}"'
-        return fault(
-            "listeners", f"{one.name}: the rules send connections to {join_port(address, port)}, where nobody accepts",
-            f"start transocks, with {setting} = {wanted}",
-        )  # fmt: skip
-    if one.wanted.mode is Mode.TPROXY and listener.transparent is False:
-        return fault(
-            "listeners", f"{one.name}: the socket on port {port} lacks IP_TRANSPARENT, and TPROXY passes it over",
-            "name the port in listen_tproxy",
-        )  # fmt: skip
+        text = f"{fate.name}: the rules send connections to {join_port(address, port)}, where nobody accepts"
+        value = f'":{port}"' if fate.redirection.mode is Mode.GATEWAY else f'"localhost:{port}"'
+        return fault("listeners", text, f"start transocks, with {_setting(fate)} = {value}")
+    if tproxy and listener.transparent is False:
+        text = f"{fate.name}: the socket on port {port} lacks IP_TRANSPARENT, and TPROXY passes it over"
+        return fault("listeners", text, "name the port in listen_tproxy")
     return None
 
 
-def _stopped(one: Tried, seen: Seen) -> Finding:
+def _stopped(fate: Fate, host: Host) -> Finding:
     """Behind the rule that has it for us."""
-    way = one.outcome.way
-    assert way is not None
-    if way.routed_nowhere or way.left:
-        return _routing(one, seen)
-    where = "input" if way.at[0] == "input" else "rules"
-    if one.wanted.mode is Mode.TPROXY:
-        do = f"accept what has mark {one.wanted.tproxy_mark:#x} there, before it is dropped"
-    else:
-        on = "lo" if one.wanted.mode is Mode.HOST else one.sample.iif
-        do = f"accept TCP to port {one.wanted.port} from {on} there, before it is dropped"
-    if way.lost is not None and one.wanted.mode is Mode.HOST:
-        return fault("lo", f"{one.name}: redirected connections get lost {one.fate.text}", "ip link set lo up")
-    return fault(where, f"{one.name}: redirected connections are dropped: {one.fate.text}", do)
+    path, mode = fate.outcome.path, fate.redirection.mode
+    assert path is not None
+    if path.left or (path.stop is not None and (path.stop.hook, path.stop.place) == ("prerouting", ROUTING)):
+        return routing(fate, host)
+    text = f"{fate.name}: redirected connections are dropped: {fate.text}"
+    if mode is Mode.HOST and path.stop is not None and path.stop.place in {LO, ROUTING}:
+        return fault("lo", text, "ip link set lo up")
+    what = f"TCP to port {fate.redirection.port} from {fate.sample.iif or 'lo'}"
+    if mode is Mode.TPROXY:
+        what = f"what has mark {fate.redirection.tproxy_mark:#x}"
+    where = "input" if path.stop is not None and path.stop.hook == "input" else "rules"
+    return fault(where, text, f"accept {what} there, before it is dropped")
 
 
-def _routing(one: Tried, seen: Seen) -> Finding:
-    """The kernel's routing dropped it, or sent it away: a lookup tells why."""
-    way, iif, version = one.outcome.way, one.sample.iif or "", one.sample.version
-    assert way is not None
-    if one.wanted.mode is Mode.GATEWAY and way.destination[0].is_loopback:
-        return fault(
-            "route_localnet", f"DNAT to {way.destination[0]} from {iif}, and route_localnet is 0: dropped",
-            f'use REDIRECT and listen = ":{one.wanted.port}"',
-        )  # fmt: skip
-    mark = one.wanted.tproxy_mark
-    strict = max(seen.interface_number("ipv4", name, "rp_filter") for name in ("all", iif))
-    believed = seen.interface_number("ipv4", "all", "src_valid_mark") or seen.interface_number(
-        "ipv4", iif, "src_valid_mark"
-    )
-    if version == 4 and way.routed_nowhere and believed and one.wanted.mode is Mode.TPROXY:
-        return fault(
-            "reverse path", f"src_valid_mark=1: what has mark {mark:#x} is dropped, its source is looked up with it",
-            f"sysctl {setting_of('all', 'src_valid_mark')}=0 {setting_of(iif, 'src_valid_mark')}=0",
-        )  # fmt: skip
-    if version == 4 and way.routed_nowhere and strict == 1:
-        return fault(
-            "reverse path", f"clients behind {iif} are dropped, their source is not believed (rp_filter={strict})",
-            f"sysctl {setting_of(iif, 'rp_filter')}=2, or route the clients' network back through {iif}",
-        )  # fmt: skip
-    if one.wanted.mode is not Mode.TPROXY:
-        return fault("routes", f"{one.name}: it is lost {one.fate.text}", "look at ip route and ip rule")
-    routing = Routing(mark, version == 6)
-    by_hand = "; ".join(map(routing.by_hand, ("rule", "route")))
-    return fault(
-        "routes", f"{one.name}: what TPROXY takes (mark {mark:#x}) is not routed to this host",
-        f"{_APPLY}, or by hand: {by_hand}" if seen.config.rules is not None else by_hand,
-    )  # fmt: skip
-
-
-def answers(seen: Seen, trials: Trials) -> Iterator[Finding]:
-    """Whether a listener accepts connections that arrive, and its answer gets back."""
-    for one in trials.arrived:
-        port = one.wanted.port
-        if one.outcome.answered:
-            yield fine("listeners", f"{one.name}: accepted on port {port}")
-        elif (found := _no_listener(one, seen)) is not None:
-            yield found
-        elif (why := trials.why_not(one.outcome.back)) is not None:
-            yield fault("answers", f"{one.name}: what transocks answers gets lost: {why}", "let it pass there")
-        elif trials.client is not None and one.outcome.back is None:
-            yield unchecked("listeners", f"{one.name}: no answer was seen")
-        elif one.wanted.mode is not Mode.TPROXY or (one.sample.iif, one.sample.version) not in seen.bridges:
-            yield fault(
-                "listeners", f"{one.name}: the socket on port {port} does not answer",
-                "look whether transocks runs well (transocks status); restart it if it does not answer",
-            )  # fmt: skip
-
-
-def both_families(seen: Seen, trials: Trials) -> Iterator[Finding]:
-    """Rules for one family only let the other pass by, if this host has it."""
-    for one in trials.arrived:
-        mode, other = one.wanted.mode, 10 - one.sample.version
-        mine = [t for t in trials.results if (t.wanted.mode, t.sample.version) == (mode, other)]
-        name = f"{mode.value}: IPv{other}"
-        if not mine or any(t.fate.what is What.ARRIVED for t in mine):
-            continue
-        fate = mine[0].fate
-        way = mine[0].outcome.way
-        if fate.what is What.NOWHERE and mine[0].sample.iif is None:
-            yield fine("families", f"{name} has no rules that are met, and no way out either")
-        elif fate.what is What.DROPPED and not trials.stated:
-            yield fine("families", f"{name} has no rules, and is dropped: {fate.text}")
-        elif fate.what is What.PASSED and not fate.text and way is not None:
-            yield fault(
-                "families", f"{name} has no rules, and goes out by {seen.device(way.oif)}, past transocks",
-                f"load the rules for IPv{other} too, or take its default route away",
-            )  # fmt: skip
-
-
-def way_out(seen: Seen, trials: Trials) -> Iterator[Finding]:
-    """Where an application wants to go there has to be a route, or no rule is asked, though what they redirect does not
-    take it. A host that reaches nothing but its proxy often has none.
-    """
-    used = {n.version for link in seen.here.links for n in link.networks if not n.is_link_local}
-    mine = [one for one in trials.results if one.wanted.mode is Mode.HOST and one.sample.version in used]
-    missing = {
-        one.sample.version: f"no route to {one.sample.destination}, so no rule is asked ({problem.strerror})"
-        for one in mine
-        if isinstance(problem := one.outcome.problem, OSError)
-        and one.outcome.way is None
-        and problem.errno in _NO_ROUTE
-    }
-    versions = {one.sample.version for one in mine}
-    if missing and (4 in missing or set(missing) == versions):  # without IPv6 applications take IPv4
-        version = min(missing)
-        say = fault if set(missing) == versions else warning
-        device = next((link.name for link in seen.here.links if any(n.version == version for n in link.networks)), "lo")
-        yield say(
-            "routes", f"IPv{version}: {missing[version]}",
-            f"ip -{version} route add default dev {device}: what is redirected does not go there",
-        )  # fmt: skip
-    elif mine and not missing:
-        yield fine("routes", "there is one to where the redirected connections of this host mean to go")
-
-
-def old_connections(seen: Seen, trials: Trials) -> Iterator[Finding]:
-    """Rules must not take packets from the middle of a connection that they have not seen begin."""
-    if trials.tracer is None or trials.client is not None:
+def applied(host: Host) -> Iterator[Finding]:
+    """`transocks rules verify`, where the configuration has [rules]."""
+    check, config = "applied rules", host.config
+    if config.rules is None:
         return
-    for one in trials.arrived:
-        way = try_out(trials.tracer, one.sample, flags=ACK).way
-        turn = way.turn if way is not None else None
-        taken = way is not None and any(mark.after == one.wanted.tproxy_mark for mark in way.marks)
-        if way is not None and (
-            (turn is not None and turn.to is not None and turn.to[1] == one.wanted.port)
-            or (one.wanted.mode is Mode.TPROXY and taken)
-        ):
-            which = "all" if one.wanted.mode is Mode.TPROXY else "those that nothing tracked before"
-            change = turn or next(way.marks)
+    if host.tracer is None:
+        yield unchecked(check, "firewall rules are shown to root only", AS_ROOT)
+        return
+    tool = config.rules.tool or choose_tool()
+    if tool is None:
+        return
+    try:
+        report = examine(host.redirections, tool, ipv6=has_ipv6(), trying=False)
+    except FirewallError as error:
+        yield unchecked(check, str(error))
+        return
+    # `listeners` tells of those, for rules by hand too.
+    faults = [line for line in report.faults if not line.startswith("nobody listens on ")]
+    for line in faults:
+        yield fault(check, line, f"{_APPLY} (and `verify` tells the same)")
+    for line in report.notes:
+        yield warning(check, line, "see transocks rules verify")
+    if not faults:
+        yield fine(check, f"as [rules] says ({tool.value})")
+
+
+def listeners(host: Host) -> Iterator[Finding]:
+    """Whether a listener accepts connections that arrive, and its answer gets back; if none arrives, whether there is
+    one where the configuration says.
+    """
+    if host.listeners is None:
+        yield unchecked("listeners", "the kernel does not tell which sockets listen (sock_diag)")
+    for fate in host.arrived:
+        yield from _answer(fate, host)
+    if host.arrived or host.listeners is None:
+        return
+    for listen in (*host.config.listen, *host.config.listen_tproxy):
+        if host.listener(listen.address, listen.port) is not None:
+            yield fine("listeners", f"somebody accepts on {listen}")
+        elif not listen.optional or listen.address.version == 4:
+            yield fault("listeners", f"nobody accepts on {listen}", "start transocks")
+
+
+def _answer(fate: Fate, host: Host) -> Iterator[Finding]:
+    outcome, port = fate.outcome, fate.redirection.port
+    if outcome.answered:
+        yield fine("listeners", f"{fate.name}: accepted on port {port}")
+    elif host.listeners is not None and (found := _no_listener(fate, host)) is not None:
+        yield found
+    elif (why := host.stop(outcome.back)) is not None:
+        yield fault("answers", f"{fate.name}: what transocks answers gets lost: {why}", "let it pass there")
+    elif host.client is not None and outcome.back is None:
+        yield unchecked("listeners", f"{fate.name}: no answer was seen")
+    elif fate.redirection.mode is not Mode.TPROXY or (fate.sample.iif, fate.sample.version) not in host.bridges:
+        yield fault(
+            "listeners", f"{fate.name}: the socket on port {port} does not answer",
+            "look whether transocks runs well (transocks status); restart it if it does not answer",
+        )  # fmt: skip
+
+
+def both_families(host: Host) -> Iterator[Finding]:
+    """Rules for one family only let the other pass by, if this host has it."""
+    for fate in host.arrived:
+        mode, other = fate.redirection.mode, 10 - fate.sample.version
+        theirs = [f for f in host.fates if (f.redirection.mode, f.sample.version) == (mode, other)]
+        name = f"{mode.value}: IPv{other}"
+        if not theirs or any(f.what is What.ARRIVED for f in theirs):
+            continue
+        first, path = theirs[0], theirs[0].outcome.path
+        if first.what is What.NOWHERE and first.sample.iif is None:
+            yield fine("families", f"{name} has no rules that are met, and no way out either")
+        elif first.what is What.DROPPED and not host.stated:
+            yield fine("families", f"{name} has no rules, and is dropped: {first.text}")
+        elif first.what is What.PASSED and not first.text and path is not None:
+            text = f"{name} has no rules, and goes out by {device(path.oif)}, past transocks"
+            yield fault("families", text, f"load the rules for IPv{other} too, or take its default route away")
+
+
+def old_connections(host: Host) -> Iterator[Finding]:
+    """Rules must not take packets from the middle of a connection that they have not seen begin."""
+    if host.tracer is None or host.client is not None:
+        return
+    for fate in host.arrived:
+        path, tproxy = try_out(host.tracer, fate.sample, flags=ACK).path, fate.redirection.mode is Mode.TPROXY
+        if path is None:
+            continue
+        changes = [path.turn] if path.turn is not None and path.destination[1] == fate.redirection.port else []
+        if tproxy:
+            changes += [mark for mark in path.marks if mark.after == fate.redirection.tproxy_mark]
+        for change in changes[:1]:
+            which = "all" if tproxy else "those that nothing tracked before"
             yield warning(
                 "old connections",
-                f"{one.name}: to load these rules ends old connections ({which}), since they take the middle of one"
-                f" too: {trials.names.change(change, way)}",
+                f"{fate.name}: to load these rules ends old connections ({which}), since they take the middle of one"
+                f" too: {host.names.of(change.cause)}",
                 "limit them to first segments: tcp flags & (fin | syn | rst | ack) == syn (iptables: --syn)",
             )  # fmt: skip
 
 
-def quic(seen: Seen, trials: Trials) -> Iterator[Finding]:
+def quic(host: Host) -> Iterator[Finding]:
     """Browsers prefer HTTP/3, which is UDP and is not proxied."""
-    if trials.tracer is None:
+    if host.tracer is None or host.client is not None:
         return
-    for one in trials.arrived:
-        if one.sample.port != 443 or trials.client is not None:
+    for fate in host.arrived:
+        if fate.sample.port != 443:
             continue
-        way = try_out(trials.tracer, one.sample, protocol=UDP).way
-        if (why := trials.why_not(way)) is not None:
-            yield fine("quic", f"{one.name}: refused: {why}")
-        elif way is not None and way.left:
+        path = try_out(host.tracer, fate.sample, protocol=UDP).path
+        if (why := host.stop(path)) is not None:
+            yield fine("quic", f"{fate.name}: refused: {why}")
+        elif path is not None and path.left:
             yield warning(
-                "quic", f"{one.name}: UDP to port 443 (HTTP/3) goes out past transocks",
+                "quic", f"{fate.name}: UDP to port 443 (HTTP/3) goes out past transocks",
                 "reject it where TCP is redirected, as the rule files do, so that browsers take TCP",
             )  # fmt: skip

@@ -1,0 +1,270 @@
+"""Are the upstreams there, do they speak what the configuration says, and does a large packet reach them?
+
+They are connected to and greeted as the daemon would, traced where that can be done. No destination is asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import socket
+import struct
+import termios
+import time
+from collections.abc import Iterator
+
+import attrs
+import trio
+
+from transocks.doctor.finding import Finding, State, fault, fine, unchecked
+from transocks.doctor.host import AS_ROOT, Host
+from transocks.http_connect import HttpConnect
+from transocks.rules.routing import lookup, policy_against
+from transocks.tools import FirewallError
+from transocks.tracing.events import TCP
+from transocks.tracing.sockets import socket_of
+from transocks.upstreams.probes import ping
+from transocks.upstreams.proxy_url import ProxyScheme, ProxyURL
+from usocksd.errors import Error, ResolveError, UpstreamError
+from usocksd.log.metrics import Metrics
+from usocksd.names.resolver import Resolver, make_resolver
+from usocksd.net.address import IPAddress, join_port, socket_address
+from usocksd.net.proxy_protocol import LOCAL_HEADER
+from usocksd.socks import NEED_DATA, Probe, Probed, RequestRefused
+
+PATIENCE = 3.0
+"""Seconds for its name, and again for its answer."""
+
+_CHECK = "upstream"
+_NOT_HTTP = re.compile(r"\bnot (an )?HTTP", re.IGNORECASE)  # how a usocksd says so, and Tor
+_SOCKS5 = (ProxyScheme.SOCKS5, ProxyScheme.SOCKS5H)
+_MOST = 8  # addresses of a name
+_LARGE_WITHIN = 2.5  # seconds
+_HEADERS = {4: 40, 6: 60}
+_MTUS = (1492, 1460, 1440, 1420, 1400, 1360, 1320, 1280, 1200, 1000)
+"""Of PPPoE, and of tunnels one in another."""
+
+
+def upstreams(host: Host) -> Iterator[Finding]:
+    """All at once. One that answers at some of its addresses is a warning, at none of them a fault."""
+    yield from trio.run(_greet_all, host)
+
+
+async def _greet_all(host: Host) -> list[Finding]:
+    found: dict[ProxyURL, list[Finding]] = {proxy: [] for proxy in host.proxies}
+    resolver = make_resolver(host.config.dns, Metrics("doctor"), sockets=16)
+
+    async def greet(proxy: ProxyURL) -> None:
+        found[proxy] = await _Greeting(proxy, host).run(resolver)
+
+    async with trio.open_nursery() as background:
+        await background.start(resolver.run)
+        async with trio.open_nursery() as nursery:
+            for proxy in found:
+                nursery.start_soon(greet, proxy)
+        background.cancel_scope.cancel()
+    return [finding for findings in found.values() for finding in findings]
+
+
+class _Greeting:
+    """Of one upstream, at all its addresses."""
+
+    def __init__(self, proxy: ProxyURL, host: Host) -> None:
+        self._proxy, self._host = proxy, host
+        groups = [group for group in host.config.groups().values() if proxy in group.proxy_url]
+        self._header = LOCAL_HEADER if any(group.proxy_protocol for group in groups) else b""
+
+    async def run(self, resolver: Resolver) -> list[Finding]:
+        """What is wrong with it, or that nothing is."""
+        addresses: tuple[IPAddress, ...] = ()
+        problem = "its name was not resolved in time"
+        if not isinstance(self._proxy.host, str):
+            addresses = (self._proxy.host,)
+        else:
+            with trio.move_on_after(PATIENCE):
+                try:
+                    addresses = await resolver.search(self._proxy.host)
+                except ResolveError as error:
+                    problem = str(error)
+        if not addresses:
+            do = "see that its name resolves on this host, or put its address into proxy_url"
+            return [fault(_CHECK, f"{self._proxy}: {problem}", do)]
+        found: list[tuple[Finding, bool]] = []
+
+        async def one(address: IPAddress) -> None:
+            found.append(await self._at(address))
+
+        async with trio.open_nursery() as nursery:
+            for address in addresses[:_MOST]:
+                nursery.start_soon(one, address)
+        elsewhere = any(answers for _, answers in found)
+        return [
+            attrs.evolve(finding, state=State.WARNING)
+            if finding.state is State.FAULT and elsewhere and not answers
+            else finding
+            for finding, answers in found
+        ]
+
+    async def _at(self, address: IPAddress) -> tuple[Finding, bool]:
+        """What is wrong with it at this address, and whether it answers there."""
+        host, proxy = self._host, self._proxy
+        shown = str(proxy) if address == proxy.host else f"{proxy} at {join_port(address, proxy.port)}"
+        # First a sample: if the rules redirected a real connection, transocks would connect to itself.
+        if host.comes_back(host.open(host.daemon, address, proxy.port)) is not None:
+            return unchecked(_CHECK, f"{shown}: connections to it are redirected to transocks"), False
+        since, problem, doubt = time.monotonic(), "", ""
+        with self._socket(address) as sock, contextlib.ExitStack() as stack:
+            port = sock.getsockname()[1]
+            if host.tracer is not None:
+                stack.enter_context(host.tracer.watching(TCP, port, keep=False))
+            try:
+                with trio.fail_after(PATIENCE):
+                    await sock.connect(socket_address(str(address), proxy.port))
+                    doubt = await self._greet(trio.SocketStream(sock))
+            except trio.TooSlowError:
+                problem = f"no answer within {PATIENCE:g} s"
+            except Error as error:
+                problem = str(error)
+            except (trio.BrokenResourceError, OSError) as error:
+                inner = error.__cause__ if isinstance(error, trio.BrokenResourceError) else error
+                problem = os.strerror(inner.errno) if isinstance(inner, OSError) and inner.errno else str(error)
+            seconds = time.monotonic() - since
+            if problem:
+                return self._broken(f"{shown}: {problem}", self._obstacle(port, address), problem), False
+        if not host.is_local(address) and not await self._takes_large(address):
+            return await self._blackhole(address, shown), True
+        if doubt:
+            return unchecked(_CHECK, f"{shown}: {doubt}"), True
+        return fine(_CHECK, f"{shown} answers, in {seconds * 1000:.0f} ms"), True
+
+    def _socket(self, address: IPAddress) -> trio.socket.SocketType:
+        """One as the daemon's, with a port of its own."""
+        family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+        daemon = self._host.daemon
+        try:
+            sock = socket_of(daemon, family)
+        except FirewallError:  # its cgroup takes no other process
+            sock = socket_of(attrs.evolve(daemon, cgroup=None), family)
+        sock.bind(("", 0))
+        return trio.socket.from_stdlib_socket(sock)
+
+    # ---- does it answer?
+
+    async def _greet(self, stream: trio.SocketStream) -> str:
+        """Returns why its answer says little, if so. Raises UpstreamError, BrokenResourceError."""
+        proxy = self._proxy
+        if proxy.scheme in _SOCKS5:
+            before = self._header
+            probe = Probe(proxy.username, proxy.secret)
+            while not isinstance(probe.next_event(), Probed):
+                if data := probe.data_to_send():
+                    await stream.send_all(before + data)
+                    before = b""
+                probe.receive_data(await stream.receive_some(1024))
+            return ""
+        await stream.send_all(self._header + ping(proxy))
+        answer = HttpConnect(str(proxy.host), proxy.port)  # reads what a CONNECT would be answered with, too
+        while data := await stream.receive_some(1024):
+            if proxy.scheme is not ProxyScheme.HTTP:
+                if data[:1] != b"\0":
+                    raise UpstreamError(f"the server answers with {data[:8]!r}, which is not SOCKS4")
+                return ""
+            answer.receive_data(data)
+            try:
+                if answer.next_event() is not NEED_DATA:
+                    return ""
+            except RequestRefused as error:
+                if _NOT_HTTP.search(str(error)):
+                    raise
+                return ""
+        return "it closes without an answer to what asks for no connection; is it a proxy of this kind?"
+
+    def _obstacle(self, port: int, address: IPAddress) -> str | None:
+        """What on this host is in the way of the connection from this port: a rule, or the routing policy."""
+        host = self._host
+        if host.tracer is not None:
+            if (why := host.stop(host.tracer.path(TCP, port))) is not None:
+                return why
+            if (why := host.stop(host.tracer.path(TCP, port, back=True))) is not None:
+                return f"its answer: {why}"
+        policy = policy_against(address, host.daemon.mark, host.daemon.uid)
+        return f"routing rule {policy}" if policy is not None else None
+
+    def _broken(self, text: str, obstacle: str | None, problem: str) -> Finding:
+        daemon = self._host.daemon
+        if self._host.tracer is None:
+            return unchecked(_CHECK, f"{text}; or this user's connections are redirected", AS_ROOT)
+        if obstacle is not None:
+            who = f"mark {daemon.mark:#x}" if daemon.mark else f"user {daemon.uid or 0}"
+            return fault(
+                _CHECK, f"{text}: {obstacle}", f"take that out, or exempt what transocks sends ({who}) before it"
+            )
+        return fault(_CHECK, text, self._remedy(problem))
+
+    def _remedy(self, problem: str) -> str:
+        if "no credentials" in problem or (" 407" in problem and self._proxy.username is None):
+            return "put user and password into proxy_url (percent-encoded)"
+        if "other than a user name" in problem:
+            return "take user and password out of proxy_url, if it wants none"
+        if "user name" in problem or " 407" in problem:
+            return "put user and password in proxy_url right (percent-encoded)"
+        if "SOCKS" in problem or "HTTP" in problem:
+            return f"look what listens there: {self._proxy} is to be a proxy of this kind"
+        if "closed within" in problem or "reset by peer" in problem:
+            # It is there, and will have none of this.
+            doubt = "whether it admits this host's address (its `allow_from`), or expects a PROXY header on this port"
+            if self._header:
+                doubt = "whether it expects a PROXY header on this port, and trusts this host's address (its `trusted`)"
+            return f"look into its log; {doubt}"
+        return "start it, or put proxy_url right; look for a firewall on the way"
+
+    # ---- does a large packet reach it?
+
+    async def _takes_large(self, address: IPAddress, mtu: int | None = None) -> bool:
+        """Whether a segment of full size reaches it if small ones do; on a connection of its own.
+
+        What is asked leads to no connection (a SOCKS server may say so in its log); zeros behind it fill the segment.
+        """
+        with trio.move_on_after(_LARGE_WITHIN), contextlib.suppress(OSError):
+            with self._socket(address) as sock:
+                if mtu is not None:
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, mtu - _HEADERS[address.version])
+                await sock.connect(socket_address(str(address), self._proxy.port))
+                await sock.send(self._large(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG)))
+                while struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)))[0]:  # noqa: ASYNC110
+                    await trio.sleep(0.02)
+                return True
+        return False
+
+    def _large(self, size: int) -> bytes:
+        proxy = self._proxy
+        if proxy.scheme is ProxyScheme.HTTP:
+            start = self._header + ping(proxy).removesuffix(b"\r\n") + b"X-Padding: "
+            return start + b"0" * (size - len(start) - 4) + b"\r\n\r\n"
+        question = Probe(pipelined=True).data_to_send() if proxy.scheme in _SOCKS5 else ping(proxy)
+        return (self._header + question).ljust(size, b"\0")
+
+    async def _blackhole(self, address: IPAddress, shown: str) -> Finding:
+        """A link on the way carries less than ours, and the ICMP that says so does not come back."""
+        fits = [0]
+
+        async def one(mtu: int) -> None:
+            if await self._takes_large(address, mtu):
+                fits.append(mtu)
+
+        async with trio.open_nursery() as nursery:
+            for mtu in _MTUS:
+                nursery.start_soon(one, mtu)
+        text = f"{shown}: small packets get there, large ones don't (an MTU blackhole)"
+        if not (mtu := max(fits)):
+            do = "sysctl net.ipv4.tcp_mtu_probing=1; and look for what drops ICMP on the way"
+            return fault(_CHECK, text, do)
+        try:
+            route = lookup(address, mark=self._host.daemon.mark)
+        except OSError:
+            return fault(_CHECK, text, f"lower the MTU towards it to {mtu}")
+        via = f"via {route.gateway} " if route.gateway else ""
+        do = f"ip route replace {address} {via}dev {route.device} mtu {mtu}"
+        return fault(_CHECK, f"{text}; {mtu} bytes do", do)

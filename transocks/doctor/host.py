@@ -1,0 +1,272 @@
+"""This host: what its kernel and the running daemon say, and what the kernel did with samples. Nothing is changed."""
+
+from __future__ import annotations
+
+import pwd
+import socket
+import struct
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+
+import attrs
+
+from transocks.config import DIRECT, Config
+from transocks.rules import live
+from transocks.rules.config import Mode, RulesConfig
+from transocks.rules.loops import sender_of
+from transocks.rules.redirection import Redirection, reached, redirections_of
+from transocks.tools import FirewallError
+from transocks.tracing.events import TCP
+from transocks.tracing.fate import Fate, What, fate_of
+from transocks.tracing.links import Links, filtered_bridges, links
+from transocks.tracing.names import RuleNames
+from transocks.tracing.path import Path as Way
+from transocks.tracing.samples import Outcome, Sample, samples, try_out
+from transocks.tracing.sockets import Identity
+from transocks.tracing.tracer import Tracer
+from transocks.upstreams.proxy_url import ProxyURL
+from usocksd.host.addresses import HostAddresses
+from usocksd.host.sockets import Listener, listeners
+from usocksd.net.address import IPAddress, without_zone
+from usocksd.serve.verbs.client import Answer, Client, VerbError
+
+AS_ROOT = "run it as root"
+_UCRED = struct.Struct("=iII")  # pid, uid, gid: unix(7)
+
+
+@attrs.frozen(kw_only=True)
+class Host:
+    """Each thing is looked at, and each sample tried, once, when a check asks for it."""
+
+    config: Config
+    tracer: Tracer | None = None
+    """None: no packets can be traced, since this user is not root for example"""
+    why: str = ""
+    """there is no tracer"""
+    client: IPAddress | None = None
+    """whose connection was waited for: then that is judged, and no samples"""
+    names: RuleNames = attrs.field(factory=RuleNames)
+    proc: Path = Path("/proc")
+    counters: Mapping[str, int] = attrs.field(default=attrs.Factory(lambda self: counted(self.proc), takes_self=True))
+    """what the kernel had dropped until the look began: see `counted`"""
+
+    # ---- what the kernel says
+
+    def read(self, path: str) -> str | None:
+        """A file below /proc, if it is there and may be read."""
+        try:
+            return (self.proc / path).read_text("ascii", "replace").strip()
+        except OSError:
+            return None
+
+    def sysctl(self, name: str) -> str | None:
+        """A kernel setting, net.ipv4.ip_forward for example; None if there is none of that name."""
+        return self.read(f"sys/{name.replace('.', '/')}")
+
+    def number(self, name: str) -> int | None:
+        """A kernel setting that is a number."""
+        text = self.sysctl(name)
+        return int(text) if text and text.lstrip("-").isdigit() else None
+
+    def of_interface(self, interface: str, name: str) -> int:
+        """A setting of an interface for IPv4."""
+        return int(self.read(f"sys/net/ipv4/conf/{interface}/{name}") or 0)
+
+    def since(self, name: str) -> int:
+        """By how much a counter of `counted` has grown since the look began."""
+        return counted(self.proc).get(name, 0) - self.counters.get(name, 0)
+
+    @cached_property
+    def versions(self) -> tuple[int, ...]:
+        """The IP versions in use: with disable_ipv6=1 nobody can listen, nor send."""
+        return (4, 6) if live.uses_ipv6() else (4,)
+
+    @cached_property
+    def links(self) -> Links:
+        """The interfaces; none where ip(8) is not installed."""
+        try:
+            return links()
+        except FirewallError:
+            return Links()
+
+    @cached_property
+    def bridges(self) -> dict[tuple[str, int], str]:
+        """Those whose packets the rules see, by name and IP version: the setting that says so."""
+        return filtered_bridges()
+
+    @cached_property
+    def listeners(self) -> tuple[Listener, ...] | None:
+        """None: the kernel does not tell."""
+        try:
+            return listeners()
+        except OSError:
+            return None
+
+    def listener(self, address: IPAddress, port: int) -> Listener | None:
+        """The socket that accepts connections to this local address."""
+        found = (listener for listener in self.listeners or () if listener.accepts(without_zone(address), port))
+        return next(found, None)
+
+    @cached_property
+    def _addresses(self) -> HostAddresses:
+        return HostAddresses()
+
+    def is_local(self, address: IPAddress) -> bool:
+        """Whether a connection to it ends on this host."""
+        return self._addresses.is_local(without_zone(address))
+
+    # ---- the daemon, and its configuration
+
+    @cached_property
+    def _peer(self) -> tuple[int | None, int | None]:
+        """User and group of the running daemon."""
+        try:
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.settimeout(2)
+                sock.connect(self.config.control or "")
+                return _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))[1:]
+        except OSError:
+            return None, None
+
+    @cached_property
+    def status(self) -> Answer | None:
+        """What the running daemon says of itself."""
+        try:
+            return Client("transocks", self.config.control).ask("status", timeout=2) if self.config.control else None
+        except VerbError:
+            return None
+
+    @cached_property
+    def daemon(self) -> Identity:
+        """By what rules know the daemon's connections; if it does not run, as its unit has it."""
+        uid, gid = self._peer
+        mine = next((listener for listener in self.listeners or () if listener.port in self.ports), None)
+        if uid is None and mine is not None:
+            uid = mine.uid
+        elif uid is None:
+            uid = next((user.pw_uid for user in pwd.getpwall() if user.pw_name == "transocks"), None)
+        rules = self.config.rules
+        cgroup = sender_of(mine).cgroup if mine is not None and rules is not None and rules.cgroups else None
+        return Identity(uid=uid, gid=gid, mark=self.config.mark or 0, cgroup=cgroup)
+
+    @property
+    def ports(self) -> set[int]:
+        """Where transocks listens."""
+        return {listen.port for listen in (*self.config.listen, *self.config.listen_tproxy)}
+
+    @property
+    def proxies(self) -> tuple[ProxyURL, ...]:
+        """All upstreams, each once."""
+        return tuple(dict.fromkeys(url for group in self.config.groups().values() for url in group.proxy_url))
+
+    @property
+    def goes_direct(self) -> bool:
+        """Whether transocks may connect to destinations by itself."""
+        groups = self.config.groups().values()
+        return DIRECT in {*(route.via for route in self.config.route), *(group.when_all_down for group in groups)}
+
+    @property
+    def stated(self) -> bool:
+        """Whether the configuration says which rules there should be."""
+        return self.config.rules is not None
+
+    @cached_property
+    def redirections(self) -> tuple[Redirection, ...]:
+        """The rules of [rules]; or, where they are loaded by hand, of each mode that the listeners are for."""
+        config, rules = self.config, self.config.rules
+        if rules is None:
+            modes = [
+                mode for mode in Mode if reached(mode, config.listen_tproxy if mode is Mode.TPROXY else config.listen)
+            ]
+            everywhere = all(listen.address.is_unspecified for listen in config.listen)
+            if Mode.TPROXY in modes and Mode.GATEWAY in modes and not everywhere:
+                modes.remove(Mode.GATEWAY)
+            rules = RulesConfig(mode=tuple(modes))
+        try:
+            return tuple(redirections_of(rules, config.listen, config.listen_tproxy, config.mark))
+        except FirewallError:
+            return ()
+
+    # ---- what the kernel did with packets
+
+    @cached_property
+    def fates(self) -> tuple[Fate, ...]:
+        """Of all samples, in all modes."""
+        found = [
+            fate_of(outcome, redirection, self.names)
+            for redirection in self.redirections
+            for outcome in self._outcomes(redirection)
+        ]
+        # Rules that are loaded by hand need not be there for all modes that the listeners could be for.
+        behind = {What.ARRIVED, What.STOPPED}
+        modes = {f.redirection.mode for f in found if f.what in behind or (f.what is What.PASSED and f.text)}
+        return tuple(f for f in found if self.stated or not modes or f.redirection.mode in modes)
+
+    def _outcomes(self, redirection: Redirection) -> list[Outcome]:
+        if self.tracer is None:
+            return []
+        if self.client is None:
+            return [try_out(self.tracer, sample) for sample in samples(redirection, self.links, self.versions)]
+        port = self.tracer.port_of(self.client)
+        path = None if port is None else self.tracer.path(TCP, port)
+        if port is None or path is None or redirection.mode is Mode.HOST:
+            return []
+        to, iif = path.packet, device(path.iif)
+        sample = Sample(destination=to.destination, port=to.dport, source=self.client, iif=iif)
+        return [Outcome(sample=sample, path=path, back=self.tracer.path(TCP, port, back=True))]
+
+    @cached_property
+    def arrived(self) -> tuple[Fate, ...]:
+        """Of each mode and family the first that got to where it should."""
+        found: dict[str, Fate] = {}
+        for fate in self.fates:
+            if fate.what is What.ARRIVED:
+                found.setdefault(fate.name, fate)
+        return tuple(found.values())
+
+    def open(self, who: Identity, address: IPAddress, port: int) -> Outcome:
+        """Try a connection of a process of this host."""
+        sample = Sample(destination=address, port=port, who=who)
+        return Outcome(sample=sample) if self.tracer is None else try_out(self.tracer, sample)
+
+    def comes_back(self, outcome: Outcome) -> str | None:
+        """The rule that redirects it to a port of transocks, if one does."""
+        turn = outcome.path.turn if outcome.path is not None else None
+        if turn is None or turn.to is None or turn.to[1] not in self.ports or not self.is_local(turn.to[0]):
+            return None
+        return self.names.of(turn.cause)
+
+    def stop(self, path: Way | None) -> str | None:
+        """What on this host stopped a packet, in words."""
+        return self.names.stop(path.stop) if path is not None and path.stop is not None else None
+
+
+def counted(proc: Path) -> dict[str, int]:
+    """What this network namespace has dropped so far: the counters of /proc/net/netstat by name, and conntrack's "drop"
+    and "early_drop".
+    """
+    found: dict[str, int] = {}
+    lines = _lines(proc / "net/netstat")
+    for names, values in zip(lines[::2], lines[1::2], strict=False):  # a line of names, a line of values
+        pairs = zip(names.split()[1:], values.split()[1:], strict=False)
+        found |= {name: int(value) for name, value in pairs}
+    head, *rows = [line.split() for line in _lines(proc / "net/stat/nf_conntrack")] or [[]]
+    for name in {"drop", "early_drop"} & set(head):  # hexadecimal, a line for each CPU
+        found[name] = sum(int(row[head.index(name)], 16) for row in rows)
+    return found
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text("ascii", "replace").splitlines()
+    except OSError:
+        return []
+
+
+def device(index: int) -> str:
+    """The name of an interface by its number."""
+    try:
+        return socket.if_indextoname(index)
+    except OSError:
+        return f"interface {index}"

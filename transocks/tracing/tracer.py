@@ -1,0 +1,143 @@
+"""Makes the kernel report the path of some packets, and keeps our own samples on this host.
+
+A table of our own marks packets of the watched ports for tracing. At each hook it has empty chains between those of
+others (connection tracking, iptables's tables). The kernel reports when a packet reaches one of them, and its contents
+at that point. So the last place of a packet is known, even if iptables-legacy, connection tracking, routing or a BPF
+program dropped it, and not a rule of nft. The last chain of all drops our samples, so that they are not sent. The table
+belongs to this process, and is gone when the process is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import time
+from collections.abc import Iterator
+from types import TracebackType
+
+from transocks.rules.guard import Guard
+from transocks.tools import FirewallError
+from transocks.tracing.events import MESSAGE, TCP, UDP, Event, parse
+from transocks.tracing.path import FIRST, HOOKS, LAST, PLACES, TABLE, Path, path_of
+from usocksd.host.netlink import NETFILTER, connect, messages
+from usocksd.net.address import IPAddress
+
+_NAMES = {TCP: "tcp", UDP: "udp"}
+_NFNLGRP_NFTRACE = 9
+_RECEIVE_SIZE, _BUFFER = 1 << 16, 1 << 23
+_SO_RCVBUFFORCE = 33
+_SOL_NETLINK, _NO_ENOBUFS = 270, 5
+_WATCH = " ".join(f"meta l4proto . th {end} @watched meta nftrace set 1;" for end in ("sport", "dport"))
+_KEEP = " ".join(f'meta l4proto . th {end} @kept oifname != "lo" drop;' for end in ("sport", "dport"))
+
+
+class Tracer:
+    """Of the network namespace of this process; takes CAP_NET_ADMIN and libnftables. Raises FirewallError without."""
+
+    def __init__(self, client: IPAddress | None = None) -> None:
+        """`client`: its new connections are watched, besides ports."""
+        self._events: list[Event] = []
+        self._since: dict[tuple[int, int], int] = {}
+        self._sets = [("inet", "watched")]
+        self._stack = contextlib.ExitStack()
+        try:
+            self._nft = Guard()
+            self._stack.callback(self._nft.close)
+            self._socket = self._stack.enter_context(connect(NETFILTER))
+            self._socket.setblocking(False)
+            self._socket.setsockopt(_SOL_NETLINK, _NO_ENOBUFS, 1)
+            try:
+                self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER)
+            except PermissionError:  # root of a user namespace gets what net.core.rmem_max allows
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
+            self._socket.bind((0, 1 << _NFNLGRP_NFTRACE - 1))
+            table = _table(client)
+            try:
+                self._nft.load(table + _devices())
+                self._sets.append(("netdev", "watched"))
+            except FirewallError:  # a kernel without hooks of devices
+                self._nft.load(table)
+        except (OSError, FirewallError) as error:
+            self._stack.close()
+            why = error.strerror if isinstance(error, OSError) else error
+            raise FirewallError(f"packets can't be traced: {why}") from None
+
+    def __enter__(self) -> Tracer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    @contextlib.contextmanager
+    def watching(self, protocol: int, port: int, *, keep: bool) -> Iterator[None]:
+        """Have packets from and to this port reported; `keep`: they don't leave this host."""
+        self._read()
+        self._since[protocol, port] = len(self._events)  # earlier reports were of another socket with this port
+        sets = [*self._sets, ("inet", "kept")] if keep else self._sets
+        elements = [f"element {family} {TABLE} {name} {{ {_NAMES[protocol]} . {port} }}\n" for family, name in sets]
+        self._nft.load("".join(f"add {element}" for element in elements))
+        try:
+            yield
+        finally:
+            self._nft.load("".join(f"delete {element}" for element in elements))
+
+    def path(self, protocol: int, port: int, *, back: bool = False) -> Path | None:
+        """The path, as far as it was reported, of the first packet from this port; `back`: of the first to it."""
+        self._read()
+        return path_of(self._events[self._since.get((protocol, port), 0) :], protocol, port, back=back)
+
+    def wait_for(self, client: IPAddress, within: float, settle: float) -> int | None:
+        """Wait for the next new connection of this client, and then for its first packet to get where it gets. Returns
+        its port, or None if there is no connection within so many seconds.
+        """
+        deadline = time.monotonic() + within
+        while (port := self.port_of(client)) is None:
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([self._socket], [], [], left)[0]:
+                return None
+        with self.watching(TCP, port, keep=False):  # its answer, too
+            time.sleep(settle)
+            self._read()
+        del self._since[TCP, port]
+        return port
+
+    def port_of(self, client: IPAddress) -> int | None:
+        """The port of the first connection of this client that was reported."""
+        self._read()
+        packets = (event.packet for event in self._events if event.packet is not None)
+        return next((packet.sport for packet in packets if packet.source == client), None)
+
+    def _read(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                for kind, _, message in messages(self._socket.recv(_RECEIVE_SIZE)):
+                    if kind == MESSAGE and (event := parse(message)) is not None:
+                        self._events.append(event)
+
+
+def _table(client: IPAddress | None) -> str:
+    watch = _WATCH
+    if client is not None:
+        family = "ip" if client.version == 4 else "ip6"
+        watch += f" {family} saddr {client} tcp flags & (fin | syn | rst | ack) == syn meta nftrace set 1;"
+    rules = {("postrouting", LAST): _KEEP} | {(hook, FIRST): watch for hook in HOOKS}
+    rules |= {(hook, -199): "ct state untracked jump untracked;" for hook in ("prerouting", "output")}
+    chains = "".join(
+        f"chain {hook}_{'m' if place < 0 else 'p'}{abs(place)} {{ type filter hook {hook} priority {place};"
+        # Of a rule that accepts the kernel reports once, of a chain that ends twice.
+        f" {rules.get((hook, place), '')} accept; }}\n"
+        for hook in HOOKS
+        for place in PLACES
+    )
+    sets = "".join(f"set {name} {{ type inet_proto . inet_service; }}\n" for name in ("watched", "kept"))
+    return f"table inet {TABLE} {{\nflags owner\n{sets}chain untracked {{ }}\n{chains}}}\n"
+
+
+def _devices() -> str:
+    """What a device receives is marked before anybody has it: chains of devices may drop it, too."""
+    names = ", ".join(f'"{name}"' for _, name in socket.if_nameindex())
+    chain = f"chain ingress {{ type filter hook ingress devices = {{ {names} }} priority {FIRST}; {_WATCH} }}\n"
+    return f"table netdev {TABLE} {{\nflags owner\nset watched {{ type inet_proto . inet_service; }}\n{chain}}}\n"

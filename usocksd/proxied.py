@@ -18,7 +18,7 @@ from usocksd.net.address import numeric_address
 from usocksd.net.endpoint import Endpoint
 from usocksd.net.proxy_protocol import Header, HeaderFault, Receiver, unlikely
 from usocksd.socks import ClientFault, Kind, Server
-from usocksd.socks.answers import HTTP_ERROR
+from usocksd.socks.wire import HTTP_ERROR
 
 
 @attrs.frozen

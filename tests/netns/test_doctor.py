@@ -22,7 +22,7 @@ from daemons import Daemon, Served
 from forks import Commands
 from scene import clients_packets
 
-from usocksd.socks.answers import HTTP_ERROR
+from usocksd.socks.wire import HTTP_ERROR
 
 RULES = Path(__file__).parents[2] / "iptables"
 FAR = lab.NEXT_V4  # where the upstream is, if not on the host itself

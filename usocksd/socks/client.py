@@ -1,25 +1,28 @@
-"""The client role: what to say to a SOCKS server, and what to make of its answers.
+"""The client role: what to send to a SOCKS server, and what its answers mean.
 
 Rules of this file: as in server.py, a state is the method that reads the next message, nothing is consumed
 before it is complete, and no message is longer than 262 bytes. The messages to send are built apart from the
 states that send them.
 
-    _method, _authentication_status (greeting.py) ──> _socks5_reply ──> _over
-    _socks4_reply ────────────────────────────────────────────────────> _over
+    _method ──00──────────────────────────────> _authenticated ──> _socks5_reply ──> _over
+        └─────02──> _authentication_status ─────────┘
+    _socks4_reply ─────────────────────────────────────────────────────────────────> _over
 """
 
 from __future__ import annotations
 
 from socket import AF_INET, AF_INET6, inet_ntoa, inet_ntop
-from typing import NoReturn
+from typing import ClassVar, NoReturn
 
-from usocksd.socks.errors import RequestRefused
+from usocksd.socks.errors import AuthenticationFailed, Kind, RequestRefused, UpstreamFault
 from usocksd.socks.events import Established
-from usocksd.socks.greeting import Greeting, authentication
 from usocksd.socks.role import ClientRole, Event
 from usocksd.socks.wire import (
+    AUTHENTICATION_SUCCESS,
+    AUTHENTICATION_VERSION,
     AddressType,
     Command,
+    Method,
     Reply,
     Socks4Reply,
     Version,
@@ -27,6 +30,81 @@ from usocksd.socks.wire import (
     encode_name,
     pack_ip,
 )
+
+_VERSION5 = 5
+
+
+class Greeting(ClientRole):
+    """A SOCKS5 client up to its request: offers methods, and sends credentials if they are wanted. The rest is the
+    subclass's, whose `__init__` calls `_greet`.
+    """
+
+    __slots__ = ("_credentials", "_offered", "_pipelined", "_request", "method")
+
+    PEER: ClassVar[str] = "server"
+
+    method: Method | None
+    """the one that the server has chosen"""
+
+    def _greet(self, offered: bytes, credentials: bytes, request: bytes, *, pipelined: bool) -> None:
+        """Offer these methods. `credentials` are for a server that wants them, b"" if there are none.
+
+        `pipelined`: send everything at once, the request included; then the offer must leave no doubt whether
+        credentials are wanted.
+        """
+        self.method = None
+        self._offered = offered
+        self._credentials = credentials
+        self._request = request
+        self._pipelined = pipelined
+        greeting = bytes((_VERSION5, len(offered))) + offered
+        super().__init__(greeting + credentials + request if pipelined else greeting, Greeting._method)
+
+    # The states.
+
+    def _method(self) -> Event:
+        # VER, METHOD (RFC 1928 section 3)
+        data = self._buffer
+        self._check_version(data, _VERSION5)
+        if len(data) < 2:
+            return self._need_data()
+        chosen = data[1]
+        if chosen == Method.NO_ACCEPTABLE:
+            offer = "a user name and password" if self._credentials else "no credentials"
+            self._fail(lambda: AuthenticationFailed(f"the server wants other than {offer}"))
+        if chosen not in self._offered:
+            self._malformed(f"the server chose method {chosen}, which was not offered")
+        self._buffer = data[2:]
+        self.method = method = Method(chosen)
+        if method is Method.NO_AUTHENTICATION or not self._credentials:
+            return self._authenticated()
+        if not self._pipelined:
+            self._out += self._credentials
+        self._state = Greeting._authentication_status
+        return self._state(self)
+
+    def _authentication_status(self) -> Event:
+        # VER, STATUS (RFC 1929 section 2). Some servers put SOCKS's version there: only the status counts.
+        data = self._buffer
+        if len(data) < 2:
+            return self._need_data()
+        if data[1] != AUTHENTICATION_SUCCESS[1]:
+            self._fail(lambda: AuthenticationFailed("the server refused the user name or password"))
+        self._buffer = data[2:]
+        return self._authenticated()
+
+    def _authenticated(self) -> Event:
+        """The server is ready for the request."""
+        raise NotImplementedError
+
+    # What the states share.
+
+    def _check_version(self, data: bytearray, version: int) -> None:
+        if data and data[0] != version:
+            self._malformed(f"the server answers with {bytes(data[:8])!r}, which is not SOCKS")
+
+    def _malformed(self, message: str) -> NoReturn:
+        self._fail(lambda: UpstreamFault(Kind.MALFORMED, message))
 
 
 class Client(Greeting):
@@ -36,12 +114,12 @@ class Client(Greeting):
     `username` and `password` are for SOCKS5; with a username, the server chooses whether it wants them.
     `user_id` is SOCKS4's.
 
-    `pipelined`: all there is to say is in the first `data_to_send`, greeting, credentials and request, and the caller
-    may put payload behind it. Only for a server that is known to take that (`Probe` finds out). It leaves the server
-    no choice: it must want credentials if there are any, and none if there are not.
+    `pipelined`: the first `data_to_send` has everything: greeting, credentials and request, and the caller may add
+    payload. Only for a server that is known to take that (`Probe` finds out). It leaves the server no choice: it must
+    want credentials if there are any, and none otherwise.
 
-    ValueError when it can't be said in this version: IPv6 or 0.0.0.x over SOCKS4, text of more than 255
-    bytes, a name that is empty or has control characters.
+    ValueError for what this version can't ask for: IPv6 or 0.0.0.x over SOCKS4, text of more than 255 bytes, a name
+    that is empty or has control characters.
     """
 
     __slots__ = ()
@@ -80,7 +158,7 @@ class Client(Greeting):
         data = self._buffer
         self._check_version(data, 5)
         if len(data) >= 2 and data[1] != Reply.SUCCEEDED:
-            self._refused(data[1], Reply)  # at once: a proxy may cut it short, and the rest says nothing
+            self._refused(data[1], Reply)  # at once: a proxy may cut it short, and the rest is not needed
         if len(data) < 5:
             return self._need_data()
         match data[3]:
@@ -125,6 +203,12 @@ class Client(Greeting):
             self._fail(lambda: RequestRefused(code, f"the server refused: unassigned reply {code}"))
         text = reply.name.lower().replace("_", " ")
         self._fail(lambda: RequestRefused(reply, f"the server refused: {text}"))
+
+
+def authentication(username: str, password: str) -> bytes:
+    """VER, ULEN, UNAME, PLEN, PASSWD (RFC 1929 section 2). ValueError for more than 255 bytes of either."""
+    user, secret = encode_field(username, "user name"), encode_field(password, "password")
+    return bytes((AUTHENTICATION_VERSION, len(user))) + user + bytes((len(secret),)) + secret
 
 
 def _socks5_request(host: str, port: int) -> bytes:

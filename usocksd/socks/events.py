@@ -53,11 +53,6 @@ class Request:
     port: int
     user_id: str = ""
 
-    @property
-    def is_4a(self) -> bool:
-        """Is it a SOCKS4 request with a name?"""
-        return self.version is Version.SOCKS4 and self.address_type is AddressType.NAME
-
 
 @dataclass(frozen=True, slots=True)
 class Established:

@@ -1,34 +1,33 @@
-"""A client that asks for nothing: whether a SOCKS5 server answers, would let us in, is a usocksd, and takes pipelining.
+"""A client that requests nothing: whether a SOCKS5 server answers, would let us in, is a usocksd, takes pipelining.
 
-_method, _authentication_status (greeting.py) ──Probed──> _over
-                                              ──Probed──> _reply ──Probed──> _over    (pipelined, not ours)
+_method, _authentication_status (client.py) ──Probed──> _over
+                                            ──Probed──> _reply ──Probed──> _over    (pipelined, not ours)
 """
 
 from __future__ import annotations
 
+from usocksd.socks.client import Greeting, authentication
 from usocksd.socks.events import Probed
-from usocksd.socks.greeting import Greeting, authentication
 from usocksd.socks.role import Event
 from usocksd.socks.wire import AddressType, Command, Method
 
-# CONNECT to 0.0.0.0 port 0, where nobody can listen. It is as well formed as any: dante and pproxy close without a word
-# at an unassigned command, and their close would be no sign that they had read it.
+# CONNECT to 0.0.0.0 port 0, where nobody can listen. It is well formed: dante and pproxy close at an unassigned
+# command, which would not show that they had read it.
 _NOWHERE = bytes((5, Command.CONNECT, 0, AddressType.IPV4, 0, 0, 0, 0, 0, 0))
 
 
 class Probe(Greeting):
     """The client's side of a handshake that leads to no connection: `next_event` gives Probed.
 
-    It raises what Client's does. A server that wants credentials gets them, and so does every usocksd: wrong ones are
+    It raises what Client's does. Credentials are sent to servers that want them and to every usocksd; wrong ones raise
     AuthenticationFailed. (Without any, a usocksd does not say whether it wants some.)
 
-    `pipelined` finds out about other servers, and is worth doing once: a request that can't be granted goes along with
-    the greeting (and the credentials) in one segment. The first Probed, with `pipelines` None, says that the server
-    lets us in. Call `next_event` again: a server that takes such a segment answers to the request too, and the second
-    Probed says True; it says False if the server closes instead. One that drops what it did not expect is silent, so
-    don't wait for long: None, which then remains, is to be taken for False. Like a pipelined Client it leaves no
-    choice: where it has credentials, a server that wants none may refuse it. Without `pipelined`, and with a usocksd,
-    the first Probed is the last.
+    `pipelined` finds out whether other servers take pipelining: a request that can't be granted goes along with the
+    greeting (and the credentials) in one segment. The first Probed, with `pipelines` None, says that the server lets us
+    in. Call `next_event` again: a server that takes such a segment answers the request too, and the second Probed says
+    True; it says False if the server closes instead. A server that drops what it did not expect is silent, so don't
+    wait for long, and take None for False. Like a pipelined Client it leaves no choice: a server that wants no
+    credentials may refuse them. Without `pipelined`, and with a usocksd, the first Probed is the last.
 
     ValueError for a user name or password of more than 255 bytes.
     """
@@ -53,7 +52,7 @@ class Probe(Greeting):
         return Probed(ours, True if ours else None)
 
     def _reply(self) -> Event:
-        # Its first byte, VER, is enough: what it says of the request does not matter.
+        # Its first byte, VER, is enough: what the reply says does not matter.
         if not self._buffer and not self._eof:
             return self._need_data()
         self._state = Probe._over

@@ -1,7 +1,7 @@
-"""What every client of a proxy has in common, whatever it speaks: bytes in, bytes out, and at last a connection.
+"""What all clients of a proxy have in common, whatever its protocol: bytes in, bytes out, and at last a connection.
 
-The subclass has the states: methods that return an event or hand over to the next state, and `_fail` when there is
-nothing to hope for. HTTP CONNECT (in transocks) is one as well, so that one loop drives any of them.
+The subclass has the states: methods that return an event, hand over to the next state, or call `_fail`. HTTP CONNECT
+(in transocks) is such a subclass too, so one loop drives them all.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""The server role: what a SOCKS server makes of one client's bytes.
+"""The server role: one client's handshake.
 
 Rules of this file:
 
 - A state is a method that reads the next message: `_state` holds it (the plain function: a bound method would
   be a reference cycle, garbage for every connection). It returns an event, or hands over to the next state.
 - No message is consumed before it is complete, and none can be long: see MAX_INCOMPLETE.
-- One Server is made per connection, so the ordinary conversation goes straight through. No loop over bytes.
+- A Server is made for each connection, so the usual handshake takes a short path. No loop over bytes.
 - A fault is raised once the whole message is there, where its length can be known: closing a socket with
   unread bytes makes the kernel send RST, which may take the reply with it.
 
@@ -25,20 +25,24 @@ from collections.abc import Callable
 from socket import AF_INET6, inet_ntoa, inet_ntop
 from typing import NoReturn, TypeAlias
 
-from usocksd.socks.answers import HTTP_ERROR, METHOD_SELECTION, failure, success
 from usocksd.socks.errors import ClientFault, Kind
 from usocksd.socks.events import INQUIRY, NEED_DATA, Credentials, Inquiry, NeedData, Request
 from usocksd.socks.wire import (
     AUTHENTICATION_FAILURE,
     AUTHENTICATION_SUCCESS,
     AUTHENTICATION_VERSION,
+    HTTP_ERROR,
     MAX_FIELD,
+    METHOD_SELECTION,
     AddressType,
     Command,
     Method,
     Reply,
     Version,
     decode_name,
+    end_of_credentials,
+    failure,
+    success,
 )
 
 Event: TypeAlias = Credentials | Request | Inquiry | NeedData
@@ -61,16 +65,16 @@ _TLS_HANDSHAKE = 0x16  # the content type that opens a TLS connection (RFC 8446 
 class Server:
     """The server's side of one client's handshake.
 
-    Give it what was received, ask for the next event, and send what it says is to be sent. It selects the
-    authentication method itself. It then wants to hear `accept_credentials()` or `reject_credentials()` after
-    Credentials, and `reply()` after a Request. After Inquiry there is nothing left but to send and close.
+    Give it what was received, ask for the next event, and send what `data_to_send` returns. It selects the
+    authentication method itself. After Credentials call `accept_credentials()` or `reject_credentials()`, after a
+    Request `reply()`. After Inquiry only send and close.
 
     `methods` are the authentication methods to choose from, in order of preference: NO_AUTHENTICATION and
     USERNAME_PASSWORD are the ones it can carry out. SOCKS4 can't authenticate and is refused unless
-    NO_AUTHENTICATION is among them. A probe (see Method.PROBE) is answered in any case; if it offers to authenticate
-    too, its credentials follow and are to be judged. Either way it ends in Inquiry, and in no Request.
+    NO_AUTHENTICATION is among them. A probe (see Method.PROBE) is always answered; if it offers to authenticate too,
+    its credentials follow and are to be judged. Either way it ends in Inquiry, and in no Request.
 
-    `version` is None until the first byte said it, `method` until one is selected.
+    `version` is None until the first byte is there, `method` until one is selected.
     """
 
     __slots__ = ("_buffer", "_eof", "_fault", "_methods", "_out", "_state", "method", "version")
@@ -100,8 +104,8 @@ class Server:
     def next_event(self) -> Event:
         """What the client said next, or NEED_DATA.
 
-        ClientFault: it broke the protocol, all that is still to be sent is inside, and every further call
-        raises the same. RuntimeError: an answer of ours is due before the client can go on.
+        ClientFault: it broke the protocol; the error has what is still to be sent, and every further call raises the
+        same. RuntimeError: an answer of ours is due before the client can go on.
         """
         return self._state(self)
 
@@ -189,13 +193,13 @@ class Server:
         return self._state(self)
 
     def _unasked_credentials(self) -> Event:
-        # A client that does not wait for the method selection may have sent its credentials, and then wants them
-        # answered before it goes on. Nobody judges them.
+        # A client that does not wait for the method selection may have sent its credentials, and waits for an answer
+        # to them. They are not judged.
         data = self._buffer
         if not data:
             return self._need_data("after its greeting")
         if data[0] == AUTHENTICATION_VERSION:
-            end = _end_of_credentials(data)
+            end = end_of_credentials(data)
             if end < 0:
                 return self._need_data("inside its credentials")
             self._buffer = data[end:]
@@ -209,7 +213,7 @@ class Server:
         data = self._buffer
         if data and data[0] not in _AUTHENTICATION_VERSIONS:
             self._fail(Kind.MALFORMED, AUTHENTICATION_FAILURE, f"authentication of version {data[0]}")
-        end = _end_of_credentials(data)
+        end = end_of_credentials(data)
         if end < 0:
             return self._need_data("inside its credentials")
         middle = 2 + data[1]
@@ -222,7 +226,7 @@ class Server:
         return event
 
     def _probe(self, offered: bytes, rest: bytes) -> Event:
-        # No state behind this one reads a request: what else the probe sent has been for other servers.
+        # No state behind this one reads a request: one that the probe sent is for other servers.
         self.method = _PROBE
         self._out += METHOD_SELECTION[_PROBE]
         self._buffer = rest
@@ -280,7 +284,7 @@ class Server:
             return self._need_data("inside its USERID")
         if data[1] == _PROBE:
             self.method = _PROBE
-            self._out += failure(_SOCKS4, Reply.COMMAND_NOT_SUPPORTED)  # what others say
+            self._out += failure(_SOCKS4, Reply.COMMAND_NOT_SUPPORTED)  # as other servers answer
             return self._probed()
         user_id = data[8:end].decode(errors="replace")
         if data[4:7] == b"\0\0\0" and data[7]:
@@ -351,11 +355,3 @@ class Server:
             raise RuntimeError("there are no credentials to judge")
         self._out += answer
         self._state = state
-
-
-def _end_of_credentials(data: bytes) -> int:
-    """How long VER, ULEN, UNAME, PLEN, PASSWD at the beginning of `data` are; -1 when there is more to come."""
-    size = len(data)
-    if size < 2 or size <= (middle := 2 + data[1]) or size < (end := middle + 1 + data[middle]):
-        return -1
-    return end

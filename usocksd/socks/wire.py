@@ -1,4 +1,4 @@
-"""The numbers of the SOCKS wire formats, their limits, and how addresses and names are written there."""
+"""The numbers of the SOCKS wire formats, their limits, how addresses and names are written, and a server's messages."""
 
 from __future__ import annotations
 
@@ -23,9 +23,8 @@ class Method(IntEnum):
     PROBE = 0xF5
     """Offered, first, by a client that asks whether it speaks to a usocksd, and chosen by a usocksd alone.
 
-    It says: takes greeting, credentials, request and payload in one segment. Private, of the range that section 3
-    leaves for that (0x80 to 0xFE): no standard has a method for the question, and a server that does not know this one
-    passes it over. It leads to no request, and so gives nobody access.
+    A usocksd takes greeting, credentials, request and payload in one segment. The number is of the private range of
+    section 3 (0x80 to 0xFE); servers that don't know it ignore it. No request can follow, so it gives nobody access.
     """
     NO_ACCEPTABLE = 0xFF
 
@@ -61,12 +60,12 @@ class Reply(IntEnum):
 
 
 SOCKS4_PROBE = bytes((4, Method.PROBE)) + bytes(7)
-"""What asks a SOCKS4 server whether it is there: a request with a command that does not exist, which any will refuse. A
-usocksd knows this one, and that nothing is wrong."""
+"""Asks a SOCKS4 server whether it is there: a request with a command that does not exist, which every server refuses. A
+usocksd knows it, and records no fault."""
 
 
 class Socks4Reply(IntEnum):
-    """CD of a SOCKS4 reply. The last two are about identd, which nobody asks any more."""
+    """CD of a SOCKS4 reply. The last two are about identd, which has gone out of use."""
 
     GRANTED = 90
     REJECTED = 91
@@ -74,7 +73,7 @@ class Socks4Reply(IntEnum):
     IDENTD_MISMATCH = 93
 
 
-# What SOCKS5 bounds by its length bytes has to be bounded by us where SOCKS4 ends a field with NUL.
+# SOCKS5 bounds its fields by length bytes; SOCKS4 ends them with NUL, so we bound them alike.
 MAX_FIELD = 255
 """The most bytes of a user name, a password, a SOCKS4 USERID or a host name."""
 
@@ -122,3 +121,55 @@ def pack_ip(host: str) -> bytes | None:
         return inet_pton(AF_INET6 if ":" in host else AF_INET, host)
     except (OSError, ValueError):  # ValueError: NUL inside, or not encodable
         return None
+
+
+def end_of_credentials(data: bytes) -> int:
+    """Where VER, ULEN, UNAME, PLEN, PASSWD at the beginning of `data` end; -1 when they are not complete."""
+    size = len(data)
+    if size < 2 or size <= (middle := 2 + data[1]) or size < (end := middle + 1 + data[middle]):
+        return -1
+    return end
+
+
+# What a server sends, as whole messages.
+
+METHOD_SELECTION = {method: bytes((5, method)) for method in Method}
+
+# Replies without an address. Of SOCKS4's refusals, those about identd are not used.
+_SOCKS5 = {reply: bytes((5, reply, 0, 1)) + bytes(6) for reply in Reply}
+_SOCKS4_GRANTED = bytes((0, Socks4Reply.GRANTED)) + bytes(6)
+_SOCKS4_REJECTED = bytes((0, Socks4Reply.REJECTED)) + bytes(6)
+
+_HTTP_TEXT = b"This port is a SOCKS proxy (SOCKS4, SOCKS4a, SOCKS5). It does not speak HTTP.\n"
+HTTP_ERROR = (
+    b"HTTP/1.1 501 SOCKS proxy, not HTTP\r\n"
+    b"Content-Type: text/plain\r\n"
+    b"Content-Length: %d\r\n"
+    b"Connection: close\r\n"
+    b"\r\n%s" % (len(_HTTP_TEXT), _HTTP_TEXT)
+)
+
+_VERSION5 = Version.SOCKS5  # looking an enum member up through its class costs as much as the rest
+
+
+def failure(version: Version | None, reply: Reply) -> bytes:
+    """The reply that refuses a request of that version."""
+    return _SOCKS5[reply] if version is _VERSION5 else _SOCKS4_REJECTED
+
+
+def success(version: Version | None, bound: tuple[str, int] | None) -> bytes:
+    """The reply that grants a request of that version, with the address as getsockname(2) tells it.
+
+    ValueError when that is not numeric.
+    """
+    if bound is None:
+        return _SOCKS5[Reply.SUCCEEDED] if version is _VERSION5 else _SOCKS4_GRANTED
+    ip = pack_ip(bound[0].partition("%")[0])  # (a link-local address has its scope)
+    if ip is None:
+        raise ValueError(f"bound address {bound[0]!r} is not numeric")
+    port = bound[1].to_bytes(2)
+    if version is _VERSION5:
+        return (b"\x05\x00\x00\x01" if len(ip) == 4 else b"\x05\x00\x00\x04") + ip + port
+    if len(ip) == 4:
+        return _SOCKS4_GRANTED[:2] + port + ip
+    return _SOCKS4_GRANTED  # a 4a name may have led to IPv6, which SOCKS4 has no room for

@@ -325,7 +325,6 @@ def test_names_arrive(name: str, port: int, version: Version) -> None:
     assert told.request is not None
     assert (told.request.host, told.request.port) == (name, port)
     assert told.request.address_type is AddressType.NAME
-    assert told.request.is_4a is (version is Version.SOCKS4)
 
 
 @pytest.mark.parametrize("version", list(Version))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
@@ -25,10 +24,9 @@ def types_of(type_: Any, known: set[Any]) -> Iterator[Any]:
     known.add(type_)
     yield type_
     if attrs.has(type_):
-        for field in attrs.fields(type_):
+        for field in attrs.fields(attrs.resolve_types(type_)):
             if field.init:
-                names = vars(sys.modules[type_.__module__])
-                yield from types_of(eval(field.type, names) if isinstance(field.type, str) else field.type, known)
+                yield from types_of(field.type, known)
     origin, arguments = get_origin(type_), get_args(type_)
     if any(isinstance(meta, Parser) for meta in arguments):
         return  # that reads the whole

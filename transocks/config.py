@@ -17,22 +17,17 @@ from transocks.upstreams.proxy_url import ProxyScheme, ProxyURL, ProxyURLs, pars
 from usocksd.names.conditions import as_table
 from usocksd.names.match import canonical_host
 from usocksd.net.address import IPAddress
-from usocksd.settings.common import Common
-from usocksd.settings.loader import Invalid, Located, show
+from usocksd.settings.common import Common, CommonConfig
+from usocksd.settings.loader import Invalid, show
 from usocksd.settings.types import (
     ANY_ADDRESS,
     LOCALHOST,
-    DnsConfig,
-    LimitsConfig,
     ListenAddress,
     ListenIPs,
     ListenPort,
-    LogConfig,
     Mark,
     Seconds,
     SocketPath,
-    Timeouts,
-    Workers,
     check_distinct_address,
     one_of,
     one_or_more,
@@ -134,6 +129,7 @@ class HealthConfig:
             raise Invalid(expected, shown=f"{self.suspect_timeout:g}", at="suspect_timeout")
 
 
+_CONTROL = "/run/transocks/control.sock"
 # A port of one's own choice, but not 0.
 _WHERE_RULES_SEND = {
     Mode.HOST: ("listen", '"localhost:1081"'),
@@ -143,7 +139,7 @@ _WHERE_RULES_SEND = {
 
 
 @attrs.frozen(kw_only=True)
-class Config(Located):
+class Config(CommonConfig):
     """The whole of transocks.toml; only `proxy_url` is required."""
 
     proxy_url: ProxyURLs
@@ -162,17 +158,10 @@ class Config(Located):
     """TCP Fast Open towards the upstream, where it takes part"""
     names: NamesConfig = attrs.field(factory=NamesConfig)
     route: tuple[RouteConfig, ...] = ()
-    log: LogConfig = attrs.field(factory=LogConfig)
-    dns: DnsConfig = attrs.field(factory=DnsConfig)
-    timeouts: Timeouts = attrs.field(factory=Timeouts)
-    limits: LimitsConfig = attrs.field(factory=LimitsConfig)
     metrics_port: ListenPort | None = None
     """None: 1083 if nobody else has it; 0: no metrics endpoint"""
     metrics_address: ListenIPs = LOCALHOST[:1]
-    workers: Workers | None = None
-    """None: one for each CPU that this process may use"""
-    control: SocketPath = "/run/transocks/control.sock"
-    """None: no control socket"""
+    control: SocketPath = _CONTROL
     rules: RulesConfig | None = None
     """what `transocks rules` applies; the daemon itself has no use for it"""
 
@@ -222,7 +211,8 @@ class Config(Located):
 
     def common(self) -> Common:
         """The settings that usocksd has too."""
-        return Common(
+        return self._common(
+            control_default=_CONTROL,
             listen=(
                 *(("listen", listen) for listen in self.listen),
                 *(("listen_tproxy", listen) for listen in self.listen_tproxy),
@@ -233,12 +223,6 @@ class Config(Located):
             metrics_addresses=self.metrics_address,
             mark_key="mark",
             mark=self.mark,
-            log=self.log,
-            timeouts=self.timeouts,
-            limits=self.limits,
-            workers=self.workers,
-            control=self.control,
-            control_default="/run/transocks/control.sock",
             more={
                 "listen_tproxy": tuple(map(str, self.listen_tproxy)),
                 **{key: ", ".join(map(str, group.proxy_url)) for key, group in self.keyed_groups()},

@@ -29,25 +29,20 @@ from usocksd.names.conditions import (
 )
 from usocksd.names.match import NAT64_LENGTHS, canonical_host, parse_network
 from usocksd.net.address import IPAddress, IPNetwork
-from usocksd.settings.common import Common
-from usocksd.settings.loader import Invalid, Located, show
+from usocksd.settings.common import Common, CommonConfig
+from usocksd.settings.loader import Invalid, show
 from usocksd.settings.types import (
     ANY_ADDRESS,
     LOCALHOST,
-    DnsConfig,
     Interface,
-    LimitsConfig,
     ListenAddress,
     ListenIPs,
     ListenIPsOrNone,
     ListenPort,
-    LogConfig,
     Mark,
     Port,
     ReadableFile,
     SocketPath,
-    Timeouts,
-    Workers,
     host_ip,
     none_if_empty,
     one_of,
@@ -118,6 +113,9 @@ EgressAddress = Annotated[
     text(_egress_address, 'an IP address or network, as in "192.0.2.1", "2001:db8::1" or "2001:db8:9::/64"'),
 ]
 Domain = Annotated[str, text(_domain, 'a domain, as in "dnsbl.example.org"')]
+
+
+_CONTROL = "/run/usocksd/control.sock"
 
 
 @attrs.frozen(kw_only=True)
@@ -260,22 +258,15 @@ class Auth:
 
 
 @attrs.frozen(kw_only=True)
-class Config(Located):
+class Config(CommonConfig):
     """The whole of usocksd.toml; every table has defaults, so an empty file is a configuration."""
 
-    log: LogConfig = attrs.field(factory=LogConfig)
     incoming: Incoming = attrs.field(factory=Incoming)
     outgoing: Outgoing = attrs.field(factory=Outgoing)
     rule: tuple[RuleConfig, ...] = ()
     egress: Mapping[PoolName, PoolConfig] = attrs.field(factory=dict)
     auth: Auth = attrs.field(factory=Auth)
-    dns: DnsConfig = attrs.field(factory=DnsConfig)
-    timeouts: Timeouts = attrs.field(factory=Timeouts)
-    limits: LimitsConfig = attrs.field(factory=LimitsConfig)
-    workers: Workers | None = None
-    """None: one for each CPU that this process may use"""
-    control: SocketPath = "/run/usocksd/control.sock"
-    """None: no control socket"""
+    control: SocketPath = _CONTROL
 
     @staticmethod
     def check_table(table: dict[str, Any]) -> Iterator[Invalid]:
@@ -345,7 +336,8 @@ class Config(Located):
         proxied = incoming.proxy_protocol
         trusted = () if proxied is None else tuple(map(str, proxied.trusted))
         allow_from = DEFAULT_CLIENTS if incoming.allow_from is None else tuple(map(str, incoming.allow_from))
-        return Common(
+        return self._common(
+            control_default=_CONTROL,
             listen=incoming.listen_keys,
             metrics_prefix="incoming.",
             metrics_port=incoming.metrics_port,
@@ -353,12 +345,6 @@ class Config(Located):
             metrics_addresses=incoming.metrics_address,
             mark_key="outgoing.mark",
             mark=self.outgoing.mark,
-            log=self.log,
-            timeouts=self.timeouts,
-            limits=self.limits,
-            workers=self.workers,
-            control=self.control,
-            control_default="/run/usocksd/control.sock",
             more={
                 "incoming.allow_from": allow_from,
                 "incoming.proxy_protocol.trusted": trusted,

@@ -349,9 +349,9 @@ def test_all_faults_at_once() -> None:
         "proxy_url",
         "listen",
         "mark",
-        "dns.server",
-        "timeouts.idle",
         "proxy",
+        "timeouts.idle",
+        "dns.server",
     ]
 
 

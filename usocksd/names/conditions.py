@@ -1,21 +1,22 @@
-"""What rules and routes are written with: the types of their settings. Of [[rule]], and of transocks's [[route]]."""
+"""What rules and routes are written with: the types of their settings, and files of destinations."""
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from ipaddress import IPv4Address, IPv4Network, IPv6Network
 from typing import Annotated, Any
 
-from usocksd.errors import ConfigError, Fault
-from usocksd.names.lists import read_list
+from usocksd.errors import Fault
 from usocksd.names.match import canonical_host, parse_network
-from usocksd.names.sites import SiteList, entry_fault, parse_entry
+from usocksd.names.sites import Entry, SiteList, entry_fault, parse_entry
 from usocksd.net.address import IPNetwork, numeric_address
 from usocksd.settings.loader import Invalid, Parser, loading, show
-from usocksd.settings.types import text
+from usocksd.settings.types import read_named, text
 
 _FILE = "file:"
+_MOST_FAULTS = 10
 
 
 def _site(value: str) -> str:
@@ -28,23 +29,45 @@ def _site(value: str) -> str:
 
 def _destination(value: str) -> str | SiteList:
     """An entry as the operator wrote it, or the entries of the file that it names."""
-    return _list_file(value) if value.startswith(_FILE) else _site(value)
+    if not value.startswith(_FILE):
+        return _site(value)
+    files = loading().files
+    if value not in files:
+        path, content = read_named(value.removeprefix(_FILE))
+        files[value] = parse_list(content, value, str(path))
+    sites: SiteList = files[value]
+    return sites
 
 
-def _list_file(value: str) -> SiteList:
-    load = loading()
-    path = load.folder / value.removeprefix(_FILE)
-    if path not in load.files:
-        try:
-            load.files[path] = read_list(path, value, load.read)
-        except ConfigError as error:
-            problems = (str(fault).removeprefix("file: ") for fault in error.faults)
-            faults = [Invalid(f"{path}: {problem}", shown=show(value)) for problem in problems]
-        else:
-            faults = []
-        if faults:  # outside of the except block, as in settings/loader.py
-            raise ExceptionGroup("a list", faults)
-    sites: SiteList = load.files[path]
+def parse_list(content: bytes, label: str, path: str) -> SiteList:
+    """A list of destinations: an entry a line, comments behind "#". `label` is what it is called in `to`.
+
+    A million entries take two seconds. Raises a group of Invalid, for each line of `path` that is no entry, up to ten.
+    """
+    faults: list[Invalid] = []
+    more = 0
+
+    def entries() -> Iterator[Entry]:
+        nonlocal more
+        # A byte order mark is no fault, as in the configuration.
+        for number, line in enumerate(io.BytesIO(content.removeprefix(b"\xef\xbb\xbf")), 1):
+            text = line.partition(b"#")[0].strip().decode("utf-8", "backslashreplace")
+            if not text:
+                continue
+            try:
+                yield parse_entry(text)
+            except ValueError:
+                if len(faults) < _MOST_FAULTS:
+                    expected = "expected one entry a line" if len(text.split()) > 1 else entry_fault(text)
+                    faults.append(Invalid(f"{path}: line {number}: {show(text)}: {expected}", shown=show(label)))
+                else:
+                    more += 1
+
+    sites = SiteList(entries(), label)
+    if more:
+        faults.append(Invalid(f"{path}: {more} more lines like these", shown=show(label)))
+    if faults:
+        raise ExceptionGroup("a list", faults)
     return sites
 
 
@@ -60,21 +83,17 @@ class Written6(IPv6Network):
     written: str
 
 
-def _network(value: str) -> IPNetwork:
-    return as_written(parse_network(value), value)
-
-
 def as_written(network: IPNetwork, value: str) -> IPNetwork:
     """The same network, which knows its text if that has another address than its first."""
     if numeric_address(value.partition("/")[0]) == numeric_address(str(network.network_address)):
         return network
-    found: Written4 | Written6
-    if isinstance(network, IPv4Network):
-        found = Written4((network.network_address, network.prefixlen))
-    else:
-        found = Written6((network.network_address, network.prefixlen))
-    found.written = value
-    return found
+    written = (Written4 if network.version == 4 else Written6)(str(network))
+    written.written = value
+    return written
+
+
+def _network(value: str) -> IPNetwork:
+    return as_written(parse_network(value), value)
 
 
 def _ports(value: object) -> tuple[int, int]:
@@ -133,7 +152,9 @@ def unclear_networks(key: str, networks: Iterable[IPNetwork]) -> Iterator[Fault]
     """Networks that read as if a part of them were meant."""
     for index, network in enumerate(networks):
         if isinstance(network, Written4 | Written6):
-            yield Fault(f"{key}[{index}]", show(network.written), _all_of(network.written, network))
+            written, address = network.written, network.written.partition("/")[0]
+            whole = f'is all of {network}: write "{network}", or "{address}" for the one address'
+            yield Fault(f"{key}[{index}]", show(written), whole)
 
 
 def unclear_sites(key: str, entries: Iterable[object]) -> Iterator[Fault]:
@@ -146,20 +167,14 @@ def unclear_sites(key: str, entries: Iterable[object]) -> Iterator[Fault]:
         ):
             continue
         if "/" in entry:
-            network = _network(entry)
-            if isinstance(network, Written4 | Written6):
-                yield Fault(f"{key}[{index}]", show(entry), _all_of(entry, network))
+            for fault in unclear_networks(key, [_network(entry)]):
+                yield Fault(f"{key}[{index}]", fault.value, fault.expected)
         elif isinstance(host := canonical_host(entry), IPv4Address) and ":" not in entry and str(host) != entry:
             parts = entry.split(".")
             wider = ""
             if len(parts) < 4 and all(part.isdigit() and int(part) < 256 for part in parts):
                 wider = f', or "{".".join([*parts, *["0"] * (4 - len(parts))])}/{8 * len(parts)}" for a network'
             yield Fault(f"{key}[{index}]", show(entry), f'is the address {host}: write "{host}"{wider}')
-
-
-def _all_of(written: str, network: IPNetwork) -> str:
-    address = written.partition("/")[0]
-    return f'is all of {network}: write "{network}", or "{address}" for the one address'
 
 
 def as_table(value: object) -> dict[str, Any]:

@@ -1,19 +1,21 @@
-"""The settings that both daemons have, in one form, whatever their files call them."""
+"""What the configurations of both daemons have in common, and in one form whatever their files call it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import attrs
 
 from usocksd.net.address import IPAddress
 from usocksd.settings.control_path import control_path
-from usocksd.settings.types import LimitsConfig, ListenAddress, LogConfig, Timeouts
+from usocksd.settings.loader import Located
+from usocksd.settings.types import DnsConfig, LimitsConfig, ListenAddress, LogConfig, SocketPath, Timeouts, Workers
 
 
 @attrs.frozen(kw_only=True)
 class Common:
-    """What both daemons have, and under which keys each has those that stand in different places."""
+    """Settings of a daemon, and under which keys it has those that stand in different places."""
 
     listen: tuple[tuple[str, ListenAddress], ...]
     """with the key of each"""
@@ -40,3 +42,22 @@ class Common:
         if self.control is None or self.control_default is None:
             return self.control
         return control_path(self.control, self.control_default)
+
+
+@attrs.frozen(kw_only=True)
+class CommonConfig(Located):
+    """The tables and keys that the files of both daemons have in the same place."""
+
+    log: LogConfig = attrs.field(factory=LogConfig)
+    dns: DnsConfig = attrs.field(factory=DnsConfig)
+    timeouts: Timeouts = attrs.field(factory=Timeouts)
+    limits: LimitsConfig = attrs.field(factory=LimitsConfig)
+    workers: Workers | None = None
+    """None: one for each CPU that this process may use"""
+    control: SocketPath
+    """None: no control socket"""
+
+    def _common(self, *, control_default: str, **own: Any) -> Common:
+        """With the settings that each daemon has in its own place."""
+        here = {key: getattr(self, key) for key in ("log", "timeouts", "limits", "workers", "control")}
+        return Common(**here, control_default=control_default, **own)

@@ -1,4 +1,4 @@
-"""The strict loader: a TOML file in, a frozen attrs object out, or every fault of the file at once.
+"""The strict loader: a TOML file in, a frozen attrs object out, or every fault of the file at once, in its order.
 
 The rules that this file keeps:
 
@@ -135,8 +135,8 @@ class Loading:
 
     folder: Path
     """of the configuration: what paths in it are relative to"""
-    files: dict[Path, Any]
-    """other files, by path, as they were parsed: a file that is named twice is parsed once"""
+    files: dict[str, Any]
+    """what parsers have made of other files, by name: a file that is named twice is parsed once"""
     read: Callable[[Path], bytes]
     """reads them, as `read_file` does"""
     lines: Lines
@@ -205,7 +205,7 @@ def structure(
         _loading.reset(token)
     if config is None:
         found = (Fault(fault.at, fault.shown or "", fault.expected) for fault in faults.found)
-        raise ConfigError(source, lines.locate(found))
+        raise ConfigError(source, sorted(lines.locate(found), key=lambda fault: fault.line or 0))
     return config
 
 

@@ -242,18 +242,22 @@ def _socket_path(value: str) -> str | None:
     return value or None
 
 
-def _readable_file(value: str) -> Path:
+def read_named(value: str) -> tuple[Path, bytes]:
+    """The file that a configuration names so, relative to its folder, and its content. Raises Invalid."""
     load = loading()
     path = load.folder / value
     try:
-        load.read(path)
+        return path, load.read(path)
     except NotRegular:
         raise Invalid("expected a regular file") from None
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: NUL in the path
         raise Invalid("expected a file that exists") from None
     except OSError as exc:
         raise Invalid(f"expected a readable file: {exc.strerror}") from None
-    return path
+
+
+def _readable_file(value: str) -> Path:
+    return read_named(value)[0]
 
 
 def none_if_empty(values: tuple[T, ...] | None) -> tuple[T, ...] | None:

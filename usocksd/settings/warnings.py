@@ -6,11 +6,12 @@ right. Nothing here opens, binds or asks anybody.
 
 from __future__ import annotations
 
+import itertools
 import os
 import resource
 import socket
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from ipaddress import IPv6Address
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from usocksd.net.address import IPAddress
 from usocksd.settings.common import Common
 from usocksd.settings.control_path import NotPrivate, check_folder
 from usocksd.settings.loader import show
-from usocksd.settings.types import LOCALHOST, Timeouts
+from usocksd.settings.types import LOCALHOST
 
 
 @attrs.frozen(kw_only=True)
@@ -89,18 +90,15 @@ def lint_common(common: Common, host: Host) -> Iterator[Fault]:
             yield from _address(key, listen.address, host)
     yield from _metrics(common, host)
     yield from lint_mark(common.mark_key, common.mark, host)
-    yield from _workers(common, host)
-    yield from _limits(common, host)
-    yield from _timeouts(common.timeouts)
+    yield from _numbers(common, host)
     if common.control is not None and common.control_here is not None:
-        yield from _control(common.control, common.control_here)
-    if common.log.filename is not None:
-        yield from _log_file(common.log.filename)
+        yield from _path("control", common.control, lambda: _control_problem(Path(common.control_here or "")))
+    if (name := common.log.filename) is not None:
+        yield from _path("log.filename", name, lambda: _log_problem(Path(name)))
 
 
 def _address(key: str, address: IPAddress, host: Host) -> Iterator[Fault]:
     """Whether a socket can be bound to it."""
-    problem = None
     if address.version == 6 and not host.ipv6:
         problem = "this host has no IPv6, so this can't be listened on: remove it"
     elif isinstance(address, IPv6Address) and address.scope_id not in (None, *host.interfaces):
@@ -110,8 +108,9 @@ def _address(key: str, address: IPAddress, host: Host) -> Iterator[Fault]:
             "not an address of this host, so it can't be listened on: add it to an interface, remove it here, or"
             f" set net.ipv{address.version}.ip_nonlocal_bind=1"
         )
-    if problem is not None:
-        yield Fault(key, str(address), problem)
+    else:
+        return
+    yield Fault(key, str(address), problem)
 
 
 def _metrics(common: Common, host: Host) -> Iterator[Fault]:
@@ -123,20 +122,14 @@ def _metrics(common: Common, host: Host) -> Iterator[Fault]:
             yield Fault(key, shown, "not used, since metrics_port is 0: remove it, or set a port")
         return
     for address in addresses:
-        yield from _metrics_at(address, key, port_key, common, host)
-
-
-def _metrics_at(address: IPAddress, key: str, port_key: str, common: Common, host: Host) -> Iterator[Fault]:
-    port = common.metrics_port
-    yield from _address(key, address, host)
-    # A monitoring network of one's own is what the setting is for.
-    if address.is_unspecified or (address.is_global and not getattr(address, "is_site_local", False)):
-        reach = "everybody who reaches this host" if address.is_unspecified else "the Internet"
-        yield Fault(key, str(address), f"lets {reach} read the metrics: expected loopback or a private address")
-    for other, listen in common.listen:
-        if port is not None and listen.port == port and _overlap(address, listen.address):
+        yield from _address(key, address, host)
+        # A monitoring network of one's own is what the setting is for.
+        if address.is_unspecified or (address.is_global and not getattr(address, "is_site_local", False)):
+            reach = "everybody who reaches this host" if address.is_unspecified else "the Internet"
+            yield Fault(key, str(address), f"lets {reach} read the metrics: expected loopback or a private address")
+        taken = (each for each in common.listen if each[1].port == port and _overlap(address, each[1].address))
+        for other, listen in itertools.islice(taken, 1):
             yield Fault(port_key, str(port), f"is the port of {other} ({listen}) too: expected another")
-            return
 
 
 def _overlap(one: IPAddress, other: IPAddress) -> bool:
@@ -146,38 +139,35 @@ def _overlap(one: IPAddress, other: IPAddress) -> bool:
 def lint_mark(key: str, mark: int | None, host: Host) -> Iterator[Fault]:
     """Whether connections can be marked so."""
     if mark is not None and not host.may_mark:
-        yield Fault(
-            key,
-            f"{mark:#x}",
-            f"{_user()} may not set marks here: the daemon does not start without CAP_NET_ADMIN",
+        missing = f"{_user()} may not set marks here: the daemon does not start without CAP_NET_ADMIN"
+        yield Fault(key, f"{mark:#x}", missing)
+
+
+def _numbers(common: Common, host: Host) -> Iterator[Fault]:
+    """Workers, limits and timeouts that contradict this host or each other."""
+    limits, timeouts, workers = common.limits, common.timeouts, common.workers or host.cpus
+    if workers > host.cpus:
+        few = f"more than the CPUs, so they only take memory: expected at most {host.cpus}"
+        yield Fault("workers", str(workers), few)
+    if limits.connections > (most := connections_of_descriptors(common, host)):
+        never = (
+            f"never reached, since {workers} x {host.descriptors} file descriptors allow {most}: expected no more, or"
         )
-
-
-def _workers(common: Common, host: Host) -> Iterator[Fault]:
-    if common.workers is not None and common.workers > host.cpus:
-        yield Fault(
-            "workers",
-            str(common.workers),
-            f"more than the CPUs, so they only take memory: expected at most {host.cpus}",
-        )
-
-
-def _limits(common: Common, host: Host) -> Iterator[Fault]:
-    limits = common.limits
-    workers, most = common.workers or host.cpus, connections_of_descriptors(common, host)
-    if limits.connections > most:
-        yield Fault(
-            "limits.connections",
-            str(limits.connections),
-            f"never reached, since {workers} x {host.descriptors} file descriptors allow {most}: expected no more, or a"
-            " higher limit on open files (LimitNOFILE of the unit)",
-        )
+        never += " a higher limit on open files (LimitNOFILE of the unit)"
+        yield Fault("limits.connections", str(limits.connections), never)
     if 0 < limits.connections < limits.per_client:
-        yield Fault(
-            "limits.per_client",
-            str(limits.per_client),
-            f"never reached, since limits.connections is {limits.connections}: expected less than that",
-        )
+        never = f"never reached, since limits.connections is {limits.connections}: expected less than that"
+        yield Fault("limits.per_client", str(limits.per_client), never)
+    idle = f"expected at most timeouts.idle, which is {timeouts.idle:g}"
+    if timeouts.handshake > timeouts.idle:
+        longer = f"a client that has not said where to may stay longer than a connection that is silent: {idle}"
+        yield Fault("timeouts.handshake", f"{timeouts.handshake:g}", longer)
+    if timeouts.half_closed > timeouts.idle:
+        longer = f"a silent connection lives longer once half of it has ended: {idle}"
+        yield Fault("timeouts.half_closed", f"{timeouts.half_closed:g}", longer)
+    if timeouts.drain < timeouts.stop:
+        sooner = "a reload ends connections sooner than a stop of the service does: expected at least timeouts.stop,"
+        yield Fault("timeouts.drain", f"{timeouts.drain:g}", f"{sooner} which is {timeouts.stop:g}")
 
 
 def connections_of_descriptors(common: Common, host: Host) -> int:
@@ -185,68 +175,52 @@ def connections_of_descriptors(common: Common, host: Host) -> int:
     return (common.workers or host.cpus) * most_connections(host.descriptors)
 
 
-def _timeouts(timeouts: Timeouts) -> Iterator[Fault]:
-    for name, value, why in (
-        ("handshake", timeouts.handshake, "who has not even said where to stays longer than who is silent"),
-        ("half_closed", timeouts.half_closed, "a silent connection lives longer once half of it has ended"),
-    ):
-        if value > timeouts.idle:
-            yield Fault(
-                f"timeouts.{name}", f"{value:g}", f"{why}: expected at most timeouts.idle, which is {timeouts.idle:g}"
-            )
-    if timeouts.drain < timeouts.stop:
-        yield Fault(
-            "timeouts.drain",
-            f"{timeouts.drain:g}",
-            "a reload ends connections sooner than a stop of the service does: expected at least timeouts.stop,"
-            f" which is {timeouts.stop:g}",
-        )
-
-
-def _control(shown: str, path: str) -> Iterator[Fault]:
-    """Whether the control socket can be made at `path`, which is `shown` in the configuration."""
-    folder = Path(path).parent
-    problem = None
+def _path(key: str, shown: str, problem: Callable[[], str | None]) -> Iterator[Fault]:
+    """What `problem` finds about a path; that it can't be looked at is one, too."""
     try:
-        mode = folder.stat().st_mode
-        if not stat.S_ISDIR(mode):
-            problem = f"{folder} is not a directory"
-        elif not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
-            problem = f"{_user()} may not create it in {folder}: give the directory to the user of the service"
-        elif mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
-            problem = f"everybody may replace it, since {folder} is writable for all: chmod o-w {folder}"
-        elif not stat.S_ISSOCK(Path(path).stat().st_mode):
-            problem = "is there and is no socket: expected the path of one"
-        check_folder(path)
-    except FileNotFoundError:
-        # (The daemon makes the folder, where that is all that is missing.)
-        if not folder.exists() and not os.access(folder.parent, os.W_OK | os.X_OK, effective_ids=True):
-            problem = f"{folder} does not exist: create it (RuntimeDirectory= of the unit does)"
+        found = problem()
     except OSError as error:
-        problem = f"can't be looked at: {error.strerror}"
+        found = f"can't be looked at: {error.strerror}"
     except NotPrivate as error:
-        problem = str(error)
-    if problem is not None:
-        yield Fault("control", show(shown), problem)
+        found = str(error)
+    if found is not None:
+        yield Fault(key, show(shown), found)
 
 
-def _log_file(name: str) -> Iterator[Fault]:
-    path = Path(name)
-    problem = None
-    try:
-        if path.is_dir():
-            problem = "is a directory: expected a file"
-        elif path.exists():
-            if not os.access(path, os.W_OK, effective_ids=True):
-                problem = f"{_user()} may not write it: give it to the user of the service"
-        elif not path.parent.is_dir():
-            problem = f"{path.parent} is not a directory: create it"
-        elif not os.access(path.parent, os.W_OK | os.X_OK, effective_ids=True):
-            problem = f"{_user()} may not create it in {path.parent}: give the directory to the user of the service"
-    except OSError as error:
-        problem = f"can't be looked at: {error.strerror}"
-    if problem is not None:
-        yield Fault("log.filename", show(name), problem)
+def _control_problem(path: Path) -> str | None:
+    """Why the control socket can't be made here."""
+    folder = path.parent
+    if not folder.exists():
+        # The daemon makes the folder, where that is all that is missing.
+        missing = f"{folder} does not exist: create it (RuntimeDirectory= of the unit does)"
+        return None if _may_create_in(folder.parent) else missing
+    mode = folder.stat().st_mode
+    if not stat.S_ISDIR(mode):
+        return f"{folder} is not a directory"
+    if not _may_create_in(folder):
+        return f"{_user()} may not create it in {folder}: give the directory to the user of the service"
+    if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+        return f"everybody may replace it, since {folder} is writable for all: chmod o-w {folder}"
+    check_folder(str(path))
+    return "is there and is no socket: expected the path of one" if path.exists() and not path.is_socket() else None
+
+
+def _log_problem(path: Path) -> str | None:
+    """Why the log file can't be written."""
+    if path.is_dir():
+        return "is a directory: expected a file"
+    if path.exists():
+        writable = os.access(path, os.W_OK, effective_ids=True)
+        return None if writable else f"{_user()} may not write it: give it to the user of the service"
+    if not path.parent.is_dir():
+        return f"{path.parent} is not a directory: create it"
+    if not _may_create_in(path.parent):
+        return f"{_user()} may not create it in {path.parent}: give the directory to the user of the service"
+    return None
+
+
+def _may_create_in(folder: Path) -> bool:
+    return os.access(folder, os.W_OK | os.X_OK, effective_ids=True)
 
 
 def readable_by_all(path: str | os.PathLike[str]) -> bool:
@@ -257,20 +231,14 @@ def readable_by_all(path: str | os.PathLike[str]) -> bool:
         return False
 
 
-def first_few(faults: Iterator[Fault], most: int = 10) -> Iterator[Fault]:
-    """At most so many of those that one list of 100,000 entries may have; how many more there are is said."""
-    last, more = None, 0
-    for number, fault in enumerate(faults):
-        if number < most:
-            yield fault
-        else:
-            last, more = fault, more + 1
-    if last is not None:
-        yield (
-            last
-            if more == 1
-            else Fault(last.path, last.value, f"{last.expected} ({counted(more - 1, 'other')} like it)")
-        )
+def first_few(faults: Iterable[Fault], most: int = 10) -> Iterator[Fault]:
+    """The first of the faults that one list of 100,000 entries may have, and how many more there are."""
+    found = list(faults)
+    yield from found[:most]
+    if more := found[most:]:
+        last = more[-1]
+        others = f" ({counted(len(more) - 1, 'other')} like it)" if len(more) > 1 else ""
+        yield Fault(last.path, last.value, last.expected + others)
 
 
 def _user() -> str:

@@ -13,7 +13,7 @@ from daemons import GREETING, Daemon, Served, echo, loopback, receive_exactly, r
 
 from usocksd.config import Config
 from usocksd.errors import ConfigError
-from usocksd.names.lists import read_list
+from usocksd.names.conditions import parse_list
 from usocksd.settings.loader import load
 
 
@@ -22,12 +22,13 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "blocked.txt"
 
 
-def test_what_a_file_may_look_like(path: Path) -> None:
-    path.write_bytes(
+def test_what_a_file_may_look_like() -> None:
+    sites = parse_list(
         b"\xef\xbb\xbf# a comment\r\n\r\n  www.Example.com  # another\n.example.org\r\n\n203.0.113.0/24\n127.1\n"
-        b"b\xc3\xbccher.example\n2001:db8::/32\n#\nlast.example"
+        b"b\xc3\xbccher.example\n2001:db8::/32\n#\nlast.example",
+        "file:blocked.txt",
+        "",
     )
-    sites = read_list(path, "file:blocked.txt")
     assert sorted(map(str, sites.entries())) == [
         ".example.org",
         "127.0.0.1",
@@ -38,30 +39,6 @@ def test_what_a_file_may_look_like(path: Path) -> None:
         "xn--bcher-kva.example",
     ]
     assert sites.label == "file:blocked.txt"
-
-
-def test_every_line_that_is_no_entry_is_told(path: Path) -> None:
-    path.write_bytes(b"ok.example\n0.0.0.0 ads.example\n\n*.example.com\n\xff\n10.0.0.0/40 # x\n" + b"a b\n" * 20)
-    with pytest.raises(ConfigError) as caught:
-        read_list(path, "")
-    assert caught.value.source == str(path)
-    assert [str(fault) for fault in caught.value.faults][:4] == [
-        'line 2: "0.0.0.0 ads.example": expected one entry a line',
-        'line 4: "*.example.com": expected a host, ".domain", an address, a network or "" for requests without a name'
-        ' (".example.com" for all names below it)',
-        'line 5: "\\\\xff": expected a host, ".domain", an address, a network or "" for requests without a name',
-        'line 6: "10.0.0.0/40": expected a host, ".domain", an address, a network or "" for requests without a name',
-    ]
-    assert len(caught.value.faults) == 11
-    assert str(caught.value.faults[-1]) == "file: 14 more lines like these"
-
-
-def test_what_can_not_be_read(path: Path) -> None:
-    os.mkfifo(path.with_name("fifo"))
-    regular = "expected a regular file"
-    for name, said in (("none", "No such file"), (".", regular), ("fifo", regular), ("a\0b", "can't be read")):
-        with pytest.raises(ConfigError, match=said):
-            read_list(path.parent / name, "")
 
 
 def test_files_are_beside_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,20 +65,29 @@ def test_files_are_beside_the_configuration(tmp_path: Path, monkeypatch: pytest.
         assert config.rule[0].to[1] is config.rule[1].to[0]
 
 
-def test_faults_name_the_rule_the_file_and_the_line(tmp_path: Path) -> None:
-    (tmp_path / "bad.txt").write_text("a.example\n*.example\nb c\n")
+def test_every_line_that_is_no_entry_is_told(tmp_path: Path, path: Path) -> None:
+    path.write_bytes(b"ok.example\n0.0.0.0 ads.example\n\n*.example.com\n\xff\n10.0.0.0/40 # x\n" + b"a b\n" * 20)
+    os.mkfifo(tmp_path / "fifo")
     file = tmp_path / "usocksd.toml"
-    file.write_text('[[rule]]\naction = "deny"\nto = ["a", "file:bad.txt", "file:none.txt", "file:"]\n')
+    names = ", ".join(f'"file:{name}"' for name in ("blocked.txt", "none", "", "fifo", "a\\u0000b"))
+    file.write_text(f'[[rule]]\naction = "deny"\nto = ["a", {names}]\n')
     with pytest.raises(ConfigError) as caught:
         load(Config, file)
     faults = [str(fault) for fault in caught.value.faults]
-    assert faults[0].startswith(
-        f'rule 1: to[1]: "file:bad.txt": {tmp_path}/bad.txt: line 2: "*.example": expected a host'
-    )
-    assert faults[1:] == [
-        f'rule 1: to[1]: "file:bad.txt": {tmp_path}/bad.txt: line 3: "b c": expected one entry a line',
-        f'rule 1: to[2]: "file:none.txt": {tmp_path}/none.txt: can\'t be read: No such file or directory',
-        f'rule 1: to[3]: "file:": {tmp_path}: expected a regular file',
+    expected = 'expected a host, ".domain", an address, a network or "" for requests without a name'
+    assert [fault.removeprefix(f'rule 1: to[1]: "file:blocked.txt": {path}: ') for fault in faults[:5]] == [
+        'line 2: "0.0.0.0 ads.example": expected one entry a line',
+        f'line 4: "*.example.com": {expected} (".example.com" for all names below it)',
+        f'line 5: "\\\\xff": {expected}',
+        f'line 6: "10.0.0.0/40": {expected}',
+        'line 7: "a b": expected one entry a line',
+    ]
+    assert faults[10:] == [
+        f'rule 1: to[1]: "file:blocked.txt": {path}: 14 more lines like these',
+        'rule 1: to[2]: "file:none": expected a file that exists',
+        'rule 1: to[3]: "file:": expected a regular file',
+        'rule 1: to[4]: "file:fifo": expected a regular file',
+        'rule 1: to[5]: "file:a\\u0000b": expected a file that exists',
     ]
 
 

@@ -119,10 +119,10 @@ def test_tables_with_names_of_the_operators_choice_and_keys_that_python_has_a_us
     found = faults('from = "x"\nform = 1\n[by_name."a b"]\nprot = 0\n[by_name.c]\nport = "1"\n', Tables)
     assert [fault.partition(": ")[0] for fault in found] == [
         "from",
+        "form",
         'by_name."a b".port',
         'by_name."a b".prot',
         "by_name.c.port",
-        "form",
     ]
     assert "form: unknown key, expected one of from, by_name" in found  # from is there already
     assert faults("form = 1", Tables) == ["form: unknown key, did you mean from?"]

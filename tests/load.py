@@ -142,12 +142,6 @@ class Load(contextlib.AbstractContextManager["Load"]):
         )
 
 
-def latency(transfers: Sequence[Transfer], share: float = 0.99) -> float:
-    """Within how many seconds that share of the successful transfers had its first byte from the destination."""
-    times = sorted(t.first - t.began for t in transfers if t.first is not None)
-    return times[min(int(len(times) * share), len(times) - 1)]
-
-
 # ---- both processes
 
 

@@ -90,6 +90,16 @@ def listening(pid: int) -> set[int]:
     return found
 
 
+def drops(pid: int) -> int:
+    """How many SYNs and connections listeners have dropped in the network namespace in which a process is."""
+    names, values = (
+        line.split()[1:]
+        for line in Path(f"/proc/{pid}/net/netstat").read_text(encoding="ascii").splitlines()
+        if line.startswith("TcpExt:")
+    )
+    return int(dict(zip(names, values, strict=True))["ListenDrops"])
+
+
 # ---- metrics
 
 

@@ -54,9 +54,9 @@ def _cost(target: Callable[[bytes], None], data: bytes) -> float:
     return min(costs)
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", ["sniff", "dns_answer"])
 def test_guided_by_coverage(name: str, tmp_path: Path) -> None:
-    """The real fuzzer, for a moment."""
+    """That the real fuzzer runs; what it finds takes longer than a moment."""
     if importlib.util.find_spec("atheris") is None:
         pytest.skip("atheris is not installed: it has no wheel for this Python or machine")
     command = [sys.executable, str(Path(__file__).parent), name, "--runs", "1000", "--corpus", str(tmp_path / "corpus")]

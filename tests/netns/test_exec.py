@@ -23,30 +23,37 @@ import pytest
 from daemons import wait_until
 from scene import ONLY_PATH
 
-# Connects, tells its own port and user, and what it was told; then waits for a line, if asked to.
+# Connects to each address, tells its own port and user, and what it was told; then waits for a line, if asked to.
 CONNECT = """
 import os, socket, sys
-with socket.create_connection((sys.argv[1], 80), 10) as s:
-    s.sendall(b"hello\\n")  # as HTTP does: who is silent on port 80 is waited for
-    print(s.getsockname()[1], os.getuid(), s.recv(100).decode(), flush=True)
-if len(sys.argv) > 2:
-    sys.stdin.readline()
+for address in sys.argv[1:]:
+    if address == "wait":
+        sys.stdin.readline()
+        break
+    with socket.create_connection((address, 80), 10) as s:
+        s.sendall(b"hello\\n")  # as HTTP does: a client that is silent on port 80 is waited for
+        print(s.getsockname()[1], os.getuid(), s.recv(100).decode(), flush=True)
 """
 
 SECRET = b"secret " * 10
 # The same, and sends something when it is told to.
 GOING_ON = f"""
 import socket, sys
-with socket.create_connection((sys.argv[1], 80), 10) as s:
+made = [socket.create_connection((address, 80), 10) for address in sys.argv[1:]]
+for s in made:
     s.sendall(b"hello\\n")
     print(s.recv(100).decode(), flush=True)
-    sys.stdin.readline()
+sys.stdin.readline()
+for s in made:
     try:
         s.sendall({SECRET!r})
         s.recv(1)
     except ConnectionResetError:
         print("refused")
 """
+
+
+WEB = (lab.WEB_V4, lab.WEB_V6)
 
 
 @dataclass
@@ -100,10 +107,14 @@ def trial(request: pytest.FixtureRequest, host_net: lab.Net, tmp_path: Path) -> 
         if target is None:
             pytest.skip(f"{name} is not installed")
         (tmp_path / name).symlink_to(target)
-    servers = [host_net.outside.listen(address, 80) for address in (lab.WEB_V4, lab.WEB_V6)]
+    servers = [host_net.outside.listen(address, 80) for address in WEB]
     yield Trial(host_net, tmp_path, request.param, servers)
     for server in servers:
         server.close()
+
+
+# What does not depend on the tool that holds the rules.
+one_tool = pytest.mark.parametrize("trial", ["nft"], indirect=True)
 
 
 def plain_python(*arguments: str) -> tuple[str, ...]:
@@ -118,31 +129,32 @@ def python(*arguments: str) -> tuple[str, ...]:
     return (sys.executable, "-c", CONNECT, *arguments)
 
 
-@pytest.mark.parametrize("address", [lab.WEB_V4, lab.WEB_V6])
-def test_only_the_command_is_redirected(trial: Trial, address: str) -> None:
+def test_only_the_command_is_redirected(trial: Trial) -> None:
     before = trial.rules()
-    process = trial.start(*python(address, "wait"))
-    there = trial.answer()
+    process = trial.start(*python(*WEB, "wait"))
     assert process.stdout is not None
-    port, uid, greeting = process.stdout.readline().split()
-    assert (int(port) != there, uid, greeting) == (True, "0", "hello")  # the proxy has a port of its own
-    # While that one runs, another process's connection goes directly.
-    other = trial.net.client.popen(*python(address), stdout=subprocess.PIPE, text=True)
-    there = trial.answer()
-    assert int(other.communicate(timeout=10)[0].split()[0]) == there
+    for _ in WEB:
+        there = trial.answer()
+        port, uid, greeting = process.stdout.readline().split()
+        assert (int(port) != there, uid, greeting) == (True, "0", "hello")  # the proxy has a port of its own
+    # While that one runs, another process's connections go directly.
+    other = trial.net.client.popen(*python(*WEB), stdout=subprocess.PIPE, text=True)
+    directly = [trial.answer() for _ in WEB]
+    assert [int(line.split()[0]) for line in other.communicate(timeout=10)[0].splitlines()] == directly
     assert trial.rules() != before
     process.communicate("\n", timeout=10)
     assert process.returncode == 0
     assert trial.rules() == before
 
 
-@pytest.mark.parametrize("address", [lab.WEB_V4, lab.WEB_V6])
-def test_what_is_forgotten_stays_off_the_wire(trial: Trial, address: str) -> None:
-    process = trial.start(sys.executable, "-c", GOING_ON, address)
-    accepted, _ = trial.accept()
+def test_what_is_forgotten_stays_off_the_wire(trial: Trial) -> None:
+    process = trial.start(sys.executable, "-c", GOING_ON, *WEB)
     assert process.stdout is not None
-    assert process.stdout.readline() == "hello\n"
-    with accepted, trial.net.outside.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3)) as wire:
+    with contextlib.ExitStack() as stack:
+        for _ in WEB:
+            stack.enter_context(trial.accept()[0])
+            assert process.stdout.readline() == "hello\n"
+        wire = stack.enter_context(trial.net.outside.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3)))
         wire.bind(("eth0", 0))
         wire.setblocking(False)
         trial.net.client.forget_connections()
@@ -150,15 +162,21 @@ def test_what_is_forgotten_stays_off_the_wire(trial: Trial, address: str) -> Non
         with contextlib.suppress(BlockingIOError):
             while True:
                 assert SECRET not in wire.recv(1 << 17)
-        assert out == "refused\n", err
+        assert out == "refused\n" * len(WEB), err
 
 
-def test_exit_status_and_signals_pass_through(trial: Trial) -> None:
+@one_tool
+@pytest.mark.parametrize(
+    ("status", "command"),
+    [(128 + signal.SIGKILL, ["/bin/sh", "-c", "kill -KILL $$"]), (127, ["/no/such/command"]), (126, ["/etc/hostname"])],
+)
+def test_exit_status_passes_through(trial: Trial, status: int, command: list[str]) -> None:
+    assert trial.run(*command).returncode == status
+
+
+@one_tool
+def test_signals_pass_through(trial: Trial) -> None:
     before = trial.rules()
-    assert trial.run("/bin/sh", "-c", "exit 7").returncode == 7
-    assert trial.run("/bin/sh", "-c", "kill -KILL $$").returncode == 128 + signal.SIGKILL
-    assert trial.run("/no/such/command").returncode == 127
-    assert trial.run("/etc/hostname").returncode == 126
     process = trial.start("/bin/sh", "-c", "trap 'exit 9' TERM; echo ready; while :; do read -r line; done")
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
@@ -170,6 +188,7 @@ def test_exit_status_and_signals_pass_through(trial: Trial) -> None:
     assert trial.rules() == before
 
 
+@one_tool
 def test_runs_as_the_user_who_called_sudo(trial: Trial) -> None:
     entry = pwd.getpwnam("daemon")
     done = trial.run("/bin/sh", "-c", "/usr/bin/id -u; /usr/bin/id -G; echo $HOME", SUDO_USER="daemon")
@@ -206,15 +225,13 @@ def hold(request: pytest.FixtureRequest, trial: Trial, tmp_path: Path) -> Iterat
 def test_what_changes_its_group_is_held(trial: Trial, hold: str) -> None:
     setpriv = shutil.which("setpriv")
     assert setpriv is not None
-    for address in (lab.WEB_V4, lab.WEB_V6):
-        process = trial.start(setpriv, "--reuid=65534", "--regid=65534", "--clear-groups", *plain_python(address))
-        there = trial.answer()
-        out, err = process.communicate(timeout=20)
-        assert out, err
-        port, uid, _ = out.split()
-        assert uid == "65534"
-        assert (int(port) == there) == (hold == "group")
-        assert ("processes that change their group (su, sudo, setpriv) connect directly" in err) == (hold == "group")
+    process = trial.start(setpriv, "--reuid=65534", "--regid=65534", "--clear-groups", *plain_python(*WEB))
+    there = [trial.answer() for _ in WEB]
+    out, err = process.communicate(timeout=20)
+    lines = [line.split() for line in out.splitlines()]
+    assert [uid for _, uid, _ in lines] == ["65534"] * len(WEB), err
+    assert [int(port) == other for (port, _, _), other in zip(lines, there, strict=True)] == [hold == "group"] * 2
+    assert ("processes that change their group (su, sudo, setpriv) connect directly" in err) == (hold == "group")
 
 
 # Makes a cgroup below its own, leaves a process in there, and tells where its own is.
@@ -232,6 +249,7 @@ print(folder)
 """
 
 
+@one_tool
 def test_no_cgroup_is_left(trial: Trial) -> None:
     process = trial.start(sys.executable, "-c", NESTING)
     assert process.stdout is not None
@@ -264,6 +282,7 @@ def test_what_is_left_behind_is_held_until_it_ends(trial: Trial, hold: str) -> N
     assert trial.rules() == before
 
 
+@one_tool
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_what_is_left_behind(trial: Trial, number: signal.Signals) -> None:
     before = trial.rules()
@@ -298,7 +317,11 @@ def test_kill_9_ends_what_is_left_behind_before_the_rules(trial: Trial) -> None:
     assert _processes(trial).keys() == inhabitants.keys()
 
 
-@pytest.mark.parametrize("victim", ["exec", "holder", "usocksd", "transocks"])
+@pytest.mark.parametrize(
+    ("trial", "victim"),
+    [*(("nft", victim) for victim in ("exec", "holder", "usocksd", "transocks")), ("iptables", "exec")],
+    indirect=["trial"],
+)
 def test_kill_9_leaves_nothing(trial: Trial, victim: str) -> None:
     before = trial.rules()
     inhabitants = _processes(trial)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 from usocksd.clients import ALLOW_FROM, TRUSTED, Client
 from usocksd.decision import Candidate, Decision
 from usocksd.errors import CommandNotSupported, Denied, Error
 from usocksd.log.access import AccessRecords, Connection, pair_member
 from usocksd.log.log import Log
-from usocksd.log.metrics import Counter, Family, Metrics
+from usocksd.log.metrics import Metrics
 from usocksd.net.address import join_port
 from usocksd.net.dial import Target
 from usocksd.socks import AddressType, ClientFault, Command, Kind, Method, Reply, Request, Server, Version
@@ -31,7 +30,7 @@ _KEYS = (
     "rule",
     "pool",
 )
-# What `usocksd diff` needs to decide again, once a connection: the end's record does without it.
+# What `usocksd diff` decides by. Once a connection is enough, so "proxy ends" does without.
 _AT_START = ("dest_name", "candidates")
 _COMMANDS = {command: command.name.lower() for command in Command}
 _PROTOCOLS = {Version.SOCKS4: "SOCKS4/4a", Version.SOCKS5: "SOCKS5"}
@@ -45,8 +44,9 @@ _ADDRESS_TYPES = {
     AddressType.NAME: "Domain_name",
     AddressType.IPV6: "IPv6",
 }
+_GRANTED = "granted"
 _STATUSES = {
-    Reply.SUCCEEDED: "granted",
+    Reply.SUCCEEDED: _GRANTED,
     Reply.GENERAL_FAILURE: "failure",
     Reply.NOT_ALLOWED: "not_allowed",
     Reply.NETWORK_UNREACHABLE: "network_unreachable",
@@ -62,21 +62,22 @@ _NO_REQUEST, _NO_SOCKS = "invalid_request", "unknown_version"
 _CLIENT_DENIED, _TIMED_OUT, _GONE = "client_denied", "timed_out", "client_gone"
 _BY_VERSION = {
     None: (_NO_REQUEST, _NO_SOCKS, _CLIENT_DENIED, _TIMED_OUT, _GONE),
-    Version.SOCKS4: (_STATUSES[Reply.SUCCEEDED], _REJECTED, _NO_ADDRESS, _TIMED_OUT, _GONE),
+    Version.SOCKS4: (_GRANTED, _REJECTED, _NO_ADDRESS, _TIMED_OUT, _GONE),
     Version.SOCKS5: (*_STATUSES.values(), _NOT_AUTHENTICATED, _NO_ADDRESS, _TIMED_OUT, _GONE),
 }
-# Faults that are answered with a reply; NO_METHOD so only by SOCKS4.
+# Faults that are answered with a reply; NO_METHOD only by SOCKS4.
 _REFUSED = {
     Kind.NO_METHOD: _NOT_AUTHENTICATED,
     Kind.BAD_COMMAND: _STATUSES[Reply.COMMAND_NOT_SUPPORTED],
     Kind.BAD_ADDRESS_TYPE: _STATUSES[Reply.ADDRESS_TYPE_NOT_SUPPORTED],
 }
-# So many rules are counted by name; those that deny first, since the others share what is left.
+# How many rules are counted by name. The others share one counter; rules that deny first come first.
 _MOST_RULES = 200
+_SUCCESS, _FAILURE = "ok", "failed"
 
 
 class AccessLog(AccessRecords):
-    """Starts the records of each connection."""
+    """The records of all connections, and their counters."""
 
     def __init__(self, log: Log, metrics: Metrics) -> None:
         super().__init__(log, _KEYS, logging.getLogger(__name__), metrics, at_start=_AT_START)
@@ -88,25 +89,29 @@ class AccessLog(AccessRecords):
             for version, statuses in _BY_VERSION.items()
             for status in statuses
         }
-        self.granted = {version: self.connections[version, _STATUSES[Reply.SUCCEEDED]] for version in Version}
         authenticated = metrics.counters(
             "socks5_auth_negotiated_total", "SOCKS5 authentication, by method", "type", "result"
         )
-        self.authenticated = _by_result(authenticated, _METHODS)
         addresses = metrics.counters(
             "socks5_address_read_total", "SOCKS5 requests, by type of the destination's address", "type", "result"
         )
-        self.address_read = _by_result(addresses, _ADDRESS_TYPES)
+        results = (_SUCCESS, _FAILURE)
+        self.authenticated = {
+            (method, result): authenticated.labels(label, result)
+            for method, label in _METHODS.items()
+            for result in results
+        }
+        self.address_read = {
+            (kind, result): addresses.labels(label, result)
+            for kind, label in _ADDRESS_TYPES.items()
+            for result in results
+        }
         self.probes = metrics.counter("probes_total", "Connections that only asked whether this is a usocksd")
         self.denied = metrics.counters(
             "denied_total", "Connections denied, by the rule that decided", "rule", most=_MOST_RULES
         )
         for rule in (ALLOW_FROM, TRUSTED):
             self.denied.labels(rule)
-
-    def begin(self, client: Client, local: tuple[str, int]) -> Access:
-        """The records of a connection from this client; `local` is our address that it has connected to."""
-        return Access(self, client, local)
 
 
 class Access(Connection):
@@ -127,6 +132,7 @@ class Access(Connection):
     _records: AccessLog
 
     def __init__(self, records: AccessLog, client: Client, local: tuple[str, int]) -> None:
+        """`local` is our address that the client has connected to."""
         super().__init__(records, client.host, client.port)
         self._local = pair_member(local[0], local[1])
         self._peer: str | None = None
@@ -137,39 +143,13 @@ class Access(Connection):
         self._destination: str | None = None
         self._user: str | None = None
         self.tried_user: str | None = None
-        """The user whose password the client did not know."""
+        """The user whose password the client does not know."""
         self.decision: Decision | None = None
         """What becomes of the request."""
         self._refusal: str | None = None
         """The rule or setting that has denied it."""
 
-    def authenticated(self, client: Client) -> None:
-        """The user name and password of this client are accepted, perhaps unseen."""
-        self._user = client.user
-        self._version = Version.SOCKS5
-        self._records.authenticated[Method.USERNAME_PASSWORD, True].value += 1
-
-    def requested(self, request: Request, method: Method | None) -> None:
-        """The client said where it wants to go, after SOCKS5 authentication by `method`."""
-        version = self._version = request.version
-        self._request = (_PROTOCOLS[version], _COMMANDS[request.command], request.host, request.port)
-        if version is Version.SOCKS5:
-            records = self._records
-            if method is Method.NO_AUTHENTICATION:
-                records.authenticated[method, True].value += 1
-            records.address_read[request.address_type, True].value += 1
-
-    def starts(self, target: Target, bound: tuple[str, int]) -> None:
-        """The destination is connected; `bound` is the outgoing socket's address."""
-        self._destination = join_port(target.host, target.port)
-        self._source = join_port(bound[0], bound[1])
-        assert self._version is not None
-        self._records.granted[self._version].value += 1
-        decision = self.decision
-        if decision is None or decision.name is None or decision.candidates is None:
-            self._begin(None, None)
-        else:
-            self._begin(decision.name, _texts(decision.candidates))
+    # ---- who comes
 
     def named(self, client: Client) -> None:
         """The peer is a proxy, and has named this client in a PROXY header."""
@@ -177,29 +157,49 @@ class Access(Connection):
         self._client = pair_member(client.host, client.port)
 
     def peer_denied(self) -> None:
-        """The peer may not claim to speak for others."""
-        self._count(None, _CLIENT_DENIED)
-        self._records.denied.labels(TRUSTED).value += 1
-        self._event(logging.WARNING, "peer is not trusted", error=f"not in {TRUSTED}")
-
-    def probed(self) -> None:
-        """The client has only asked who is there: no connection, and nothing that anybody would look for in a log."""
-        self._records.probes.value += 1
-        self._event(logging.DEBUG, "probed")
+        """The peer is not a proxy that may name clients."""
+        self._turned_away("peer is not trusted", TRUSTED)
 
     def client_denied(self) -> None:
         """The client's address may not use this server."""
+        self._turned_away("denied access", ALLOW_FROM)
+
+    def _turned_away(self, message: str, setting: str) -> None:
         self._count(None, _CLIENT_DENIED)
-        self._records.denied.labels(ALLOW_FROM).value += 1
-        self._event(logging.WARNING, "denied access", error=f"not in {ALLOW_FROM}")
+        self._records.denied.labels(setting).value += 1
+        self._event(logging.WARNING, message, error=f"not in {setting}")
+
+    # ---- the handshake
+
+    def authenticated(self, client: Client) -> None:
+        """The user name and password of this client are accepted, perhaps unseen."""
+        self._user = client.user
+        self._version = Version.SOCKS5
+        self._records.authenticated[Method.USERNAME_PASSWORD, _SUCCESS].value += 1
+
+    def requested(self, request: Request, method: Method | None) -> None:
+        """The client has said where it wants to go, after SOCKS5 authentication by `method`."""
+        version = self._version = request.version
+        self._request = (_PROTOCOLS[version], _COMMANDS[request.command], request.host, request.port)
+        if version is Version.SOCKS5:
+            records = self._records
+            if method is Method.NO_AUTHENTICATION:
+                records.authenticated[method, _SUCCESS].value += 1
+            records.address_read[request.address_type, _SUCCESS].value += 1
+
+    def probed(self) -> None:
+        """The client has only asked whether this is a usocksd. Nobody would look for that in a log."""
+        self._records.probes.value += 1
+        self._event(logging.DEBUG, "probed")
 
     def misspoke(self, fault: ClientFault, server: Server, *, news: bool = True) -> None:
-        """The client did not speak SOCKS, or not as it must. A connection closed without a word is no news.
+        """The client did not speak SOCKS, or not correctly. `server` is where its handshake has come to.
 
-        `server` is where its handshake has come to.
+        Without `news` that is only counted.
         """
         self._count_fault(fault.kind, server.version, server.method)
         if news:
+            # A connection closed without a word is a health check.
             level = logging.DEBUG if fault.kind is Kind.EOF else logging.WARNING
             tried = {} if self.tried_user is None else {"tried_user": self.tried_user}
             self._event(level, "handshake failed", error=str(fault), **tried)
@@ -216,14 +216,7 @@ class Access(Connection):
         self._count(server.version, status)
         self._event(logging.INFO, "handshake failed", **self._resolved(), error=cause)
 
-    def _resolved(self) -> dict[str, object]:
-        """The name that was resolved or denied, and what the rules say to its addresses."""
-        decision = self.decision
-        if decision is None or decision.name is None:
-            return {}
-        if decision.candidates is None:
-            return {} if self._refusal is None else {"dest_name": decision.name}
-        return {"dest_name": decision.name, "candidates": _texts(decision.candidates)}
+    # ---- the request
 
     def refused(self, error: Error, reply: Reply) -> None:
         """The client is told that it can't have what it asked for."""
@@ -240,10 +233,40 @@ class Access(Connection):
                 level, message = logging.ERROR, "dial to destination failed"
         self._event(level, message, **self._resolved(), error=str(error))
 
+    def starts(self, target: Target, bound: tuple[str, int]) -> None:
+        """The destination is connected; `bound` is the outgoing socket's address."""
+        self._destination = join_port(target.host, target.port)
+        self._source = join_port(bound[0], bound[1])
+        self._count(self._version, _GRANTED)
+        decision = self.decision
+        if decision is None or decision.name is None or decision.candidates is None:
+            self._begin(None, None)
+        else:
+            self._begin(decision.name, _texts(decision.candidates))
+
+    def _resolved(self) -> dict[str, object]:
+        """The name that was resolved or denied, and what the rules say to its addresses."""
+        decision = self.decision
+        if decision is None or decision.name is None:
+            return {}
+        if decision.candidates is None:
+            return {} if self._refusal is None else {"dest_name": decision.name}
+        return {"dest_name": decision.name, "candidates": _texts(decision.candidates)}
+
+    def _rule_and_pool(self) -> tuple[str | None, str | None]:
+        """The rule that decides, and the egress pool that an allowed connection leaves from."""
+        if self._refusal is not None:
+            return self._refusal, None
+        ruling = None if self.decision is None else self.decision.ruling
+        return (None, None) if ruling is None else (ruling.rule, ruling.pool)
+
+    # ---- counters and fields
+
     def _count(self, version: Version | None, status: str) -> None:
         self._records.connections[version, status].value += 1
 
     def _count_fault(self, kind: Kind, version: Version | None, method: Method | None) -> None:
+        records = self._records
         if version is None:
             self._count(None, _NO_REQUEST if kind is Kind.EOF else _NO_SOCKS)
         elif version is Version.SOCKS4:
@@ -252,19 +275,12 @@ class Access(Connection):
             self._count(version, _NOT_AUTHENTICATED)
             # (A probe tells no credentials but these.)
             tried = Method.USERNAME_PASSWORD if method is Method.PROBE else method
-            self._records.authenticated[tried, False].value += 1
+            records.authenticated[tried, _FAILURE].value += 1
         else:
             self._count(version, _REFUSED.get(kind, _NO_ADDRESS))
             if method is Method.NO_AUTHENTICATION:
-                self._records.authenticated[method, True].value += 1
-            self._records.address_read[None, False].value += 1
-
-    def _rule_and_pool(self) -> tuple[str | None, str | None]:
-        """The rule that decides, and the egress pool that an allowed connection leaves from."""
-        if self._refusal is not None:
-            return self._refusal, None
-        ruling = None if self.decision is None else self.decision.ruling
-        return (None, None) if ruling is None else (ruling.rule, ruling.pool)
+                records.authenticated[method, _SUCCESS].value += 1
+            records.address_read[None, _FAILURE].value += 1
 
     def _values(self) -> tuple[object, ...]:
         return (
@@ -296,15 +312,3 @@ class Access(Connection):
 def _texts(candidates: list[Candidate]) -> list[str]:
     """["203.0.113.80 allowed default", "10.0.0.1 denied RULE"], which records.py reads."""
     return [f"{one.host} {'allowed' if one.ruling.allowed else 'denied'} {one.ruling.rule}" for one in candidates]
-
-
-K = TypeVar("K")
-
-
-def _by_result(family: Family[Counter], types: Mapping[K, str]) -> dict[tuple[K, bool], Counter]:
-    """A counter for each type and result, success being True."""
-    return {
-        (kind, success): family.labels(label, "ok" if success else "failed")
-        for kind, label in types.items()
-        for success in (True, False)
-    }

@@ -77,7 +77,7 @@ class Sessions:
         """Serve one accepted connection to its end. `host` is the client's numeric address."""
         client = Client.at(host, port)
         local = endpoint.local_address()
-        access = endpoint.about = self._access_log.begin(client, local)
+        access = endpoint.about = Access(self._access_log, client, local)
         endpoint.deadline = endpoint.reactor.clock() + self._timeouts.handshake
         proxied = self._proxied.get(local[1])
         if proxied is None and not self._policy.clients.admits(client.address):

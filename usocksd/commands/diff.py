@@ -13,18 +13,20 @@ import re
 import shlex
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
-from typing import IO, Any, Final, TypeAlias
+from typing import IO, Any, Final
 
 from usocksd.config import Config
 from usocksd.errors import Error
 from usocksd.log.words import counted
 from usocksd.net.address import join_port
 from usocksd.records import AccessRecord, Skipped, lines_of
-from usocksd.replay import Change, Group, Outcome, Replay
+from usocksd.replay import Change, Outcome, Replay
 from usocksd.serve.verbs.client import visible
 from usocksd.settings import loader as configuration
+
+Json = dict[str, Any]
 
 _SAME, _DIFFERENT, _TROUBLE, _INTERRUPTED = 0, 1, 2, 130
 
@@ -79,7 +81,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="N",
         type=_parse_limit,
         default=5,
-        help="show at most so many groups of each kind, the largest (default 5; 0: all)",
+        help="how many groups of each kind to show, the largest first (default 5; 0: all)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object, with all groups")
     parser.set_defaults(run=_run)
@@ -107,12 +109,11 @@ def _run(args: argparse.Namespace) -> int:
     try:
         return _diff(args)
     except Error as error:
-        trouble = str(error).split("\n")
+        for line in str(error).split("\n"):
+            print(f"usocksd diff: {visible(line)}", file=sys.stderr)
+        return _TROUBLE
     except KeyboardInterrupt:
         return _INTERRUPTED
-    for line in trouble:
-        print(f"usocksd diff: {visible(line)}", file=sys.stderr)
-    return _TROUBLE
 
 
 def _diff(args: argparse.Namespace) -> int:
@@ -134,14 +135,16 @@ def _diff(args: argparse.Namespace) -> int:
         with _open(path) as file:
             replay.read(lines_of(file.readline), since=args.since or "")
     if not replay.requests:
-        raise Error(_nothing(replay, args.since))
-    pools = _changed_pools(old, new, replay)
-    places = _places(old), _places(new)
+        since = f" since {args.since}" if args.since else ""
+        unread = counted(replay.skipped[Skipped.UNREADABLE], "line")
+        hint = f"; {unread} could not be read (a journal has to be printed with -o cat)"
+        raise Error(f"no request is recorded in the log{since}{hint if replay.skipped[Skipped.UNREADABLE] else ''}")
+    answer = {"old": args.old, "new": args.new, "logs": logs, **_summary(replay, old, new)}
     if args.json:
-        print(json.dumps(_as_json(replay, args, logs, pools, places)), flush=True)
+        print(json.dumps(answer), flush=True)
     else:
-        print("\n".join(_as_text(replay, args, pools, places)), flush=True)
-    return _SAME if replay.same == replay.requests and not pools else _DIFFERENT
+        print("\n".join(map(visible, _as_text(answer, replay.disagreement, args.limit))), flush=True)
+    return _SAME if replay.same == replay.requests and not answer["pools_changed"] else _DIFFERENT
 
 
 @contextlib.contextmanager
@@ -158,151 +161,17 @@ def _open(path: str) -> Iterator[IO[bytes]]:
         raise Error(f"{path}: {reason}") from None
 
 
-def _nothing(replay: Replay, since: str | None) -> str:
-    """Why there is nothing to decide."""
-    text = "no request is recorded in the log"
-    if since:
-        text += f" since {since}"
-    if unreadable := replay.skipped[Skipped.UNREADABLE]:
-        text += f"; {counted(unreadable, 'line')} could not be read (a journal has to be printed with -o cat)"
-    return text
-
-
-_Places: TypeAlias = dict[str, int | None]
-
-
-def _places(config: Config) -> _Places:
-    """The lines of the rules, by name."""
-    return {rule.name or f"rule {at + 1}": config.line_of_rule(at) for at, rule in enumerate(config.rule)}
-
-
-def _named(rule: str, places: _Places) -> str:
-    line = places.get(rule)
-    return rule if line is None else f"{rule} (line {line})"
-
-
-def _changed_pools(old: Config, new: Config, replay: Replay) -> dict[str, int]:
-    """The pools that are not what they were and requests leave from, with the number of these."""
-    before, after = old.pools(), new.pools()
-    return {
-        name: count
-        for name, count in sorted(replay.leaving.items())
-        if name in before and name in after and before[name] != after[name]
-    }
-
-
-# ---- for people
-
-
-def _as_text(
-    replay: Replay, args: argparse.Namespace, pools: dict[str, int], places: tuple[_Places, _Places]
-) -> Iterator[str]:
-    unknown = replay.count(Change.UNKNOWN)
-    different = replay.requests - replay.same - unknown
-    yield f"{visible(args.old)} -> {visible(args.new)}"
-    first, last = _until_second(replay.first), _until_second(replay.last)
-    yield f"{counted(replay.requests, 'request')}, recorded {first} to {last}"
-    yield f"{replay.same:,} decided the same, {different:,} differently, {unknown:,} unknown"
-    for change in Change:
-        yield from _section(change, replay.groups(change), args.limit, places)
-    yield from _notes(replay, args, pools)
-
-
-def _section(
-    change: Change, groups: Sequence[Group], limit: int | None, places: tuple[_Places, _Places]
-) -> Iterator[str]:
-    if not groups:
-        return
-    total = sum(group.count for group in groups)
-    yield ""
-    yield f"{total:,} {_TITLES[change]}"
-    for group in groups[:limit]:
-        yield f"{group.count:>10,}  {visible(_rules(group, *places))}"
-        yield f"{'':>10}  e.g. {visible(_example(group))}"
-    if rest := groups[len(groups[:limit]) :]:
-        yield f"{sum(group.count for group in rest):>10,}  in {counted(len(rest), 'more group')} (--limit 0 shows all)"
-
-
-def _rules(group: Group, old: _Places, new: _Places) -> str:
-    change, rule, other, old_pool, new_pool = group.difference
-    before, after = _named(rule, old), _named(other, new)
-    match change:
-        case Change.POOL:
-            return f"{before}, pool {old_pool} -> {after}, pool {new_pool}"
-        case Change.UNKNOWN:
-            return f"{_verdict(group.old, old)} -> {_verdict(group.new, new)}: {group.new.why or group.old.why}"
-    return f"{before} -> {after}"
-
-
-def _verdict(outcome: Outcome, places: _Places) -> str:
-    rule = _named(outcome.rule, places)
-    match outcome.allowed:
-        case None if outcome.rule:
-            return f"name allowed by {rule}"
-        case None:
-            return "unknown"
-        case True:
-            return f"allowed by {rule}"
-    return f"denied by {rule}"
-
-
-def _example(group: Group) -> str:
-    text = _request(group.example)
-    if group.difference.change is Change.ADDRESSES:
-        before, after = group.old.reach, group.new.reach
-        lost, won = [each for each in before if each not in after], [each for each in after if each not in before]
-        text += f", without {', '.join(lost)}" if lost else ""
-        text += f", with {', '.join(won)}" if won else ""
-    return text
-
-
-def _request(record: AccessRecord) -> str:
-    request = record.request
-    who = request.client if request.user is None else f"{request.client} ({request.user})"
-    to = "" if request.host is None else f" to {join_port(request.host, request.port)}"
-    return f"{who}{to}, {_until_second(record.at)}"
-
-
-def _until_second(at: str) -> str:
-    """2026-11-23T09:47:58.777489Z without its fraction."""
-    return re.sub(r"\.[0-9]+", "", at)
-
-
-def _notes(replay: Replay, args: argparse.Namespace, pools: dict[str, int]) -> Iterator[str]:
-    notes = [
-        f"pool {name} is another one in {args.new}: {count:,} of the requests would leave from it"
-        for name, count in pools.items()
-    ]
-    if replay.disagreement is not None:
-        notes.append(
-            f"{replay.disagreeing:,} were decided otherwise than {args.old} decides now (e.g. "
-            f"{_request(replay.disagreement)}): it was not in force then, or the host had other addresses"
-        )
-    if unasked := replay.skipped[Skipped.NO_REQUEST]:
-        notes.append(f"{counted(unasked, 'connection')} came to no request")
-    if unreadable := replay.skipped[Skipped.UNREADABLE]:
-        notes.append(f"{counted(unreadable, 'line')} could not be read")
-    if notes:
-        yield ""
-        for note in notes:
-            yield visible(f"note: {note}")
-
-
 # ---- for programs
 
 
-def _as_json(
-    replay: Replay,
-    args: argparse.Namespace,
-    logs: Sequence[str],
-    pools: dict[str, int],
-    places: tuple[_Places, _Places],
-) -> dict[str, Any]:
+def _summary(replay: Replay, old: Config, new: Config) -> Json:
     unknown = replay.count(Change.UNKNOWN)
+    lines = [
+        {rule.name or f"rule {at + 1}": config.line_of_rule(at) for at, rule in enumerate(config.rule)}
+        for config in (old, new)
+    ]
+    pools = old.pools(), new.pools()
     return {
-        "old": args.old,
-        "new": args.new,
-        "logs": list(logs),
         "first": replay.first,
         "last": replay.last,
         "requests": replay.requests,
@@ -312,13 +181,17 @@ def _as_json(
         "disagreeing": replay.disagreeing,
         "no_request": replay.skipped[Skipped.NO_REQUEST],
         "unreadable": replay.skipped[Skipped.UNREADABLE],
-        "pools_changed": pools,
+        "pools_changed": {
+            name: count
+            for name, count in sorted(replay.leaving.items())
+            if name in pools[0] and name in pools[1] and pools[0][name] != pools[1][name]
+        },
         "changes": [
             {
                 "change": change.value,
                 "count": group.count,
-                "old": _outcome(group.old, group.difference.old, places[0]),
-                "new": _outcome(group.new, group.difference.new, places[1]),
+                "old": _outcome(group.old, group.difference.old, group.difference.old_pool, lines[0]),
+                "new": _outcome(group.new, group.difference.new, group.difference.new_pool, lines[1]),
                 "example": _record(group.example),
             }
             for change in Change
@@ -327,18 +200,18 @@ def _as_json(
     }
 
 
-def _outcome(outcome: Outcome, rule: str, places: _Places) -> dict[str, Any]:
+def _outcome(outcome: Outcome, rule: str, pool: str, lines: Mapping[str, int | None]) -> Json:
     return {
         "allowed": outcome.allowed,
         "rule": rule or None,
-        "line": places.get(rule),
-        "pool": outcome.pool or None,
+        "line": lines.get(rule),
+        "pool": pool or outcome.pool or None,
         "addresses": list(outcome.reach),
         "unknown": outcome.why or None,
     }
 
 
-def _record(record: AccessRecord) -> dict[str, Any]:
+def _record(record: AccessRecord) -> Json:
     request = record.request
     return {
         "at": record.at,
@@ -349,3 +222,85 @@ def _record(record: AccessRecord) -> dict[str, Any]:
         "candidates": None if request.candidates is None else list(request.candidates),
         "allowed": record.allowed,
     }
+
+
+# ---- for people
+
+
+def _as_text(answer: Json, disagreement: AccessRecord | None, limit: int | None) -> Iterator[str]:
+    first, last = _until_second(answer["first"]), _until_second(answer["last"])
+    yield f"{answer['old']} -> {answer['new']}"
+    yield f"{counted(answer['requests'], 'request')}, recorded {first} to {last}"
+    yield f"{answer['same']:,} decided the same, {answer['different']:,} differently, {answer['unknown']:,} unknown"
+    for kind, title in _TITLES.items():
+        groups = [group for group in answer["changes"] if group["change"] == kind.value]
+        if not groups:
+            continue
+        yield ""
+        yield f"{sum(group['count'] for group in groups):,} {title}"
+        for group in groups[:limit]:
+            yield f"{group['count']:>10,}  {_rules(group)}"
+            yield f"{'':>10}  e.g. {_example(group)}"
+        if rest := groups[len(groups[:limit]) :]:
+            count = sum(group["count"] for group in rest)
+            yield f"{count:>10,}  in {counted(len(rest), 'more group')} (--limit 0 shows all)"
+    if notes := list(_notes(answer, disagreement)):
+        yield ""
+        yield from (f"note: {note}" for note in notes)
+
+
+def _rules(group: Json) -> str:
+    """The rules that make the difference."""
+    old, new = group["old"], group["new"]
+    match group["change"]:
+        case Change.POOL.value:
+            return f"{_rule(old)}, pool {old['pool']} -> {_rule(new)}, pool {new['pool']}"
+        case Change.UNKNOWN.value:
+            return f"{_verdict(old)} -> {_verdict(new)}: {new['unknown'] or old['unknown']}"
+    return f"{_rule(old)} -> {_rule(new)}"
+
+
+def _rule(outcome: Json) -> str:
+    rule = outcome["rule"] or ""
+    return rule if outcome["line"] is None else f"{rule} (line {outcome['line']})"
+
+
+def _verdict(outcome: Json) -> str:
+    if outcome["allowed"] is None:
+        return f"name allowed by {_rule(outcome)}" if outcome["rule"] else "unknown"
+    return f"{'allowed' if outcome['allowed'] else 'denied'} by {_rule(outcome)}"
+
+
+def _example(group: Json) -> str:
+    text = _request(group["example"])
+    if group["change"] == Change.ADDRESSES.value:
+        before, after = group["old"]["addresses"], group["new"]["addresses"]
+        lost, won = [each for each in before if each not in after], [each for each in after if each not in before]
+        text += f", without {', '.join(lost)}" if lost else ""
+        text += f", with {', '.join(won)}" if won else ""
+    return text
+
+
+def _request(record: Json) -> str:
+    client = record["client"] if record["user"] is None else f"{record['client']} ({record['user']})"
+    to = "" if record["host"] is None else f" to {join_port(record['host'], record['port'])}"
+    return f"{client}{to}, {_until_second(record['at'])}"
+
+
+def _until_second(at: str) -> str:
+    """2026-11-23T09:47:58.777489Z without its fraction."""
+    return re.sub(r"\.[0-9]+", "", at)
+
+
+def _notes(answer: Json, disagreement: AccessRecord | None) -> Iterator[str]:
+    for name, count in answer["pools_changed"].items():
+        yield f"pool {name} is another one in {answer['new']}: {count:,} of the requests would leave from it"
+    if disagreement is not None:
+        yield (
+            f"{answer['disagreeing']:,} were decided otherwise than {answer['old']} decides now (e.g. "
+            f"{_request(_record(disagreement))}): it was not in force then, or the host had other addresses"
+        )
+    if answer["no_request"]:
+        yield f"{counted(answer['no_request'], 'connection')} came to no request"
+    if answer["unreadable"]:
+        yield f"{counted(answer['unreadable'], 'line')} could not be read"

@@ -9,10 +9,11 @@ import shutil
 import sys
 import textwrap
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from usocksd.config import Config
 from usocksd.errors import Error
@@ -21,9 +22,6 @@ from usocksd.serve.daemon import Daemon
 from usocksd.serve.verbs.client import Client, find_control, visible
 from usocksd.settings import loader as configuration
 from usocksd.settings.types import split_port
-
-if TYPE_CHECKING:
-    from usocksd.names.resolver import Resolver
 
 Json = dict[str, Any]
 
@@ -43,10 +41,10 @@ own resolver and what it knows of its egress addresses.
 Exit status: 0 if it would be connected, 1 if not (a rule denies it, the name has no address, there is no egress
 address), 2 for trouble (a faulty file, a wrong command line, no daemon)."""
 
-# Seconds of waiting after which stderr says what for.
+# After so many seconds of waiting, stderr says what for.
 _SAY_AFTER: Final = 1.0
 
-# What is shown without --verbose.
+# How many rules are shown one by one without --verbose, how many names of rules in a group, addresses, and sources.
 _FEW_STEPS: Final = 4
 _MOST_NAMES: Final = 12
 _MOST_ADDRESSES: Final = 10
@@ -125,34 +123,27 @@ def _run(daemon: Daemon[Config], args: argparse.Namespace) -> int:
         if args.json:
             print(json.dumps(answer), flush=True)
         else:
-            print("\n".join(_as_text(answer, verbose=args.verbose)), flush=True)
+            print("\n".join(map(visible, _as_text(answer, verbose=args.verbose))), flush=True)
     except Error as error:
-        trouble = str(error).split("\n")
+        for line in str(error).split("\n"):
+            _say(line)
+        return _TROUBLE
     except KeyboardInterrupt:
         return _INTERRUPTED
-    else:
-        return _ALLOWED if answer["verdict"] == "allowed" else _REFUSED
-    for line in trouble:
-        print(f"usocksd explain: {visible(line)}", file=sys.stderr)
-    return _TROUBLE
+    return _ALLOWED if answer["verdict"] == "allowed" else _REFUSED
 
 
 def _ask(daemon: Daemon[Config], args: argparse.Namespace, request: Json) -> Json:
     args.f = args.file or args.f
     client = Client(daemon.name, find_control(daemon, args, "usocksd explain: "))
-    saying = threading.Timer(_SAY_AFTER, _say, ["waiting for the daemon, which asks its name servers"])
-    saying.daemon = True
-    saying.start()
-    try:
+    with _saying(lambda: "waiting for the daemon, which asks its name servers"):
         return client.ask("explain", timeout=_ANSWER_WITHIN, **request)
-    finally:
-        saying.cancel()
 
 
 def _judge(daemon: Daemon[Config], args: argparse.Namespace, request: Json) -> Json:
     path: str | None = args.file or args.f
     if path is None and not Path(daemon.file).exists():
-        print(f"usocksd explain: there is no {daemon.file}: judged by the defaults", file=sys.stderr)
+        _say(f"there is no {daemon.file}: judged by the defaults")
         config = configuration.parse(Config, "", daemon.file)
     else:
         config = configuration.load(Config, path or daemon.file)
@@ -179,12 +170,13 @@ async def _explain(config: Config, request: Json) -> Json:
     egress, listings = make_egress(config, hosts, metrics)
     lookups = Lookups(listings, listings.take, config.dns.servers, metrics)
     explainer = Explainer(policy, resolver, egress, listings, min(config.timeouts.connect, _RESOLVE_WITHIN))
-    async with trio.open_nursery() as nursery:
-        await nursery.start(resolver.run)
-        nursery.start_soon(_say_what_takes_long, resolver)
-        unanswered = await lookups.once()
-        answer = await explainer.explain(request)
-        nursery.cancel_scope.cancel()
+    waiting = lambda: f"waiting for name servers: {', '.join(resolver.servers) or 'those that the system asks'}"  # noqa: E731
+    with _saying(waiting):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(resolver.run)
+            unanswered = await lookups.once()
+            answer = await explainer.explain(request)
+            nursery.cancel_scope.cancel()
     if silent := [server for server, answers in resolver.servers.items() if not answers]:
         _say(f"no answer from {', '.join(silent)}")
     for each, why in unanswered.items():
@@ -194,11 +186,16 @@ async def _explain(config: Config, request: Json) -> Json:
     return answer
 
 
-async def _say_what_takes_long(resolver: Resolver) -> None:
-    import trio  # noqa: PLC0415
-
-    await trio.sleep(_SAY_AFTER)
-    _say(f"waiting for name servers: {', '.join(resolver.servers) or 'those that the system asks'}")
+@contextmanager
+def _saying(what: Callable[[], str]) -> Iterator[None]:
+    """Say on stderr what it waits for, if the block takes long."""
+    timer = threading.Timer(_SAY_AFTER, lambda: _say(what()))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _say(what: str) -> None:
@@ -209,139 +206,122 @@ def _say(what: str) -> None:
 
 
 def _as_text(answer: Json, *, verbose: bool) -> Iterator[str]:
-    yield visible(_headline(answer))
-    if note := answer.get("note"):  # (which a daemon of before there were any does not say)
-        yield note
+    yield _headline(answer)
+    if answer["note"]:
+        yield answer["note"]
     steps = answer["steps"]
     if steps:
-        yield ""
         absent = [name for name in answer["absent"] if name != answer["canonical"]]
         before = f", since there is no {', no '.join(absent)}" if absent else ""
-        yield visible(f"rules on {answer['canonical']}{before}")
-        # Denied as such, or with all the addresses that its name has?
+        # The name may be allowed, and all its addresses denied.
         allowed = answer["verdict"] != "denied" or bool(answer["addresses"])
-        yield from _steps(steps, allowed=allowed, verbose=verbose)
-    resolved = answer["addresses"]
-    # An address that was asked for is what the rules above are about.
-    if resolved and (len(resolved) > 1 or resolved[0]["steps"] != steps):
         yield ""
-        yield visible(f"addresses of {answer['canonical']}")
-        shown = resolved if verbose else resolved[:_MOST_ADDRESSES]
+        yield f"rules on {answer['canonical']}{before}"
+        yield from _steps(steps, allowed=allowed, verbose=verbose)
+    addresses = answer["addresses"]
+    # An address that was asked for is what the rules above are about.
+    if addresses and (len(addresses) > 1 or addresses[0]["steps"] != steps):
+        shown = addresses if verbose else addresses[:_MOST_ADDRESSES]
         width = max(len(each["address"]) for each in shown)
+        yield ""
+        yield f"addresses of {answer['canonical']}"
         for each in shown:
-            yield visible(f"  {each['address']:{width}}  {_verdict(each, verbose=verbose)}")
+            yield f"  {each['address']:{width}}  {_verdict(each, verbose=verbose)}"
             if verbose:
                 yield from _steps(each["steps"], allowed=each["allowed"], verbose=True, indent="      ")
-        yield from _more(len(resolved) - len(shown), "  ")
+        yield from _more(len(addresses) - len(shown))
     for name, pool in answer["pools"].items():
         if pool["addresses"]:
             yield ""
-            yield visible(f"pool {name}: {_traits(pool)}")
+            yield f"pool {name}: {_traits(pool)}"
             yield from _pool(pool, verbose=verbose)
 
 
 def _headline(answer: Json) -> str:
-    who = answer["client"] if answer["user"] is None else f"{answer['client']} ({answer['user']})"
-    text = f"{who} to {join_port(answer['host'], answer['port'])}: {answer['verdict']}"
+    client = answer["client"] if answer["user"] is None else f"{answer['client']} ({answer['user']})"
+    text = f"{client} to {join_port(answer['host'], answer['port'])}: {answer['verdict']}"
     if answer["rule"] is not None:
-        by = "" if answer["verdict"] != "unreachable" else ", allowed"
-        line = next((step["line"] for step in _all_steps(answer) if step["rule"] == answer["rule"]), None)
-        text += f"{by} by {_named(answer['rule'], line)}"
+        by = ", allowed by" if answer["verdict"] == "unreachable" else " by"
+        steps = [*answer["steps"], *(step for each in answer["addresses"] for step in each["steps"])]
+        text += f"{by} {_rule(next((step for step in steps if step['rule'] == answer['rule']), answer))}"
     if answer["error"] is not None:
         text += f": {answer['error']}"
-    source = next((each["sources"][0] for each in answer["addresses"] if each["sources"]), None)
     if answer["verdict"] == "allowed":
+        source = next(each["sources"][0] for each in answer["addresses"] if each["sources"])
         text += f", pool {answer['pool']}, leaves from {source or 'what the kernel chooses'}"
     return text
 
 
-def _all_steps(answer: Json) -> Iterator[Json]:
-    yield from answer["steps"]
-    for each in answer["addresses"]:
-        yield from each["steps"]
-
-
-def _named(rule: str, line: int | None) -> str:
+def _rule(step: Json) -> str:
     """A rule, and where it is in the configuration."""
-    return rule if line is None else f"{rule} (line {line})"
+    line = step.get("line")
+    return str(step["rule"]) if line is None else f"{step['rule']} (line {line})"
 
 
 def _steps(steps: Sequence[Json], *, allowed: bool, verbose: bool, indent: str = "  ") -> Iterator[str]:
     """The rules that did not match, then the one that did, and whether it `allowed` the request."""
     *others, last = steps
     if verbose or len(others) <= _FEW_STEPS:
-        for step in others:
-            yield visible(f"{indent}{_named(step['rule'], step['line'])}: does not match, {step['why']}")
+        yield from (f"{indent}{_rule(step)}: does not match, {step['why']}" for step in others)
     else:
         groups: dict[str, list[str]] = {}
         for step in others:
-            # (The ports of each rule may be others.)
+            # (Each rule may have other ports.)
             why = re.sub(r"^(port \d+ not in) .*", r"\1 its ports", step["why"])
             groups.setdefault(why, []).append(step["rule"])
         yield f"{indent}{len(others)} rules do not match:"
+        wrapper = textwrap.TextWrapper(
+            max(shutil.get_terminal_size((110, 40)).columns, 40),
+            initial_indent=f"{indent}  ",
+            subsequent_indent=f"{indent}    ",
+            break_on_hyphens=False,
+            break_long_words=False,
+        )
         for why, names in sorted(groups.items(), key=lambda group: -len(group[1])):
             more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
-            line = visible(f"{why} ({len(names)}): {', '.join(names[:_MOST_NAMES])}{more}")
-            yield textwrap.fill(
-                line,
-                _width(),
-                initial_indent=f"{indent}  ",
-                subsequent_indent=f"{indent}    ",
-                break_on_hyphens=False,
-                break_long_words=False,
-            )
-    yield visible(
-        f"{indent}{_named(last['rule'], last['line'])}: {'allows' if allowed else 'denies'} it, {last['why']}"
-    )
-
-
-def _width() -> int:
-    return max(shutil.get_terminal_size((110, 40)).columns, 40)
+            yield from wrapper.wrap(visible(f"{why} ({len(names)}): {', '.join(names[:_MOST_NAMES])}{more}"))
+    yield f"{indent}{_rule(last)}: {'allows' if allowed else 'denies'} it, {last['why']}"
 
 
 def _verdict(each: Json, *, verbose: bool) -> str:
-    """The verdict on a resolved address."""
+    """The verdict on an address of the name."""
+    last = each["steps"][-1]
     if not each["allowed"]:
-        return f"denied by {_named(each['rule'], each['steps'][-1]['line'])}: {each['steps'][-1]['why']}"
-    text = f"allowed by {_named(each['rule'], each['steps'][-1]['line'])}, pool {each['pool']}"
+        return f"denied by {_rule(last)}: {last['why']}"
+    text = f"allowed by {_rule(last)}, pool {each['pool']}"
     if each["error"] is not None:
         return f"{text}, but {each['error']}"
     first, *others = each["sources"]
     if first is None:
         return text
-    text += f", from {first}"
     shown = others if verbose else others[:_MOST_SOURCES]
-    if shown:
-        more = f" and {len(others) - len(shown)} more" if len(others) > len(shown) else ""
-        text += f", next {', '.join(shown)}{more}"
-    return text
+    more = f" and {len(others) - len(shown)} more" if len(others) > len(shown) else ""
+    return f"{text}, from {first}" + (f", next {', '.join(shown)}{more}" if shown else "")
 
 
 def _traits(pool: Json) -> str:
     here = [address for address in pool["addresses"] if address in pool["local"] and address not in pool["listed"]]
     traits = [f"{len(here)} of {len(pool['addresses'])} addresses here and not listed"]
-    traits += [f"{key} {pool[key]}" for key in ("iface", "mark") if pool[key] is not None]
-    return ", ".join(traits)
+    return ", ".join(traits + [f"{key} {pool[key]}" for key in ("iface", "mark") if pool[key] is not None])
 
 
 def _pool(pool: Json, *, verbose: bool) -> Iterator[str]:
-    """The addresses of which there is something to say."""
+    """The addresses that can't be used or are listed, and lists that did not answer."""
     lines = []
     for address in pool["addresses"]:
-        state = []
-        if address not in pool["local"]:
-            state.append("not on this host")
-        if address in pool["listed"]:
-            state.append(f"listed by {', '.join(pool['listed'][address])}")
         unanswered = pool.get("unanswered", {}).get(address, {})
-        state += [f"{domain} does not answer: {why}" for domain, why in unanswered.items()]
+        state = [
+            *([] if address in pool["local"] else ["not on this host"]),
+            *([f"listed by {', '.join(pool['listed'][address])}"] if address in pool["listed"] else []),
+            *(f"{domain} does not answer: {why}" for domain, why in unanswered.items()),
+        ]
         if state or verbose:
-            lines.append(visible(f"  {address}  {', '.join(state) or 'usable'}"))
+            lines.append(f"  {address}  {', '.join(state) or 'usable'}")
     shown = lines if verbose else lines[:_MOST_ADDRESSES]
     yield from shown
-    yield from _more(len(lines) - len(shown), "  ")
+    yield from _more(len(lines) - len(shown))
 
 
-def _more(count: int, indent: str) -> Iterator[str]:
+def _more(count: int) -> Iterator[str]:
     if count:
-        yield f"{indent}and {count} more (-v shows all)"
+        yield f"  and {count} more (-v shows all)"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
@@ -14,7 +13,7 @@ from transocks.routes import DEFAULT, DIRECT, REJECT, Routes
 from transocks.rules.config import Mode, RulesConfig
 from transocks.rules.redirection import MARK, reached
 from transocks.upstreams.proxy_url import ProxyScheme, ProxyURL, ProxyURLs, parse_proxy_url
-from usocksd.names.conditions import as_table
+from usocksd.names.conditions import as_table, table_name
 from usocksd.names.match import canonical_host
 from usocksd.net.address import IPAddress
 from usocksd.settings.common import Common, CommonConfig
@@ -34,7 +33,6 @@ from usocksd.settings.types import (
     parse_address,
     parse_listen_address,
     split_port,
-    text,
 )
 
 _LISTEN_EXPECTED = '"host:port" or a list of them, as in "localhost:1081", "[::1]:1081" or ":1081" (all interfaces)'
@@ -84,16 +82,8 @@ ListenTproxy = Annotated[
 FAILOVER, ROUND_ROBIN, STICKY = "failover", "round-robin", "sticky"
 
 
-def _group_name(value: str) -> str:
-    if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", value) is None:
-        raise ValueError
-    if value in (DEFAULT, DIRECT, REJECT):
-        what = "the group of proxy_url at the top" if value == DEFAULT else "a way without a proxy"
-        raise Invalid(f"is {what}, expected another name")
-    return value
-
-
-GroupName = Annotated[str, text(_group_name, 'a name of at most 64 letters, digits, "-" and "_"')]
+_WAY = "a way without a proxy"
+GroupName = Annotated[str, table_name({DEFAULT: "the group of proxy_url at the top", DIRECT: _WAY, REJECT: _WAY})]
 Policy = Annotated[str, one_of((FAILOVER, ROUND_ROBIN, STICKY))]
 """In which order the proxies of a group are tried: as listed, in turn, or by rendezvous on client and destination."""
 WhenAllDown = Annotated[str, one_of(("refuse", DIRECT))]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator
 from typing import Annotated, Any
 
@@ -10,19 +9,9 @@ import attrs
 
 from transocks.routes import DIRECT, REJECT, Route
 from transocks.sniff import MOST
-from usocksd.names.conditions import (
-    NAME_EXPECTED,
-    Destination,
-    Network,
-    Ports,
-    as_tables,
-    check_name,
-    duplicate_names,
-    empty_lists,
-    site_lists,
-)
+from usocksd.names.conditions import ConditionsConfig, Network, Ports, as_tables, duplicate_names, rule_name
 from usocksd.settings.loader import Invalid, show
-from usocksd.settings.types import integer, one_of, seconds, text
+from usocksd.settings.types import integer, one_of, seconds
 
 NAME, ADDRESS, REFUSE = "name", "address", "refuse"
 
@@ -45,17 +34,7 @@ CLIENT_FIRST = ((80, 80), (443, 443))
 """Ports of protocols in which the client speaks first, HTTP and TLS: one that is silent there is only slow."""
 
 # What records and metrics say where no [[route]] decided, and what those without a name are called.
-_BUILT_IN_NAME = re.compile(r"default|route \d+")
-
-
-def _route_name(value: str) -> str:
-    check_name(value)
-    if _BUILT_IN_NAME.fullmatch(value):
-        raise Invalid("is what log records call a route that is built in, expected another name")
-    return value
-
-
-RouteName = Annotated[str, text(_route_name, NAME_EXPECTED)]
+RouteName = Annotated[str, rule_name("route", r"default|route \d+")]
 Send = Annotated[str, one_of((NAME, ADDRESS))]
 
 
@@ -80,27 +59,20 @@ class NamesConfig:
 
 
 @attrs.frozen(kw_only=True)
-class RouteConfig:
-    """[[route]]: which way connections go. What is None holds for all."""
+class RouteConfig(ConditionsConfig):
+    """[[route]]: which way connections go."""
 
     name: RouteName | None = None
     """None: "route N", counted from 1"""
-    from_: tuple[Network, ...] | None = None
-    to: tuple[Destination, ...] | None = None
-    ports: tuple[Ports, ...] | None = None
     via: str
     """a group of upstreams, DIRECT or REJECT; that there is such a group is looked at by `check_routes`"""
     send: Send | None = None
     """None: as [names] has it"""
 
-    def __attrs_post_init__(self) -> None:
-        faults = empty_lists(
-            ("from", self.from_, "client"), ("to", self.to, "destination"), ("ports", self.ports, "port")
-        )
+    def faults(self) -> Iterator[Invalid]:
+        yield from super().faults()
         if self.send is not None and self.via in (DIRECT, REJECT):
-            faults.append(Invalid("expected only where via is a group of proxies", shown=show(self.send), at="send"))
-        if faults:
-            raise ExceptionGroup("a route", faults)
+            yield Invalid("expected only where via is a group of proxies", shown=show(self.send), at="send")
 
     def route(self, number: int, names: NamesConfig) -> Route:
         """As the evaluator takes it; `number` is its place, from 1."""
@@ -108,7 +80,7 @@ class RouteConfig:
             name=self.name or f"route {number}",
             via=self.via,
             clients=self.from_,
-            to=None if self.to is None else site_lists(self.to),
+            to=self.destinations(),
             ports=self.ports,
             send_name=(self.send or names.send) == NAME,
         )

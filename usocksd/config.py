@@ -5,7 +5,6 @@ The tables [log], [incoming] and [outgoing] are those of the original usocksd, w
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from ipaddress import IPv6Network
 from typing import Annotated, Any
@@ -15,17 +14,14 @@ import attrs
 from usocksd.acl import AccessRules, Rule
 from usocksd.clients import DEFAULT_CLIENTS
 from usocksd.names.conditions import (
-    NAME_EXPECTED,
-    Destination,
+    ConditionsConfig,
     Network,
-    Ports,
     Site,
     as_table,
     as_tables,
-    check_name,
     duplicate_names,
-    empty_lists,
-    site_lists,
+    rule_name,
+    table_name,
 )
 from usocksd.names.match import NAT64_LENGTHS, canonical_host, parse_network
 from usocksd.net.address import IPAddress, IPNetwork
@@ -84,27 +80,12 @@ def _user(value: str) -> str:
     return value
 
 
-def _rule_name(value: str) -> str:
-    check_name(value)
-    if _BUILT_IN_NAME.match(value):
-        raise Invalid("is what log records call a rule that is built in, expected another name")
-    return value
+# What records and metrics say where no [[rule]] decided, and what those without a name are called.
+_BUILT_IN = r"default|other|rule \d+|(?:allow_from|allow_sites|deny_sites|deny_ports|built-in|incoming\.)\b.*"
 
-
-def _pool_name(value: str) -> str:
-    if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", value) is None:
-        raise ValueError
-    return value
-
-
-# What the records and metrics say where no [[rule]] decided, and what those without a name are called.
-_BUILT_IN_NAME = re.compile(
-    r"(?:default|other|rule \d+|(?:allow_from|allow_sites|deny_sites|deny_ports|built-in|incoming\.)\b.*)$"
-)
-
-RuleName = Annotated[str, text(_rule_name, NAME_EXPECTED)]
+RuleName = Annotated[str, rule_name("rule", _BUILT_IN)]
 User = Annotated[str, text(_user, "the name of a user")]
-PoolName = Annotated[str, text(_pool_name, 'a name of at most 64 letters, digits, "-" and "_"')]
+PoolName = Annotated[str, table_name()]
 Nat64Prefix = Annotated[
     IPv6Network, text(_nat64, 'the prefix of a NAT64, of 32, 40, 48, 56, 64 or 96 bits, as in "2001:db8:64::/96"')
 ]
@@ -202,31 +183,20 @@ class Outgoing:
 
 
 @attrs.frozen(kw_only=True)
-class RuleConfig:
-    """[[rule]]: who may go where, and from which pool. What is None holds for all."""
+class RuleConfig(ConditionsConfig):
+    """[[rule]]: who may go where, and from which pool."""
 
     name: RuleName | None = None
     """None: "rule N", counted from 1"""
     action: Annotated[str, one_of(("allow", "deny"))]
-    from_: tuple[Network, ...] | None = None
     user: tuple[User, ...] | None = None
-    to: tuple[Destination, ...] | None = None
-    ports: tuple[Ports, ...] | None = None
-    """first and last of each range"""
     egress: str | None = None
     """None: "default" """
 
-    def __attrs_post_init__(self) -> None:
-        faults = empty_lists(
-            ("from", self.from_, "client"),
-            ("user", self.user, "user or none"),
-            ("to", self.to, "destination"),
-            ("ports", self.ports, "port"),
-        )
+    def faults(self) -> Iterator[Invalid]:
+        yield from super().faults()
         if self.egress is not None and self.action == "deny":
-            faults.append(Invalid('expected only beside action = "allow"', shown=show(self.egress), at="egress"))
-        if faults:
-            raise ExceptionGroup("a rule", faults)
+            yield Invalid('expected only beside action = "allow"', shown=show(self.egress), at="egress")
 
 
 @attrs.frozen(kw_only=True)
@@ -304,7 +274,7 @@ class Config(CommonConfig):
                 allow=rule.action == "allow",
                 clients=rule.from_,
                 users=None if rule.user is None else frozenset(rule.user),
-                to=None if rule.to is None else site_lists(rule.to),
+                to=rule.destinations(),
                 ports=rule.ports,
                 egress=rule.egress or "default",
                 line=self.line_of_rule(number - 1),

@@ -6,13 +6,16 @@ import io
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from ipaddress import IPv4Address, IPv4Network, IPv6Network
+from types import MappingProxyType
 from typing import Annotated, Any
+
+import attrs
 
 from usocksd.errors import Fault
 from usocksd.names.match import canonical_host, parse_network
 from usocksd.names.sites import Entry, SiteList, entry_fault, parse_entry
 from usocksd.net.address import IPNetwork, numeric_address
-from usocksd.settings.loader import Invalid, Parser, loading, show
+from usocksd.settings.loader import Faults, Invalid, Parser, loading, show
 from usocksd.settings.types import read_named, text
 
 _FILE = "file:"
@@ -122,30 +125,61 @@ Network = Annotated[IPNetwork, text(_network, 'a network or an IP address, as in
 
 Ports = Annotated[tuple[int, int], Parser(_ports, 'a port or a range, as in 25 or "6000-6100", from 0 to 65535')]
 
-NAME_EXPECTED = "a name of 1 to 100 printable characters"
+
+def rule_name(kind: str, built_in: str) -> Parser:
+    """The name of a rule or route (`kind`): none that `built_in` matches, the pattern of those that records have a use
+    for already.
+    """
+
+    def parse(value: str) -> str:
+        if not value.isprintable() or not 0 < len(value) <= 100 or value != value.strip():
+            raise ValueError
+        if re.fullmatch(built_in, value):
+            raise Invalid(f"is what log records call a {kind} that is built in, expected another name")
+        return value
+
+    return text(parse, "a name of 1 to 100 printable characters")
 
 
-def check_name(value: str) -> None:
-    """Raise ValueError if this is not NAME_EXPECTED."""
-    if not value.isprintable() or not 0 < len(value) <= 100 or value != value.strip():
-        raise ValueError
+def table_name(taken: Mapping[str, str] = MappingProxyType({})) -> Parser:
+    """A name of the operator's choice for a table; `taken` are those that mean something else already, and what."""
+
+    def parse(value: str) -> str:
+        if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", value) is None:
+            raise ValueError
+        if value in taken:
+            raise Invalid(f"is {taken[value]}, expected another name")
+        return value
+
+    return text(parse, 'a name of at most 64 letters, digits, "-" and "_"')
 
 
-def site_lists(entries: Iterable[str | SiteList]) -> tuple[SiteList, ...]:
-    """Those that stand in a rule itself, and those of each file."""
-    entries = tuple(entries)
-    files = dict.fromkeys(entry for entry in entries if isinstance(entry, SiteList))
-    own = [parse_entry(entry) for entry in entries if isinstance(entry, str)]
-    return (*([SiteList(own)] if own else []), *files)
+@attrs.frozen(kw_only=True)
+class ConditionsConfig:
+    """The conditions of a [[rule]] or [[route]]. What is None holds for all."""
 
+    from_: tuple[Network, ...] | None = None
+    to: tuple[Destination, ...] | None = None
+    ports: tuple[Ports, ...] | None = None
+    """first and last of each range"""
 
-def empty_lists(*conditions: tuple[str, tuple[object, ...] | None, str]) -> list[Invalid]:
-    """The faults of conditions that nothing can meet: key, value, and what the condition is about."""
-    return [
-        Invalid(f"expected at least one, or no such key if the rule holds for any {what}", shown="[]", at=key)
-        for key, value, what in conditions
-        if value == ()
-    ]
+    def faults(self) -> Iterator[Invalid]:
+        """Conditions that nothing can meet, and what the subclass adds."""
+        for name, what in (("from_", "client"), ("user", "user or none"), ("to", "destination"), ("ports", "port")):
+            if getattr(self, name, None) == ():
+                expected = f"expected at least one, or no such key if the rule holds for any {what}"
+                yield Invalid(expected, shown="[]", at=name.removesuffix("_"))
+
+    def __attrs_post_init__(self) -> None:
+        Faults(self.faults()).check()
+
+    def destinations(self) -> tuple[SiteList, ...] | None:
+        """Of `to`, the entries that stand there themselves, and those of each file."""
+        if self.to is None:
+            return None
+        files = dict.fromkeys(entry for entry in self.to if isinstance(entry, SiteList))
+        own = [parse_entry(entry) for entry in self.to if isinstance(entry, str)]
+        return (*([SiteList(own)] if own else []), *files)
 
 
 def unclear_networks(key: str, networks: Iterable[IPNetwork]) -> Iterator[Fault]:

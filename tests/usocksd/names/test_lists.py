@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from daemons import GREETING, Daemon, Served, echo, loopback, receive_exactly, receive_reply, request
 
+from usocksd.clients import Client
 from usocksd.config import Config
 from usocksd.errors import ConfigError
 from usocksd.names.conditions import parse_list
@@ -55,10 +56,10 @@ def test_files_are_beside_the_configuration(tmp_path: Path, monkeypatch: pytest.
         monkeypatch.chdir(folder)
         config = load(Config, name)
         rules = config.access_rules(lambda _: False)
-        client = ip_address("10.0.0.1")
-        for host in ("x.example", "a.example.org", ip_address("192.0.2.7")):
-            assert not rules.decide_name(client, None, host, 443).allowed
-        assert rules.decide_name(client, None, "example.org", 443).allowed
+        client = Client.at("10.0.0.1")
+        for name, address in (("x.example", None), ("a.example.org", None), (None, ip_address("192.0.2.7"))):
+            assert not rules.judge(client, name, address, 443).allowed
+        assert rules.judge(client, "example.org", None, 443).allowed
         # Read once, however many rules name it.
         assert config.rule[0].to is not None
         assert config.rule[1].to is not None

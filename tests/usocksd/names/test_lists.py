@@ -57,8 +57,8 @@ def test_files_are_beside_the_configuration(tmp_path: Path, monkeypatch: pytest.
         config = load(Config, name)
         rules = config.access_rules(lambda _: False)
         client = Client.at("10.0.0.1")
-        for name, address in (("x.example", None), ("a.example.org", None), (None, ip_address("192.0.2.7"))):
-            assert not rules.judge(client, name, address, 443).allowed
+        for asked, address in (("x.example", None), ("a.example.org", None), (None, ip_address("192.0.2.7"))):
+            assert not rules.judge(client, asked, address, 443).allowed
         assert rules.judge(client, "example.org", None, 443).allowed
         # Read once, however many rules name it.
         assert config.rule[0].to is not None

@@ -201,7 +201,7 @@ class Lab:
             with rig.scope:
                 try:
                     result = await relay(rig.near, rig.far, pipes=self.pipes, limits=limits or Limits(), **leftovers)
-                    await close_pair(rig.near, rig.far, result)
+                    await close_pair(rig.near, rig.far, result, deliver=(limits or Limits()).deliver)
                     rig.outcome = result
                 except Exception as error:
                     rig.outcome = error

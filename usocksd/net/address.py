@@ -26,7 +26,7 @@ def without_zone(address: IPAddress) -> IPAddress:
 
 @lru_cache(maxsize=8192)
 def numeric_address(text: str) -> IPAddress:
-    """The address in a text as inet_ntop(3) or accept(2) give it, with or without %zone; IPv4-mapped is IPv4.
+    """Parse an address as inet_ntop(3) and accept(2) write it, with or without %zone; IPv4-mapped is IPv4.
 
     Strict, unlike `canonical_host`: for peers' addresses and for configuration. Raises ValueError.
     """
@@ -59,7 +59,7 @@ def bound_to(sock: SocketType) -> tuple[str, int]:
 
 
 def with_zone(host: str, scope: int) -> str:
-    """A numeric address with the name of the interface of this number, as long as there is one."""
+    """A numeric address with the name of the interface of this number, if there is one."""
     try:
         return f"{host}%{if_indextoname(scope)}"
     except OSError:
@@ -67,7 +67,7 @@ def with_zone(host: str, scope: int) -> str:
 
 
 def unmapped(host: str) -> str:
-    """A numeric address as a socket tells it, with an IPv4-mapped one (::ffff:192.0.2.1, what a socket for both
-    families has) as IPv4: one host has one address, to limits, rules, records and the PROXY protocol.
+    """A numeric address as a socket gives it, with an IPv4-mapped one (::ffff:192.0.2.1, of sockets for both families)
+    as IPv4: one host has one address for limits, rules, records and the PROXY protocol.
     """
     return host.removeprefix("::ffff:") if "." in host else host

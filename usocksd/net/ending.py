@@ -1,4 +1,4 @@
-"""How a relay ends: why, by whom, after how many bytes; and when it is ended."""
+"""How a relay ends: why, by whom, after how many bytes; and the time limits that end it."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ class RelayResult(NamedTuple):
     by: Side
     errno: int = 0
     first: Side | None = None
-    """Who said all it had to say before the other did, if one of them."""
+    """Who ended its side first, if one of them."""
     alone: float = 0.0
-    """Seconds for which the other went on then."""
+    """Seconds for which the other went on after that."""
 
 
 class Limits(NamedTuple):
-    """Seconds without a byte in either direction after which a relay is ended; inf for never. And how it is kept from
-    being forgotten until then.
-    """
+    """Seconds without a byte in either direction after which a relay is ended (inf: never), and more of its times."""
 
     idle: float = inf
     half_closed: float = inf
-    """The same once one side has said all it will say."""
+    """the same once one side has ended"""
     keepalive: KeepAlive = _KEEPALIVE
+    deliver: float = 5.0
+    """after a reset: seconds that the other side may take to receive what was sent before it"""

@@ -46,10 +46,10 @@ class Unwatched(Error):
 
 
 class About(Protocol):
-    """Knows a live connection."""
+    """What a session tells of its connection."""
 
     def describe(self) -> dict[str, Any]:
-        """What is known of it now, as JSON values."""
+        """As JSON values, now."""
 
 
 class Endpoint:
@@ -62,7 +62,7 @@ class Endpoint:
     unproven: bool = False
     """connect(2) has returned, and the peer has not answered yet; see fast_open.py."""
     transparent: bool = False
-    """It came to a socket with IP_TRANSPARENT (ip(7)): our end of the connection is where the client was going."""
+    """Its listener has IP_TRANSPARENT (ip(7)): our end of the connection is where the client was going."""
 
     __slots__ = (
         "_task",
@@ -92,7 +92,7 @@ class Endpoint:
         self.bound: tuple[str, int] | None = None
         """Our end of an accepted connection, where its listener has but one address."""
         self.about: About | None = None
-        """What its session says of the connection, on a client's endpoint."""
+        """The session's account of the connection, on a client's endpoint."""
         self.on_reset: Callable[[], None] | None = None
         """Called when the peer is gone while no task waits here: the session is busy with something else."""
         self._task: trio.lowlevel.Task | None = None
@@ -100,7 +100,7 @@ class Endpoint:
         if watched:
             reactor.register(self.fd, self, connecting=connecting)
         else:
-            reactor.handlers[self.fd] = self  # for the sake of its deadline
+            reactor.handlers[self.fd] = self  # for its deadline
 
     def local_address(self) -> tuple[str, int]:
         """Our end of the connection, as getsockname(2) tells it."""
@@ -130,14 +130,14 @@ class Endpoint:
             self.readable = self.more = False
             self.watch()
             return None
-        # Not before: what it has brought needs no event any more.
+        # Not before recv: these bytes need no event any more.
         self.watch()
         self.readable = self.more or len(data) == _RECEIVE_SIZE
         return data
 
     def watch(self) -> None:
-        """Events are wanted from now on. Of an accepted connection they are not at once: most clients have spoken by
-        the time that their session begins, and an event that says so would cost more than the asking.
+        """Events are wanted from now on. For an accepted connection that is later: most clients have sent something
+        when their session begins, and to ask costs less than an event.
 
         Raises Unwatched.
         """
@@ -164,15 +164,15 @@ class Endpoint:
         return self.connect_error()
 
     def connect_error(self) -> int:
-        """0 or the errno that connect(2) failed with; for one that is `writable` by now."""
-        # (What has failed says so in its event.)
+        """0 or the errno that connect(2) failed with. Only once it is `writable`."""
+        # (The event of a failed connect sets `more`.)
         return self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if self.more else 0
 
     async def proven(self) -> None:
-        """Wait until the peer has answered to connect(2): it has, unless `unproven`."""
+        """Wait until the peer has answered connect(2): it has, unless `unproven`."""
 
     async def finish(self, data: bytes, within: float) -> None:
-        """Say a last word and let the peer read it: send, end our side, wait `within` seconds for its end, close.
+        """Send a last message and let the peer read it: send, end our side, wait `within` seconds for its end, close.
 
         A close with unread input would reset the connection, and the peer might lose `data`.
         """
@@ -180,7 +180,7 @@ class Endpoint:
         try:
             await self.send_all(data)
             self.sock.shutdown(socket.SHUT_WR)
-            # A peer that sends without a pause keeps neither this session nor the process: no wait, no deadline.
+            # receive does not wait while the peer sends without a pause, so check the deadline and let others run.
             while self.reactor.clock() < self.deadline and await self.receive():
                 await trio.lowlevel.checkpoint()
         except (OSError, DeadlineExpired):
@@ -189,7 +189,7 @@ class Endpoint:
             self.close()
 
     async def meanwhile(self, deadline: float, work: Callable[[str], Awaitable[T]], argument: str) -> T:
-        """Await `work(argument)` on behalf of this endpoint's session, while its peer waits for it.
+        """Await `work(argument)` for this endpoint's session, while its peer waits.
 
         Raises what the work does, DeadlineExpired past `deadline`, and PeerReset when the peer is gone.
         """
@@ -275,7 +275,7 @@ class Endpoint:
 
 
 class TransparentEndpoint(Endpoint):
-    """One of those."""
+    """A connection from a listener with IP_TRANSPARENT."""
 
     __slots__ = ()
     transparent = True

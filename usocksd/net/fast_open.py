@@ -26,8 +26,7 @@ from usocksd.net.reactor import OUT, Reactor
 
 # tcp(7): since Linux 4.11. Python has no name for it.
 _TCP_FASTOPEN_CONNECT = 30
-# tcpi_state of a connection that nobody has answered, and of one that failed, see tcp_states.h
-_NOT_CONNECTED = (2, 7)
+_NOT_CONNECTED = (tcp_info.SYN_SENT, tcp_info.CLOSE)
 # How many connections that began with data may wait for the rest of their handshake. Past that, the kernel ignores a
 # SYN's data.
 _QUEUE = 1024

@@ -19,15 +19,13 @@ from usocksd.net.reactor import BUFFER_SIZE, ERR, MORE, OUT
 if TYPE_CHECKING:
     from usocksd.net.relay import Pair
 
-# A direction that moved so much in one turn waits for its next: the others shall not starve behind a fast stream.
+# A direction that moved this many bytes in one turn waits for the next, so that a fast stream does not starve others.
 _QUANTUM = 1024 * 1024
-# A direction that fills the buffer so often in a row goes through a pipe, until a turn brings less than _TRICKLE.
+# A direction that fills the buffer this often in a row goes through a pipe, until a turn brings less than _TRICKLE.
 _BULK_AFTER = 2
 _TRICKLE = 16 * 1024
-# When no pipe was to be had, so many full buffers (4 MiB) go by until it asks again.
+# Without a pipe, a direction asks again after this many full buffers (4 MiB).
 _ASK_AGAIN_AFTER = 64
-# After a reset, so long may the other side take to receive what came before it, in seconds.
-DELIVER_WITHIN = 5.0
 _SPLICE_FLAGS = os.SPLICE_F_NONBLOCK | os.SPLICE_F_MOVE  # never MORE: it delays the last segment
 
 
@@ -70,11 +68,11 @@ class Flow:
         self.pipe: Pipe | None = None
         self.bulk = False
         self.full = 0
-        """So many receives in a row filled the buffer; below zero after no pipe was to be had."""
+        """How many receives in a row filled the buffer; below zero after there was no pipe."""
         self.queued = False
         """It goes on when the reactor has served all events of this turn, or in its next."""
         self.finished = False
-        """All that the source will ever say has been delivered, or can't be."""
+        """Everything that the source will ever send was delivered, or can't be."""
         self.error = 0
         """The errno with which the source broke."""
         self.count = 0
@@ -96,7 +94,7 @@ class Flow:
         try:
             if flags & MORE:
                 self.more = True
-                if flags & ERR:  # HUP alone says that both sides have said all they will
+                if flags & ERR:  # HUP alone: both sides have ended
                     self._look_for_error()
             if flags & OUT:
                 reverse = self.reverse
@@ -136,7 +134,7 @@ class Flow:
     # The work
 
     def proceed(self) -> None:
-        """Move what can be moved: now, or after the events of all others when it is likely to be much."""
+        """Move what can be moved: now, or after the events of all others if it is likely to be much."""
         if self.bulk or self.full:
             self._queue()
         elif not self.queued:
@@ -254,15 +252,15 @@ class Flow:
             pair.active = pair.reactor.now
 
     def _ask_recv(self) -> None:
-        """splice(2) stops at an urgent mark, and says then that there is nothing, or the end: recv(2) knows better.
+        """splice(2) stops at an urgent mark, as if there were nothing or the end: recv(2) knows better.
 
-        Later, since that may lead to splice again.
+        Not at once, since that may lead to splice again.
         """
         self.bulk = False
         self._queue()
 
     def _queue(self) -> None:
-        """Go on when all events of this turn are served. Asked twice, it is still one share."""
+        """Go on when all events of this turn are served; once, however often this is called."""
         if not self.queued:
             self.queued = True
             self.pair.reactor.resume_later(self)
@@ -289,7 +287,7 @@ class Flow:
         """The sink is full: read no more until it takes more."""
         self.blocked = True
         if self.sink.writable:
-            # The first time that this socket refuses. From here on its events tell of writability too.
+            # The first time that this socket is full. From now on its events tell when it is writable.
             self.sink.writable = False
             self.pair.reactor.watch_writable(self.sink.fd)
 
@@ -307,7 +305,7 @@ class Flow:
     # Ends
 
     def _source_finished(self) -> None:
-        """The source said all it will say."""
+        """The source has ended."""
         self.finished = True
         pair = self.pair
         if self.error:
@@ -320,7 +318,7 @@ class Flow:
             except OSError as error:
                 self._sink_broke(error.errno or errno.EIO)
                 return
-            # The end of a stream is a sign of life too: from here on the shorter patience counts.
+            # The end of a stream is a sign of life too; from now on the shorter limit counts.
             now = pair.active = pair.half_closed = pair.reactor.now
             pair.first = pair.side(self.source)
             limits = pair.limits
@@ -332,7 +330,7 @@ class Flow:
         self._source_finished()
 
     def _sink_broke(self, error: int) -> None:
-        """Nothing more can be delivered; what the sink said before it broke still goes the other way."""
+        """Nothing more can be delivered; what the sink sent before it broke still goes the other way."""
         self.finished = True
         self.tail = b""
         self._give_pipe_back()
@@ -361,11 +359,11 @@ class Flow:
             self._source_finished()
 
     def _bound_delivery(self) -> None:
-        """One side broke: the other has a few seconds to take what came before."""
+        """One side broke: the other has a few seconds to receive what was sent before."""
         up = self.pair.up
-        up.deadline = min(up.deadline, self.pair.reactor.now + DELIVER_WITHIN)
+        up.deadline = min(up.deadline, self.pair.reactor.now + self.pair.limits.deliver)
 
 
 def _reason(error: int) -> Reason:
-    # ENOTCONN is what shutdown(2) says of a connection that was reset.
+    # (shutdown(2) gives ENOTCONN for a connection that was reset.)
     return Reason.RESET if error in (errno.ECONNRESET, errno.EPIPE, errno.ENOTCONN) else Reason.ERROR

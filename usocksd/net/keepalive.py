@@ -1,7 +1,7 @@
 """When keepalive probes the peers of a relay: often enough that nothing on the way forgets the connection.
 
 Connection tracking forgets silent connections, here and in every NAT on the way: an open one after days (or minutes), a
-half-closed one after a minute. A redirected connection that it forgets is lost; worse, the next packets of its client
+half-closed one after a minute. A redirected connection that is forgotten is lost; worse, the next packets of its client
 are no longer redirected.
 """
 
@@ -59,7 +59,7 @@ def tcp_timers(names: Iterable[str] = CONNTRACK_TIMERS, folder: Path = _FOLDER) 
 
 
 class Timing(NamedTuple):
-    """How the kernel asks, as tcp(7) has it; whole seconds."""
+    """How the kernel probes a peer, see tcp(7); in whole seconds."""
 
     idle: int
     """of silence before the first probe"""
@@ -67,22 +67,22 @@ class Timing(NamedTuple):
     probes: int
     """without an answer, after which the connection is reset"""
     longest: int = _RTO_MAX
-    """between what is sent again, or asked of a peer with a closed window: the kernel's keepalive waits meanwhile"""
+    """between retransmissions, and probes of a closed window: keepalive does not work meanwhile"""
 
 
 class KeepAlive:
-    """For the connections of one worker. Until `look` was called, it goes by the kernel's defaults."""
+    """The timings for the connections of one worker. Until `look` is called, they suit the kernel's default timers."""
 
     def __init__(
         self, seconds: int = KEEPALIVE, *, timers: Callable[[tuple[str, ...]], Mapping[str, int]] = tcp_timers
     ) -> None:
-        """seconds: of silence that are allowed at most; `timers` are what conntrack has of these names."""
+        """`seconds`: the longest silence allowed. `timers` reads the timers of these names."""
         self._seconds = seconds
         self._timers = timers
         self._set({})
 
     def look(self) -> bool:
-        """Read the timers, for somebody may have changed them. Returns whether that changes anything."""
+        """Read the timers, which may have changed. Returns whether the timings change."""
         before = self.open, self.half
         self._set(self._timers(_OPEN + _HALF))
         return before != (self.open, self.half)
@@ -90,7 +90,7 @@ class KeepAlive:
     def _set(self, timers: Mapping[str, int]) -> None:
         self.open = self._timing(min(timers.get(name, CONNTRACK_TIMERS[name]) for name in _OPEN))
         """While both directions are open."""
-        # Other hosts on the way are not asked. So no longer than the kernel's default, whatever this one says.
+        # The timers of other hosts on the way are not known: so no longer than the kernel's default.
         self.half = self._timing(
             min(min(timers.get(name, CONNTRACK_TIMERS[name]), CONNTRACK_TIMERS[name]) for name in _HALF)
         )
@@ -98,7 +98,7 @@ class KeepAlive:
         self.after = min(_LONGEST_AFTER, float(self.open.idle))
         """The age in seconds from which a relay is worth the system calls."""
         self.half_after = min(_HALF_AFTER, float(self.half.idle))
-        """The same from when one direction has ended: mostly the other one follows at once."""
+        """The same since one direction has ended: mostly the other one follows at once."""
 
     def _timing(self, forgotten_after: int) -> Timing:
         idle = max(1, min(self._seconds, forgotten_after // _TRIES))

@@ -6,7 +6,6 @@ import errno
 import logging
 import os
 import socket
-import struct
 from collections.abc import Callable
 from math import inf
 from socket import SocketType
@@ -17,23 +16,20 @@ from usocksd.net.endpoint import Endpoint, TransparentEndpoint, set_options
 from usocksd.net.fast_open import accept_fast_open
 from usocksd.net.keepalive import KeepAlive, Timing, keep_alive
 from usocksd.net.reactor import Reactor
+from usocksd.net.tcp_info import accept_queue
 
 log = logging.getLogger(__name__)
 
 # The kernel caps it at net.core.somaxconn.
 _BACKLOG = 4096
-# At most so many accepts before the established connections get their turn again.
+# How many connections are accepted before the established ones get their turn again.
 _BATCH = 64
-# struct tcp_info: for a listening socket tcpi_unacked (an u32 at offset 24) is the length of its accept queue, and
-# tcpi_sacked behind it the limit.
-_QUEUE = struct.Struct("=24xII")
 
-# What trio's documentation of serve_listeners argues for: out of descriptors or memory (EMFILE, ENFILE, ENOBUFS,
-# ENOMEM), the connection stays in the queue, so wait a little and go on (and say so, but not for every connection). The
-# same for errors that nobody has foreseen: here an exception would end every connection of the process.
+# As trio's documentation of serve_listeners argues: without descriptors or memory (EMFILE, ENFILE, ENOBUFS, ENOMEM) the
+# connection stays in the queue, so wait a little and go on, with a record now and then. The same after an unforeseen
+# error: an exception here would end every connection of the process.
 #
-# accept(2) may report what went wrong with one connection while it was queued, or that a firewall forbade it. The
-# listener is well: go on with the next.
+# accept(2) reports errors that one connection had in the queue, or that a firewall forbids it: go on with the next.
 _CONNECTION_ERRNOS = frozenset(
     {
         errno.ECONNABORTED,
@@ -53,7 +49,7 @@ _CONNECTION_ERRNOS = frozenset(
 _PAUSE = 0.1
 # linux/in.h; Python has no name for it. The flag belongs to the socket, and this option is it for IPv6 too.
 _IP_TRANSPARENT = 19
-_SAY_AGAIN_AFTER = 10.0
+_RECORD_AGAIN_AFTER = 10.0
 _ANY = ("0.0.0.0", "::")
 
 Accepted = Callable[[Endpoint, str, int], None]
@@ -131,8 +127,8 @@ def set_listener_options(sock: socket.SocketType) -> None:
 class Listener:
     """Accepts from one listening socket, as a handler of the reactor.
 
-    `room` tells whether the process has descriptors for one more connection; while it has not, connections wait in
-    the kernel's queue rather than being accepted and then refused.
+    `room` tells whether the process has descriptors for one more connection. If not, connections wait in the kernel's
+    queue, and are not accepted to be refused.
     """
 
     deadline = inf
@@ -146,14 +142,14 @@ class Listener:
         self._room = room
         self._endpoint = TransparentEndpoint if is_transparent(sock) else Endpoint
         self._bound = _one_address(sock)
-        self._said = -inf
+        self._recorded = -inf
         self.paused = False
         self._fd = sock.fileno()
         reactor.register_listener(self._fd, self)
 
     def on_event(self, flags: int) -> None:
         family, kind, protocol = self._kind
-        for _ in range(min(queue_length(self._sock), _BATCH)):
+        for _ in range(min(accept_queue(self._sock)[0], _BATCH)):
             if not self._room():
                 self._pause("too few file descriptors left")
                 return
@@ -175,15 +171,15 @@ class Listener:
             self._accepted(endpoint, host, address[1])
 
     def close(self) -> None:
-        """Accept what has been waiting, and no more."""
-        for _ in range(queue_length(self._sock) // _BATCH + 1):
+        """Accept the connections that wait now, and no more."""
+        for _ in range(accept_queue(self._sock)[0] // _BATCH + 1):
             if not self.paused:
                 self.on_event(0)
         self._reactor.unregister(self._fd)
         self._sock.close()
 
     def keep_alive(self, timing: Timing) -> None:
-        """What is accepted from now on is asked for signs of life like this."""
+        """How the kernel probes connections that are accepted from now on."""
         keep_alive(self._sock, timing)
 
     def on_deadline(self, now: float) -> None:
@@ -200,26 +196,15 @@ class Listener:
         self.deadline = now + _PAUSE
         self.paused = True
         self._reactor.mute(self._fd, muted=True)
-        if now - self._said > _SAY_AGAIN_AFTER:
-            self._said = now
+        if now - self._recorded > _RECORD_AGAIN_AFTER:
+            self._recorded = now
             log.error(
                 "accepting is paused",
-                extra={"fields": {"error": cause, "waiting": queue_length(self._sock)}},
+                extra={"fields": {"error": cause, "waiting": accept_queue(self._sock)[0]}},
             )
 
 
 def _one_address(sock: socket.socket) -> tuple[str, int] | None:
-    """The address of all connections to this listener, on our side; None if they have their own."""
+    """Our address of all connections to this listener; None if it differs."""
     host, port = sock.getsockname()[:2]
     return None if is_transparent(sock) or host in _ANY else (host, port)
-
-
-def queue_length(listener: socket.socket) -> int:
-    """How many connections wait to be accepted."""
-    return queue(listener)[0]
-
-
-def queue(listener: socket.socket) -> tuple[int, int]:
-    """How many connections wait to be accepted, and how many may."""
-    length, limit = _QUEUE.unpack(listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _QUEUE.size))
-    return length, limit

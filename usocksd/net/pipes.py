@@ -1,4 +1,4 @@
-"""Pipes for splice(2), borrowed by whoever moves bulk data and given back when they run dry."""
+"""Pipes for splice(2), borrowed by flows of bulk data and given back when they run dry."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 
 # Measured, CPU seconds of the proxy per GB: 0.13 with 256 KiB or 1 MiB pipes, 0.30 with the default 64 KiB.
 PIPE_SIZE = 256 * 1024
-# So many empty ones are kept for the next borrower.
+# How many empty pipes are kept for the next borrower.
 _KEEP = 16
 
 
@@ -27,7 +27,7 @@ class Pipe:
 
 
 class PipePool:
-    """Lends up to `most` pipes. `borrow` gives None when there is none to be had: stay on recv and send then."""
+    """Lends up to `most` pipes."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -35,7 +35,7 @@ class PipePool:
         self.lent = 0
 
     def borrow(self) -> Pipe | None:
-        """An empty pipe, or None when all, or the user's share of pipe pages (pipe(7)), are used up."""
+        """An empty pipe; None if all, or the user's share of pipe pages (pipe(7)), are used up: then recv and send."""
         if self.lent >= self._most:
             return None
         if self._free:

@@ -1,18 +1,18 @@
-"""The PROXY protocol, version 2: what stands in front of a connection's first byte, says whose connection it is. Pure.
+"""The PROXY protocol, version 2: a header in front of a connection says whose connection it is. Pure.
 
 https://www.haproxy.org/download/2.9/doc/proxy-protocol.txt, section 2.2:
 
     12 bytes of signature; version 2 and command (LOCAL or PROXY); family and protocol; 2 bytes of length;
-    then so many bytes: source and destination address, source and destination port, TLVs
+    then as many bytes: source and destination address, source and destination port, TLVs
 
 Rules of this file:
 
-- A header is asked for, or not; that there may be one is nothing that a receiver could trust.
-- What can't become a header is refused at the first byte that says so: who speaks something else may wait for an
-  answer, and would never send 16 bytes.
-- PROXY has to name an address: TCP over IPv4 or IPv6. Of a Unix socket, of UDP, or of nobody (UNSPEC) there is no
-  client to judge. LOCAL is the sender's own connection, a health check: the addresses in it count for nothing.
-- TLVs are skipped. They may make a header long, which is why its length is bounded.
+- A header is required, or there is none: an optional one could not be trusted.
+- Bytes that can't become a header are refused at the first wrong one: a peer that speaks another protocol may wait for
+  an answer, and never send 16 bytes.
+- PROXY has to name an address: TCP over IPv4 or IPv6. A Unix socket, UDP, or UNSPEC name no client to judge. LOCAL is
+  the sender's own connection, a health check: its addresses are ignored.
+- TLVs are skipped. They may make a header long, so its length is bounded.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from usocksd.net.address import numeric_address
 SIGNATURE: Final = b"\r\n\r\n\x00\r\nQUIT\n"
 
 MAX_LENGTH: Final = 4096
-"""So many bytes may follow the first 16: two addresses and 4 KiB of TLVs, certificates among them."""
+"""The most bytes behind the first 16: two addresses and 4 KiB of TLVs, certificates among them."""
 
 _HEAD: Final = struct.Struct("!12sBBH")
 _LOCAL, _PROXY = 0x20, 0x21
@@ -38,7 +38,7 @@ _TLS_HANDSHAKE = 0x16
 
 
 class HeaderFault(ProtocolError):
-    """The peer sent something else than a header; `http`: it waits for an answer in HTTP, it seems."""
+    """The peer sent something else than a header; `http`: probably it waits for an answer in HTTP."""
 
     def __init__(self, message: str, *, http: bool = False) -> None:
         super().__init__(message)
@@ -53,7 +53,7 @@ class Address(NamedTuple):
 
 
 class Header(NamedTuple):
-    """Whose connection it is: both None if it is the sender's own (LOCAL)."""
+    """The addresses of the connection; both None if it is the sender's own (LOCAL)."""
 
     source: Address | None
     destination: Address | None
@@ -74,7 +74,7 @@ def header(source: tuple[str, int], destination: tuple[str, int]) -> bytes:
 
 
 LOCAL_HEADER: Final = _HEAD.pack(SIGNATURE, _LOCAL, 0, 0)
-"""The header of a connection that is the sender's own: one that looks whether the receiver is well."""
+"""The header of a connection of the sender's own: a health check."""
 
 
 class Receiver:
@@ -89,7 +89,7 @@ class Receiver:
 
     @property
     def received(self) -> bytes:
-        """What was received, as far as it is no header yet."""
+        """What was received of an incomplete header."""
         return self._buffer
 
     def receive_data(self, data: bytes) -> Header | None:
@@ -100,7 +100,7 @@ class Receiver:
         buffer = self._buffer = self._buffer + data
         if not _begins(buffer, SIGNATURE):
             if len(buffer) < len(_VERSION_1) and _begins(buffer, _VERSION_1):
-                return None  # to say what it is
+                return None  # it may be version 1: wait, to say so
             _refuse(buffer)
         if len(buffer) > 12 and buffer[12] not in (_LOCAL, _PROXY):
             version, command = divmod(buffer[12], 16)
@@ -146,8 +146,8 @@ def _begins(data: bytes, whole: bytes) -> bool:
 def unlikely(claimed: str, peer: str) -> str | None:
     """What is wrong with a client address that `peer` claims, if it can't be one; both numeric.
 
-    No client has the unspecified address or a multicast one, and loopback addresses only those of the peer's own host:
-    what connects from there must be on this one.
+    No client has the unspecified address or a multicast one; a loopback address is possible only if the peer is on this
+    host too.
     """
     client, sender = ip_address(claimed), numeric_address(peer)
     if client.is_unspecified or client.is_multicast:

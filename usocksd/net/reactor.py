@@ -1,4 +1,4 @@
-"""One epoll for all proxied sockets of a process: who waits for what, and until when.
+"""One epoll for all proxied sockets of a process: events, deadlines and turns.
 
 The rules that this file, endpoint.py, flow.py and relay.py keep, each learned from a prototype that broke:
 
@@ -38,9 +38,9 @@ BROKEN = HUP | ERR
 _READ_EVENTS = IN | RDHUP | PRI | select.EPOLLET
 _ALL_EVENTS = _READ_EVENTS | OUT
 
-# So many events a batch, so that a batch stays in the order of 5 ms.
+# Events in a batch: keeps it in the order of 5 ms.
 _BATCH = 256
-# What takes longer than an event should waits for the end of the turn, and for the next turn after so many seconds.
+# Work longer than an event should take waits for the end of the turn; after this many seconds, for the next turn.
 _TURN = 0.005
 # One buffer serves every receive of the process: bytes stay in it only until they are sent, in the same step.
 BUFFER_SIZE = 64 * 1024
@@ -62,14 +62,14 @@ class Handler(Protocol):
 
 
 class Resumable(Protocol):
-    """Has something left to do when its turn was over."""
+    """Work that goes on after the events of a turn."""
 
     def resume(self) -> None:
         """Go on with it. Must neither block nor raise."""
 
 
 class Reactor:
-    """Waits for every registered socket of the process, in one trio task: `run`.
+    """Waits for every registered socket of the process in one trio task, `run`.
 
     `clock` gives seconds and never goes back; tests move it by hand. `sweep_every` is how often deadlines are looked
     at, and so how late one may fire, in seconds.
@@ -81,7 +81,7 @@ class Reactor:
         self.view = memoryview(self.buffer)
         self.clock = clock
         self.now = clock()
-        """When the present batch began: what happens in it needs no clock of its own."""
+        """When the present batch began: nothing in it reads the clock again."""
         self._sweep_every = sweep_every
         self._epoll = select.epoll()
         self._resume: list[Resumable] = []
@@ -115,7 +115,7 @@ class Reactor:
         self.handlers[fd] = handler
 
     def mute(self, fd: int, *, muted: bool) -> None:
-        """Report nothing of a listening socket for a while, or again."""
+        """Stop reporting events of a listening socket, or begin again."""
         self._epoll.modify(fd, 0 if muted else IN)
 
     def unregister(self, fd: int) -> None:
@@ -124,11 +124,11 @@ class Reactor:
             self._epoll.unregister(fd)
 
     def watch_writable(self, fd: int) -> None:
-        """Report `fd` when it can take more. Said again, it reports once more if the socket is writable already."""
+        """Report when `fd` is writable. A further call reports once more if it is writable already."""
         self._epoll.modify(fd, _ALL_EVENTS)
 
     def forget(self, fd: int) -> None:
-        """`fd` is about to be closed, which is what ends the kernel's watch on it."""
+        """`fd` is about to be closed, which ends the kernel's watch on it."""
         self.handlers.pop(fd, None)
 
     def resume_later(self, work: Resumable) -> None:
@@ -143,7 +143,7 @@ class Reactor:
             handler.on_deadline(now)
 
     def interrupt_all(self, reason: Callable[[], BaseException]) -> None:
-        """End everything that is registered, for the process's own reasons; each gets an exception of its own."""
+        """End everything that is registered; each handler gets an exception of its own."""
         for handler in list(self.handlers.values()):
             handler.interrupt(reason())
 
@@ -158,7 +158,7 @@ class Reactor:
             self._work_off()
 
     def _work_off(self) -> None:
-        """Bulk comes after what is quickly done, and only until the turn has taken its time."""
+        """Bulk comes after quick events, and only until the turn has used its time."""
         resume, self._resume = self._resume, []
         until = self.now + _TURN
         for done, work in enumerate(resume, 1):

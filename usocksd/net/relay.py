@@ -1,9 +1,9 @@
-"""The relay: carries bytes both ways between two connected sockets until both have said all, or one of them broke.
+"""The relay: carries bytes both ways between two connected sockets until both have ended, or one of them broke.
 
-`relay()` is called by a session and parks its task; the work is done by two Flows, one a direction, whose steps the
-reactor calls. What a Flow promises:
+A session calls `relay()`, which parks its task; two Flows, one a direction, do the work in steps that the reactor
+calls. What a Flow promises:
 
-- Bytes arrive in order, each once, or the pair ends with a reason. What a sink does not take stops the reading.
+- Bytes arrive in order, each once, or the pair ends with a reason. While a sink takes no more, its source is not read.
 - The end of one direction (FIN) is passed on, and the other direction flows on.
 - A reset is passed on as a reset, after what came before it was delivered.
 """
@@ -18,18 +18,17 @@ from typing import Protocol
 
 import trio
 
+from usocksd.net import tcp_info
 from usocksd.net.ending import Limits, Reason, RelayResult, Side
 from usocksd.net.endpoint import Endpoint
-from usocksd.net.flow import DELIVER_WITHIN, Flow
+from usocksd.net.flow import Flow
 from usocksd.net.keepalive import keep_alive
 from usocksd.net.pipes import PipePool
 from usocksd.net.reactor import Reactor
 
-_TCP_CLOSE = 7  # tcpi_state of a connection that was reset, see tcp_states.h
-
 
 class Record(Protocol):
-    """Writes down how a relay ended."""
+    """Takes notes of how a relay ended."""
 
     def ends(self, result: RelayResult) -> None:
         """It has ended so. Called once."""
@@ -57,9 +56,9 @@ async def relay(
     try:
         pair.up.count = sent
         pair.start(to_upstream, to_client)
-        del to_upstream, to_client  # a frame that waits keeps what it knows, and idle connections are many
+        del to_upstream, to_client  # the frame waits as long as the connection, and idle connections are many
         if pair.result is None:
-            # Here and not in a method of its own: a coroutine less for every idle connection to keep.
+            # Not in a method of its own: that would be one more coroutine for every idle connection.
             pair.task = trio.lowlevel.current_task()
             await trio.lowlevel.wait_task_rescheduled(pair.abort)
         return pair.outcome()
@@ -69,10 +68,12 @@ async def relay(
             record.ends(pair.result)
 
 
-async def close_pair(client: Endpoint, upstream: Endpoint, result: RelayResult) -> None:
+async def close_pair(
+    client: Endpoint, upstream: Endpoint, result: RelayResult, *, deliver: float = Limits().deliver
+) -> None:
     """Close both endpoints of a relay as it ended: after a reset or an error the surviving side gets a reset.
 
-    Before that it may take some seconds to receive what was sent to it, since a reset throws that away.
+    Before that it has `deliver` seconds to receive what was sent to it, since a reset throws that away.
     """
     if result.reason is Reason.CLOSED:
         client.close()
@@ -81,23 +82,23 @@ async def close_pair(client: Endpoint, upstream: Endpoint, result: RelayResult) 
     for endpoint, side in ((client, Side.CLIENT), (upstream, Side.UPSTREAM)):
         try:
             if side is not result.by and result.reason in (Reason.RESET, Reason.ERROR):
-                await _delivered(endpoint)
+                await _delivered(endpoint, deliver)
         finally:
             endpoint.reset()
 
 
-async def _delivered(endpoint: Endpoint) -> None:
-    """Return when the peer has acknowledged all it was sent, or after DELIVER_WITHIN seconds."""
+async def _delivered(endpoint: Endpoint, within: float) -> None:
+    """Return when the peer has acknowledged all it was sent, or after so many seconds."""
     wait = 0.001
-    with trio.move_on_after(DELIVER_WITHIN):
+    with trio.move_on_after(within):
         while _unacknowledged(endpoint.sock):
             await trio.sleep(wait)
             wait = min(wait * 2, 0.1)
 
 
 def _unacknowledged(sock: socket.SocketType) -> int:
-    """SIOCOUTQ of tcp(7): bytes sent and not yet acknowledged, if there is anybody left to do that."""
-    if sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_CLOSE:
+    """SIOCOUTQ of tcp(7): bytes sent and not yet acknowledged; 0 if the connection was reset."""
+    if tcp_info.state(sock) == tcp_info.CLOSE:
         return 0
     count = array.array("i", [0])
     fcntl.ioctl(sock, termios.TIOCOUTQ, count)
@@ -130,9 +131,9 @@ class Pair:
         self.active = self.reactor.now
         """When the last byte was moved."""
         self.first: Side | None = None
-        """Who has said all it will say, while the other goes on."""
+        """Who has ended its side, while the other goes on."""
         self.half_closed = 0.0
-        """Since when that is so."""
+        """When it did."""
         self.result: RelayResult | None = None
         self._failure: Exception | None = None
         self.task: trio.lowlevel.Task | None = None
@@ -168,7 +169,7 @@ class Pair:
         return self.result
 
     def end(self, reason: Reason, by: Side, error: int = 0) -> None:
-        """The one way to end a pair, and the one place that wakes its session. Said twice, the first counts."""
+        """The one way to end a pair, and the one place that wakes its session. The first call counts."""
         if self.result is not None:
             return
         self._end(reason, by, error)
@@ -182,9 +183,9 @@ class Pair:
         self.end(Reason.ERROR, Side.PROXY)
 
     def keep_alive(self) -> None:
-        """The pair lives long enough to be worth the system calls that ask its peers for signs of life.
+        """Have the kernel probe both peers: the pair has lived long enough to be worth the system calls.
 
-        The client's has them from its listener, but perhaps those of before the timers were changed.
+        The client's socket has the options from its listener, but perhaps older ones.
         """
         keepalive = self.limits.keepalive
         timing = keepalive.open if self.first is None else keepalive.half
@@ -195,7 +196,7 @@ class Pair:
         return Side.CLIENT if endpoint is self._client else Side.UPSTREAM
 
     def detach(self) -> None:
-        """Give the endpoints back to the session, and everything borrowed."""
+        """Give the endpoints back to the session, and return everything borrowed."""
         handlers = self.reactor.handlers
         for flow in (self.up, self.down):
             handlers[flow.source.fd] = flow.source

@@ -1,12 +1,17 @@
-"""What the kernel has measured of a connection: struct tcp_info of linux/tcp.h, by TCP_INFO of tcp(7)."""
+"""What the kernel knows of a TCP socket: struct tcp_info of linux/tcp.h, by TCP_INFO of tcp(7)."""
 
 from __future__ import annotations
 
 import socket
-from struct import unpack_from
+from struct import Struct, unpack_from
+
+SYN_SENT, CLOSE = 2, 7
+"""States (tcp_states.h): of a connection without an answer, and of one that failed or was reset."""
 
 # Where fields are. The last is there since Linux 4.6.
 _STATE, _TOTAL_RETRANS, _MIN_RTT, _SIZE = 0, 100, 148, 152
+# Of a listening socket: tcpi_unacked is the length of its accept queue, tcpi_sacked the limit.
+_QUEUE = Struct("=24xII")
 _UNKNOWN = 0xFFFFFFFF
 
 
@@ -28,3 +33,9 @@ def retransmitted(sock: socket.SocketType) -> bool:
     """Whether any segment had to be sent again."""
     segments: int = unpack_from("=I", sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _SIZE), _TOTAL_RETRANS)[0]
     return segments > 0
+
+
+def accept_queue(listener: socket.socket) -> tuple[int, int]:
+    """How many connections wait to be accepted, and how many may."""
+    length, limit = _QUEUE.unpack(listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _QUEUE.size))
+    return length, limit

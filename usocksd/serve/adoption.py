@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import trio
 
-from usocksd.net.listeners import queue_length
+from usocksd.net.tcp_info import accept_queue
 from usocksd.serve.plan import Plan
 from usocksd.serve.slots import Slots
 from usocksd.serve.timing import Timing
@@ -65,7 +65,7 @@ class Adoption:
                     for sock in surplus:
                         await serving[0].send({"type": "adopt", "id": -sock.fileno()}, [sock.fileno()])
                 await trio.sleep(step)
-                quiet = 0.0 if any(map(queue_length, surplus)) else quiet + step
+                quiet = 0.0 if any(accept_queue(sock)[0] for sock in surplus) else quiet + step
         for adopter in adopters:
             for sock in surplus:
                 await adopter.send({"type": "release", "id": -sock.fileno()})

@@ -18,14 +18,8 @@ from typing import Any
 from usocksd.errors import Error
 from usocksd.net.address import bound_to, join_port
 from usocksd.net.fast_open import accept_fast_open
-from usocksd.net.listeners import (
-    NO_SUCH_FAMILY,
-    ListenError,
-    is_transparent,
-    listen,
-    queue,
-    set_listener_options,
-)
+from usocksd.net.listeners import NO_SUCH_FAMILY, ListenError, is_transparent, listen, set_listener_options
+from usocksd.net.tcp_info import accept_queue
 from usocksd.serve.channel import restore_socket
 from usocksd.settings.types import ListenAddress
 
@@ -161,7 +155,7 @@ class Slots:
 
     def queues(self) -> tuple[int, int]:
         """How many connections wait to be accepted, and how many could, over all sockets."""
-        lengths = [queue(sock) for sock in self._all()]
+        lengths = [accept_queue(sock) for sock in self._all()]
         return sum(length for length, _ in lengths), sum(limit for _, limit in lengths)
 
     def close(self) -> None:

@@ -13,7 +13,8 @@ import trio
 
 from usocksd.net import listeners as listeners_module
 from usocksd.net.endpoint import DeadlineExpired, Endpoint, Unwatched
-from usocksd.net.listeners import Listener, ListenError, listen, queue, queue_length
+from usocksd.net.listeners import Listener, ListenError, listen
+from usocksd.net.tcp_info import accept_queue
 
 LOGGER = "usocksd.net.listeners"
 
@@ -102,9 +103,9 @@ def test_several_on_one_port(nothing_leaks: None) -> None:
 def test_the_queue(nothing_leaks: None) -> None:
     with listen("127.0.0.1", 0) as sock:
         most = int(Path("/proc/sys/net/core/somaxconn").read_text(encoding="ascii"))
-        assert queue(sock) == (0, min(4096, most))
+        assert accept_queue(sock) == (0, min(4096, most))
         clients = [socket.create_connection(sock.getsockname()) for _ in range(3)]
-        assert queue(sock)[0] == queue_length(sock) == 3
+        assert accept_queue(sock)[0] == 3
         for client in clients:
             client.close()
 
@@ -136,7 +137,7 @@ def test_a_port_is_free_again_at_once(nothing_leaks: None) -> None:
 async def test_accepts_in_batches(lab: Any, serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch) -> None:
     sock = listen("127.0.0.1", 0)
     clients = [socket.create_connection(sock.getsockname()) for _ in range(150)]
-    assert queue_length(sock) == 150
+    assert accept_queue(sock)[0] == 150
     server = serve(sock=sock)
     sizes = []
     for _ in range(5):

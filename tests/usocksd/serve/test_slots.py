@@ -13,7 +13,8 @@ import pytest
 from attrs import evolve
 
 from usocksd.errors import Error
-from usocksd.net.listeners import ListenError, is_transparent, listen, may_be_transparent, queue_length
+from usocksd.net.listeners import ListenError, is_transparent, listen, may_be_transparent
+from usocksd.net.tcp_info import accept_queue
 from usocksd.serve import slots as slots_module
 from usocksd.serve.slots import Slots, check_inherited
 from usocksd.settings.types import LOCALHOST, ListenAddress
@@ -40,7 +41,7 @@ def spread(address: tuple[str, int], sockets: list[socket.socket], count: int = 
     for _ in range(count // 50):
         clients = [socket.create_connection(address, 5) for _ in range(50)]
         for index, sock in enumerate(sockets):
-            while queue_length(sock):
+            while accept_queue(sock)[0]:
                 sock.accept()[0].close()
                 got[index] += 1
         for client in clients:
@@ -85,11 +86,11 @@ def test_a_group_that_shrinks(slots: Slots, address: ListenAddress) -> None:
     sockets = group(slots, address, 4)
     with all_closed(sockets):
         waiting = [socket.create_connection(place, 5) for _ in range(100)]
-        before = [queue_length(sock) for sock in sockets]
+        before = [accept_queue(sock)[0] for sock in sockets]
         assert sum(before) == 100
         surplus = slots.release([address], 2)
         assert [sock.fileno() for sock in surplus] != []
-        assert [queue_length(sock) for sock in surplus] == before[:1:-1]
+        assert [accept_queue(sock)[0] for sock in surplus] == before[:1:-1]
         with all_closed(waiting):
             for sock, count in zip(sockets, before, strict=True):
                 for _ in range(count):
@@ -122,12 +123,12 @@ def test_an_address_that_is_dropped(slots: Slots) -> None:
     waiting = [socket.create_connection(v6, 5) for _ in range(20)]
     surplus = slots.release([V4], 2)
     assert slots.names() == [v4]
-    assert sum(map(queue_length, surplus)) == 20
+    assert sum(accept_queue(sock)[0] for sock in surplus) == 20
     with socket.socket(socket.AF_INET6) as late:
         late.setblocking(False)
         assert late.connect_ex(v6) == errno.EINPROGRESS
         for sock in surplus:
-            while queue_length(sock):
+            while accept_queue(sock)[0]:
                 accepted, _ = sock.accept()
                 accepted.sendall(b"served")
                 accepted.close()
@@ -157,7 +158,7 @@ def test_refusing_lets_in_who_waits(slots: Slots) -> None:
             waiting.sendall(b"thanks")
             assert accepted.recv(10) == b"thanks"
             accepted.close()
-            assert queue_length(sock) == 0
+            assert accept_queue(sock)[0] == 0
 
 
 def test_taking_it_back(slots: Slots) -> None:

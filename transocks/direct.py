@@ -1,4 +1,4 @@
-"""Past all proxies: from here to the destination itself."""
+"""The direct way, past all proxies: from here to the destination itself."""
 
 from __future__ import annotations
 
@@ -25,18 +25,17 @@ class Direct:
     def __init__(
         self, *, dialer: Dialer, resolver: Resolver, mark: int | None, is_local: Callable[[IPAddress], bool]
     ) -> None:
-        """`mark` is what exempts its connections from the redirect rules. `is_local` tells this host's addresses."""
+        """`mark` exempts its connections from the redirect rules. `is_local` knows this host's addresses."""
         self._dialer = dialer
         self._resolver = resolver
         self._mark = mark
         self._is_local = is_local
 
     async def connect(self, request: Request, client: Endpoint, timeouts: Timeouts, access: Progress) -> Tunnel:
-        """Reach what `request` is for, within `timeouts.connect`: the addresses of its name, if there is one, and else
-        the original address. (The name is what it was let through for, so the original address is none of its
-        addresses unless the name servers say so.)
+        """Reach what `request` is for, within `timeouts.connect`: the addresses of its name, if there is one, else the
+        original address. (The route matched the name, so the original address counts only if the name servers list it.)
 
-        Raises DialError, ResolveError, Denied (the name is one of ours), PeerReset (`client` is gone).
+        Raises DialError, ResolveError, Denied (the name is one of this host), PeerReset (`client` is gone).
         """
         access.trying(NAME, NAME, None)
         deadline = client.reactor.clock() + timeouts.connect
@@ -61,8 +60,8 @@ class Direct:
         return hosts
 
     def _means_us(self, address: IPAddress) -> bool:
-        """Whether it is another host here than at the client, or none: no name must lead a gateway's client into the
-        gateway, or to what gives the gateway its credentials."""
+        """Whether the address means this host or its surroundings: no name must lead a gateway's client into the
+        gateway, or to the service that gives the gateway its credentials."""
         return any(
             PROTECTED_NETWORKS.match(each) is not None or self._is_local(each) for each in judged_addresses(address)
         )

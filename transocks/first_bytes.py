@@ -1,4 +1,4 @@
-"""What a client says first: read before anything is dialled, within a bounded time."""
+"""The first bytes of a client: read before anything is dialled, within a bounded time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from usocksd.net.endpoint import DeadlineExpired, Endpoint, PeerReset
 
 
 class First(NamedTuple):
-    """What a client has said so far, and what that is."""
+    """What a client has sent so far, and what that is."""
 
     data: bytes
     opening: Opening
@@ -28,7 +28,7 @@ NOTHING = First(b"", OTHER)
 
 
 class _Wait:
-    """For one client (None: no more), and until when on trio's clock."""
+    """The wait of one client (None: over), and its end on trio's clock."""
 
     __slots__ = ("client", "until")
 
@@ -40,8 +40,8 @@ class _Wait:
 class _Waits:
     """Waits that all take `seconds`, so that they end in the order in which they began.
 
-    Deadlines of the reactor may be half a second late, and a scope of trio costs 7 us. A queue and one task, `run`, do
-    it for a tenth of that.
+    Deadlines of the reactor may be half a second late, and a cancel scope costs 7 µs. A queue and one task, `run`, cost
+    a tenth of that.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -65,7 +65,7 @@ class _Waits:
                 await self._some.wait()
 
     def begin(self, client: Endpoint) -> _Wait:
-        """One more. Its `client` is None when it is over; set it to None to end it before that."""
+        """Begin a wait. Its `client` is None when it is over; set it to None to end it earlier."""
         wait = _Wait(client, trio.current_time() + self._seconds)
         self._waits.append(wait)
         self._some.set()
@@ -73,10 +73,10 @@ class _Waits:
 
 
 class FirstBytes:
-    """Reads them: as many as it takes to know the name, at most `size` or little more.
+    """Reads the first bytes until the name is known, at most `size` or little more.
 
-    A client that is silent may speak a protocol in which the server begins, so it has `wait` seconds to begin. Once it
-    has begun, the rest is on its way, or is being sent again: it has `long_wait` seconds for that, and also to begin on
+    A silent client may speak a protocol in which the server begins, so it has `wait` seconds to begin. Once it has
+    begun, the rest is on its way, or is being sent again: it has `long_wait` seconds for that, and also to begin on
     ports where clients speak first. For `skip_ports` and `skip_networks` (of destinations) there is no wait.
     """
 
@@ -97,9 +97,9 @@ class FirstBytes:
             task_status.started()
 
     async def read(self, client: Endpoint, destination: Destination) -> First:
-        """What the client says first, on its way to `destination`. Raises PeerReset when it is gone.
+        """The first bytes of the client, on its way to `destination`. Raises PeerReset when it is gone.
 
-        If the client ends its side meanwhile, that is left for the relay to see again.
+        If the client ends its side meanwhile, the relay sees that again.
         """
         port = destination.port
         if (
@@ -115,7 +115,7 @@ class FirstBytes:
         wait = None
         is_long = False
         try:
-            # Mostly it has spoken by now, at the latest while those before it were served: then this is all.
+            # Mostly the bytes are there by now: then this is all.
             piece = client.receive_now()
             while piece != b"":
                 if piece is not None:
@@ -130,7 +130,7 @@ class FirstBytes:
                         wait.client = None
                     is_long = bool(data) or port in self._client_first_ports
                     wait = (self._long if is_long else self._short).begin(client)
-                if wait.client is None:  # also where it had no time to say so, between two pieces
+                if wait.client is None:  # also if it ended between two pieces
                     break
                 piece = await client.receive()
         except DeadlineExpired:
@@ -139,7 +139,7 @@ class FirstBytes:
             raise PeerReset from None
         finally:
             if wait is not None:
-                wait.client = None  # it stays in the queue for its time, and its session's socket need not
+                wait.client = None  # the wait stays in the queue for its time, but the socket need not
         return First(data, opening or sniffer.finish())
 
 

@@ -2,9 +2,9 @@
 
 It is a ClientRole like `usocksd.socks.Client`, so that one loop serves upstreams of either kind.
 
-Rules of this file: of the response only the status matters. Its head is bounded, interim responses included,
-and nothing behind it is consumed: that is the destination's. (So Content-Length and Transfer-Encoding of a
-success are not even read, as RFC 9110 wants.)
+Rules of this file: only the status of the response matters. Its head is bounded, interim responses included, and
+nothing behind it is consumed: that is the destination's. (RFC 9110 wants Content-Length and Transfer-Encoding of a
+success ignored.)
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _HEAD_END = re.compile(rb"\n\r?\n")
 _STATUS_LINE = re.compile(rb"HTTP/1\.[0-9] ([1-9][0-9]{2})(?: ([^\r\n]*))?\r?\n")
 _STATUS_LINE_START = b"HTTP/1."
 
-# Anything else in a name could end the line, or the authority, that it stands in.
+# Other characters could end the line, or the authority.
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,255}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
@@ -35,10 +35,10 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 class HttpConnect(ClientRole):
     """Asks an HTTP proxy for a tunnel to `host`, port `port`.
 
-    `host` is a numeric address (IPv6 without brackets) or a name in ASCII. `username` and `password` are the
-    plain ones (already percent-decoded where they come from a URL), sent by the Basic scheme (RFC 7617).
+    `host` is a numeric address (IPv6 without brackets) or a name in ASCII. `username` and `password` are plain text
+    (percent-decoded if they come from a URL), sent by the Basic scheme (RFC 7617).
 
-    ValueError when the host would not fit into a request line, or the credentials not into that scheme.
+    ValueError if the host does not fit into a request line, or the credentials into that scheme.
     """
 
     __slots__ = ("_consumed", "_searched")
@@ -64,7 +64,7 @@ class HttpConnect(ClientRole):
                 return self._established(Established())
         return self._need_data()
 
-    # What they need.
+    # What the states share.
 
     def _take_head(self) -> bytes | None:
         """The next complete response head, taken out of the buffer."""
@@ -110,7 +110,7 @@ def _request(host: str, port: int, username: str | None, password: str | None) -
 
 
 def authorization(username: str, password: str | None) -> str:
-    """The header line with credentials. ValueError for those that the Basic scheme can't have: RFC 7617 section 2."""
+    """The header line with credentials. ValueError for what the Basic scheme can't carry (RFC 7617 section 2)."""
     password = password or ""
     # The first colon divides the two, and neither may have control characters.
     if ":" in username:

@@ -1,4 +1,4 @@
-"""Where a redirected connection was really going, and whether carrying it there would go in a circle."""
+"""The original destination of a redirected connection, and the guard against loops."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _NO_SCOPE = bytes(4)
 _SOCKADDR_IN = struct.Struct("!2xH4s8x")
 _SOCKADDR_IN6 = struct.Struct("!2xH4x16s4s")  # (the scope, alone, is in the order of this machine)
 
-# The accounts that the daemons are meant to run as, and nothing else: what comes from them is us.
+# The accounts of the daemons, which nothing else uses: their connections are ours.
 OWN_USERS = ("transocks", "usocksd")
 
 
 class NotRedirected(Error):
-    """The kernel knows of no other destination: the connection came to the listener itself."""
+    """The kernel knows no other destination: the connection was made to the listener itself."""
 
 
 class Loop(Error):
@@ -55,8 +55,8 @@ class Destination(NamedTuple):
 def original_destination(sock: SocketType) -> Destination:
     """Where the client was connecting to before REDIRECT or DNAT changed it: SO_ORIGINAL_DST.
 
-    The question goes by the family of the *connection*: an IPv4 client on a dual-stack socket has an
-    IPv4 entry in the connection tracking table. Raises NotRedirected.
+    The family of the *connection* decides which option is read: an IPv4 client on a dual-stack socket has an IPv4 entry
+    in connection tracking. Raises NotRedirected.
     """
     local = sock.getsockname()
     host = unmapped(local[0])
@@ -81,9 +81,8 @@ def original_destination(sock: SocketType) -> Destination:
 def tproxy_destination(sock: SocketType, is_ours: Callable[[Destination], bool]) -> Destination:
     """Where the client of a connection from a TPROXY listener was connecting to: our own end of the connection.
 
-    Nothing was translated, so there is nothing to ask the connection tracking for (an entry that it has may be of
-    another connection). `is_ours` tells the ports that we listen on: what was made to one of them reached it by
-    itself. Raises NotRedirected.
+    Nothing was translated, so connection tracking has no answer (its entry may be of another connection). `is_ours`
+    knows the ports that we listen on: a connection to one of them was not redirected. Raises NotRedirected.
     """
     host, port = bound_to(sock)
     destination = Destination(unmapped(host), port)
@@ -93,9 +92,9 @@ def tproxy_destination(sock: SocketType, is_ours: Callable[[Destination], bool])
 
 
 class LoopGuard:
-    """Refuses what would go in a circle until the descriptors are gone.
+    """Refuses connections that would go in a circle, until no descriptors are left.
 
-    With no exemption rule for the proxies' own traffic, a single connection does that.
+    Without a rule that exempts the proxies' own traffic, a single connection does that.
     """
 
     def __init__(
@@ -108,7 +107,7 @@ class LoopGuard:
         own_users: Iterable[str] = OWN_USERS,
     ) -> None:
         """`upstreams` gives the addresses of the upstream proxies as they are known now, without zones.
-        `most_per_destination` is how many connections may go to one destination at a time: the last resort.
+        `most_per_destination`: how many connections to one destination may be open, as a last resort.
         """
         self._listen_ports = frozenset(listen_ports)
         self._hosts = hosts
@@ -119,18 +118,15 @@ class LoopGuard:
         self._owners = _socket_owners() if self._own else None
 
     def is_ours(self, destination: Destination) -> bool:
-        """Whether it is a port that we listen on, at an address that is this host's now."""
+        """Whether it is a port that we listen on, at an address of this host."""
         return destination.port in self._listen_ports and self._hosts.is_local(numeric_address(destination.host))
 
     def enter(self, client: Destination, original: Destination) -> None:
-        """A connection from `client` to `original` is to be carried, until `leave`.
-
-        Raises Loop if that would bring it back here.
-        """
+        """A connection from `client` to `original` begins, until `leave`. Raises Loop if it would come back here."""
         self._check(client, original)
         count = self._open.get(original, 0)
         if count >= self._most:
-            # The upstream runs as root on this host, say: none of the checks can tell its connections from others.
+            # None of the checks knows this one: the upstream runs as root on this host, say.
             raise Loop(
                 f"{count} connections to it are open, as in a circle: exempt the proxies from the redirect rules"
             )

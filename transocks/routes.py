@@ -1,8 +1,8 @@
 """Which way a connection goes: ordered routes, the first that matches decides. Pure.
 
-A route matches if the client, the port and the destination do; of a destination it is enough that `to` has the
-address or the name. The name is what the client says, and it may lie. So a name leads past the proxy only to what that
-name stands for: behind `direct`, what is dialled is what the route was chosen by.
+A route matches if the client, the port and the destination match; the destination if `to` has its address or its name.
+The name comes from the client, which may lie. So `direct` dials what the route matched: if that was the name, the
+addresses of that name.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from usocksd.names.sites import SiteList
 from usocksd.net.address import IPAddress, IPNetwork
 
 DEFAULT = "default"
-"""The group of `proxy_url`, and what records call the way of a connection that no route has."""
+"""The group of `proxy_url`, and in records the route of connections that no route matches."""
 DIRECT, REJECT = "direct", "reject"
-"""What a route says instead of a group."""
+"""What a route may have instead of a group."""
 
 
 @frozen(kw_only=True)
 class Route:
-    """One route. What is None matches everything."""
+    """One route. None matches everything."""
 
     name: str
     via: str
@@ -34,12 +34,12 @@ class Route:
     ports: tuple[tuple[int, int], ...] | None = None
     """first and last of each range"""
     send_name: bool = True
-    """whether a proxy is asked for the name, where there is one"""
+    """ask a proxy for the name, if there is one"""
 
 
 @frozen
 class Decision:
-    """A way: its route's name, where it leads, and whether the name is to be asked for instead of the address."""
+    """The name of the route, where it leads, and whether to ask for the name instead of the address."""
 
     route: str
     via: str
@@ -47,10 +47,10 @@ class Decision:
 
 
 class Routes:
-    """The routes, in order; behind them the group "default". Cheap to ask, once a connection."""
+    """The routes, in order, and behind them the group "default". Asked once a connection, so cheap."""
 
     def __init__(self, routes: Sequence[Route], *, send_name: bool) -> None:
-        """`send_name` is for those that no route has."""
+        """`send_name` is for connections that no route matches."""
         self._routes = tuple(routes)
         self._default = Decision(DEFAULT, DEFAULT, send_name)
         self._anyone = mask_of(route.clients is None for route in routes)
@@ -62,12 +62,12 @@ class Routes:
 
     @property
     def names(self) -> list[str]:
-        """What they are called."""
+        """The names of the routes."""
         return [route.name for route in self._routes]
 
     def decide(self, client: IPAddress, address: IPAddress, name: str | None, port: int) -> Decision:
-        """The way of a connection from `client` to `address`, `port`. `name` is canonical, and None where none is known
-        or the one that is known proves nothing. IPv4-mapped addresses come as IPv4.
+        """The way of a connection from `client` to `address`, `port`. `name` is canonical; None if none is known or it
+        proves nothing. IPv4-mapped addresses come as IPv4.
         """
         if not self._routes:
             return self._default
@@ -75,7 +75,7 @@ class Routes:
         here = self._anywhere | self._sites.of_address(address)
         if name is None:
             here |= self._sites.nameless
-        # Who rejects an IPv4 network rejects the IPv6 addresses behind which it is reached.
+        # A route that rejects an IPv4 network rejects the IPv6 addresses that lead to it.
         for inner in judged_addresses(address)[1:]:
             here |= self._sites.of_address(inner) & self._rejecting
         mask &= here if name is None else here | self._sites.of_name(name)

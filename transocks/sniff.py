@@ -1,10 +1,10 @@
 """The name inside the first bytes of a connection: TLS SNI, HTTP/1 Host. Pure, no I/O.
 
-A `Sniffer` is fed as bytes come and says what they are as soon as that is known. Rules of this file:
+A `Sniffer` is fed as bytes come and tells what they are as soon as that is known. Rules of this file:
 
 - No input raises anything, and no byte is looked at twice, however small the pieces are.
-- In doubt there is no name. A name is only ever what `canonical_host` makes of it, and never an address.
-- A name is what the client says: it may be forged. What makes that harmless is that the *name* is asked for.
+- In doubt there is no name. A name always comes from `canonical_host`, and is never an address.
+- The client chooses the name, and may forge it. That is harmless since the *name* is asked for.
 
 Sources: RFC 8446 sections 4.1.2, 4.2 and 5.1 (a hello may be split over records), RFC 6066 section 3 (SNI), RFC 9849
 section 5 (ECH), RFC 9112 sections 3 and 5 (request line, Host).
@@ -21,7 +21,7 @@ from typing import NamedTuple
 from usocksd.names.match import canonical_host
 
 MOST = 16 * 1024
-"""So many bytes are looked at at most: browsers send hellos of 2 KiB, and heads of requests rarely reach 8."""
+"""The most bytes that are looked at: browsers send hellos of 2 KiB, and heads of requests rarely reach 8."""
 
 _HANDSHAKE, _CLIENT_HELLO = 22, 1
 _RECORD_HEADER = 5
@@ -30,7 +30,7 @@ _EXTENSION = Struct("!HH")
 _SERVER_NAME_ENTRY = Struct("!HBH")
 _SERVER_NAME, _ENCRYPTED_CLIENT_HELLO = 0, 0xFE0D
 _HOST_NAME = 0
-# legacy_version and random: what stands before the first field of variable length, with the header of the message.
+# The header of the message, legacy_version and random: everything before the first field of variable length.
 _FIXED = 4 + 2 + 32
 
 _REQUEST_START = re.compile(rb"[A-Z-]{1,32}(?: .*)?", re.DOTALL)
@@ -43,30 +43,30 @@ _DEFAULT_PORTS = {b"http": 80, b"https": 443}
 
 
 class Protocol(enum.Enum):
-    """What a client begins to speak."""
+    """The protocol of a client's first bytes."""
 
     TLS = "tls"
     HTTP = "http"
     OTHER = "other"
-    """Anything else that a client may say first, HTTP/2 without TLS among it: no name will come"""
+    """anything else, HTTP/2 without TLS among it: there will be no name"""
 
 
 class Opening(NamedTuple):
-    """What the first bytes are. `name` is canonical, and None if there is none."""
+    """What the first bytes are. `name` is canonical; None: there is none."""
 
     protocol: Protocol
     name: str | None = None
     encrypted: bool = False
-    """The hello has an encrypted one inside (ECH), or pretends to: `name` is the outer one, which proves nothing"""
+    """The hello has an encrypted one inside (ECH), or seems to: `name` is the outer one, which proves nothing."""
     repeatable: bool = False
-    """The bytes are a TLS hello, or the beginning of one, and nothing else: a server that gets it has done nothing"""
+    """The bytes are (the beginning of) a TLS hello and nothing else: a server does nothing when it gets them."""
 
 
 OTHER = Opening(Protocol.OTHER)
 
 
 class Sniffer:
-    """Finds the name in what one client says first."""
+    """Finds the name in the first bytes of one client."""
 
     __slots__ = ("_at", "_data", "_handshake", "_port", "_protocol", "_searched")
 
@@ -76,14 +76,14 @@ class Sniffer:
         self._protocol: Protocol | None = None
         self._data = bytearray()
         self._at = 0
-        """TLS: the next record. HTTP: the line that is not complete."""
+        """TLS: the next record. HTTP: the incomplete line."""
         self._searched = 0
-        """HTTP: up to here there is no end of that line."""
+        """HTTP: that line does not end before here."""
         self._handshake = bytearray()
-        """What the records so far carried."""
+        """TLS: the contents of the records so far."""
 
     def feed(self, data: bytes) -> Opening | None:
-        """The next bytes. Returns what they are when that is known (feed no more then), None if it takes more."""
+        """The next bytes. Returns what they are once that is known (feed no more then), None if more are needed."""
         self._data += data
         if self._protocol is None:
             if not self._data:
@@ -100,9 +100,9 @@ class Sniffer:
         return self._lines()
 
     def finish(self) -> Opening:
-        """No more bytes are waited for: what those are that have come."""
+        """What the bytes are, if no more come."""
         if self._protocol is Protocol.TLS:
-            # What is not complete can't have been acted on.
+            # A server does not act on an incomplete hello.
             return Opening(Protocol.TLS, repeatable=True)
         return Opening(Protocol.HTTP) if self._at else OTHER
 
@@ -111,7 +111,7 @@ class Sniffer:
     def _records(self) -> Opening | None:
         data, at = self._data, self._at
         size = len(data)
-        # The first bytes of any record and message tell what is none, without waiting for the rest.
+        # The first bytes of a record and message show what is no hello, without the rest.
         if (size > 1 and data[1] != 3) or (size > 5 and data[5] != _CLIENT_HELLO):
             return OTHER
         while size - at >= _RECORD_HEADER:
@@ -129,7 +129,7 @@ class Sniffer:
         return None if size < MOST else OTHER
 
     def _message(self, *, rest: int) -> Opening | None:
-        """The hello, when it is complete; `rest` is the number of bytes behind this record."""
+        """The hello, once it is complete; `rest` is the number of bytes behind this record."""
         handshake = self._handshake
         if len(handshake) < 4:
             return None
@@ -164,12 +164,12 @@ class Sniffer:
 
     def _request_line(self, line: bytes) -> Opening | None:
         match = _REQUEST_LINE.fullmatch(line)
-        if match is None or match[1] == b"CONNECT":  # which is said to proxies, of what is behind them
+        if match is None or match[1] == b"CONNECT":  # meant for a proxy
             return OTHER
         absolute = _ABSOLUTE.fullmatch(match[2])
         if absolute is None:
             return None
-        # It goes before Host (RFC 9112 section 3.2.2). Mostly it is said to proxies too, and then the port is another.
+        # It goes before Host (RFC 9112 section 3.2.2). Mostly it is meant for a proxy too, and the port differs.
         return self._named(absolute[2], _DEFAULT_PORTS[absolute[1].lower()])
 
     def _header(self, line: bytes) -> Opening | None:
@@ -188,7 +188,7 @@ class Sniffer:
 def _read_hello(hello: bytes) -> tuple[str | None, bool]:
     """The name in a whole ClientHello, header included, and whether it has the extension of ECH.
 
-    Raises IndexError, ValueError or struct.error when it is none.
+    Raises IndexError, ValueError or struct.error if it is malformed.
     """
     at = _FIXED
     at += 1 + hello[at]  # legacy_session_id
@@ -220,7 +220,7 @@ def _read_hello(hello: bytes) -> tuple[str | None, bool]:
 
 
 def _read_server_name(extension: bytes) -> str | None:
-    """The one name that it may have. Raises struct.error when it is too short to have any."""
+    """The one name in the extension, if it is valid. Raises struct.error if it is too short."""
     listed, kind, length = _SERVER_NAME_ENTRY.unpack_from(extension)
     if kind != _HOST_NAME or not listed == length + 3 == len(extension) - 2:
         return None
@@ -228,10 +228,10 @@ def _read_server_name(extension: bytes) -> str | None:
 
 
 def _name(raw: bytes) -> str | None:
-    """The canonical name, if it is a name."""
+    """The canonical form, if it is a name."""
     try:
         host = canonical_host(raw.decode("ascii"))
     except ValueError:
         return None
-    # "localhost" is whoever resolves it (RFC 6761 section 6.3), so not where a redirected connection was going.
+    # "localhost" means the host that resolves it (RFC 6761 section 6.3), not where a redirected connection was going.
     return host if isinstance(host, str) and not f".{host}".endswith(".localhost") else None

@@ -1,4 +1,4 @@
-"""How many connections: what the descriptors allow, and what the configuration allows over all workers."""
+"""How many connections are allowed: by descriptors, and by [limits] over all workers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hashlib import blake2b
 from pathlib import Path
 from secrets import token_bytes
 
-# Kept back for what is not a connection: log file, epoll, name and state files.
+# Kept back for other descriptors: log file, epoll, name and state files.
 _RESERVE = 48
 # A connection has two sockets.
 _PER_CONNECTION = 2
@@ -38,7 +38,7 @@ def raise_descriptor_limit() -> int:
 def most_connections(descriptors: int) -> int:
     """How many connections `descriptors` open files allow, at least one.
 
-    What this process had open when it started (sockets that it inherited, say) is gone from them already.
+    Descriptors that are open already (inherited sockets, say) don't count.
     """
     open_now = len(os.listdir("/proc/self/fd"))
     kept = _RESERVE + 2 * most_pipes(descriptors) + most_name_sockets(descriptors) // 2 + most_spare(descriptors)
@@ -46,17 +46,17 @@ def most_connections(descriptors: int) -> int:
 
 
 def most_pipes(descriptors: int) -> int:
-    """How many pipes, of two descriptors each, the share of `descriptors` that is theirs allows."""
+    """How many pipes, of two descriptors each, fit into their share of `descriptors`."""
     return descriptors // _FOR_PIPES // 2
 
 
 def most_name_sockets(descriptors: int) -> int:
-    """How many sockets to name servers the share of `descriptors` that is theirs allows."""
+    """How many sockets to name servers fit into their share of `descriptors`."""
     return max(descriptors // _FOR_NAMES, 2)
 
 
 def most_spare(descriptors: int) -> int:
-    """How many sockets the share of `descriptors` that is for races allows, beside the one that each session has."""
+    """How many further sockets races of addresses may have, beside those of their sessions."""
     return descriptors // _FOR_RACES
 
 
@@ -65,9 +65,9 @@ def most_spare(descriptors: int) -> int:
 # rows is the key of the hash: without one, anybody could find addresses that share the row of a client.
 _ROWS = 1 << 14
 COLUMNS = 256
-"""One for each worker there can be at a time: of the present generation, of two that drain, and of one to come."""
+"""One for each worker at a time: of the present generation, of two that drain, and of one to come."""
 NOBODY = 0
-"""The row of a client that is not known yet: its connections count in the first row only, where all do."""
+"""The row of a client that is not known yet: its connections count in the first row only."""
 _CELL = 4
 _ROW = COLUMNS * _CELL
 _SIZE = _ROWS * _ROW

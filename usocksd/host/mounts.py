@@ -1,4 +1,4 @@
-"""What is mounted where, by /proc/PID/mountinfo of proc(5)."""
+"""The mounts of this process: /proc/PID/mountinfo of proc(5)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ESCAPED = re.compile(rb"\\([0-7]{3})")
 
 
 class Mount(NamedTuple):
-    """One of them."""
+    """A mount."""
 
     root: str
     """which folder of the file system it is"""
@@ -25,7 +25,7 @@ class Mount(NamedTuple):
 
 
 def mounts(*kinds: str, proc: Path = PROC) -> Iterator[Mount]:
-    """Those of these kinds that this process sees, in the order in which they were made. Raises OSError."""
+    """The mounts of these file systems, in the order in which they were made. Raises OSError."""
     for line in lines(proc / "self/mountinfo"):
         of_mount, _, of_system = line.partition(b" - ")
         kind, _, options = os.fsdecode(of_system).split(" ")
@@ -35,8 +35,8 @@ def mounts(*kinds: str, proc: Path = PROC) -> Iterator[Mount]:
 
 
 def lines(file: Path) -> list[bytes]:
-    """The lines of a file below /proc that has names in it. Anybody may choose those (fusermount mounts for users), of
-    any bytes: nothing but a newline ends a line, nothing but a space a word, and the kernel escapes both in them.
+    """The lines of a file below /proc that has names in it. Users may choose them (fusermount), of any bytes: only a
+    newline ends a line, only a space a word, and the kernel escapes both in names.
     """
     return file.read_bytes().removesuffix(b"\n").split(b"\n")
 

@@ -1,11 +1,11 @@
 """One name, asked of DNS servers until all kinds of records are answered, or the caller cancels.
 
-What this file keeps:
+Rules of this file:
 
-1. A socket of its own for each name and server: its port is the kernel's choice, it is connected, so that nobody else
-   is heard, and where no server listens the kernel says so at once. Both kinds of address are asked for through it.
-2. A server that is slow is waited for while the next one is asked: whoever answers first is believed.
-3. What strangers' bytes are made of is dnspython's to tell, and what it can't read is no answer.
+1. Each name and server has a socket of its own. The kernel chooses its port; it is connected, so only the server is
+   heard, and if no server listens the kernel says so at once. Both kinds of address are asked for through it.
+2. While a server is slow, the next one is asked too; the first answer counts.
+3. dnspython parses what comes in. What it can't parse is no answer.
 """
 
 from __future__ import annotations
@@ -42,37 +42,37 @@ Kind: TypeAlias = dns.rdatatype.RdataType
 
 _EDNS_PAYLOAD = 1232  # what passes every path without fragments
 _NO_EDNS = frozenset({dns.rcode.FORMERR, dns.rcode.NOTIMP, dns.rcode.BADVERS})  # RFC 6891 section 7
-# Those that may come without the question.
+# Answers with these codes may lack the question.
 _CURT = _NO_EDNS | {dns.rcode.SERVFAIL, dns.rcode.REFUSED}
 # RFC 1035 section 4.1.1, and RFC 6891 section 6.1.2
 _HEADER, _QUESTION, _OPT = struct.Struct("!6H"), struct.Struct("!2H"), struct.Struct("!B2HIH")
 _RECEIVE_SIZE = 65535
-# Seconds that a server is waited for alone; twice as long in each round behind the first.
+# Seconds until the next server is asked too; they double with each round.
 _ALONE = 1.0
 _TCP_WITHIN = 5.0
-# Seconds. A query that has waited for _SILENT_AFTER blames the server, if that has answered no other query meanwhile.
-# The blame lasts _BLAMED_FIRST, then twice as long each time that the server is tried again without an answer.
+# Seconds. A server that has left a query unanswered for _SILENT_AFTER, and has answered no other meanwhile, is asked
+# last for _BLAMED_FIRST, then for twice as long each time that it is tried again without an answer.
 _SILENT_AFTER = 0.5
 _BLAMED_FIRST, _BLAMED_AT_MOST = 2.0, 30.0
 
 
 @frozen
 class Found:
-    """What the servers say of a name."""
+    """What the servers answer about a name."""
 
     addresses: tuple[str, ...]
     exists: bool
-    """False: there is no such name, for no kind of record."""
+    """False: the name has no records of any kind."""
     ttl: float | None
-    """Seconds, the shortest of the answer and the CNAMEs that lead to it, or what the SOA says of its absence
-    (RFC 2308 section 5); None if nobody says how long an absence lasts."""
+    """Seconds, the shortest of the answer and the CNAMEs that lead to it, or the SOA's for an absence (RFC 2308
+    section 5); None for an absence without a SOA."""
 
 
 Told: TypeAlias = Callable[[Kind, Found | ResolveError], None]
 
 
 class NameServer:
-    """One name server, and what is known of it."""
+    """One name server, and whether it answers."""
 
     def __init__(self, host: str, port: int, clock: Callable[[], float]) -> None:
         """`host` as `open_socket` takes it."""
@@ -80,14 +80,14 @@ class NameServer:
         self.port = port
         self.takes_edns = True
         self.silent_until = -inf
-        """On the clock: it is asked last until then; -inf for one that answers."""
+        """until then, on the clock, it is asked last; -inf: it answers"""
         self._clock = clock
         self._complained = False
         self._blamed_for = 0.0
         self._blamed_at = self._answered_at = -inf  # in trio's time
 
     def connect(self, kind: int) -> socket.socket:
-        """A socket of this kind on the way to it. Raises OSError, and says so once."""
+        """A socket of this kind, connecting to it. Raises OSError, and records the first one."""
         try:
             return open_socket(self.host, self.port, kind)
         except OSError as error:
@@ -98,7 +98,7 @@ class NameServer:
             raise
 
     def answered(self) -> None:
-        """It has."""
+        """It has answered."""
         self._answered_at = trio.current_time()
         self._blamed_for, self.silent_until = 0.0, -inf
 
@@ -112,15 +112,15 @@ class NameServer:
         self.silent_until = self._clock() + self._blamed_for
 
     def try_again(self) -> None:
-        """It is asked first, to see whether it is back; others let it be meanwhile."""
+        """One query asks it first, to see whether it is back; other queries ask it last meanwhile."""
         self.silent_until = self._clock() + max(self._blamed_for, _BLAMED_FIRST)
 
 
 class NameQuery:
-    """One name, and what its servers have said so far."""
+    """One name, and what its servers have answered so far."""
 
     def __init__(self, servers: Sequence[NameServer], name: dns.name.Name, kinds: Sequence[Kind], told: Told) -> None:
-        """`told` is called once for each kind: what was found, or that all servers failed."""
+        """`told` is called once for each kind, with what was found or the error that all servers failed."""
         self._servers = servers
         self._name = name
         self._pending = set(kinds)
@@ -129,7 +129,7 @@ class NameQuery:
         self._go_on = trio.Event()
 
     async def run(self) -> None:
-        """Until every kind is answered. Give it a deadline: of silent servers it does not tire."""
+        """Until every kind is answered. Give it a deadline: silent servers are asked again and again."""
         try:
             async with trio.open_nursery() as self._nursery:
                 alone = _ALONE
@@ -145,7 +145,7 @@ class NameQuery:
                 conversation.close()
 
     def _ask(self, server: NameServer) -> bool:
-        """Ask for all that is pending; False if there is nothing to ask of this one."""
+        """Ask for all kinds that are pending; False if this server can't be asked for any."""
         conversation = self._asked.get(server)
         if conversation is None:
             conversation = self._asked[server] = _Conversation(server, self._name)
@@ -164,7 +164,7 @@ class NameQuery:
                 data = sock.recv(_RECEIVE_SIZE)
             except BlockingIOError:
                 continue
-            except OSError:  # nobody listens there
+            except OSError:  # no server listens there
                 self._fail(conversation, *self._pending)
                 return
             about = conversation.kinds.get(int.from_bytes(data[:2]))
@@ -179,9 +179,9 @@ class NameQuery:
         """The message if it is an answer to our question."""
         try:
             message = dns.message.from_wire(data, ignore_trailing=True, raise_on_truncation=not over_tcp)
-        except dns.message.Truncated as truncated:  # perhaps in the middle of a record: it says so, and no more
+        except dns.message.Truncated as truncated:  # perhaps in the middle of a record
             message = truncated.kwargs["message"]
-        except Exception:  # strangers' bytes, and whatever a parser says of them
+        except Exception:  # strangers' bytes may raise anything
             return None
         if not message.flags & dns.flags.QR or message.opcode() != dns.opcode.QUERY:
             return None
@@ -202,7 +202,7 @@ class NameQuery:
         elif kind in conversation.plain:
             server.takes_edns = False
         if message.flags & dns.flags.TC and not over_tcp:
-            # (Once: it is truncated each time that it is asked for again.)
+            # (Once: repeated queries get truncated answers too.)
             if kind not in conversation.over_tcp:
                 conversation.over_tcp.add(kind)
                 self._nursery.start_soon(self._ask_over_tcp, conversation, kind)
@@ -236,7 +236,7 @@ class NameQuery:
                 self._heard(conversation, kind, message, over_tcp=True)
 
     def _fail(self, conversation: _Conversation, *kinds: Kind) -> None:
-        """Of these nothing is to be had from that server: the next one is asked at once."""
+        """That server has no answer for these kinds: the next one is asked at once."""
         conversation.failed.update(kinds)
         self._go_on.set()
         if len(self._asked) == len(self._servers):
@@ -252,16 +252,16 @@ class NameQuery:
 
 
 class _Conversation:
-    """What one server is asked of one name."""
+    """What one server is asked about one name."""
 
     def __init__(self, server: NameServer, name: dns.name.Name) -> None:
         self.server = server
         self.kinds: dict[int, Kind] = {}
         """By the id of the query."""
         self.plain: set[Kind] = set()
-        """Asked without EDNS, since the server did not like it."""
+        """Asked for without EDNS, since the server refused that."""
         self.over_tcp: set[Kind] = set()
-        """Asked over TCP, since the answer did not fit."""
+        """Asked for over TCP, since the answer did not fit."""
         self.failed: set[Kind] = set()
         self._name = name.to_wire()
         self._since = trio.current_time()
@@ -275,14 +275,14 @@ class _Conversation:
             return False
         try:
             self.sock.send(self.query(kind))
-        except BlockingIOError:  # then it is lost, as others are on the way
+        except BlockingIOError:  # lost, as a packet may be
             pass
         except OSError:
             return False
         return True
 
     def query(self, kind: Kind) -> bytes:
-        """In wire form. The same if it is asked for again, so that a server sees that it is."""
+        """In wire form; a repeated query is the same as the first."""
         assert self._name is not None
         ident = next((ident for ident, known in self.kinds.items() if known == kind), None)
         while ident is None or self.kinds.setdefault(ident, kind) != kind:
@@ -304,7 +304,7 @@ def _found(message: dns.message.Message) -> Found:
     """Raises DNSException for what is a failure of the server."""
     rcode = message.rcode()
     if rcode not in {dns.rcode.NOERROR, dns.rcode.NXDOMAIN} or not isinstance(message, dns.message.QueryMessage):
-        raise dns.exception.FormError  # or whatever it is: no answer
+        raise dns.exception.FormError  # (any DNSException: it is no answer)
     chain = message.resolve_chaining()
     if chain.answer is not None:
         return Found(tuple(record.address for record in chain.answer), True, chain.minimum_ttl)

@@ -1,4 +1,4 @@
-"""resolv.conf(5), read as glibc reads it, and the way to its servers."""
+"""resolv.conf(5), read as glibc reads it, and sockets to its servers."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from usocksd.settings.types import SocketAddress
 
 RESOLV_CONF = Path("/etc/resolv.conf")
 PORT = 53
-# May be otherwise in a moment: the first name that is asked for will tell.
+# These may pass; the first query will show.
 _NO_WAY = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN}
 
 MOST_SERVERS = 3
-"""Those behind are not asked: MAXNS of resolv.conf(5)."""
+"""Further ones are not asked: MAXNS of resolv.conf(5)."""
 _MOST_NDOTS, _LONGEST_TIMEOUT, _MOST_ATTEMPTS = 15, 30, 5
-"""What more is given for these means so much."""
+"""Higher values mean these."""
 
 
 @frozen
 class ResolvConf:
-    """What the file says, with the defaults of resolv.conf(5)."""
+    """The settings of the file, with the defaults of resolv.conf(5)."""
 
     servers: tuple[str, ...] = ()
     """Numeric addresses, with a %zone if they have one."""
@@ -42,17 +42,17 @@ class ResolvConf:
     rotate: bool = False
     """Whether each query begins with another server."""
     faults: tuple[tuple[str, str], ...] = ()
-    """Lines that nothing can be made of, and why: they cost nothing else."""
+    """Lines that were ignored, and why."""
 
 
 def parse(text: str, *, hostname: str = "") -> ResolvConf:
-    """`text` is the file's; `hostname` this host's, whose domain is searched where the file names none."""
+    """`hostname` is this host's; its domain is searched if the file names none."""
     servers: list[str] = []
     faults: list[tuple[str, str]] = []
     domains = hostname.partition(".")[2].split()
     options: dict[str, str] = {}
     for line in text.splitlines():
-        # (A comment begins in the first column, but nobody has a server or a domain that begins so.)
+        # (Comments begin in the first column, but no server or domain contains these characters.)
         keyword, *values = line.split("#")[0].split(";")[0].split() or [""]
         if keyword == "nameserver" and values:
             try:
@@ -77,7 +77,7 @@ def parse(text: str, *, hostname: str = "") -> ResolvConf:
         tuple(dict.fromkeys(servers))[:MOST_SERVERS],
         tuple(dict.fromkeys(search)),
         ndots=_number(options, "ndots", lambda number: min(number, _MOST_NDOTS), 1),
-        # 0 is 1 for the C library.
+        # The C library takes 0 for 1.
         timeout=_number(options, "timeout", lambda number: min(max(number, 1), _LONGEST_TIMEOUT), 5),
         attempts=_number(options, "attempts", lambda number: min(max(number, 1), _MOST_ATTEMPTS), 2),
         rotate="rotate" in options,
@@ -108,7 +108,7 @@ def open_socket(host: str, port: int, kind: int) -> socket.socket:
 
 
 def lint_servers(given: Sequence[SocketAddress] | None, resolv_conf: Path = RESOLV_CONF) -> list[Fault]:
-    """Which name servers (`given`, or those of `resolv_conf`) no socket of this host can be for, and why."""
+    """The name servers (`given`, or those of `resolv_conf`) to which this host can open no socket, and why."""
     hosts = [(str(server.address), server.port) for server in given or ()]
     if given is None:
         with contextlib.suppress(OSError):

@@ -1,6 +1,6 @@
-"""The destinations that rules name: what an entry means, and long lists of them. Pure.
+"""The destinations that rules list: single entries, and long lists of them. Pure.
 
-Built for a million entries: they are kept as bytes and arrays, not as objects (100 bytes and more each).
+For a million entries: they are kept as bytes and arrays, not as objects (of 100 bytes and more each).
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _PLAIN_NAME = re.compile(r"(?:[a-z0-9_-]{1,63}\.)*[a-z][a-z0-9_-]{0,62}", re.ASC
 
 @frozen
 class Prefix:
-    """A network as its version, its first address and its length: a third of the time of an `ipaddress` object."""
+    """A network: version, first address and length. It takes a third of the time of an `ipaddress` object."""
 
     version: int
     number: int
     length: int
 
     def __str__(self) -> str:
-        """As log records name it: an address alone has no length."""
+        """As log records have it: a single address without a length."""
         address = IPv4Address(self.number) if self.version == 4 else IPv6Address(self.number)
         return str(address) if self.length == address.max_prefixlen else f"{address}/{self.length}"
 
@@ -54,7 +54,7 @@ def parse_entry(text: str) -> Entry:
     address, slash, length = text.partition("/")
     try:
         packed = inet_pton(AF_INET6 if ":" in address else AF_INET, address)
-    except (OSError, ValueError):  # another notation, a name, or nothing good
+    except (OSError, ValueError):  # another notation, a name, or a fault
         return _parse_slowly(text)
     bits = 8 * len(packed)
     if not slash:
@@ -103,7 +103,7 @@ class Prefixes:
     __slots__ = ("_high", "_length", "_low", "bits", "version")
 
     def __init__(self, version: int, prefixes: list[int]) -> None:
-        """Of each the first address and, in the last 8 bits, the length. Sorts the list."""
+        """Each is the first address and, in the last 8 bits, the length. Sorts the list."""
         self.version = version
         self.bits = 32 if version == 4 else 128
         prefixes.sort()
@@ -140,12 +140,12 @@ class Prefixes:
 
 
 def array_types(version: int) -> tuple[str, str]:
-    """Of arrays for the upper and the lower 64 bits of an address: IPv4 has its 32 in the lower."""
+    """For arrays of the upper and the lower 64 bits of addresses: IPv4 has its 32 in the lower."""
     return ("B", "I") if version == 4 else ("Q", "Q")
 
 
 class SiteList:
-    """Many destinations, compact. `label` tells where they are from: "" for those of the configuration itself."""
+    """Many destinations, compact. `label` names their file: "" for those in the configuration itself."""
 
     __slots__ = ("_names", "_v4", "_v6", "label", "nameless")
 
@@ -193,9 +193,9 @@ class SiteList:
             yield ""
 
     def find(self, ip: IPAddress) -> Prefix | None:
-        """The narrowest network that has this address. In no hurry."""
+        """The narrowest network that has this address. Not for the path of a connection."""
         return self.prefixes(ip.version).find(int(ip))
 
     def has(self, entry: str) -> bool:
-        """Whether this name or ".domain" is an entry. In no hurry."""
+        """Whether this name or ".domain" is an entry. Not for the path of a connection."""
         return b"\n%b\n" % entry.encode("ascii") in b"\n" + self._names

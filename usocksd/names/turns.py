@@ -1,8 +1,8 @@
-"""Who goes next when there are more names to ask for than may be asked at a time.
+"""The order in which names are asked for, when more are wanted than may be asked for at a time.
 
-Names with an answer get it quickly; names that pile up have none. So a client with many waiting names is the one that
-waits: the next turn goes to the client with the fewest, and to its newest name. A name that has had its second gives
-way to clients with fewer names. When too many wait, one is refused at once.
+Most names are answered quickly; names that pile up have no answer. So the next turn goes to the client with the fewest
+names, and to its newest one. After a second a name gives way to clients with fewer names. When too many wait, one is
+refused at once.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _LOOK_EVERY = 0.25
 
 
 class Refused(Exception):
-    """Too many wait."""
+    """Too many names wait."""
 
 
 class Ticket:
-    """What somebody wants a turn for."""
+    """A name that needs a turn, and the client that it counts for."""
 
     def __init__(self, owner: bytes) -> None:
         self.owner = owner
@@ -33,26 +33,26 @@ class Ticket:
 
 
 class Turns:
-    """At most so many at a time. `run` must be running for those that never end to give way."""
+    """At most so many at a time. `run` must be running, or unanswered names never give way."""
 
     def __init__(self, most: int, *, waiting: int) -> None:
         """`most`: how many turns at a time; `waiting`: how many may wait."""
         self._free = most
         self._may_wait = waiting
         self._running: dict[Ticket, float] = {}
-        """Since when, the oldest first."""
+        """since when, the oldest first"""
         self._of: Counter[bytes] = Counter()
-        """How many of each owner are running."""
+        """how many of each owner are running"""
         self._waiting: dict[bytes, dict[Ticket, None]] = {}
-        """By owner; the newest last."""
+        """by owner; the newest last"""
         self._wait = 0
         self._pressure = trio.Event()
 
     @asynccontextmanager
     async def turn(self, ticket: Ticket) -> AsyncIterator[None]:
-        """Waits for one. When it has to give way to others, what is inside is cancelled, and nothing raised.
+        """Wait for a turn. When it has to give way to others, the block is cancelled, and nothing raised.
 
-        Raises Refused when too many wait, and this one has more of them than others.
+        Raises Refused when too many names wait, and the owner of this one has the most.
         """
         if self._free:
             self._free -= 1
@@ -69,7 +69,7 @@ class Turns:
             self._call_next()
 
     def shared(self, ticket: Ticket, owner: bytes) -> None:
-        """Somebody else wants the same: it is a matter of whoever has fewer."""
+        """Another client wants the same: it counts for the one with fewer names."""
         if self._load(owner) >= self._load(ticket.owner):
             return
         if ticket in self._running:
@@ -91,7 +91,7 @@ class Turns:
             self._make_room()
 
     def _make_room(self) -> None:
-        """Those that have had their chance give way to as many of others who have fewer."""
+        """Turns that are over a second old give way to names of clients with fewer."""
         sure = trio.current_time() - _SURE_OF
         done = [ticket for ticket, since in self._running.items() if since <= sure]
         load = Counter(self._of)
@@ -131,7 +131,7 @@ class Turns:
     def _call_next(self) -> None:
         if not self._free or not self._wait:
             return
-        # (Of those with as few the one that came last.)
+        # (Of owners with equally few, the one that came last.)
         owner = min(reversed(self._waiting), key=lambda owner: self._of[owner])
         ticket = next(reversed(self._waiting[owner]))
         self._take_out(ticket)

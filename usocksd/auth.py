@@ -1,16 +1,16 @@
-"""Who a client is: users and passwords from an htpasswd file.
+"""Users and passwords, from an htpasswd file.
 
-bcrypt is slow on purpose. It runs in threads, a few at a time, once per user and password in a while: a success is
-remembered for a minute, as a keyed hash with a key that never leaves the process. Equal questions at the same time
-share one check, so that a client opening fifty connections at once makes one try, not fifty.
+bcrypt is slow on purpose. Checks run in threads, a few at a time, and a success is remembered for a minute, as a keyed
+hash whose key never leaves the process. Equal questions at the same time share one check, so a client that opens fifty
+connections at once makes one attempt, not fifty.
 
 Guessing must not keep out users who know their password. So checks wait in four lines, served in this order: a user
-and password that were right before; an existing user, from a client with few recent failures; an existing user;
-anything else. In each line the newest check is next: when there are more than time allows, the oldest are too late
-anyway, and are refused without a check.
+and password that were right before; an existing user, from a client with few recent failures; an existing user; anybody
+else. In each line the newest check is next: if there are more than time allows, the oldest are too late anyway, and are
+refused without a check.
 
-None of this tells which users there are: every refusal takes the same time, which depends only on how many tries there
-were when the question came.
+Nobody learns which users exist: every refusal takes the same time, which depends only on the number of attempts at the
+time of the question.
 """
 
 from __future__ import annotations
@@ -38,26 +38,23 @@ _logger = logging.getLogger("usocksd.auth")
 
 _BCRYPT = re.compile(r"\$2[aby]\$(0[4-9]|[12][0-9]|3[01])\$[./A-Za-z0-9]{53}")
 _LONGEST_PASSWORD = 72  # bytes that bcrypt looks at; htpasswd cuts off the rest too
-# Seconds that a refusal takes: with few tries at a time, and at most.
+# Seconds that a refusal takes: with few attempts at a time, and at most.
 _FAILURE_TAKES, _FAILURE_TAKES_AT_MOST = 2.0, 8.0
-# Of these so much is kept for the check itself, as a share of the shorter one.
+# The share of the shorter time that is kept for the check itself.
 _FOR_THE_CHECK = 0.5
-# The time of a check of cost 10 on a slow machine, in seconds; a refusal takes at least _SLACK times as long.
+# Seconds of a check of cost 10 on a slow machine. A refusal takes at least _SLACK times as long.
 _COST_10 = 0.1
 _SLACK = 4
 
 _REMEMBER_FOR = 60.0
-_MOST_REMEMBERED = 10_000
 _THREADS = 2
-# In each line.
-_MOST_WAITING = 256
 _MOST_FAILURES, _WITHIN = 20, 60.0  # of one client
-_SUSPECT_AFTER = 4  # tries of one client that were wrong, or are under way
+_SUSPECT_AFTER = 4  # attempts of one client that have failed, or are under way
 
 
 @define(eq=False)
 class _Check:
-    """One check that is under way. `success` stays None if who started it was cancelled."""
+    """One check under way. `success` stays None if its first asker was cancelled."""
 
     done: trio.Event = Factory(trio.Event)
     success: bool | None = None
@@ -67,34 +64,34 @@ class _Check:
 class _Failures:
     until: float
     count: int = 0
-    told: bool = False
+    logged: bool = False
 
 
 class Rank(IntEnum):
-    """Whose check comes first."""
+    """The line in which a check waits, first served first."""
 
     WAS_RIGHT = 0
     """This user with this password was right before."""
     USER = 1
-    """There is this user, and the client has not been wrong often of late."""
+    """The user exists, and the client has few recent failures."""
     SUSPECT = 2
-    """There is this user."""
+    """The user exists."""
     ANYBODY = 3
 
 
-class _Line:
-    """Whose turn it is: `most` at a time, the lowest rank first, and within a rank the newest.
+class _Turns:
+    """Some checks at a time: the lowest rank first, and within a rank the newest.
 
     Ranks that may be guessing do not get the last free place.
     """
 
-    def __init__(self, most: int) -> None:
-        self._free = most
-        self._waiting = {rank: deque[trio.Event](maxlen=_MOST_WAITING) for rank in Rank}
+    def __init__(self, places: int, most_waiting: int) -> None:
+        self._free = places
+        self._waiting = {rank: deque[trio.Event](maxlen=most_waiting) for rank in Rank}
 
     @asynccontextmanager
     async def turn(self, rank: Rank) -> AsyncIterator[None]:
-        """Waits for one. With too many that wait, those that came first do so for ever."""
+        """Wait for a place. If too many wait in a line, the oldest wait for ever."""
         if self._has_place(rank):
             self._free -= 1
         else:
@@ -136,45 +133,49 @@ class Users:
         clock: Callable[[], float] = time.monotonic,
         failure_takes: float | None = None,
         waits: float | None = None,
+        threads: int = _THREADS,
+        most_waiting: int = 256,
+        most_remembered: int = 10_000,
     ) -> None:
-        """Takes the file, by `read`: a user, a colon and a bcrypt hash a line, as `htpasswd -B` writes it.
+        """Takes the file, by `read`: in each line a user, a colon and a bcrypt hash, as `htpasswd -B` writes it.
 
-        A refusal comes `failure_takes` seconds after the question, or later where there are many tries; by default
-        that is two seconds, more where hashes have costs beyond 12. With `waits`, a check must begin in so many
-        seconds, and not just in time for the refusal.
-        Raises ConfigError with every line that is not so: other hashes can't be checked, or not safely.
+        A refusal comes `failure_takes` seconds after the question, or later if there are many attempts; by default two
+        seconds, more if hashes have costs beyond 12. A check begins within `waits` seconds or not at all; by default in
+        time for the refusal. `most_waiting` may wait in each line.
+        Raises ConfigError with every other line: other hashes can't be checked, or not safely.
         """
         self._clock = clock
         self._hashes = _hashes_of(path, read)
-        # For a user who is not there the same work is done as for one who is, see `_nobodys_hash`. Every worker has
-        # to choose the same for a name, also tomorrow.
+        # For a user who does not exist, the work is the same as for one who does, see `_nobodys_hash`. For each name,
+        # every worker has to choose the same, and so after a restart.
         self._costs = [hashed[4:6] for hashed in self._hashes.values()] or [b"10"]
         self._cost_key = blake2b(b"".join(self._hashes.values())).digest()
         self._key = token_bytes(32)
-        # Until when a success counts as one. What is there longer only says that this was right once.
+        # When a success expires. An entry that has expired says only that this was right once.
         self._remembered: dict[bytes, float] = {}
         self._checks: dict[bytes, _Check] = {}
         self._failures: dict[bytes, _Failures] = {}
-        self._line = _Line(_THREADS)
+        self._most_remembered = most_remembered
+        self._turns = _Turns(threads, most_waiting)
         self._check_takes = _COST_10 * 2.0 ** (max(map(int, self._costs)) - 10)
         slow = _SLACK * self._check_takes
         self.failure_takes = max(_FAILURE_TAKES, slow) if failure_takes is None else failure_takes
-        """Seconds; in a crowd it is more."""
+        """Seconds; more in a crowd."""
         self._waits = waits
-        self._tries = 0
+        self._attempts = 0
         """How many are yet to be answered."""
 
     @property
     def names(self) -> frozenset[str]:
-        """Who the users are."""
+        """The users."""
         return frozenset(name.decode() for name in self._hashes)
 
     async def verify(self, username: str, password: str, client: str) -> bool:
-        """Whether this is the password of this user. If not, it takes `failure_takes` seconds or more to say so.
+        """Whether this is the password of this user. If not, the answer takes `failure_takes` seconds or more.
 
-        `client` is the numeric address of who asks; after too many failures within a minute its tries all
-        fail unseen, until the minute is over. But for what was right before: who shares an address with somebody
-        who does not know his password is not locked out.
+        `client` is the numeric address that asks. After too many failures within a minute its attempts are refused
+        unseen, until the minute is over; but not what was right before, so a user is not locked out by others at the
+        same address.
         """
         asked = trio.current_time()
         name, secret = username.encode(), password.encode()
@@ -184,7 +185,7 @@ class Users:
             return True
         takes = self._refusal_takes()
         success = False
-        self._tries += 1
+        self._attempts += 1
         try:
             if until is not None or self._may_try(client):
                 waits = takes - self.failure_takes * _FOR_THE_CHECK if self._waits is None else self._waits
@@ -193,12 +194,12 @@ class Users:
             if not success:
                 await trio.sleep_until(asked + takes)
         finally:
-            self._tries -= 1
+            self._attempts -= 1
         return success
 
     def _refusal_takes(self) -> float:
-        """Seconds: time enough for as many checks as there are tries, within bounds."""
-        crowd = self._tries * self._check_takes / _THREADS
+        """Seconds: time enough for the checks of all attempts, within bounds."""
+        crowd = self._attempts * self._check_takes / _THREADS
         return max(min(crowd, _FAILURE_TAKES_AT_MOST), self.failure_takes)
 
     async def _shared_check(self, digest: bytes, name: bytes, secret: bytes, client: str) -> bool:
@@ -214,19 +215,18 @@ class Users:
             rank = Rank.USER if failures.count < _SUSPECT_AFTER else Rank.SUSPECT
         else:
             rank = Rank.ANYBODY
-        failures.count += 1  # before the answer is known, or a thousand tries at once would count as none
+        failures.count += 1  # before the answer is known, or a thousand attempts at once would count as none
         try:
-            async with self._line.turn(rank):
+            async with self._turns.turn(rank):
                 check.success = await trio.to_thread.run_sync(self._check, name, secret)
         finally:
-            if check.success is not False:  # right, or nobody has looked at it
+            if check.success is not False:  # right, or never checked
                 failures.count -= 1
             del self._checks[digest]
             check.done.set()
         if check.success:
             self._remembered.pop(digest, None)
-            if len(self._remembered) >= _MOST_REMEMBERED:
-                del self._remembered[next(iter(self._remembered))]
+            self._make_room(self._remembered)
             self._remembered[digest] = self._clock() + _REMEMBER_FOR
         return check.success
 
@@ -237,9 +237,9 @@ class Users:
         return matches and hashed is not None and b"\0" not in secret
 
     def _nobodys_hash(self, name: bytes) -> bytes:
-        """What to check a password against for a user who is not there.
+        """What to check a password against for a user who does not exist.
 
-        Names have the costs of the file, as often as users have them: the time that a try takes says nothing.
+        Names have the costs of the file, as often as users have them, so the time of an attempt tells nothing.
         """
         choice = int.from_bytes(blake2b(name, key=self._cost_key, digest_size=8).digest())
         return b"$2b$" + self._costs[choice % len(self._costs)] + b"$" + b"." * 53
@@ -248,21 +248,25 @@ class Users:
         failures = self._failures_of(client)
         if failures.count < _MOST_FAILURES:
             return True
-        if not failures.told:
-            failures.told = True
+        if not failures.logged:
+            failures.logged = True
             _logger.warning("too many failed logins", extra={"fields": {"client_addr": client}})
         return False
 
     def _failures_of(self, client: str) -> _Failures:
-        whose = owner(client)
+        key = owner(client)
         now = self._clock()
-        failures = self._failures.get(whose)
+        failures = self._failures.get(key)
         if failures is None or failures.until <= now:
-            self._failures.pop(whose, None)
-            if len(self._failures) >= _MOST_REMEMBERED:
-                del self._failures[next(iter(self._failures))]
-            failures = self._failures[whose] = _Failures(now + _WITHIN)
+            self._failures.pop(key, None)
+            self._make_room(self._failures)
+            failures = self._failures[key] = _Failures(now + _WITHIN)
         return failures
+
+    def _make_room(self, remembered: dict[bytes, float] | dict[bytes, _Failures]) -> None:
+        """For one more entry: the oldest goes."""
+        if len(remembered) >= self._most_remembered:
+            del remembered[next(iter(remembered))]
 
 
 def _hashes_of(path: Path, read: Callable[[Path], bytes]) -> dict[bytes, bytes]:

@@ -1,15 +1,17 @@
+"""Users and passwords: who is let in, how long a refusal takes, and whose check comes first."""
+
 from __future__ import annotations
 
 import logging
 from math import inf
 from pathlib import Path
+from typing import Any
 
 import bcrypt
 import pytest
 import trio
 import trio.testing
 
-import usocksd.auth
 from usocksd.auth import Rank, Users
 from usocksd.errors import ConfigError
 
@@ -21,20 +23,14 @@ class Clock:
         return self.now
 
 
-def hashed(password: str, prefix: str = "2b") -> str:
-    text = bcrypt.hashpw(password.encode(), bcrypt.gensalt(rounds=4)).decode()
+def hashed(password: str, prefix: str = "2b", cost: int = 4) -> str:
+    text = bcrypt.hashpw(password.encode(), bcrypt.gensalt(rounds=cost)).decode()
     return f"${prefix}${text[4:]}"
 
 
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
-
-
-@pytest.fixture
-def users(file: Path, clock: Clock) -> Users:
-    """Who is wrong hears it at once, and everybody has all the time there is."""
-    return Users(file, clock=clock, failure_takes=0.0, waits=inf)
 
 
 @pytest.fixture
@@ -54,17 +50,29 @@ def file(tmp_path: Path) -> Path:
     return file
 
 
+def impatient(file: Path, clock: Clock, **more: Any) -> Users:
+    """Refusals come at once, and checks have all the time there is."""
+    return Users(file, clock=clock, failure_takes=0.0, **({"waits": inf} | more))
+
+
+@pytest.fixture
+def users(file: Path, clock: Clock) -> Users:
+    return impatient(file, clock)
+
+
 class Checks:
     """Counts how often bcrypt is asked."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.count = 0
         self.hashes: list[bytes] = []
         self._checkpw = bcrypt.checkpw
         monkeypatch.setattr(bcrypt, "checkpw", self)
 
+    @property
+    def count(self) -> int:
+        return len(self.hashes)
+
     def __call__(self, password: bytes, hashed_password: bytes) -> bool:
-        self.count += 1
         self.hashes.append(hashed_password)
         return self._checkpw(password, hashed_password)
 
@@ -75,97 +83,99 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> Checks:
 
 
 @pytest.mark.parametrize(
-    ("user", "password"),
+    ("user", "password", "right"),
     [
-        ("alice", "secret"),
-        ("bob", "hunter2"),
-        ("carol", "pass:word"),
-        ("dörte", "schlüssel"),
-        ("long", "x" * 72),
-        ("long", "x" * 100),  # as htpasswd: bcrypt sees the first 72 bytes
-        ("empty", ""),
+        ("alice", "secret", True),
+        ("bob", "hunter2", True),
+        ("carol", "pass:word", True),
+        ("dörte", "schlüssel", True),
+        ("long", "x" * 72, True),
+        ("long", "x" * 100, True),  # as htpasswd: bcrypt sees the first 72 bytes
+        ("empty", "", True),
+        ("alice", "wrong", False),
+        ("alice", "", False),
+        ("alice", "secret\0", False),
+        ("alice", "secret\0more", False),
+        ("Alice", "secret", False),
+        ("bob", "secret", False),
+        ("long", "x" * 71, False),
+        ("nobody", "secret", False),
+        ("", "", False),
+        ("alice:secret", "", False),
+        ("#", "made", False),
     ],
 )
-async def test_the_right_password(users: Users, user: str, password: str) -> None:
-    assert await users.verify(user, password, "10.0.0.1")
+async def test_passwords(users: Users, user: str, password: str, right: bool) -> None:
+    assert await users.verify(user, password, "10.0.0.1") is right
 
 
-@pytest.mark.parametrize(
-    ("user", "password"),
-    [
-        ("alice", "wrong"),
-        ("alice", ""),
-        ("alice", "secret\0"),
-        ("alice", "secret\0more"),
-        ("Alice", "secret"),
-        ("bob", "secret"),
-        ("long", "x" * 71),
-        ("nobody", "secret"),
-        ("nobody", ""),
-        ("", ""),
-        ("alice:secret", ""),
-        ("#", "made"),
-    ],
-)
-async def test_a_wrong_password(users: Users, user: str, password: str) -> None:
-    assert not await users.verify(user, password, "10.0.0.1")
+# ---- refusals
+
+
+async def refusal(users: Users, user: str, client: str, took: list[float]) -> None:
+    before = trio.current_time()
+    assert not await users.verify(user, "wrong", client)
+    took.append(trio.current_time() - before)
 
 
 async def test_every_refusal_takes_the_same_time(file: Path, autojump_clock: trio.testing.MockClock) -> None:
-    """Whether there is such a user or not, whoever else wants to know, and whether it was looked at at all."""
+    """Whether the user exists or not, whoever else asks, and whether it was checked at all."""
     users = Users(file)
     took: list[float] = []
-
-    async def guess(user: str, client: str) -> None:
-        before = trio.current_time()
-        assert not await users.verify(user, "wrong", client)
-        took.append(trio.current_time() - before)
-
     async with trio.open_nursery() as nursery:
         for number in range(40):
             for user in ("alice", "nobody"):
-                nursery.start_soon(guess, user, f"10.0.{number % 2}.1")
-    async with users._line.turn(Rank.USER), users._line.turn(Rank.USER), trio.open_nursery() as nursery:
+                nursery.start_soon(refusal, users, user, f"10.0.{number % 2}.1", took)
+    async with users._turns.turn(Rank.USER), users._turns.turn(Rank.USER), trio.open_nursery() as nursery:
         for user in ("alice", "nobody"):
-            nursery.start_soon(guess, user, "10.0.0.2")
+            nursery.start_soon(refusal, users, user, "10.0.0.2", took)
     assert took == pytest.approx([2.0] * 82)
 
 
 async def test_in_a_crowd_refusals_take_longer(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
-    """There is more time for those who are right; and it says nothing about users who they were that came before."""
+    """That leaves time for users with the right password; and it does not tell whether the others exist."""
     file = tmp_path / "users"
     file.write_text(f"alice:$2b$10${'.' * 53}\n")
     crowds = []
     for user in ("alice", "nobody"):
         users = Users(file)
         took: list[float] = []
-
-        async def guess(user: str, client: str, users: Users = users, took: list[float] = took) -> None:
-            before = trio.current_time()
-            assert not await users.verify(user, "wrong", client)
-            took.append(trio.current_time() - before)
-
-        async with users._line.turn(Rank.USER), users._line.turn(Rank.USER), trio.open_nursery() as nursery:
+        async with users._turns.turn(Rank.USER), users._turns.turn(Rank.USER), trio.open_nursery() as nursery:
             for number in range(400):
-                nursery.start_soon(guess, user, f"10.0.{number // 250}.{number % 250}")
+                nursery.start_soon(refusal, users, user, f"10.0.{number // 250}.{number % 250}", took)
         crowds.append(took)
     assert crowds[0] == pytest.approx(crowds[1])
     assert (min(crowds[0]), max(crowds[0])) == pytest.approx((2.0, 8.0))
 
 
-def test_dear_hashes_give_a_refusal_more_time(tmp_path: Path) -> None:
+def test_slow_hashes_give_a_refusal_more_time(tmp_path: Path) -> None:
     file = tmp_path / "users"
     for cost, takes in (("04", 2.0), ("12", 2.0), ("13", 3.2), ("15", 12.8)):
         file.write_text(f"alice:$2b${cost}${'.' * 53}\n")
         assert Users(file).failure_takes == pytest.approx(takes)
 
 
-async def test_who_guesses_does_not_keep_out_who_knows(
-    users: Users, checks: Checks, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """While all wait: first who was right before, then who names a user and was not wrong often, and the last first."""
+async def test_unknown_users_cost_what_known_ones_do(tmp_path: Path, clock: Clock, checks: Checks) -> None:
+    file = tmp_path / "users"
+    file.write_text(f"alice:{hashed('secret')}\nbob:{hashed('secret', cost=5)}\n")
+    costs = []
+    for _ in range(2):  # two workers
+        users = impatient(file, clock)
+        checks.hashes.clear()
+        for number in range(60):
+            assert not await users.verify(f"nobody {number}", "x", f"10.0.0.{number}")
+        costs.append([each[4:6] for each in checks.hashes])
+    assert costs[0] == costs[1]
+    assert len(costs[0]) == 60
+    assert 10 <= costs[0].count(b"05") <= 50
+
+
+# ---- whose check comes first
+
+
+async def test_guesses_do_not_keep_out_users_who_know_their_password(users: Users, checks: Checks) -> None:
+    """First those who were right before, then users from clients with few failures; and the last first."""
     order: list[str] = []
-    secrets = {"alice": "secret", "bob": "hunter2", "carol": "pass:word", "empty": ""}
 
     async def ask(user: str, password: str, client: str) -> None:
         await users.verify(user, password, client)
@@ -176,30 +186,29 @@ async def test_who_guesses_does_not_keep_out_who_knows(
     for number in range(4):
         await users.verify("bob", f"wrong {number}", "10.0.0.9")
     async with trio.open_nursery() as nursery:
-        async with users._line.turn(Rank.USER), users._line.turn(Rank.USER):
+        async with users._turns.turn(Rank.USER), users._turns.turn(Rank.USER):
             for number in range(3):
                 nursery.start_soon(ask, f"nobody {number}", "wrong", f"10.0.1.{number}")
             await trio.testing.wait_all_tasks_blocked()
-            for user, client in (
-                ("bob", "10.0.0.9"),
-                ("alice", "10.0.0.1"),
-                ("carol", "10.0.0.3"),
-                ("empty", "10.0.0.4"),
+            for user, password, client in (
+                ("bob", "hunter2", "10.0.0.9"),
+                ("alice", "secret", "10.0.0.1"),
+                ("carol", "pass:word", "10.0.0.3"),
+                ("empty", "", "10.0.0.4"),
             ):
-                nursery.start_soon(ask, user, secrets[user], client)
+                nursery.start_soon(ask, user, password, client)
                 await trio.testing.wait_all_tasks_blocked()
             # One at a time, so that the order can be seen.
-            users._line._free -= 1
-        users._line._free += 1
+            users._turns._free -= 1
+        users._turns._free += 1
     assert order[:4] == ["alice", "empty", "carol", "bob"]
     assert len(order) == 7
 
 
-async def test_a_line_is_bounded_and_who_is_at_its_end_is_refused(
-    file: Path, checks: Checks, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+async def test_a_line_is_bounded_and_its_oldest_are_refused(
+    file: Path, checks: Checks, autojump_clock: trio.testing.MockClock
 ) -> None:
-    monkeypatch.setattr(usocksd.auth, "_MOST_WAITING", 3)
-    users = Users(file, waits=inf)
+    users = Users(file, waits=inf, most_waiting=3)
     results: list[str] = []
 
     async def ask(number: int) -> None:
@@ -207,7 +216,7 @@ async def test_a_line_is_bounded_and_who_is_at_its_end_is_refused(
         results.append(f"nobody {number}")
 
     async with trio.open_nursery() as nursery:
-        async with users._line.turn(Rank.USER), users._line.turn(Rank.USER):
+        async with users._turns.turn(Rank.USER), users._turns.turn(Rank.USER):
             for number in range(9):
                 nursery.start_soon(ask, number)
                 await trio.testing.wait_all_tasks_blocked()
@@ -218,37 +227,18 @@ async def test_a_line_is_bounded_and_who_is_at_its_end_is_refused(
     assert checks.count == 3
 
 
-async def test_whoever_goes_while_waiting_leaves_no_gap(users: Users) -> None:
-    line = users._line
-    async with line.turn(Rank.USER), line.turn(Rank.USER):
+async def test_a_cancelled_wait_leaves_no_gap(users: Users) -> None:
+    turns = users._turns
+    async with turns.turn(Rank.USER), turns.turn(Rank.USER):
         with trio.move_on_after(0):
-            async with line.turn(Rank.USER):
+            async with turns.turn(Rank.USER):
                 raise AssertionError
     for _ in range(3):
-        async with line.turn(Rank.SUSPECT):
+        async with turns.turn(Rank.SUSPECT):
             pass
 
 
-async def test_an_unknown_user_costs_what_a_known_one_does(users: Users, checks: Checks) -> None:
-    await users.verify("nobody", "x", "10.0.0.1")
-    assert checks.count == 1
-    assert checks.hashes[0][4:6] == b"04"
-
-
-async def test_unknown_users_cost_what_known_ones_do_where_these_differ(tmp_path: Path, checks: Checks) -> None:
-    file = tmp_path / "users"
-    dear = bcrypt.hashpw(b"secret", bcrypt.gensalt(rounds=5)).decode()
-    file.write_text(f"alice:{hashed('secret')}\nbob:{dear}\n")
-    names = [f"nobody {n}" for n in range(60)]
-    costs = []
-    for _ in range(2):  # two workers
-        users = Users(file, failure_takes=0.0, waits=inf)
-        checks.hashes.clear()
-        for number, name in enumerate(names):
-            assert not await users.verify(name, "x", f"10.0.0.{number}")
-        costs.append([each[4:6] for each in checks.hashes])
-    assert costs[0] == costs[1]
-    assert 10 <= costs[0].count(b"05") <= 50
+# ---- what is remembered
 
 
 async def test_a_success_is_remembered_for_a_while(users: Users, checks: Checks, clock: Clock) -> None:
@@ -262,11 +252,10 @@ async def test_a_success_is_remembered_for_a_while(users: Users, checks: Checks,
     assert checks.count == 3
 
 
-async def test_neither_passwords_nor_unkeyed_hashes_are_kept(users: Users) -> None:
-    assert await users.verify("alice", "secret", "10.0.0.1")
-    other = Users.__new__(Users)
-    other.__dict__.update(users.__dict__, _key=b"another", _remembered={})
-    assert await other.verify("alice", "secret", "10.0.0.1")
+async def test_neither_passwords_nor_unkeyed_hashes_are_kept(file: Path, clock: Clock) -> None:
+    users, other = impatient(file, clock), impatient(file, clock)
+    for each in (users, other):
+        assert await each.verify("alice", "secret", "10.0.0.1")
     assert users._remembered.keys().isdisjoint(other._remembered)
     assert "secret" not in repr(vars(users))
 
@@ -274,78 +263,52 @@ async def test_neither_passwords_nor_unkeyed_hashes_are_kept(users: Users) -> No
 async def test_equal_questions_at_once_are_one_check(users: Users, checks: Checks) -> None:
     results: list[bool] = []
 
-    async def ask() -> None:
-        results.append(await users.verify("alice", "secret", "10.0.0.1"))
-
-    async with trio.open_nursery() as nursery:
-        for _ in range(50):
-            nursery.start_soon(ask)
-    assert results == [True] * 50
-    assert checks.count == 1
-
-
-async def test_who_waits_for_anothers_check_goes_on_when_that_one_is_cancelled(users: Users) -> None:
-    results: list[bool] = []
-
     async def ask(scope: trio.CancelScope) -> None:
         with scope:
             results.append(await users.verify("alice", "secret", "10.0.0.1"))
 
-    scopes = [trio.CancelScope() for _ in range(3)]
-    # It is nobody's turn: the first one waits for it, the others for the first.
-    async with trio.open_nursery() as nursery, users._line.turn(Rank.USER), users._line.turn(Rank.USER):
+    scopes = [trio.CancelScope() for _ in range(50)]
+    # Nobody has a turn: the first waits for one, the others for the first.
+    async with trio.open_nursery() as nursery, users._turns.turn(Rank.USER), users._turns.turn(Rank.USER):
         for scope in scopes:
             nursery.start_soon(ask, scope)
         await trio.testing.wait_all_tasks_blocked()
-        scopes[0].cancel()
+        scopes[0].cancel()  # then another goes on with it
         await trio.testing.wait_all_tasks_blocked()
-    assert results == [True, True]
+    assert results == [True] * 49
+    assert checks.count == 1
 
 
 async def test_too_many_failures_of_a_client_are_not_looked_at(
     users: Users, checks: Checks, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
+    assert await users.verify("bob", "hunter2", "10.0.0.1")
+    clock.now += 3600  # the success has expired, and still says that it was right
     async with trio.open_nursery() as nursery:
         for n in range(100):
             nursery.start_soon(users.verify, "alice", f"guess {n}", "10.0.0.1")
-    assert checks.count == 20
-    assert not await users.verify("alice", "secret", "10.0.0.1")
-    assert checks.count == 20
-    assert caplog.text.count("too many failed logins") == 1
-    assert await users.verify("alice", "secret", "10.0.0.2")  # the others are not locked out
-    assert await users.verify("alice", "secret", "10.0.0.1")  # nor is who is known to know it
-    clock.now += 61
-    assert await users.verify("bob", "hunter2", "10.0.0.1")
-
-
-async def test_tries_that_nobody_has_looked_at_do_not_count(file: Path, clock: Clock) -> None:
-    users = Users(file, clock=clock, failure_takes=0.0, waits=0.0)
-    for _ in range(30):
-        assert not await users.verify("alice", "secret", "192.0.2.1")
-    users._waits = inf
-    assert await users.verify("alice", "secret", "192.0.2.1")
-
-
-async def test_who_knew_the_password_before_is_not_locked_out_by_others(
-    users: Users, checks: Checks, clock: Clock
-) -> None:
-    assert await users.verify("bob", "hunter2", "10.0.0.1")
-    clock.now += 3600
-    for n in range(30):
-        assert not await users.verify("alice", f"guess {n}", "10.0.0.1")
     assert checks.count == 21
-    assert await users.verify("bob", "hunter2", "10.0.0.1")
-    assert checks.count == 22  # it is long ago, so it is checked
+    assert not await users.verify("alice", "secret", "10.0.0.1")
     assert not await users.verify("bob", "hunter3", "10.0.0.1")
-    assert checks.count == 22
+    assert checks.count == 21
+    assert caplog.text.count("too many failed logins") == 1
+    assert await users.verify("alice", "secret", "10.0.0.2")  # other clients are not locked out
+    assert await users.verify("alice", "secret", "10.0.0.1")  # nor a user who was right before
+    assert await users.verify("bob", "hunter2", "10.0.0.1")
+    clock.now += 61
+    assert await users.verify("carol", "pass:word", "10.0.0.1")
 
 
-async def test_successes_do_not_count_as_failures(users: Users, clock: Clock) -> None:
+async def test_only_checks_that_have_failed_count_as_failures(file: Path, users: Users, clock: Clock) -> None:
     for _ in range(50):
         assert await users.verify("alice", "secret", "10.0.0.1")
-        assert not users._failures_of("10.0.0.1").count
         users._remembered.clear()
+    assert not users._failures_of("10.0.0.1").count
+    hasty = impatient(file, clock, waits=0.0)
+    for _ in range(30):  # never looked at
+        assert not await hasty.verify("alice", "secret", "10.0.0.1")
+    assert not hasty._failures_of("10.0.0.1").count
 
 
 async def test_an_ipv6_client_is_its_network(users: Users, checks: Checks) -> None:
@@ -356,12 +319,14 @@ async def test_an_ipv6_client_is_its_network(users: Users, checks: Checks) -> No
     assert checks.count == 21
 
 
-async def test_what_is_remembered_is_bounded(users: Users, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(usocksd.auth, "_MOST_REMEMBERED", 2)
+async def test_what_is_remembered_is_bounded(file: Path, clock: Clock) -> None:
+    users = impatient(file, clock, most_remembered=2)
     for user, password in (("alice", "secret"), ("bob", "hunter2"), ("empty", ""), ("carol", "pass:word")):
         assert await users.verify(user, password, f"10.0.0.{len(user)}")
-    assert len(users._remembered) == 2
-    assert len(users._failures) == 2
+    assert (len(users._remembered), len(users._failures)) == (2, 2)
+
+
+# ---- the file
 
 
 def test_every_fault_of_the_file_is_reported_and_no_hash_shown(tmp_path: Path) -> None:
@@ -379,12 +344,9 @@ def test_every_fault_of_the_file_is_reported_and_no_hash_shown(tmp_path: Path) -
     assert "htpasswd -B" in str(caught.value)
 
 
-def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path: Path) -> None:
+def test_how_a_file_may_be_written(tmp_path: Path) -> None:
     (tmp_path / "users").write_bytes(b"\xef\xbb\xbfalice:" + hashed("x").encode() + b"\r\nbob:" + hashed("x").encode())
     assert Users(tmp_path / "users").names == {"alice", "bob"}
-
-
-def test_a_file_that_can_not_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
         Users(tmp_path / "none")
     (tmp_path / "binary").write_bytes(b"\xff\xfe")

@@ -1,7 +1,7 @@
-"""Which egress addresses are on DNS block lists (RFC 5782), and so which ones may be left from.
+"""Which egress addresses are on DNS block lists (RFC 5782), and which ones are usable.
 
-One worker, the keeper, runs `Lookups` and shares what it finds. Every worker has `Listings`, which takes that in, and
-knows what is usable right now. `Listing` is what travels between them.
+One worker, the keeper, runs `Lookups` and shares what it finds. Every worker has `Listings`, which takes that in and
+knows what is usable right now.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from usocksd.settings.types import SocketAddress
 
 _logger = logging.getLogger("usocksd.dnsbl")
 
-# What an answer must be in to be a listing, and where lists say that they won't answer: who asks too much, or through
-# an open resolver, must not take that for a listing (https://www.spamhaus.org/faqs/dnsbl-usage/).
+# An answer in the first network is a listing. With one in the second, a list says that it does not answer (to those who
+# ask too much, or through an open resolver): https://www.spamhaus.org/faqs/dnsbl-usage/
 _LISTED = IPv4Network("127.0.0.0/8")
 _ERRORS = IPv4Network("127.255.255.0/24")
 
-# Seconds. Between two questions about one address lie these at least and at most, whatever the TTL says.
+# Seconds between two questions about one address, whatever the TTL says.
 _SHORTEST, _LONGEST = 5.0, 3600.0
 _NEGATIVE_WITHOUT_SOA = 300.0
 _AFTER_FAILURE = 30.0
@@ -41,14 +41,14 @@ _AT_ONCE = 16
 
 
 class Listing(NamedTuple):
-    """An address, and the domain of a list that it is (or may be) on."""
+    """An address, and the domain of a list that it is on, or may be on."""
 
     address: IPAddress
     domain: str
 
 
 def query_name(listing: Listing) -> dns.name.Name:
-    """The name to ask for: octets, or nibbles, in reverse and the domain behind them (RFC 5782 sections 2.1, 2.4)."""
+    """The name to ask for: the octets or nibbles in reverse, then the domain (RFC 5782 sections 2.1, 2.4)."""
     origin = dns.name.from_text(listing.domain)
     return dns.reversename.from_address(str(listing.address), v4_origin=origin, v6_origin=origin)
 
@@ -56,7 +56,7 @@ def query_name(listing: Listing) -> dns.name.Name:
 def verdict(answers: Iterable[str]) -> bool | None:
     """Whether these addresses, the answer to a query, mean "listed"; None if the list has refused to answer.
 
-    What is not in 127.0.0.0/8 is no listing: it comes from a domain that is no block list any more.
+    An address outside 127.0.0.0/8 is no listing: it comes from a domain that is no longer a list.
     """
     codes = [code for code in map(IPv4Address, answers) if code in _LISTED]
     if any(code not in _ERRORS for code in codes):
@@ -74,42 +74,36 @@ class Listings:
         hosts: HostAddresses,
         metrics: Metrics,
     ) -> None:
-        """`domains`: those of the lists to ask, by pool."""
+        """`domains` are those of the lists to ask, by pool."""
         self._pools = pools
-        self._domains = domains
         self._hosts = hosts
+        self._of_pool = {
+            name: [Listing(address, domain) for address in pool.singles for domain in domains.get(name, ())]
+            for name, pool in pools.items()
+        }
+        self.questions = frozenset(listing for asked in self._of_pool.values() for listing in asked)
+        """Everything to ask."""
         self.current: frozenset[Listing] = frozenset()
-        """All that is listed of what is asked about."""
+        """Everything that is listed."""
         self._usable = Usable(hosts.current)
         # The same in all workers: the smallest of them is the value of each.
         family = metrics.minimums("egress_listed", "Whether a DNSBL lists an egress address", "pool", "address")
         self._gauges = {
-            (name, address): family.labels(name, str(address))
-            for name, pool in pools.items()
-            if domains.get(name)
-            for address in pool.singles
+            (name, each.address): family.labels(name, str(each.address))
+            for name, asked in self._of_pool.items()
+            for each in asked
         }
 
-    @property
-    def questions(self) -> frozenset[Listing]:
-        """Everything to ask."""
-        return frozenset(
-            Listing(address, domain)
-            for name, pool in self._pools.items()
-            for domain in self._domains.get(name, ())
-            for address in pool.singles
-        )
-
     def take(self, found: Any) -> None:
-        """What the keeper shares, from `as_json`; perhaps under another configuration: what nobody asks is left out."""
+        """What the keeper shares, from `as_json`. Under another configuration perhaps: the rest is left out."""
         self.current = self.questions & {Listing(numeric_address(address), domain) for address, domain in found}
-        listed = {name: frozenset(self._lists(name)) for name in self._pools}
+        listed = {name: frozenset(self._listed(name)) for name in self._pools}
         self._usable = Usable(self._hosts.current, listed)
         for (name, address), gauge in self._gauges.items():
             gauge.value = int(address in listed[name])
 
     def usable(self) -> Usable:
-        """What may be left from right now: the same object as long as nothing has changed."""
+        """What pools may leave from right now: the same object while nothing has changed."""
         if self._usable.local is not self._hosts.current:
             self._usable = Usable(self._hosts.current, self._usable.listed)
         return self._usable
@@ -121,20 +115,19 @@ class Listings:
             name: {
                 "addresses": list(map(str, pool.addresses)),
                 "local": [str(address) for address in pool.addresses if covers(local, address)],
-                "listed": {str(address): domains for address, domains in self._lists(name).items()},
+                "listed": {str(address): domains for address, domains in self._listed(name).items()},
                 "iface": pool.iface,
                 "mark": pool.mark,
             }
             for name, pool in self._pools.items()
         }
 
-    def _lists(self, pool: str) -> dict[IPAddress, list[str]]:
+    def _listed(self, pool: str) -> dict[IPAddress, list[str]]:
         """The listed addresses of a pool, and the lists that they are on."""
         found: dict[IPAddress, list[str]] = {}
-        for address in self._pools[pool].singles:
-            for domain in self._domains.get(pool, ()):
-                if Listing(address, domain) in self.current:
-                    found.setdefault(address, []).append(domain)
+        for listing in self._of_pool[pool]:
+            if listing in self.current:
+                found.setdefault(listing.address, []).append(listing.domain)
         return found
 
 
@@ -163,12 +156,16 @@ class Lookups:
         """`servers` None: those of `resolv_conf`, on `port`. Times in seconds: the shortest between two questions
         about one address, until the next one if there was no answer, and for an answer.
         """
-        self._listings = listings
         self._share = share
+        self._listings = listings
         self._servers = NameServers(servers, resolv_conf, port=port, lifetime=lifetime, clock=clock)
         self._shortest = shortest
         self._after_failure = after_failure
         self._clock = clock
+        self._due: dict[str, dict[Listing, float]] = {}
+        """When to ask next, by domain."""
+        for question in listings.questions:
+            self._due.setdefault(question.domain, {})[question] = clock()
         self._listed: set[Listing] = set()
         self._unanswered: dict[Listing, str] = {}
         lookups = metrics.counters("dnsbl_lookups_total", "Questions to DNSBLs about egress addresses", "result")
@@ -177,43 +174,40 @@ class Lookups:
         }
 
     async def run(self) -> None:
-        """Until cancelled. What is known by then stays known until an answer says otherwise."""
+        """Until cancelled. What is known at the start stays known until an answer says otherwise."""
         self._listed = set(self._listings.current)
-        by_domain: dict[str, dict[Listing, float]] = {}
-        for question in self._listings.questions:
-            by_domain.setdefault(question.domain, {})[question] = self._clock()
         async with trio.open_nursery() as nursery:
-            for domain, due in by_domain.items():
-                # Each at its own pace: one that is dead holds up no other.
-                nursery.start_soon(self._follow, domain, due)
+            for domain in self._due:
+                # Each at its own pace: a dead list does not delay others.
+                nursery.start_soon(self._follow, domain)
 
     async def once(self) -> dict[Listing, str]:
-        """Ask everything one time, and share it. Returns what there was no answer to, and why."""
-        due = dict.fromkeys(self._listings.questions, 0.0)
-        limiters = {question.domain: trio.CapacityLimiter(_AT_ONCE) for question in due}
-        self._servers.reread()
+        """Ask everything once, and share it. Returns the questions without an answer, and why."""
         async with trio.open_nursery() as nursery:
-            for question in due:
-                nursery.start_soon(self._ask, question, due, limiters[question.domain])
+            for domain in self._due:
+                nursery.start_soon(self._ask_list, domain)
         self._share(as_json(self._listed))
         return dict(self._unanswered)
 
-    async def _follow(self, domain: str, due: dict[Listing, float]) -> None:
-        """`due`: when to ask what."""
-        limiter = trio.CapacityLimiter(_AT_ONCE)
+    async def _follow(self, domain: str) -> None:
         while True:
-            now = self._clock()
-            self._servers.reread()
             before = frozenset(self._listed)
             failed = any(each.domain == domain for each in self._unanswered)
-            async with trio.open_nursery() as nursery:
-                for question, when in due.items():
-                    if when <= now:
-                        nursery.start_soon(self._ask, question, due, limiter)
+            await self._ask_list(domain)
             self._tell(domain, before, failed=failed)
-            await trio.sleep(max(min(due.values()) - self._clock(), self._shortest))
+            await trio.sleep(max(min(self._due[domain].values()) - self._clock(), self._shortest))
 
-    async def _ask(self, question: Listing, due: dict[Listing, float], limiter: trio.CapacityLimiter) -> None:
+    async def _ask_list(self, domain: str) -> None:
+        """Ask one list about every address that is due."""
+        self._servers.reread()
+        now = self._clock()
+        limiter = trio.CapacityLimiter(_AT_ONCE)
+        async with trio.open_nursery() as nursery:
+            for question, due in self._due[domain].items():
+                if due <= now:
+                    nursery.start_soon(self._ask, question, limiter)
+
+    async def _ask(self, question: Listing, limiter: trio.CapacityLimiter) -> None:
         self._unanswered.pop(question, None)
         async with limiter:
             try:
@@ -231,14 +225,14 @@ class Lookups:
             self._listed.add(question)
         elif listed is not None:
             self._listed.discard(question)
-        due[question] = self._clock() + min(max(ttl, self._shortest), _LONGEST)
+        self._due[question.domain][question] = self._clock() + min(max(ttl, self._shortest), _LONGEST)
 
     def _tell(self, domain: str, before: frozenset[Listing], *, failed: bool) -> None:
-        """What a round of questions to one list has changed; `failed`: whether one had failed before."""
+        """Share and log what has changed since `before`; `failed`: some question had no answer before."""
         failures = [error for question, error in self._unanswered.items() if question.domain == domain]
         if failures and not failed:
-            said = {"domain": domain, "error": failures[0]}
-            _logger.warning("DNSBL does not answer: what is known stays", extra={"fields": said})
+            fields: dict[str, Any] = {"domain": domain, "error": failures[0]}
+            _logger.warning("DNSBL does not answer: what is known stays", extra={"fields": fields})
         elif failed and not failures:
             _logger.info("DNSBL answers again", extra={"fields": {"domain": domain}})
         added = [str(each.address) for each in self._listed - before if each.domain == domain]
@@ -246,7 +240,7 @@ class Lookups:
         if not added and not removed:
             return
         self._share(as_json(self._listed))
-        fields: dict[str, Any] = {"domain": domain, "added": sorted(added), "removed": sorted(removed)}
+        fields = {"domain": domain, "added": sorted(added), "removed": sorted(removed)}
         if added:
             fields["_bad_ips"] = sorted({str(each.address) for each in self._listed})
             _logger.warning("detect black-listed IP", extra={"fields": fields})

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import re
-import tomllib
-from collections.abc import Mapping
 from ipaddress import ip_address, ip_network
 from pathlib import Path
-from typing import Any, get_args, get_origin
 
-import attrs
 import pytest
 
 from usocksd.config import Auth, Config, PoolConfig
@@ -17,7 +13,6 @@ from usocksd.errors import ConfigError
 from usocksd.settings.loader import Invalid, load, parse
 
 DATA = Path(__file__).parent / "data"
-SAMPLE = Path(__file__).parents[2] / "deploy" / "usocksd.toml"
 
 
 def faults(toml: str) -> list[str]:
@@ -358,62 +353,6 @@ def test_the_default_pool_is_the_one_of_outgoing() -> None:
     assert parse(Config, "", "").pools() == {"default": PoolConfig()}
     own = parse(Config, '[egress.default]\nsticky = "client"\n[egress.other]\n', "").pools()
     assert own == {"default": PoolConfig(sticky="client"), "other": PoolConfig()}
-
-
-# The sample.
-
-
-def keys(table: dict[str, Any], prefix: str = "") -> set[str]:
-    found: set[str] = set()
-    for name, value in table.items():
-        inner = value[0] if isinstance(value, list) and value and isinstance(value[0], dict) else value
-        found |= keys(inner, f"{prefix}{name}.") if isinstance(inner, dict) else {prefix + name}
-    return found
-
-
-def settings(cls: type[Any], prefix: str = "") -> set[str]:
-    found: set[str] = set()
-    for field in attrs.fields(attrs.resolve_types(cls)):
-        if not field.init:
-            continue
-        key = f"{prefix}{field.name.rstrip('_')}"
-        args = get_args(field.type)
-        if get_origin(field.type) is Mapping:
-            found |= settings(args[1], f"{key}.partners.")
-        elif args and attrs.has(args[0]):  # tables in any number, or one that may be missing
-            found |= settings(args[0], f"{key}.")
-        else:
-            found |= settings(field.type, f"{key}.") if attrs.has(field.type) else {key}
-    return found
-
-
-def test_the_sample_is_the_default() -> None:
-    assert load(Config, SAMPLE) == Config()
-
-
-def test_the_sample_shows_every_setting_and_its_default(tmp_path: Path) -> None:
-    users = tmp_path / "users"
-    users.touch()
-    shown = re.sub(r"^#(?=\w+ = |\[)", "", SAMPLE.read_text(), flags=re.MULTILINE)
-    (tmp_path / "blocked.txt").touch()
-    shown = shown.replace("/etc/usocksd.users", str(users))
-    assert keys(tomllib.loads(shown)) == settings(Config)
-    config, default = parse(Config, shown, str(tmp_path / "usocksd.toml")), Config()
-    assert (config.timeouts, config.limits, config.control) == (default.timeouts, default.limits, default.control)
-    assert (config.log.level, config.log.format) == ("info", "plain")
-    unset = {"addresses": None, "allow_from": None, "metrics_port": None, "proxy_protocol": None}
-    assert attrs.evolve(config.incoming, **unset) == default.incoming
-    unset = {"iface": None, "addresses": (), "dnsbl_domain": None, "mark": None, "nat64_prefixes": ()}
-    assert attrs.evolve(config.outgoing, **unset) == default.outgoing
-
-
-def test_the_sample_names_the_default_clients() -> None:
-    from usocksd.clients import DEFAULT_CLIENTS  # noqa: PLC0415
-
-    shown = re.search(r"^#(allow_from = .*)$", SAMPLE.read_text(), re.MULTILINE)
-    assert shown is not None
-    config = parse(Config, f"[incoming]\n{shown[1]}", "usocksd.toml")
-    assert set(config.incoming.allow_from or ()) == {ip_network(network) for network in DEFAULT_CLIENTS}
 
 
 def test_a_network_to_leave_from() -> None:

@@ -58,6 +58,7 @@ class Lines:
 
         Of a value that is not in the text, the line of the innermost table that is; else 1.
         """
+        path = _plain(path)
         match = _PATH.fullmatch(path)
         assert match is not None  # it takes any text
         key, index = (path, None) if path in self._ends else (match[1], match[2])

@@ -72,16 +72,12 @@ def faults(toml: str, cls: type[object] = Outer) -> list[str]:
     return [str(fault) for fault in caught.value.faults]
 
 
-def test_an_empty_text_is_all_defaults() -> None:
-    assert parse(Outer, "", "test.toml") == Outer()
-
-
 def test_values_are_typed() -> None:
     config = parse(
         Outer,
         """
         ports = [1, 65535]
-        addresses = ["127.0.0.1", "::ffff:192.0.2.1", "::1"]
+        addresses = ["127.0.0.1", "::ffff:192.0.2.1", "::"]
         host = "2001:db8::1"
         iface = "eth0"
         mark = 0xffffffff
@@ -93,7 +89,7 @@ def test_values_are_typed() -> None:
         "test.toml",
     )
     assert config.ports == (1, 65535)
-    assert config.addresses == (ip_address("127.0.0.1"), ip_address("192.0.2.1"), ip_address("::1"))
+    assert config.addresses == (ip_address("127.0.0.1"), ip_address("192.0.2.1"), ip_address("::"))
     assert config.host == ip_address("2001:db8::1")
     assert config.iface == "eth0"
     assert config.mark == 0xFFFFFFFF
@@ -189,23 +185,15 @@ def test_every_fault_of_a_text_is_reported_at_once() -> None:
     ("toml", "fault"),
     [
         ("inner = 5", "inner: 5: expected a table"),
-        ('inner = "abc"', 'inner: "abc": expected a table'),
         ("inner = [{ port = 1 }]", "inner: [a table]: expected a table"),
         ("inner.port = 80.0", "inner.port: 80.0: expected an integer from 1 to 65535"),
-        ("inner.port = 80.9", "inner.port: 80.9: expected an integer from 1 to 65535"),
-        ("inner.port = 0", "inner.port: 0: expected an integer from 1 to 65535"),
         ("inner = { port = 1, flag = 1 }", "inner.flag: 1: expected true or false"),
         ("inner = { port = 1, flag = true }", "inner.flag: true: expected limit to be set too"),
         ('ports = "abc"', 'ports: "abc": expected a list, each item an integer from 1 to 65535'),
         ("ports = { a = 1 }", "ports: a table: expected a list, each item an integer from 1 to 65535"),
         ("ports = [[1]]", "ports[0]: [1]: expected an integer from 1 to 65535"),
         ("drain = true", "drain: true: expected seconds, 0 or more and at most 31536000 (a year)"),
-        ("drain = inf", "drain: inf: expected seconds, 0 or more and at most 31536000 (a year)"),
         ("drain = -0.5", "drain: -0.5: expected seconds, 0 or more and at most 31536000 (a year)"),
-        (
-            "drain = 2024-01-01",
-            "drain: 2024-01-01: expected seconds, 0 or more and at most 31536000 (a year)",
-        ),
         ('host = "::"', 'host: "::": is the unspecified address, expected the address of one host'),
         ('host = "224.0.0.1"', 'host: "224.0.0.1": is multicast, expected the address of one host'),
         ('host = "fe80::1%eth0"', 'host: "fe80::1%eth0": expected an IP address without a zone'),
@@ -227,10 +215,6 @@ def test_every_fault_of_a_text_is_reported_at_once() -> None:
 )
 def test_fault(toml: str, fault: str) -> None:
     assert faults(toml) == [fault]
-
-
-def test_the_wildcards_of_both_families_do_not_clash() -> None:
-    assert len(parse(Outer, 'addresses = ["0.0.0.0", "::"]', "test.toml").addresses) == 2
 
 
 @pytest.mark.parametrize("name", ["a b", "a/b", "..", "a:b", "sixteen-chars-xx", "tab\\t"])
@@ -266,15 +250,11 @@ def test_syntax_errors_tell_line_and_column(toml: str, place: str) -> None:
     assert fault.startswith(f"{place}: not TOML: ")
 
 
-@pytest.mark.parametrize("toml", ["mark = " + "9" * 5000, "mark = " + "[" * 5000])
-def test_a_number_too_long_and_brackets_nested_too_deep(toml: str) -> None:
-    (fault,) = faults(toml)
-    assert "file: can't be read" in fault
-
-
-@pytest.mark.parametrize("depth", range(50, 1000, 50))
-def test_nesting_of_any_depth_is_a_fault(depth: int) -> None:
-    assert len(faults("mark = " + "[" * depth + "]" * depth)) == 1
+@pytest.mark.parametrize(
+    "value", ["9" * 5000, "[" * 5000, *("[" * depth + "]" * depth for depth in range(50, 1000, 50))]
+)
+def test_a_number_too_long_and_brackets_nested_too_deep(value: str) -> None:
+    assert len(faults(f"mark = {value}")) == 1
 
 
 def test_a_hexadecimal_number_of_thousands_of_digits() -> None:
@@ -379,34 +359,26 @@ def test_any_value_for_any_key_is_accepted_or_a_fault(key: str, value: object) -
 
 
 def test_log() -> None:
-    assert parse(LogConfig, "", "") == LogConfig(filename=None, level=None, format=None)
     config = parse(LogConfig, 'filename = "/var/log/x"\nlevel = "crit"\nformat = "logfmt"', "")
     assert config == LogConfig(filename="/var/log/x", level="crit", format="logfmt")
     assert parse(LogConfig, 'filename = ""\nlevel = ""\nformat = ""', "") == LogConfig()
-
-
-def test_log_faults() -> None:
-    found = faults('filename = 1\nlevel = "loud"\nformat = "xml"', LogConfig)
-    assert found[0] == "filename: 1: expected the path of a file"
-    assert found[1].startswith('level: "loud": expected one of "critical", ')
-    assert found[2] == 'format: "xml": expected one of "plain", "logfmt", "json"'
+    first, second, third = faults('filename = 1\nlevel = "loud"\nformat = "xml"', LogConfig)
+    assert first == "filename: 1: expected the path of a file"
+    assert second.startswith('level: "loud": expected one of "critical", ')
+    assert third == 'format: "xml": expected one of "plain", "logfmt", "json"'
 
 
 def test_dns_servers() -> None:
-    config = parse(
-        DnsConfig,
-        'servers = ["192.0.2.53", "192.0.2.53:5353", "[2001:db8::53]:53", "2001:db8::54", "[::1]"]',
-        "",
-    )
-    assert config.servers is not None
-    assert [str(server) for server in config.servers] == [
-        "192.0.2.53:53",
+    listed = '["192.0.2.53", "192.0.2.53:5353", "[2001:db8::53]:53", "2001:db8::54", "[::1]"]'
+    servers = parse(DnsConfig, f"servers = {listed}", "").servers
+    assert servers is not None
+    assert servers[0] == SocketAddress(ip_address("192.0.2.53"), 53)
+    assert [str(server) for server in servers[1:]] == [
         "192.0.2.53:5353",
         "[2001:db8::53]:53",
         "[2001:db8::54]:53",
         "[::1]:53",
     ]
-    assert config.servers[0] == SocketAddress(ip_address("192.0.2.53"), 53)
     assert parse(DnsConfig, "servers = []", "").servers is None
 
 
@@ -428,7 +400,6 @@ def test_what_is_no_dns_server(server: str) -> None:
 
 
 def test_timeouts() -> None:
-    assert attrs.astuple(Timeouts()) == (10.0, 30.0, 7440.0, 300.0, 180, 30.0, 600.0)
     assert parse(Timeouts, "handshake = 0.5\nidle = 60\nstop = 0", "") == Timeouts(handshake=0.5, idle=60.0, stop=0.0)
     assert len(faults("handshake = 0\nconnect = 0\nidle = 0\nhalf_closed = 0\nstop = -1\nkeepalive = 0", Timeouts)) == 6
 

@@ -81,6 +81,7 @@ def test_lines_of_arrays_of_tables(path: str, line: int) -> None:
     [
         ("workers", 2),
         ("control", 3),
+        ('"control"', 3),
         ("timeouts.idle", 4),
         ("timeouts.stop", 4),
         ("incoming", 6),

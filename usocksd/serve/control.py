@@ -1,7 +1,7 @@
 """The control socket, where the operator's verbs reach a running daemon: one line of JSON in, one out.
 
-Who may: the daemon's own user and root. The permissions of the socket's file say so, and so do the credentials of
-each connection, which count if somebody has changed the file.
+Only the daemon's own user and root may ask. The permissions of the socket's file allow no others, and in case somebody
+changes them the credentials of each connection are looked at too.
 """
 
 from __future__ import annotations
@@ -16,28 +16,24 @@ import stat
 import struct
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import partial
 from typing import Any, Final, TypeAlias
 
 import trio
 
 from usocksd.errors import ConfigError, Error
+from usocksd.serve.server import Limits, Peer, Server
 from usocksd.settings.control_path import NotPrivate, make_folder
 
 log = logging.getLogger(__name__)
 
 Message: TypeAlias = dict[str, Any]
 Handler: TypeAlias = Callable[[Message], Awaitable[Message]]
-"""Gets the whole request, returns what the answer has besides "ok"."""
+"""Gets the whole request, and returns the answer but for "ok"."""
 Handlers: TypeAlias = Mapping[str, Handler]
 """By verb"""
 
-MOST_CLIENTS: Final = 16
-MOST_BYTES: Final = 64 * 1024
-"""of a request"""
-REQUEST_WITHIN: Final = 5.0
-ANSWER_WITHIN: Final = 5.0
-"""Seconds that a client has to send its request, and to take the answer."""
+LIMITS: Final = Limits(clients=16, request=64 * 1024 + 1, ask_within=5.0, take_within=5.0)
+MOST_BYTES: Final = LIMITS.request - 1
 
 _BACKLOG = 64
 _CREDENTIALS = struct.Struct("iII")  # struct ucred of unix(7): process, user, group
@@ -47,28 +43,28 @@ class ControlError(Error):
     """The control socket could not be opened."""
 
 
-class ControlSocket:
-    """A listening Unix socket at `path`; see `open`.
+class Control(Server):
+    """The control socket at `path`; see `open`. `inode` is the device and inode number of the socket's file.
 
-    A process that this one becomes by exec goes on with `ControlSocket(path, sock, inode)`, from `path`, `fileno()`
-    and `inode` here.
+    What a handler returns is sent with "ok": true; if it raises Error, that is sent with "ok": false, and with the
+    faults of a ConfigError. Handlers run at the same time.
     """
 
-    def __init__(self, path: str, sock: socket.socket, inode: tuple[int, int]) -> None:
+    finishes = True  # so that the verb that ends the daemon has its answer
+
+    def __init__(
+        self, path: str, sock: socket.socket, inode: tuple[int, int], handlers: Handlers, limits: Limits = LIMITS
+    ) -> None:
+        super().__init__([sock], limits)
         self.path = path
         self.inode = inode
-        """Device and inode number of the socket's file."""
-        self._sock = sock
-        self._listener: trio.SocketListener | None = None
-        self._clients = 0
-        self._silent: dict[trio.CancelScope, None] = {}
-        """Those who have not asked yet, the oldest first: where they are waited for."""
+        self._handlers = handlers
 
     @classmethod
-    def open(cls, path: str, name: str) -> ControlSocket:
-        """Make the socket `path`, its folder too, in place of one that a daemon has left behind. `name` is for errors.
+    def open(cls, path: str, name: str, handlers: Handlers) -> Control:
+        """Make the socket `path`, and its folder, in place of one that a daemon has left behind. `name` is for errors.
 
-        Raises ControlError when that can't be done, or another process listens there.
+        Raises ControlError if that can't be done, or another process listens there.
         """
         try:
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -92,93 +88,45 @@ class ControlSocket:
         except OSError as error:
             sock.close()
             raise ControlError(f"can't open the control socket {path}: {error.strerror or error}") from None
-        return cls(path, sock, (found.st_dev, found.st_ino))
-
-    def fileno(self) -> int:
-        """The descriptor, which is not inheritable."""
-        return self._sock.fileno()
+        return cls(path, sock, (found.st_dev, found.st_ino), handlers)
 
     def close(self) -> None:
-        """Listen no more, and remove the socket's file if that is still the one. Who has connected is answered."""
+        """Accept no more, and remove the socket's file if that is still this one. What has been asked is answered."""
         with suppress(OSError):
             found = os.lstat(self.path)
             if (found.st_dev, found.st_ino) == self.inode:
                 os.unlink(self.path)
-        self._sock.close()
-        if self._listener is not None:
-            self._listener.socket.close()
+        super().close()
 
-    async def serve(self, handlers: Handlers, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Answer requests until cancelled; or until closed, and then those that have come.
+    def identify(self, sock: trio.socket.SocketType) -> Peer:
+        """The process and user at the other end."""
+        raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        pid, uid, _ = _CREDENTIALS.unpack(raw)
+        own = os.geteuid()
+        refusal = b"" if uid in (0, own) else _refusal(f"permission denied: only root and user {own} may ask")
+        return Peer(uid, pid, refusal)
 
-        What a handler returns is sent with "ok": true, and an Error that it raises with "ok": false; the faults of a
-        ConfigError go along. Handlers run at the same time, for at most MOST_CLIENTS clients.
-        """
-        # A duplicate, since trio closes what it serves in the end.
-        listener = self._listener = trio.SocketListener(trio.socket.from_stdlib_socket(self._sock.dup()))
-        async with trio.open_nursery() as clients:
+    def is_whole(self, data: bytes) -> bool:
+        """A line."""
+        return b"\n" in data
 
-            async def accept(*, task_status: trio.TaskStatus[object]) -> None:
-                serve = partial(self._serve_client, handlers)
-                try:
-                    await trio.serve_listeners(serve, [listener], handler_nursery=clients, task_status=task_status)
-                except* trio.ClosedResourceError:
-                    pass  # by `close`
+    async def answer(self, request: bytes, peer: Peer) -> bytes:
+        """A line of JSON, in UTF-8."""
+        line = request.partition(b"\n")[0]
+        if len(line) > MOST_BYTES:
+            return _refusal(f"a request of more than {MOST_BYTES} bytes")
+        return await answer_line(self._handlers, line, peer)
 
-            await clients.start(accept)
-            task_status.started()
+    def too_late(self) -> bytes:
+        within = self._limits.ask_within
+        return _refusal(f"no request within {within:.0f} s, or too many others came meanwhile")
 
-    async def _serve_client(self, handlers: Handlers, stream: trio.SocketStream) -> None:
-        self._clients += 1
-        try:
-            async with stream:
-                pid, uid, _ = _CREDENTIALS.unpack(
-                    stream.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-                )
-                answer: bytes | None
-                if uid not in (0, os.geteuid()):
-                    answer = _refusal(f"permission denied: only root and user {os.geteuid()} may ask")
-                elif self._clients > MOST_CLIENTS and not self._silent:
-                    answer = _refusal(f"busy: {MOST_CLIENTS} others are being answered")
-                else:
-                    if self._clients > MOST_CLIENTS:
-                        self._make_room()
-                    line = await self._receive_request(stream)
-                    answer = await _answer(handlers, line, pid, uid)
-                if answer is not None:
-                    # Shielded, so that the verb that ends the daemon has its answer too.
-                    with trio.CancelScope(shield=True, deadline=trio.current_time() + ANSWER_WITHIN):
-                        await stream.send_all(answer)
-        except (trio.BrokenResourceError, OSError):
-            pass  # the client does not want to know
-        finally:
-            self._clients -= 1
-
-    def _make_room(self) -> None:
-        """Wait no longer for the one who has been silent longest."""
-        scope = next(iter(self._silent))
-        del self._silent[scope]
-        scope.cancel()
-
-    async def _receive_request(self, stream: trio.SocketStream) -> bytes | None:
-        """None if it takes too long."""
-        with trio.move_on_after(REQUEST_WITHIN) as patience:
-            self._silent[patience] = None
-            try:
-                return await _receive_line(stream)
-            finally:
-                self._silent.pop(patience, None)
-        return None
+    def busy(self) -> bytes:
+        return _refusal(f"busy: {self._limits.clients} others are being answered")
 
 
-async def _answer(handlers: Handlers, line: bytes | None, pid: int, uid: int) -> bytes | None:
-    """The answer to a client's request, encoded; None for one who never asks."""
-    if line is None:
-        return _refusal(f"no request within {REQUEST_WITHIN:.0f} s, or too many others came meanwhile")
-    if not line:
-        return None
-    if len(line) > MOST_BYTES:
-        return _refusal(f"a request of more than {MOST_BYTES} bytes")
+async def answer_line(handlers: Handlers, line: bytes, peer: Peer) -> bytes:
+    """The answer to a request, encoded."""
     try:
         request = json.loads(line.decode())
     except (ValueError, RecursionError):
@@ -187,7 +135,7 @@ async def _answer(handlers: Handlers, line: bytes | None, pid: int, uid: int) ->
     handler = handlers.get(verb) if isinstance(verb, str) else None
     if handler is None:
         return _refusal(f"no such verb: expected one of {', '.join(handlers)}")
-    log.debug("control request", extra={"fields": {"verb": verb, "pid": pid, "uid": uid}})
+    log.debug("control request", extra={"fields": {"verb": verb, "pid": peer.pid, "uid": peer.owner}})
     try:
         return _encode({"ok": True, **await handler(request)})
     except ConfigError as error:
@@ -197,17 +145,6 @@ async def _answer(handlers: Handlers, line: bytes | None, pid: int, uid: int) ->
     except Exception:
         log.error("internal error", exc_info=True, extra={"fields": {"verb": verb}})
         return _refusal("internal error")
-
-
-async def _receive_line(stream: trio.SocketStream) -> bytes:
-    """Up to the end of the line or of the stream, or MOST_BYTES and one more."""
-    data = bytearray()
-    while len(data) <= MOST_BYTES:
-        more = await stream.receive_some(MOST_BYTES + 1 - len(data))
-        data += more
-        if not more or b"\n" in more:
-            break
-    return bytes(data.partition(b"\n")[0])
 
 
 def _refusal(error: str, **more: object) -> bytes:
@@ -220,10 +157,10 @@ def _encode(answer: Message) -> bytes:
 
 @contextmanager
 def _locked(folder: str) -> Iterator[None]:
-    """While one process looks at what is there and replaces it, no other does. Raises OSError."""
+    """Keep other processes from replacing what is there at the same time. Raises OSError."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        # Not waited for: who can read the folder can lock it for good. Doors are tried again.
+        # Without waiting: whoever can read the folder can lock it for good. doors.py tries again.
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:

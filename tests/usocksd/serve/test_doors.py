@@ -1,17 +1,19 @@
 """The doors of a master that has no descriptors left."""
 
+import gc
 import os
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import trio
 
 from usocksd.errors import Error
 from usocksd.net.listeners import ListenError
-from usocksd.serve.control import ControlError, ControlSocket
+from usocksd.serve.control import Control, ControlError
 from usocksd.serve.doors import Doors
 from usocksd.serve.plan import Metering
 from usocksd.serve.timing import Timing
@@ -32,21 +34,22 @@ def descriptors(count: int) -> Iterator[None]:
 
 def failures(do: Callable[[], Any], expected: type[Error]) -> int:
     """How often it fails, with ever more descriptors; and nothing stays open."""
+    gc.collect()  # or garbage of earlier tests would be closed meanwhile
     for count in range(100):
-        before = os.listdir("/proc/self/fd")
+        before = set(os.listdir("/proc/self/fd"))
         with suppress(expected):
             with descriptors(count):
                 do().close()
             return count
-        assert os.listdir("/proc/self/fd") == before
+        assert set(os.listdir("/proc/self/fd")) <= before
     raise AssertionError("it always fails")
 
 
 async def test_doors_without_descriptors(tmp_path: Path) -> None:
-    """Whatever it is for that there is none: such a door is shut, and the daemon lives on."""
+    """However many are missing: such a door is shut, and the daemon lives on."""
     async with trio.open_nursery() as nursery:
-        report: Any = None
+        report: Any = Mock()
         doors = Doors("tiny", nursery, report, {}, Timing())
-        metering = Metering(("127.0.0.1",), 0, required=False)
-        assert failures(lambda: doors._open_metrics(metering), ListenError) >= 4
-        assert failures(lambda: ControlSocket.open(str(tmp_path / "control"), "tiny"), ControlError) >= 2
+        metering = Metering(("127.0.0.1", "127.0.0.2"), 0, required=False)
+        assert failures(lambda: doors._open_metrics(metering), ListenError) >= 2
+        assert failures(lambda: Control.open(str(tmp_path / "control"), "tiny", {}), ControlError) >= 2

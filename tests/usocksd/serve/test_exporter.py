@@ -10,7 +10,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from http.client import HTTPConnection, HTTPResponse
+from typing import Any
 
+import attrs
 import daemons
 import pytest
 import trio
@@ -19,9 +21,9 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.openmetrics import parser as openmetrics
 
 from usocksd.log.metrics import BYTES, SECONDS, Metrics, Snapshot, total
-from usocksd.net.listeners import ListenError, listen
-from usocksd.serve import exporter as module
-from usocksd.serve.exporter import Exporter
+from usocksd.net.listeners import listen
+from usocksd.serve.exporter import LIMITS, Exporter
+from usocksd.serve.server import Limits
 
 # As Prometheus 2.42 and 3.5 say it.
 ACCEPT = (
@@ -34,20 +36,31 @@ STRANGE = 'deny_sites "a\\b\nc" ü'
 
 
 class Served:
-    """An exporter, what it collects, and how it is."""
+    """An exporter in a thread, what it collects, and how it is."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Limits = LIMITS, host: str = "127.0.0.1") -> None:
         self.metrics = Metrics("usocksd")
         self.health = "ready"
         self.collect: Callable[[], Snapshot] = lambda: total([self.metrics.snapshot()])
-        self.exporter = Exporter(listen("127.0.0.1", 0), self._collect, lambda: self.health)
-        self.port = self.exporter.address[1]
+        self.exporter = Exporter([listen(host, 0)], lambda: self.collect(), lambda: self.health, limits)  # noqa: PLW0108  (a test replaces it)
+        self.host, self.port = self.exporter.addresses[0]
+        self._ready = threading.Event()
+        self.thread = threading.Thread(target=trio.run, args=[self._run])
+        self.thread.start()
+        assert self._ready.wait(daemons.PATIENCE)
 
-    def _collect(self) -> Snapshot:
-        return self.collect()
+    async def _run(self) -> None:
+        self._token = trio.lowlevel.current_trio_token()
+        async with trio.open_nursery() as nursery:
+            await nursery.start(lambda task_status: self.exporter.serve(task_status=task_status))
+            self._ready.set()
+
+    def close(self) -> None:
+        """Close the exporter; its thread ends when all is answered."""
+        trio.from_thread.run_sync(self.exporter.close, trio_token=self._token)
 
     def get(self, path: str, method: str = "GET", accept: str | None = None) -> tuple[HTTPResponse, bytes]:
-        connection = HTTPConnection("127.0.0.1", self.port, timeout=daemons.PATIENCE)
+        connection = HTTPConnection(self.host, self.port, timeout=daemons.PATIENCE)
         try:
             connection.request(method, path, headers={} if accept is None else {"Accept": accept})
             response = connection.getresponse()
@@ -56,19 +69,25 @@ class Served:
             connection.close()
 
     def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), daemons.PATIENCE)
+        return socket.create_connection((self.host, self.port), daemons.PATIENCE)
+
+
+@contextlib.contextmanager
+def serving(limits: Limits = LIMITS, host: str = "127.0.0.1") -> Iterator[Served]:
+    served = Served(limits, host)
+    try:
+        yield served
+    finally:
+        with contextlib.suppress(trio.RunFinishedError):
+            served.close()
+        served.thread.join(daemons.PATIENCE)
+        assert not served.thread.is_alive()
 
 
 @pytest.fixture
 def served() -> Iterator[Served]:
-    served = Served()
-    yield served
-    served.exporter.close()
-    daemons.wait_until(lambda: not threads(), "its thread ends")
-
-
-def threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "metrics"]
+    with serving() as served:
+        yield served
 
 
 def fill(metrics: Metrics) -> None:
@@ -182,25 +201,6 @@ def test_a_fault_in_collecting_is_an_answer_and_a_record(served: Served, caplog:
     assert served.get("/healthz")[0].status == 200
 
 
-async def test_collecting_in_trio_and_after_its_end(served: Served, caplog: pytest.LogCaptureFixture) -> None:
-    fill(served.metrics)
-    token = trio.lowlevel.current_trio_token()
-    served.collect = lambda: trio.from_thread.run_sync(served.metrics.snapshot, trio_token=token)
-    response, _ = await trio.to_thread.run_sync(served.get, "/metrics")
-    assert response.status == 200
-
-    def in_another_trio() -> trio.lowlevel.TrioToken:
-        async def token() -> trio.lowlevel.TrioToken:
-            return trio.lowlevel.current_trio_token()
-
-        return trio.run(token)
-
-    token = await trio.to_thread.run_sync(in_another_trio)
-    response, _ = await trio.to_thread.run_sync(served.get, "/metrics")
-    assert response.status == 503
-    assert caplog.text == ""
-
-
 def test_garbage_and_impatient_clients_are_no_news(
     served: Served, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -228,7 +228,7 @@ def test_garbage_and_impatient_clients_are_no_news(
 def test_many_slow_clients_keep_nobody_out(served: Served, said: bytes) -> None:
     """Silent ones, those in the middle of their request, and those who don't take the answer."""
     large(served)
-    slow = [served.connect() for _ in range(2 * module._MOST_CLIENTS)]
+    slow = [served.connect() for _ in range(2 * LIMITS.clients)]
     try:
         for client in slow:
             client.sendall(said)
@@ -246,7 +246,7 @@ def test_room_is_made_by_whoever_has_most(served: Served) -> None:
     """One who comes from another address keeps his place, however slow he is."""
     with socket.create_connection(("127.0.0.1", served.port), daemons.PATIENCE, ("127.0.0.2", 0)) as early:
         early.sendall(b"GET /healthz HTTP/1.0\r\n")
-        crowd = [served.connect() for _ in range(2 * module._MOST_CLIENTS)]
+        crowd = [served.connect() for _ in range(2 * LIMITS.clients)]
         try:
             assert crowd[0].recv(1) == b""
             early.sendall(b"\r\n")
@@ -256,37 +256,56 @@ def test_room_is_made_by_whoever_has_most(served: Served) -> None:
                 client.close()
 
 
+class Slow(dict[str, Any]):
+    """A snapshot that takes long to render."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun, self.go_on = threading.Event(), threading.Event()
+
+    def items(self) -> Any:
+        self.begun.set()
+        assert self.go_on.wait(daemons.PATIENCE)
+        return super().items()
+
+
 def test_a_flood_of_scrapes_costs_little_more_than_one(served: Served) -> None:
-    """All that have asked meanwhile get one collection; and a health check comes first."""
-    began, go_on = threading.Event(), threading.Event()
-    collections = []
+    """All that have asked meanwhile share a snapshot; and a health check does not wait for it."""
+    slow = Slow()
+    snapshots: list[Snapshot] = []
 
     def collect() -> Snapshot:
-        collections.append(bool(select.select([check], [], [], 0)[0]))
-        began.set()
-        assert go_on.wait(daemons.PATIENCE)
-        return {}
+        snapshots.append({} if snapshots else slow)
+        return snapshots[-1]
 
     served.collect = collect
     with contextlib.ExitStack() as stack:
-        check = stack.enter_context(served.connect())
         scrapes = [stack.enter_context(served.connect()) for _ in range(20)]
-        scrapes[0].sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
-        assert began.wait(daemons.PATIENCE)
-        for client in scrapes[1:]:
+        for client in scrapes:
             client.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
-        check.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
-        go_on.set()
+        assert slow.begun.wait(daemons.PATIENCE)
+        assert served.get("/healthz")[1] == b"ready\n"
+        slow.go_on.set()
         for client in scrapes:
             assert daemons.receive_all(client).startswith(b"HTTP/1.0 200 ")
-        assert collections == [False, True]
+    assert len(snapshots) <= 2
+
+
+def test_scrapes_that_wait_keep_no_health_check_out(served: Served) -> None:
+    slow = Slow()
+    served.collect = lambda: slow
+    with contextlib.ExitStack() as stack:
+        for _ in range(2 * LIMITS.clients):
+            stack.enter_context(served.connect()).sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        assert slow.begun.wait(daemons.PATIENCE)
+        assert served.get("/healthz")[1] == b"ready\n"
+        slow.go_on.set()
 
 
 @pytest.mark.parametrize("drip", [b"", b"x"])
-def test_who_takes_too_long_to_ask_is_cut_off(served: Served, monkeypatch: pytest.MonkeyPatch, drip: bytes) -> None:
-    """Also who says something all the time, so that no single wait is long."""
-    monkeypatch.setattr(module, "_ASK_WITHIN", 0.2)
-    with served.connect() as client:
+def test_a_client_that_takes_too_long_to_ask_is_cut_off(drip: bytes) -> None:
+    """Also one that sends something all the time, so that no single wait is long."""
+    with serving(attrs.evolve(LIMITS, ask_within=0.2)) as served, served.connect() as client:
         client.sendall(b"GET /metrics HTTP/1.1\r\nX: ")
         deadline = time.monotonic() + daemons.PATIENCE
         while not select.select([client], [], [], 0.01)[0]:
@@ -297,13 +316,13 @@ def test_who_takes_too_long_to_ask_is_cut_off(served: Served, monkeypatch: pytes
             assert client.recv(1) == b""
 
 
-def test_who_does_not_read_is_cut_off(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_TAKE_WITHIN", 0.2)
-    large(served)
-    with served.connect() as client:
-        client.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
-        daemons.wait_until(lambda: select.select([client], [], [], 0)[0], "the answer begins")
-        daemons.wait_until(lambda: not served.exporter._clients, "it is cut off")
+def test_a_client_that_does_not_read_is_cut_off() -> None:
+    with serving(attrs.evolve(LIMITS, take_within=0.2)) as served:
+        large(served)
+        with served.connect() as client:
+            client.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
+            daemons.wait_until(lambda: select.select([client], [], [], 0)[0], "the answer begins")
+            daemons.wait_until(lambda: not served.exporter._clients, "it is cut off")
 
 
 def large(served: Served) -> None:
@@ -314,55 +333,37 @@ def large(served: Served) -> None:
 
 
 def test_close_gives_the_port_back_at_once_and_finishes_what_was_asked() -> None:
-    served = Served()
-    asked, release = threading.Event(), threading.Event()
-
-    def collect() -> Snapshot:
-        asked.set()
-        release.wait(daemons.PATIENCE)
-        return served.metrics.snapshot()
-
-    served.collect = collect
-    with served.connect() as client, served.connect() as silent:
-        daemons.wait_until(lambda: len(served.exporter._clients) == 2, "both are there")
+    slow = Slow()
+    with serving() as served, served.connect() as client, served.connect() as silent:
+        served.collect = lambda: slow
         client.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
-        assert asked.wait(daemons.PATIENCE)
-        served.exporter.close()
+        assert slow.begun.wait(daemons.PATIENCE)
+        daemons.wait_until(lambda: len(served.exporter._clients) == 2, "both are there")
+        served.close()
         listen("127.0.0.1", served.port).close()
-        release.set()
         assert silent.recv(1) == b""
+        slow.go_on.set()
         assert daemons.receive_all(client).startswith(b"HTTP/1.0 200 ")
-    daemons.wait_until(lambda: not threads(), "its thread ends")
 
 
-def test_a_socket_may_be_handed_on() -> None:
-    """What a master that executes a new version of itself does: a duplicate goes on listening, no client is refused."""
-    first = Served()
-    fd = socket.socket(fileno=first.exporter.filenos()[0])
-    duplicate = fd.dup()
-    fd.detach()
-    first.exporter.close()
-    with socket.create_connection(("127.0.0.1", first.port), daemons.PATIENCE) as early:
+def test_a_socket_may_be_handed_on(served: Served) -> None:
+    """As when a master becomes a new version of itself: a duplicate goes on listening, and no client is refused."""
+    duplicate = served.exporter.sockets[0].dup()
+    served.close()
+    served.thread.join()
+    with socket.create_connection(("127.0.0.1", served.port), daemons.PATIENCE) as early:
         early.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
-        second = Exporter(duplicate, dict, lambda: "ready")
-        try:
-            assert daemons.receive_all(early).endswith(b"\r\n\r\nready\n")
-            assert second.address == ("127.0.0.1", first.port)
-        finally:
-            second.close()
 
+        async def go_on() -> None:
+            second = Exporter([duplicate], dict, lambda: "ready")
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(second.serve)
+                assert (await trio.to_thread.run_sync(daemons.receive_all, early)).endswith(b"\r\n\r\nready\n")
+                second.close()
 
-def test_a_port_in_use_is_a_listen_error(served: Served) -> None:
-    with pytest.raises(ListenError, match=f"can't listen on 127.0.0.1:{served.port}: Address already in use"):
-        listen("127.0.0.1", served.port)
+        trio.run(go_on)
 
 
 def test_ipv6() -> None:
-    exporter = Exporter(listen("::1", 0), dict, lambda: "ready")
-    try:
-        connection = HTTPConnection("::1", exporter.address[1], timeout=daemons.PATIENCE)
-        connection.request("GET", "/healthz")
-        assert connection.getresponse().read() == b"ready\n"
-        connection.close()
-    finally:
-        exporter.close()
+    with serving(host="::1") as served:
+        assert served.get("/healthz")[1] == b"ready\n"

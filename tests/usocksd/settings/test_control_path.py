@@ -24,7 +24,7 @@ _PROGRAM = """
 import argparse, json, os, subprocess, sys, threading, trio
 from usocksd.errors import Error
 from usocksd.settings.control_path import control_path
-from usocksd.serve.control import ControlSocket
+from usocksd.serve.control import Control
 import attrs
 from usocksd.cli import USOCKSD
 from usocksd.serve.verbs.client import Client, find_control
@@ -50,13 +50,13 @@ async def main():
     path = control_path(default, default)
     said = {"path": path}
     try:
-        sock = ControlSocket.open(path, "usocksd")
+        sock = Control.open(path, "usocksd", {"name": name})
     except Error as error:
         return said | {"daemon": str(error)} | ask()
     folder = os.stat(os.path.dirname(path))
     said |= {"mode": oct(folder.st_mode & 0o777), "owner": folder.st_uid}
     async with trio.open_nursery() as nursery:
-        await nursery.start(lambda task_status: sock.serve({"name": name}, task_status=task_status))
+        await nursery.start(lambda task_status: sock.serve(task_status=task_status))
         said |= await trio.to_thread.run_sync(ask)
         sock.close()
         return said

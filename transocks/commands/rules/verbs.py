@@ -141,11 +141,11 @@ def _ask(order: Order) -> tuple[str | None, Answer]:
     if path is None or not os.path.exists(path):
         return None, {}
     try:
-        status = Client("transocks", path).ask("status", timeout=ANSWER_WITHIN)
+        health = Client("transocks", path).ask("health", timeout=ANSWER_WITHIN)
     except (VerbError, Refused) as error:
         return f"whether transocks accepts connections can't be told: {error}", {}
-    state = status["state"]
-    return None if state in _WELL else f"transocks does not accept connections: it is {state}", status
+    state = health["state"]
+    return None if state in _WELL else f"transocks does not accept connections: it is {state}", health
 
 
 def _ask_patiently(order: Order) -> tuple[str | None, Answer]:

@@ -18,7 +18,7 @@ PATIENCE = 20.0
 _DAEMON = """
 import itertools, json, sys, time, trio
 from usocksd.errors import ConfigError, Error, Fault
-from usocksd.serve.control import ControlSocket
+from usocksd.serve.control import Control
 
 path, answers = sys.argv[1:]
 asked = {}
@@ -40,15 +40,15 @@ def handler(verb):
     return handle
 
 async def main():
-    sock = ControlSocket.open(path, "usocksd")
     async def drain(request):
         scope.cancel()
         return {}
     verbs = ("status", "connections", "reload", "confirm", "log-level")
     handlers = {verb: handler(verb) for verb in verbs} | {"drain": drain}
+    sock = Control.open(path, "usocksd", handlers)
     async with trio.open_nursery() as nursery:
         with trio.CancelScope() as scope:
-            await nursery.start(lambda task_status: sock.serve(handlers, task_status=task_status))
+            await nursery.start(lambda task_status: sock.serve(task_status=task_status))
             print("ready", flush=True)
             await trio.sleep_forever()
         nursery.cancel_scope.cancel()

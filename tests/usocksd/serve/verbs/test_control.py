@@ -17,13 +17,13 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import trio
 import trio.testing
 
 from usocksd.errors import ConfigError, Error, Fault
-from usocksd.serve import control
-from usocksd.serve.control import MOST_BYTES, MOST_CLIENTS, ControlError, ControlSocket
+from usocksd.serve.control import LIMITS, MOST_BYTES, Control, ControlError, Message
 
 PATIENCE = 20.0
 NOBODY = 65534
@@ -73,11 +73,12 @@ def exists(path: str) -> bool:
 
 
 @asynccontextmanager
-async def serving(path: str, handlers: Any = HANDLERS) -> Any:
-    sock = ControlSocket.open(path, "usocksd")
+async def serving(path: str, handlers: Any = HANDLERS, **limits: Any) -> Any:
+    first = Control.open(path, "usocksd", handlers)
+    sock = Control(path, *first.sockets, first.inode, handlers, attrs.evolve(LIMITS, **limits))
     try:
         async with trio.open_nursery() as nursery:
-            await nursery.start(lambda task_status: sock.serve(handlers, task_status=task_status))
+            await nursery.start(lambda task_status: sock.serve(task_status=task_status))
             yield sock
             nursery.cancel_scope.cancel()
     finally:
@@ -195,11 +196,10 @@ def _connect_and_close(path: str) -> socket.socket:
     return sock
 
 
-async def test_silent_clients_block_nobody(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_silent_clients_block_nobody(path: str) -> None:
     """The oldest of them make room, and none may be silent for long."""
-    monkeypatch.setattr(control, "REQUEST_WITHIN", 0.5)
-    async with serving(path):
-        silent = [await connect(path) for _ in range(2 * MOST_CLIENTS)]
+    async with serving(path, ask_within=0.5):
+        silent = [await connect(path) for _ in range(2 * LIMITS.clients)]
         await trio.testing.wait_all_tasks_blocked(0.01)
         assert (await ask(path, b'{"verb": "echo"}\n'))["ok"]
         for stream in silent:
@@ -210,12 +210,12 @@ async def test_silent_clients_block_nobody(path: str, monkeypatch: pytest.Monkey
 async def test_more_verbs_at_a_time_than_there_may_be(path: str) -> None:
     go = trio.Event()
 
-    async def wait(_: control.Message) -> control.Message:
+    async def wait(_: Message) -> Message:
         await go.wait()
         return {}
 
     async with serving(path, {"wait": wait}), trio.open_nursery() as nursery:
-        for _ in range(MOST_CLIENTS):
+        for _ in range(LIMITS.clients):
             nursery.start_soon(ask, path, b'{"verb": "wait"}\n')
         await trio.testing.wait_all_tasks_blocked(0.01)
         assert (await ask(path, b'{"verb": "wait"}\n'))["error"] == "busy: 16 others are being answered"
@@ -261,10 +261,10 @@ async def test_closing_leaves_nobody_without_an_answer(path: str) -> None:
         await trio.testing.wait_all_tasks_blocked(0.01)
         return {}
 
-    sock = ControlSocket.open(path, "usocksd")
+    sock = Control.open(path, "usocksd", {"move": move})
     with trio.fail_after(PATIENCE):
         async with trio.open_nursery() as nursery:
-            await nursery.start(lambda task_status: sock.serve({"move": move}, task_status=task_status))
+            await nursery.start(lambda task_status: sock.serve(task_status=task_status))
             assert await ask(path, b'{"verb": "move"}\n') == {"ok": True}
     assert not exists(path)
 
@@ -275,7 +275,7 @@ async def test_closing_leaves_nobody_without_an_answer(path: str) -> None:
 def test_the_file_is_its_owners_whatever_the_umask(path: str) -> None:
     before = os.umask(0)
     try:
-        sock = ControlSocket.open(path, "usocksd")
+        sock = Control.open(path, "usocksd", {})
     finally:
         os.umask(before)
     assert stat.S_IMODE(os.lstat(path).st_mode) == 0o600
@@ -318,8 +318,8 @@ async def test_others_are_refused_even_if_the_file_lets_them_in(public_folder: P
 
 HOLD = """
 import sys, time
-from usocksd.serve.control import ControlSocket
-sock = ControlSocket.open(sys.argv[1], "usocksd")
+from usocksd.serve.control import Control
+sock = Control.open(sys.argv[1], "usocksd", {})
 print("open", flush=True)
 sys.stdin.read()
 """
@@ -338,10 +338,10 @@ def other(path: str) -> Iterator[subprocess.Popen[bytes]]:
 
 def test_the_socket_of_a_living_daemon_is_not_taken(path: str, other: subprocess.Popen[bytes]) -> None:
     with pytest.raises(ControlError, match="another usocksd runs: it has the control socket"):
-        ControlSocket.open(path, "usocksd")
+        Control.open(path, "usocksd", {})
     os.kill(other.pid, signal.SIGSTOP)
     with pytest.raises(ControlError, match="another usocksd runs"):
-        ControlSocket.open(path, "usocksd")
+        Control.open(path, "usocksd", {})
     # Neither when so many wait that connecting fails.
     waiting = []
     with suppress(BlockingIOError):
@@ -350,7 +350,7 @@ def test_the_socket_of_a_living_daemon_is_not_taken(path: str, other: subprocess
             waiting[-1].setblocking(False)
             waiting[-1].connect(path)
     with pytest.raises(ControlError, match="another usocksd runs"):
-        ControlSocket.open(path, "usocksd")
+        Control.open(path, "usocksd", {})
     for sock in waiting:
         sock.close()
 
@@ -391,14 +391,14 @@ def test_a_folder_that_somebody_has_locked_is_not_waited_for(path: str, monkeypa
     try:
         fcntl.flock(folder, fcntl.LOCK_SH)
         with pytest.raises(ControlError, match="Resource temporarily unavailable"):
-            ControlSocket.open(path, "usocksd")
+            Control.open(path, "usocksd", {})
     finally:
         os.close(folder)
-    ControlSocket.open(path, "usocksd").close()
+    Control.open(path, "usocksd", {}).close()
 
 
 def test_close_leaves_what_is_not_its_own(path: str) -> None:
-    sock = ControlSocket.open(path, "usocksd")
+    sock = Control.open(path, "usocksd", {})
     os.unlink(path)
     with socket.socket(socket.AF_UNIX) as another:
         another.bind(path)
@@ -408,27 +408,16 @@ def test_close_leaves_what_is_not_its_own(path: str) -> None:
 
 async def test_a_listening_socket_is_handed_on(path: str) -> None:
     """As when the master becomes a new version of itself."""
-    first = ControlSocket.open(path, "usocksd")
-    sock = socket.socket(fileno=os.dup(first.fileno()))
-    second = ControlSocket(path, sock, first.inode)
-    assert not os.get_inheritable(first.fileno())
+    first = Control.open(path, "usocksd", HANDLERS)
+    second = Control(path, first.sockets[0].dup(), first.inode, HANDLERS)
+    assert not any(map(os.get_inheritable, first.filenos()))
     async with trio.open_nursery() as nursery:
-        await nursery.start(lambda task_status: second.serve(HANDLERS, task_status=task_status))
+        await nursery.start(lambda task_status: second.serve(task_status=task_status))
         assert (await ask(path, b'{"verb": "echo"}\n'))["ok"]
         nursery.cancel_scope.cancel()
     second.close()
     assert not exists(path)
     first.close()
-
-
-async def test_a_socket_can_be_served_again(path: str) -> None:
-    sock = ControlSocket.open(path, "usocksd")
-    for _ in range(2):
-        async with trio.open_nursery() as nursery:
-            await nursery.start(lambda task_status: sock.serve(HANDLERS, task_status=task_status))
-            assert (await ask(path, b'{"verb": "echo"}\n'))["ok"]
-            nursery.cancel_scope.cancel()
-    sock.close()
 
 
 Prepare = Callable[[Path], Any]
@@ -448,7 +437,7 @@ def test_where_there_can_be_none(tmp_path: Path, prepare: Prepare, place: str, e
     prepare(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ControlError, match=error):
-        ControlSocket.open(str(tmp_path / place), "usocksd")
+        Control.open(str(tmp_path / place), "usocksd", {})
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -465,7 +454,7 @@ def test_without_the_permission(public_folder: Path) -> None:
         status = 1
         try:
             become_nobody()
-            ControlSocket.open(str(public_folder / "control.sock"), "usocksd")
+            Control.open(str(public_folder / "control.sock"), "usocksd", {})
         except ControlError as error:
             status = 0 if "Permission denied" in str(error) else 2
         finally:

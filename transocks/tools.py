@@ -1,9 +1,10 @@
-"""The system's own programs, nft and ip for example: where they are, and how they are run."""
+"""Runs the system's own programs, nft and ip for example: within a time, and one change of the rules at a time."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import json
 import os
 import shutil
@@ -11,8 +12,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from enum import Enum
-from typing import Any
+from typing import IO, Any
 
 from usocksd.errors import Error
 
@@ -20,17 +20,14 @@ SBIN = ("/usr/local/sbin", "/usr/sbin", "/sbin")
 """Searched behind PATH, in which users of Debian have none of these."""
 WITHIN, GRACE = 20.0, 3.0
 """Seconds that a program may take (nft takes one for 50,000 rules), and once somebody has asked us to stop."""
+LOCK, LOCK_WITHIN = "/run/transocks-rules.lock", 30.0
+"""For root alone: whoever holds it keeps root from changing rules. Stays, as /run/xtables.lock does. And for how many
+seconds others may hold it.
+"""
 
-
-class Capability(Enum):
-    """Of linux/capability.h."""
-
-    CAP_NET_ADMIN = 12
-    CAP_SYS_ADMIN = 21
-
-
-_LOOK_EVERY = 0.1  # seconds, whether somebody has asked us to stop
+_LOOK_EVERY = 0.1  # seconds: whether somebody has asked us to stop, or the lock is free
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_SYS_ADMIN": 21}  # linux/capability.h
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
@@ -47,11 +44,11 @@ def _search_path() -> str:
     return os.pathsep.join([os.environ.get("PATH", os.defpath), *SBIN])
 
 
-def lacking(*needed: Capability) -> str:
+def lacking(*needed: str) -> str:
     """The names of those of these capabilities that this process has not, in its own user namespace; "" if none."""
     with open("/proc/self/status", encoding="ascii", errors="replace") as file:
         (effective,) = (int(line.split()[1], 16) for line in file if line.startswith("CapEff:"))
-    return " and ".join(capability.name for capability in needed if not effective >> capability.value & 1)
+    return " and ".join(name for name in needed if not effective >> _CAPABILITIES[name] & 1)
 
 
 def run(*argv: str, stdin: str = "") -> str:
@@ -77,8 +74,9 @@ def run(*argv: str, stdin: str = "") -> str:
     except BaseException:
         _kill(process)
         raise
-    if process.returncode != 0:
-        raise FirewallError(f"{command}: {err.strip() or _ended(process.returncode)}")
+    if status := process.returncode:
+        how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+        raise FirewallError(f"{command}: {err.strip() or how}")
     return out
 
 
@@ -104,13 +102,13 @@ def _communicate(process: subprocess.Popen[str], command: str, stdin: str) -> tu
     started = time.monotonic()
     feed: str | None = stdin
     while True:
-        asked = _Asked.at
-        until = started + WITHIN if asked is None else min(started + WITHIN, max(started, asked) + GRACE)
+        stop = _Stop.asked_at
+        until = started + WITHIN if stop is None else min(started + WITHIN, max(started, stop) + GRACE)
         try:
             return process.communicate(feed, timeout=max(0.0, min(_LOOK_EVERY, until - time.monotonic())))
         except subprocess.TimeoutExpired:
             feed = None  # what was not taken yet is remembered
-        if time.monotonic() >= until and asked is None:
+        if time.monotonic() >= until and stop is None:
             raise FirewallError(
                 f"{command}: did not end within {WITHIN:g} s, and was killed: another program may keep the rules"
                 " locked, or the kernel be in trouble (dmesg tells); try again"
@@ -129,43 +127,6 @@ def _kill(process: subprocess.Popen[str]) -> None:
         process.wait(_LOOK_EVERY)
 
 
-def _ended(status: int) -> str:
-    return f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-
-
-class _Asked:
-    """When somebody has asked us to stop, while `unbroken`."""
-
-    at: float | None = None
-
-
-@contextlib.contextmanager
-def unbroken() -> Iterator[None]:
-    """Ctrl-C and its like wait until the block is over: for steps that would leave half of something between them.
-
-    Programs that run meanwhile go on, for GRACE seconds at most: then they are killed, and the FirewallError makes the
-    block undo what it has begun. By handlers and not by a mask, which programs would inherit. For the main thread.
-    """
-    numbers: list[int] = []
-
-    def note(number: int, _: object) -> None:
-        _Asked.at = _Asked.at or time.monotonic()
-        numbers.append(number)
-
-    ignored = (signal.SIG_IGN, None)  # as by nohup(1)
-    before = {number: found for number in _STOPPING if (found := signal.getsignal(number)) not in ignored}
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield
-    finally:
-        _Asked.at = None
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if numbers:
-            signal.raise_signal(numbers[0])
-
-
 def die_with_parent() -> Callable[[], None]:
     """For preexec_fn: SIGKILL when this thread ends, however."""
     prctl = ctypes.CDLL(None).prctl
@@ -177,3 +138,67 @@ def die_with_parent() -> Callable[[], None]:
             os._exit(125)
 
     return arrange
+
+
+# ---- changes
+
+
+class _Stop:
+    """When somebody has asked us to stop, during a change: signal handlers are of the whole process, too."""
+
+    asked_at: float | None = None
+
+
+@contextlib.contextmanager
+def one_change() -> Iterator[None]:
+    """A change that others wait for, and that Ctrl-C and its like do not break off: they take effect when it is over.
+
+    Two changes at once would each take away what the other has just loaded. The lock ends with the process. Programs
+    that run when a signal comes go on for GRACE seconds at most: then they are killed, and the FirewallError makes the
+    block undo what it has begun. By handlers and not by a mask, which programs would inherit. For the main thread.
+    Raises FirewallError if others hold the lock for too long.
+    """
+    numbers: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        _Stop.asked_at = _Stop.asked_at or time.monotonic()
+        numbers.append(number)
+
+    with _open_lock() as file:
+        deadline = time.monotonic() + LOCK_WITHIN
+        while not _is_locked(file):
+            if time.monotonic() > deadline:
+                raise FirewallError(f"another `transocks rules` has been at work for {LOCK_WITHIN:.0f} s")
+            time.sleep(_LOOK_EVERY)
+        ignored = (signal.SIG_IGN, None)  # as by nohup(1)
+        before = {number: found for number in _STOPPING if (found := signal.getsignal(number)) not in ignored}
+        for number in before:
+            signal.signal(number, note)
+        try:
+            yield
+        finally:
+            _Stop.asked_at = None
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            if numbers:
+                signal.raise_signal(numbers[0])
+
+
+def _is_locked(file: IO[bytes]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _open_lock() -> IO[bytes]:
+    def for_root(path: str, flags: int) -> int:
+        return os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+
+    try:
+        # To read: where /run is read-only (in a service, say), it will do when the file is there.
+        return open(LOCK, "rb", opener=for_root)
+    except OSError:
+        # A read-only /run without it, or that of another user: the network namespace itself, which all can open.
+        return open("/proc/self/ns/net", "rb")

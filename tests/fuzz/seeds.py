@@ -84,21 +84,13 @@ _RECORD = (
 )
 
 
-def _nft() -> list[bytes]:
-    ours = {"family": "inet", "table": "transocks"}
-    set_ = {
-        "set": {**ours, "name": "active", "elem": [{"elem": {"val": "tcp", "expires": 9, "comment": "held"}}, "udp"]}
-    }
-    rule = {"rule": {**ours, "chain": "output", "handle": 7, "expr": [{"counter": {}}, {"redirect": {"port": 1081}}]}}
-    chain = {"chain": {**ours, "name": "output", "type": "nat", "hook": "output", "prio": -100, "policy": "accept"}}
-    found = [{"metainfo": {}}, {"table": {"family": "inet", "name": "transocks"}}, chain, rule, set_]
-    listing = "table inet transocks { # handle 1\n\tflags dormant\n\tchain output {\n\t\ttcp dport 80 drop # handle 7\n\t}\n}\n"
-    return [
-        json.dumps({"nftables": found}).encode(),
-        json.dumps({"nftables": found[1:3]}).encode(),
-        listing.encode(),
-        b"[" * 9000,
-    ]
+_NFT = [
+    b"table inet transocks { # handle 1\n\tflags dormant\n\tset active {\n\t\ttype inet_proto\n\t\tflags timeout\n"
+    b'\t\telements = { tcp timeout 1m expires 9s5ms comment "held",\n\t\t\t     udp }\n\t}\n\tchain output { # handle 2\n'
+    b"\t\ttype nat hook output priority -90; policy accept;\n"
+    b"\t\ttcp dport 80 counter packets 1 bytes 2 drop # handle 7\n\t}\n}\n",
+    b"table ip x {\n}\n",
+]
 
 
 def _attribute(kind: int, value: bytes) -> bytes:
@@ -179,7 +171,7 @@ SEEDS: dict[str, list[bytes]] = {
         b"GET /healthz\r\n",
     ],
     "netlink": [b"\x14\x00\x00\x00\x03\x00\x00\x00" + bytes(12) + b"\x11\x00\x00\x00\x02\x00" + bytes(11)],
-    "nft_rules": _nft(),
+    "nft_rules": _NFT,
     "iptables_save": [
         b"# x\n*nat\n:PREROUTING ACCEPT [0:0]\n:TRANSOCKS - [0:0]\n-A OUTPUT -p tcp -j TRANSOCKS\n"
         b'[1:60] -A TRANSOCKS -d 127.0.0.0/8 -m comment --comment "a \\" -j b" -j RETURN\n'

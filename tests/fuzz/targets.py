@@ -13,6 +13,7 @@ import re
 import socket
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from datetime import UTC, datetime
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,9 +25,7 @@ import trio
 
 from transocks.http_connect import MAX_HEAD, HttpConnect
 from transocks.rules.live import CHAINS
-from transocks.rules.nft_json import entries
-from transocks.rules.saved import changes, merge, parse_save, select, write
-from transocks.rules.verify import compare, dormant, force_nft, from_nft, from_saved, guards, rule_texts
+from transocks.rules.loaded import compare, parse_nft, parse_save, replacement, seconds_left, without_term
 from transocks.sniff import MOST, Sniffer
 from transocks.tracing.events import MESSAGE
 from transocks.tracing.events import parse as parse_trace
@@ -410,36 +409,26 @@ def netlink(data: bytes) -> None:
 
 @target
 def nft_rules(data: bytes) -> None:
-    """nft's JSON and its listing, of rules that anybody has made."""
-    text = data.decode("utf-8", "replace")
-    dormant(text)
-    rule_texts(text, "inet", "transocks")
-    try:
-        found = entries(text)
-    except ValueError:
-        return
-    loaded = from_nft(found, text, "transocks")
-    force_nft(found, "transocks")
-    if loaded is not None:
-        assert list(compare(loaded, loaded)) == []
-        assert len(list(compare(loaded, None))) == 1
+    """nft's listing of rules that anybody has made."""
+    for table in parse_nft(data.decode("utf-8", "replace")):
+        seconds_left(table, datetime.now(UTC))
+        assert list(compare("it", table, table)) == []
+        assert len(list(compare("it", table, None))) == 1
 
 
 @target
 def iptables_save(data: bytes) -> None:
     """What iptables-save prints; what is written of it reads back the same."""
-    tables = merge(parse_save(data.decode("utf-8", "replace")))
-    ours = select(tables, CHAINS)
-    changes(ours, [])
-    changes([], ours)
-    guards(ours)
+    text = data.decode("utf-8", "replace")
+    parse_save(text)
+    ours = parse_save(text, CHAINS)
     for table in ours:
-        loaded = from_saved(table, CHAINS, "IPv4")
-        assert loaded is not None
-        assert list(compare(loaded, loaded)) == []
-    for table in tables:
-        lines = [*(f":{chain} - [0:0]" for chain in table.chains), *map(str, table.rules)]
-        assert parse_save(write(table.name, lines)) == [table]
+        assert list(compare("it", table, table)) == []
+        with contextlib.suppress(ValueError):  # a time that no tool prints
+            seconds_left(table, datetime.now(UTC))
+        without_term(table)
+    replacement(ours, [], CHAINS)
+    assert parse_save(replacement([], ours, CHAINS), CHAINS) == ours
 
 
 @target

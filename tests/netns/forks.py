@@ -112,8 +112,6 @@ def _take(end: socket.socket) -> None:
 
 
 if __name__ == "__main__":
-    import pyroute2  # type: ignore[import-untyped] # noqa: F401
-
     import transocks.cli
     import transocks.commands.rules.verbs
     import transocks.doctor.checks

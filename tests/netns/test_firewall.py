@@ -31,8 +31,8 @@ from scene import (
     one_mode,
 )
 
-from transocks.rules import lock
 from transocks.rules.live import Routing
+from transocks.tools import LOCK
 
 RULES = Path(__file__).parents[2] / "iptables"
 
@@ -206,7 +206,7 @@ def test_what_fails_half_way_is_undone(scene: Scene) -> None:
 
     def fail(on_or_off: bool, how: str = "echo broken >&2; exit 1") -> None:
         (scene.bin / "ip6tables-restore").unlink()
-        if on_or_off:  # it fails to hook in, when IPv4 is hooked in
+        if on_or_off:  # it fails to load them, when those of IPv4 are loaded
             script = f'#!/bin/sh\ninput=$(/bin/cat)\ncase $input in *"-A OUTPUT"*) {how};; esac\n'
             (scene.bin / "ip6tables-restore").write_text(f'{script}echo "$input" | {target} "$@"\n')
             (scene.bin / "ip6tables-restore").chmod(0o755)
@@ -219,7 +219,7 @@ def test_what_fails_half_way_is_undone(scene: Scene) -> None:
     fail(False)
     scene.rules("apply")
     applied = scene.dump()
-    # Others in the place of these: the chains are filled in the meantime.
+    # Others in the place of these.
     scene.sh("ip6tables -t nat -D OUTPUT -p tcp -j TRANSOCKS")
     unhooked = scene.dump()
     fail(True)
@@ -257,9 +257,8 @@ import subprocess
 import sys
 from transocks import tools
 from transocks.cli import main
-from transocks.rules import lock
 tools.SBIN = ()
-lock._WITHIN = 0.1
+tools.LOCK_WITHIN = 0.1
 sys.exit(10 * main(["rules", "apply", "-f", sys.argv[1]]) + main(["rules", "remove", "-f", sys.argv[1]]))
 """
 
@@ -269,9 +268,7 @@ sys.exit(10 * main(["rules", "apply", "-f", sys.argv[1]]) + main(["rules", "remo
 def test_one_change_at_a_time(scene: Scene) -> None:
     scene.start()
     before = scene.dump()
-    with scene.net.proxy.popen(
-        "flock", lock.FILE, "sh", "-c", "echo locked; cat", stdin=-1, stdout=-1, text=True
-    ) as other:
+    with scene.net.proxy.popen("flock", LOCK, "sh", "-c", "echo locked; cat", stdin=-1, stdout=-1, text=True) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "locked\n"
         words = ["env", f"PATH={scene.bin}", sys.executable, "-c", ALONE, str(scene.config)]
@@ -341,9 +338,9 @@ def test_another_mode_or_tool_takes_the_place(scene: Scene) -> None:
 def test_what_verify_misses_of_the_routing_can_be_typed(scene: Scene) -> None:
     scene.start()
     scene.rules("apply")
-    for six in (False, True):
+    for version in (4, 6):
         for kind in ("rule", "route"):
-            scene.sh(" ".join(Routing(0x7474, six).step(kind, "del")))
+            scene.sh(" ".join(Routing(0x7474, version).command(kind, "del")))
     said = scene.rules("verify", status=1).splitlines()
     assert len(said) == 4
     for line in said:

@@ -126,10 +126,10 @@ def test_every_rendering_loads(host_net: lab.Net, backend: str) -> None:
             else:
                 variant = backend.removeprefix("iptables-")
                 texts = {
-                    f"{'ip6' if six else 'ip'}tables-{variant}-restore --noflush": render_iptables(
-                        wanted, six=six, until="2038-01-01T00:00:00" if timed else None
+                    f"{'ip6' if version == 6 else 'ip'}tables-{variant}-restore --noflush": render_iptables(
+                        wanted, version=version, until="2038-01-01T00:00:00" if timed else None
                     )
-                    for six in (False, True)
+                    for version in (4, 6)
                 }
             for command, text in texts.items():
                 number += 1

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import pytest
 from scene import Scene, backends, one_mode
 
-from transocks.rules import lock
+from transocks.tools import LOCK
 
 
 @contextmanager
@@ -66,7 +66,7 @@ def test_a_signal_ends_a_change_that_hangs_and_nothing_is_left_of_it(scene: Scen
         assert "interrupted: " in said
         assert "did not end within 0.2 s of the signal, and was killed" in said
         _wait_for_end(pid)
-        scene.net.proxy.run("flock", "--nonblock", lock.FILE, "true")
+        scene.net.proxy.run("flock", "--nonblock", LOCK, "true")
     assert scene.dump() == before
 
 
@@ -90,7 +90,7 @@ def test_a_tool_dies_with_who_runs_it(scene: Scene) -> None:
         process.kill()
         process.wait()
         _wait_for_end(pid)
-        scene.net.proxy.run("flock", "--nonblock", lock.FILE, "true")
+        scene.net.proxy.run("flock", "--nonblock", LOCK, "true")
 
 
 @one_mode("host")

@@ -80,7 +80,7 @@ class Host:
     @cached_property
     def versions(self) -> tuple[int, ...]:
         """The IP versions in use: with disable_ipv6=1 nobody can listen, nor send."""
-        return (4, 6) if live.uses_ipv6() else (4,)
+        return live.routed_versions()
 
     @cached_property
     def links(self) -> Links:

@@ -1,203 +1,178 @@
 """Applies rules, confirms or prolongs them, and removes them, on this host.
 
-What the kernel can do at once is one step: a transaction of nft for all modes and both families, a table of one family
-for iptables-restore. A change that fails half way is undone. All that is ours is found by its name or shape and not by
-what the configuration says now, so that what another one has left is found too.
+As much as the kernel can do at once is one step: with nft a transaction for all modes and both families, with iptables
+one for each table of each family. A change that fails half way is undone. What is ours is found by its name or shape
+and not by what the configuration says now, so what another configuration has left is found too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+import re
+from collections.abc import Collection, Sequence
 from datetime import UTC, datetime, timedelta
+from itertools import chain
 
 from transocks.rules import live
 from transocks.rules.config import Mode, Tool
-from transocks.rules.cut import cut
-from transocks.rules.known import make_known
-from transocks.rules.live import CHAINS, GUARDS, TABLES, Routes, Routing, has
-from transocks.rules.lock import alone
+from transocks.rules.conntrack import enter
+from transocks.rules.live import CHAINS, GUARDS, TABLES, Routing, has
+from transocks.rules.loaded import (
+    ACTIVE,
+    HELD,
+    Table,
+    parse_save,
+    replacement,
+    seconds_left,
+    without_term,
+)
 from transocks.rules.redirection import Redirection
 from transocks.rules.render import render_all_nft, render_iptables
-from transocks.rules.saved import Changes, Table, changes, merge, parse_save, select, write
-from transocks.rules.verify import ACTIVE, HELD, force_nft, guards
-from transocks.tools import FirewallError, complaint, run, unbroken
+from transocks.tools import FirewallError, complaint, one_change, run
+from usocksd.host.sockets import end_accepted
 
 KEEP = "transocks_nat"
 """An nft table that does nothing but need connection tracking: see `remove`."""
 
 _TPROXY = Redirection(mode=Mode.TPROXY, port=0).table
 _HOST = Redirection(mode=Mode.HOST, port=0)
-
 _KEEP = f"""table inet {KEEP} {{ chain stays {{ type nat hook output priority -90; }}; }}
 flush chain inet {KEEP} stays
 add rule inet {KEEP} stays ct state new accept
 """
+_PORT = re.compile(r"redirect to :(\d+)|tproxy ip6? to \S+:(\d+)|--to-ports (\d+)|--on-port (\d+)")
 
 
-@alone()
-@unbroken()
-def apply(wanted: Sequence[Redirection], tool: Tool, *, seconds: int | None = None, ipv6: bool = True) -> None:
+@one_change()
+def apply(redirections: Sequence[Redirection], tool: Tool, *, seconds: int | None = None) -> None:
     """Make these rules the ones that are loaded, whatever was before. Raises FirewallError, and then that is as it was.
 
-    seconds: after which the rules are of no effect any more, unless `confirm` or `prolong` comes; None: never. ipv6:
-    whether this kernel has it.
+    seconds: after which the rules are of no effect any more, unless `confirm` or `prolong` comes; None: never.
     """
-    families = (False, True) if ipv6 else (False,)
-    tproxy = [w for w in wanted if w.mode is Mode.TPROXY]
-    routing = [Routing(w.tproxy_mark, six) for w in tproxy for six in families if not six or live.uses_ipv6()]
-    know_others(wanted, tool, ipv6=ipv6)
-    added = _add_routing(routing)
+    marks = [each.tproxy_mark for each in redirections if each.mode is Mode.TPROXY]
+    routing = [Routing(mark, version) for mark in marks for version in live.routed_versions()]
+    track_others(redirections)
+    undo = _add_routing(routing)
     try:
         if tool is Tool.NFT:
-            _apply_nft(wanted, seconds)
+            needed = [each.table for each in redirections]
+            gone = [f"delete table inet {name}\n" for name in _our_tables() if name not in needed]
+            run("nft", "-f", "-", stdin="".join([render_all_nft(redirections, seconds=seconds), *gone]))
         else:
-            _apply_iptables(wanted, seconds, families)
+            _apply_iptables(redirections, seconds)
     except FirewallError:
-        _run_all(added)
+        _run_all(undo)
         raise
     # What another configuration has left: the other tool's rules, a routing mark that is not needed any more.
-    complaints = _remove_iptables() if tool is Tool.NFT else [*_remove_nft(keep=False), *_remove_iptables(keep=True)]
-    complaints += [said for six in families for said in _remove_routing(six, routing)]
+    complaints = _remove_iptables() if tool is Tool.NFT else [*_remove_nft(keep=False), *_remove_iptables(others=True)]
+    complaints += _remove_routing(but=routing)
     if complaints:
         raise FirewallError("applied, but what was there before is not all gone: " + "; ".join(complaints))
 
 
-def know_others(wanted: Sequence[Redirection], tool: Tool, *, ipv6: bool) -> None:
+def _apply_iptables(redirections: Sequence[Redirection], seconds: int | None) -> None:
+    until = None
+    if seconds is not None:
+        # In whole seconds, and not less than what was asked for.
+        until = (datetime.now(UTC) + timedelta(seconds=seconds + 1)).strftime("%Y-%m-%dT%H:%M:%S")
+    before = {version: live.saved(version, own=CHAINS) for version in live.versions()}
+    try:
+        for version, old in before.items():
+            text = "".join(render_iptables(each, version=version, until=until) for each in redirections)
+            _restore(live.iptables(version), replacement(old, parse_save(text, CHAINS), CHAINS))
+    except FirewallError as error:
+        try:
+            for version, old in before.items():
+                now = live.saved(version, own=CHAINS)
+                _restore(live.iptables(version), replacement(now, old, CHAINS) if now != old else "")
+        except FirewallError as again:
+            raise FirewallError(f"{error}; and it could not be undone: {again}") from None
+        raise
+
+
+def _restore(variant: str, text: str) -> None:
+    if text:
+        run(f"{variant}-restore", "--noflush", stdin=text)
+
+
+def track_others(redirections: Sequence[Redirection]) -> None:
     """Before packets without a connection are refused for the first time: enter existing connections in connection
     tracking.
 
     Not if they are refused already: then an unknown connection may be a redirected one that was forgotten. Raises
     FirewallError.
     """
-    if not any(w.closed and w.mode is Mode.HOST for w in wanted):
-        return
-    if tool is Tool.NFT:
-        tables = [name for name in (_HOST.table, _HOST.guard) if ("inet", name) in live.tables()]
-        refused = any("jump refuse_unknown" in run("nft", "list", "table", "inet", name) for name in tables)
-    else:
-        saved = [table for six in ((False, True) if ipv6 else (False,)) for table in live.saved(six)]
-        refused = any(f"{_HOST.chain}-TCP" in table.chains for table in saved)
-    if not refused:
-        make_known({w.port for w in wanted})
+    if any(each.closed and each.mode is Mode.HOST for each in redirections):
+        nft = live.loaded((_HOST.table, _HOST.guard))
+        refused = any("jump refuse_unknown" in rule for table in nft for rule in table.rules)
+        if not refused and not any(_HOST.chains[2] in table.chains for table in _saved()):
+            enter(ports={each.port for each in redirections})
 
 
-def _apply_nft(wanted: Sequence[Redirection], seconds: int | None) -> None:
-    needed = {w.table for w in wanted}
-    gone = [f"delete table inet {name}\n" for name in _our_tables() if name not in needed]
-    run("nft", "-f", "-", stdin="".join([render_all_nft(wanted, seconds=seconds), *gone]))
+def _saved() -> list[Table]:
+    """Our part of the tables of all iptables. Raises FirewallError."""
+    found = [live.saved(version, each, CHAINS) for version in live.versions() for each in live.variants(version)]
+    return list(chain.from_iterable(found))
 
 
-def _apply_iptables(wanted: Sequence[Redirection], seconds: int | None, families: Iterable[bool]) -> None:
-    until = None
-    if seconds is not None:
-        # In whole seconds, and not less than what was asked for.
-        until = (datetime.now(UTC) + timedelta(seconds=seconds + 1)).strftime("%Y-%m-%dT%H:%M:%S")
-    before = {six: select(live.saved(six), CHAINS) for six in families}
-    after = {
-        six: merge(table for w in wanted for table in parse_save(render_iptables(w, six=six, until=until)))
-        for six in families
-    }
-    try:
-        _restore({six: changes(after[six], before[six]) for six in families})
-    except FirewallError as error:
-        try:
-            _restore({six: changes(before[six], select(live.saved(six), CHAINS)) for six in families})
-        except FirewallError as again:
-            raise FirewallError(f"{error}; and it could not be undone: {again}") from None
-        raise
-
-
-def _restore(todo: dict[bool, Changes]) -> None:
-    """Fill the chains of all families, then hook them in, then drop what is not needed any more."""
-    for part in ("fill", "hook", "drop"):
-        for six, found in todo.items():
-            if text := getattr(found, part):
-                _restoring(live.iptables(six), text)
-
-
-def _restoring(variant: str, text: str) -> None:
-    run(f"{variant}-restore", "--noflush", stdin=text)
-
-
-@alone()
-@unbroken()
-def confirm(*, ipv6: bool = True) -> bool:
+@one_change()
+def confirm() -> bool:
     """Make what is in force for a time be in force for good; False if it was already.
 
     Raises FirewallError when there are no rules, or when it is too late.
     """
     late = FirewallError("too late: the time is over, and the rules are of no effect any more; apply them again")
-    timed = False
-    loaded = False
-    if has("nft"):
-        entries = live.ruleset().entries
-        for name in _our_tables():
-            loaded = True
-            force = force_nft(entries, name)
-            if force.over:
-                raise late
-            timed = timed or force.seconds is not None
-        if timed:
-            # What has run out in between can't be deleted, and then nothing of this happens.
-            lines = [
-                f"{verb} element inet {name} {ACTIVE} {{ tcp, udp }}\n"
-                for name in _our_tables()
-                for verb in ("delete", "add")
-            ]
-            try:
-                run("nft", "-f", "-", stdin="".join(lines))
-            except FirewallError:
-                raise late from None
-    if has("iptables-save"):
-        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S")
-        for six in (False, True) if ipv6 else (False,):
-            tables = select(live.saved(six), CHAINS)
-            loaded = loaded or bool(tables)
-            found = guards(tables)
-            if any(until <= now for _, _, until in found):
-                raise late
-            timed = timed or bool(found)
-            for table in {name for name, _, _ in found}:
-                lines = [f"-D {rule}" for name, rule, _ in found if name == table]
-                _restoring(live.iptables(six), write(table, lines))
-    if not loaded:
+    nft, now = live.loaded(), datetime.now(UTC)
+    saved = {
+        version: live.saved(version, own=CHAINS) for version in live.versions() if has(f"{live.iptables(version)}-save")
+    }
+    terms = [seconds_left(table, now) for table in (*nft, *chain.from_iterable(saved.values()))]
+    if not terms:
         raise FirewallError("there are no rules to confirm")
-    return timed
+    if 0 in terms:
+        raise late
+    lines = [
+        f"{verb} element {table.name} {ACTIVE} {{ tcp, udp }}\n"
+        for table in nft if any(terms)
+        for verb in ("delete", "add")
+    ]  # fmt: skip
+    # What has run out in between can't be deleted, and then nothing of this happens.
+    if lines and complaint("nft", "-f", "-", stdin="".join(lines)):
+        raise late
+    for version, tables in saved.items():
+        _restore(live.iptables(version), "".join(map(without_term, tables)))
+    return any(terms)
 
 
-@alone()
-def prolong(wanted: Sequence[Redirection], seconds: int) -> None:
+def prolong(redirections: Sequence[Redirection], seconds: int) -> bool:
     """Rules loaded by nft: in force for so many seconds from now, even if they were not any more; 0 ends that.
 
-    Raises FirewallError when they are not loaded.
+    False if they are not loaded.
     """
     lines = []
-    for w in wanted:
-        lines.append(f"flush set inet {w.table} {ACTIVE}\n")
+    for each in redirections:
+        lines.append(f"flush set inet {each.table} {ACTIVE}\n")
         if seconds:
             timed = ", ".join(f'{protocol} timeout {seconds}s comment "{HELD}"' for protocol in ("tcp", "udp"))
-            lines.append(f"add element inet {w.table} {ACTIVE} {{ {timed} }}\n")
-    run("nft", "-f", "-", stdin="".join(lines))
+            lines.append(f"add element inet {each.table} {ACTIVE} {{ {timed} }}\n")
+    with one_change():
+        return complaint("nft", "-f", "-", stdin="".join(lines)) is None
 
 
-def in_force(wanted: Sequence[Redirection]) -> bool:
+def in_force(redirections: Sequence[Redirection]) -> bool:
     """Whether these are loaded by nft, and in force; what somebody has changed inside of a chain is for verify."""
-    text = "".join(f"get element inet {w.table} {ACTIVE} {{ tcp, udp }}\n" for w in wanted)
-    return complaint("nft", "-f", "-", stdin=text) is None
+    text = "".join(f"get element inet {each.table} {ACTIVE} {{ tcp, udp }}\n" for each in redirections)
+    # Not at the first failure: a change by others in between interrupts it.
+    return any(complaint("nft", "-f", "-", stdin=text) is None for _ in range(3))
 
 
-def held() -> bool:
+def is_held() -> bool:
     """Whether `transocks rules hold` runs, and loads again what is removed. Raises FirewallError."""
-    if not has("nft"):
-        return False
-    if any(("inet", name) in live.tables() for name in GUARDS):
-        return True
-    sets = (run("nft", "list", "set", "inet", name, ACTIVE) for name in _our_tables())
-    return any(f'comment "{HELD}"' in text for text in sets)
+    tables = live.loaded()
+    held = any(f'comment "{HELD}"' in element for table in tables for element in table.sets.get(ACTIVE, ()))
+    return held or any(name in live.tables() for name in GUARDS)
 
 
-@alone()
-@unbroken()
+@one_change()
 def remove(*, keep: bool = False) -> list[str]:
     """Remove everything that is ours, and reset the clients that it has redirected; returns complaints.
 
@@ -205,35 +180,37 @@ def remove(*, keep: bool = False) -> list[str]:
     tracking the kernel ends that in a network namespace, and with it the translation of addresses: so a table stays
     that does nothing else. TPROXY's stay connected by its own rules and routing, which then take no new ones.
     """
-    complaints = [] if keep else cut()
+    complaints = [] if keep else _reset_clients()
     complaints += _remove_nft(keep=keep) + _remove_iptables()
-    kept = keep and has("nft") and _TPROXY in _our_tables()
-    if not kept:
-        for six in (False, True) if live.has_ipv6() else (False,):
-            complaints += _remove_routing(six, [])
+    if not (keep and _TPROXY in live.tables()):
+        complaints += _remove_routing()
     return complaints
 
 
-def _remove_routing(six: bool, but: Collection[Routing]) -> list[str]:
-    if not has("ip"):
-        return []  # then nobody has added any
+def _reset_clients() -> list[str]:
+    """Reset all clients whose connections came to transocks by rules that are loaded: their next packets would leave in
+    clear. As `ss --kill` does: the kernel resets them while the translation still exists. nft's rules are of no effect
+    after this.
+    """
     try:
-        rules, routes = live.routing_rules(six), Routes.here(six)
+        nft = live.loaded()
+        for table in nft:
+            complaint("nft", "flush", "set", *table.name.split(), ACTIVE)  # nobody else comes
+        rules = [rule for table in (*nft, *_saved()) for rule in table.rules]
+        end_accepted({int(port) for rule in rules for found in _PORT.findall(rule) for port in found if port})
     except FirewallError as error:
         return [str(error)]
-    steps = [rule.step("rule", "del") for rule in rules if rule not in but]
-    gone = dict.fromkeys([*(rule for rule in rules if routes.has(rule)), *routes.orphans()])
-    return _run_all([*steps, *(route.step("route", "del") for route in gone if route not in but)])
+    except OSError as error:
+        return [f"what transocks still has for its clients could not be ended ({error.strerror}): stop transocks"]
+    return []
 
 
 def _remove_nft(*, keep: bool) -> list[str]:
-    if not has("nft"):
-        return []
     try:
         tables = _our_tables()
         text = ""
         if not keep:
-            tables += [KEEP] if ("inet", KEEP) in live.tables() else []
+            tables += [KEEP] if KEEP in live.tables() else []
         elif tables:
             if _TPROXY in tables:
                 tables.remove(_TPROXY)
@@ -249,53 +226,70 @@ def _remove_nft(*, keep: bool) -> list[str]:
 
 def _our_tables() -> list[str]:
     there = live.tables()
-    return [name for name in TABLES if ("inet", name) in there]
+    return [name for name in TABLES if name in there]
 
 
-def _remove_iptables(*, keep: bool = False) -> list[str]:
+def _remove_iptables(*, others: bool = False) -> list[str]:
     """Of each variant, since an iptables of legacy shows nothing of nft's, nor the other way round.
 
-    keep: all but what goes by the name iptables itself.
+    others: only those beside what goes by the name iptables itself.
     """
-    complaints: list[str] = []
-    for six in (False, True):
-        for variant in live.variants(six):
-            if keep and "-" not in variant:
-                continue
-            try:
-                found: list[Table] = select(live.saved(six, variant), CHAINS)
-                for table in found:  # each by itself, so that one that fails keeps nothing of the others
-                    text = changes([], [table]).drop
-                    if said := complaint(f"{variant}-restore", "--noflush", stdin=text):
-                        complaints.append(said)
-            except FirewallError as error:
-                if not six or live.has_ipv6():
+    complaints = []
+    for version in live.versions():
+        for variant in live.variants(version):
+            if not others or "-" in variant:
+                try:
+                    complaints += remove_chains(variant, live.saved(version, variant, CHAINS), CHAINS)
+                except FirewallError as error:
                     complaints.append(str(error))
     return complaints
 
 
-def _add_routing(wanted: Iterable[Routing]) -> list[tuple[str, ...]]:
+def remove_chains(variant: str, tables: Sequence[Table], own: Collection[str]) -> list[str]:
+    """Remove the chains `own` from these tables, and the jumps to them; returns complaints."""
+    # A table at a time, so that one that fails keeps nothing of the others.
+    texts = [replacement([table], [], own) for table in tables]
+    return [said for text in texts if (said := complaint(f"{variant}-restore", "--noflush", stdin=text))]
+
+
+# ---- routing
+
+
+def _add_routing(wanted: Sequence[Routing]) -> list[tuple[str, ...]]:
     """Add what is not there; returns how to undo that. Raises FirewallError, with that done."""
     undo: list[tuple[str, ...]] = []
     try:
-        for routing in wanted:
-            routes = Routes.here(routing.six)
-            if others := routes.others(routing):
+        for each in wanted:
+            state = live.routing(each.version)
+            if others := state.others.get(each.mark):
                 raise FirewallError(
-                    f"routing table {routing.mark} has routes of others ({', '.join(others)}):"
+                    f"routing table {each.mark} has routes of others ({', '.join(others)}):"
                     " set rules.tproxy_mark, which is its number, to another"
                 )
-            if not routes.has(routing):
-                run(*routing.step("route", "add"))
-                undo.insert(0, routing.step("route", "del"))
-            if routing not in live.routing_rules(routing.six):
-                run(*routing.step("rule", "add"))
-                undo.insert(0, routing.step("rule", "del"))
+            for kind, there in (("route", state.routes), ("rule", state.rules)):
+                if each not in there:
+                    run(*each.command(kind, "add"))
+                    undo.insert(0, each.command(kind, "del"))
     except FirewallError:
         _run_all(undo)
         raise
     return undo
 
 
-def _run_all(steps: Iterable[tuple[str, ...]]) -> list[str]:
-    return [said for step in steps if (said := complaint(*step))]
+def _remove_routing(*, but: Collection[Routing] = ()) -> list[str]:
+    complaints = []
+    for version in live.versions() if has("ip") else ():  # without it, nobody has added any
+        try:
+            state = live.routing(version)
+        except FirewallError as error:
+            complaints.append(str(error))
+            continue
+        gone = [rule.command("rule", "del") for rule in state.rules if rule not in but]
+        routes = [route for route in state.routes if route in state.rules or route in state.made]
+        gone += [route.command("route", "del") for route in routes if route not in but]
+        complaints += _run_all(gone)
+    return complaints
+
+
+def _run_all(commands: Sequence[tuple[str, ...]]) -> list[str]:
+    return [said for command in commands if (said := complaint(*command))]

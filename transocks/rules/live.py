@@ -1,56 +1,46 @@
-"""What is loaded on this host, and how the tools write what should be. Runs their commands; changes nothing here."""
+"""What is loaded on this host, and what the tools make of rules that are not. Runs their commands; changes nothing."""
 
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Callable, Iterable, Mapping
-from ipaddress import ip_address
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import attrs
 
 from transocks.rules.config import Mode, Tool
-from transocks.rules.nft_json import entries, ruleset_json
+from transocks.rules.loaded import Table, parse_nft, parse_save
 from transocks.rules.redirection import Redirection
-from transocks.rules.saved import Table, merge, parse_save
 from transocks.tools import FirewallError, run, run_json, which
 from usocksd.host.sockets import listeners
-from usocksd.net.address import IPAddress
 
 PREFERENCE = 7474
 """The preference of TPROXY's rules in the routing policy: before those of VPNs, which are around 32764."""
-
 PROTOCOL = 116
 """Who has made a route, for those that look, and for `remove`: a number that has no name of its own."""
 
-TABLES = tuple(Redirection(mode=mode, port=0).table for mode in Mode)
+_MODES = tuple(Redirection(mode=mode, port=0) for mode in Mode)
+TABLES = tuple(each.table for each in _MODES)
 """Our nft tables."""
-GUARDS = tuple(Redirection(mode=mode, port=0).guard for mode in Mode)
+GUARDS = tuple(each.guard for each in _MODES)
 """Those that belong to `transocks rules hold`."""
-KINDS = ("", "-UDP", "-TCP")
-CHAINS = tuple(f"{Redirection(mode=mode, port=0).chain}{kind}" for mode in Mode for kind in KINDS)
+CHAINS = tuple(chain for each in _MODES for chain in each.chains)
 """Our chains in iptables's tables."""
 
-_LISTEN = "0A"  # in the column "st" of /proc/net/tcp
 
-
-def has_ipv6() -> bool:
-    """Whether this kernel has IPv6."""
-    return os.path.exists("/proc/self/net/if_inet6")
+def versions() -> tuple[int, ...]:
+    """The IP versions that this kernel has."""
+    return (4, 6) if os.path.exists("/proc/self/net/if_inet6") else (4,)
 
 
 def uses_ipv6() -> bool:
     """Whether any interface has an address of it: with disable_ipv6=1 there is nothing to listen on, nor a route."""
-    return has_ipv6() and bool(Path("/proc/self/net/if_inet6").read_text("ascii"))
+    return 6 in versions() and bool(Path("/proc/self/net/if_inet6").read_text("ascii"))
 
 
-def choose_tool(which: Callable[[str], str | None] = which) -> Tool | None:
-    """nft where it is (one transaction for both families), else iptables, else None."""
-    if which("nft"):
-        return Tool.NFT
-    return Tool.IPTABLES if which("iptables-restore") else None
+def routed_versions() -> tuple[int, ...]:
+    """The IP versions that interfaces have addresses of."""
+    return (4, 6) if uses_ipv6() else (4,)
 
 
 def has(program: str) -> bool:
@@ -58,61 +48,52 @@ def has(program: str) -> bool:
     return which(program) is not None
 
 
-@attrs.frozen
-class Ruleset:
-    """What nft says, in both of its languages: the entries of its JSON, and text with handles."""
-
-    entries: tuple[Mapping[str, Any], ...] = ()
-    listing: str = ""
-
-    def tables(self) -> set[tuple[str, str]]:
-        """Family and name of each table."""
-        return {(found["family"], found["name"]) for entry in self.entries if (found := entry.get("table"))}
+def choose_tool() -> Tool | None:
+    """nft where it is (one transaction for both families), else iptables, else None."""
+    if has("nft"):
+        return Tool.NFT
+    return Tool.IPTABLES if has("iptables-restore") else None
 
 
-def ruleset() -> Ruleset:
-    """Everything that nft sees. Raises FirewallError."""
-    found = _entries(lambda: ruleset_json(run))
-    return Ruleset(found, run("nft", "-a", "list", "ruleset"))
+# ---- nft
 
 
-def tables() -> set[tuple[str, str]]:
-    """Family and name of each table of nft. Raises FirewallError."""
-    return {(words[1], words[2]) for line in run("nft", "list", "tables").splitlines() if (words := line.split())}
+def tables() -> list[str]:
+    """The names of all tables of the inet family; none without nft. Raises FirewallError."""
+    return [line.split()[2] for line in run("nft", "list", "tables", "inet").splitlines()] if has("nft") else []
 
 
-def as_loaded(text: str) -> Ruleset:
-    """What nft would say of `text`, if that were all: loaded in a network namespace of its own. Raises FirewallError.
+def loaded(names: Collection[str] = TABLES) -> list[Table]:
+    """Those of these tables that are loaded, ours by default. Raises FirewallError."""
+    there = [name for name in tables() if name in names]
+    return [table for name in there for table in parse_nft(run("nft", "list", "table", "inet", name))]
 
-    Takes CAP_SYS_ADMIN.
+
+def as_loaded(text: str) -> list[Table]:
+    """What nft would print of `text`, loaded in a network namespace of its own: takes CAP_SYS_ADMIN.
+
+    Raises FirewallError.
     """
-    script = "nft -f - && nft -j list ruleset && nft -a list ruleset"
-    first, _, listing = run("unshare", "--net", "sh", "-c", script, stdin=text).partition("\n")
-    return Ruleset(_entries(lambda: first), listing)
+    return parse_nft(run("unshare", "--net", "sh", "-c", "nft -f - && nft list ruleset", stdin=text))
 
 
-def _entries(ask: Callable[[], str]) -> tuple[Mapping[str, Any], ...]:
-    try:
-        return entries(ask())
-    except (ValueError, LookupError, TypeError) as error:  # in one table of many, too: see ruleset_json
-        raise FirewallError(f"what nft says of its rules in JSON can't be read: {error}") from None
+# ---- iptables
 
 
-def iptables(six: bool) -> str:
+def iptables(version: int) -> str:
     """The name of iptables for one family."""
-    return "ip6tables" if six else "iptables"
+    return "ip6tables" if version == 6 else "iptables"
 
 
-def variants(six: bool) -> list[str]:
-    """What is here of iptables: first what goes by that name, then a variant beside it that may have rules, as
+def variants(version: int) -> list[str]:
+    """The installed iptables: first what goes by that name, then a variant that may have other rules, as in
     "iptables-legacy".
     """
     found: dict[str, str] = {}
-    for name in (iptables(six), f"{iptables(six)}-nft", f"{iptables(six)}-legacy"):
-        if name.endswith("-legacy") and not has_legacy(iptables(six)):
-            continue
-        if (path := which(f"{name}-save")) is not None:
-            found.setdefault(os.path.realpath(path), name)
+    name = iptables(version)
+    for variant in (name, f"{name}-nft", *([f"{name}-legacy"] if has_legacy(name) else [])):
+        if (path := which(f"{variant}-save")) is not None:
+            found.setdefault(os.path.realpath(path), variant)
     return list(found.values())
 
 
@@ -129,141 +110,91 @@ def has_legacy(name: str, net: Path = Path("/proc/self/net")) -> bool:
         return False
 
 
-def saved(six: bool, variant: str | None = None) -> list[Table]:
-    """What iptables-save says, or ip6tables-save, or that of another variant. Raises FirewallError."""
-    return parse_save(
-        run(
-            f"{variant or iptables(six)}-save",
-        )
-    )
+def saved(version: int, variant: str | None = None, own: Collection[str] | None = None) -> list[Table]:
+    """What iptables-save prints, or that of another variant; see `parse_save`. Raises FirewallError."""
+    return parse_save(run(f"{variant or iptables(version)}-save"), own)
 
 
-def saved_as_loaded(texts: Iterable[str], six: bool) -> list[Table]:
-    """What it would say of these texts, if that were all; as `as_loaded`."""
-    script = f"{iptables(six)}-restore --noflush && {iptables(six)}-save"
-    return merge(
-        table for text in texts for table in parse_save(run("unshare", "--net", "sh", "-c", script, stdin=text))
-    )
+def saved_as_loaded(texts: Iterable[str], version: int) -> list[Table]:
+    """What it would print of our chains in these texts: as `as_loaded`."""
+    script = f"{iptables(version)}-restore --noflush && {iptables(version)}-save"
+    return parse_save("".join(run("unshare", "--net", "sh", "-c", script, stdin=text) for text in texts), CHAINS)
+
+
+# ---- routing
 
 
 @attrs.frozen
 class Routing:
-    """TPROXY's part of the routing of one family, with this mark."""
+    """TPROXY's part of the routing of one IP version, with this mark."""
 
     mark: int
-    six: bool
+    version: int
 
-    @property
-    def rule(self) -> tuple[str, ...]:
-        """For `ip rule`."""
-        return ("pref", str(PREFERENCE), "fwmark", f"{self.mark:#x}", "lookup", str(self.mark))
-
-    @property
-    def route(self) -> tuple[str, ...]:
-        """For `ip route`."""
-        return ("local", "default", "dev", "lo", "table", str(self.mark))
-
-    def step(self, kind: str, action: str) -> tuple[str, ...]:
-        """The command for its "rule" or "route": to "add" or "del", also of what others have made."""
-        words = self.rule if kind == "rule" else self.route
-        if (kind, action) == ("route", "add"):
-            words = (*words, "proto", str(PROTOCOL))
-        return ("ip", "-6" if self.six else "-4", kind, action, *words)
+    def command(self, kind: str, action: str) -> tuple[str, ...]:
+        """ip(8) for its "rule" or "route": to "add" or "del", also one that others have made."""
+        words = {
+            "rule": ("pref", str(PREFERENCE), "fwmark", f"{self.mark:#x}", "lookup", str(self.mark)),
+            "route": ("local", "default", "dev", "lo", "table", str(self.mark)),
+        }[kind]
+        made_by = ("proto", str(PROTOCOL)) if (kind, action) == ("route", "add") else ()
+        return ("ip", f"-{self.version}", kind, action, *words, *made_by)
 
     def by_hand(self, kind: str) -> str:
         """The same to type, to add it."""
-        return " ".join(self.step(kind, "add"))
-
-
-def routing_rules(six: bool) -> list[Routing]:
-    """Of the routing policy, those rules that are of our shape: for any mark. Raises FirewallError."""
-    answer = run_json("ip", "-N", "-json", "-6" if six else "-4", "rule", "show", "pref", str(PREFERENCE))
-    found = []
-    for rule in answer or ():
-        mark, table = int(str(rule.get("fwmark", "0")), 0), str(rule.get("table"))
-        if mark and table == str(mark):
-            found.append(Routing(mark, six))
-    return found
+        return " ".join(self.command(kind, "add"))
 
 
 @attrs.frozen
-class Routes:
-    """The routes of all tables of one family."""
+class RoutingState:
+    """What the routing of one IP version has that looks like TPROXY's, for any mark."""
 
-    six: bool
-    entries: tuple[Mapping[str, Any], ...]
-
-    @classmethod
-    def here(cls, six: bool) -> Routes:
-        """Those of this host. Raises FirewallError."""
-        # Of all tables, since asking for one that has never been is an error.
-        answer = run_json("ip", "-N", "-json", "-6" if six else "-4", "route", "show", "table", "all")
-        return cls(six, tuple(answer or ()))
-
-    def has(self, routing: Routing) -> bool:
-        """Whether its route is there."""
-        return any(_ours(route) for route in self._of(routing))
-
-    def others(self, routing: Routing) -> list[str]:
-        """What else is in its table: destinations."""
-        return [str(route.get("dst")) for route in self._of(routing) if not _ours(route)]
-
-    def orphans(self) -> list[Routing]:
-        """Routes that `transocks rules` has made, for any mark, and whether or not there is a rule that leads there."""
-        return [
-            Routing(int(route["table"]), self.six)
-            for route in self.entries
-            if _ours(route) and str(route.get("protocol")) == str(PROTOCOL) and str(route.get("table")).isdigit()
-        ]
-
-    def _of(self, routing: Routing) -> list[Mapping[str, Any]]:
-        return [route for route in self.entries if str(route.get("table")) == str(routing.mark)]
+    rules: tuple[Routing, ...]
+    routes: tuple[Routing, ...]
+    made: tuple[Routing, ...]
+    """those of `routes` that `transocks rules` has made"""
+    others: Mapping[int, list[str]]
+    """the destinations of all other routes, by their table"""
 
 
-def _ours(route: Mapping[str, Any]) -> bool:
-    local = route.get("type") in ("local", "2")  # RTN_LOCAL
-    return local and (route.get("dst"), route.get("dev")) == ("default", "lo")
+def routing(version: int) -> RoutingState:
+    """As it is now. Raises FirewallError."""
+    ip = ("ip", "-N", "-json", f"-{version}")
+    rules, routes, made = [], [], []
+    others: dict[int, list[str]] = {}
+    for rule in run_json(*ip, "rule", "show", "pref", str(PREFERENCE)) or ():
+        mark = int(str(rule.get("fwmark", "0")), 0)
+        if mark and str(rule.get("table")) == str(mark):
+            rules.append(Routing(mark, version))
+    # Of all tables, since asking for one that has never been is an error.
+    for route in run_json(*ip, "route", "show", "table", "all") or ():
+        if (number := str(route.get("table"))).isdigit():
+            local = route.get("type") in ("local", "2")  # RTN_LOCAL
+            if local and (route.get("dst"), route.get("dev")) == ("default", "lo"):
+                routes.append(Routing(int(number), version))
+                made += routes[-1:] if str(route.get("protocol")) == str(PROTOCOL) else []
+            else:
+                others.setdefault(int(number), []).append(str(route.get("dst")))
+    return RoutingState(tuple(rules), tuple(routes), tuple(made), others)
 
 
-def listening(port: int) -> set[IPAddress]:
-    """The addresses on which something listens on this TCP port, in the network namespace of this process."""
+# ---- listeners
+
+
+def unheard(redirection: Redirection) -> list[str]:
+    """Where the rules would send connections and nobody listens, as in "127.0.0.1:1081". Raises FirewallError."""
     try:
-        # `transocks rules hold` asks each second: of /proc the kernel makes a walk over the table of all connections.
-        return {listener.address for listener in listeners() if listener.port == port}
-    except OSError:  # a kernel without, or netlink is forbidden
-        return _listening_by_proc(port)
-
-
-def _listening_by_proc(port: int) -> set[IPAddress]:
-    found = set()
-    for name in ("tcp", "tcp6"):
-        try:
-            lines = Path(f"/proc/self/net/{name}").read_text("ascii").splitlines()[1:]
-        except OSError:  # no such family
-            continue
-        for line in lines:
-            _, local, _, state, *_ = line.split()
-            raw, _, hex_port = local.partition(":")
-            if state == _LISTEN and int(hex_port, 16) == port:
-                # Words of 32 bits as numbers of this CPU.
-                words = (int(raw[at : at + 8], 16) for at in range(0, len(raw), 8))
-                found.add(ip_address(b"".join(word.to_bytes(4, sys.byteorder) for word in words)))
-    return found
-
-
-def unheard(wanted: Redirection, ipv6: bool) -> list[str]:
-    """Where the rules would send connections and nobody listens: "127.0.0.1:1081" and such."""
-    there = listening(wanted.port)
+        there = [listener.address for listener in listeners() if listener.port == redirection.port]
+    except OSError as error:
+        raise FirewallError(f"the kernel does not tell who listens: {error.strerror}") from None
     missing = []
-    for version in (4, 6) if ipv6 and uses_ipv6() else (4,):
+    for version in routed_versions():
         loopback, anywhere = ("127.0.0.1", "0.0.0.0") if version == 4 else ("::1", "::")
         mine = {str(address) for address in there if address.version == version}
-        expected = [str(address) for address in wanted.addresses if address.version == version]
-        if wanted.mode is Mode.GATEWAY:
+        expected = [str(address) for address in redirection.addresses if address.version == version] or [loopback]
+        if redirection.mode is Mode.GATEWAY:
             expected = [address for address in mine if address != loopback] or [anywhere]
-        elif not expected:
-            expected = [loopback]
-        if not ({anywhere, *expected} & mine):
-            shown = expected[0]
-            missing.append(f"[{shown}]:{wanted.port}" if version == 6 else f"{shown}:{wanted.port}")
+        if not mine.intersection([anywhere, *expected]):
+            host = f"[{expected[0]}]" if version == 6 else expected[0]
+            missing.append(f"{host}:{redirection.port}")
     return missing

@@ -1,7 +1,7 @@
 """Would rules that are not applied yet send the proxies' own connections back to transocks?
 
-Loaded rules can be tried; these have to be read. They are our own, and simple enough for a few comparisons: whose the
-connection is, and where it goes.
+Loaded rules can be tried; these have to be read. They are our own, and simple enough for a few comparisons: who opens
+the connection, and to where.
 """
 
 from __future__ import annotations
@@ -29,10 +29,6 @@ from usocksd.net.address import IPAddress, join_port, without_zone
 _PUBLIC: tuple[IPAddress, ...] = (IPv4Address("9.9.9.9"), IPv6Address("2620:fe::fe"))
 _LOOPBACK: tuple[IPAddress, ...] = (IPv4Address("127.0.0.1"), IPv6Address("::1"))
 _DNS = (53, 853)
-_DO = {
-    True: "It is a usocksd without the mark {0}: set mark = {0} in both configurations",
-    False: "Set mark = {0} here and in what it is, if that can set one (if it does already, use --force)",
-}
 
 
 @attrs.frozen(kw_only=True)
@@ -58,63 +54,61 @@ class Sender:
         return f"user {self.uid}"
 
 
-def takes(wanted: Redirection, sender: Sender, destination: IPAddress, port: int) -> bool:
+def takes(redirection: Redirection, sender: Sender, destination: IPAddress, port: int) -> bool:
     """Whether the rules of host mode redirect a connection to a destination other than this host, as far as known."""
-    selection = wanted.selection_here
-    mine = MARK if wanted.mark is None else wanted.mark
-    if port in _DNS or sender.uid in wanted.exempt_users or sender.marks in (None, {mine}):
+    selection = redirection.selection_here
+    mine = MARK if redirection.mark is None else redirection.mark
+    if port in _DNS or sender.uid in redirection.exempt_users or sender.marks in (None, {mine}):
         return False
     if selection.users or selection.groups or selection.cgroups:
         inside = any(f"{sender.cgroup}/".startswith(f"{path}/") for path in selection.cgroups)
         if not (sender.uid in selection.users or sender.gid in selection.groups or inside):
             return False
-    if any(destination in ip_network(network) for network in excluded(wanted)):
+    if any(destination in ip_network(network) for network in excluded(redirection)):
         return False
     if selection.to and not any(destination in network for network in selection.to):
         return False
     return not selection.ports or any(low <= port <= high for low, high in selection.ports)
 
 
-def loops(config: Config, wanted: list[Redirection]) -> Iterator[str]:
+def loops(config: Config, redirections: list[Redirection]) -> Iterator[str]:
     """Each loop in words, with what to do. Reads the sockets and processes of this host."""
-    host = next((each for each in wanted if each.mode is Mode.HOST), None)
-    if host is None:
-        return
-    with contextlib.suppress(OSError):  # the kernel does not tell who listens
-        yield from _loops(config, host, listeners(), HostAddresses().current)
+    host = next((each for each in redirections if each.mode is Mode.HOST), None)
+    if host is not None:
+        with contextlib.suppress(OSError):  # the kernel does not tell who listens
+            yield from _loops(config, host, listeners())
 
 
-def _loops(
-    config: Config, host: Redirection, there: tuple[Listener, ...], addresses: frozenset[IPAddress]
-) -> Iterator[str]:
-    own = next((sender_of(found) for found in there if found.port == host.port), Sender())
+def _loops(config: Config, host: Redirection, there: tuple[Listener, ...]) -> Iterator[str]:
+    own = next((sender_of(listener) for listener in there if listener.port == host.port), Sender())
     own = attrs.evolve(own, marks=frozenset({config.mark or 0}))
-    mark = f"{config.mark or MARK:#x}"
+    mark, addresses = f"{config.mark or MARK:#x}", HostAddresses().current
+    exempt = f"Set mark = {mark}, or rules.exempt_users to its own user"
+    examples = list(_selected(host))
     for address, port in dict.fromkeys(_upstreams(config)):
         shown = join_port(address, port)
         if not (address in addresses or address.is_loopback):
             if takes(host, own, address, port):
                 yield (
                     f"a loop: the rules would send transocks's own connections to its upstream {shown} to transocks."
-                    f" Set mark = {mark}, or rules.exempt_users to its own user"
+                    f" {exempt}"
                 )
             continue
-        found = next((listener for listener in there if listener.accepts(address, port)), None)
-        if found is None:
-            continue
-        sender = sender_of(found)
-        if any(takes(host, sender, *where) for where in _anywhere(host)):
+        listener = next((listener for listener in there if listener.accepts(address, port)), None)
+        sender = sender_of(listener) if listener is not None else None
+        if sender is not None and any(takes(host, sender, *where) for where in examples):
+            set_mark = (
+                f"Set mark = {mark} here and in what it is, if that can set one (if it does already, use --force)"
+            )
+            if sender.usocksd:
+                set_mark = f"It is a usocksd without the mark {mark}: set mark = {mark} in both configurations"
             yield (
                 f"a loop: the rules would send to transocks what the upstream {shown} on this host connects to."
-                f" {_DO[sender.usocksd].format(mark)}, or name {sender.user} in rules.exempt_users, if that user runs"
-                " nothing else"
+                f" {set_mark}, or name {sender.user} in rules.exempt_users, if that user runs nothing else"
             )
     ways = (*(route.via for route in config.route), *(group.when_all_down for group in config.groups().values()))
-    if DIRECT in ways and any(takes(host, own, *where) for where in _anywhere(host)):
-        yield (
-            "a loop: the rules would send transocks's direct connections to transocks."
-            f" Set mark = {mark}, or rules.exempt_users to its own user"
-        )
+    if DIRECT in ways and any(takes(host, own, *where) for where in examples):
+        yield f"a loop: the rules would send transocks's direct connections to transocks. {exempt}"
 
 
 def _upstreams(config: Config) -> Iterator[tuple[IPAddress, int]]:
@@ -122,26 +116,26 @@ def _upstreams(config: Config) -> Iterator[tuple[IPAddress, int]]:
         for proxy in group.proxy_url:
             if proxy.host == "localhost":
                 yield from ((address, proxy.port) for address in _LOOPBACK)
-            elif not isinstance(proxy.host, str):
-                yield without_zone(proxy.host), proxy.port
-            else:  # some address or other
-                yield _PUBLIC[0], proxy.port
+            else:  # a name stands for some address or other
+                yield _PUBLIC[0] if isinstance(proxy.host, str) else without_zone(proxy.host), proxy.port
 
 
-def _anywhere(wanted: Redirection) -> Iterator[tuple[IPAddress, int]]:
+def _selected(redirection: Redirection) -> Iterator[tuple[IPAddress, int]]:
     """Examples of destinations that the rules select."""
-    selection = wanted.selection
+    selection = redirection.selection
     ports = [low for low, _ in selection.ports] or [443]
     for address in [network[0] for network in selection.to] or _PUBLIC:
         yield from ((address, port) for port in ports)
 
 
+# ---- processes
+
+
 def sender_of(listener: Listener, proc: Path = Path("/proc")) -> Sender:
     """The sender of connections of the process that listens there."""
-    pid = _owner(listener.inode, proc)
-    if pid is None:
+    process = _owner(listener.inode, proc)
+    if process is None:
         return Sender(uid=listener.uid, marks=None)
-    process = proc / str(pid)
     gid = cgroup = None
     with contextlib.suppress(OSError, ValueError):
         gid = next(int(line.split()[2]) for line in _lines(process / "status") if line.startswith("Gid:"))
@@ -154,16 +148,14 @@ def _lines(path: Path) -> list[str]:
     return path.read_text("utf-8", "surrogateescape").splitlines()
 
 
-def _owner(inode: int, proc: Path) -> int | None:
+def _owner(inode: int, proc: Path) -> Path | None:
     """The process that has this socket open, if this user may see that."""
-    wanted = f"socket:[{inode}]"
-    for folder in proc.iterdir():
-        if folder.name.isdigit():
-            with contextlib.suppress(OSError):
-                for entry in (folder / "fd").iterdir():
-                    with contextlib.suppress(OSError):
-                        if os.readlink(entry) == wanted:
-                            return int(folder.name)
+    for folder in proc.glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            for entry in (folder / "fd").iterdir():
+                with contextlib.suppress(OSError):
+                    if os.readlink(entry) == f"socket:[{inode}]":
+                        return folder
     return None
 
 

@@ -1,11 +1,11 @@
-"""What is to be in force, with everything looked up: the input of render.py."""
+"""What to redirect and where to, with everything looked up: the input of render.py."""
 
 from __future__ import annotations
 
 import grp
 import os
 import pwd
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import attrs
 
@@ -17,7 +17,7 @@ from usocksd.settings.types import ListenAddress
 
 CGROUPS = "/sys/fs/cgroup"
 MARK = 0x7473
-"""What the files leave alone when nothing else is said."""
+"""The mark that the files in iptables/ leave alone."""
 
 
 @attrs.frozen(kw_only=True)
@@ -40,7 +40,7 @@ class Selection:
 
 @attrs.frozen(kw_only=True)
 class Redirection:
-    """The rules of one mode."""
+    """What the rules of one mode do."""
 
     mode: Mode
     port: int
@@ -57,7 +57,7 @@ class Redirection:
     """destinations to leave alone; None: those of the files"""
     reject_quic: bool = True
     closed: bool = False
-    """TPROXY: refuse when transocks does not listen; else connections go out directly"""
+    """refuse forgotten connections; TPROXY: also new ones while transocks does not listen"""
     tproxy_mark: int = 0x7474
     """TPROXY: also the number of the routing table"""
 
@@ -75,8 +75,13 @@ class Redirection:
 
     @property
     def chain(self) -> str:
-        """The name of the iptables chain; the one for UDP has -UDP behind it."""
+        """The name of the iptables chain that redirects."""
         return self.table.upper().replace("_", "-")
+
+    @property
+    def chains(self) -> tuple[str, ...]:
+        """The names of its iptables chains: those for UDP and forgotten connections after the first."""
+        return (self.chain, f"{self.chain}-UDP", f"{self.chain}-TCP")
 
     @property
     def selection_here(self) -> Selection:
@@ -89,35 +94,23 @@ class Redirection:
 def redirections_of(
     rules: RulesConfig, listen: Sequence[ListenAddress], listen_tproxy: Sequence[ListenAddress], mark: int | None
 ) -> list[Redirection]:
-    """What [rules] asks for, one for each mode. Raises FirewallError for users and groups that there are not."""
+    """What [rules] asks for, one for each mode. Raises FirewallError for users and groups that do not exist."""
     selection = Selection(
-        users=tuple(_ids(rules.users, "users", lambda name: pwd.getpwnam(name).pw_uid)),
-        groups=tuple(_ids(rules.groups, "groups", lambda name: grp.getgrnam(name).gr_gid)),
-        cgroups=rules.cgroups,
-        cgroups_at=cgroups_at() if rules.cgroups else ".",
-        interfaces=rules.interfaces,
-        from_=rules.from_,
-        to=rules.to,
-        ports=rules.ports,
-    )
-    exempt_users = tuple(_ids(rules.exempt_users, "exempt_users", lambda name: pwd.getpwnam(name).pw_uid))
+        users=_ids(rules.users, "users", _uid), groups=_ids(rules.groups, "groups", _gid),
+        cgroups=rules.cgroups, cgroups_at=cgroups_at() if rules.cgroups else ".",
+        interfaces=rules.interfaces, from_=rules.from_, to=rules.to, ports=rules.ports,
+    )  # fmt: skip
     found = []
     for mode in rules.mode:
         listeners = reached(mode, listen_tproxy if mode is Mode.TPROXY else listen)
         found.append(
             Redirection(
-                mode=mode,
-                port=listeners[0].port,
-                addresses=tuple(_specific(listeners)) if mode is Mode.TPROXY else (),
-                mark=mark,
-                exempt_users=exempt_users,
-                selection=selection,
-                exclude=rules.exclude,
-                reject_quic=rules.reject_quic,
-                closed=rules.when_down is WhenDown.CLOSED,
+                mode=mode, port=listeners[0].port, addresses=_specific(listeners) if mode is Mode.TPROXY else (),
+                mark=mark, exempt_users=_ids(rules.exempt_users, "exempt_users", _uid), selection=selection,
+                exclude=rules.exclude, reject_quic=rules.reject_quic, closed=rules.when_down is WhenDown.CLOSED,
                 tproxy_mark=rules.tproxy_mark,
             )
-        )
+        )  # fmt: skip
     return found
 
 
@@ -143,17 +136,25 @@ def reached(mode: Mode, listen: Sequence[ListenAddress]) -> list[ListenAddress]:
     return [listener for listener in fixed if listener.port == fixed[0].port]
 
 
-def _specific(listeners: Iterable[ListenAddress]) -> Iterable[IPAddress]:
+def _specific(listeners: Sequence[ListenAddress]) -> tuple[IPAddress, ...]:
     """One address for each family that has no listener on all of them."""
-    for version in (4, 6):
-        of_family = [listener.address for listener in listeners if listener.address.version == version]
-        if of_family and not any(address.is_unspecified for address in of_family):
-            yield of_family[0]
+    families = [[each.address for each in listeners if each.address.version == version] for version in (4, 6)]
+    return tuple(some[0] for some in families if some and not any(address.is_unspecified for address in some))
 
 
-def _ids(accounts: Iterable[str], key: str, look_up: Callable[[str], int]) -> Iterable[int]:
+def _uid(name: str) -> int:
+    return pwd.getpwnam(name).pw_uid
+
+
+def _gid(name: str) -> int:
+    return grp.getgrnam(name).gr_gid
+
+
+def _ids(accounts: Sequence[str], key: str, look_up: Callable[[str], int]) -> tuple[int, ...]:
+    found = []
     for account in accounts:
         try:
-            yield int(account) if account.isascii() and account.isdigit() else look_up(account)
+            found.append(int(account) if account.isascii() and account.isdigit() else look_up(account))
         except KeyError:
             raise FirewallError(f"rules.{key}: {account!r}: there is none of that name on this host") from None
+    return tuple(found)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from functools import cache, cached_property
 
 from transocks.rules import live
-from transocks.rules.verify import rule_texts
+from transocks.rules.loaded import Table, parse_nft, parse_save
 from transocks.tools import FirewallError, run
 from transocks.tracing.events import Event, Verdict
 from transocks.tracing.path import LO, ROUTING, Cause
@@ -15,7 +14,6 @@ _IPTABLES = {"raw", "mangle", "nat", "filter", "security"}
 _VERSIONS = {"ip": "IPv4", "ip6": "IPv6"}
 _STOPS = {Verdict.QUEUE: "hands it to a program", Verdict.STOLEN: "takes it away"}
 _WIDTH = 160
-_LINES = re.MULTILINE | re.DOTALL
 
 
 class RuleNames:
@@ -45,18 +43,23 @@ class RuleNames:
 
     def text(self, rule: Event) -> str:
         """The rule as its tool prints it; "" if it can't be found."""
-        if _is_iptables(rule) and (text := self._iptables_text(rule)):
-            return text
-        text = " ".join(rule_texts(self.listing, rule.family, rule.table).get(rule.handle or 0, "").split())
+        table = next((table for table in self.tables if table.name == f"{rule.family} {rule.table}"), None)
+        lines = [line.rpartition(" # handle ") for line in (table.chains.get(rule.chain, ()) if table else ())]
+        texts = {handle: text for text, _, handle in lines if text}
+        saved = self._saved(rule.family) if _is_iptables(rule) else []
+        rules = [text for each in saved if each.name == rule.table for text in each.chains.get(rule.chain, ())]
+        if len(rules) == len(texts):  # iptables prints what nft can't; its rules stand in the same order
+            texts = {handle: f"-A {rule.chain} {line}" for handle, line in zip(texts, rules, strict=True)}
+        text = " ".join(texts.get(str(rule.handle), "").split())
         return text if len(text) <= _WIDTH else f"{text[:_WIDTH]}..."
 
     @cached_property
-    def listing(self) -> str:
-        """All that nft shows, with handles; "" if it does not."""
+    def tables(self) -> list[Table]:
+        """All that nft shows, with handles; none if it does not."""
         try:
-            return run("nft", "-a", "list", "ruleset")
+            return parse_nft(run("nft", "-a", "list", "ruleset"))
         except FirewallError:
-            return ""
+            return []
 
     def _rule(self, rule: Event) -> str:
         """A rule, or a chain with its policy."""
@@ -68,40 +71,29 @@ class RuleNames:
         text = self.text(rule)
         return f'{place}: "{text}"' if text else f"{place}, rule {rule.handle}"
 
-    def _iptables_text(self, rule: Event) -> str:
-        """iptables prints what nft can't; its rules stand in the same order."""
-        block = re.search(rf"^table {rule.family} {rule.table} \{{.*?^\}}", self.listing, _LINES)
-        chain = re.search(rf"^\tchain {re.escape(rule.chain)} \{{.*?^\t\}}", block[0] if block else "", _LINES)
-        handles = re.findall(r"^\t\t\S.* # handle (\d+)$", chain[0] if chain else "", re.MULTILINE)
-        table = re.search(rf"^\*{rule.table}$.*?^COMMIT$", self._saved(rule.family), _LINES)
-        rules = re.findall(rf"^-A {re.escape(rule.chain)} .*$", table[0] if table else "", re.MULTILINE)
-        if len(handles) != len(rules) or str(rule.handle) not in handles:
-            return ""
-        return str(rules[handles.index(str(rule.handle))])
-
 
 def _is_iptables(rule: Event) -> bool:
     return rule.table in _IPTABLES and rule.family in _VERSIONS
 
 
-def _saved(family: str) -> str:
+def _saved(family: str) -> list[Table]:
     """What the iptables that stands on nft prints."""
-    variant = next((v for v in live.variants(family == "ip6") if live.is_nft(v)), None)
+    variant = next((v for v in live.variants(6 if family == "ip6" else 4) if live.is_nft(v)), None)
     try:
-        return run(f"{variant}-save") if variant else ""
+        return parse_save(run(f"{variant}-save")) if variant else []
     except FirewallError:
-        return ""
+        return []
 
 
 def _legacy(version: int) -> str | None:
-    if not live.has_legacy(live.iptables(version == 6)):
+    if not live.has_legacy(live.iptables(version)):
         return None
-    return next((v for v in live.variants(version == 6) if not live.is_nft(v)), None)
+    return next((v for v in live.variants(version) if not live.is_nft(v)), None)
 
 
 def _legacy_rules(variant: str, table: str, chain: str) -> list[str]:
     try:
-        tables = live.saved(variant.startswith("ip6"), variant)
+        tables = parse_save(run(f"{variant}-save"))
     except FirewallError:
         return []
-    return [rule.rest for each in tables if each.name == table for rule in each.of(chain)]
+    return [rule for each in tables if each.name == table for rule in each.chains.get(chain, ())]

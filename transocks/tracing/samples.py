@@ -18,12 +18,12 @@ import attrs
 from transocks.rules.config import Mode
 from transocks.rules.redirection import Redirection
 from transocks.rules.render import excluded
-from transocks.rules.routing import lookup
 from transocks.tools import FirewallError
 from transocks.tracing.events import ACK, RST, SYN, TCP, Packet
 from transocks.tracing.links import Links
 from transocks.tracing.packets import datagram, inject
 from transocks.tracing.path import Path
+from transocks.tracing.routing import lookup
 from transocks.tracing.sockets import NOBODY, Identity, socket_of
 from transocks.tracing.tracer import Tracer
 from usocksd.net.address import IPAddress, IPNetwork, socket_address

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from transocks.rules.config import Tool
-from transocks.rules.live import has_legacy, iptables, uses_ipv6
+from transocks.rules.live import has_legacy, iptables, routed_versions
 from transocks.rules.redirection import Redirection
 from transocks.tools import FirewallError
 from transocks.tracing.fate import IPTABLES_PLACE, What, fate_of, is_guard, is_ours
@@ -29,7 +29,7 @@ def shadows(wanted: Sequence[Redirection], tool: Tool, *, well: bool) -> Iterato
         with Tracer() as tracer:
             here = links()
             for redirection in wanted:
-                tried = samples(redirection, here, (4, 6) if uses_ipv6() else (4,))
+                tried = samples(redirection, here, routed_versions())
                 fates = [fate_of(try_out(tracer, sample), redirection, names) for sample in tried]
                 for fate in fates:
                     to = f"connections to port {fate.sample.port}"
@@ -38,7 +38,7 @@ def shadows(wanted: Sequence[Redirection], tool: Tool, *, well: bool) -> Iterato
                         yield f"{fate.text}: it has {to} before our rules do", True
                     elif fate.what is What.PASSED and not fate.text and well and tool is Tool.IPTABLES:
                         version = fate.sample.version
-                        if has_legacy(iptables(version == 6)):
+                        if has_legacy(iptables(version)):
                             cause = Cause(None, version, *IPTABLES_PLACE[redirection.mode])
                             yield f"{names.of(cause)}: {to} do not get to our rules", True
                 if fates and all(fate.what is What.NOWHERE for fate in fates):

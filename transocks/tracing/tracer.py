@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from types import TracebackType
 
-from transocks.rules.guard import Guard
+from transocks.rules.guard import OwnTables
 from transocks.tools import FirewallError
 from transocks.tracing.events import MESSAGE, TCP, UDP, Event, parse
 from transocks.tracing.path import FIRST, HOOKS, LAST, PLACES, TABLE, Path, path_of
@@ -42,7 +42,7 @@ class Tracer:
         self._sets = [("inet", "watched")]
         self._stack = contextlib.ExitStack()
         try:
-            self._nft = Guard()
+            self._nft = OwnTables()
             self._stack.callback(self._nft.close)
             self._socket = self._stack.enter_context(connect(NETFILTER))
             self._socket.setblocking(False)

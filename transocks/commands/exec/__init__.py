@@ -3,11 +3,11 @@
     rules for a cgroup and a group id of its own -> daemons on free loopback ports -> the command in both -> all removed
 
 The command keeps its user (the one who called sudo), groups and terminal. What makes the rules see it is the cgroup
-that it is started in, and all that it starts with it (firewall/cgroups.py); where there is none that rules can match,
+that it is started in, and all that it starts with it (cgroups.py); where there is none that rules can match,
 its effective group alone, which no other process has.
 
 This ends when the last process that the command left behind has ended. If it is killed, the kernel kills the command
-and the daemons too; the process that holds the rules (firewall/holder.py) ends the rest of the cgroup before it removes
+and the daemons too; the process that holds the rules (holder.py) ends the rest of the cgroup before it removes
 them.
 """
 
@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import os
 import pwd
-import shutil
 import socket
 import subprocess
 import sys
@@ -28,15 +27,14 @@ from itertools import chain
 
 import attrs
 
-from transocks.commands.exec.daemons import ExecError, ending, free_port, start, wait_until_ready
+from transocks.commands.exec.cgroups import Cgroup, make, members_of, name_of
+from transocks.commands.exec.daemons import ExecError, free_port, running
+from transocks.commands.exec.holder import TemporaryRules
 from transocks.commands.exec.terminal import Signals
-from transocks.rules.cgroups import Cgroup, end, make, members_of, name_of
 from transocks.rules.config import Mode, Tool
-from transocks.rules.holder import Held
 from transocks.rules.live import choose_tool, uses_ipv6
 from transocks.rules.redirection import Redirection, Selection
-from transocks.rules.render import render
-from transocks.tools import Capability, FirewallError, die_with_parent, lacking
+from transocks.tools import FirewallError, die_with_parent, lacking
 from usocksd.errors import Error
 from usocksd.serve.verbs.client import visible
 
@@ -91,7 +89,7 @@ def _complain(text: str, status: int) -> int:
 
 
 def _exec(command: Sequence[str]) -> int:
-    if os.geteuid() != 0 or lacking(Capability.CAP_NET_ADMIN):
+    if os.geteuid() != 0 or lacking("CAP_NET_ADMIN"):
         raise ExecError(
             "redirecting needs root, with CAP_NET_ADMIN: sudo transocks exec -- COMMAND ... (in a checkout, ./run shows"
             " it without, in a user namespace)"
@@ -107,23 +105,20 @@ def _exec(command: Sequence[str]) -> int:
     with Signals() as signals, contextlib.ExitStack() as stack:
         usocksd_port, port = free_port(ipv6), free_port(ipv6)
         try:
-            folder, cgroup = _redirect(tool, gid, port, ipv6, stack)
+            folder, cgroup = _redirect(tool, gid, port, stack)
         except FirewallError as error:
             raise ExecError(f"the rules could not be loaded: {error}") from None
         if cgroup is None:
             _say("warning: there is no cgroup here that the rules can match; processes that change their group (su,"
                  " sudo, setpriv) connect directly")  # fmt: skip
-        daemons = stack.enter_context(ending())
         local = ["127.0.0.1", "[::1]"] if ipv6 else ["127.0.0.1"]
         listen = ", ".join(f'"{address}:{port}"' for address in local)
         # They serve one command, and nobody watches them.
         alone = 'workers = 1\ncontrol = ""\ntimeouts.stop = 0\n'
         usocksd = f'{alone}[incoming]\nport = {usocksd_port}\nmetrics_port = 0\naddresses = ["127.0.0.1"]\n'
         transocks = f'{alone}metrics_port = 0\nproxy_url = "socks5://127.0.0.1:{usocksd_port}"\nlisten = [{listen}]\n'
-        daemons.append(start("usocksd", usocksd, folder))
-        daemons.append(start("transocks", transocks, folder))
-        wait_until_ready("usocksd", daemons[0], usocksd_port)
-        wait_until_ready("transocks", daemons[1], port)
+        ports = {"usocksd": usocksd_port, "transocks": port}
+        stack.enter_context(running(folder, {"usocksd": usocksd, "transocks": transocks}, ports))
         signals.hold()
         child = subprocess.Popen(
             command,
@@ -137,23 +132,20 @@ def _exec(command: Sequence[str]) -> int:
     return status if status >= 0 else 128 - status
 
 
-def _redirect(tool: Tool, gid: int, port: int, ipv6: bool, stack: contextlib.ExitStack) -> tuple[str, Cgroup | None]:
+def _redirect(tool: Tool, gid: int, port: int, stack: contextlib.ExitStack) -> tuple[str, Cgroup | None]:
     """Load the rules until the stack is closed; returns a folder that is removed with them, and the cgroup that they
     were seen to match. Raises FirewallError.
     """
     name = f"transocks_exec_{os.getpid()}"
     for cgroup in chain(make(name, gid), [None]):
+        folder = tempfile.mkdtemp(prefix="transocks-exec-")
+        selection = attrs.evolve(Selection() if cgroup is None else cgroup.selection, groups=(gid,))
+        # closed: what connection tracking has forgotten does not go directly.
+        redirection = Redirection(mode=Mode.HOST, name=name, port=port, selection=selection, closed=True)
+        rules = TemporaryRules(tool, redirection, folder, "" if cgroup is None else cgroup.folder)
         with contextlib.ExitStack() as trial:
-            folder = tempfile.mkdtemp(prefix="transocks-exec-")
-            trial.callback(shutil.rmtree, folder, ignore_errors=True)
-            if cgroup is not None:
-                trial.callback(end, cgroup.folder)
-            selection = attrs.evolve(Selection() if cgroup is None else cgroup.selection, groups=(gid,))
-            # closed: what connection tracking has forgotten does not go directly.
-            wanted = Redirection(mode=Mode.HOST, name=name, port=port, selection=selection, closed=True)
-            rules = render(tool, wanted, ipv6=ipv6)
             try:
-                trial.enter_context(Held(rules, folder, "" if cgroup is None else cgroup.folder))
+                trial.enter_context(rules.hold())
             except FirewallError:
                 if cgroup is None:
                     raise

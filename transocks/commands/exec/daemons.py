@@ -1,4 +1,4 @@
-"""The daemons of `transocks exec`, on free ports, for as long as it needs them."""
+"""The daemons of `transocks exec`, on free ports."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class ExecError(Error):
 def free_port(ipv6: bool) -> int:
     """A port that is free now on loopback, of both families."""
     while True:
-        with socket.create_server(("127.0.0.1", 0)) as four:
-            port: int = four.getsockname()[1]
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port: int = server.getsockname()[1]
             if not ipv6:
                 return port
             try:
@@ -36,17 +36,33 @@ def free_port(ipv6: bool) -> int:
                     raise ExecError(f"can't listen on ::1: {error.strerror}") from None
 
 
-def start(name: str, config: str, folder: str) -> subprocess.Popen[bytes]:
-    path = Path(folder, f"{name}.toml")
-    path.write_text(config, encoding="utf-8")
-    # It reports errors on our stderr. It has a session of its own, since signals of the terminal are for the command.
-    return subprocess.Popen(
-        [sys.executable, "-m", name, "-f", str(path), "-loglevel", "error"],
-        stdin=subprocess.DEVNULL, stdout=2, start_new_session=True, preexec_fn=die_with_parent(),  # noqa: PLW1509
-    )  # fmt: skip
+@contextlib.contextmanager
+def running(folder: str, configurations: dict[str, str], ports: dict[str, int]) -> Iterator[None]:
+    """Both daemons, until the end of the block. Raises ExecError."""
+    daemons: dict[str, subprocess.Popen[bytes]] = {}
+    try:
+        for name, text in configurations.items():
+            path = Path(folder, f"{name}.toml")
+            path.write_text(text, encoding="utf-8")
+            # It reports errors on our stderr, and has a session of its own: signals of the terminal are the command's.
+            daemons[name] = subprocess.Popen(
+                [sys.executable, "-m", name, "-f", str(path), "-loglevel", "error"],
+                stdin=subprocess.DEVNULL, stdout=2, start_new_session=True, preexec_fn=die_with_parent(),  # noqa: PLW1509
+            )  # fmt: skip
+        for name, daemon in daemons.items():
+            _wait_until_ready(name, daemon, ports[name])
+        yield
+    finally:
+        for daemon in daemons.values():
+            daemon.terminate()  # nobody waits for their connections any more: stop = 0
+        for daemon in daemons.values():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                daemon.wait(READY_WITHIN)
+            daemon.kill()
+            daemon.wait()
 
 
-def wait_until_ready(name: str, daemon: subprocess.Popen[bytes], port: int) -> None:
+def _wait_until_ready(name: str, daemon: subprocess.Popen[bytes], port: int) -> None:
     deadline = time.monotonic() + READY_WITHIN
     while True:
         with contextlib.suppress(OSError), socket.socket() as probe:
@@ -59,19 +75,3 @@ def wait_until_ready(name: str, daemon: subprocess.Popen[bytes], port: int) -> N
         if time.monotonic() > deadline:
             raise ExecError(f"{name} does not listen")
         time.sleep(0.01)
-
-
-@contextlib.contextmanager
-def ending() -> Iterator[list[subprocess.Popen[bytes]]]:
-    """A list of processes that end with the block."""
-    processes: list[subprocess.Popen[bytes]] = []
-    try:
-        yield processes
-    finally:
-        for process in processes:
-            process.terminate()  # nobody waits for their connections any more: stop = 0
-        for process in processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(READY_WITHIN)
-            process.kill()
-            process.wait()

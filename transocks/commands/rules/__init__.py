@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from transocks.tools import Capability, lacking
+from transocks.tools import lacking
 from usocksd.errors import Error
 from usocksd.serve.verbs.client import visible
 
@@ -53,7 +53,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         verbs,
         "verify",
         "say which rules are missing, changed or reordered, and which rules of others take connections before ours",
-        needs=(Capability.CAP_NET_ADMIN, Capability.CAP_SYS_ADMIN),
+        needs=("CAP_NET_ADMIN", "CAP_SYS_ADMIN"),
     )
     remove = _add(
         verbs,
@@ -84,7 +84,7 @@ def _add(
     *,
     module: str = "verbs",
     failed: int = FAILED,
-    needs: tuple[Capability, ...] = (Capability.CAP_NET_ADMIN,),
+    needs: tuple[str, ...] = ("CAP_NET_ADMIN",),
 ) -> argparse.ArgumentParser:
     def say(line: str) -> None:
         print(f"transocks rules {name}: {visible(line)}", file=sys.stderr)

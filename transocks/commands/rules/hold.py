@@ -1,24 +1,20 @@
 """`transocks rules hold`: the rules stay as [rules] says, whoever flushes them; see docs/firewall.md.
 
-With when_down = "open" they are in force only while transocks accepts, for some seconds at a time: the kernel ends them
-should this process not be there to do so. With "closed" they are in force for good, and a guard, which nobody else can
-flush, refuses what they are not there to redirect.
+With when_down = "open" they are in force only while transocks accepts, for some seconds at a time: if this process
+dies, the kernel ends them. With "closed" they are in force for good, and a guard, which nobody else can flush, refuses
+what they are not there to redirect.
 """
 
 from __future__ import annotations
 
 import argparse
-from typing import Protocol
-
-import attrs
 
 from transocks.commands.rules.verbs import Order, not_accepting, order_of
 from transocks.rules import change
 from transocks.rules.config import Tool, WhenDown
-from transocks.rules.guard import Guard
+from transocks.rules.guard import OwnTables, TableWatch
 from transocks.rules.loops import loops
 from transocks.rules.render import render_guard
-from transocks.rules.watch import TableWatch
 from transocks.tools import FirewallError
 from usocksd.serve.notify import Notifier
 from usocksd.serve.verbs.client import visible
@@ -28,71 +24,72 @@ _AT_ONCE = 3  # how often it loads rules again that are gone as soon: nftables.s
 _STOP_WITHIN = 60.0  # another change of the rules may be under way, which has half of that
 
 
-class Held(Protocol):
-    """How the rules are held."""
-
-    def look(self) -> str:
-        """Put right what is not; returns how it is, in a line. Raises FirewallError."""
-
-    def end(self) -> str:
-        """Nobody looks any more; returns what that means, if there is something to say."""
-
-
 def hold(args: argparse.Namespace) -> int:
     """Hold the rules until a signal comes. What it says goes to the service manager as well, if one has started it."""
     order = order_of(args)
     if order.tool is not Tool.NFT:
         raise FirewallError("needs nft: rules of iptables have nothing that ends by itself and can be prolonged")
-    for problem in loops(order.config, order.wanted):
+    for problem in loops(order.config, order.redirections):
         print(f"warning: {visible(problem)}", flush=True)
     notifier = Notifier()
-    with TableWatch() as watch:
-        held: Held = _Closed(order, watch) if order.rules.when_down is WhenDown.CLOSED else _Open(order, watch)
-        try:
-            said: str | None = None
-            while True:
-                state = _state(held)
-                if said is None:
-                    notifier.ready(state)
-                if state != said:
-                    print(state, flush=True)
-                    notifier.status(state)
-                said = state
-                notifier.alive()
-                watch.wait(LOOK_EVERY)
-        except KeyboardInterrupt:
-            return 0
-        finally:
-            notifier.stopping("stopping", _STOP_WITHIN)
-            if last := held.end():
-                print(last, flush=True)
-
-
-def _state(held: Held) -> str:
+    watch = TableWatch()
+    keeper = _Closed(order, watch) if order.rules.when_down is WhenDown.CLOSED else _Open(order, watch)
+    before: str | None = None
     try:
-        return held.look()
-    except FirewallError as error:  # as a cgroup that is not there yet: there may be one the next time
-        return f"fault: {_in_a_line(error)}"
+        while True:
+            try:
+                state = keeper.look()
+            except FirewallError as error:  # as a cgroup that is not there yet: there may be one the next time
+                state = f"fault: {_in_a_line(error)}"
+            if before is None:
+                notifier.ready(state)
+            if state != before:
+                print(state, flush=True)
+                notifier.status(state)
+            before = state
+            notifier.alive()
+            watch.wait(LOOK_EVERY)
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        notifier.stopping("stopping", _STOP_WITHIN)
+        if last := keeper.end():
+            print(last, flush=True)
 
 
 def _in_a_line(error: FirewallError) -> str:
     return visible(" ".join(str(error).split()))
 
 
-@attrs.define
-class _Open:
-    _order: Order
-    _watch: TableWatch
-    _applied: bool = False
+class _Keeper:
+    """Loads rules again that somebody has removed."""
+
+    def __init__(self, order: Order, watch: TableWatch) -> None:
+        self._order, self._watch = order, watch
+        self._applied = False
+
+    def _apply(self, seconds: int | None = None) -> None:
+        for _ in range(_AT_ONCE):
+            try:
+                change.apply(self._order.redirections, self._order.tool, seconds=seconds)
+            finally:
+                self._watch.forget()  # tables that this has deleted; and others' doing, so look
+            if change.in_force(self._order.redirections):
+                break
+        self._applied = True
+
+
+class _Open(_Keeper):
     _in_force: bool | None = None  # None: what is there is of another configuration, say
 
     def look(self) -> str:
+        """Put right what is not; returns how it is, in a line. Raises FirewallError."""
         if self._in_force:
             self._keep()  # before the daemon is asked, which takes its time
         problem = not_accepting(self._order)
         if problem is not None:
             if self._in_force is not False:
-                self._prolonged(0)  # if not, they end by themselves
+                change.prolong(self._order.redirections, 0)  # if that fails, they end by themselves
             self._in_force = False
             return f"open: {problem}"
         if not self._in_force:
@@ -101,37 +98,25 @@ class _Open:
         return "in force"
 
     def _keep(self) -> None:
-        if not self._applied or not self._prolonged(IN_FORCE):
-            _apply(self._order, self._watch, IN_FORCE)
-            self._prolonged(IN_FORCE)  # so that they are known to be held, and not on trial
-            self._applied = True
-
-    def _prolonged(self, seconds: int) -> bool:
-        """Whether that could be done: not, when somebody has flushed the rules."""
-        try:
-            change.prolong(self._order.wanted, seconds)
-        except FirewallError:
-            return False
-        return True
+        if not self._applied or not change.prolong(self._order.redirections, IN_FORCE):
+            self._apply(IN_FORCE)
+            change.prolong(self._order.redirections, IN_FORCE)  # so that they are known to be held, and not on trial
 
     def end(self) -> str:
+        """Nobody looks any more; returns what that means, if there is something to say."""
         return "; ".join(change.remove(keep=True))  # what transocks carries goes on, for as long as it lives
 
 
-@attrs.define
-class _Closed:
-    _order: Order
-    _watch: TableWatch
-    _applied: bool = False
-    _guard: Guard | None = None
-    _unguarded: str | None = None
+class _Closed(_Keeper):
+    _guard: OwnTables | None = None
+    _unguarded: str | None = ""
 
     def look(self) -> str:
-        if self._guard is None or self._unguarded is not None:
+        """The same."""
+        if self._unguarded is not None:
             self._load_guard()
-        if not self._applied or not change.in_force(self._order.wanted):
-            _apply(self._order, self._watch)
-            self._applied = True
+        if not self._applied or not change.in_force(self._order.redirections):
+            self._apply()
         problem = not_accepting(self._order)
         state = "in force" if problem is None else f"closed: {problem}"
         return state if self._unguarded is None else f"{state}; without a guard: {self._unguarded}"
@@ -139,23 +124,14 @@ class _Closed:
     def _load_guard(self) -> None:
         try:
             if self._guard is None:
-                change.know_others(self._order.wanted, self._order.tool, ipv6=self._order.ipv6)
-                self._guard = Guard()
-            self._guard.load("".join(map(render_guard, self._order.wanted)))
+                change.track_others(self._order.redirections)
+                self._guard = OwnTables()
+            self._guard.load("".join(map(render_guard, self._order.redirections)))
         except FirewallError as error:  # an old kernel, say, or another `hold`: the rules are there all the same
             self._unguarded = _in_a_line(error)
         else:
             self._unguarded = None
 
     def end(self) -> str:
+        """The same."""
         return "closed: the rules stay; `transocks rules remove` removes them"
-
-
-def _apply(order: Order, watch: TableWatch, seconds: int | None = None) -> None:
-    for _ in range(_AT_ONCE):
-        try:
-            change.apply(order.wanted, order.tool, seconds=seconds, ipv6=order.ipv6)
-        finally:
-            watch.forget()  # tables that this has deleted; and others' doing, so look
-        if change.in_force(order.wanted):
-            return

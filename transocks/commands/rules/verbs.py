@@ -13,13 +13,11 @@ import attrs
 from transocks.config import DIRECT, Config
 from transocks.rules import change, live
 from transocks.rules.config import Mode, RulesConfig, Tool, WhenDown
-from transocks.rules.examine import examine
-from transocks.rules.live import choose_tool
-from transocks.rules.lock import alone
 from transocks.rules.loops import loops
 from transocks.rules.redirection import Redirection, redirections_of
 from transocks.rules.render import render_all_nft, render_iptables
-from transocks.tools import FirewallError
+from transocks.rules.verify import verify as examine
+from transocks.tools import FirewallError, one_change
 from transocks.tracing.links import filtered_bridges
 from usocksd.serve.verbs.client import Answer, Client, Refused, VerbError, visible
 from usocksd.settings import loader as configuration
@@ -38,9 +36,8 @@ class Order:
 
     config: Config
     rules: RulesConfig
-    wanted: list[Redirection]
+    redirections: list[Redirection]
     tool: Tool
-    ipv6: bool
 
 
 def order_of(args: argparse.Namespace) -> Order:
@@ -49,26 +46,26 @@ def order_of(args: argparse.Namespace) -> Order:
     config = configuration.load(Config, path)
     if config.rules is None:
         raise FirewallError(f'{path} says nothing of rules: expected [rules] with mode = "host", "gateway" or "tproxy"')
-    tool = config.rules.tool or choose_tool()
+    tool = config.rules.tool or live.choose_tool()
     if tool is None:
         raise FirewallError("neither nft nor iptables is installed")
-    wanted = redirections_of(config.rules, config.listen, config.listen_tproxy, config.mark)
-    return Order(config, config.rules, wanted, tool, live.has_ipv6())
+    redirections = redirections_of(config.rules, config.listen, config.listen_tproxy, config.mark)
+    return Order(config, config.rules, redirections, tool)
 
 
 def render(args: argparse.Namespace) -> int:
     """Print what would be loaded."""
     order = order_of(args)
     if order.tool is Tool.NFT:
-        print(render_all_nft(order.wanted), end="")
+        print(render_all_nft(order.redirections), end="")
         return 0
-    for wanted in order.wanted:
-        for six in (False, True) if order.ipv6 else (False,):
-            print(f"# for {'ip6tables' if six else 'iptables'}-restore --noflush")
-            if wanted.mode is Mode.TPROXY:
+    for redirection in order.redirections:
+        for version in live.versions():
+            print(f"# for {live.iptables(version)}-restore --noflush")
+            if redirection.mode is Mode.TPROXY:
                 for kind in ("route", "rule"):
-                    print(f"# {' '.join(live.Routing(wanted.tproxy_mark, six).step(kind, 'add'))}")
-            print(render_iptables(wanted, six=six), end="")
+                    print(f"# {live.Routing(redirection.tproxy_mark, version).by_hand(kind)}")
+            print(render_iptables(redirection, version=version), end="")
     return 0
 
 
@@ -76,23 +73,24 @@ def apply(args: argparse.Namespace) -> int:
     """Load it, and say what that means."""
     order = order_of(args)
     problem, status = _ask(order) if args.force else _ask_patiently(order)
-    problems = [*([problem] if problem else []), *_all_down(status), *loops(order.config, order.wanted)]
+    all_down, some_down = _upstreams_down(status)
+    problems = [*([problem] if problem else []), *all_down, *loops(order.config, order.redirections)]
     if problems and not args.force:
         raise FirewallError(
             "\n".join([*problems, "nothing was changed; with --force the rules are applied all the same"])
         )
-    change.apply(order.wanted, order.tool, seconds=args.confirm, ipv6=order.ipv6)
+    change.apply(order.redirections, order.tool, seconds=args.confirm)
     print(*_what_now(order, args.confirm), sep="\n")
     if problem is None and not status:
         print("whether its upstreams answer is not known: transocks has no control socket here that could be asked")
-    for problem in (*problems, *_some_down(status)):
+    for problem in (*problems, *some_down):
         print(f"warning: {visible(problem)}")
     return 0
 
 
 def _what_now(order: Order, seconds: int | None) -> Iterator[str]:
     """What an operator should know of rules that have just been applied."""
-    modes = [wanted.mode for wanted in order.wanted]
+    modes = [redirection.mode for redirection in order.redirections]
     yield f"applied by {order.tool.value}: {', '.join(mode.value for mode in modes)}"
     if seconds is not None:
         yield (
@@ -108,7 +106,7 @@ def _what_now(order: Order, seconds: int | None) -> Iterator[str]:
         yield "UDP: QUIC (port 443) to where TCP is redirected is refused, in use or not; other UDP is as it was"
     else:
         yield "UDP: is as it was"
-    if Mode.TPROXY in modes and order.ipv6 and not live.uses_ipv6():
+    if Mode.TPROXY in modes and live.versions() != live.routed_versions():
         yield "IPv6: switched off here, so TPROXY has no routing for it: apply again when it is switched on"
     down = "when transocks does not accept: connections"
     if Mode.TPROXY in modes and order.tool is Tool.IPTABLES:
@@ -120,7 +118,7 @@ def _what_now(order: Order, seconds: int | None) -> Iterator[str]:
         yield f"{down} {'go directly' if modes == [Mode.TPROXY] else f'are refused; {held} can let them out'}"
     if Mode.TPROXY in modes:
         for (bridge, version), setting in filtered_bridges().items():
-            if (version == 4 or order.ipv6) and (not order.rules.interfaces or bridge in order.rules.interfaces):
+            if version in live.versions() and (not order.rules.interfaces or bridge in order.rules.interfaces):
                 yield (
                     f"warning: {bridge} is a bridge and {setting}=1: TPROXY gets no connection over IPv{version} from"
                     f' there. sysctl {setting}=0 helps; where Docker or Kubernetes need it, mode = "gateway"'
@@ -134,7 +132,7 @@ def not_accepting(order: Order) -> str | None:
 
 def _ask(order: Order) -> tuple[str | None, Answer]:
     """The same, and what the daemon says of itself; empty where it can't be asked."""
-    missing = [where for wanted in order.wanted for where in live.unheard(wanted, order.ipv6)]
+    missing = [where for redirection in order.redirections for where in live.unheard(redirection)]
     if missing:
         return f"transocks does not accept connections: nobody listens on {' and '.join(missing)}", {}
     path = order.config.control
@@ -153,55 +151,46 @@ def _ask_patiently(order: Order) -> tuple[str | None, Answer]:
     deadline = time.monotonic() + ANSWER_WITHIN
     while True:
         problem, status = _ask(order)
-        if not any(_all_down(status)) or time.monotonic() >= deadline:
+        if not _upstreams_down(status)[0] or time.monotonic() >= deadline:
             return problem, status
         time.sleep(_LOOK_AGAIN_AFTER)
 
 
-def _all_down(status: Answer) -> Iterator[str]:
-    """Groups of upstreams of which the daemon knows that none answers, where that means a refusal."""
-    for name, group, down in _groups(status):
-        if down and len(down) == len(group["upstreams"]) and group["when_all_down"] != DIRECT:
-            yield f"no upstream of {name} answers, so every connection would be reset: {_why(down)}"
-
-
-def _some_down(status: Answer) -> Iterator[str]:
-    """The same of those where some answer, or where connections go directly."""
-    for name, group, down in _groups(status):
-        if len(down) == len(group["upstreams"]) and group["when_all_down"] == DIRECT:
-            yield f"no upstream of {name} answers, so transocks connects directly: {_why(down)}"
-        elif 0 < len(down) < len(group["upstreams"]):
-            yield f"{len(down)} of {len(group['upstreams'])} upstreams of {name} do not answer: {_why(down)}"
-
-
-def _groups(status: Answer) -> Iterator[tuple[str, Answer, list[Answer]]]:
-    """Name, group, and those that are down."""
+def _upstreams_down(status: Answer) -> tuple[list[str], list[str]]:
+    """Groups of upstreams of which none answers, where that means a refusal; and those where some answer, or where
+    connections go directly.
+    """
+    refusing, others = [], []
     for name, group in (status.get("daemon") or {}).get("upstreams", {}).items():
-        yield name, group, [each for each in group["upstreams"] if not each["up"]]
-
-
-def _why(down: list[Answer]) -> str:
-    return "; ".join(f"{each['upstream']}: {each['why']}" for each in down)
+        down = [each for each in group["upstreams"] if not each["up"]]
+        why = "; ".join(f"{each['upstream']}: {each['why']}" for each in down)
+        if 0 < len(down) < len(group["upstreams"]):
+            others.append(f"{len(down)} of {len(group['upstreams'])} upstreams of {name} do not answer: {why}")
+        elif down and group["when_all_down"] == DIRECT:
+            others.append(f"no upstream of {name} answers, so transocks connects directly: {why}")
+        elif down:
+            refusing.append(f"no upstream of {name} answers, so every connection would be reset: {why}")
+    return refusing, others
 
 
 def confirm(args: argparse.Namespace) -> int:
     """Let it stay."""
-    confirmed = change.confirm(ipv6=live.has_ipv6())
-    print("confirmed: the rules stay" if confirmed else "nothing to confirm: no rules are on trial")
+    print("confirmed: the rules stay" if change.confirm() else "nothing to confirm: no rules are on trial")
     return 0
 
 
 def verify(args: argparse.Namespace) -> int:
     """Print what is not as it should be."""
     order = order_of(args)
-    with alone():  # half of a change would read as faults
-        report = examine(order.wanted, order.tool, ipv6=order.ipv6)
+    with one_change():  # half of a change would read as faults
+        report = examine(order.redirections, order.tool)
     for fault in report.faults:
         print(visible(fault))
     for note in report.notes:
         print(f"note: {visible(note)}")
     if not report.faults:
-        print(f"as they should be: {', '.join(wanted.mode.value for wanted in order.wanted)}, by {order.tool.value}")
+        modes = ", ".join(redirection.mode.value for redirection in order.redirections)
+        print(f"as they should be: {modes}, by {order.tool.value}")
     return FAILED if report.faults else 0
 
 
@@ -209,7 +198,7 @@ def remove(args: argparse.Namespace) -> int:
     """Leave nothing of it."""
     held = False
     with contextlib.suppress(FirewallError):  # removing it is more important
-        held = change.held()
+        held = change.is_held()
     complaints = change.remove(keep=args.keep_connections)
     if held:
         complaints.append("`transocks rules hold` runs, and loads them again: end it first, or stop its unit")

@@ -80,9 +80,9 @@ def _hides_legacy() -> bool:
     """Whether iptables-legacy has rules, and another goes by the name iptables. Its tables stay, empty, until the next
     boot.
     """
-    beside = ((six, variant) for six in (False, True) for variant in live.variants(six) if variant.endswith("-legacy"))
+    beside = ((version, each) for version in (4, 6) for each in live.variants(version) if each.endswith("-legacy"))
     try:
-        return any(table.rules for six, variant in beside for table in live.saved(six, variant))
+        return any(table.rules for version, each in beside for table in live.saved(version, each))
     except FirewallError:
         return False
 

@@ -8,9 +8,8 @@ from transocks.doctor.checks.network import routing
 from transocks.doctor.finding import Finding, fault, fine, unchecked, warning
 from transocks.doctor.host import AS_ROOT, Host, device
 from transocks.rules.config import Mode
-from transocks.rules.examine import examine
-from transocks.rules.live import choose_tool, has_ipv6
-from transocks.rules.verify import dormant
+from transocks.rules.live import choose_tool
+from transocks.rules.verify import verify
 from transocks.tools import FirewallError
 from transocks.tracing.events import ACK, UDP
 from transocks.tracing.fate import Fate, What, is_guard, is_ours
@@ -42,9 +41,10 @@ def rules(host: Host) -> Iterator[Finding]:
 
 
 def _missing(host: Host) -> Finding:
-    for table in dormant(host.names.listing):
-        text = f"table inet {table} is switched off (flags dormant): none of its rules is asked"
-        return fault("rules", text, f"nft add table inet {table}")
+    for table in host.names.tables:
+        if table.dormant and table.name.startswith("inet transocks"):
+            text = f"table {table.name} is switched off (flags dormant): none of its rules is asked"
+            return fault("rules", text, f"nft add table {table.name}")
     ports = " and ".join(sorted({str(fate.redirection.port) for fate in host.fates}))
     do = _APPLY if host.stated else f"{_APPLY}, with [rules] in the configuration; or load those of iptables/"
     return fault("rules", f"none sends connections to transocks (port {ports})", do)
@@ -156,7 +156,7 @@ def applied(host: Host) -> Iterator[Finding]:
     if tool is None:
         return
     try:
-        report = examine(host.redirections, tool, ipv6=has_ipv6(), trying=False)
+        report = verify(host.redirections, tool, trying=False)
     except FirewallError as error:
         yield unchecked(check, str(error))
         return

@@ -9,8 +9,7 @@ from __future__ import annotations
 import errno
 import socket
 import struct
-from collections.abc import Collection, Iterable
-from ipaddress import IPv4Address
+from collections.abc import Collection
 
 from transocks.tools import FirewallError
 from usocksd.host.netlink import ACK, CREATE, EXCL, NETFILTER, ask, attribute, connect
@@ -20,7 +19,7 @@ from usocksd.net.address import IPAddress
 # linux/netfilter/nfnetlink.h, nfnetlink_conntrack.h
 _NEW = 1 << 8  # NFNL_SUBSYS_CTNETLINK, IPCTNL_MSG_CT_NEW
 _NESTED = 0x8000
-_ORIGINAL, _REPLY, _STATUS, _PROTOCOL_INFO, _TIMEOUT = 1, 2, 3, 4, 7
+_TUPLE_ORIGINAL, _TUPLE_REPLY, _STATUS, _PROTOCOL_INFO, _TIMEOUT = 1, 2, 3, 4, 7
 _IP, _PROTOCOL = 1, 2
 _NUMBER, _SOURCE_PORT, _DESTINATION_PORT = 1, 2, 3
 _TCP, _TCP_STATE, _TCP_FLAGS_ORIGINAL, _TCP_FLAGS_REPLY = 1, 1, 4, 5
@@ -30,15 +29,20 @@ _LIBERAL = bytes((8, 8))  # IP_CT_TCP_FLAG_BE_LIBERAL, and its mask: nobody has 
 _SECONDS = 432_000
 
 
-def make_known(ports: Collection[int]) -> None:
-    """Of this network namespace, all but those of transocks's clients on this host: it listens on these `ports`.
+def enter(*, ports: Collection[int]) -> None:
+    """All TCP connections of this network namespace, but those of transocks's clients on this host: it listens on these
+    ports.
 
     What is tracked already stays as it is. Raises FirewallError.
     """
     try:
         found = list(tcp_connections())
         clients = {connection.peer for connection in found if connection.local[1] in ports}
-        _track(c for c in found if c.local not in clients and not c.peer[0].is_loopback)
+        with connect(NETFILTER) as sock:
+            sock.settimeout(2)
+            for connection in found:
+                if connection.local not in clients and not connection.peer[0].is_loopback:
+                    _enter(sock, connection)
     except OSError as error:
         raise FirewallError(
             "connections that are there can't be made known to connection tracking, and would be refused"
@@ -46,33 +50,30 @@ def make_known(ports: Collection[int]) -> None:
         ) from None
 
 
-def _track(connections: Iterable[Connection]) -> None:
-    with connect(NETFILTER) as sock:
-        sock.settimeout(2)
-        for connection in connections:
-            try:
-                list(ask(sock, _NEW, ACK | EXCL | CREATE, _body(connection)))
-            except OSError as error:
-                if error.errno != errno.EEXIST:
-                    raise
-
-
-def _body(connection: Connection) -> bytes:
-    family = socket.AF_INET if connection.local[0].version == 4 else socket.AF_INET6
+def _enter(sock: socket.socket, connection: Connection) -> None:
     state = attribute(_TCP_STATE, bytes((_ESTABLISHED,)))
     state += attribute(_TCP_FLAGS_ORIGINAL, _LIBERAL) + attribute(_TCP_FLAGS_REPLY, _LIBERAL)
-    body = struct.pack("=BBH", family, 0, 0)
-    body += _tuple(_ORIGINAL, connection.local, connection.peer) + _tuple(_REPLY, connection.peer, connection.local)
+    body = struct.pack("=BBH", socket.AF_INET if connection.local[0].version == 4 else socket.AF_INET6, 0, 0)
+    body += _nested(_TUPLE_ORIGINAL, _ends(connection.local, connection.peer))
+    body += _nested(_TUPLE_REPLY, _ends(connection.peer, connection.local))
     body += attribute(_STATUS, struct.pack(">I", _SEEN_ASSURED_CONFIRMED))
     body += attribute(_TIMEOUT, struct.pack(">I", _SECONDS))
-    body += attribute(_PROTOCOL_INFO | _NESTED, attribute(_TCP | _NESTED, state))
-    return body
+    body += _nested(_PROTOCOL_INFO, _nested(_TCP, state))
+    try:
+        list(ask(sock, _NEW, ACK | EXCL | CREATE, body))
+    except OSError as error:
+        if error.errno != errno.EEXIST:
+            raise
 
 
-def _tuple(kind: int, source: tuple[IPAddress, int], destination: tuple[IPAddress, int]) -> bytes:
-    first = 1 if isinstance(source[0], IPv4Address) else 3  # CTA_IP_V4_SRC, _DST; CTA_IP_V6_SRC, _DST
+def _ends(source: tuple[IPAddress, int], destination: tuple[IPAddress, int]) -> bytes:
+    first = 1 if source[0].version == 4 else 3  # CTA_IP_V4_SRC, _DST; CTA_IP_V6_SRC, _DST
     addresses = attribute(first, source[0].packed) + attribute(first + 1, destination[0].packed)
     ports = attribute(_NUMBER, bytes((socket.IPPROTO_TCP,)))
     ports += attribute(_SOURCE_PORT, struct.pack(">H", source[1]))
     ports += attribute(_DESTINATION_PORT, struct.pack(">H", destination[1]))
-    return attribute(kind | _NESTED, attribute(_IP | _NESTED, addresses) + attribute(_PROTOCOL | _NESTED, ports))
+    return _nested(_IP, addresses) + _nested(_PROTOCOL, ports)
+
+
+def _nested(kind: int, attributes: bytes) -> bytes:
+    return attribute(kind | _NESTED, attributes)

@@ -7,6 +7,7 @@ path.py      from these messages to where a packet went, and what did that      
 fate.py      what that means for the rules of transocks
 names.py     rules as their tools print them
 packets.py   packets as bytes, and an interface that receives one
+routing.py   the route of a packet
 sockets.py   sockets as other users of this host would have them
 links.py     interfaces, the networks on them, bridges
 shadows.py   rules of others that take connections before ours: for verify

@@ -118,6 +118,6 @@ def routing(fate: Fate, host: Host) -> Finding:
         return fault("reverse path", text, do)
     if mode is not Mode.TPROXY:
         return fault("routes", f"{fate.name}: redirected, and then {fate.text}", "look at ip route and ip rule")
-    by_hand = "; ".join(map(Routing(mark, fate.sample.version == 6).by_hand, ("rule", "route")))
+    by_hand = "; ".join(map(Routing(mark, fate.sample.version).by_hand, ("rule", "route")))
     text = f"{fate.name}: what TPROXY takes (mark {mark:#x}) is not routed to this host"
     return fault("routes", text, f"transocks rules apply, or by hand: {by_hand}" if host.stated else by_hand)

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from transocks.config import Config, ProxyScheme, ProxyURL, parse_proxy_url
 from transocks.routes import Decision
+from transocks.upstreams.proxy_url import SecretStr
 from usocksd.errors import ConfigError
 from usocksd.serve.plan import make_plan
-from usocksd.settings.loader import SecretStr, parse
+from usocksd.settings.loader import parse
 from usocksd.settings.types import LogConfig
 
 PROXY = 'proxy_url = "socks5://10.20.30.40:1080"\n'
@@ -177,6 +178,14 @@ def test_proxy_url(url: str, scheme: str, host: str, port: int, user: str | None
         username=user,
         password=None if password is None else SecretStr(password),
     )
+
+
+def test_a_password_does_not_print() -> None:
+    secret = SecretStr("hunter2")
+    assert f"{secret} {secret!r} {secret!s:>5}".split() == ["***", "***", "***"]
+    assert (secret.reveal(), hash(secret)) == ("hunter2", hash(SecretStr("hunter2")))
+    assert secret == SecretStr("hunter2")
+    assert secret not in (SecretStr("hunter3"), "hunter2")
 
 
 def test_a_proxy_url_prints_without_the_password() -> None:

@@ -11,7 +11,7 @@ import attrs
 
 from usocksd.names.match import canonical_host
 from usocksd.net.address import IPAddress, join_port
-from usocksd.settings.loader import Invalid, SecretStr
+from usocksd.settings.loader import Invalid
 from usocksd.settings.types import one_or_more, parse_zoned_address, split_port
 
 
@@ -33,6 +33,27 @@ class ProxyScheme(enum.Enum):
     def is_socks5(self) -> bool:
         """Whether the proxy speaks SOCKS5."""
         return self in (ProxyScheme.SOCKS5, ProxyScheme.SOCKS5H)
+
+
+class SecretStr:
+    """A string that does not print: str(), repr() and format() give "***", `reveal()` gives the string."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: str) -> None:
+        self._value = value
+
+    def reveal(self) -> str:
+        return self._value
+
+    def __repr__(self) -> str:
+        return "***"
+
+    def __eq__(self, other: object) -> bool:
+        return self._value == other._value if isinstance(other, SecretStr) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._value)
 
 
 @attrs.frozen(kw_only=True)

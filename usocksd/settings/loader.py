@@ -8,8 +8,8 @@ The rules that this file keeps:
    which may raise `Invalid` with `at` naming the key; or in the class's `check_table`, which sees the table as TOML
    has it, and is called even if some of the table is wrong.
 3. Nothing is coerced: true is no port.
-4. A value that is shown never shows credentials: whatever stands before an "@" is hidden, and the value of a `secret`
-   parser is not shown at all. So no exception that leaves this file has another one as its context.
+4. No fault shows credentials: whatever stands before an "@" is hidden, and the value of a `secret` parser is not shown
+   at all. So no exception that leaves this file has another one as its context.
 """
 
 from __future__ import annotations
@@ -106,27 +106,6 @@ def _each(error: Exception, at: str) -> Iterator[Invalid]:
             yield from _each(inner, at)
     else:
         raise error  # a bug, not a fault of the file
-
-
-class SecretStr:
-    """A string that does not print: str(), repr() and format() give "***", `reveal()` gives the string."""
-
-    __slots__ = ("_value",)
-
-    def __init__(self, value: str) -> None:
-        self._value = value
-
-    def reveal(self) -> str:
-        return self._value
-
-    def __repr__(self) -> str:
-        return "***"
-
-    def __eq__(self, other: object) -> bool:
-        return self._value == other._value if isinstance(other, SecretStr) else NotImplemented
-
-    def __hash__(self) -> int:
-        return hash(self._value)
 
 
 @attrs.frozen

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -21,7 +22,7 @@ from usocksd.settings.loader import Faults, Invalid, Parser, loading
 T = TypeVar("T")
 
 MOST_WORKERS = 64
-_SOCKET_PATH_MAX = 107  # sun_path of unix(7), less its final zero
+_PATH_MAX, _SOCKET_PATH_MAX = 4095, 107  # of open(2), and sun_path of unix(7), less the final zero
 
 
 # Single settings.
@@ -156,20 +157,15 @@ class SocketAddress:
 
 
 @attrs.frozen
-class ListenAddress:
+class ListenAddress(SocketAddress):
     """An address to listen on; port 0 is one of the kernel's choice.
 
-    `optional`: it stands for one family of a pair (localhost, all interfaces), and a host without that family
-    is well configured all the same. `transparent`: with IP_TRANSPARENT, for what TPROXY rules bring.
+    `optional`: it stands for one family of a pair (localhost, all interfaces), and a host may lack that family.
+    `transparent`: with IP_TRANSPARENT, for connections that TPROXY rules bring.
     """
 
-    address: IPAddress
-    port: int
     optional: bool = False
     transparent: bool = False
-
-    def __str__(self) -> str:
-        return join_port(self.address, self.port)
 
 
 ANY_ADDRESS: tuple[IPAddress, IPAddress] = (IPv4Address("0.0.0.0"), IPv6Address("::"))
@@ -230,14 +226,8 @@ def _is_interface(name: str) -> bool:
     return 1 <= len(name.encode()) <= 15 and name not in (".", "..") and not re.search(r"[\s/:\x00-\x1f]", name)
 
 
-def _path(value: str) -> str | None:
-    if "\0" in value:
-        raise ValueError
-    return value or None
-
-
-def _socket_path(value: str) -> str | None:
-    if "\0" in value or len(os.fsencode(value)) > _SOCKET_PATH_MAX:
+def _path(value: str, most: int = _PATH_MAX) -> str | None:
+    if "\0" in value or len(os.fsencode(value)) > most:
         raise ValueError
     return value or None
 
@@ -277,37 +267,33 @@ KeepAliveSeconds = Annotated[int, integer(1, 32767)]
 Mark = Annotated[int, integer(1, 2**32 - 1)]
 """SO_MARK of socket(7); not 0, which everybody's have: rules that exempt it would exempt everything."""
 _LISTEN_IP = 'an IP address, as in "127.0.0.1" or "::1", or a list of them'
-ListenIPs = Annotated[tuple[IPAddress, ...], one_or_more(_listen_ip, _LISTEN_IP, distinct=check_distinct_address)]
-ListenIPsOrNone = Annotated[
-    tuple[IPAddress, ...], one_or_more(_listen_ip, _LISTEN_IP, distinct=check_distinct_address, empty=True)
-]
+_listen_ips = partial(one_or_more, _listen_ip, _LISTEN_IP, distinct=check_distinct_address)
+ListenIPs = Annotated[tuple[IPAddress, ...], _listen_ips()]
+ListenIPsOrNone = Annotated[tuple[IPAddress, ...], _listen_ips(empty=True)]
 """may be an empty list"""
 DnsServer = Annotated[
     SocketAddress,
     text(_dns_server, 'the IP address of a name server, as in "192.0.2.53", "192.0.2.53:53" or "[::1]:53"'),
 ]
 Interface = Annotated[str | None, text(_interface, 'the name of an interface, at most 15 characters, as in "eth0"')]
-SocketPath = Annotated[str | None, text(_socket_path, f"the path of a socket, at most {_SOCKET_PATH_MAX} bytes")]
+SocketPath = Annotated[
+    str | None, text(partial(_path, most=_SOCKET_PATH_MAX), f"the path of a socket, at most {_SOCKET_PATH_MAX} bytes")
+]
 ReadableFile = Annotated[Path, text(_readable_file, "the path of a readable file")]
 
 
-# Tables that both daemons have.
+def one_of(names: Collection[str], *, or_none: bool = False) -> Parser:
+    """One of these strings; with `or_none` also "", for None."""
 
-
-def one_of(names: Collection[str]) -> Parser:
-    """One of these strings."""
-
-    def parse(value: str) -> str:
-        if value not in names:
+    def parse(value: str) -> str | None:
+        if value not in names and not (or_none and value == ""):
             raise ValueError
-        return value
+        return value or None
 
     return text(parse, "one of " + ", ".join(f'"{name}"' for name in names))
 
 
-def _one_of(names: Collection[str]) -> Parser:
-    """One of these strings, or "" for None."""
-    return text(lambda value: one_of(names).parse(value) if value else None, one_of(names).expected)
+# Tables that both daemons have.
 
 
 @attrs.frozen(kw_only=True)
@@ -318,8 +304,8 @@ class LogConfig:
     """
 
     filename: Annotated[str | None, text(_path, "the path of a file")] = None
-    level: Annotated[str | None, _one_of(LEVELS)] = None
-    format: Annotated[str | None, _one_of(FORMATS)] = None
+    level: Annotated[str | None, one_of(LEVELS, or_none=True)] = None
+    format: Annotated[str | None, one_of(FORMATS, or_none=True)] = None
 
 
 @attrs.frozen(kw_only=True)

@@ -9,7 +9,6 @@ from ipaddress import ip_address
 
 from transocks.config import Config
 from usocksd.errors import ConfigError
-from usocksd.net.address import IPAddress
 from usocksd.settings import loader as configuration
 
 _DEFAULT = "/etc/transocks.toml"
@@ -44,7 +43,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--client",
         metavar="ADDRESS",
-        type=_address,
+        type=ip_address,
         help="on a gateway: wait for the next TCP connection of this client, and say what happens to it",
     )
     parser.set_defaults(run=_run)
@@ -69,10 +68,3 @@ def _run(args: argparse.Namespace) -> int:
         for line in as_text(findings, everything=args.verbose):
             print(line)
     return int(any(finding.state is State.FAULT for finding in findings))
-
-
-def _address(text: str) -> IPAddress:
-    try:
-        return ip_address(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected an IP address, not {text!r}") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from enum import Enum
+from functools import partial
 
 import attrs
 
@@ -24,29 +25,18 @@ class Finding:
     """One line of what was seen, and one of what to do about it."""
 
     check: str
-    state: State
     seen: str
     do: str = ""
+    state: State = State.OK
 
 
-def fault(check: str, seen: str, do: str) -> Finding:
-    """It does not work like this."""
-    return Finding(check, State.FAULT, seen, do)
-
-
-def warning(check: str, seen: str, do: str) -> Finding:
-    """It works, but not as well, or not as safely, as it should."""
-    return Finding(check, State.WARNING, seen, do)
-
-
-def unchecked(check: str, why: str, do: str = "") -> Finding:
-    """It can't be told from here."""
-    return Finding(check, State.UNCHECKED, why, do)
-
-
-def fine(check: str, seen: str) -> Finding:
-    """Nothing is wrong with it."""
-    return Finding(check, State.OK, seen)
+fine = Finding
+fault = partial(Finding, state=State.FAULT)
+"""It does not work like this."""
+warning = partial(Finding, state=State.WARNING)
+"""It works, but not as well, or not as safely, as it should."""
+unchecked = partial(Finding, state=State.UNCHECKED)
+"""It can't be told from here."""
 
 
 def as_text(findings: Sequence[Finding], *, everything: bool = False) -> Iterator[str]:

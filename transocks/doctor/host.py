@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import pwd
 import socket
-import struct
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +32,6 @@ from usocksd.net.address import IPAddress, without_zone
 from usocksd.serve.verbs.client import Answer, Client, VerbError
 
 AS_ROOT = "run it as root"
-_UCRED = struct.Struct("=iII")  # pid, uid, gid: unix(7)
 
 
 @attrs.frozen(kw_only=True)
@@ -119,17 +118,6 @@ class Host:
     # ---- the daemon, and its configuration
 
     @cached_property
-    def _peer(self) -> tuple[int | None, int | None]:
-        """User and group of the running daemon."""
-        try:
-            with socket.socket(socket.AF_UNIX) as sock:
-                sock.settimeout(2)
-                sock.connect(self.config.control or "")
-                return _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))[1:]
-        except OSError:
-            return None, None
-
-    @cached_property
     def status(self) -> Answer | None:
         """What the running daemon says of itself."""
         try:
@@ -140,15 +128,15 @@ class Host:
     @cached_property
     def daemon(self) -> Identity:
         """By what rules know the daemon's connections; if it does not run, as its unit has it."""
-        uid, gid = self._peer
-        mine = next((listener for listener in self.listeners or () if listener.port in self.ports), None)
-        if uid is None and mine is not None:
-            uid = mine.uid
-        elif uid is None:
-            uid = next((user.pw_uid for user in pwd.getpwall() if user.pw_name == "transocks"), None)
-        rules = self.config.rules
-        cgroup = sender_of(mine).cgroup if mine is not None and rules is not None and rules.cgroups else None
-        return Identity(uid=uid, gid=gid, mark=self.config.mark or 0, cgroup=cgroup)
+        mark, rules = self.config.mark or 0, self.config.rules
+        for listener in self.listeners or ():
+            if listener.port in self.ports:
+                sender = sender_of(listener, self.proc)
+                cgroup = sender.cgroup if rules is not None and rules.cgroups else None
+                return Identity(uid=sender.uid, gid=sender.gid, mark=mark, cgroup=cgroup)
+        with contextlib.suppress(KeyError):
+            return Identity(uid=pwd.getpwnam("transocks").pw_uid, mark=mark)
+        return Identity(mark=mark)
 
     @property
     def ports(self) -> set[int]:

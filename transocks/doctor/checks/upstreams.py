@@ -13,7 +13,8 @@ import socket
 import struct
 import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import TypeVar
 
 import attrs
 import trio
@@ -37,9 +38,10 @@ from usocksd.socks import NEED_DATA, Probe, Probed, RequestRefused
 PATIENCE = 3.0
 """Seconds for its name, and again for its answer."""
 
+T = TypeVar("T")
+R = TypeVar("R")
 _CHECK = "upstream"
 _NOT_HTTP = re.compile(r"\bnot (an )?HTTP", re.IGNORECASE)  # how a usocksd says so, and Tor
-_SOCKS5 = (ProxyScheme.SOCKS5, ProxyScheme.SOCKS5H)
 _MOST = 8  # addresses of a name
 _LARGE_WITHIN = 2.5  # seconds
 _HEADERS = {4: 40, 6: 60}
@@ -53,19 +55,25 @@ def upstreams(host: Host) -> Iterator[Finding]:
 
 
 async def _greet_all(host: Host) -> list[Finding]:
-    found: dict[ProxyURL, list[Finding]] = {proxy: [] for proxy in host.proxies}
     resolver = make_resolver(host.config.dns, Metrics("doctor"), sockets=16)
-
-    async def greet(proxy: ProxyURL) -> None:
-        found[proxy] = await _Greeting(proxy, host).run(resolver)
-
     async with trio.open_nursery() as background:
         await background.start(resolver.run)
-        async with trio.open_nursery() as nursery:
-            for proxy in found:
-                nursery.start_soon(greet, proxy)
+        found = await _at_once(lambda proxy: _Greeting(proxy, host).run(resolver), host.proxies)
         background.cancel_scope.cancel()
-    return [finding for findings in found.values() for finding in findings]
+    return [finding for findings in found for finding in findings]
+
+
+async def _at_once(act: Callable[[T], Awaitable[R]], items: Sequence[T]) -> list[R]:
+    """What each returns, in this order."""
+    results: dict[int, R] = {}
+
+    async def one(number: int) -> None:
+        results[number] = await act(items[number])
+
+    async with trio.open_nursery() as nursery:
+        for number in range(len(items)):
+            nursery.start_soon(one, number)
+    return [results[number] for number in range(len(items))]
 
 
 class _Greeting:
@@ -91,14 +99,7 @@ class _Greeting:
         if not addresses:
             do = "see that its name resolves on this host, or put its address into proxy_url"
             return [fault(_CHECK, f"{self._proxy}: {problem}", do)]
-        found: list[tuple[Finding, bool]] = []
-
-        async def one(address: IPAddress) -> None:
-            found.append(await self._at(address))
-
-        async with trio.open_nursery() as nursery:
-            for address in addresses[:_MOST]:
-                nursery.start_soon(one, address)
+        found = await _at_once(self._at, addresses[:_MOST])
         elsewhere = any(answers for _, answers in found)
         return [
             attrs.evolve(finding, state=State.WARNING)
@@ -155,7 +156,7 @@ class _Greeting:
     async def _greet(self, stream: trio.SocketStream) -> str:
         """Returns why its answer says little, if so. Raises UpstreamError, BrokenResourceError."""
         proxy = self._proxy
-        if proxy.scheme in _SOCKS5:
+        if proxy.scheme.is_socks5:
             before = self._header
             probe = Probe(proxy.username, proxy.secret)
             while not isinstance(probe.next_event(), Probed):
@@ -243,22 +244,15 @@ class _Greeting:
         if proxy.scheme is ProxyScheme.HTTP:
             start = self._header + ping(proxy).removesuffix(b"\r\n") + b"X-Padding: "
             return start + b"0" * (size - len(start) - 4) + b"\r\n\r\n"
-        question = Probe(pipelined=True).data_to_send() if proxy.scheme in _SOCKS5 else ping(proxy)
+        question = Probe(pipelined=True).data_to_send() if proxy.scheme.is_socks5 else ping(proxy)
         return (self._header + question).ljust(size, b"\0")
 
     async def _blackhole(self, address: IPAddress, shown: str) -> Finding:
         """A link on the way carries less than ours, and the ICMP that says so does not come back."""
-        fits = [0]
-
-        async def one(mtu: int) -> None:
-            if await self._takes_large(address, mtu):
-                fits.append(mtu)
-
-        async with trio.open_nursery() as nursery:
-            for mtu in _MTUS:
-                nursery.start_soon(one, mtu)
+        fits = await _at_once(lambda mtu: self._takes_large(address, mtu), _MTUS)
         text = f"{shown}: small packets get there, large ones don't (an MTU blackhole)"
-        if not (mtu := max(fits)):
+        mtu = next((mtu for mtu, does in zip(_MTUS, fits, strict=True) if does), None)
+        if mtu is None:
             do = "sysctl net.ipv4.tcp_mtu_probing=1; and look for what drops ICMP on the way"
             return fault(_CHECK, text, do)
         try:

@@ -18,7 +18,7 @@ from ipaddress import IPv6Network
 from attrs import frozen
 
 from usocksd.clients import Client
-from usocksd.names.match import PROTECTED_NETWORKS, NameSet, NetworkMap, judged_addresses, parse_network
+from usocksd.names.match import PROTECTED_NETWORKS, NetworkMap, entries_of, judged_addresses, parse_network
 from usocksd.names.site_index import PortIndex, SiteIndex, has_port, mask_of
 from usocksd.names.sites import Prefix, SiteList, parse_entry
 from usocksd.net.address import IPAddress, IPNetwork
@@ -96,20 +96,22 @@ class _Written:
     """The entries of a list of [outgoing] as the operator wrote them, which is how records name them."""
 
     def __init__(self, entries: Iterable[str]) -> None:
-        self._names = NameSet()
+        self._names: dict[str, str] = {}
         networks: dict[IPNetwork, str] = {}
         for text in entries:
             entry = parse_entry(text)
             if isinstance(entry, Prefix):
                 networks[parse_network(str(entry))] = str(entry)
             elif entry:
-                self._names.add(text)
+                self._names.setdefault(entry, text)
         self._networks = NetworkMap(networks)
 
     def entry(self, name: str | None, judged: Iterable[IPAddress], _port: int) -> str:
         """The entry that has an address or the name; else "", which has all requests for an address."""
         found = next(filter(None, map(self._networks.match, judged)), None)
-        return f'"{found or (name and self._names.match(name)) or ""}"'
+        if found is None and name is not None:
+            found = next(filter(None, map(self._names.get, entries_of(name))), None)
+        return f'"{found or ""}"'
 
 
 class AccessRules:

@@ -1,4 +1,4 @@
-"""What rules are made of: canonical hosts, sets of names and of networks, and rendezvous hashing. Pure.
+"""What rules are made of: canonical hosts, sets of networks, and rendezvous hashing. Pure.
 
 The rule of this file: what `canonical_host` returns is judged *and* resolved or dialled. No spelling may be an address
 to one stage and a name to another.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import lru_cache
 from hashlib import blake2b
 from ipaddress import (
@@ -162,46 +162,13 @@ def _translated(number: int, length: int) -> int:
     return without >> (120 - 32 - length) & 0xFFFFFFFF
 
 
-class NameSet:
-    """Host names: "www.example.com" is that name only, ".example.com" every name below it but not the domain
-    itself.
-
-    Lookups cost one dict access per label, however many entries there are.
-    """
-
-    __slots__ = ("_below", "_exact")
-
-    def __init__(self, entries: Iterable[str] = ()) -> None:
-        """Raises ValueError for an entry that is no name, addresses included."""
-        self._exact: dict[str, str] = {}
-        self._below: dict[str, str] = {}
-        for entry in entries:
-            self.add(entry)
-
-    def add(self, entry: str) -> None:
-        host = canonical_host(entry.removeprefix("."))
-        if not isinstance(host, str):
-            raise ValueError(f"an address, not a name: {entry!r}")
-        if entry.startswith("."):
-            self._below.setdefault("." + host, entry)
-        else:
-            self._exact.setdefault(host, entry)
-
-    def __len__(self) -> int:
-        return len(self._exact) + len(self._below)
-
-    def match(self, name: str) -> str | None:
-        """The entry, as it was written, that has this canonical name; the exact one before the longest."""
-        entry = self._exact.get(name)
-        if entry is not None or not self._below:
-            return entry
-        dot = name.find(".")
-        while dot >= 0:
-            entry = self._below.get(name[dot:])
-            if entry is not None:
-                return entry
-            dot = name.find(".", dot + 1)
-        return None
+def entries_of(name: str) -> Iterator[str]:
+    """The entries that have this canonical name: itself, then ".domain" for each domain above, the longest first."""
+    yield name
+    dot = name.find(".", 1)
+    while dot >= 0:
+        yield name[dot:]
+        dot = name.find(".", dot + 1)
 
 
 class NetworkMap(Generic[T]):

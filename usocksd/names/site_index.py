@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from heapq import merge
 
+from usocksd.names.match import entries_of
 from usocksd.names.sites import LOW_64, Entry, Prefix, Prefixes, SiteList, array_types, prefix_of
 from usocksd.net.address import IPAddress, IPNetwork
 
@@ -55,10 +56,7 @@ class SiteIndex:
 
     def entry_of(self, name: str, mask: int) -> str | None:
         """The entry by which one of these has the name: itself before the longest domain."""
-        for key in _keys(name.encode("ascii")):
-            if self._names.get(key) & mask:
-                return key.decode("ascii")
-        return None
+        return next((entry for entry in entries_of(name) if self._names.get(entry.encode("ascii")) & mask), None)
 
     def covering_all(self, sites: SiteList, mask: int) -> int:
         """Of the rules of this mask, those that have everything in this list."""
@@ -134,15 +132,6 @@ class PortIndex:
 def has_port(ports: Sequence[tuple[int, int]] | None, port: int) -> bool:
     """Whether one of these ranges has it; None has all."""
     return ports is None or any(first <= port <= last for first, last in ports)
-
-
-def _keys(name: bytes) -> Iterator[bytes]:
-    """The name, and the domains that it is below, each with its dot."""
-    yield name
-    dot = name.find(b".", 1)
-    while dot >= 0:
-        yield name[dot:]
-        dot = name.find(b".", dot + 1)
 
 
 class _NameIndex:

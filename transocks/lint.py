@@ -5,26 +5,19 @@ from __future__ import annotations
 import pwd
 from collections.abc import Iterator
 
-from transocks.config import DEFAULT, DIRECT, FAILOVER, Config, GroupConfig
+from transocks.config import DEFAULT, DIRECT, FAILOVER, Config
 from transocks.original_dst import OWN_USERS
 from transocks.route_settings import NAME
 from transocks.rules.lint import lint_rules
 from transocks.upstreams.proxy_url import ProxyURL
 from usocksd.errors import Fault
 from usocksd.host.addresses import HostAddresses
-from usocksd.names.conditions import unclear_networks, unclear_sites
-from usocksd.names.coverage import covering_rules, never_decides
+from usocksd.names.lint import covering_rules, lint_networks, lint_sites, never_decides
 from usocksd.names.resolv_conf import lint_servers
-from usocksd.net.address import IPAddress
 from usocksd.net.listeners import may_be_transparent
 from usocksd.settings.loader import show
 from usocksd.settings.types import LOCALHOST, ListenAddress
-from usocksd.settings.warnings import Host, first_few, lint_common, readable_by_all
-
-
-def warnings(config: Config, source: str | None = None) -> list[str]:
-    """A line for each of `lint`, with its place, for the log."""
-    return [fault.at(config.lines.source) for fault in lint(config, source)]
+from usocksd.settings.warnings import Host, lint_common, readable_by_all
 
 
 def lint(config: Config, source: str | None = None) -> list[Fault]:
@@ -37,78 +30,55 @@ def lint(config: Config, source: str | None = None) -> list[Fault]:
     found = [
         *lint_common(config.common(), host),
         *(lint_servers(config.dns.servers) if config.dns.resolver == "dns" else ()),
-        *_loop(config, host),
         *_tproxy(config),
-        *_password(config, source),
-        *_groups(config),
+        *_groups(config, host, None if source is None or not readable_by_all(source) else source),
         *_direct(config),
         *_routes(config),
-        *first_few(unclear_networks("names.skip_networks", config.names.skip_networks)),
+        *lint_networks("names.skip_networks", config.names.skip_networks),
         *(lint_rules(config.rules, config.mark, host) if config.rules is not None else ()),
     ]
     return config.lines.locate(found)
-
-
-def _urls(key: str, group: GroupConfig) -> Iterator[tuple[str, ProxyURL]]:
-    """Each proxy of a group, with the key path of its own."""
-    for index, url in enumerate(group.proxy_url):
-        yield key if len(group.proxy_url) == 1 else f"{key}[{index}]", url
-
-
-def _loop(config: Config, host: Host) -> Iterator[Fault]:
-    """The proxies that we ask must not be ourselves."""
-    for key, group in config.keyed_groups():
-        for place, proxy in _urls(key, group):
-            # Other names may be ours as well; asking a name server is not for a check.
-            theirs = LOCALHOST if proxy.host == "localhost" else () if isinstance(proxy.host, str) else (proxy.host,)
-            listening = (*config.listen, *config.listen_tproxy)
-            ours = [listen for listen in listening if any(_hears(listen, proxy.port, ip, host) for ip in theirs)]
-            if ours:
-                yield Fault(place, str(proxy), f"is our own listener {ours[0]}: expected the proxy's port")
-
-
-def _hears(listen: ListenAddress, port: int, address: IPAddress, host: Host) -> bool:
-    """Whether a connection to this address and port arrives at this listener."""
-    return listen.port == port and (
-        listen.address == address
-        or (listen.address.is_unspecified and listen.address.version == address.version and host.has(address))
-    )
 
 
 def _tproxy(config: Config) -> Iterator[Fault]:
     """Whether this process could open the sockets."""
     for listen in config.listen_tproxy[:1]:
         if not may_be_transparent():
-            yield Fault(
-                "listen_tproxy",
-                str(listen),
-                "this user may not open sockets with IP_TRANSPARENT: the daemon does not start without CAP_NET_ADMIN",
-            )
+            missing = "this user may not open sockets with IP_TRANSPARENT: the daemon does not start without"
+            yield Fault("listen_tproxy", str(listen), f"{missing} CAP_NET_ADMIN")
 
 
-def _password(config: Config, source: str | None) -> Iterator[Fault]:
-    if source is None or not readable_by_all(source):
-        return
-    for key, group in config.keyed_groups():
-        for place, proxy in _urls(key, group):
-            if proxy.secret:
-                yield Fault(
-                    place, "", f"has a password, and every user may read this file: chmod o-r {source}, and give it"
-                    " to the group of the service",
-                )  # fmt: skip
-
-
-def _groups(config: Config) -> Iterator[Fault]:
-    """What a group says for nothing."""
+def _groups(config: Config, host: Host, readable: str | None) -> Iterator[Fault]:
+    """Proxies that are ourselves, or there twice, or whose password everybody may read in the file `readable`."""
     for key, group in config.keyed_groups():
         seen: set[ProxyURL] = set()
-        for place, proxy in _urls(key, group):
+        for index, proxy in enumerate(group.proxy_url):
+            place = key if len(group.proxy_url) == 1 else f"{key}[{index}]"
+            ours = next(
+                (listen for listen in config.listen + config.listen_tproxy if _hears(listen, proxy, host)), None
+            )
+            if ours is not None:
+                yield Fault(place, str(proxy), f"is our own listener {ours}: expected the proxy's port")
+            if readable is not None and proxy.secret:
+                mend = f"chmod o-r {readable}, and give it to the group of the service"
+                yield Fault(place, "", f"has a password, and every user may read this file: {mend}")
             if proxy in seen:  # (for another user it is another one)
                 yield Fault(place, str(proxy), "is there already: expected every proxy once")
             seen.add(proxy)
         if len(seen) == 1 and group.policy != FAILOVER:
             at = key.replace("proxy_url", "policy")
             yield Fault(at, show(group.policy), "has no meaning for one proxy: remove it, or add proxies")
+
+
+def _hears(listen: ListenAddress, proxy: ProxyURL, host: Host) -> bool:
+    """Whether connections to this proxy arrive at this listener."""
+    # Other names may be ours as well; asking a name server is not for a check.
+    addresses = LOCALHOST if proxy.host == "localhost" else () if isinstance(proxy.host, str) else (proxy.host,)
+    if listen.address.is_unspecified:
+        here = any(address.version == listen.address.version and host.has(address) for address in addresses)
+    else:
+        here = listen.address in addresses
+    return here and listen.port == proxy.port
 
 
 _REDIRECTED_AGAIN = (
@@ -148,8 +118,8 @@ def _routes(config: Config) -> Iterator[Fault]:
             by, name = above[0], show(written.name) if written.name else ""
             line = config.lines.line_of(f"route[{by}]") if config.lines.source else None
             yield Fault(key, name, never_decides("route", by, config.route[by].name, line))
-        yield from first_few(unclear_networks(f"{key}.from", written.from_ or ()))
-        yield from first_few(unclear_sites(f"{key}.to", written.to or ()))
+        yield from lint_networks(f"{key}.from", written.from_)
+        yield from lint_sites(f"{key}.to", written.to)
         entries = [entry for sites in route.to or () for entry in sites.entries()]
         if not config.names.sniff and entries and all(isinstance(entry, str) and entry for entry in entries):
             yield Fault(f"{key}.to", "", "has names only, and names.sniff is false: it never decides")

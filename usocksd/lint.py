@@ -14,26 +14,19 @@ from usocksd.egress import covers
 from usocksd.errors import ConfigError, Fault
 from usocksd.host.addresses import HostAddresses
 from usocksd.log.words import counted
-from usocksd.names.conditions import unclear_networks, unclear_sites
-from usocksd.names.coverage import covered_entries, covering_rules, never_decides
+from usocksd.names.lint import covering_rules, lint_networks, lint_sites, never_decides
 from usocksd.names.match import parse_network
 from usocksd.names.resolv_conf import RESOLV_CONF, lint_servers
 from usocksd.names.sites import SiteList
 from usocksd.net.address import IPNetwork
 from usocksd.settings.loader import show
-from usocksd.settings.warnings import Host, first_few, lint_common, lint_mark, readable_by_all
+from usocksd.settings.warnings import Host, lint_common, lint_mark, readable_by_all
 
 
-def warnings(config: Config, source: str | None = None) -> list[str]:
-    """A line for each of `lint`, with its place, for the log."""
-    return [fault.at(config.lines.source) for fault in lint(config, source)]
-
-
-def lint(config: Config, source: str | None = None) -> list[Fault]:
+def lint(config: Config) -> list[Fault]:
     """What to warn of, on this host and as this user: key, value, what is wrong with it and what would be right.
 
-    `source`, the file that the configuration is from, has no secrets that its mode could give away. Takes about a
-    millisecond, with 100,000 sites a second, and changes nothing.
+    Takes about a millisecond, with 100,000 sites a second, and changes nothing.
     """
     host = Host.here(HostAddresses().current)
     outgoing = config.outgoing
@@ -41,59 +34,38 @@ def lint(config: Config, source: str | None = None) -> list[Fault]:
         *lint_common(config.common(), host),
         *(lint_servers(config.dns.servers, RESOLV_CONF) if config.dns.resolver == "dns" else ()),
         *_open_proxy(config),
-        *_networks("incoming.allow_from", config.incoming.allow_from),
+        *lint_networks("incoming.allow_from", config.incoming.allow_from),
         *_trusted(config),
         *_rules(config),
         *_covered_rules(config),
         *_pools(config, host),
-        *_sites("outgoing.allow_sites", outgoing.allow_sites),
-        *_sites("outgoing.deny_sites", outgoing.deny_sites),
+        *lint_sites("outgoing.allow_sites", outgoing.allow_sites),
+        *lint_sites("outgoing.deny_sites", outgoing.deny_sites),
         *_repeated("outgoing.deny_ports", outgoing.deny_ports),
         *_users(config),
     ]
     return config.lines.locate(found)
 
 
-# Lists
-
-
-def _networks(key: str, networks: Sequence[IPNetwork] | None) -> Iterator[Fault]:
-    yield from first_few(unclear_networks(key, networks or ()))
-    yield from first_few(covered_entries(key, networks or ()))
-
-
-def _sites(key: str, entries: Sequence[str | SiteList] | None) -> Iterator[Fault]:
-    yield from first_few(unclear_sites(key, entries or ()))
-    yield from first_few(covered_entries(key, entries or ()))
-
-
-def _repeated(key: str, values: Sequence[object]) -> Iterator[Fault]:
-    seen: set[object] = set()
-    for index, value in enumerate(values):
-        if value in seen:
-            yield Fault(f"{key}[{index}]", str(value), "is in this list already: remove it")
-        seen.add(value)
-
-
 # [incoming]
 
 
 def _open_proxy(config: Config) -> Iterator[Fault]:
-    if config.auth.required or config.incoming.allow_from is None:
+    allowed = config.incoming.allow_from
+    if config.auth.required or allowed is None:
         return
     reachable = {listen.address.version for listen in config.incoming.listen if not listen.address.is_loopback}
-    fours = [network for network in config.incoming.allow_from if isinstance(network, IPv4Network)]
-    sixes = [network for network in config.incoming.allow_from if isinstance(network, IPv6Network)]
-    for version, merged in ((4, list(collapse_addresses(fours))), (6, list(collapse_addresses(sixes)))):
-        if version in reachable and any(network.prefixlen == 0 for network in merged):
-            mend = "set auth.required" if config.auth.users_file else "set auth.users_file"
-            yield Fault(
-                "incoming.allow_from",
-                show([str(network) for network in config.incoming.allow_from]),
-                "admits the whole Internet without authentication, an open proxy: name your clients' networks,"
-                f" or {mend}",
-            )
-            return
+    fours = collapse_addresses(network for network in allowed if isinstance(network, IPv4Network))
+    sixes = collapse_addresses(network for network in allowed if isinstance(network, IPv6Network))
+    merged: list[IPNetwork] = [*fours, *sixes]
+    if any(network.prefixlen == 0 and network.version in reachable for network in merged):
+        mend = f"name your clients' networks, or set auth.{'required' if config.auth.users_file else 'users_file'}"
+        open_to_all = f"admits the whole Internet without authentication, an open proxy: {mend}"
+        yield Fault("incoming.allow_from", _shown(allowed), open_to_all)
+
+
+def _shown(values: Sequence[object]) -> str:
+    return show(list(map(str, values)))
 
 
 def _trusted(config: Config) -> Iterator[Fault]:
@@ -104,43 +76,36 @@ def _trusted(config: Config) -> Iterator[Fault]:
         if network.prefixlen == 0:
             problem = "lets everybody claim to be any client: name your proxies' addresses"
             yield Fault(f"{key}[{index}]", f'"{network}"', problem)
-    yield from _networks(key, trusted)
+    yield from lint_networks(key, trusted)
 
 
 # [[rule]]
 
 
 def _rules(config: Config) -> Iterator[Fault]:
-    known = None
-    if config.auth.users_file is not None:
+    file, known = config.auth.users_file, None
+    if file is not None:
         with contextlib.suppress(ConfigError):  # which is a fault of its own
-            known = Users(config.auth.users_file).names
+            known = Users(file).names
     proxied = config.incoming.proxy_protocol
     admitted = [*(config.incoming.allow_from or map(parse_network, DEFAULT_CLIENTS))]
     admitted += () if proxied is None else proxied.trusted
     for at, rule in enumerate(config.rule):
         key = f"rule[{at}]"
-        if rule.from_ is not None:
-            yield from _networks(f"{key}.from", rule.from_)
-            if not any(
-                one.version == other.version and one.overlaps(other) for one in rule.from_ for other in admitted
-            ):
-                shown = show([str(network) for network in rule.from_])
-                yield Fault(f"{key}.from", shown, "incoming.allow_from admits no such client: add them there")
-        if rule.user is not None and config.auth.users_file is None:
-            yield Fault(f"{key}.user", show(list(rule.user)), "matches nobody: expected auth.users_file to name users")
-        elif rule.user is not None and rule.action == "deny" and not config.auth.required:
-            shown = show(list(rule.user))
-            yield Fault(
-                f"{key}.user",
-                shown,
-                "holds for nobody who does not authenticate, and none of them has to: set auth.required, or allow the"
-                " other users and deny all else",
-            )
+        yield from lint_networks(f"{key}.from", rule.from_)
+        if rule.from_ and not any(
+            one.version == other.version and one.overlaps(other) for one in rule.from_ for other in admitted
+        ):
+            yield Fault(f"{key}.from", _shown(rule.from_), "incoming.allow_from admits no such client: add them there")
+        if rule.user and file is None:
+            yield Fault(f"{key}.user", _shown(rule.user), "matches nobody: expected auth.users_file to name users")
+        elif rule.user and rule.action == "deny" and not config.auth.required:
+            avoided = "holds for nobody who does not authenticate, and none of them has to: set auth.required, or allow"
+            yield Fault(f"{key}.user", _shown(rule.user), f"{avoided} the other users and deny all else")
         for index, user in enumerate(rule.user or ()):
             if known is not None and user not in known:
-                yield Fault(f"{key}.user[{index}]", show(user), f"no user of {config.auth.users_file}: add it there")
-        yield from _sites(f"{key}.to", rule.to)
+                yield Fault(f"{key}.user[{index}]", show(user), f"no user of {file}: add it there")
+        yield from lint_sites(f"{key}.to", rule.to)
         for index, entry in enumerate(rule.to or ()):
             if isinstance(entry, SiteList) and not len(entry):
                 yield Fault(f"{key}.to[{index}]", show(entry.label), "has no entries: expected one a line")
@@ -199,21 +164,21 @@ _LISTS = ("allow_sites", "deny_sites", "deny_ports")
 
 
 def _pools(config: Config, host: Host) -> Iterator[Fault]:
-    pools = config.pools()
-    yield from _pool("egress.default" if "default" in config.egress else "outgoing", pools["default"], host)
     used = {"default", *(rule.egress for rule in config.rule)}
-    for name, pool in config.egress.items():
+    for name, pool in config.pools().items():
         key = f"egress.{name}"
+        if name not in config.egress:  # the default one, of [outgoing]
+            yield from _pool("outgoing", pool, host)
+            continue
         if name not in used:
             yield Fault(key, "", f'no rule uses it: expected a rule with egress = "{name}"')
         yield from lint_mark(f"{key}.mark", pool.mark, host)
-        if name != "default":
-            yield from _pool(key, pool, host)
+        yield from _pool(key, pool, host)
         if pool == PoolConfig():
             yield Fault(key, "", 'does what the kernel does anyway: expected "addresses", "iface" or "mark"')
         elif pool.dnsbl_domains and not pool.addresses:
-            domains = show(list(pool.dnsbl_domains))
-            yield Fault(f"{key}.dnsbl_domains", domains, "never asked: expected addresses in this pool to ask about")
+            never = "never asked: expected addresses in this pool to ask about"
+            yield Fault(f"{key}.dnsbl_domains", _shown(pool.dnsbl_domains), never)
 
 
 def _pool(table: str, pool: PoolConfig, host: Host) -> Iterator[Fault]:
@@ -227,16 +192,21 @@ def _pool(table: str, pool: PoolConfig, host: Host) -> Iterator[Fault]:
             elif pool.dnsbl_domains:
                 yield Fault(f"{table}.dnsbl_domains", "", f"not asked about the addresses of {address}: there are many")
         elif not host.has(address):
-            yield Fault(
-                key, str(address), "not an address of this host, so not used until it is: add it to an interface"
-            )
+            mend = "add it to an interface"
+            yield Fault(key, str(address), f"not an address of this host, so not used until it is: {mend}")
     yield from _repeated(f"{table}.addresses", pool.addresses)
     if pool.iface is not None and pool.iface not in host.interfaces:
-        yield Fault(
-            f"{table}.iface",
-            show(pool.iface),
-            f"this host has no such interface, so nothing can be dialled: expected one of {', '.join(host.interfaces)}",
-        )
+        others = f"expected one of {', '.join(host.interfaces)}"
+        none = f"this host has no such interface, so nothing can be dialled: {others}"
+        yield Fault(f"{table}.iface", show(pool.iface), none)
+
+
+def _repeated(key: str, values: Sequence[object]) -> Iterator[Fault]:
+    seen: set[object] = set()
+    for index, value in enumerate(values):
+        if value in seen:
+            yield Fault(f"{key}[{index}]", str(value), "is in this list already: remove it")
+        seen.add(value)
 
 
 # [auth]
@@ -244,15 +214,12 @@ def _pool(table: str, pool: PoolConfig, host: Host) -> Iterator[Fault]:
 
 def _users(config: Config) -> Iterator[Fault]:
     path = config.auth.users_file
-    if path is not None and config.auth.required:
-        with contextlib.suppress(ConfigError):  # which is a fault of its own
-            if not Users(path).names:
-                yield Fault(
-                    "auth.users_file", show(str(path)), "has no users, so nobody is let in: htpasswd -B adds one"
-                )
-    if path is not None and readable_by_all(path):
-        yield Fault(
-            "auth.users_file",
-            show(str(path)),
-            "every user of this host may read the hashes: chmod o-r it, and give it to the group of the service",
-        )
+    if path is None:
+        return
+    shown = show(str(path))
+    with contextlib.suppress(ConfigError):  # which is a fault of its own
+        if config.auth.required and not Users(path).names:
+            yield Fault("auth.users_file", shown, "has no users, so nobody is let in: htpasswd -B adds one")
+    if readable_by_all(path):
+        mend = "chmod o-r it, and give it to the group of the service"
+        yield Fault("auth.users_file", shown, f"every user of this host may read the hashes: {mend}")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from transocks.rules.config import Mode, RulesConfig, Tool
 from transocks.tools import which
 from usocksd.errors import Fault
-from usocksd.names.conditions import unclear_networks
+from usocksd.names.lint import unclear_networks
 from usocksd.settings.warnings import Host, first_few
 
 

@@ -19,4 +19,4 @@ def examine(config: Config, source: str | None) -> Examined:
             Users(config.auth.users_file)
         except ConfigError as raised:
             error = raised
-    return Examined(lint(config, source), notes(config, lambda: policy_of(config)), error)
+    return Examined(lint(config), notes(config, lambda: policy_of(config)), error)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from ipaddress import IPv4Address, IPv4Network, IPv6Network
+from ipaddress import IPv4Network, IPv6Network
 from types import MappingProxyType
 from typing import Annotated, Any
 
 import attrs
 
-from usocksd.errors import Fault
-from usocksd.names.match import canonical_host, parse_network
+from usocksd.names.match import parse_network
 from usocksd.names.sites import Entry, SiteList, entry_fault, parse_entry
 from usocksd.net.address import IPNetwork, numeric_address
 from usocksd.settings.loader import Faults, Invalid, Parser, loading, show
@@ -95,7 +94,8 @@ def as_written(network: IPNetwork, value: str) -> IPNetwork:
     return written
 
 
-def _network(value: str) -> IPNetwork:
+def parse_written(value: str) -> IPNetwork:
+    """A network or an address. Raises ValueError."""
     return as_written(parse_network(value), value)
 
 
@@ -120,7 +120,7 @@ Destination = Annotated[
     str | SiteList,
     text(_destination, 'a host, ".domain", an address, a network, or a file of these as in "file:blocked.txt"'),
 ]
-Network = Annotated[IPNetwork, text(_network, 'a network or an IP address, as in "10.0.0.0/8" or "192.0.2.1"')]
+Network = Annotated[IPNetwork, text(parse_written, 'a network or an IP address, as in "10.0.0.0/8" or "192.0.2.1"')]
 
 
 Ports = Annotated[tuple[int, int], Parser(_ports, 'a port or a range, as in 25 or "6000-6100", from 0 to 65535')]
@@ -180,35 +180,6 @@ class ConditionsConfig:
         files = dict.fromkeys(entry for entry in self.to if isinstance(entry, SiteList))
         own = [parse_entry(entry) for entry in self.to if isinstance(entry, str)]
         return (*([SiteList(own)] if own else []), *files)
-
-
-def unclear_networks(key: str, networks: Iterable[IPNetwork]) -> Iterator[Fault]:
-    """Networks that read as if a part of them were meant."""
-    for index, network in enumerate(networks):
-        if isinstance(network, Written4 | Written6):
-            written, address = network.written, network.written.partition("/")[0]
-            whole = f'is all of {network}: write "{network}", or "{address}" for the one address'
-            yield Fault(f"{key}[{index}]", show(written), whole)
-
-
-def unclear_sites(key: str, entries: Iterable[object]) -> Iterator[Fault]:
-    """Entries of a site list that read as if a part of a network were meant, or the whole of another."""
-    for index, entry in enumerate(entries):
-        if (
-            not isinstance(entry, str)
-            or entry.startswith(".")
-            or not (entry[-1:].isdigit() or "x" in entry or ":" in entry)
-        ):
-            continue
-        if "/" in entry:
-            for fault in unclear_networks(key, [_network(entry)]):
-                yield Fault(f"{key}[{index}]", fault.value, fault.expected)
-        elif isinstance(host := canonical_host(entry), IPv4Address) and ":" not in entry and str(host) != entry:
-            parts = entry.split(".")
-            wider = ""
-            if len(parts) < 4 and all(part.isdigit() and int(part) < 256 for part in parts):
-                wider = f', or "{".".join([*parts, *["0"] * (4 - len(parts))])}/{8 * len(parts)}" for a network'
-            yield Fault(f"{key}[{index}]", show(entry), f'is the address {host}: write "{host}"{wider}')
 
 
 def as_table(value: object) -> dict[str, Any]:

@@ -1,18 +1,23 @@
-"""Entries, and rules, of which others have everything: what `check` finds superfluous or never asked.
+"""What `check` finds in lists of destinations and networks, and in rules and routes.
 
-Only one entry or rule at a time is looked at: what several have together is not found.
+Entries that may be read otherwise; entries and rules of which another one has everything. (What several have together
+is not found.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from ipaddress import IPv4Address
 from typing import Protocol
 
 from usocksd.errors import Fault
+from usocksd.names.conditions import Written4, Written6, parse_written
+from usocksd.names.match import canonical_host
 from usocksd.names.site_index import SiteIndex, has_networks, has_ports, mask_of, which_rules
 from usocksd.names.sites import Entry, Prefix, SiteList, parse_entry
 from usocksd.net.address import IPNetwork
 from usocksd.settings.loader import show
+from usocksd.settings.warnings import first_few
 
 
 class Conditions(Protocol):
@@ -24,6 +29,18 @@ class Conditions(Protocol):
     def to(self) -> Sequence[SiteList] | None: ...
     @property
     def ports(self) -> Sequence[tuple[int, int]] | None: ...
+
+
+def lint_networks(key: str, networks: Sequence[IPNetwork] | None) -> Iterator[Fault]:
+    """What is wrong with a list of networks."""
+    yield from first_few(unclear_networks(key, networks or ()))
+    yield from first_few(covered_entries(key, networks or ()))
+
+
+def lint_sites(key: str, entries: Sequence[str | SiteList] | None) -> Iterator[Fault]:
+    """What is wrong with a list of destinations."""
+    yield from first_few(unclear_sites(key, entries or ()))
+    yield from first_few(covered_entries(key, entries or ()))
 
 
 def covering_rules(rules: Sequence[Conditions]) -> Iterator[list[int]]:
@@ -49,6 +66,35 @@ def never_decides(
     """What to say of a rule of which one above has everything: that one's index, its name if it has one, its line."""
     shown, place = f" {show(name)}" if name else "", "" if line is None else f" (line {line})"
     return f"never decides, since {kind} {above + 1}{shown}{place} above has all of it: {mend}"
+
+
+def unclear_networks(key: str, networks: Iterable[IPNetwork]) -> Iterator[Fault]:
+    """Networks that read as if a part of them were meant."""
+    for index, network in enumerate(networks):
+        if isinstance(network, Written4 | Written6):
+            written, address = network.written, network.written.partition("/")[0]
+            whole = f'is all of {network}: write "{network}", or "{address}" for the one address'
+            yield Fault(f"{key}[{index}]", show(written), whole)
+
+
+def unclear_sites(key: str, entries: Iterable[object]) -> Iterator[Fault]:
+    """Entries of a site list that read as if a part of a network were meant, or the whole of another."""
+    for index, entry in enumerate(entries):
+        if (
+            not isinstance(entry, str)
+            or entry.startswith(".")
+            or not (entry[-1:].isdigit() or "x" in entry or ":" in entry)
+        ):
+            continue
+        if "/" in entry:
+            for fault in unclear_networks(key, [parse_written(entry)]):
+                yield Fault(f"{key}[{index}]", fault.value, fault.expected)
+        elif isinstance(host := canonical_host(entry), IPv4Address) and ":" not in entry and str(host) != entry:
+            parts = entry.split(".")
+            wider = ""
+            if len(parts) < 4 and all(part.isdigit() and int(part) < 256 for part in parts):
+                wider = f', or "{".".join([*parts, *["0"] * (4 - len(parts))])}/{8 * len(parts)}" for a network'
+            yield Fault(f"{key}[{index}]", show(entry), f'is the address {host}: write "{host}"{wider}')
 
 
 def covered_entries(key: str, entries: Iterable[str | IPNetwork | SiteList]) -> Iterator[Fault]:

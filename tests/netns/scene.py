@@ -114,12 +114,12 @@ class Scene:
         )
         return rules + routing + settings
 
-    def start(self, *listen: str) -> None:
-        """Start the stand-in for transocks, on these addresses instead of those of the mode."""
+    def start(self, *listen: str, port: int | None = None) -> None:
+        """Start the stand-in for transocks, on these addresses and this port instead of those of the mode."""
         addresses = {"host": ("127.0.0.1", "::1"), "gateway": ("0.0.0.0", "::"), "tproxy": ("127.0.0.1", "::1")}
-        kind, port = ("tproxy", "1084") if self.mode == "tproxy" else ("redirect", "1081")
+        kind, usual = ("tproxy", 1084) if self.mode == "tproxy" else ("redirect", 1081)
         self.transocks = self.net.proxy.popen(
-            sys.executable, str(FOLDER / "stand_in.py"), kind, port, *(listen or addresses[self.mode]),
+            sys.executable, str(FOLDER / "stand_in.py"), kind, str(port or usual), *(listen or addresses[self.mode]),
             stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         assert self.transocks.stdout is not None
@@ -131,9 +131,13 @@ class Scene:
         self.transocks.wait()
 
     @contextlib.contextmanager
-    def connected(self, address: str, port: int = 80, *, timeout: float = 5) -> Iterator[tuple[socket.socket, str]]:
+    def connected(
+        self, address: str, port: int = 80, *, timeout: float = 5, mark: int = 0
+    ) -> Iterator[tuple[socket.socket, str]]:
         """A connection of the client, and what became of it."""
         with self.net.client.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as client:
+            if mark:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
             client.settimeout(timeout)
             try:
                 client.connect((address, port))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 import signal
 import socket
@@ -397,31 +396,6 @@ def test_the_listener_on_all_addresses_is_not_met_by_its_port(scene: Scene) -> N
         scene.rules("apply")
         assert scene.connect(lab.WEB_V6) == REDIRECTED
         _still_work([early])
-
-
-@one_mode("tproxy")  # test_rules.py has the others
-def test_files_loaded_by_hand_are_what_it_would_apply(scene: Scene) -> None:
-    before = scene.dump()
-    scene.start()
-    kinds = ["nft"] if scene.backend == "nft" else ["v4", "v6"]
-
-    def header(verb: str) -> None:
-        for kind in kinds:
-            text = (RULES / f"{scene.mode}.{kind}").read_text()
-            found = re.search(rf"^# {verb} +(.*(?:\n#  +.*)*)", text, re.MULTILINE)
-            assert found is not None
-            scene.sh(f"cd {RULES}; " + re.sub(r"\n#  +", "\n", found[1]).replace("sed ", "/bin/sed "))
-
-    header("load")
-    assert [scene.connect(a) for a in BEYOND] == [REDIRECTED] * 2
-    assert "as they should be" in scene.rules("verify")
-    header("reload")
-    assert "as they should be" in scene.rules("verify")
-    header("remove")
-    assert scene.dump() == before
-    header("load")
-    scene.rules("remove")
-    assert scene.dump() == before
 
 
 DAEMONS = """

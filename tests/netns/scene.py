@@ -31,6 +31,83 @@ ONLY_PATH = "import sys; from transocks import cli, tools; tools.SBIN = (); {mor
 REDIRECTED, DIRECT, REFUSED, NOTHING = "redirected", "direct", "refused", "no answer"
 
 
+# What others have on their hosts, after the real ones: Docker with a published port, kube-proxy with a service and a
+# node port, firewalld with its own priorities and chains.
+
+DOCKER_KUBE = """\
+*nat
+:DOCKER - [0:0]
+:KUBE-SERVICES - [0:0]
+:KUBE-NODEPORTS - [0:0]
+:KUBE-SVC-WEB - [0:0]
+:KUBE-SEP-ONE - [0:0]
+:KUBE-MARK-MASQ - [0:0]
+:KUBE-POSTROUTING - [0:0]
+-A PREROUTING -m comment --comment "kubernetes service portals" -j KUBE-SERVICES
+-A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER
+-A OUTPUT -m comment --comment "kubernetes service portals" -j KUBE-SERVICES
+-A OUTPUT ! -d 127.0.0.0/8 -m addrtype --dst-type LOCAL -j DOCKER
+-A POSTROUTING -m comment --comment "kubernetes postrouting rules" -j KUBE-POSTROUTING
+-A POSTROUTING -s 172.17.0.0/16 ! -o docker0 -j MASQUERADE
+-A DOCKER -i docker0 -j RETURN
+-A DOCKER ! -i docker0 -p tcp -m tcp --dport 8080 -j DNAT --to-destination 172.17.0.2:80
+-A KUBE-SERVICES -d 10.96.0.1/32 -p tcp -m tcp --dport 80 -j KUBE-SVC-WEB
+-A KUBE-SERVICES -m addrtype --dst-type LOCAL -j KUBE-NODEPORTS
+-A KUBE-NODEPORTS -p tcp -m tcp --dport 30080 -j KUBE-SVC-WEB
+-A KUBE-SVC-WEB -j KUBE-SEP-ONE
+-A KUBE-SEP-ONE -s 10.244.0.5/32 -j KUBE-MARK-MASQ
+-A KUBE-SEP-ONE -p tcp -m tcp -j DNAT --to-destination 10.99.0.1:80
+-A KUBE-MARK-MASQ -j MARK --set-xmark 0x4000/0x4000
+-A KUBE-POSTROUTING -m mark ! --mark 0x4000/0x4000 -j RETURN
+-A KUBE-POSTROUTING -j MARK --set-xmark 0x4000/0x0
+-A KUBE-POSTROUTING -j MASQUERADE
+COMMIT
+*filter
+:DOCKER-USER - [0:0]
+-A FORWARD -j DOCKER-USER
+-A DOCKER-USER -j RETURN
+COMMIT
+"""
+
+FIREWALLD_KUBE = """\
+table inet firewalld {
+	chain nat_PREROUTING {
+		type nat hook prerouting priority -90; policy accept;
+		jump nat_PREROUTING_ZONES
+	}
+	chain nat_PREROUTING_ZONES { goto nat_PRE_public; }
+	chain nat_PRE_public { jump nat_PRE_public_allow; }
+	chain nat_PRE_public_allow {
+		ip daddr 192.168.77.1 tcp dport 8080 dnat ip to 10.99.0.1:80
+	}
+	chain nat_OUTPUT { type nat hook output priority -90; policy accept; }
+	chain filter_PREROUTING {
+		type filter hook prerouting priority 10; policy accept;
+		icmpv6 type { nd-router-advert, nd-neighbor-solicit } accept
+	}
+	chain filter_INPUT {
+		type filter hook input priority 10; policy accept;
+		ct state { established, related, new } accept
+		reject with icmpx admin-prohibited
+	}
+	chain filter_FORWARD {
+		type filter hook forward priority 10; policy accept;
+		ct state { established, related } accept
+	}
+}
+table ip kube-proxy {
+	map service-ips {
+		type ipv4_addr . inet_proto . inet_service : verdict
+		elements = { 10.96.0.1 . tcp . 80 : goto service-web }
+	}
+	chain service-web { meta l4proto tcp dnat ip to 10.99.0.1:80; }
+	chain services { ip daddr . meta l4proto . th dport vmap @service-ips; }
+	chain nat-prerouting { type nat hook prerouting priority dstnat; jump services; }
+	chain nat-output { type nat hook output priority -100; jump services; }
+}
+"""
+
+
 @functools.cache
 def clients_packets() -> bool:
     """Whether an interface can be made to receive what nobody has sent: takes CAP_BPF of the host itself."""
@@ -194,3 +271,14 @@ def one_mode(name: str) -> pytest.MarkDecorator:
 
 def backends(*which: int) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("backend", [BACKENDS[number] for number in which], indirect=True)
+
+
+def wait_for_end(pid: int) -> None:
+    """Wait until this process has ended."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    ready, _, _ = select.select([pidfd], [], [], 10)
+    os.close(pidfd)
+    assert ready, f"process {pid} does not end"

@@ -20,7 +20,7 @@ import lab
 import pytest
 from daemons import Daemon, Served
 from forks import Commands
-from scene import clients_packets
+from scene import FIREWALLD_KUBE, clients_packets
 
 from usocksd.socks.wire import HTTP_ERROR
 
@@ -213,24 +213,6 @@ COMMIT
 """
 
 
-FIREWALLD = """table inet firewalld {
-	chain nat_PREROUTING { type nat hook prerouting priority -90; jump nat_PRE_public; }
-	chain nat_PRE_public { ip daddr 192.168.77.1 tcp dport 8080 dnat ip to 10.99.0.1:80; }
-	chain filter_INPUT {
-		type filter hook input priority 10; policy accept;
-		ct state { established, related, new } accept
-		reject with icmpx admin-prohibited
-	}
-}
-table ip kube-proxy {
-	map service-ips { type ipv4_addr . inet_proto . inet_service : verdict; elements = { 10.96.0.1 . tcp . 80 : goto web }; }
-	chain web { meta l4proto tcp dnat ip to 10.99.0.1:80; }
-	chain nat-prerouting { type nat hook prerouting priority -100; ip daddr . meta l4proto . th dport vmap @service-ips; }
-	chain nat-output { type nat hook output priority -100; ip daddr . meta l4proto . th dport vmap @service-ips; }
-}
-"""
-
-
 BOTH = [*((mode, tool, "") for mode in ("host", "gateway", "tproxy") for tool in ("nft", "iptables")),
         ("host", "nft", OTHERS), ("gateway", "iptables", OTHERS)]  # fmt: skip
 
@@ -252,7 +234,7 @@ def test_healthy_by_its_own_rules_beside_firewalld_and_kubernetes(setup: Setup, 
         for address in ("0.0.0.0", "::"):
             setup.listen(address, TPROXY_PORT, transparent=True)
     setup.configure(f"socks5://{FAR}:1080", f'[rules]\nmode = "{mode}"\n')
-    setup.proxy.run("nft", "-f", "-", input=FIREWALLD)
+    setup.proxy.run("nft", "-f", "-", input=FIREWALLD_KUBE)
     setup.run("TRANSOCKS rules apply --force -f CONFIG")
     assert setup.is_well()
     assert setup.run("TRANSOCKS rules verify -f CONFIG").startswith("as")

@@ -16,12 +16,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import lab
 import pytest
 from daemons import wait_until
-from scene import ONLY_PATH
+from scene import ONLY_PATH, wait_for_end
 
 # Connects to each address, tells its own port and user, and what it was told; then waits for a line, if asked to.
 CONNECT = """
@@ -314,7 +313,7 @@ def test_kill_9_ends_what_is_left_behind_before_the_rules(trial: Trial) -> None:
     process.kill()
     process.communicate(timeout=10)
     for left in _processes(trial).keys() - inhabitants.keys():
-        _wait_for_end(left)
+        wait_for_end(left)
     assert trial.rules() == before
     assert _processes(trial).keys() == inhabitants.keys()
 
@@ -339,7 +338,7 @@ def test_kill_9_leaves_nothing(trial: Trial, victim: str) -> None:
     process.communicate("\n", timeout=10)
     # Where it was killed itself, the holder finishes behind it: wait for the end of the last one.
     for left in _processes(trial).keys() - inhabitants.keys():
-        _wait_for_end(left)
+        wait_for_end(left)
     assert trial.rules() == before
     assert _processes(trial).keys() == inhabitants.keys()
     assert not list(trial.bin.glob("transocks-exec-*"))
@@ -372,14 +371,3 @@ def _processes(trial: Trial) -> dict[int, str]:
         except OSError:
             continue
     return found
-
-
-def _wait_for_end(pid: int) -> None:
-    try:
-        pidfd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    poll: Any = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    assert poll.poll(10_000), f"process {pid} does not end"
-    os.close(pidfd)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from scene import Scene, backends, one_mode
+from scene import Scene, backends, one_mode, wait_for_end
 
 from transocks.tools import LOCK
 
@@ -44,16 +43,6 @@ def _hanging(scene: Scene, more: str) -> Iterator[tuple[subprocess.Popen[str], i
     tool.symlink_to(target)
 
 
-def _wait_for_end(pid: int) -> None:
-    try:
-        pidfd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    ready, _, _ = select.select([pidfd], [], [], 10)
-    os.close(pidfd)
-    assert ready, f"process {pid} does not end"
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @one_mode("tproxy")
 @backends(0, 1)
@@ -65,7 +54,7 @@ def test_a_signal_ends_a_change_that_hangs_and_nothing_is_left_of_it(scene: Scen
         assert process.returncode == 128 + number
         assert "interrupted: " in said
         assert "did not end within 0.2 s of the signal, and was killed" in said
-        _wait_for_end(pid)
+        wait_for_end(pid)
         scene.net.proxy.run("flock", "--nonblock", LOCK, "true")
     assert scene.dump() == before
 
@@ -79,7 +68,7 @@ def test_a_tool_has_a_limit(scene: Scene) -> None:
         assert process.returncode == 1
         assert "did not end within 0.5 s, and was killed" in said
         assert "Traceback" not in said
-        _wait_for_end(pid)
+        wait_for_end(pid)
     assert scene.dump() == before
 
 
@@ -89,7 +78,7 @@ def test_a_tool_dies_with_who_runs_it(scene: Scene) -> None:
     with _hanging(scene, "") as (process, pid):
         process.kill()
         process.wait()
-        _wait_for_end(pid)
+        wait_for_end(pid)
         scene.net.proxy.run("flock", "--nonblock", LOCK, "true")
 
 

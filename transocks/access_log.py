@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
-from transocks.original_dst import Destination, Loop, NotRedirected
+from transocks.original_dst import Loop, NotRedirected
 from transocks.routes import DEFAULT
 from transocks.sniff import Opening, Protocol
 from transocks.upstreams.proxy_url import ProxyScheme
@@ -51,7 +51,7 @@ _GRANTED, _REFUSED, _UNREACHABLE = "granted", "upstream_refused", "upstream_unre
 
 
 class AccessLog(AccessRecords):
-    """Starts the records of each connection."""
+    """The records of all connections, and their counters."""
 
     def __init__(self, log: Log, metrics: Metrics, routes: Iterable[str] = ()) -> None:
         """`routes` are the names of all routes."""
@@ -70,31 +70,17 @@ class AccessLog(AccessRecords):
                 self.connections.labels(version, status)
 
         names = metrics.counters("names_total", "Connections, by where the name in their first bytes is from", "source")
-        self._no_name = names.labels("none")
-        self._names = {protocol: names.labels(protocol.value) for protocol in (Protocol.TLS, Protocol.HTTP)}
-        self._unverified = names.labels(_UNVERIFIED)
+        sources = (None, Protocol.TLS.value, Protocol.HTTP.value, _UNVERIFIED)
+        self.names = {source: names.labels(source or "none") for source in sources}
         self.unresolved = metrics.counter(
             "names_unresolved_total", "Names that led nowhere, so that the address was asked for"
         )
         by_route = metrics.counters("route_connections_total", "Connections, by the route that they took", "route")
         self.by_route = {route: by_route.labels(route) for route in (DEFAULT, *routes)}
 
-    def count_name(self, opening: Opening) -> None:
-        """First bytes have been looked at."""
-        if opening.name is None:
-            self._no_name.value += 1
-        elif opening.encrypted:
-            self._unverified.value += 1
-        else:
-            self._names[opening.protocol].value += 1
-
-    def begin(self, host: str, port: int) -> Access:
-        """The records of a connection from this client."""
-        return Access(self, host, port)
-
 
 class Access(Connection):
-    """The records of one connection. The session fills in what it learns."""
+    """The records of one connection. The session tells it what it learns, and asks it nothing."""
 
     __slots__ = (
         "_group",
@@ -114,8 +100,8 @@ class Access(Connection):
     def __init__(self, records: AccessLog, host: str, port: int) -> None:
         super().__init__(records, host, port)
         self._host = host
-        self.destination: Destination | None = None
-        """Where the client was going."""
+        self.destination: str | None = None
+        """The original destination."""
         self._name: str | None = None
         self._name_from: str | None = None
         self._route: str | None = None
@@ -127,22 +113,22 @@ class Access(Connection):
 
     def sniffed(self, opening: Opening) -> None:
         """What its first bytes are."""
-        self._records.count_name(opening)
         if opening.name is not None:
             self._name = opening.name
             self._name_from = _UNVERIFIED if opening.encrypted else opening.protocol.value
+        self._records.names[self._name_from].value += 1
 
     def routed(self, route: str) -> None:
         """Which route it takes."""
         self._route = route
 
     def unresolved(self, error: Error) -> None:
-        """Its name leads nowhere, `error` says: the address is tried instead."""
+        """Its name leads nowhere, as `error` says: the address is tried instead."""
         self._records.unresolved.value += 1
         self._event(logging.INFO, "name leads nowhere", error=str(error))
 
     def trying(self, group: str, upstream: str, scheme: ProxyScheme | None) -> None:
-        """This upstream of this group shall carry it there; scheme None: no upstream does."""
+        """It is tried through this upstream of this group; scheme None: through none."""
         self._group = group
         self._upstream = upstream
         self._version = _VERSIONS[scheme]
@@ -150,7 +136,7 @@ class Access(Connection):
         self._source = self._proxy = None
 
     def connected(self, endpoint: Endpoint, proxy: Target) -> None:
-        """The proxy is connected, and will be asked. Both ends are what its records call us and itself."""
+        """The proxy is connected, and will be asked. Both ends are named as in its own records."""
         host, port = endpoint.sock.getsockname()[:2]
         self._source = pair_member(host, port)
         self._proxy = pair_member(proxy.host, proxy.port)
@@ -194,11 +180,10 @@ class Access(Connection):
         self._records.connections.labels(self._version, status).value += 1
 
     def _values(self) -> tuple[object, ...]:
-        destination = None if self.destination is None else str(self.destination)
         return (
             self._id,
             self._client,
-            destination,
+            self.destination,
             self._name,
             self._name_from,
             self._route,
@@ -211,7 +196,7 @@ class Access(Connection):
 
     def _details(self) -> dict[str, Any]:
         return {
-            "destination": None if self.destination is None else str(self.destination),
+            "destination": self.destination,
             "name": self._name,
             "user": None,
             "rule": None,

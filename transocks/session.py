@@ -28,8 +28,8 @@ from usocksd.net.relay import close_pair, relay
 from usocksd.settings.types import Timeouts
 from usocksd.socks import Reply, RequestRefused
 
-# What says that a name leads nowhere, of SOCKS5 and HTTP (RFC 9110 section 15.6: from 502 on it is not the proxy that
-# failed). SOCKS4 has one number for everything, denials too.
+# The replies of SOCKS5 and HTTP that say that a name leads nowhere (RFC 9110 section 15.6: from 502 on it is not the
+# proxy that failed). SOCKS4 has one number for all refusals.
 _UNRESOLVED = frozenset({Reply.HOST_UNREACHABLE, 502, 503, 504})
 
 
@@ -49,7 +49,7 @@ class Sessions:
         keepalive: KeepAlive,
         access_log: AccessLog,
     ) -> None:
-        """`ways` are where routes lead, by what they call it."""
+        """`ways` are where routes lead, by name."""
         self._guard = guard
         self._first_bytes = first_bytes
         self._routes = routes
@@ -63,37 +63,38 @@ class Sessions:
 
     async def serve(self, client: Endpoint, host: str, port: int) -> None:
         """Serve one accepted connection to its end. `host` is the client's numeric address."""
-        access = client.about = self._access_log.begin(host, port)
+        access = client.about = Access(self._access_log, host, port)
         try:
             destination = (
                 tproxy_destination(client.sock, self._guard.is_ours)
                 if client.transparent
                 else original_destination(client.sock)
             )
-            access.destination = destination
-            self._guard.enter(Destination(host, port), destination)
+            access.destination = str(destination)
+            request = Request(Destination(host, port), destination)
+            self._guard.enter(request.client, destination)
         except Error as error:
             access.refused(error)
             client.reset()
             return
         try:
-            await self._carry(client, Destination(host, port), destination, access)
+            await self._carry(client, request, access)
         finally:
             self._guard.leave(destination)
 
-    async def _carry(self, client: Endpoint, source: Destination, destination: Destination, access: Access) -> None:
+    async def _carry(self, client: Endpoint, request: Request, access: Access) -> None:
         """first bytes, name -> route -> upstream dial + handshake -> relay -> record"""
         tunnel = None
         try:
-            first = await self._first_bytes.read(client, destination)
-            tunnel = await self._reach(client, source, destination, first, access)
+            first = await self._first_bytes.read(client, request.destination)
+            tunnel = await self._reach(client, request, first, access)
         except Error as error:
             access.refused(error)
         except PeerReset:
             access.gave_up()
         finally:
             if tunnel is None:
-                # A reset, not an end: the application shall see that it has no connection, and try its next address.
+                # A reset, not an end: it tells the application that it has no connection, and may try another address.
                 client.reset()
         if tunnel is None:
             return
@@ -117,21 +118,18 @@ class Sessions:
         finally:
             upstream.close()
 
-    async def _reach(
-        self, client: Endpoint, source: Destination, destination: Destination, first: First, access: Access
-    ) -> Tunnel:
-        """route -> upstream dial + handshake; a second time, without the name, where that leads nowhere.
+    async def _reach(self, client: Endpoint, request: Request, first: First, access: Access) -> Tunnel:
+        """route -> upstream dial + handshake; again without the name if that leads nowhere.
 
-        Raises Denied where a route rejects it, and what the upstream does.
+        Raises Denied if a route rejects it, and what the upstream does.
         """
         opening = first.opening
-        request = Request(source, destination, None, first.data, opening.repeatable)
+        request = request._replace(first=first.data, repeatable=opening.repeatable)
+        source, destination = numeric_address(request.client.host), request.destination
         name = opening.name if self._trust_outer or not opening.encrypted else None
         access.sniffed(opening)
         while True:
-            decision = self._routes.decide(
-                numeric_address(source.host), numeric_address(destination.host), name, destination.port
-            )
+            decision = self._routes.decide(source, numeric_address(destination.host), name, destination.port)
             access.routed(decision.route)
             if decision.via == REJECT:
                 raise Denied(decision.route)
@@ -143,7 +141,7 @@ class Sessions:
             try:
                 return await way.connect(asked, client, self._timeouts, access)
             except (RequestRefused, ResolveError) as error:
-                # The route is looked for again too: one by name is only for what the name leads to.
+                # Another route may apply: a route by name is only for the addresses of the name.
                 if asked.name is None or not self._fall_back or not _leads_nowhere(error, asked.name):
                     raise
                 access.unresolved(error)
@@ -151,5 +149,5 @@ class Sessions:
 
 
 def _leads_nowhere(error: RequestRefused | ResolveError, name: str) -> bool:
-    """Whether it says that there is no such host; not that it is forbidden, nor that a proxy's own name is unknown."""
+    """Whether there is no such host: not if it is forbidden, nor if a proxy's own name is unknown."""
     return error.reply in _UNRESOLVED if isinstance(error, RequestRefused) else error.name == name

@@ -8,12 +8,12 @@ from typing import Annotated, Any
 
 import attrs
 
-from transocks.route_settings import NAME, NamesConfig, RouteConfig, check_routes
+from transocks.route_settings import NAME, NamesConfig, RouteConfig
 from transocks.routes import DEFAULT, DIRECT, REJECT, Routes
 from transocks.rules.config import Mode, RulesConfig
 from transocks.rules.redirection import MARK, reached
 from transocks.upstreams.proxy_url import ProxyScheme, ProxyURL, ProxyURLs, parse_proxy_url
-from usocksd.names.conditions import as_table, table_name
+from usocksd.names.conditions import as_table, check_references, table_name
 from usocksd.names.match import canonical_host
 from usocksd.net.address import IPAddress
 from usocksd.settings.common import Common, CommonConfig
@@ -109,9 +109,9 @@ class HealthConfig:
     timeout: Seconds = 5.0
     """for a probe, and so for an upstream to be found down that nobody uses"""
     suspect_after: Seconds = 0.3
-    """an upstream that says nothing for so long, while a connection waits for it, is probed at once"""
+    """an upstream that is silent for this long, while a connection waits for it, is probed at once"""
     suspect_timeout: Seconds = 0.3
-    """that probe has so long for each of connecting and answering, or three round trips"""
+    """for that probe to connect, and again to answer; or three round trips"""
 
     def __attrs_post_init__(self) -> None:
         if self.suspect_timeout > self.timeout:
@@ -157,8 +157,9 @@ class Config(CommonConfig):
 
     @staticmethod
     def check_table(table: dict[str, Any]) -> Iterator[Invalid]:
-        """What routes say of each other and of groups, whatever else is wrong with them."""
-        return check_routes(table, [DEFAULT, *as_table(table.get("upstream"))])
+        """Routes with the same name or without a group."""
+        groups = (DEFAULT, *as_table(table.get("upstream")), DIRECT, REJECT)
+        return check_references(table, "route", "via", "group", dict.fromkeys(groups))
 
     def __attrs_post_init__(self) -> None:
         ports = {listen.port for listen in self.listen if listen.port}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from typing import Annotated, Any
+from collections.abc import Iterator
+from typing import Annotated
 
 import attrs
 
 from transocks.routes import DIRECT, REJECT, Route
 from transocks.sniff import MOST
-from usocksd.names.conditions import ConditionsConfig, Network, Ports, as_tables, duplicate_names, rule_name
+from usocksd.names.conditions import ConditionsConfig, Network, Ports, rule_name
 from usocksd.settings.loader import Invalid, show
 from usocksd.settings.types import integer, one_of, seconds
 
@@ -65,7 +65,7 @@ class RouteConfig(ConditionsConfig):
     name: RouteName | None = None
     """None: "route N", counted from 1"""
     via: str
-    """a group of upstreams, DIRECT or REJECT; that there is such a group is looked at by `check_routes`"""
+    """a group of upstreams, DIRECT or REJECT; `Config.check_table` looks whether there is such a group"""
     send: Send | None = None
     """None: as [names] has it"""
 
@@ -84,15 +84,3 @@ class RouteConfig(ConditionsConfig):
             ports=self.ports,
             send_name=(self.send or names.send) == NAME,
         )
-
-
-def check_routes(table: dict[str, Any], groups: Collection[str]) -> Iterator[Invalid]:
-    """What the routes of a configuration, as TOML has it, say of each other and of groups that are not there."""
-    routes = as_tables(table.get("route"))
-    yield from duplicate_names(routes, "route")
-    known = [*groups, DIRECT, REJECT]
-    for index, route in enumerate(routes):
-        via = route.get("via")
-        if isinstance(via, str) and via not in known:
-            expected = f"no such group: expected one of {', '.join(map(show, known))}"
-            yield Invalid(expected, shown=show(via), at=f"route[{index}].via")

@@ -18,8 +18,7 @@ from usocksd.names.conditions import (
     Network,
     Site,
     as_table,
-    as_tables,
-    duplicate_names,
+    check_references,
     rule_name,
     table_name,
 )
@@ -240,16 +239,9 @@ class Config(CommonConfig):
 
     @staticmethod
     def check_table(table: dict[str, Any]) -> Iterator[Invalid]:
-        """What rules and pools say of each other, whatever else is wrong with them."""
+        """Rules with the same name or without a pool, and pools that are there twice."""
         pools, outgoing = (as_table(table.get(key)) for key in ("egress", "outgoing"))
-        known = ["default", *(name for name in pools if name != "default")]
-        rules = as_tables(table.get("rule"))
-        yield from duplicate_names(rules, "rule")
-        for index, rule in enumerate(rules):
-            pool = rule.get("egress")
-            if isinstance(pool, str) and pool not in known:
-                expected = f"no such pool: expected one of {', '.join(map(show, known))}"
-                yield Invalid(expected, shown=show(pool), at=f"rule[{index}].egress")
+        yield from check_references(table, "rule", "egress", "pool", dict.fromkeys(("default", *pools)))
         for key in ("addresses", "iface", "mark", "dnsbl_domain") if "default" in pools else ():
             if outgoing.get(key) not in (None, [], ""):
                 expected = "expected here or in [egress.default], which is the same pool"

@@ -1,6 +1,6 @@
-"""What a configuration does to everybody, in numbers if there is a log, so that nobody locks everybody out unawares.
+"""Notes about what a configuration does to everybody, so that nobody locks everybody out by mistake.
 
-It may be intended, so these are notes and no warnings.
+It may be intended, so these are no warnings. If there is a log, its last requests tell how many would be denied.
 """
 
 from __future__ import annotations
@@ -25,9 +25,7 @@ _TAIL = 1 << 21
 
 
 def notes(config: Config, policy: Callable[[], Policy]) -> list[Fault]:
-    """Key, value and what it does. `policy` makes that of the configuration, and is called if there is a log to put to
-    it.
-    """
+    """Key, value and what it does. `policy` makes the rules of the configuration; it is called if there is a log."""
     return config.lines.locate([*_clients(config), *_https(config), *_denied(config, policy)])
 
 
@@ -36,38 +34,39 @@ def _clients(config: Config) -> Iterator[Fault]:
     if incoming.allow_from is None or all(listen.address.is_loopback for listen in incoming.listen):
         return
     others = {network for network in incoming.allow_from if not network.is_loopback}
-    said = None
     if not others:
-        said = "admits clients on this host only: all others are turned away"
+        admitted = "clients on this host only"
     elif len(others) == 1 and (only := next(iter(others))).num_addresses == 1:
-        said = f"admits one client only, {only.network_address}: all others are turned away"
-    if said is not None:
-        yield Fault("incoming.allow_from", show([str(network) for network in incoming.allow_from]), said)
+        admitted = f"one client only, {only.network_address}"
+    else:
+        return
+    allowed = show([str(network) for network in incoming.allow_from])
+    yield Fault("incoming.allow_from", allowed, f"admits {admitted}: all others are turned away")
 
 
 def _https(config: Config) -> Iterator[Fault]:
-    said = f"denies HTTPS (port {_HTTPS}) to everybody"
+    denied = f"denies HTTPS (port {_HTTPS}) to everybody"
     for at, rule in enumerate(config.rule):
-        if rule.action == "allow":  # whom or what it is for is for the log to tell
+        if rule.action == "allow":  # the log tells for whom, and for what
             return
         has = rule.ports is not None and any(first <= _HTTPS <= last for first, last in rule.ports)
         if has and rule.from_ is None and rule.user is None and rule.to is None:
-            yield Fault(f"rule[{at}].ports", show(rule.name) if rule.name else "", said)
+            yield Fault(f"rule[{at}].ports", show(rule.name) if rule.name else "", denied)
             return
     if _HTTPS in config.outgoing.deny_ports:
         at = config.outgoing.deny_ports.index(_HTTPS)
-        yield Fault(f"outgoing.deny_ports[{at}]", str(_HTTPS), said)
+        yield Fault(f"outgoing.deny_ports[{at}]", str(_HTTPS), denied)
 
 
 def _denied(config: Config, policy: Callable[[], Policy]) -> Iterator[Fault]:
-    """What was allowed by the log, and would be denied."""
+    """How many requests the log has as allowed, and this configuration would deny."""
     path = config.log.filename
     lines = [] if path is None else _tail(Path(path))
     if not lines:
         return
     try:
         rules = policy()
-    except ConfigError:  # which is said elsewhere
+    except ConfigError:  # a fault of its own
         return
     known: dict[RecordedRequest, str | None] = {}
     requests, denied = 0, Counter[str]()
@@ -86,12 +85,12 @@ def _denied(config: Config, policy: Callable[[], Policy]) -> Iterator[Fault]:
     if denied:
         ((rule, most),) = denied.most_common(1)
         by = f"by {rule}" if len(denied) == 1 else f"{most:,} of them by {rule}"
-        said = f"of the last {counted(requests, 'request')} {denied.total():,} were allowed and would be denied, {by}"
-        yield Fault("log.filename", show(str(path)), said)
+        last = f"of the last {counted(requests, 'request')} {denied.total():,} were allowed and would be denied, {by}"
+        yield Fault("log.filename", show(str(path)), last)
 
 
 def _tail(path: Path) -> list[bytes]:
-    """The last lines of the log, none if it can't be read or is none: reading a FIFO would take records away."""
+    """The last lines of the log, none if it is no file: reading a FIFO would take records away."""
     try:
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             status = os.fstat(file.fileno())

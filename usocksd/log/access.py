@@ -1,4 +1,4 @@
-"""What is said of each connection: access records, metrics, and the answer to `connections`.
+"""What is reported of each connection: access records, metrics, and the answer to `connections`.
 
 Records: one when a relay starts, one when it ends, and one for each connection that got no relay.
 """
@@ -63,10 +63,10 @@ class AccessRecords:
         self._tx_bytes = metrics.histogram("proxy_tx_bytes", "Bytes of a relay to its destination", BYTES)
         self._rx_bytes = metrics.histogram("proxy_rx_bytes", "Bytes of a relay from its destination", BYTES)
         self._tx_seconds = metrics.histogram(
-            "proxy_tx_seconds", "Duration of a relay until its client had said all it had to say", SECONDS
+            "proxy_tx_seconds", "Duration of a relay until its client finished sending", SECONDS
         )
         self._rx_seconds = metrics.histogram(
-            "proxy_rx_seconds", "Duration of a relay until its destination had said all it had to say", SECONDS
+            "proxy_rx_seconds", "Duration of a relay until its destination finished sending", SECONDS
         )
         self._by_ending = _endings(metrics)
         self._dial_errors = metrics.counters(
@@ -89,15 +89,7 @@ class AccessRecords:
             template, what = self._ends_with_error, "internal error"
         if error:
             what = os.strerror(error)
-        at_end = (
-            to_upstream,
-            to_client,
-            round(elapsed, 6),
-            reason._value_,
-            by._value_,
-            what,
-        )
-        self._write(template, values + at_end)
+        self._write(template, (*values, to_upstream, to_client, round(elapsed, 6), reason._value_, by._value_, what))
         self._inflight.value -= 1
         ended, seconds, errors = self._by_ending[reason, by]
         ended.value += 1
@@ -110,7 +102,7 @@ class AccessRecords:
         self._rx_seconds.observe(elapsed - alone if first is Side.UPSTREAM else elapsed)
 
     def not_connected(self, error: Error) -> None:
-        """There is no way to where a connection should go, and `error` says why, if it is about that."""
+        """Count a connection that could not be made, if that is what the error means."""
         match error:
             case DialError(errno=errno.EADDRNOTAVAIL) if error.step != "connect":
                 cause = _NO_SOURCE
@@ -125,7 +117,7 @@ class AccessRecords:
         self._dial_errors.labels(cause).value += 1
 
     def event(self, level: int, message: str, values: tuple[object, ...], **more: object) -> None:
-        """Something else happened to a connection; what is not known about it yet is left out."""
+        """Another record about a connection; values that are not known yet are left out."""
         known = {key: value for key, value in zip(self._keys, values, strict=True) if value is not None}
         self._logger.log(level, message, extra={"fields": {**_CONSTANTS, **known, **more}})
 
@@ -135,7 +127,7 @@ class AccessRecords:
 
 
 class Connection:
-    """What is said of one connection, as far as both daemons have it in common; the rest is the subclass's."""
+    """What both daemons report of one connection; the subclass adds the rest."""
 
     __slots__ = ("_client", "_id", "_records", "_since", "_source")
 

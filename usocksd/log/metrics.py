@@ -1,7 +1,7 @@
 """Counters of one process, cheap to add to; snapshots of them, and their sums over all processes.
 
-A snapshot is plain JSON: a worker sends it to the master, which sums up those of the live workers, what the ended ones
-have left behind (`lasting`) and its own, with `total`. exporter.py renders the sum.
+A snapshot is plain JSON. A worker sends its own to the master, which adds them to what ended workers have counted
+(`lasting`) and to its own, with `total`. exporter.py renders the sum.
 
 prometheus-client's own counters are not used: they lock, and in multiprocess mode they leave files behind.
 """
@@ -31,11 +31,11 @@ class Kind(Enum):
     """What a sum over processes means."""
 
     COUNTER = "counter"
-    """Never falls: what ended workers counted still counts."""
+    """Never falls: the counts of ended workers stay."""
     GAUGE = "gauge"
-    """How it is now, in the workers that there are together."""
+    """The present value, summed up over the workers."""
     MINIMUM = "minimum"
-    """How it is now in the worker that is worst off. Shown as a gauge."""
+    """The present value of the worker with the smallest. Shown as a gauge."""
     HISTOGRAM = "histogram"
 
 
@@ -106,15 +106,15 @@ class Metrics:
 
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
-        self._about: dict[str, dict[str, Any]] = {}
-        self._families: dict[str, Family[Any]] = {}
+        self._families: dict[str, tuple[dict[str, Any], Family[Any]]] = {}
+        """By full name: the description in a snapshot, and the children."""
 
     def counter(self, name: str, help: str) -> Counter:
         """A counter without labels."""
         return self.counters(name, help).labels()
 
     def counters(self, name: str, help: str, *labels: str, most: int | None = None) -> Family[Counter]:
-        """A counter for each value of `labels`, at most so many (see Family)."""
+        """A counter for each value of `labels`, `most` of them at most (see Family)."""
         if not name.endswith("_total"):
             raise ValueError(f"the name of a counter ends with _total: {name}")
         return self._add(name, help, Kind.COUNTER, labels, Family(Counter, most), most=most)
@@ -128,7 +128,7 @@ class Metrics:
         return self._add(name, help, Kind.GAUGE, labels, Family(Counter))
 
     def minimum(self, name: str, help: str) -> Counter:
-        """A gauge of which the smallest of all workers is shown."""
+        """A gauge that shows the smallest value of all workers."""
         return self.minimums(name, help).labels()
 
     def minimums(self, name: str, help: str, *labels: str) -> Family[Counter]:
@@ -147,30 +147,29 @@ class Metrics:
     def observed(self, name: str) -> float:
         """The sum of what a histogram without labels has observed; 0 if there is no such histogram."""
         family = self._families.get(f"{self._prefix}_{name}")
-        total: float = 0.0 if family is None else family.labels().dump()[-1]
+        total: float = 0.0 if family is None else family[1].labels().dump()[-1]
         return total
 
     def snapshot(self) -> Snapshot:
         """Every metric as it is now."""
         return {
             name: {**about, "values": [[labels, child.dump()] for labels, child in family.children.items()]}
-            for (name, about), family in zip(self._about.items(), self._families.values(), strict=True)
+            for name, (about, family) in self._families.items()
         }
 
     def _add(self, name: str, help: str, kind: Kind, labels: Labels, family: Family[M], **more: Any) -> Family[M]:
         full = f"{self._prefix}_{name}"
-        if full in self._about:
+        if full in self._families:
             raise ValueError(f"there is a metric of this name: {full}")
-        self._about[full] = {"kind": kind.value, "help": help, "labels": list(labels), **more}
-        self._families[full] = family
+        self._families[full] = {"kind": kind.value, "help": help, "labels": list(labels), **more}, family
         return family
 
 
 def total(snapshots: Iterable[Snapshot], *, bounded: bool = False) -> Snapshot:
-    """The sum of snapshots; `lasting` ones come first. `bounded`: it has no more children than one of them may have.
+    """The sum of snapshots, the `lasting` ones first. `bounded`: it has no more children than one of them may have.
 
-    Of one name the latest description counts: a new version may have changed it. What can't be added to it, since its
-    labels or bounds are others, starts anew.
+    The latest description of a metric counts: a new version may have changed it. Values with other labels or bounds
+    can't be added to it, and are dropped.
     """
     sums: dict[str, tuple[dict[str, Any], dict[Labels, list[float]]]] = {}
     for snapshot in snapshots:
@@ -191,7 +190,7 @@ def total(snapshots: Iterable[Snapshot], *, bounded: bool = False) -> Snapshot:
 
 
 def lasting(snapshot: Snapshot) -> Snapshot:
-    """What remains of an ended worker's snapshot: its counters and histograms, not its gauges."""
+    """The counters and histograms of an ended worker's snapshot, without its gauges."""
     return {name: metric for name, metric in snapshot.items() if metric["kind"] in _LASTING}
 
 

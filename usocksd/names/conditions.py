@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from ipaddress import IPv4Network, IPv6Network
 from types import MappingProxyType
 from typing import Annotated, Any
@@ -127,9 +127,7 @@ Ports = Annotated[tuple[int, int], Parser(_ports, 'a port or a range, as in 25 o
 
 
 def rule_name(kind: str, built_in: str) -> Parser:
-    """The name of a rule or route (`kind`): none that `built_in` matches, the pattern of those that records have a use
-    for already.
-    """
+    """The name of a rule or route (`kind`). Names that match the pattern `built_in` mean something else in records."""
 
     def parse(value: str) -> str:
         if not value.isprintable() or not 0 < len(value) <= 100 or value != value.strip():
@@ -142,7 +140,7 @@ def rule_name(kind: str, built_in: str) -> Parser:
 
 
 def table_name(taken: Mapping[str, str] = MappingProxyType({})) -> Parser:
-    """A name of the operator's choice for a table; `taken` are those that mean something else already, and what."""
+    """The name that an operator gives a table; `taken` are names with a meaning already, and that meaning."""
 
     def parse(value: str) -> str:
         if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", value) is None:
@@ -187,16 +185,19 @@ def as_table(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def as_tables(value: object) -> list[dict[str, Any]]:
-    """A list of tables, alike."""
-    return [as_table(element) for element in value] if isinstance(value, list) else []
-
-
-def duplicate_names(rules: Iterable[Mapping[str, object]], key: str) -> Iterator[Invalid]:
-    """A fault for each of these tables, elements of `key`, whose name is that of one before."""
+def check_references(
+    table: Mapping[str, object], kind: str, key: str, what: str, known: Collection[str]
+) -> Iterator[Invalid]:
+    """The faults of the tables [[kind]] beside each other, as TOML has them: names that are there twice, and values of
+    `key` that are none of `known`, the names of each `what`.
+    """
+    rules = table.get(kind)
     first: dict[str, int] = {}
-    for index, rule in enumerate(rules):
-        name = rule.get("name")
+    for index, rule in enumerate(map(as_table, rules) if isinstance(rules, list) else ()):
+        name, reference = rule.get("name"), rule.get(key)
         if isinstance(name, str) and first.setdefault(name, index) != index:
-            also = f"is the name of {key} {first[name] + 1} too, expected another"
-            yield Invalid(also, shown=show(name), at=f"{key}[{index}].name")
+            also = f"is the name of {kind} {first[name] + 1} too, expected another"
+            yield Invalid(also, shown=show(name), at=f"{kind}[{index}].name")
+        if isinstance(reference, str) and reference not in known:
+            expected = f"no such {what}: expected one of {', '.join(map(show, known))}"
+            yield Invalid(expected, shown=show(reference), at=f"{kind}[{index}].{key}")

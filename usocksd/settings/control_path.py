@@ -1,7 +1,7 @@
-"""Where a daemon's control socket is: the same answer for the daemon and for the verbs that look for it.
+"""Where a daemon's control socket is: one answer for the daemon and for the verbs that ask it.
 
-By default it is in /run/NAME, which systemd makes for a service, and a daemon of root for itself. Other users can make
-nothing there: theirs is in $XDG_RUNTIME_DIR (systemd's /run/user/UID) or, where that is not set, in /tmp.
+The default is in /run/NAME, which systemd makes for a service, and a daemon of root for itself. Other users can make
+nothing there: their default is in $XDG_RUNTIME_DIR (systemd's /run/user/UID) or, if that is not set, in /tmp.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ _SHARED = Path("/tmp")
 
 
 class NotPrivate(Error):
-    """A folder that everybody could have made was not made by this user, or is open to others."""
+    """A folder in /tmp was made by another user, or others may use it."""
 
 
 def control_path(configured: str, default: str) -> str:
-    """Where this process, or one of the same user, has the control socket of a daemon whose configuration says
-    `configured`; that may be the `default`, /run/NAME/control.sock.
+    """The control socket of a daemon of this user whose configuration says `configured`; `default` is the default of
+    that setting, /run/NAME/control.sock.
     """
     path = Path(default)
     if configured != default or os.geteuid() == 0 or os.access(path.parent, os.W_OK | os.X_OK, effective_ids=True):
         return configured
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
-    # (After `su` it may still be another user's.)
+    # (After `su` it may be another user's.)
     if os.path.isabs(runtime) and _owner(runtime) == os.geteuid():
         return str(Path(runtime, path.parent.name, path.name))
     return str(_SHARED / f"{path.parent.name}-{os.geteuid()}" / path.name)
 
 
 def make_folder(path: str) -> None:
-    """Make the folder of this control socket where only that is missing. Raises OSError, or NotPrivate."""
+    """Make the folder of this control socket, but no parents of it. Raises OSError, NotPrivate."""
     folder = Path(path).parent
     with suppress(FileExistsError):
         folder.mkdir(0o700 if _anybody_could_make(folder) else 0o755)
@@ -43,8 +43,8 @@ def make_folder(path: str) -> None:
 
 
 def check_folder(path: str) -> None:
-    """Raises NotPrivate where another user may have made the folder of this control socket, to answer in a daemon's
-    stead or to hear what it is asked.
+    """Raises NotPrivate if another user may have made the folder of this control socket, to answer in the daemon's
+    place or to read what it is asked.
     """
     folder = Path(path).parent
     if not _anybody_could_make(folder):

@@ -1,7 +1,7 @@
-"""Files that a configuration names, lists and users: as they were when it was read.
+"""Files that a configuration names, lists and users, with the content that they had when it was read.
 
-A worker that takes the place of a dead one is to have what the others have, whatever lies in the file system by then.
-So what the first worker of a generation has read goes, through the master, to all that come after it.
+A worker that replaces a dead one gets the same content as the others, even if the files have changed. So the first
+worker of a generation keeps what it reads, and the master passes it on to the later ones.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class NotRegular(OSError):
 
 
 def read_file(path: Path) -> bytes:
-    """What is in a regular file. Raises OSError, NotRegular; ValueError for NUL in the path."""
+    """The content of a regular file. Raises OSError, NotRegular; ValueError for NUL in the path."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise NotRegular(f"{path}: expected a regular file")
     return path.read_bytes()
@@ -26,16 +26,16 @@ def read_file(path: Path) -> bytes:
 
 @attrs.define
 class NamedFiles:
-    """Their contents one behind the other in memory that can be passed on: `fd`, of memfd_create(2).
+    """Their contents, one after the other, in memory that can be passed on: `fd`, of memfd_create(2).
 
-    `places` are where each begins, and its size. Without a descriptor there is none yet.
+    `places` has where each begins, and its size. `fd` is None until a file is kept.
     """
 
     fd: int | None = None
     places: dict[str, tuple[int, int]] = attrs.field(factory=dict)
 
     def keep(self, path: Path) -> bytes:
-        """Read a file, or what has been kept of it. Raises as `read_file` does."""
+        """Read a file and keep its content, unless it is kept already. Raises as `read_file` does."""
         if str(path) in self.places:
             return self.read(path)
         content = read_file(path)
@@ -47,12 +47,12 @@ class NamedFiles:
         return content
 
     def read(self, path: Path) -> bytes:
-        """What has been kept of a file, or else the file. Raises as `read_file` does."""
+        """The kept content of a file, or else the present one. Raises as `read_file` does."""
         place = self.places.get(str(path))
         if place is None or self.fd is None:
             return read_file(path)
         start, size = place
-        pieces = []  # (By pread: who has been passed the descriptor shares its position.)
+        pieces = []  # (By pread: processes that share the descriptor share its position.)
         while size and (piece := os.pread(self.fd, size, start)):
             pieces.append(piece)
             start, size = start + len(piece), size - len(piece)
@@ -60,20 +60,20 @@ class NamedFiles:
 
     @property
     def fds(self) -> list[int]:
-        """The descriptor, if there is one: what is passed on beside `places`."""
+        """The descriptor, if there is one; it is passed on beside `places`."""
         return [] if self.fd is None else [self.fd]
 
     @classmethod
     def received(cls, places: dict[str, list[int]], fds: list[int]) -> NamedFiles:
-        """What was passed on."""
+        """From what was passed on."""
         return cls(fds[0] if fds else None, {path: (start, size) for path, (start, size) in places.items()})
 
     def copy(self) -> NamedFiles:
-        """The same, to be closed by itself."""
+        """A copy that is closed separately."""
         return NamedFiles(None if self.fd is None else os.dup(self.fd), dict(self.places))
 
     def close(self) -> None:
-        """Let go of the memory. A second time does nothing."""
+        """Close the descriptor, if it is open."""
         if self.fd is not None:
             os.close(self.fd)
             self.fd = None

@@ -1,7 +1,7 @@
-"""Where in a TOML text a key stands: tomllib tells lines for syntax errors only. Pure.
+"""The lines of keys in a TOML text: tomllib tells lines for syntax errors only. Pure.
 
-A light scan, for texts that tomllib has taken: it knows tables, arrays of tables, dotted and quoted keys and flat
-lists over many lines, and not what looks like a key inside a multi-line string. The line is for an editor to go to.
+A light scan, for texts that tomllib has accepted. It knows tables, arrays of tables, dotted and quoted keys, and flat
+lists over many lines; text in a multi-line string that looks like a key misleads it. The line is for an editor.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Lines:
     def _ends(self) -> dict[str, int]:
         """Where each key's "=" and each table's "]" is, by key path."""
         ends: dict[str, int] = {}
-        # How many tables each array has so far; a key path through one means its last.
+        # The number of the last table of each array: a key path through an array means that one.
         numbers: dict[str, int] = {}
         table = ""
         for place in _PLACE.finditer(self._text):
@@ -49,14 +49,14 @@ class Lines:
                     numbers[path] = numbers.get(path, -1) + 1
                 path = table = _numbered(path, numbers)
             ends.setdefault(path, place.end())
-            while path := _outer(path):  # which may be there in no other way: [table.inner]
+            while path := _outer(path):  # [table.inner] may be the only place that names `table`
                 ends.setdefault(path, place.end())
         return ends
 
     def line_of(self, path: str) -> int:
-        """The line, from 1, of the value with this key path ("outgoing.deny_sites[2]") as `Fault` has it.
+        """The line, from 1, of the value with this key path ("outgoing.deny_sites[2]"), as `Fault` has it.
 
-        Of a value that is not in the text, the line of the innermost table that is; else 1.
+        If the value is not in the text, the line of the innermost table around it that is; else 1.
         """
         path = _plain(path)
         match = _PATH.fullmatch(path)
@@ -71,7 +71,7 @@ class Lines:
         return bisect_left(self._newlines, at) + 1
 
     def locate(self, faults: Iterable[Fault]) -> list[Fault]:
-        """These with the lines of their keys. (Of what is no key, as in syntax errors, the path says the line.)"""
+        """These faults with the lines of their keys. (The paths of syntax errors are lines already.)"""
         return [
             fault if fault.path.startswith("line ") else replace(fault, line=self.line_of(fault.path))
             for fault in faults
@@ -100,7 +100,7 @@ def _numbered(path: str, numbers: dict[str, int]) -> str:
 
 
 def _outer(path: str) -> str:
-    """What this key path is inside of: "rule" for "rule[2]", and "rule[2]" for "rule[2].to"."""
+    """The key path around this one: "rule" for "rule[2]", and "rule[2]" for "rule[2].to"."""
     return path.rpartition("[")[0] if path.endswith("]") else path.rpartition(".")[0]
 
 

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from usocksd.host.cgroup import oom_kills
 
 # A killed process is gone within these seconds; a kill that was counted earlier was another process.
 _GONE_WITHIN = 5.0
+
+
+def ended_children() -> Iterator[tuple[int, int]]:
+    """Process id and status (as subprocess.Popen.returncode) of each child that has ended, whoever started it: this may
+    be the first process of a container.
+    """
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if not pid:
+                break
+            yield pid, os.waitstatus_to_exitcode(status)
 
 
 class Coroner:

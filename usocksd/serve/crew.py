@@ -22,7 +22,7 @@ from usocksd.host.limits import COLUMNS, clear_column, make_table
 from usocksd.log.metrics import Metrics, Snapshot, lasting, total
 from usocksd.serve.adoption import Adoption
 from usocksd.serve.channel import Message
-from usocksd.serve.coroner import Coroner
+from usocksd.serve.coroner import Coroner, ended_children
 from usocksd.serve.plan import Generation
 from usocksd.serve.slots import Slots
 from usocksd.serve.timing import Timing
@@ -60,8 +60,8 @@ class Crew:
         """The log level that an operator has set, until the next reload"""
         self.shared: Any = None
         """The latest value that the keeper has shared with all workers, as JSON; None if there is none"""
-        self.changed = trio.Event()
-        """Set, and replaced by a new one, when a worker has ended, or `emptying` is over."""
+        self.changed = trio.lowlevel.ParkingLot()
+        """Tasks wait here until a worker has ended, or `emptying` is over."""
         self.emptying = False
         """Surplus sockets are still open, since connections may wait in them."""
         self._nursery = nursery
@@ -92,7 +92,7 @@ class Crew:
                 with trio.fail_after(self._timing.ready_within):
                     # Surplus sockets are still in their groups, where nothing can be opened in their place.
                     while self.emptying:
-                        await self.changed.wait()
+                        await self.changed.park()
                     workers.append(self._start(number, 0))
                     plan, files = await workers[0].plan(text, source, kept)
                     undo.callback(files.close)
@@ -127,7 +127,8 @@ class Crew:
             for worker in workers:
                 nursery.start_soon(self._remove, worker)
         self._slots.restore()
-        self._emptied()
+        self.emptying = False
+        self.changed.unpark_all()
 
     async def commit(self, candidate: Candidate) -> None:
         """Bring a prepared generation into force. Older ones drain."""
@@ -169,7 +170,7 @@ class Crew:
         with trio.move_on_after(within + self._timing.last_words):
             await self.drain(self.workers, within)
             while self.workers:
-                await self.changed.wait()
+                await self.changed.park()
         for worker in self.workers:
             worker.kill()
 
@@ -232,18 +233,11 @@ class Crew:
     # A worker's life
 
     def reap(self) -> None:
-        """Take the exit status of every child that has ended: this may be the first process of a container."""
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if not pid:
-                return
+        """Take the exit status of every child that has ended."""
+        for pid, status in ended_children():
             for worker in self.workers:
                 if worker.pid == pid:
-                    code = os.waitstatus_to_exitcode(status)
-                    worker.ended(code, self._coroner.cause(code, killed=worker.killed))
+                    worker.ended(status, self._coroner.cause(status, killed=worker.killed))
 
     async def look_after(self) -> None:
         """Find workers that hang, until cancelled."""
@@ -345,20 +339,13 @@ class Crew:
         self.retired = total([self.retired, lasting(worker.metrics)], bounded=True)
         self.workers.remove(worker)
         clear_column(self.table, worker.column)
-        self._tell_change()
-
-    def _tell_change(self) -> None:
-        event, self.changed = self.changed, trio.Event()
-        event.set()
+        self.changed.unpark_all()
 
     async def _empty(self, surplus: Sequence[socket.socket]) -> None:
         await self._adoption.empty(surplus)
         self._slots.settle()
-        self._emptied()
-
-    def _emptied(self) -> None:
         self.emptying = False
-        self._tell_change()
+        self.changed.unpark_all()
 
     async def _replace(self, generation: Generation, slot: int) -> None:
         """Start a worker in place of one that has ended, again and again until one gets ready."""

@@ -212,7 +212,7 @@ class Master:
                     await trio.sleep(0.01)
             self._slots.close()
             while crew.workers:
-                await crew.changed.wait()
+                await crew.changed.park()
             nursery.cancel_scope.cancel()
         self._slots.close()
         self._doors.close()

@@ -257,7 +257,7 @@ class Reloads:
         log.info("the reload waits for an older generation to drain", extra={"fields": {"generation": oldest}})
         with trio.move_on_after(self._timing.patience):
             while crew.of(oldest):
-                await crew.changed.wait()
+                await crew.changed.park()
         if left := crew.of(oldest):
             live = sum(worker.live for worker in left)
             log.warning("ending the oldest generation", extra={"fields": {"generation": oldest, "live": live}})

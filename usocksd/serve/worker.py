@@ -1,6 +1,7 @@
 """A worker: reads the configuration that its master sends, serves the sockets that it hands over, and reports.
 
-configure -> plan or faults;  serve -> ready;  accept;  then `alive` twice a second, until `drain` or the master's end.
+configure -> plan;  serve -> ready;  accept;  then `alive` twice a second, until `drain` or the end of the master.
+Instead of a plan or ready there may be `faults`. Only the first worker of a generation sends a plan.
 What the keeper finds out for all goes to the master as `share`, and comes back to every worker as `shared`.
 """
 
@@ -127,12 +128,11 @@ async def _configure(daemon: Daemon[Any], channel: Channel, order: Message, fds:
     files, first = NamedFiles.received(order["files"], fds), order["first"]
     read = files.keep if first else files.read
     config = configuration.parse(daemon.config, order["text"], order["source"], read)
-    answer: Message = {"type": "plan"}
     if first:
         examined = daemon.call(daemon.examine, config, None)
         warnings = [fault.at(order["source"]) for fault in (*examined.warnings, *examined.notes)]
-        answer |= {"plan": make_plan(config.common(), warnings).as_json(), "files": files.places}
-    await channel.send(answer, files.fds if first else ())
+        plan = make_plan(config.common(), warnings).as_json()
+        await channel.send({"type": "plan", "plan": plan, "files": files.places}, files.fds)
     return config, files
 
 

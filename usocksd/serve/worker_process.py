@@ -153,15 +153,17 @@ class WorkerProcess:
 
         Raises ConfigError with every fault, WorkerEnded, or Error if it is of a version that this one can't talk to.
         """
-        answer, fds = await self._configure(text, source, kept or NamedFiles(), first=True)
+        await self.configure(text, source, kept or NamedFiles(), first=True)
+        answer, fds = await self._expect("plan")
         return Plan.from_json(answer["plan"]), NamedFiles.received(answer["files"], fds)
 
-    async def configure(self, text: str, source: str, files: NamedFiles) -> None:
-        """Have it read a configuration, and the files that it names as they were. Raises as `plan` does."""
-        await self._configure(text, source, files, first=False)
+    async def configure(self, text: str, source: str, files: NamedFiles, *, first: bool = False) -> None:
+        """Have it read a configuration, and the files that it names as they were."""
+        order = {"type": "configure", "protocol": PROTOCOL, "version": __version__, "text": text, "source": source}
+        await self._order(order | {"first": first, "files": files.places}, files.fds)
 
     async def serve(self, order: dict[str, Any], fds: Sequence[int]) -> None:
-        """Have it make ready to serve; returns when it is. Raises Error with what it says is wrong, WorkerEnded."""
+        """Have it get ready to serve what it was configured for; returns when it is. Raises as `plan` does."""
         self.ordered = True
         await self._order({"type": "serve", **order, "column": self.column}, fds)
         ready, _ = await self._expect("ready")
@@ -254,11 +256,6 @@ class WorkerProcess:
             if message["last"]:
                 answer.whole, answer.error = message["error"] is None, message["error"]
                 answer.over.set()
-
-    async def _configure(self, text: str, source: str, files: NamedFiles, *, first: bool) -> tuple[Message, list[int]]:
-        order = {"type": "configure", "protocol": PROTOCOL, "version": __version__, "text": text, "source": source}
-        await self._order(order | {"first": first, "files": files.places}, files.fds)
-        return await self._expect("plan")
 
     async def _order(self, message: Message, fds: Sequence[int] = ()) -> None:
         """Send without a limit of time: it may be long, and a worker does not read before it has started."""

@@ -102,7 +102,7 @@ def test_files_are_what_they_were_when_the_configuration_came_into_force(tmp_pat
         settled(tiny, 2)
         replaced("third")
         settled(tiny, 2)
-        assert len(tiny.descriptors()) == opened
+        wait_until(lambda: len(tiny.descriptors()) == opened, "nothing is left open")
 
 
 def test_the_only_worker_is_killed(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from transocks.rules.live import CHAINS, Routing
 from transocks.rules.loaded import ACTIVE, HELD, Table, compare, seconds_left
 from transocks.rules.redirection import Redirection
 from transocks.rules.render import render_all_nft, render_iptables
-from transocks.tracing.shadows import shadows
+from transocks.tracing.fate import shadows
 
 _ROLLED_BACK = (
     "rolled back: {} is loaded and of no effect, since nobody confirmed it in time, or it was removed but for its"

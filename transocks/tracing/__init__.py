@@ -4,11 +4,9 @@ samples.py   first packets of connections that rules select: sent or received, a
 tracer.py    makes the kernel report some packets, and keeps ours on this host
 events.py    its reports, one message for each rule and chain                                  (pure)
 path.py      from these messages to where a packet went, and what did that                     (pure)
-fate.py      what that means for the rules of transocks
+fate.py      what that means for the rules of transocks; for verify, what takes connections before they do
 names.py     rules as their tools print them
 packets.py   packets as bytes, and an interface that receives one
-routing.py   the route of a packet
 sockets.py   sockets as other users of this host would have them
-links.py     interfaces, the networks on them, bridges
-shadows.py   rules of others that take connections before ours: for verify
+links.py     interfaces, the networks on them, bridges, routes
 """

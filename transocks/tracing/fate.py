@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Container, Iterator, Sequence
 from enum import Enum, auto
 from ipaddress import ip_address
 
 import attrs
 
-from transocks.rules.config import Mode
-from transocks.rules.live import CHAINS, GUARDS, TABLES
+from transocks.rules.config import Mode, Tool
+from transocks.rules.live import CHAINS, GUARDS, TABLES, has_legacy, iptables, routed_versions
 from transocks.rules.redirection import Redirection
+from transocks.tools import FirewallError
 from transocks.tracing.events import Event, Verdict
+from transocks.tracing.links import links
 from transocks.tracing.names import RuleNames
 from transocks.tracing.path import Cause, Change, Path
-from transocks.tracing.samples import Outcome, Sample
+from transocks.tracing.samples import Outcome, Sample, samples, try_out
+from transocks.tracing.tracer import Tracer
 from usocksd.net.address import IPAddress
 
-IPTABLES_PLACE = {
+_PLACE = {
     Mode.HOST: ("output", "nat"),
     Mode.GATEWAY: ("prerouting", "nat"),
     Mode.TPROXY: ("prerouting", "mangle"),
 }
 """The hook and table of our rules."""
+_UNKNOWN = "whether others take connections first can't be tried out"
 _ENDS = {Verdict.ACCEPT, Verdict.RETURN, Verdict.GOTO}
 
 
@@ -46,6 +51,9 @@ class What(Enum):
     """the kernel did not take it: there is no route, for example"""
 
 
+_BEFORE_OURS = {What.DROPPED, What.TAKEN, What.UNMARKED, What.UNTRACKED}
+
+
 @attrs.frozen
 class Fate:
     """Of one sample, as far as the rules of one mode are concerned."""
@@ -57,6 +65,13 @@ class Fate:
     """what did it, or why; "" if no rule of ours was met"""
     rule: Event | None = None
     """that did it, where nft knows of one"""
+    by_ours: bool = False
+    """that is a rule of ours"""
+
+    @property
+    def by_guard(self) -> bool:
+        """That is a rule of `transocks rules hold`, which refuses what ours should have and do not: look at ours."""
+        return self.rule is not None and self.rule.family == "inet" and self.rule.table in GUARDS
 
     @property
     def sample(self) -> Sample:
@@ -84,7 +99,8 @@ def fate_of(outcome: Outcome, redirection: Redirection, names: RuleNames) -> Fat
     if outcome.path is None:
         return Fate(redirection, outcome, What.NOWHERE, outcome.why or "nothing was reported of it")
     what, text, cause = _judge(outcome.path, redirection, names)
-    return Fate(redirection, outcome, what, text, cause.rule if cause is not None else None)
+    rule = cause.rule if cause is not None else None
+    return Fate(redirection, outcome, what, text, rule, rule is not None and _is_ours(rule, names, TABLES, CHAINS))
 
 
 _Judgement = tuple[What, str, Cause | None]
@@ -128,9 +144,9 @@ def _elsewhere(turn: Change, names: RuleNames) -> _Judgement:
 
 def _untaken(path: Path, redirection: Redirection, names: RuleNames) -> _Judgement:
     """No rule redirected it or stopped it."""
-    hook, table = IPTABLES_PLACE[redirection.mode]
+    hook, table = _PLACE[redirection.mode]
     chains = {("ip", table, hook.upper()), ("ip6", table, hook.upper())}
-    ours = [rule for rule in path.rules if is_ours(rule, names, redirection)]
+    ours = [rule for rule in path.rules if _is_ours(rule, names, (redirection.table,), (redirection.chain,))]
     theirs = (rule for rule in path.rules if rule not in ours and rule.verdict in _ENDS)
     before = next((rule for rule in theirs if (rule.family, rule.table, rule.chain) in chains), None)
     what, rule = (What.TAKEN, before) if before else (What.PASSED, ours[-1] if ours else None)
@@ -138,15 +154,36 @@ def _untaken(path: Path, redirection: Redirection, names: RuleNames) -> _Judgeme
     return what, names.of(cause) if rule is not None else "", cause
 
 
-def is_guard(rule: Event | None) -> bool:
-    """Whether it is a rule of `transocks rules hold`: it refuses what ours should have and do not, so look at ours."""
-    return rule is not None and rule.family == "inet" and rule.table in GUARDS
-
-
-def is_ours(rule: Event, names: RuleNames, redirection: Redirection | None = None) -> bool:
-    """Whether it is a rule of ours, or of this mode alone: of its table or chains, or one that leads there."""
-    tables = TABLES if redirection is None else (redirection.table,)
-    chains = CHAINS if redirection is None else (redirection.chain,)
+def _is_ours(rule: Event, names: RuleNames, tables: Container[str], chains: Collection[str]) -> bool:
+    """Whether it is in one of these tables or chains, or leads there."""
     if rule.family == "inet" and rule.table in tables:
         return True
     return rule.chain in chains or any(f"-j {chain}" in names.text(rule).split('"')[-1] for chain in chains)
+
+
+def shadows(redirections: Sequence[Redirection], tool: Tool, *, well: bool) -> Iterator[tuple[str, bool]]:
+    """What takes connections before our rules do: a line for each, and whether it is a fault. `well`: there is no other
+    fault that might explain what happens.
+
+    Something that can't be tried is reported, but is no fault.
+    """
+    names = RuleNames()
+    try:
+        with Tracer() as tracer:
+            here = links()
+            for redirection in redirections:
+                tried = samples(redirection, here, routed_versions())
+                fates = [fate_of(try_out(tracer, sample), redirection, names) for sample in tried]
+                for fate in fates:
+                    to = f"connections to port {fate.sample.port}"
+                    if fate.what in _BEFORE_OURS and not fate.by_ours and not fate.by_guard:
+                        yield f"{fate.text}: it has {to} before our rules do", True
+                    elif fate.what is What.PASSED and not fate.text and well and tool is Tool.IPTABLES:
+                        version = fate.sample.version
+                        if has_legacy(iptables(version)):
+                            cause = Cause(None, version, *_PLACE[redirection.mode])
+                            yield f"{names.of(cause)}: {to} do not get to our rules", True
+                if fates and all(fate.what is What.NOWHERE for fate in fates):
+                    yield f"{_UNKNOWN} ({redirection.mode.value}): {fates[0].text}", False
+    except FirewallError as error:
+        yield f"{_UNKNOWN}: {error}", False

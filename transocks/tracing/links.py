@@ -1,4 +1,4 @@
-"""The interfaces of this host: which networks are on them, and which of them lead out."""
+"""The interfaces and routes of this host, by ip(8): which networks are where, which links lead out."""
 
 from __future__ import annotations
 
@@ -9,42 +9,35 @@ from typing import Any
 
 import attrs
 
-from transocks.tools import FirewallError, run_json
-from usocksd.net.address import IPAddress, IPNetwork
-
-
-@attrs.frozen
-class Link:
-    """An interface other than lo, and the networks on it."""
-
-    name: str
-    networks: tuple[IPNetwork, ...]
+from transocks.tools import FirewallError, run, run_json
+from usocksd.net.address import IPAddress, IPNetwork, without_zone
 
 
 @attrs.frozen
 class Links:
-    """All of them."""
+    """All interfaces."""
 
-    links: tuple[Link, ...] = ()
+    networks: Mapping[str, list[IPNetwork]] = {}
+    """those on each interface other than lo"""
     uplinks: Mapping[int, str] = {}
     """the interface of the default route by IP version, where there is one"""
-    ports: Mapping[str, list[str]] = {}
-    """of each bridge, those that are up"""
+    bridges: Mapping[str, list[str]] = {}
+    """the ports of each that are up"""
     lo_is_up: bool = True
 
     def port(self, name: str) -> str:
         """A port of this interface, if it is a bridge; else the interface itself."""
-        return next(iter(self.ports.get(name, ())), name)
+        return next(iter(self.bridges.get(name, ())), name)
 
-    def of(self, address: IPAddress) -> Link | None:
-        """The one with the network that this address is in."""
-        return next((link for link in self.links if any(address in network for network in link.networks)), None)
+    def of(self, address: IPAddress) -> str | None:
+        """The interface with the network that this address is in."""
+        return next((name for name, there in self.networks.items() if any(address in net for net in there)), None)
 
 
 def links() -> Links:
     """The interfaces as they are now. Raises FirewallError, without ip(8) for example."""
-    found = _ip("-details", "link", "show")
-    networks: dict[str, list[IPNetwork]] = {link["ifname"]: [] for link in found if link["ifname"] != "lo"}
+    found = {link["ifname"]: link for link in _ip("-details", "link", "show")}
+    networks: dict[str, list[IPNetwork]] = {name: [] for name in found if name != "lo"}
     uplinks: dict[int, str] = {}
     for version in (4, 6):
         for route in _ip(f"-{version}", "route", "show"):
@@ -56,18 +49,13 @@ def links() -> Links:
             elif not {"gateway", "via"} & route.keys():
                 network = ip_network(route["dst"])
                 networks[device] += [] if network.is_link_local else [network]
-    return Links(
-        links=tuple(Link(name, tuple(there)) for name, there in networks.items()), uplinks=uplinks, ports=_ports(found),
-        lo_is_up=any(link["ifname"] == "lo" and "UP" in link["flags"] for link in found),
-    )  # fmt: skip
-
-
-def _ports(found: list[dict[str, Any]]) -> dict[str, list[str]]:
-    bridges = [link["ifname"] for link in found if link.get("linkinfo", {}).get("info_kind") == "bridge"]
-    return {
-        bridge: [link["ifname"] for link in found if link.get("master") == bridge and "UP" in link["flags"]]
-        for bridge in bridges
+    bridges: dict[str, list[str]] = {
+        name: [] for name, link in found.items() if link.get("linkinfo", {}).get("info_kind") == "bridge"
     }
+    for name, link in found.items():
+        if link.get("master") in bridges and "UP" in link["flags"]:
+            bridges[link["master"]].append(name)
+    return Links(networks=networks, uplinks=uplinks, bridges=bridges, lo_is_up="UP" in found["lo"]["flags"])
 
 
 def _ip(*words: str) -> list[dict[str, Any]]:
@@ -87,7 +75,43 @@ def filtered_bridges() -> dict[tuple[str, int], str]:
         if path.exists() and path.read_text("ascii").strip() == "1":
             settings[version] = setting
     try:
-        bridges = _ports(_ip("-details", "link", "show")) if settings else {}
+        bridges = links().bridges if settings else {}
     except FirewallError:
         return {}
     return {(bridge, version): setting for version, setting in settings.items() for bridge in bridges}
+
+
+@attrs.frozen
+class Route:
+    """The way of a packet that this host sends."""
+
+    device: str
+    gateway: str | None
+
+
+def lookup(destination: IPAddress, *, mark: int = 0, uid: int | None = None) -> Route:
+    """Where a packet of this user goes. Raises FirewallError when it goes nowhere."""
+    user = () if uid is None else ("uid", str(uid))
+    (route,) = _ip("route", "get", str(without_zone(destination)), "mark", str(mark), *user)
+    return Route(route.get("dev", ""), route.get("gateway"))
+
+
+def policy_against(destination: IPAddress, mark: int, uid: int | None) -> str | None:
+    """The rule of the routing policy for this mark or user, if without it the packet would go another way."""
+    family = f"-{destination.version}"
+    try:
+        plain = lookup(destination)
+        try:
+            if lookup(destination, mark=mark, uid=uid) == plain:
+                return None
+        except FirewallError:
+            pass
+        rules, texts = _ip("-N", family, "rule", "show"), run("ip", family, "rule", "show").splitlines()
+    except FirewallError:
+        return None
+    for rule, text in zip(rules, texts, strict=False):
+        marked = int(rule.get("fwmark", "0"), 0) == mark & int(rule.get("fwmask", "0xffffffff"), 0)
+        users = range(rule.get("uid_start", 0), rule.get("uid_end", -1) + 1)
+        if (mark and "fwmark" in rule and marked) or uid in users:
+            return f'"{" ".join(text.split())}"'
+    return None

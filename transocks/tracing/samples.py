@@ -20,10 +20,9 @@ from transocks.rules.redirection import Redirection
 from transocks.rules.render import excluded
 from transocks.tools import FirewallError
 from transocks.tracing.events import ACK, RST, SYN, TCP, Packet
-from transocks.tracing.links import Links
+from transocks.tracing.links import Links, lookup
 from transocks.tracing.packets import datagram, inject
 from transocks.tracing.path import Path
-from transocks.tracing.routing import lookup
 from transocks.tracing.sockets import NOBODY, Identity, socket_of
 from transocks.tracing.tracer import Tracer
 from usocksd.net.address import IPAddress, IPNetwork, socket_address
@@ -173,17 +172,14 @@ def _clients(redirection: Redirection, here: Links, version: int) -> list[tuple[
     if selection.from_:
         found = []
         for address in (_inside(network) for network in selection.from_ if network.version == version):
-            link = here.of(address)
-            with contextlib.suppress(OSError):
-                found.append((link.name if link is not None else lookup(address).device, address))
+            with contextlib.suppress(FirewallError):
+                found.append((here.of(address) or lookup(address).device, address))
         return [(iif, address) for iif, address in found if not selection.interfaces or iif in selection.interfaces]
-    names = selection.interfaces or tuple(
-        link.name for link in here.links if link.name not in here.uplinks.values() or len(here.links) == 1
-    )
+    inside = [name for name in here.networks if name not in here.uplinks.values() or len(here.networks) == 1]
     networks = {
-        link.name: [network for network in link.networks if network.version == version and network.num_addresses > 2]
-        for link in here.links
-        if link.name in names
+        name: [network for network in here.networks[name] if network.version == version and network.num_addresses > 2]
+        for name in selection.interfaces or inside
+        if name in here.networks
     }
     return [(name, _inside(there[0])) for name, there in networks.items() if there]
 

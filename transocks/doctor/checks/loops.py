@@ -78,14 +78,14 @@ def _from_upstream_here(host: Host, address: IPAddress, port: int) -> Iterator[F
 
 def _from_upstream_behind(host: Host, address: IPAddress) -> Iterator[Finding]:
     """An upstream on the inside network of a gateway: what it sends comes through the gateway's own rules."""
-    link = host.links.of(address)
-    if link is None or host.tracer is None or link.name == host.links.uplinks.get(address.version):
+    iif = host.links.of(address)
+    if iif is None or host.tracer is None or iif == host.links.uplinks.get(address.version):
         return
     for fate in host.arrived:
         if fate.sample.iif is None or fate.sample.version != address.version:
             continue
-        sample = attrs.evolve(fate.sample, source=address, iif=link.name, device=host.links.port(link.name))
+        sample = attrs.evolve(fate.sample, source=address, iif=iif, device=host.links.port(iif))
         found = fate_of(try_out(host.tracer, sample), fate.redirection, host.names)
         if found.what is What.ARRIVED:
-            text = f"the upstream {address} is behind {link.name}, and so redirected: {found.text}"
+            text = f"the upstream {address} is behind {iif}, and so redirected: {found.text}"
             yield fault("loops", text, f"leave out what comes from {address}")

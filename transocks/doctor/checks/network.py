@@ -82,7 +82,9 @@ def way_out(host: Host) -> Iterator[Finding]:
     """Where an application wants to go there has to be a route, or no rule is asked, though what they redirect does not
     take it. A host that reaches nothing but its proxy often has none.
     """
-    devices: dict[int, str] = {n.version: link.name for link in reversed(host.links.links) for n in link.networks}
+    devices: dict[int, str] = {}
+    for name, networks in host.links.networks.items():
+        devices = {network.version: name for network in networks} | devices
     mine = [f for f in host.fates if f.redirection.mode is Mode.HOST and f.sample.version in devices]
     missing: dict[int, str] = {}
     for fate in mine:

@@ -12,7 +12,7 @@ from transocks.rules.live import choose_tool
 from transocks.rules.verify import verify
 from transocks.tools import FirewallError
 from transocks.tracing.events import ACK, UDP
-from transocks.tracing.fate import Fate, What, is_guard, is_ours
+from transocks.tracing.fate import Fate, What
 from transocks.tracing.path import LO, ROUTING
 from transocks.tracing.samples import try_out
 from usocksd.net.address import join_port
@@ -78,7 +78,7 @@ def _judge(fate: Fate, host: Host) -> Iterator[Finding]:
                 yield _passed(fate, host)
         case What.DROPPED:
             if host.stated or not other_family:
-                do = _APPLY if is_guard(fate.rule) else "let it pass there, or remove that rule"
+                do = _APPLY if fate.by_guard else "let it pass there, or remove that rule"
                 yield fault("rules", f"{name}: dropped on the way: {text}", do)
         case What.UNTRACKED:
             do = "take such traffic out of that rule"
@@ -86,7 +86,7 @@ def _judge(fate: Fate, host: Host) -> Iterator[Finding]:
         case What.UNMARKED:
             do = f"take that rule out, or have it leave what has mark {fate.redirection.tproxy_mark:#x} alone"
             yield fault("rules", f"{name}: {text}", do)
-        case What.TAKEN if fate.rule is not None and is_ours(fate.rule, host.names):
+        case What.TAKEN if fate.by_ours:
             do = f"put that rule and {_setting(fate)} together"
             yield fault("rules", f"{name}: {text}, and transocks has {port}", do)
         case What.TAKEN:

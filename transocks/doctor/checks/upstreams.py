@@ -24,7 +24,7 @@ from transocks.doctor.host import AS_ROOT, Host
 from transocks.http_connect import HttpConnect
 from transocks.tools import FirewallError
 from transocks.tracing.events import TCP
-from transocks.tracing.routing import lookup, policy_against
+from transocks.tracing.links import lookup, policy_against
 from transocks.tracing.sockets import socket_of
 from transocks.upstreams.probes import ping
 from transocks.upstreams.proxy_url import ProxyScheme, ProxyURL
@@ -257,7 +257,7 @@ class _Greeting:
             return fault(_CHECK, text, do)
         try:
             route = lookup(address, mark=self._host.daemon.mark)
-        except OSError:
+        except FirewallError:
             return fault(_CHECK, text, f"lower the MTU towards it to {mtu}")
         via = f"via {route.gateway} " if route.gateway else ""
         do = f"ip route replace {address} {via}dev {route.device} mtu {mtu}"

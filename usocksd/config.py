@@ -316,6 +316,3 @@ class Config(CommonConfig):
                 "auth.required": self.auth.required,
             },
         )
-
-
-__all__ = ["Auth", "Config", "Incoming", "Outgoing", "PoolConfig", "ProxyProtocol", "RuleConfig"]

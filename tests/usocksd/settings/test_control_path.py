@@ -17,16 +17,16 @@ from usocksd.settings.control_path import control_path
 
 DEFAULT = "/run/usocksd/control.sock"
 NOBODY = 65534
+IN_TMP = f"/tmp/usocksd-{NOBODY}/control.sock"
 
 # In a mount namespace with a /run and a /tmp of its own, as root and then as nobody, it opens the default socket and
 # has a verb ask there. `before` is what root has prepared.
 _PROGRAM = """
-import argparse, json, os, subprocess, sys, threading, trio
+import argparse, attrs, json, os, subprocess, sys, trio
+from usocksd.cli import USOCKSD
 from usocksd.errors import Error
 from usocksd.settings.control_path import control_path
 from usocksd.serve.control import Control
-import attrs
-from usocksd.cli import USOCKSD
 from usocksd.serve.verbs.client import Client, find_control
 
 default, uid, before = sys.argv[1], int(sys.argv[2]), sys.argv[3]
@@ -84,30 +84,23 @@ def asked(uid: int, before: str = "", **environment: str) -> dict[str, Any]:
 
 
 @as_root
-def test_root_makes_the_folder_in_run() -> None:
-    assert asked(0) == {"path": DEFAULT, "mode": "0o755", "owner": 0, "ok": True, "name": "this one"}
-
-
-@as_root
-def test_a_service_has_it_where_systemd_has_made_the_folder() -> None:
-    found = asked(NOBODY, f"mkdir /run/usocksd; chown {NOBODY} /run/usocksd", XDG_RUNTIME_DIR="/run")
-    assert found == {"path": DEFAULT, "mode": "0o755", "owner": NOBODY, "ok": True, "name": "this one"}
-
-
-@as_root
-def test_a_user_has_it_in_the_runtime_directory() -> None:
-    found = asked(NOBODY, f"mkdir -m 700 /run/u; chown {NOBODY} /run/u", XDG_RUNTIME_DIR="/run/u")
-    assert found["path"] == "/run/u/usocksd/control.sock"
-    assert (found["owner"], found["name"]) == (NOBODY, "this one")
-
-
-@as_root
-@pytest.mark.parametrize("runtime", ["", "/run/root", "relative", "/missing"])
-def test_a_user_without_a_runtime_directory(runtime: str) -> None:
-    """It is not set, or another user's, as after `su`."""
-    found = asked(NOBODY, "mkdir -m 700 /run/root", XDG_RUNTIME_DIR=runtime)
-    path = f"/tmp/usocksd-{NOBODY}/control.sock"
-    assert found == {"path": path, "mode": "0o700", "owner": NOBODY, "ok": True, "name": "this one"}
+@pytest.mark.parametrize(
+    ("uid", "before", "runtime", "path", "mode"),
+    [
+        (0, "", None, DEFAULT, "0o755"),
+        # A service, for which systemd has made the folder.
+        (NOBODY, f"mkdir /run/usocksd; chown {NOBODY} /run/usocksd", "/run", DEFAULT, "0o755"),
+        (NOBODY, f"mkdir -m 700 /run/u; chown {NOBODY} /run/u", "/run/u", "/run/u/usocksd/control.sock", "0o755"),
+        (NOBODY, "", "", IN_TMP, "0o700"),
+        (NOBODY, "mkdir -m 700 /run/root", "/run/root", IN_TMP, "0o700"),  # another user's, as after `su`
+        (NOBODY, "", "relative", IN_TMP, "0o700"),
+        (NOBODY, "", "/missing", IN_TMP, "0o700"),
+    ],
+)
+def test_the_default_of_each_user(uid: int, before: str, runtime: str | None, path: str, mode: str) -> None:
+    environment = {} if runtime is None else {"XDG_RUNTIME_DIR": runtime}
+    found = asked(uid, before, **environment)
+    assert found == {"path": path, "mode": mode, "owner": uid, "ok": True, "name": "this one"}
 
 
 @as_root
@@ -122,9 +115,8 @@ def test_a_user_without_a_runtime_directory(runtime: str) -> None:
 )
 def test_what_others_could_have_made_is_used_by_neither(before: str) -> None:
     found = asked(NOBODY, before)
-    folder = f"/tmp/usocksd-{NOBODY}"
-    told = f"{folder} is not a folder of this user alone: remove it, or have `control` lead elsewhere"
-    assert found["daemon"] == f"can't open the control socket {folder}/control.sock: {told}"
+    told = f"{Path(IN_TMP).parent} is not a folder of this user alone: remove it, or have `control` lead elsewhere"
+    assert found["daemon"] == f"can't open the control socket {IN_TMP}: {told}"
     assert found["verb"] == told
 
 

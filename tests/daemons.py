@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from ipaddress import ip_address
 from pathlib import Path
 from socket import socket as Socket
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import dns.message
 import dns.name
@@ -119,66 +119,96 @@ def settings(name: str, config: str) -> str:
     return config
 
 
-class Daemon(Log):
-    """`usocksd` or `transocks`, running in the foreground with a log in JSON. Use as a context manager.
+class Process(Log):
+    """A daemon in the foreground: a master, its workers, and a log in JSON. Use as a context manager.
 
-    `popen` starts it elsewhere (lab.Host.popen), `prefix` are words before the command (prlimit, setpriv).
     Leaving the context ends it, and checks that it ends well and had no trouble of its own making.
     """
+
+    TROUBLE: tuple[str, ...] = ("critical",)
+    """Severities of records that an operator must not see when nothing is wrong."""
+    STATUS: int | None = 0
+    """The exit status of one that a test has ended; None if the test has looked at it."""
 
     def __init__(
         self,
         name: str,
-        config: str,
-        folder: Path,
-        *arguments: str,
+        log: Path,
+        errors: Path,
+        *command: str | os.PathLike[str],
         popen: Callable[..., subprocess.Popen[Any]] = _popen,
-        prefix: Sequence[str] = (),
-        logfile: str | None = "",
-        python: str = sys.executable,
         **options: Any,
     ) -> None:
-        """`logfile` None logs to stderr (see `options`), "" to a file of the folder."""
+        super().__init__(log)
         self.name = name
-        super().__init__(folder / f"{name}.log" if logfile == "" else Path(logfile or "/dev/null"))
-        (folder / f"{name}.toml").write_text(settings(name, config), encoding="utf-8")
-        words = [python, "-m", name, "-f", str(folder / f"{name}.toml"), "-logformat", "json"]
-        words += [] if logfile is None else ["-logfile", str(self.log)]
-        with (folder / f"{name}.stderr").open("wb") as stderr:
-            options = {"stdin": subprocess.DEVNULL, "stderr": stderr} | options
-            self.process = popen(*prefix, *words, *arguments, **options)
+        self.expected: set[str] = set()
+        """Messages of trouble that is the test's doing."""
+        self._errors = errors
+        with errors.open("wb") as file:
+            self.process = popen(*command, **({"stdin": subprocess.DEVNULL, "stderr": file} | options))
+        self.pid = self.process.pid
+        """Of the master."""
 
-    def __enter__(self) -> Daemon:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is not None:
-                print("".join(f"{self.name}: {line}\n" for line in self.lines()[-20:]))
+                print("".join(f"{self.name}: {line}\n" for line in [*self.lines()[-40:], self.stderr()]))
                 return
             if self.process.poll() is None:
-                self.process.terminate()
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    self.process.wait(0.5)
-                self.process.terminate()  # what a test left connected is ended at once
-            status = self.process.wait(PATIENCE)
-            assert status == 0, f"{self.name} ended with {status}"
-            assert [r for r in self.records() if "traceback" in r or r["severity"] == "critical"] == []
+                self.end()
+            elif self.STATUS is not None:
+                assert self.process.returncode == self.STATUS, self.stderr()
+            trouble = [
+                record for record in self.records() if record["severity"] in self.TROUBLE or "traceback" in record
+            ]
+            assert [record for record in trouble if record["message"] not in self.expected] == []
         finally:
-            if self.process.poll() is None:
-                self.process.kill()
-                self.process.wait()
+            orphans = [] if self.process.poll() is not None else self.workers()
+            self.process.kill()
+            self.process.wait()
+            for pid in orphans:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             for stream in (self.process.stdout, self.process.stderr):
                 if stream is not None:
                     stream.close()
 
-    @property
-    def pid(self) -> int:
-        """Of the master."""
-        return self.process.pid
+    def ready(self) -> Self:
+        """Wait until it listens."""
+
+        def listening() -> bool:
+            assert self.process.poll() is None, f"{self.name} ended: {self.lines()} {self.stderr()}"
+            return bool(self.records("listening"))
+
+        wait_until(listening, lambda: f"{self.name} listens: {self.lines()} {self.stderr()}")
+        return self
+
+    def signal(self, number: signal.Signals) -> None:
+        """Signal the master."""
+        self.process.send_signal(number)
+
+    def end(self) -> None:
+        """End it in good order, at once."""
+        self.signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(0.3)
+        self.signal(signal.SIGTERM)  # what a test left connected is ended
+        status = self.ended()
+        assert status == 0, f"{self.name} ended with {status}: {self.stderr()}"
+
+    def ended(self) -> int:
+        """Wait for its end; the exit status."""
+        return self.process.wait(PATIENCE)
+
+    def stderr(self) -> str:
+        """What it said there."""
+        return self._errors.read_text(encoding="utf-8")
 
     def workers(self) -> list[int]:
-        """The workers there are, those that drain included."""
+        """Process ids of the workers there are, those that drain included."""
         children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text(encoding="ascii")
         return [int(pid) for pid in children.split()]
 
@@ -188,27 +218,54 @@ class Daemon(Log):
         (pid,) = self.workers()
         return pid
 
-    def ready(self) -> Daemon:
-        """Wait until it listens."""
+    def descriptors(self, pid: int | None = None) -> list[str]:
+        """What the master, or another process, has open."""
+        found = []
+        folder = f"/proc/{pid or self.pid}/fd"
+        for fd in os.listdir(folder):
+            with contextlib.suppress(FileNotFoundError):
+                found.append(os.readlink(f"{folder}/{fd}"))
+        return found
 
-        def listening() -> bool:
-            assert self.process.poll() is None, f"{self.name} ended: {self.lines()}"
-            return bool(self.records("listening"))
-
-        wait_until(listening, lambda: f"{self.name} listens: {self.lines()}")
-        return self
+    @property
+    def ports(self) -> list[int]:
+        """What it listens on, or has listened on, in the order of the log."""
+        return [int(record["address"].rpartition(":")[2]) for record in self.records("listening")]
 
     @property
     def port(self) -> int:
-        """The port of its first listener."""
-        return int(self.record("listening")["address"].rpartition(":")[2])
+        """The first of those."""
+        return self.ports[0]
+
+
+class Daemon(Process):
+    """`usocksd` or `transocks`. `popen` starts it elsewhere (lab.Host.popen), `prefix` are words before the command."""
+
+    def __init__(
+        self,
+        name: str,
+        config: str,
+        folder: Path,
+        *arguments: str,
+        prefix: Sequence[str] = (),
+        logfile: str | None = "",
+        python: str = sys.executable,
+        **options: Any,
+    ) -> None:
+        """`logfile` None logs to stderr (see `options`), "" to a file of the folder."""
+        file = folder / f"{name}.toml"
+        file.write_text(settings(name, config), encoding="utf-8")
+        log = folder / f"{name}.log" if logfile == "" else Path(logfile or "/dev/null")
+        words = [*prefix, python, "-m", name, "-f", str(file), "-logformat", "json"]
+        words += [] if logfile is None else ["-logfile", str(log)]
+        super().__init__(name, log, folder / f"{name}.stderr", *words, *arguments, **options)
 
     def fds(self) -> int:
         """How many file descriptors its worker has open."""
-        return len(os.listdir(f"/proc/{self.worker}/fd"))
+        return len(self.descriptors(self.worker))
 
     def wait_for_fds(self, at_most: int) -> None:
-        """Wait until it has no more than so many file descriptors."""
+        """Wait until it has no more file descriptors than that."""
         wait_until(lambda: self.fds() <= at_most, lambda: f"{self.name} has {self.fds()} > {at_most} descriptors")
 
     def rss(self) -> int:
@@ -216,8 +273,14 @@ class Daemon(Log):
         pages = int(Path(f"/proc/{self.worker}/statm").read_text(encoding="ascii").split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
 
-    def signal(self, number: signal.Signals) -> None:
-        self.process.send_signal(number)
+
+def running(pid: int) -> bool:
+    """Whether this process is there and no zombie."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
 
 
 # ---- bytes
@@ -240,6 +303,32 @@ def reset(sock: Socket) -> None:
     """Close with RST."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     sock.close()
+
+
+def is_reset(sock: Socket) -> bool:
+    """Wait for its end: whether that was a reset, and nothing came before."""
+    try:
+        sock.recv(1)
+        return False
+    except ConnectionResetError:
+        return True
+
+
+def is_over(sock: Socket) -> bool:
+    """Wait for its end, clean or not."""
+    try:
+        return sock.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
+def lives(sock: Socket, text: bytes = b"still served") -> bool:
+    """Whether an echo still comes back."""
+    try:
+        sock.sendall(text)
+        return sock.recv(len(text), socket.MSG_WAITALL) == text
+    except OSError:
+        return False
 
 
 # ---- SOCKS, by hand: the bytes of a client that has not read our code
@@ -362,7 +451,7 @@ def blackhole() -> Iterator[int]:
         yield port
 
 
-def closed_port() -> int:
+def free_port() -> int:
     """A port on 127.0.0.1 where nobody listens."""
     with loopback() as sock:
         return int(sock.getsockname()[1])

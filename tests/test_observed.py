@@ -142,7 +142,7 @@ def say(*pieces: bytes) -> Handshake:
 
 
 def ask(host: str, port: int | None = None, **options: Any) -> Handshake:
-    return lambda sock: socks5(sock, host, daemons.closed_port() if port is None else port, **options)
+    return lambda sock: socks5(sock, host, daemons.free_port() if port is None else port, **options)
 
 
 SOCKS4_REQUEST = b"\x04\x01\x00\x50\x7f\x00\x00\x01me\x00"
@@ -443,7 +443,7 @@ async def test_refusals_join_too(chain: tuple[Proxy, Proxy], monkeypatch: pytest
 
 async def test_an_upstream_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transocks.session, "original_destination", lambda _: WEB)
-    url = f"http://127.0.0.1:{daemons.closed_port()}"
+    url = f"http://127.0.0.1:{daemons.free_port()}"
     async with transocks_inside(tmp_path, f'proxy_url = "{url}"') as proxy:
         with pytest.raises(ConnectionResetError), connected(proxy) as client:
             await talking(client.recv, 1)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -16,15 +14,12 @@ from pathlib import Path
 from socket import socket as Socket
 from typing import Any
 
-from daemons import PATIENCE, Log, Record, wait_until
+from daemons import PATIENCE, Process, Record, wait_until
 
 import usocksd
 
 ROOT = Path(usocksd.__file__).parents[1]
 PROGRAM = Path(__file__).with_name("tiny_daemon.py")
-
-# What an operator must not see when nothing is wrong.
-_TROUBLE = ("critical", "error")
 
 
 def _toml(values: Mapping[str, Any]) -> str:
@@ -37,11 +32,14 @@ def _toml(values: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-class Tiny(Log):
-    """One tiny daemon in a folder of its own, with its clients. Leaving the context ends it and checks how it ends.
+class Tiny(Process):
+    """One tiny daemon in a folder of its own, with its clients.
 
     Settings are those of its configuration; `workers` 1, and a control socket in the folder.
     """
+
+    TROUBLE = ("critical", "error")
+    STATUS = None
 
     def __init__(
         self,
@@ -58,65 +56,41 @@ class Tiny(Log):
         **settings: Any,
     ) -> None:
         """`text`: the configuration as it is, in place of settings; `timing`: fields of the daemon's `Timing`."""
-        super().__init__(logfile or folder / "log")
+        log = logfile or folder / "log"
         self.folder = folder
         self.config = folder / "config"
         self.settings: dict[str, Any] = {
             "control": str(folder / "control"),
             "metrics_port": 0,
-            "log": {"filename": str(self.log), "format": "json", "level": "debug"},
+            "log": {"filename": str(log), "format": "json", "level": "debug"},
         }
-        self.expected: set[str] = set()
-        """Messages of errors that are the test's doing."""
         if text is None:
             self.write(**settings)
         else:
             self.config.write_text(text)
         self._stack = ExitStack()
-        with (folder / "stderr").open("wb") as stderr:
-            self.process = subprocess.Popen(
-                [*prefix, python, "-W", "error", str(PROGRAM), "-f", str(self.config), *arguments],
-                stdin=subprocess.DEVNULL,
-                pass_fds=pass_fds,
-                stderr=stderr,
-                env={
-                    **os.environ,
-                    "PYTHONPATH": str(root),
-                    "TINY_FOLDER": str(folder),
-                    "TINY_TIMING": json.dumps({"rates_over": 0.02, **(timing or {})}),
-                    **(environment or {}),
-                },
-            )
-        self.pid = self.process.pid
-        """Of the master."""
+        super().__init__(
+            "tiny",
+            log,
+            folder / "stderr",
+            *(*prefix, python, "-W", "error", str(PROGRAM), "-f", str(self.config), *arguments),
+            pass_fds=pass_fds,
+            env={
+                **os.environ,
+                "PYTHONPATH": str(root),
+                "TINY_FOLDER": str(folder),
+                "TINY_TIMING": json.dumps({"rates_over": 0.02, **(timing or {})}),
+                **(environment or {}),
+            },
+        )
 
-    def __enter__(self) -> Tiny:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, *raised: Any) -> None:
         try:
-            if kind is not None:
-                print(*self.lines()[-40:], self.stderr(), sep="\n")
-                return
-            if self.process.poll() is None:
-                self.end()
-            trouble = [record for record in self.records() if record["severity"] in _TROUBLE or "traceback" in record]
-            trouble = [record for record in trouble if record["message"] not in self.expected]
-            assert not trouble, trouble
+            super().__exit__(*raised)
         finally:
             self._stack.close()
-            orphans = [] if self.process.poll() is not None else self.workers()
-            self.process.kill()
-            self.process.wait()
-            for pid in orphans:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
 
     # Its life
-
-    def stderr(self) -> str:
-        """What it said there."""
-        return (self.folder / "stderr").read_text(encoding="utf-8")
 
     def write(self, **settings: Any) -> None:
         """Put these into its configuration, in addition to what is there."""
@@ -136,33 +110,6 @@ class Tiny(Log):
         )
         return [int(name.name.rpartition("-")[2]) for name in names or ()]
 
-    def ready(self) -> Tiny:
-        """Wait until it listens."""
-
-        def listening() -> bool:
-            assert self.process.poll() is None, f"it ended: {self.lines()} {self.stderr()}"
-            return bool(self.records("listening"))
-
-        wait_until(listening, lambda: f"it listens: {self.lines()} {self.stderr()}")
-        return self
-
-    def signal(self, number: signal.Signals) -> None:
-        """Signal the master."""
-        self.process.send_signal(number)
-
-    def end(self) -> None:
-        """End it in good order, at once."""
-        self.signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(0.3)
-        self.signal(signal.SIGTERM)  # what the test left connected is ended
-        status = self.ended()
-        assert status == 0, f"ended with {status}: {self.stderr()}"
-
-    def ended(self) -> int:
-        """Wait for its end; the exit status."""
-        return self.process.wait(PATIENCE)
-
     def refused(self) -> list[Record]:
         """Wait for a start that fails; what stderr says, as records."""
         assert self.ended() == 1, self.stderr()
@@ -180,22 +127,6 @@ class Tiny(Log):
     def generation(self) -> int:
         """The number of the configuration in force, by the log."""
         return max((int(record["generation"]) for record in self.records("reloaded")), default=1)
-
-    # Its processes
-
-    def workers(self) -> list[int]:
-        """Process ids of the workers there are, those that drain included."""
-        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text(encoding="ascii")
-        return [int(pid) for pid in children.split()]
-
-    def descriptors(self, pid: int | None = None) -> list[str]:
-        """What the master, or another process, has open."""
-        found = []
-        folder = f"/proc/{pid or self.pid}/fd"
-        for fd in os.listdir(folder):
-            with contextlib.suppress(FileNotFoundError):
-                found.append(os.readlink(f"{folder}/{fd}"))
-        return found
 
     # Its operators
 
@@ -220,16 +151,6 @@ class Tiny(Log):
         return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
 
     # Its clients
-
-    @property
-    def ports(self) -> list[int]:
-        """What it listens on, or has listened on, in the order of the log."""
-        return [int(record["address"].rpartition(":")[2]) for record in self.records("listening")]
-
-    @property
-    def port(self) -> int:
-        """The first of those."""
-        return self.ports[0]
 
     def client(self, words: bytes = b"", *, port: int | None = None) -> Socket:
         """A client; after "echo" and "relay" it has been answered."""
@@ -288,44 +209,3 @@ class Tiny(Log):
             ),
             "its port is closed",
         )
-
-
-def lives(sock: Socket, text: bytes = b"still served") -> bool:
-    """Whether an echo still comes back."""
-    try:
-        sock.sendall(text)
-        return sock.recv(len(text), socket.MSG_WAITALL) == text
-    except OSError:
-        return False
-
-
-def is_over(sock: Socket) -> bool:
-    """Wait for its end, clean or not."""
-    try:
-        return sock.recv(1) == b""
-    except ConnectionResetError:
-        return True
-
-
-def is_reset(sock: Socket) -> bool:
-    """Wait for its end: whether that was a reset."""
-    try:
-        return sock.recv(1) != b""
-    except ConnectionResetError:
-        return True
-
-
-def running(pid: int) -> bool:
-    """Whether this process is there and no zombie."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return stat.rpartition(")")[2].split()[0] != "Z"
-
-
-def free_port() -> int:
-    """A port on 127.0.0.1 that nobody has."""
-    with Socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])

@@ -14,11 +14,9 @@ import daemons
 import promql_parser as promql
 import pytest
 import yaml
-from daemons import Daemon
+from daemons import Daemon, free_port
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
-
-from usocksd.net.listeners import listen
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 DAEMONS = ("usocksd", "transocks")
@@ -49,11 +47,6 @@ class Exported(NamedTuple):
 
     kind: str
     labels: dict[str, set[str]]
-
-
-def free_port() -> int:
-    with listen("127.0.0.1", 0) as sock:
-        return int(sock.getsockname()[1])
 
 
 def scrape(port: int) -> list[Metric]:

@@ -46,27 +46,24 @@ def users_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def daemon(tmp_path_factory: pytest.TempPathFactory, dns: str) -> Iterator[world.Daemon]:
     """A usocksd without users."""
-    daemon = world.Daemon(tmp_path_factory.mktemp("usocksd") / "open", dns)
-    yield daemon
-    daemon.stop()
+    with world.Daemon(tmp_path_factory.mktemp("usocksd") / "open", dns) as daemon:
+        yield daemon
 
 
 @pytest.fixture(scope="session")
 def guarded(tmp_path_factory: pytest.TempPathFactory, dns: str, users_file: Path) -> Iterator[world.Daemon]:
     """A usocksd that wants a user and a password."""
     auth = f'[auth]\nusers_file = "{users_file}"\n'
-    daemon = world.Daemon(tmp_path_factory.mktemp("usocksd") / "guarded", dns, auth)
-    yield daemon
-    daemon.stop()
+    with world.Daemon(tmp_path_factory.mktemp("usocksd") / "guarded", dns, auth) as daemon:
+        yield daemon
 
 
 @pytest.fixture(scope="session")
 def lenient(tmp_path_factory: pytest.TempPathFactory, dns: str, users_file: Path) -> Iterator[world.Daemon]:
     """A usocksd that knows users, but lets others in too."""
     auth = f'[auth]\nusers_file = "{users_file}"\nrequired = false\n'
-    daemon = world.Daemon(tmp_path_factory.mktemp("usocksd") / "lenient", dns, auth)
-    yield daemon
-    daemon.stop()
+    with world.Daemon(tmp_path_factory.mktemp("usocksd") / "lenient", dns, auth) as daemon:
+        yield daemon
 
 
 @pytest.fixture

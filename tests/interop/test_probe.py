@@ -43,7 +43,7 @@ def port(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[int]:
 @contextlib.contextmanager
 def started(name: str, tmp_path: Path) -> Iterator[int]:
     """That one at work: its port."""
-    port = daemons.closed_port()
+    port = daemons.free_port()
     if name.startswith("pproxy"):
         if importlib.util.find_spec("pproxy") is None:
             pytest.skip("pproxy is not installed")

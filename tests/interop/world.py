@@ -10,26 +10,20 @@ PATIENCE only bounds it.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import queue
-import select
 import shutil
-import signal
 import socket
 import socketserver
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import bcrypt
+import daemons
 import pytest
-
-# Seconds after which a test has failed: nothing here takes as long.
-PATIENCE = 20.0
+from daemons import PATIENCE, Record
 
 USER, PASSWORD = "alice", "a:b@c/d%41"  # what URLs must encode
 OTHER_USER, OTHER_PASSWORD = "björn", "ein Paßwort mit 漢字"
@@ -47,11 +41,8 @@ HOSTS = {
 UNKNOWN = "unknown.test"
 
 _CONFIG = """
-workers = 1
-control = ""
 [incoming]
 port = 0
-metrics_port = 0
 addresses = ["127.0.0.1"]
 [outgoing]
 allow_sites = ["127.0.0.1", "::1", "localhost", ".test"]
@@ -76,8 +67,6 @@ _KNOWN = {
     "stopped",
     "stopping",
 }
-
-Record = dict[str, Any]
 
 
 def need(command: str, package: str) -> str:
@@ -110,61 +99,28 @@ class Clients:
         )
 
 
-class Daemon:
-    """A usocksd process on a port of its own, and its log as it is written."""
+class Daemon(daemons.Daemon):
+    """A usocksd that serves all tests of a run, each of which reads its own records."""
 
     def __init__(self, folder: Path, dns: str, auth: str = "") -> None:
         folder.mkdir()
-        config = folder / "usocksd.toml"
-        config.write_text(_CONFIG.format(dns=dns) + auth)
-        # The log file is a named pipe, so that waiting for a record is reading, not looking again and again.
-        log = folder / "log"
-        os.mkfifo(log)
-        self._fd = os.open(log, os.O_RDONLY | os.O_NONBLOCK)
-        self._stderr = (folder / "stderr").open("w+b")
-        self._queue: queue.SimpleQueue[Record | None] = queue.SimpleQueue()
-        self._seen: list[Record] = []
-        command = [sys.executable, "-m", "usocksd", "-f", config, "-logformat", "json", "-logfile", log]
-        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=self._stderr)
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-        self.address = self.expect("listening")["address"]
-        self.host, port = self.address.rsplit(":", 1)
-        self.port = int(port)
-
-    def _read(self) -> None:
-        ended = os.pidfd_open(self._process.pid)
-        poll = select.poll()
-        poll.register(self._fd, select.POLLIN)
-        poll.register(ended, select.POLLIN)
-        rest = b""
-        while poll.poll():  # until the end of the process: a pipe that was never opened has no end
-            data = os.read(self._fd, 65536)
-            if not data:
-                break
-            *lines, rest = (rest + data).split(b"\n")
-            for line in lines:
-                self._queue.put(json.loads(line))
-        self._queue.put(None)
-        os.close(ended)
-
-    def next(self) -> Record:
-        """Waits for the next record."""
-        try:
-            record = self._queue.get(timeout=PATIENCE)
-        except queue.Empty:
-            pytest.fail(f"no further record; the last ones were {self._seen[-5:]}")
-        if record is None:
-            self._stderr.seek(0)
-            pytest.fail(f"usocksd is gone: {self._seen[-5:]}, {self._stderr.read().decode()}")
-        self._seen.append(record)
-        return record
+        super().__init__("usocksd", _CONFIG.format(dns=dns) + auth, folder)
+        self._seen = 0
+        self.address = self.ready().expect("listening")["address"]
+        self.host = "127.0.0.1"
 
     def expect(self, message: str, **fields: object) -> Record:
-        """Waits for the next record that says this, with these fields, and returns it."""
-        wanted = {"message": message, **fields}
-        while not (record := self.next()).items() >= wanted.items():
-            pass
+        """Wait for the next record that says this, with these fields, and return it."""
+
+        def following() -> Record | None:
+            for number, record in enumerate(self.records()[self._seen :], self._seen + 1):
+                if record.items() >= fields.items() and record["message"] == message:
+                    self._seen = number
+                    return record
+            return None
+
+        record = daemons.wait_until(following, lambda: f"{message!r} {fields}, but: " + "\n".join(self.lines()[-5:]))
+        assert record is not None
         return record
 
     def relayed(self, far: FarEnd, peer: str, **fields: object) -> Record:
@@ -173,7 +129,7 @@ class Daemon:
         The record must agree with the far end about the bytes, and with the record of the connection's start.
         """
         end = self.expect("proxy ends", src_addr=peer)
-        start = next(r for r in self._seen if r["message"] == "proxy starts" and r["request_id"] == end["request_id"])
+        (start,) = self.records("proxy starts", request_id=end["request_id"])
         same = {key: end[key] for key in start if key not in {"message", "logged_at", "dest_name", "candidates"}}
         assert start.items() >= same.items()
         received, sent = far.traffic(peer)
@@ -181,20 +137,11 @@ class Daemon:
         assert {key: end[key] for key in fields} == fields
         return end
 
-    def stop(self) -> None:
-        """Stops the daemon gracefully; whatever it said that no test asked for is a failure."""
-        self._process.send_signal(signal.SIGTERM)
-        status = self._process.wait(PATIENCE)
-        self._reader.join(PATIENCE)
-        os.close(self._fd)
-        while (record := self._queue.get()) is not None:
-            self._seen.append(record)
-        self._stderr.seek(0)
-        said = self._stderr.read()
-        self._stderr.close()
-        assert (status, said) == (0, b"")
-        unasked = [record for record in self._seen if record["message"] not in _KNOWN]
-        assert not unasked, unasked
+    def end(self) -> None:
+        """What it said that no test asked for is a failure."""
+        super().end()
+        assert self.stderr() == ""
+        assert {record["message"] for record in self.records()} <= _KNOWN
 
 
 def htpasswd(path: Path) -> Path:

@@ -290,7 +290,7 @@ def test_a_destination_that_is_stopped_midway(tmp_path: Path, destination: Serve
 
 def test_a_full_disk_does_not_stall_the_relay(tmp_path: Path, destination: Served) -> None:
     """/dev/full takes nothing: records are lost, connections are not."""
-    port = daemons.closed_port()
+    port = daemons.free_port()
     config = CONFIG.format(handshake=30, connect=5).replace("port = 0", f"port = {port}")
     with Daemon("usocksd", config, tmp_path, "-logfile", "/dev/full", logfile=None) as server:
         daemons.wait_until(lambda: is_open(port), "it listens")
@@ -300,7 +300,7 @@ def test_a_full_disk_does_not_stall_the_relay(tmp_path: Path, destination: Serve
 
 
 def test_a_pipe_that_nobody_reads_does_not_stall_the_relay(tmp_path: Path, destination: Served) -> None:
-    port = daemons.closed_port()
+    port = daemons.free_port()
     config = CONFIG.format(handshake=30, connect=5).replace("port = 0", f"port = {port}")
     with Daemon("usocksd", config, tmp_path, logfile=None, stderr=subprocess.PIPE) as server:
         daemons.wait_until(lambda: is_open(port), "it listens")

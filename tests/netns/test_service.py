@@ -311,7 +311,7 @@ def queued(daemon: Daemon, port: int, destination: Served) -> Iterator[None]:
 
 def test_port_and_number_of_workers_change_under_load(tmp_path: Path) -> None:
     """Workers 1 -> 3 with another port, then 3 -> 2. Nothing is reset: who comes late is refused by the old port."""
-    old, new = daemons.closed_port(), daemons.closed_port()
+    old, new = daemons.free_port(), daemons.free_port()
     with contextlib.ExitStack() as stack:
         destination = stack.enter_context(Served(daemons.loopback(), daemons.echo))
         daemon = stack.enter_context(Daemon("usocksd", loopback_config(old, 1), tmp_path))
@@ -345,7 +345,7 @@ def test_port_and_number_of_workers_change_under_load(tmp_path: Path) -> None:
 
 def test_work_spreads_over_workers(tmp_path: Path) -> None:
     """CPU time within 60:40 for 1000 short connections."""
-    port = daemons.closed_port()
+    port = daemons.free_port()
     with (
         Served(daemons.loopback(), daemons.echo) as destination,
         Daemon("usocksd", loopback_config(port), tmp_path) as daemon,
@@ -381,7 +381,7 @@ def dropped(metrics: int) -> float:
 
 
 def test_a_log_pipe_that_nobody_reads(tmp_path: Path) -> None:
-    port, metrics = daemons.closed_port(), daemons.closed_port()
+    port, metrics = daemons.free_port(), daemons.free_port()
     ours, theirs = os.pipe()
     with open(ours, "rb") as pipe:
         with open(theirs, "wb") as stderr:

@@ -205,7 +205,7 @@ async def test_the_client_is_reset_when_the_upstream_fails(
 
 
 async def test_the_client_is_reset_when_the_upstream_is_not_there(tmp_path: Path) -> None:
-    port = daemons.closed_port()
+    port = daemons.free_port()
     async with running(tmp_path, f"socks5://127.0.0.1:{port}") as proxy:
         assert await is_reset(proxy)
         record = await proxy.recorded("failed to connect to proxy server")

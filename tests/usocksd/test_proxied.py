@@ -10,7 +10,18 @@ from socket import socket as Socket
 import bcrypt
 import daemons
 import pytest
-from daemons import GRANTED, GREETING, Daemon, Served, receive_all, receive_exactly, receive_reply, request, socks5
+from daemons import (
+    GRANTED,
+    GREETING,
+    Daemon,
+    Served,
+    is_reset,
+    receive_all,
+    receive_exactly,
+    receive_reply,
+    request,
+    socks5,
+)
 
 from usocksd.commands.parts import make_policy
 from usocksd.config import Config
@@ -46,7 +57,7 @@ CLIENT = ("192.0.2.1", 4000)
 
 @pytest.fixture(scope="module")
 def port() -> int:
-    return daemons.closed_port()
+    return daemons.free_port()
 
 
 @pytest.fixture(scope="module")
@@ -73,12 +84,6 @@ def claim(client: tuple[str, int], destination: Served) -> bytes:
 def granted(sock: Socket) -> bool:
     assert receive_exactly(sock, 2) == b"\x05\x00"
     return receive_reply(sock)[0] == GRANTED
-
-
-def is_reset(sock: Socket) -> bool:
-    with pytest.raises(ConnectionResetError):
-        sock.recv(1)
-    return True
 
 
 @pytest.mark.parametrize("client", [CLIENT, ("2001:db8::1", 4001), ("::ffff:192.0.2.1", 4002)])
@@ -247,7 +252,7 @@ def test_passwords_are_tried_as_the_claimed_client(tmp_path: Path, port: int, de
     """20 failures of one client close the door to that client, and to no other of the same gateway."""
     users = tmp_path / "users"
     users.write_bytes(b"me:" + bcrypt.hashpw(b"secret", bcrypt.gensalt(4)) + b"\n")
-    own = daemons.closed_port()
+    own = daemons.free_port()
     config = CONFIG.format(port=own).replace("per_client = 3", "").replace("handshake = 1", "handshake = 20")
     with Daemon("usocksd", f'{config}[auth]\nusers_file = "{users}"\n', tmp_path) as server:
         server.ready().record("listening", address=f"127.0.0.1:{own}")

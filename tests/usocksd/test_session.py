@@ -143,7 +143,7 @@ def test_a_name_that_can_not_be_connected_is_recorded_with_what_was_decided_on_t
     server: Daemon, client: Socket
 ) -> None:
     """The rule for the name may be another one, with another pool: not the one that was left from."""
-    assert socks5(client, "partly.test", daemons.closed_port())[0] == 5
+    assert socks5(client, "partly.test", daemons.free_port())[0] == 5
     record = server.record("dial to destination failed", client_addr=name_of(client))
     assert (record["rule"], record["pool"]) == ('allow_sites "127.0.0.0/8"', "default")
 
@@ -233,7 +233,7 @@ def test_unknown_name(server: Daemon, client: Socket, name: str) -> None:
 
 
 def test_refused(server: Daemon, client: Socket) -> None:
-    port = daemons.closed_port()
+    port = daemons.free_port()
     assert socks5(client, "127.0.0.1", port)[0] == 5
     assert ends(client)
     record = server.record("dial to destination failed", client_addr=name_of(client))

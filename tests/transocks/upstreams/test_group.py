@@ -296,7 +296,7 @@ def port(peer: Peer) -> str:
 
 async def test_after_a_refused_connection_the_next_is_tried_at_once(world: World) -> None:
     (well,) = await world.peers(socks())
-    dead = daemons.closed_port()
+    dead = daemons.free_port()
     await world.configured(f"socks5://127.0.0.1:{dead}", well)
     session = await world.asked()
     await session.tunnel()
@@ -380,7 +380,7 @@ async def test_when_all_are_down_it_may_go_directly(world: World, name: str | No
     (web,) = await world.peers(lambda heard: heard)
     with daemons.NameServer({"www.example": ["127.0.0.1"]}) as dns:
         world.dns = dns.address
-        dead = daemons.closed_port()
+        dead = daemons.free_port()
         await world.configured(f"socks5://127.0.0.1:{dead}", more='when_all_down = "direct"')
         for tries in (2, 1):
             session = await world.asked(Request(CLIENT, Destination("127.0.0.1", web.port), name, b"hello"))
@@ -392,7 +392,7 @@ async def test_when_all_are_down_it_may_go_directly(world: World, name: str | No
 async def test_the_direct_way_by_name_never_leads_to_this_host(world: World) -> None:
     with daemons.NameServer({"www.example": ["127.0.0.1", "::1", "169.254.169.254", "100.100.100.200"]}) as dns:
         world.dns = dns.address
-        await world.configured(f"socks5://127.0.0.1:{daemons.closed_port()}", more='when_all_down = "direct"')
+        await world.configured(f"socks5://127.0.0.1:{daemons.free_port()}", more='when_all_down = "direct"')
         for name in ("www.example", "localhost"):
             with pytest.raises(Denied):
                 await (await world.asked(Request(CLIENT, WEB, name))).tunnel()

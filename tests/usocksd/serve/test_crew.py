@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
-from daemons import wait_until
-from tiny import Tiny, free_port, is_over, lives, running
+from daemons import free_port, is_over, lives, running, wait_until
+from tiny import Tiny
 
 from usocksd.log.metrics import Metrics
 from usocksd.serve.channel import Channel

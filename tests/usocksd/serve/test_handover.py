@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from daemons import wait_until
-from tiny import ROOT, Tiny, free_port, is_over, lives, running
+from daemons import free_port, is_over, lives, running, wait_until
+from tiny import ROOT, Tiny
 
 from usocksd import __version__
 

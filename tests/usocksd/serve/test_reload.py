@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from daemons import wait_until
-from tiny import Tiny, free_port, is_over, is_reset, lives, running
+from daemons import free_port, is_over, is_reset, lives, running, wait_until
+from tiny import Tiny
 
 # Seconds: how long a surplus socket is watched, and how long a reload waits for older generations.
 QUICKER = {"quiet": 0.5, "patience": 0.3}

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from daemons import reset, wait_until
-from tiny import Tiny, free_port, is_over, is_reset, lives
+from daemons import free_port, is_over, is_reset, lives, reset, wait_until
+from tiny import Tiny
 
 from usocksd.errors import Error
 from usocksd.serve.master import stop_delay

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from daemons import wait_until
-from tiny import PROGRAM, ROOT, Tiny, free_port, lives, running
+from daemons import free_port, lives, running, wait_until
+from tiny import PROGRAM, ROOT, Tiny
 
 JSON = ("-logformat", "json")
 

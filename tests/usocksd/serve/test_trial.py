@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from daemons import wait_until
-from tiny import Tiny, free_port, lives
+from daemons import free_port, lives, wait_until
+from tiny import Tiny
 
 NOBODY = "nobody has confirmed the configuration: the one before comes back"
 STILL = "nothing has changed: the configuration in force stays"

@@ -11,7 +11,7 @@ import pytest
 from scene import BACKENDS, BEYOND, DIRECT, PRIVATE, REDIRECTED, Scene, backends, one_mode
 
 from transocks.rules.config import Mode
-from transocks.rules.redirection import Redirection, Selection
+from transocks.rules.redirection import Redirection
 from transocks.rules.render import render_iptables, render_nft
 
 NETWORK_4, NETWORK_6 = ip_network(f"{lab.WEB_V4}/32"), ip_network(f"{lab.WEB_V6}/128")
@@ -106,7 +106,7 @@ def renders(mode: Mode) -> Iterator[Redirection]:
     selections += [{"from_": networks}, {"to": networks[:1]}, {"ports": ports}, {"ports": ((22, 22),)}]
     selections += [{**who, "from_": networks, "to": networks, "ports": ports}]
     for selection in selections:
-        yield Redirection(mode=mode, port=2222, selection=Selection(**selection))  # type: ignore[arg-type]
+        yield Redirection(mode=mode, port=2222, **selection)  # type: ignore[arg-type]
     many = tuple(ip_network(f"2001:db8:ffff:ffff:ffff:ffff:ffff:{n:x}") for n in range(0x1000, 0x1100, 2))
     for exclude in ((), networks[:2], (*networks, *many)):
         yield Redirection(mode=mode, port=2222, exclude=exclude)

@@ -56,19 +56,18 @@ class Sender:
 
 def takes(redirection: Redirection, sender: Sender, destination: IPAddress, port: int) -> bool:
     """Whether the rules of host mode redirect a connection to a destination other than this host, as far as known."""
-    selection = redirection.selection_here
     mine = MARK if redirection.mark is None else redirection.mark
     if port in _DNS or sender.uid in redirection.exempt_users or sender.marks in (None, {mine}):
         return False
-    if selection.users or selection.groups or selection.cgroups:
-        inside = any(f"{sender.cgroup}/".startswith(f"{path}/") for path in selection.cgroups)
-        if not (sender.uid in selection.users or sender.gid in selection.groups or inside):
+    if redirection.users or redirection.groups or redirection.cgroups:
+        inside = any(f"{sender.cgroup}/".startswith(f"{path}/") for path in redirection.cgroups)
+        if not (sender.uid in redirection.users or sender.gid in redirection.groups or inside):
             return False
     if any(destination in ip_network(network) for network in excluded(redirection)):
         return False
-    if selection.to and not any(destination in network for network in selection.to):
+    if redirection.to and not any(destination in network for network in redirection.to):
         return False
-    return not selection.ports or any(low <= port <= high for low, high in selection.ports)
+    return not redirection.ports or any(low <= port <= high for low, high in redirection.ports)
 
 
 def loops(config: Config, redirections: list[Redirection]) -> Iterator[str]:
@@ -122,9 +121,8 @@ def _upstreams(config: Config) -> Iterator[tuple[IPAddress, int]]:
 
 def _selected(redirection: Redirection) -> Iterator[tuple[IPAddress, int]]:
     """Examples of destinations that the rules select."""
-    selection = redirection.selection
-    ports = [low for low, _ in selection.ports] or [443]
-    for address in [network[0] for network in selection.to] or _PUBLIC:
+    ports = [low for low, _ in redirection.ports] or [443]
+    for address in [network[0] for network in redirection.to] or _PUBLIC:
         yield from ((address, port) for port in ports)
 
 

@@ -21,9 +21,18 @@ MARK = 0x7473
 
 
 @attrs.frozen(kw_only=True)
-class Selection:
-    """Which traffic. Of users, groups, cgroups and class ids one has to match; all else narrows that further."""
+class Redirection:
+    """What the rules of one mode do, and to which traffic. Of users, groups, cgroups and class ids one has to match;
+    all else narrows that further.
+    """
 
+    mode: Mode
+    port: int
+    """where transocks listens"""
+    addresses: tuple[IPAddress, ...] = ()
+    """TPROXY: where its listeners are, if not on all addresses; one for each family"""
+    name: str | None = None
+    """what tells these rules from others on the host, [a-z0-9_], at most 20 characters; None: the files' own names"""
     users: tuple[int, ...] = ()
     groups: tuple[int, ...] = ()
     cgroups: tuple[str, ...] = ()
@@ -36,23 +45,9 @@ class Selection:
     from_: tuple[IPNetwork, ...] = ()
     to: tuple[IPNetwork, ...] = ()
     ports: tuple[tuple[int, int], ...] = ()
-
-
-@attrs.frozen(kw_only=True)
-class Redirection:
-    """What the rules of one mode do."""
-
-    mode: Mode
-    port: int
-    """where transocks listens"""
-    addresses: tuple[IPAddress, ...] = ()
-    """TPROXY: where its listeners are, if not on all addresses; one for each family"""
-    name: str | None = None
-    """what tells these rules from others on the host, [a-z0-9_], at most 20 characters; None: the files' own names"""
     mark: int | None = None
     """of connections to leave alone; None: the files' own"""
     exempt_users: tuple[int, ...] = ()
-    selection: Selection = Selection()
     exclude: tuple[IPNetwork, ...] | None = None
     """destinations to leave alone; None: those of the files"""
     reject_quic: bool = True
@@ -83,30 +78,22 @@ class Redirection:
         """The names of its iptables chains: those for UDP and forgotten connections after the first."""
         return (self.chain, f"{self.chain}-UDP", f"{self.chain}-TCP")
 
-    @property
-    def selection_here(self) -> Selection:
-        """What of the selection means something in this mode: the rest is for the mode beside it."""
-        if self.mode is Mode.HOST:
-            return attrs.evolve(self.selection, interfaces=())
-        return attrs.evolve(self.selection, users=(), groups=(), cgroups=(), classids=())
-
 
 def redirections_of(
     rules: RulesConfig, listen: Sequence[ListenAddress], listen_tproxy: Sequence[ListenAddress], mark: int | None
 ) -> list[Redirection]:
     """What [rules] asks for, one for each mode. Raises FirewallError for users and groups that do not exist."""
-    selection = Selection(
-        users=_ids(rules.users, "users", _uid), groups=_ids(rules.groups, "groups", _gid),
-        cgroups=rules.cgroups, cgroups_at=cgroups_at() if rules.cgroups else ".",
-        interfaces=rules.interfaces, from_=rules.from_, to=rules.to, ports=rules.ports,
-    )  # fmt: skip
+    users, groups = _ids(rules.users, "users", _uid), _ids(rules.groups, "groups", _gid)
+    exempt_users = _ids(rules.exempt_users, "exempt_users", _uid)
     found = []
     for mode in rules.mode:
-        listeners = reached(mode, listen_tproxy if mode is Mode.TPROXY else listen)
+        listeners, host = reached(mode, listen_tproxy if mode is Mode.TPROXY else listen), mode is Mode.HOST
         found.append(
             Redirection(
                 mode=mode, port=listeners[0].port, addresses=_specific(listeners) if mode is Mode.TPROXY else (),
-                mark=mark, exempt_users=_ids(rules.exempt_users, "exempt_users", _uid), selection=selection,
+                users=users if host else (), groups=groups if host else (), cgroups=rules.cgroups if host else (),
+                cgroups_at=cgroups_at() if rules.cgroups else ".", interfaces=() if host else rules.interfaces,
+                from_=rules.from_, to=rules.to, ports=rules.ports, mark=mark, exempt_users=exempt_users,
                 exclude=rules.exclude, reject_quic=rules.reject_quic, closed=rules.when_down is WhenDown.CLOSED,
                 tproxy_mark=rules.tproxy_mark,
             )

@@ -16,7 +16,7 @@ from pathlib import Path
 import attrs
 
 from transocks.rules.config import Mode
-from transocks.rules.redirection import Redirection, Selection
+from transocks.rules.redirection import Redirection
 from usocksd.net.address import IPNetwork
 
 _PORTS = {Mode.HOST: 1081, Mode.GATEWAY: 1081, Mode.TPROXY: 1084}
@@ -43,7 +43,7 @@ def render_nft(redirection: Redirection, *, seconds: int | None = None) -> str:
 
     seconds: how long the rules are in force unless somebody prolongs it; None: for good.
     """
-    mode, selection = redirection.mode, redirection.selection_here
+    mode = redirection.mode
     text = _template(f"{mode.value}.nft")
     text = _replace(text, r"^(define transocks_port =) \d+$", rf"\1 {redirection.port}")
     text = _replace(text, rf"\binet {_file_names(redirection).table}\b", f"inet {redirection.table}", 4)
@@ -63,12 +63,12 @@ def render_nft(redirection: Redirection, *, seconds: int | None = None) -> str:
             text = _replace(text, pattern, elements)
     if mode is Mode.TPROXY:
         text = _render_nft_tproxy(text, redirection)
-    matches = list(_nft_matches(selection, "tcp"))
+    matches = list(_nft_matches(redirection, "tcp"))
     text = _multiply(text, _NFT_TCP, matches)
     if redirection.closed:
         for condition in ("state", "label") if mode is Mode.TPROXY else ("state",):
             text = _multiply(text, _NFT_UNKNOWN.format(condition), matches)
-    quic = list(_nft_matches(attrs.evolve(selection, ports=()), "udp")) if _refuses_quic(redirection) else []
+    quic = list(_nft_matches(attrs.evolve(redirection, ports=()), "udp")) if _refuses_quic(redirection) else []
     return _multiply(text, _NFT_UDP, quic)
 
 
@@ -115,7 +115,7 @@ def render_iptables(redirection: Redirection, *, version: int, until: str | None
 
     until: the time when the rules end by themselves, in UTC as in "2026-01-31T23:59:59"; None: never.
     """
-    mode, selection, names = redirection.mode, redirection.selection_here, _file_names(redirection)
+    mode, names = redirection.mode, _file_names(redirection)
     chain, chains = names.chain, names.chains if redirection.closed else names.chains[:2]
     text = _template(f"{mode.value}.v{version}")
     if redirection.closed:
@@ -143,13 +143,13 @@ def render_iptables(redirection: Redirection, *, version: int, until: str | None
         first = f"-A {chain} -p tcp ! --syn -j RETURN" if mode is Mode.TPROXY else f"-N {chain}"
         for name, before in zip(chains, (first, *(f"-N {name}" for name in chains[1:])), strict=True):
             text = _replace(text, rf"^({before}\n)", rf"\1-A {name} -m time --datestart {until} -j RETURN\n")
-    matches = list(_iptables_matches(selection, version))
+    matches = list(_iptables_matches(redirection, version))
     text = _multiply(text, rf"^(-A {chain} -p tcp )(-j (?:REDIRECT|TPROXY) .*)$", matches)
     if redirection.closed:
         text = _multiply(text, rf"^(-A {chain}-TCP -p tcp )(-j REJECT .*)$", matches)
         if mode is Mode.TPROXY:
             text = _multiply(text, rf"^(-A {chain} -p tcp )(-m connlabel .*)$", matches)
-    quic = list(_iptables_matches(attrs.evolve(selection, ports=()), version)) if _refuses_quic(redirection) else []
+    quic = list(_iptables_matches(attrs.evolve(redirection, ports=()), version)) if _refuses_quic(redirection) else []
     text = _multiply(text, rf"^(-A {chain}-UDP -p udp )(-j REJECT .*)$", quic)
     return re.sub(rf"\b{chain}\b", redirection.chain, text)
 
@@ -168,36 +168,36 @@ def _file_names(redirection: Redirection) -> Redirection:
 
 def _refuses_quic(redirection: Redirection) -> bool:
     """Where TCP port 443 is redirected."""
-    ports = redirection.selection.ports
+    ports = redirection.ports
     return redirection.reject_quic and (not ports or any(low <= 443 <= high for low, high in ports))
 
 
 # ---- selection
 
 
-def _families(selection: Selection) -> Iterator[tuple[int | None, list[IPNetwork], list[IPNetwork]]]:
+def _families(redirection: Redirection) -> Iterator[tuple[int | None, list[IPNetwork], list[IPNetwork]]]:
     """IP version (None: both), sources and destinations, as far as there is anything in both."""
-    if not selection.from_ and not selection.to:
+    if not redirection.from_ and not redirection.to:
         yield None, [], []
         return
     for version in (4, 6):
-        sources, destinations = _of(selection.from_, version), _of(selection.to, version)
-        if bool(sources) == bool(selection.from_) and bool(destinations) == bool(selection.to):
+        sources, destinations = _of(redirection.from_, version), _of(redirection.to, version)
+        if bool(sources) == bool(redirection.from_) and bool(destinations) == bool(redirection.to):
             yield version, sources, destinations
 
 
-def _nft_matches(selection: Selection, protocol: str) -> Iterator[str]:
+def _nft_matches(redirection: Redirection, protocol: str) -> Iterator[str]:
     """Matches, with a space after each."""
-    who = [f"meta skuid {_nft_set(selection.users)} "] if selection.users else []
-    who += [f"meta skgid {_nft_set(selection.groups)} "] if selection.groups else []
+    who = [f"meta skuid {_nft_set(redirection.users)} "] if redirection.users else []
+    who += [f"meta skgid {_nft_set(redirection.groups)} "] if redirection.groups else []
     who += [
-        f'socket cgroupv2 level {path.count("/") + 1} "{os.path.normpath(f"{selection.cgroups_at}/{path}")}" '
-        for path in selection.cgroups
+        f'socket cgroupv2 level {path.count("/") + 1} "{os.path.normpath(f"{redirection.cgroups_at}/{path}")}" '
+        for path in redirection.cgroups
     ]
-    who += [f"meta cgroup {classid} " for classid in selection.classids]
-    names = [f'"{name}"' for name in selection.interfaces]
-    ports = [_range(low, high, "-") for low, high in merged(selection.ports)]
-    for someone, (version, sources, destinations) in product(who or [""], _families(selection)):
+    who += [f"meta cgroup {classid} " for classid in redirection.classids]
+    names = [f'"{name}"' for name in redirection.interfaces]
+    ports = [_range(low, high, "-") for low, high in merged(redirection.ports)]
+    for someone, (version, sources, destinations) in product(who or [""], _families(redirection)):
         ip = "ip" if version == 4 else "ip6"
         also: dict[str, Sequence[object]] = {
             "iifname": names,
@@ -208,15 +208,15 @@ def _nft_matches(selection: Selection, protocol: str) -> Iterator[str]:
         yield someone + "".join(f"{match} {_nft_set(values)} " for match, values in also.items() if values)
 
 
-def _iptables_matches(selection: Selection, version: int) -> Iterator[str]:
+def _iptables_matches(redirection: Redirection, version: int) -> Iterator[str]:
     """The same."""
-    who = [f"-m owner --uid-owner {user} " for user in selection.users]
-    who += [f"-m owner --gid-owner {group} " for group in selection.groups]
-    who += [f'-m cgroup --path "{path}" ' for path in selection.cgroups]
-    who += [f"-m cgroup --cgroup {classid} " for classid in selection.classids]
-    inside = [f"-i {name} " for name in selection.interfaces]
-    where = [f"-m tcp --dport {_range(low, high, ':')} " for low, high in merged(selection.ports)]
-    for found, sources, destinations in _families(selection):
+    who = [f"-m owner --uid-owner {user} " for user in redirection.users]
+    who += [f"-m owner --gid-owner {group} " for group in redirection.groups]
+    who += [f'-m cgroup --path "{path}" ' for path in redirection.cgroups]
+    who += [f"-m cgroup --cgroup {classid} " for classid in redirection.classids]
+    inside = [f"-i {name} " for name in redirection.interfaces]
+    where = [f"-m tcp --dport {_range(low, high, ':')} " for low, high in merged(redirection.ports)]
+    for found, sources, destinations in _families(redirection):
         if found in (None, version):
             source = [f"-s {network} " for network in sources]
             destination = [f"-d {network} " for network in destinations]

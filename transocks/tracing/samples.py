@@ -148,11 +148,10 @@ def _family(version: int) -> int:
 
 def samples(redirection: Redirection, here: Links, versions: tuple[int, ...]) -> Iterator[Sample]:
     """Some of the connections that the rules of one mode are for."""
-    selection = redirection.selection_here
     users = [
-        *(attrs.evolve(NOBODY, uid=user) for user in selection.users[:_MOST]),
-        *(attrs.evolve(NOBODY, gid=group) for group in selection.groups[:_MOST]),
-        *(attrs.evolve(NOBODY, cgroup=cgroup) for cgroup in selection.cgroups[:_MOST]),
+        *(attrs.evolve(NOBODY, uid=user) for user in redirection.users[:_MOST]),
+        *(attrs.evolve(NOBODY, gid=group) for group in redirection.groups[:_MOST]),
+        *(attrs.evolve(NOBODY, cgroup=cgroup) for cgroup in redirection.cgroups[:_MOST]),
     ]
     for version in versions:
         if redirection.mode is Mode.HOST:
@@ -168,17 +167,16 @@ def samples(redirection: Redirection, here: Links, versions: tuple[int, ...]) ->
 
 def _clients(redirection: Redirection, here: Links, version: int) -> list[tuple[str, IPAddress]]:
     """Interfaces and addresses behind them, one for each."""
-    selection = redirection.selection_here
-    if selection.from_:
+    if redirection.from_:
         found = []
-        for address in (_inside(network) for network in selection.from_ if network.version == version):
+        for address in (_inside(network) for network in redirection.from_ if network.version == version):
             with contextlib.suppress(FirewallError):
                 found.append((here.of(address) or lookup(address).device, address))
-        return [(iif, address) for iif, address in found if not selection.interfaces or iif in selection.interfaces]
+        return [(iif, address) for iif, address in found if not redirection.interfaces or iif in redirection.interfaces]
     inside = [name for name in here.networks if name not in here.uplinks.values() or len(here.networks) == 1]
     networks = {
         name: [network for network in here.networks[name] if network.version == version and network.num_addresses > 2]
-        for name in selection.interfaces or inside
+        for name in redirection.interfaces or inside
         if name in here.networks
     }
     return [(name, _inside(there[0])) for name, there in networks.items() if there]
@@ -190,14 +188,14 @@ def _inside(network: IPNetwork) -> IPAddress:
 
 
 def _ports(redirection: Redirection) -> tuple[int, ...]:
-    ranges = redirection.selection.ports
+    ranges = redirection.ports
     found = (port for low, high in ranges for port in range(low, min(high, low + 3) + 1) if port not in _DNS_PORTS)
     return tuple(found)[:2] if ranges else _PORTS
 
 
 def _destinations(redirection: Redirection, here: Links, version: int) -> list[IPAddress]:
     """One that the rules are for, if there is one."""
-    to = redirection.selection.to
+    to = redirection.to
     candidates = [_inside(network) for network in to if network.version == version] if to else EXAMPLES[version]
     without = [ip_network(network) for network in excluded(redirection)]
     found = [

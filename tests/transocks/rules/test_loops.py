@@ -8,7 +8,7 @@ import pytest
 
 from transocks.rules.config import Mode
 from transocks.rules.loops import Sender, takes
-from transocks.rules.redirection import Redirection, Selection
+from transocks.rules.redirection import Redirection
 
 PUBLIC = "203.0.113.9"
 
@@ -29,14 +29,14 @@ PUBLIC = "203.0.113.9"
         ({}, {"marks": None}, PUBLIC, 443, False),
         ({"exempt_users": (7,)}, {"uid": 7}, PUBLIC, 443, False),
         ({"exempt_users": (7,)}, {"uid": 8}, PUBLIC, 443, True),
-        ({"selection": Selection(users=(7,))}, {"uid": 7}, PUBLIC, 443, True),
-        ({"selection": Selection(users=(7,))}, {"uid": 8}, PUBLIC, 443, False),
-        ({"selection": Selection(groups=(7,))}, {"uid": 8, "gid": 7}, PUBLIC, 443, True),
-        ({"selection": Selection(cgroups=("a/b",))}, {"cgroup": "a/b/c"}, PUBLIC, 443, True),
-        ({"selection": Selection(cgroups=("a/b",))}, {"cgroup": "a/bc"}, PUBLIC, 443, False),
-        ({"selection": Selection(to=(ip_network("198.51.100.0/24"),))}, {}, PUBLIC, 443, False),
-        ({"selection": Selection(ports=((80, 90),))}, {}, PUBLIC, 443, False),
-        ({"selection": Selection(ports=((80, 90),))}, {}, PUBLIC, 85, True),
+        ({"users": (7,)}, {"uid": 7}, PUBLIC, 443, True),
+        ({"users": (7,)}, {"uid": 8}, PUBLIC, 443, False),
+        ({"groups": (7,)}, {"uid": 8, "gid": 7}, PUBLIC, 443, True),
+        ({"cgroups": ("a/b",)}, {"cgroup": "a/b/c"}, PUBLIC, 443, True),
+        ({"cgroups": ("a/b",)}, {"cgroup": "a/bc"}, PUBLIC, 443, False),
+        ({"to": (ip_network("198.51.100.0/24"),)}, {}, PUBLIC, 443, False),
+        ({"ports": ((80, 90),)}, {}, PUBLIC, 443, False),
+        ({"ports": ((80, 90),)}, {}, PUBLIC, 85, True),
     ],
 )
 def test_what_is_taken(

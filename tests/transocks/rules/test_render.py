@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import re
 from ipaddress import ip_address, ip_network
+from typing import Any
 
 import attrs
 import pytest
 
 from transocks.rules import render as rendering
 from transocks.rules.config import Mode
-from transocks.rules.redirection import Redirection, Selection
+from transocks.rules.redirection import Redirection
 from transocks.rules.render import excluded, merged, render_guard, render_iptables, render_nft
 
 HOST = Redirection(mode=Mode.HOST, port=2081)
@@ -48,21 +49,21 @@ def test_without_wishes_it_is_the_file(mode: Mode) -> None:
          ["elements = { tcp, udp }", "elements = { 10.0.0.0/8, 192.0.2.1/32 }"],
          [f"-A TRANSOCKS-UDP -d {network} -j RETURN" for network in ("10.0.0.0/8", "192.0.2.1/32")], []),
         # Users and groups are alternatives; all else narrows that.
-        ({"selection": Selection(users=(7, 8), groups=(9,), to=(IN_4, IN_6), ports=((443, 443), (80, 82)))},
+        ({"users": (7, 8), "groups": (9,), "to": (IN_4, IN_6), "ports": ((443, 443), (80, 82))},
          "(?<!#)== syn jump|REDIRECT",
          [f"meta {who} {to} tcp dport {{ 80-82, 443 }} {SYN}" for who in ("skuid { 7, 8 }", "skgid { 9 }")
           for to in ("ip daddr { 192.0.2.0/24 }", "ip6 daddr { 2001:db8::/32 }")],
          *[[f"-A TRANSOCKS -p tcp -d {to} -m owner --{who} -m tcp --dport {ports} -j REDIRECT --to-ports 2081"
             for who in ("uid-owner 7", "uid-owner 8", "gid-owner 9") for ports in ("80:82", "443")] for to in (IN_4, IN_6)]),
         # A family that is not asked for is left alone.
-        ({"selection": Selection(to=(IN_4,))}, "jump re|-j RE(JECT|DIRECT)",
+        ({"to": (IN_4,)}, "jump re|-j RE(JECT|DIRECT)",
          [f"ip daddr {{ 192.0.2.0/24 }} {SYN}", "ip daddr { 192.0.2.0/24 } udp dport 443 jump reject_quic"],
          ["-A TRANSOCKS -p tcp -d 192.0.2.0/24 -j REDIRECT --to-ports 2081",
           "-A TRANSOCKS-UDP -p udp -d 192.0.2.0/24 -j REJECT --reject-with icmp-port-unreachable"], []),
-        ({"selection": Selection(to=(IN_4,), from_=(IN_6,))}, "jump re|-j RE(JECT|DIRECT)", [], [], []),
+        ({"to": (IN_4,), "from_": (IN_6,)}, "jump re|-j RE(JECT|DIRECT)", [], [], []),
         # QUIC is refused where TCP port 443 is taken.
-        ({"selection": Selection(ports=((80, 80),))}, "jump reject_quic|REJECT", [], [], []),
-        ({"selection": Selection(ports=((400, 500),))}, "jump reject_quic", ["udp dport 443 jump reject_quic"], [], []),
+        ({"ports": ((80, 80),)}, "jump reject_quic|REJECT", [], [], []),
+        ({"ports": ((400, 500),)}, "jump reject_quic", ["udp dport 443 jump reject_quic"], [], []),
         ({"reject_quic": False}, "jump reject_quic|REJECT", [], [], []),
     ],
 )  # fmt: skip
@@ -96,11 +97,9 @@ def test_in_force_for_a_time() -> None:
 
 @pytest.mark.parametrize("mode", Mode)
 def test_closed_refuses_what_is_forgotten(mode: Mode) -> None:
-    selection = Selection(interfaces=("lan0",), users=(7,), ports=((443, 443),))
+    own: dict[str, Any] = {"users": (7,), "exempt_users": (9,)} if mode is Mode.HOST else {"interfaces": ("lan0",)}
     networks = (ip_network("10.0.0.0/8"), ip_network("fd00::/8"))
-    redirection = Redirection(
-        mode=mode, port=1, mark=5, exempt_users=(9,), exclude=networks, closed=True, selection=selection
-    )
+    redirection = Redirection(mode=mode, port=1, mark=5, exclude=networks, closed=True, ports=((443, 443),), **own)
     narrowed = "meta skuid { 7 } " if mode is Mode.HOST else 'iifname { "lan0" } '
     first = f"{narrowed}tcp dport {{ 443 }} tcp flags & (fin | syn | rst | ack) != syn ct "
     refusing = [f"{first}state != {{ established, related }} jump refuse_unknown"]
@@ -115,7 +114,7 @@ def test_closed_refuses_what_is_forgotten(mode: Mode) -> None:
         chain = f"{redirection.chain}-TCP"
         found = [line.removeprefix(f"-A {chain} ") for line in lines(text) if line.startswith(f"-A {chain} ")]
         label = " -m connlabel ! --label 116" if mode is Mode.TPROXY else ""
-        own = "-m owner --uid-owner 7" if mode is Mode.HOST else "-i lan0"
+        who = "-m owner --uid-owner 7" if mode is Mode.HOST else "-i lan0"
         assert found == [
             "-m time --datestart 2030-01-01T00:00:00 -j RETURN",
             "-p tcp --syn -j RETURN",
@@ -125,7 +124,7 @@ def test_closed_refuses_what_is_forgotten(mode: Mode) -> None:
             "-m addrtype --dst-type LOCAL -j RETURN",
             f"-d {networks[version == 6]} -j RETURN",
             "-p tcp -m multiport --dports 53,853 -j RETURN",
-            f"-p tcp {own} -m tcp --dport 443 -j REJECT --reject-with tcp-reset",
+            f"-p tcp {who} -m tcp --dport 443 -j REJECT --reject-with tcp-reset",
         ]
         assert f"-j {chain}" in text.splitlines()[-2]
         assert chain not in render_iptables(attrs.evolve(redirection, closed=False), version=version)

@@ -33,7 +33,7 @@ from transocks.commands.exec.holder import TemporaryRules
 from transocks.commands.exec.terminal import Signals
 from transocks.rules.config import Mode, Tool
 from transocks.rules.live import choose_tool, uses_ipv6
-from transocks.rules.redirection import Redirection, Selection
+from transocks.rules.redirection import Redirection
 from transocks.tools import FirewallError, die_with_parent, lacking
 from usocksd.errors import Error
 from usocksd.serve.verbs.client import visible
@@ -139,9 +139,9 @@ def _redirect(tool: Tool, gid: int, port: int, stack: contextlib.ExitStack) -> t
     name = f"transocks_exec_{os.getpid()}"
     for cgroup in chain(make(name, gid), [None]):
         folder = tempfile.mkdtemp(prefix="transocks-exec-")
-        selection = attrs.evolve(Selection() if cgroup is None else cgroup.selection, groups=(gid,))
         # closed: what connection tracking has forgotten does not go directly.
-        redirection = Redirection(mode=Mode.HOST, name=name, port=port, selection=selection, closed=True)
+        redirection = Redirection(mode=Mode.HOST, name=name, port=port, groups=(gid,), closed=True)
+        redirection = redirection if cgroup is None else cgroup.select(redirection)
         rules = TemporaryRules(tool, redirection, folder, "" if cgroup is None else cgroup.folder)
         with contextlib.ExitStack() as trial:
             try:

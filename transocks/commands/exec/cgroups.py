@@ -17,7 +17,7 @@ from pathlib import Path
 
 import attrs
 
-from transocks.rules.redirection import CGROUPS, Selection
+from transocks.rules.redirection import CGROUPS, Redirection
 from usocksd.host.mounts import PROC, lines, mounts
 
 _WITHIN, _EVERY = 5.0, 0.02  # seconds until all that was killed has ended
@@ -35,12 +35,11 @@ class Cgroup:
     mount: str
     classid: int | None = None
 
-    @property
-    def selection(self) -> Selection:
-        """Which connections rules have to select for it."""
+    def select(self, redirection: Redirection) -> Redirection:
+        """The same for its connections, too."""
         if self.classid is not None:
-            return Selection(classids=(self.classid,))
-        return Selection(cgroups=(self.path,), cgroups_at=os.path.relpath(self.mount, CGROUPS))
+            return attrs.evolve(redirection, classids=(self.classid,))
+        return attrs.evolve(redirection, cgroups=(self.path,), cgroups_at=os.path.relpath(self.mount, CGROUPS))
 
     def enter(self) -> None:
         """Move this process into it, and so everything that it will start. Raises OSError."""

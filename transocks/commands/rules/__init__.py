@@ -1,12 +1,4 @@
-"""transocks rules VERB: the redirect rules of this host, as [rules] of the configuration says. See docs/firewall.md.
-
-render    print what would be applied
-apply     apply it: nothing else of ours is loaded then; --confirm SECONDS has it end by itself unless confirmed
-confirm   make it stay
-verify    say what is not as it should be
-remove    leave nothing of it
-hold      apply, and see to it that it stays so: for when_down = "open", in force only while transocks accepts
-"""
+"""transocks rules VERB: the redirect rules of this host, as [rules] of the configuration says. See docs/firewall.md."""
 
 from __future__ import annotations
 
@@ -23,6 +15,22 @@ from usocksd.errors import Error
 from usocksd.serve.verbs.client import visible
 
 FAILED = 1
+ADMIN = ("CAP_NET_ADMIN",)
+
+HELP = {
+    "render": "print what `apply` would load, and run nothing",
+    "apply": "load the rules, in place of those of ours that are loaded",
+    "confirm": "after `apply --confirm`: keep the rules",
+    "verify": "say which rules are missing, changed or reordered, and which rules of others take connections before"
+    " ours",
+    "remove": "remove everything: rules of every mode and tool, and TPROXY's routing; reset connections that came by"
+    " them",
+    "hold": "with nft: apply, and load the rules again when somebody has flushed them; in the foreground, until a"
+    ' signal comes. With when_down = "open" they are in force only while transocks accepts, and end with this; with'
+    ' "closed", they stay',
+}
+NEEDS = {"render": (), "verify": (*ADMIN, "CAP_SYS_ADMIN")}
+"""The capabilities of root that a verb needs, if not ADMIN."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -34,69 +42,40 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         " `render` need root. Exit status: 0 if all is well; 1 if not; 128 + N if signal N came.",
     )
     verbs = parser.add_subparsers(title="verbs", required=True)
-    _add(verbs, "render", "print what `apply` would load, and run nothing", needs=())
-    apply = _add(verbs, "apply", "load the rules, in place of those of ours that are loaded")
-    apply.add_argument(
+    parsers = {name: _add(verbs, name) for name in HELP}
+    parsers["apply"].add_argument(
         "--confirm",
         type=_seconds,
         metavar="SECONDS",
         help="the kernel ends the rules after SECONDS, unless `transocks rules confirm` comes first",
     )
-    apply.add_argument(
+    parsers["apply"].add_argument(
         "--force",
         action="store_true",
         help="load them even if transocks does not accept connections, if none of its upstreams answers, or if its own"
         " connections, or those of an upstream on this host, would come back to it",
     )
-    _add(verbs, "confirm", "after `apply --confirm`: keep the rules")
-    _add(
-        verbs,
-        "verify",
-        "say which rules are missing, changed or reordered, and which rules of others take connections before ours",
-        needs=("CAP_NET_ADMIN", "CAP_SYS_ADMIN"),
-    )
-    remove = _add(
-        verbs,
-        "remove",
-        "remove everything: rules of every mode and tool, and TPROXY's routing; reset connections that came by them",
-    )
-    remove.add_argument(
+    parsers["remove"].add_argument(
         "--keep-connections",
         action="store_true",
         help="do not reset the connections that the rules have redirected, and leave what those by nft need to go on; a"
         " later remove takes that away",
     )
-    _add(
-        verbs,
-        "hold",
-        "with nft: apply, and load the rules again when somebody has flushed them; in the foreground, until a signal"
-        ' comes. With when_down = "open" they are in force only while transocks accepts, and end with this; with'
-        ' "closed", they stay',
-        module="hold",
-        failed=os.EX_CONFIG,  # to try again makes no sense, and a service manager can tell
-    )
 
 
-def _add(
-    verbs: argparse._SubParsersAction[argparse.ArgumentParser],
-    name: str,
-    help: str,
-    *,
-    module: str = "verbs",
-    failed: int = FAILED,
-    needs: tuple[str, ...] = ("CAP_NET_ADMIN",),
-) -> argparse.ArgumentParser:
+def _add(verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str) -> argparse.ArgumentParser:
     def say(line: str) -> None:
         print(f"transocks rules {name}: {visible(line)}", file=sys.stderr)
 
     def run(args: argparse.Namespace) -> int:
-        # A daemon, which has the same command line, has no use for it.
+        # Loaded here, since a daemon, which has the same command line, does not need it.
+        module = "hold" if name == "hold" else "verbs"
         verb: Callable[[argparse.Namespace], int] = pkgutil.resolve_name(f"{__name__}.{module}:{name}")
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) == signal.SIG_DFL:
                 signal.signal(number, _interrupt)
         try:
-            if missing := lacking(*needs):
+            if missing := lacking(*NEEDS.get(name, ADMIN)):
                 raise Error(f"needs {missing}: run it as root, with sudo for example")
             return verb(args)
         except Error as error:
@@ -106,9 +85,11 @@ def _add(
             undone = interrupt.__context__
             say(f"interrupted: {undone}" if isinstance(undone, Error) else "interrupted")
             return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
-        return failed
+        # A service manager can tell that it makes no sense to start `hold` again.
+        return os.EX_CONFIG if name == "hold" else FAILED
 
-    parser = verbs.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.", allow_abbrev=False)
+    words = HELP[name]
+    parser = verbs.add_parser(name, help=words, description=f"{words[0].upper()}{words[1:]}.", allow_abbrev=False)
     # The same option as before the verb: here it must not set a default over that one.
     parser.add_argument("-f", metavar="CONFIG", default=argparse.SUPPRESS, help="configuration file")
     parser.set_defaults(run=run)

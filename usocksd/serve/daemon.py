@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import pkgutil
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
@@ -20,6 +19,8 @@ from usocksd.settings.common import Common
 from usocksd.settings.files import read_file
 
 if TYPE_CHECKING:  # command lines of verbs do without: trio takes a tenth of a second to load
+    import argparse
+
     from usocksd.log.log import Log
     from usocksd.log.metrics import Metrics
     from usocksd.net.endpoint import Endpoint

@@ -35,6 +35,7 @@ def test_drains(tmp_path: Path, number: signal.Signals) -> None:
         assert len(tiny.records(background="ends")) == 2
         assert len(tiny.records(closed=True)) == 2
         assert tiny.records("stopped")
+        assert not (tmp_path / "control").exists()
         assert not tiny.records("ending what is still connected")
 
 

@@ -43,14 +43,10 @@ def test_a_file_that_can_t_be_read(tmp_path: Path, text: str | None) -> None:
     assert str(tmp_path / "other") in json.dumps(fault)
 
 
-def test_what_can_t_be_built(tmp_path: Path) -> None:
-    (tmp_path / "fail-build").touch()
-    assert faults(Tiny(tmp_path, workers=2)) == ["can't build: the test says so"]
-
-
-def test_a_task_that_can_t_start(tmp_path: Path) -> None:
-    (tmp_path / "fail-task").touch()
-    assert faults(Tiny(tmp_path)) == ["can't start a task: the test says so"]
+@pytest.mark.parametrize(("what", "fault"), [("build", "can't build"), ("task", "can't start a task")])
+def test_a_daemon_that_can_t_be_put_together(tmp_path: Path, what: str, fault: str) -> None:
+    (tmp_path / f"fail-{what}").touch()
+    assert faults(Tiny(tmp_path, workers=2)) == [f"{fault}: the test says so"]
 
 
 @pytest.mark.parametrize("where", ["import", "build"])
@@ -147,7 +143,7 @@ def test_a_control_socket_that_is_taken(tmp_path: Path) -> None:
     (tmp_path / "second").mkdir()
     control = str(tmp_path / "control")
     with Tiny(tmp_path).ready() as first, Tiny(tmp_path / "second", control=control, timing=SOON).ready() as second:
-        second.record("no control socket")
+        assert "another tiny runs" in second.record("no control socket")["error"]
         second.client(b"echo")
         assert first.ask("status")["pid"] == first.pid
         first.signal(signal.SIGTERM)

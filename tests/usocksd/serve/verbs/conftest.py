@@ -1,66 +1,33 @@
-"""A process with a control socket and known answers, and the verbs as processes that ask it."""
+"""A control socket with known answers, and the verbs of usocksd, which ask it."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
+import trio
+
+from usocksd.cli import USOCKSD
+from usocksd.errors import ConfigError, Fault
+from usocksd.serve.control import Control, Handler
+from usocksd.serve.daemon import run
+from usocksd.serve.verbs.parsers import add_parsers
 
 PATIENCE = 20.0
 
-# Answers what the file says (read anew for each request), by verb: an answer, or a list of them that is gone through,
-# or {"faults": [...]}. "drain" ends it.
-_DAEMON = """
-import itertools, json, sys, time, trio
-from usocksd.errors import ConfigError, Error, Fault
-from usocksd.serve.control import Control
-
-path, answers = sys.argv[1:]
-asked = {}
-
-def handler(verb):
-    async def handle(request):
-        with open(answers) as file:
-            answer = json.load(file)[verb]
-        asked[verb] = asked.get(verb, -1) + 1
-        if isinstance(answer, list):
-            answer = answer[min(asked[verb], len(answer) - 1)]
-        for connection in answer.get("connections", []) if verb == "connections" else ():
-            connection.setdefault("at", time.monotonic())
-        if "hang" in answer:
-            await trio.sleep_forever()
-        if "faults" in answer:
-            raise ConfigError("/etc/usocksd.toml", [Fault("port", text, "expected less") for text in answer["faults"]])
-        return answer | ({"level": request["level"]} if "level" in request else {})
-    return handle
-
-async def main():
-    async def drain(request):
-        scope.cancel()
-        return {}
-    verbs = ("status", "connections", "reload", "confirm", "log-level")
-    handlers = {verb: handler(verb) for verb in verbs} | {"drain": drain}
-    sock = Control.open(path, "usocksd", handlers)
-    async with trio.open_nursery() as nursery:
-        with trio.CancelScope() as scope:
-            await nursery.start(lambda task_status: sock.serve(task_status=task_status))
-            print("ready", flush=True)
-            await trio.sleep_forever()
-        nursery.cancel_scope.cancel()
-    sock.close()
-
-trio.run(main)
-"""
-
-# A command line as the daemons have it, with a default configuration and control socket of the test's.
+# A verb as a process, with a default configuration and control socket of the test's.
 _VERB = """
-import sys
-import attrs
+import sys, attrs
 from usocksd.cli import USOCKSD
 from usocksd.serve.daemon import run
 from usocksd.serve.verbs.parsers import add_parsers
@@ -72,43 +39,88 @@ sys.exit(run(daemon, lambda subparsers: add_parsers(subparsers, daemon), words))
 
 
 class Bench:
-    """A folder with what belongs to one daemon."""
+    """A folder with what belongs to one daemon; a thread answers in its place."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config = folder / "usocksd.toml"
         self.control = folder / "control.sock"
-        self._answers = folder / "answers.json"
-        self.daemon: subprocess.Popen[str] | None = None
+        self.answers: dict[str, Any] = {}
+        """By verb: an answer, a list of answers that are given in turn, {"faults": [...]}, or {"hang": True}"""
+        self._asked: dict[str, int] = {}
+        self._thread: threading.Thread | None = None
 
     def start(self, **answers: Any) -> None:
-        """Start the daemon; `answers` by verb."""
-        self.answer(**answers)
-        command = [sys.executable, "-c", _DAEMON, str(self.control), str(self._answers)]
-        self.daemon = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert self.daemon.stdout is not None
-        assert self.daemon.stdout.readline() == "ready\n"
+        """Begin to answer; "drain" ends it."""
+        self.answers = {verb.replace("_", "-"): answer for verb, answer in answers.items()}
+        ready = threading.Event()
+        self._thread = threading.Thread(target=trio.run, args=[self._serve, ready])
+        self._thread.start()
+        assert ready.wait(PATIENCE)
 
-    def answer(self, **answers: Any) -> None:
-        """What to answer from now on."""
-        # At once, since the daemon may be reading.
-        fresh = self._answers.with_suffix(".new")
-        fresh.write_text(json.dumps({verb.replace("_", "-"): answer for verb, answer in answers.items()}))
-        fresh.replace(self._answers)
+    async def _serve(self, ready: threading.Event) -> None:
+        self._token = trio.lowlevel.current_trio_token()
+        verbs = ("status", "connections", "reload", "confirm", "log-level")
+        handlers: dict[str, Handler] = dict.fromkeys(verbs, self._answer)
+        self._sock = Control.open(str(self.control), "usocksd", {**handlers, "drain": self._drain})
+        async with trio.open_nursery() as nursery:
+            self._scope = nursery.cancel_scope
+            await nursery.start(lambda task_status: self._sock.serve(task_status=task_status))
+            ready.set()
+
+    async def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        verb = request["verb"]
+        answer = self.answers[verb]
+        at = self._asked[verb] = self._asked.get(verb, -1) + 1
+        if isinstance(answer, list):
+            answer = answer[min(at, len(answer) - 1)]
+        if "hang" in answer:
+            await trio.sleep_forever()
+        if "faults" in answer:
+            raise ConfigError("/etc/usocksd.toml", [Fault("port", text, "expected less") for text in answer["faults"]])
+        if verb == "connections":
+            now = time.monotonic()
+            answer = answer | {"connections": [{"at": now} | each for each in answer["connections"]]}
+        return answer | ({"level": request["level"]} if "level" in request else {})
+
+    async def _drain(self, _: dict[str, Any]) -> dict[str, Any]:
+        self._sock.close()
+        return {}
+
+    def die(self) -> None:
+        """As if the daemon was killed: its socket's file stays."""
+        trio.from_thread.run_sync(self._scope.cancel, trio_token=self._token)
+        self.join()
+        for sock in self._sock.sockets:
+            sock.close()
+
+    def join(self) -> None:
+        """Wait until nobody answers any more."""
+        assert self._thread is not None
+        self._thread.join(PATIENCE)
+        assert not self._thread.is_alive()
 
     def command(self, *words: str) -> list[str]:
         """The command line of a verb, as arguments."""
         return [sys.executable, "-c", _VERB, str(self.config), str(self.control), *words]
 
-    def run(self, *words: str, **options: Any) -> subprocess.CompletedProcess[str]:
-        """Run a verb to its end."""
-        return subprocess.run(
-            self.command(*words), capture_output=True, text=True, check=False, timeout=PATIENCE, **options
-        )
+    def run(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """Run a verb to its end, in this process."""
+        daemon = attrs.evolve(USOCKSD, file=str(self.config), control=str(self.control))
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                status = run(daemon, lambda subparsers: add_parsers(subparsers, daemon), words)
+            except SystemExit as exit:
+                status = int(exit.code or 0)
+        return subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())
 
-    def lines(self, *words: str, **options: Any) -> list[str]:
-        """What a verb prints, which must go well and without complaint."""
-        result = self.run(*words, **options)
+    def lines(self, *words: str, env: dict[str, str] | None = None) -> list[str]:
+        """What a verb prints, which must go well and without complaint; with `env`, as a process."""
+        if env is None:
+            result = self.run(*words)
+        else:
+            result = subprocess.run(self.command(*words), capture_output=True, text=True, check=False, env=env)
         assert (result.returncode, result.stderr) == (0, "")
         return result.stdout.splitlines()
 
@@ -118,9 +130,8 @@ class Bench:
         return json.loads(line)
 
     def close(self) -> None:
-        if self.daemon is not None:
-            self.daemon.kill()
-            self.daemon.communicate()
+        if self._thread is not None and self._thread.is_alive():
+            self.die()
 
 
 @pytest.fixture

@@ -127,7 +127,7 @@ def test_what_a_client_chose_is_only_text(bench: Bench, connection: Make) -> Non
     assert "[link=http://x]u[/link]" in out
     assert "\x1b" not in out
     ascii_only = dict(os.environ) | {"PYTHONIOENCODING": "ascii"}
-    bench.answer(connections=answer([connection(name="bücher.example")]))
+    bench.answers = {"connections": answer([connection(name="bücher.example")])}
     assert r"b\xfccher.example" in "\n".join(bench.lines("connections", env=ascii_only))
 
 

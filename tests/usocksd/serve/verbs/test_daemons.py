@@ -1,7 +1,6 @@
 """The verbs and the real daemons."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -85,13 +84,6 @@ def test_connections(usocksd: Daemon, tmp_path: Path, destination: Served) -> No
         assert sum(mine in line and "localhost" in line for line in lines) == 1
 
 
-def test_log_level(usocksd: Daemon, tmp_path: Path, destination: Served) -> None:
-    assert verb(tmp_path, "log-level").stdout == "info\n"
-    assert verb(tmp_path, "log-level", "critical").stdout == "critical\n"
-    assert verb(tmp_path, "log-level").stdout == "critical\n"
-    assert ask(tmp_path, "status")["log"]["level"] == "critical"
-
-
 def test_reload(usocksd: Daemon, tmp_path: Path) -> None:
     config = tmp_path / "usocksd.toml"
     good = config.read_text()
@@ -108,21 +100,6 @@ def test_reload(usocksd: Daemon, tmp_path: Path) -> None:
     assert (status["config"]["generation"], status["config"]["last_reload"]["ok"]) == (2, True)
 
 
-def test_reload_to_another_control_socket(usocksd: Daemon, tmp_path: Path) -> None:
-    config, before = tmp_path / "usocksd.toml", tmp_path / "control.sock"
-    config.write_text(config.read_text().replace("control.sock", "elsewhere.sock"))
-    assert "generation 2 serves" in verb(tmp_path, "reload", "--control", str(before)).stdout
-    wait_until(lambda: not before.exists(), "the old one is gone")
-    assert ask(tmp_path, "status")["config"]["generation"] == 2
-
-
-def test_drain(usocksd: Daemon, tmp_path: Path) -> None:
-    assert "accepts no more connections" in verb(tmp_path, "drain").stdout
-    assert usocksd.process.wait(daemons.PATIENCE) == 0
-    assert not (tmp_path / "control.sock").exists()
-    assert "no usocksd runs" in verb(tmp_path, "status", status=1).stderr
-
-
 def test_transocks(tmp_path: Path) -> None:
     config = f'proxy_url = "socks5://127.0.0.1:1"\nlisten = "127.0.0.1:0"\ncontrol = "{tmp_path}/control.sock"\n'
     with Daemon("transocks", config, tmp_path) as daemon:
@@ -132,13 +109,3 @@ def test_transocks(tmp_path: Path) -> None:
         nothing = {"ok": True, "connections": [], "partial": []}
         assert ask(tmp_path, "connections", "--upstream", "socks5", name="transocks") == nothing
         verb(tmp_path, "connections", "--user", "alice", name="transocks", status=2)
-
-
-def test_a_second_daemon_goes_on_without(usocksd: Daemon, tmp_path: Path) -> None:
-    folder = tmp_path / "second"
-    folder.mkdir()
-    with Daemon("usocksd", CONFIG.format(folder=tmp_path, workers=1), folder) as second:
-        second.ready()
-        assert "another usocksd runs" in second.record("no control socket")["error"]
-        assert ask(tmp_path, "status")["pid"] == usocksd.pid
-    assert os.path.lexists(tmp_path / "control.sock")

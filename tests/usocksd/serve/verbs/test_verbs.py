@@ -5,7 +5,7 @@ import os
 import signal
 import socket
 import subprocess
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +198,7 @@ def test_drain(bench: Bench) -> None:
     assert bench.lines("drain") == [
         "usocksd accepts no more connections, and ends when those that there are have ended"
     ]
-    assert bench.daemon.wait(20) == 0
+    bench.join()
     assert not bench.control.exists()
 
 
@@ -295,8 +295,7 @@ def fails(bench: Bench, *words: str) -> str:
 def test_no_daemon(bench: Bench) -> None:
     assert fails(bench, "status") == f"usocksd status: no usocksd runs: there is no control socket {bench.control}"
     bench.start()
-    os.kill(bench.daemon.pid, signal.SIGKILL)
-    bench.daemon.wait()
+    bench.die()
     assert fails(bench, "status", "--json") == (
         f"usocksd status: no usocksd runs: nobody listens on its control socket {bench.control}"
     )
@@ -331,21 +330,19 @@ def test_no_permission(bench: Bench) -> None:
 
 
 def test_a_daemon_that_hangs(bench: Bench) -> None:
-    bench.start(status={"hang": True})
-    client = Client("usocksd", str(bench.control))
-    with pytest.raises(VerbError, match=r"usocksd does not answer on .*control.sock \(waited 0.2 s\)"):
-        client.ask("status", timeout=0.2)
-    bench.daemon.send_signal(signal.SIGSTOP)
-    # Soon nobody else can even wait.
-    waiting = []
-    with suppress(BlockingIOError):
-        while True:
-            waiting.append(socket.socket(socket.AF_UNIX))
-            waiting[-1].setblocking(False)
-            waiting[-1].connect(str(bench.control))
-    assert "usocksd does not answer on" in fails(bench, "status")
-    for sock in waiting:
-        sock.close()
+    with socket.socket(socket.AF_UNIX) as hung, ExitStack() as stack:
+        hung.bind(str(bench.control))
+        hung.listen(1)
+        client = Client("usocksd", str(bench.control))
+        with pytest.raises(VerbError, match=r"usocksd does not answer on .*control.sock \(waited 0.2 s\)"):
+            client.ask("status", timeout=0.2)
+        # Soon nobody else can even wait.
+        with suppress(BlockingIOError):
+            while True:
+                sock = stack.enter_context(socket.socket(socket.AF_UNIX))
+                sock.setblocking(False)
+                sock.connect(str(bench.control))
+        assert "usocksd does not answer on" in fails(bench, "status")
 
 
 def test_interrupted(bench: Bench) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import socket
 import traceback
 from ipaddress import IPv6Address, ip_address
@@ -11,6 +10,7 @@ from ipaddress import IPv6Address, ip_address
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from marked import marked_faults
 
 from transocks.config import Config, ProxyScheme, ProxyURL, parse_proxy_url
 from transocks.routes import Decision
@@ -280,37 +280,28 @@ def test_several_proxies_and_groups() -> None:
 
 
 def test_faults_of_groups() -> None:
-    found = faults("""
-        proxy_url = ["socks5://192.0.2.1", 5, "socks6://me:s3cret@192.0.2.1", "socks5://me:s3cret"]
-        policy = "random"
-        when_all_down = "reject"
-        [upstream.direct]
+    found = marked_faults(
+        Config,
+        """
+        proxy_url = ["socks5://192.0.2.1", 5, "socks6://me:s3cret@192.0.2.1", "socks5://me:s3cret"]  # 3
+        policy = "random"  # 1
+        when_all_down = "reject"  # 1
+        [upstream.direct]  # 1
         proxy_url = "socks5://192.0.2.1"
-        [upstream.default]
-        proxy_url = []
-        [upstream."a b"]
-        polisy = "sticky"
+        [upstream.default]  # 1
+        proxy_url = []  # 1
+        [upstream."a b"]  # 2
+        polisy = "sticky"  # 1
         [health]
-        interval = 0
+        interval = 0  # 1
         timeout = 1
         suspect_timeout = 2
-    """)
+        """,
+    )
     assert "s3cret" not in str(found)
-    wanted = [
-        "proxy_url[1]: expected socks5://USER",
-        "proxy_url[2]: expected socks5://, socks5h://",
-        "proxy_url[3]: expected HOST:PORT",
-        'policy: "random": expected one of "failover", "round-robin", "sticky"',
-        'when_all_down: "reject": expected one of "refuse", "direct"',
-        'upstream.direct: "direct": is a way without a proxy, expected another name',
-        'upstream.default: "default": is the group of proxy_url at the top, expected another name',
-        "upstream.default.proxy_url: expected socks5://USER",
-        'upstream."a b": "a b": expected a name of at most 64 letters',
-        'upstream."a b".proxy_url: missing: expected socks5://USER',
-        'upstream."a b".polisy: unknown key, did you mean policy?',
-        "health.interval: 0: expected seconds",
-    ]
-    assert [fault[: len(start)] for fault, start in zip(found, wanted, strict=True)] == wanted
+    assert 'upstream.direct: "direct": is a way without a proxy, expected another name' in found
+    assert 'upstream.default: "default": is the group of proxy_url at the top, expected another name' in found
+    assert 'upstream."a b".polisy: unknown key, did you mean policy?' in found
     assert faults(f"{PROXY}[health]\ntimeout = 1\nsuspect_timeout = 2") == [
         "health.suspect_timeout: 2: expected at most timeout, which is 1"
     ]
@@ -352,45 +343,39 @@ def test_names_and_routes() -> None:
 
 
 def test_faults_of_names_and_routes() -> None:
-    found = faults(
+    found = marked_faults(
+        Config,
         PROXY
         + """
         [names]
-        sniff = "yes"
-        wait = -1
-        long_wait = 0
-        size = 100
-        skip_ports = ["ssh"]
-        client_first_ports = [-1]
-        skip_networks = ["example.com"]
-        send = "both"
-        when_unresolved = "direct"
-        when_ech = "refuse"
+        sniff = "yes"  # 1
+        wait = -1  # 1
+        long_wait = 0  # 1
+        size = 100  # 1
+        skip_ports = ["ssh"]  # 1
+        client_first_ports = [-1]  # 1
+        skip_networks = ["example.com"]  # 1
+        send = "both"  # 1
+        when_unresolved = "direct"  # 1
+        when_ech = "refuse"  # 1
         [[route]]
         name = "a"
-        via = "partner"
+        via = "partner"  # 1
         [[route]]
-        name = "a"
+        name = "a"  # 1
         via = "direct"
-        send = "name"
-        to = []
+        send = "name"  # 1
+        to = []  # 1
+        [[route]]  # 1
+        name = "route 7"  # 1
+        to = ["file:no-such-file"]  # 1
+        from = ["here"]  # 1
+        ports = [70000]  # 1
         [[route]]
-        name = "route 7"
-        to = ["file:no-such-file"]
-        from = ["here"]
-        ports = [70000]
-        [[route]]
-        name = "default"
+        name = "default"  # 1
         via = "default"
-        form = []
-        """
+        form = []  # 1
+        """,
     )
-    expected = [
-        "names.sniff", "names.wait", "names.long_wait", "names.size", "names.skip_ports[0]", "names.client_first_ports[0]", "names.skip_networks[0]", "names.send",
-        "names.when_unresolved", "names.when_ech", "route 2: to", "route 2: send", "route 3: name", "route 3: to[0]",
-        "route 3: from[0]", "route 3: ports[0]", "route 3: via", "route 4: name", "route 4: form", "route 2: name",
-        "route 1: via",
-    ]  # fmt: skip
-    assert sorted(re.sub(r"^((?:route \d+: )?[^:]*): .*", r"\1", fault) for fault in found) == sorted(expected)
     assert 'route 1: via: "partner": no such group: expected one of "default", "direct", "reject"' in found
     assert 'route 2: name: "a": is the name of route 1 too, expected another' in found

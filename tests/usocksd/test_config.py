@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 import pytest
+from marked import marked_faults
 
 from usocksd.config import Auth, Config, PoolConfig
 from usocksd.errors import ConfigError
@@ -129,8 +129,7 @@ def test_the_listener_for_proxies() -> None:
 )
 def test_faults_of_the_listener_for_proxies(table: str, found: list[str]) -> None:
     result = faults(f"[incoming.proxy_protocol]\n{table}")
-    assert len(result) == len(found), result
-    assert all(fault.startswith(start) for fault, start in zip(result, found, strict=True)), result
+    assert [fault[: len(start)] for fault, start in zip(result, found, strict=True)] == found
 
 
 def test_sites_are_kept_as_written() -> None:
@@ -140,46 +139,38 @@ def test_sites_are_kept_as_written() -> None:
 
 
 def test_every_fault_of_the_tables() -> None:
-    found = faults(
+    found = marked_faults(
+        Config,
         f"""
-        workers = 65
-        control = "/{"x" * 107}"
+        workers = 65  # 1
+        control = "/{"x" * 107}"  # 1
         [incoming]
-        proxy_protocl = 1080
-        metrics_address = "all"
-        port = 70000
-        metrics_port = "1082"
-        addresses = ["127.0.0.1", "127.0.0.1", "ff02::1"]
-        allow_from = ["10.0.0.0/33", "here", "10.0.0.0/255.0.0.0", "::1/128"]
+        proxy_protocl = 1080  # 1
+        metrics_address = "all"  # 1
+        port = 70000  # 1
+        metrics_port = "1082"  # 1
+        addresses = ["127.0.0.1", "127.0.0.1", "ff02::1"]  # 2
+        allow_from = ["10.0.0.0/33", "here", "10.0.0.0/255.0.0.0", "::1/128"]  # 3
         [outgoing]
-        allow_sites = ["*.example.com", "ok.example", "a b", 5]
-        deny_ports = [25, 65536, 80.9]
-        iface = "eth0 "
-        addresses = ["0.0.0.0", "224.0.0.1", "::1%lo", "192.0.2.1"]
-        dnsbl_domain = "192.0.2.1"
-        mark = 4294967296
+        allow_sites = ["*.example.com", "ok.example", "a b", 5]  # 3
+        deny_ports = [25, 65536, 80.9]  # 2
+        iface = "eth0 "  # 1
+        addresses = ["0.0.0.0", "224.0.0.1", "::1%lo", "192.0.2.1"]  # 3
+        dnsbl_domain = "192.0.2.1"  # 1
+        mark = 4294967296  # 1
         [auth]
-        required = "yes"
+        required = "yes"  # 1
         [dns]
-        servers = ["localhost"]
+        servers = ["localhost"]  # 1
         [timeouts]
-        idle = false
-        drain = -1
+        idle = false  # 1
+        drain = -1  # 1
         [limits]
-        connections = 1e3
+        connections = 1e3  # 1
         [log]
-        level = "chatty"
-        """
+        level = "chatty"  # 1
+        """,
     )
-    assert [fault.partition(": ")[0] for fault in found] == [
-        "workers", "control", "incoming.proxy_protocl", "incoming.metrics_address", "incoming.port",
-        "incoming.metrics_port", "incoming.addresses[1]", "incoming.addresses[2]", "incoming.allow_from[0]",
-        "incoming.allow_from[1]", "incoming.allow_from[2]", "outgoing.allow_sites[0]", "outgoing.allow_sites[2]",
-        "outgoing.allow_sites[3]", "outgoing.deny_ports[1]", "outgoing.deny_ports[2]", "outgoing.iface",
-        "outgoing.addresses[0]", "outgoing.addresses[1]", "outgoing.addresses[2]", "outgoing.dnsbl_domain",
-        "outgoing.mark", "auth.required", "dns.servers[0]", "timeouts.idle", "timeouts.drain", "limits.connections",
-        "log.level",
-    ]  # fmt: skip
     assert "incoming.port: 70000: expected an integer from 0 to 65535" in found
     assert "incoming.proxy_protocl: unknown key, did you mean proxy_protocol?" in found
 
@@ -254,42 +245,36 @@ def test_a_rule_as_typed_values() -> None:
 
 
 def test_every_fault_of_rules_and_pools() -> None:
-    found = faults(
+    found = marked_faults(
+        Config,
         """
         [[rule]]
-        action = "permit"
-        form = ["10.0.0.0/8"]
+        action = "permit"  # 1
+        form = ["10.0.0.0/8"]  # 1
+        [[rule]]  # 1
+        name = "rule 7"  # 1
         [[rule]]
-        name = "rule 7"
-        [[rule]]
-        name = " x"
+        name = " x"  # 1
         action = "deny"
-        from = ["10.0.0.0/33", "ten"]
-        user = ["", "a:b"]
-        to = ["*.example.com", "file:/nonexistent/list.txt", "ok"]
-        ports = [65536, "9-8", "1-65536", "-5", true, "80"]
-        egress = "x y"
+        from = ["10.0.0.0/33", "ten"]  # 2
+        user = ["", "a:b"]  # 2
+        to = ["*.example.com", "file:/nonexistent/list.txt", "ok"]  # 2
+        ports = [65536, "9-8", "1-65536", "-5", true, "80"]  # 6
+        egress = "x y"  # 1
         [[rule]]
         action = "deny"
-        from = []
-        to = []
-        egress = "pool"
-        [egress."a b"]
-        adresses = []
+        from = []  # 1
+        to = []  # 1
+        egress = "pool"  # 1
+        [egress."a b"]  # 1
+        adresses = []  # 1
         [egress.pool]
-        addresses = ["0.0.0.0"]
-        sticky = "both"
-        when_all_listed = ""
-        dnsbl_domains = ["10.0.0.1"]
-        """
+        addresses = ["0.0.0.0"]  # 1
+        sticky = "both"  # 1
+        when_all_listed = ""  # 1
+        dnsbl_domains = ["10.0.0.1"]  # 1
+        """,
     )
-    assert [re.sub(r"^((?:rule \d+: )?[^:]*): .*", r"\1", fault) for fault in found] == [
-        "rule 1: action", "rule 1: form", "rule 2: action", "rule 2: name", "rule 3: name", "rule 3: from[0]",
-        "rule 3: from[1]", "rule 3: user[0]", "rule 3: user[1]", "rule 3: to[0]", "rule 3: to[1]",
-        *(f"rule 3: ports[{at}]" for at in range(6)), "rule 3: egress", "rule 4: from", "rule 4: to", "rule 4: egress",
-        'egress."a b"', 'egress."a b".adresses', "egress.pool.addresses[0]", "egress.pool.sticky",
-        "egress.pool.when_all_listed", "egress.pool.dnsbl_domains[0]",
-    ]  # fmt: skip
     assert "rule 1: form: unknown key, did you mean from?" in found
     assert 'rule 2: action: missing: expected one of "allow", "deny"' in found
     assert "rule 4: to: []: expected at least one, or no such key if the rule holds for any destination" in found
@@ -322,19 +307,9 @@ def test_what_rules_and_pools_say_of_each_other() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "default",
-        "other",
-        "rule 12",
-        "allow_from",
-        "incoming.proxy_protocol.trusted",
-        "allow_sites",
-        'deny_sites "x"',
-        "deny_ports 25",
-        "built-in: x",
-    ],
+    ["default", "other", "rule 12", "allow_from", "incoming.port", "allow_sites", 'deny_sites "x"', "built-in: x"],
 )
-def test_names_that_records_have_a_use_for_already(name: str) -> None:
+def test_names_that_mean_something_else_in_records(name: str) -> None:
     assert "built in" in faults(f"[[rule]]\nname = '{name}'\naction = 'deny'")[0]
 
 
@@ -356,10 +331,12 @@ def test_the_default_pool_is_the_one_of_outgoing() -> None:
 
 
 def test_a_network_to_leave_from() -> None:
-    pool = parse(Config, '[egress.x]\naddresses = ["192.0.2.16/28", "2001:DB8:9::/64", "192.0.2.1/32"]\n', "").egress[
-        "x"
+    toml = '[egress.x]\naddresses = ["192.0.2.16/28", "2001:DB8:9::/64", "192.0.2.1/32"]\n'
+    assert list(map(str, parse(Config, toml, "").egress["x"].addresses)) == [
+        "192.0.2.16/28",
+        "2001:db8:9::/64",
+        "192.0.2.1",
     ]
-    assert list(map(str, pool.addresses)) == ["192.0.2.16/28", "2001:db8:9::/64", "192.0.2.1"]
     for text, problem in (
         ("192.0.2.17/28", 'expected "192.0.2.16/28"'),
         ("224.0.0.0/8", "multicast"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pwd
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from transocks.config import DEFAULT, DIRECT, FAILOVER, Config
 from transocks.original_dst import OWN_USERS
@@ -14,25 +14,30 @@ from usocksd.errors import Fault
 from usocksd.host.addresses import HostAddresses
 from usocksd.names.lint import covering_rules, lint_networks, lint_sites, never_decides
 from usocksd.names.resolv_conf import lint_servers
-from usocksd.net.listeners import may_be_transparent
 from usocksd.settings.loader import show
 from usocksd.settings.types import LOCALHOST, ListenAddress
-from usocksd.settings.warnings import Host, lint_common, readable_by_all
+from usocksd.settings.warnings import HostFacts, lint_common, readable_by_all
 
 
-def lint(config: Config, source: str | None = None) -> list[Fault]:
+def lint(
+    config: Config,
+    source: str | None = None,
+    *,
+    host: HostFacts | None = None,
+    own_users: Sequence[str] = OWN_USERS,
+) -> list[Fault]:
     """What to warn of, on this host and as this user: key, value, what is wrong with it and what would be right.
 
-    `source`: the file that the configuration is from, whose mode is looked at. Takes about a millisecond, and
-    changes nothing.
+    `source` is the file of the configuration, whose mode is looked at; rules exempt `own_users`. Takes about a
+    millisecond, and changes nothing.
     """
-    host = Host.here(HostAddresses().current)
+    host = host or HostFacts.here(HostAddresses().current)
     found = [
         *lint_common(config.common(), host),
         *(lint_servers(config.dns.servers) if config.dns.resolver == "dns" else ()),
-        *_tproxy(config),
+        *_tproxy(config, host),
         *_groups(config, host, None if source is None or not readable_by_all(source) else source),
-        *_direct(config),
+        *_direct(config, own_users),
         *_routes(config),
         *lint_networks("names.skip_networks", config.names.skip_networks),
         *(lint_rules(config.rules, config.mark, host) if config.rules is not None else ()),
@@ -40,15 +45,15 @@ def lint(config: Config, source: str | None = None) -> list[Fault]:
     return config.lines.locate(found)
 
 
-def _tproxy(config: Config) -> Iterator[Fault]:
+def _tproxy(config: Config, host: HostFacts) -> Iterator[Fault]:
     """Whether this process could open the sockets."""
     for listen in config.listen_tproxy[:1]:
-        if not may_be_transparent():
+        if not host.may_be_transparent:
             missing = "this user may not open sockets with IP_TRANSPARENT: the daemon does not start without"
             yield Fault("listen_tproxy", str(listen), f"{missing} CAP_NET_ADMIN")
 
 
-def _groups(config: Config, host: Host, readable: str | None) -> Iterator[Fault]:
+def _groups(config: Config, host: HostFacts, readable: str | None) -> Iterator[Fault]:
     """Proxies that are ourselves, or there twice, or whose password everybody may read in the file `readable`."""
     for key, group in config.keyed_groups():
         seen: set[ProxyURL] = set()
@@ -70,7 +75,7 @@ def _groups(config: Config, host: Host, readable: str | None) -> Iterator[Fault]
             yield Fault(at, show(group.policy), "has no meaning for one proxy: remove it, or add proxies")
 
 
-def _hears(listen: ListenAddress, proxy: ProxyURL, host: Host) -> bool:
+def _hears(listen: ListenAddress, proxy: ProxyURL, host: HostFacts) -> bool:
     """Whether connections to this proxy arrive at this listener."""
     # Other names may be ours as well; asking a name server is not for a check.
     addresses = LOCALHOST if proxy.host == "localhost" else () if isinstance(proxy.host, str) else (proxy.host,)
@@ -81,22 +86,18 @@ def _hears(listen: ListenAddress, proxy: ProxyURL, host: Host) -> bool:
     return here and listen.port == proxy.port
 
 
-_REDIRECTED_AGAIN = (
-    "direct connections are redirected again, unless the rules exempt them: expected a mark, or a user"
-    f" {OWN_USERS[0]} for the service"
-)
-
-
-def _direct(config: Config) -> Iterator[Fault]:
-    """What goes out directly must not be redirected to us again."""
-    if config.mark is not None or any(_exists(user) for user in OWN_USERS):
+def _direct(config: Config, own_users: Sequence[str]) -> Iterator[Fault]:
+    """Connections past the proxies must not be redirected to us again."""
+    if config.mark is not None or any(_exists(user) for user in own_users):
         return
+    again = "direct connections are redirected again, unless the rules exempt them: expected a mark, or a user"
+    again += f" {own_users[0]} for the service"
     for key, group in config.keyed_groups():
         if group.when_all_down == DIRECT:
-            yield Fault(key.replace("proxy_url", "when_all_down"), show(DIRECT), _REDIRECTED_AGAIN)
+            yield Fault(key.replace("proxy_url", "when_all_down"), show(DIRECT), again)
     for at, route in enumerate(config.route):
         if route.via == DIRECT:
-            yield Fault(f"route[{at}].via", show(DIRECT), _REDIRECTED_AGAIN)
+            yield Fault(f"route[{at}].via", show(DIRECT), again)
 
 
 def _exists(user: str) -> bool:

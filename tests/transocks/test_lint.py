@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import attrs
 import pytest
 
-import transocks.lint
 from transocks.config import Config, parse_proxy_url
 from transocks.lint import lint
 from usocksd.settings.loader import parse
+from usocksd.settings.warnings import HostFacts
 
 PROXY = 'proxy_url = "socks5://192.0.2.1:1080"\n'
 
 
-def keys(toml: str) -> list[str]:
-    return [fault.path for fault in lint(parse(Config, toml, "transocks.toml"))]
+def keys(toml: str, **facts: Any) -> list[str]:
+    return [fault.path for fault in lint(parse(Config, toml, "transocks.toml"), **facts)]
 
 
 def test_nothing_is_wrong_with_the_defaults() -> None:
@@ -49,10 +51,10 @@ def test_a_proxy_that_is_our_tproxy_listener() -> None:
 
 
 @pytest.mark.parametrize("may", [True, False])
-def test_sockets_that_this_user_may_not_open(monkeypatch: pytest.MonkeyPatch, may: bool) -> None:
-    monkeypatch.setattr("transocks.lint.may_be_transparent", lambda: may)
-    assert keys(f'{PROXY}listen_tproxy = ":1084"') == ["listen_tproxy"] * (not may)
-    assert keys(PROXY) == []
+def test_sockets_that_this_user_may_not_open(may: bool) -> None:
+    host = attrs.evolve(HostFacts.here(()), may_be_transparent=may)
+    assert keys(f'{PROXY}listen_tproxy = ":1084"', host=host) == ["listen_tproxy"] * (not may)
+    assert keys(PROXY, host=host) == []
 
 
 def test_a_password_that_everybody_may_read(tmp_path: Path) -> None:
@@ -101,16 +103,19 @@ def test_each_proxy_of_each_group_is_looked_at(tmp_path: Path) -> None:
     assert "is there already" in found[2].expected
 
 
-@pytest.mark.parametrize("users", [(), ("root",)])
-def test_what_goes_directly_has_to_be_exempt(users: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transocks.lint, "OWN_USERS", users or ("nobody-has-this",))
+def test_direct_connections_have_to_be_exempt() -> None:
     direct = f'{PROXY}when_all_down = "direct"\n'
     far = '[upstream.far]\nproxy_url = "socks5://192.0.2.2"\nwhen_all_down = "direct"\n'
     far += '[[route]]\nto = ["www.example.com"]\nvia = "far"'
-    none_of_it = bool(users)
-    assert keys(direct) == ["when_all_down"] * (not none_of_it)
-    assert keys(PROXY + far) == ["upstream.far.when_all_down"] * (not none_of_it)
-    assert "when_all_down" not in keys(f"{direct}mark = 1\n{far}")
+    route = '[[route]]\nto = ["10.0.0.0/8"]\nvia = "direct"\n'
+    for toml, key in (
+        (direct, "when_all_down"),
+        (PROXY + far, "upstream.far.when_all_down"),
+        (PROXY + route, "route[0].via"),
+    ):
+        assert keys(toml, own_users=["nobody-has-this"]) == [key]
+        assert keys(toml, own_users=["nobody-has-this", "root"]) == []
+    assert "when_all_down" not in keys(f"{direct}mark = 1\n{far}", own_users=["nobody-has-this"])
 
 
 def test_what_both_daemons_have_is_told_by_the_keys_of_this_one() -> None:
@@ -170,14 +175,6 @@ def test_routes_by_name_that_nobody_looks_for() -> None:
     route = '[[route]]\nto = ["a.example", ".b.example"]\nvia = "reject"\n'
     assert keys(PROXY + route) == []
     assert keys(f"{PROXY}{route}[names]\nsniff = false\n") == ["route[0].to"]
-
-
-def test_a_direct_route_without_anything_to_exempt_it_by(monkeypatch: pytest.MonkeyPatch) -> None:
-    route = '[[route]]\nto = ["10.0.0.0/8"]\nvia = "direct"\n'
-    monkeypatch.setattr("transocks.lint.OWN_USERS", ("nobody-has-this",))
-    assert keys(PROXY + route) == ["route[0].via"]
-    monkeypatch.setattr("transocks.lint.OWN_USERS", ("root",))
-    assert keys(PROXY + route) == []
 
 
 def test_rules_that_can_not_be_applied_here() -> None:

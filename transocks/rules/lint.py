@@ -10,10 +10,10 @@ from transocks.rules.config import Mode, RulesConfig, Tool
 from transocks.tools import which
 from usocksd.errors import Fault
 from usocksd.names.lint import unclear_networks
-from usocksd.settings.warnings import Host, first_few
+from usocksd.settings.warnings import HostFacts, first_few
 
 
-def lint_rules(rules: RulesConfig, mark: int | None, host: Host) -> Iterator[Fault]:
+def lint_rules(rules: RulesConfig, mark: int | None, host: HostFacts) -> Iterator[Fault]:
     """Key, value, and what is wrong with it. `mark`: of the proxy's own connections."""
     if rules.tool is not None and not which("nft" if rules.tool is Tool.NFT else "iptables-restore"):
         yield Fault("rules.tool", rules.tool.value, "is not installed here")

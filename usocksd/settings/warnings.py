@@ -6,7 +6,6 @@ right. Nothing here opens, binds or asks anybody.
 
 from __future__ import annotations
 
-import itertools
 import os
 import resource
 import socket
@@ -21,6 +20,7 @@ from usocksd.errors import Fault
 from usocksd.host.limits import most_connections
 from usocksd.log.words import counted
 from usocksd.net.address import IPAddress
+from usocksd.net.listeners import may_be_transparent
 from usocksd.settings.common import Common
 from usocksd.settings.control_path import NotPrivate, check_folder
 from usocksd.settings.loader import show
@@ -28,22 +28,24 @@ from usocksd.settings.types import LOCALHOST
 
 
 @attrs.frozen(kw_only=True)
-class Host:
-    """What the checks have to know of this host, and of what this process may do on it."""
+class HostFacts:
+    """What checks ask about this host, and about what this process may do on it."""
 
     addresses: Collection[IPAddress]
     interfaces: Collection[str]
     ipv6: bool
     nonlocal_bind: Collection[int]
-    """IP versions of which addresses can be bound that are not there: net.ipv4.ip_nonlocal_bind, ip(7)"""
+    """IP versions whose addresses can be bound even if this host lacks them: net.ipv4.ip_nonlocal_bind, ip(7)"""
     descriptors: int
     """how many files each process may have open: the hard limit, since the daemons raise the soft one"""
     cpus: int
     may_mark: bool
     """whether SO_MARK is allowed, socket(7)"""
+    may_be_transparent: bool
+    """whether IP_TRANSPARENT is, ip(7)"""
 
     @classmethod
-    def here(cls, addresses: Collection[IPAddress]) -> Host:
+    def here(cls, addresses: Collection[IPAddress]) -> HostFacts:
         """This host, with `addresses` as usocksd.host.addresses has them."""
         return cls(
             addresses=addresses,
@@ -53,6 +55,7 @@ class Host:
             descriptors=_hard_limit(),
             cpus=len(os.sched_getaffinity(0)),
             may_mark=_may_mark(),
+            may_be_transparent=may_be_transparent(),
         )
 
     def has(self, address: IPAddress) -> bool:
@@ -83,7 +86,7 @@ def _may_mark() -> bool:
     return True
 
 
-def lint_common(common: Common, host: Host) -> Iterator[Fault]:
+def lint_common(common: Common, host: HostFacts) -> Iterator[Fault]:
     """Everything about the settings that both daemons have."""
     for key, listen in common.listen:
         if not listen.optional:
@@ -97,7 +100,7 @@ def lint_common(common: Common, host: Host) -> Iterator[Fault]:
         yield from _path("log.filename", name, lambda: _log_problem(Path(name)))
 
 
-def _address(key: str, address: IPAddress, host: Host) -> Iterator[Fault]:
+def _address(key: str, address: IPAddress, host: HostFacts) -> Iterator[Fault]:
     """Whether a socket can be bound to it."""
     if address.version == 6 and not host.ipv6:
         problem = "this host has no IPv6, so this can't be listened on: remove it"
@@ -113,7 +116,7 @@ def _address(key: str, address: IPAddress, host: Host) -> Iterator[Fault]:
     yield Fault(key, str(address), problem)
 
 
-def _metrics(common: Common, host: Host) -> Iterator[Fault]:
+def _metrics(common: Common, host: HostFacts) -> Iterator[Fault]:
     port_key, key = f"{common.metrics_prefix}metrics_port", f"{common.metrics_prefix}metrics_address"
     port, addresses = common.metrics_port, common.metrics_addresses
     if port == 0:
@@ -127,23 +130,24 @@ def _metrics(common: Common, host: Host) -> Iterator[Fault]:
         if address.is_unspecified or (address.is_global and not getattr(address, "is_site_local", False)):
             reach = "everybody who reaches this host" if address.is_unspecified else "the Internet"
             yield Fault(key, str(address), f"lets {reach} read the metrics: expected loopback or a private address")
-        taken = (each for each in common.listen if each[1].port == port and _overlap(address, each[1].address))
-        for other, listen in itertools.islice(taken, 1):
-            yield Fault(port_key, str(port), f"is the port of {other} ({listen}) too: expected another")
+        for other, listen in common.listen:
+            if listen.port == port and _overlap(address, listen.address):
+                yield Fault(port_key, str(port), f"is the port of {other} ({listen}) too: expected another")
+                break
 
 
 def _overlap(one: IPAddress, other: IPAddress) -> bool:
     return one.version == other.version and (one == other or one.is_unspecified or other.is_unspecified)
 
 
-def lint_mark(key: str, mark: int | None, host: Host) -> Iterator[Fault]:
+def lint_mark(key: str, mark: int | None, host: HostFacts) -> Iterator[Fault]:
     """Whether connections can be marked so."""
     if mark is not None and not host.may_mark:
         missing = f"{_user()} may not set marks here: the daemon does not start without CAP_NET_ADMIN"
         yield Fault(key, f"{mark:#x}", missing)
 
 
-def _numbers(common: Common, host: Host) -> Iterator[Fault]:
+def _numbers(common: Common, host: HostFacts) -> Iterator[Fault]:
     """Workers, limits and timeouts that contradict this host or each other."""
     limits, timeouts, workers = common.limits, common.timeouts, common.workers or host.cpus
     if workers > host.cpus:
@@ -170,7 +174,7 @@ def _numbers(common: Common, host: Host) -> Iterator[Fault]:
         yield Fault("timeouts.drain", f"{timeouts.drain:g}", f"{sooner} which is {timeouts.stop:g}")
 
 
-def connections_of_descriptors(common: Common, host: Host) -> int:
+def connections_of_descriptors(common: Common, host: HostFacts) -> int:
     """How many connections the limit on open files allows, all workers together."""
     return (common.workers or host.cpus) * most_connections(host.descriptors)
 

@@ -14,9 +14,9 @@ import pytest
 from usocksd.config import Config
 from usocksd.net.address import socket_address
 from usocksd.settings.loader import parse
-from usocksd.settings.warnings import Host, connections_of_descriptors, lint_common
+from usocksd.settings.warnings import HostFacts, connections_of_descriptors, lint_common
 
-HOST = Host(
+HOST = HostFacts(
     addresses=frozenset(map(ip_address, ("127.0.0.1", "::1", "192.0.2.1", "10.0.0.1", "8.8.8.8", "fe80::1"))),
     interfaces=("lo", "eth0"),
     ipv6=True,
@@ -24,10 +24,11 @@ HOST = Host(
     descriptors=20_000,
     cpus=4,
     may_mark=True,
+    may_be_transparent=True,
 )
 
 
-def warned(toml: str, host: Host = HOST) -> list[str]:
+def warned(toml: str, host: HostFacts = HOST) -> list[str]:
     """Each warning, after its key."""
     toml = toml if toml.startswith("control") else f'control = ""\n{toml}'
     faults = lint_common(parse(Config, toml, "").common(), host)
@@ -104,7 +105,7 @@ def test_listening_addresses(address: str, changes: dict[str, Any], said: str) -
 @pytest.mark.parametrize("address", ["127.0.0.1", "127.8.8.8", "192.0.2.77", "fe80::77%lo", "2001:db8::77", "::1"])
 def test_what_can_not_be_bound_is_what_the_kernel_refuses(address: str) -> None:
     """The warning against bind(2) itself, on this host."""
-    here = Host.here(frozenset(map(ip_address, ("127.0.0.1", "::1"))))
+    here = HostFacts.here(frozenset(map(ip_address, ("127.0.0.1", "::1"))))
     assert "lo" in here.interfaces
     assert here.cpus == len(os.sched_getaffinity(0))
     try:

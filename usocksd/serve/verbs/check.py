@@ -23,7 +23,7 @@ from usocksd.serve.daemon import Daemon, Examined, Subparsers
 from usocksd.serve.verbs.client import visible
 from usocksd.settings import loader as configuration
 from usocksd.settings.common import Common
-from usocksd.settings.warnings import Host, connections_of_descriptors
+from usocksd.settings.warnings import HostFacts, connections_of_descriptors
 
 _DESCRIPTION = """\
 Check a configuration on this host, as this user, and change nothing. Print every fault (the daemon would not start),
@@ -132,7 +132,7 @@ def _locate(fault: Fault, file: str) -> Finding:
 
 def effective(common: Common) -> dict[str, object]:
     """The settings that matter, as they will be, by key path where the file has one; JSON values."""
-    host = Host.here(())
+    host = HostFacts.here(())
     port = common.metrics_default if common.metrics_port is None else common.metrics_port
     return {
         "listen": [str(listen) for _, listen in common.listen],

@@ -32,7 +32,7 @@ from scene import (
     one_mode,
 )
 
-from transocks.rules.live import Routing
+from transocks.rules.routing import Routing
 from transocks.tools import LOCK
 
 RULES = Path(__file__).parents[2] / "iptables"

@@ -4,7 +4,8 @@
     redirection.py  the same with everything looked up
     render.py       text for the tools, from the files in iptables/                        (pure)
     loaded.py       what the tools print of rules: one model, compared and replaced        (pure)
-    live.py         what is loaded on this host, its routing, and who listens
+    live.py         what is loaded on this host, and who listens
+    routing.py      the routing that TPROXY needs
     loops.py        whether the proxies' own connections would come back
     conntrack.py    enters existing connections in connection tracking
     change.py       applies, confirms, prolongs and removes

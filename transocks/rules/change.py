@@ -12,10 +12,10 @@ from collections.abc import Collection, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import chain
 
-from transocks.rules import live
+from transocks.rules import live, routing
 from transocks.rules.config import Mode, Tool
 from transocks.rules.conntrack import enter
-from transocks.rules.live import CHAINS, GUARDS, TABLES, Routing, has
+from transocks.rules.live import CHAINS, GUARDS, TABLES, has
 from transocks.rules.loaded import (
     ACTIVE,
     HELD,
@@ -48,10 +48,8 @@ def apply(redirections: Sequence[Redirection], tool: Tool, *, seconds: int | Non
 
     seconds: after which the rules are of no effect any more, unless `confirm` or `prolong` comes; None: never.
     """
-    marks = [each.tproxy_mark for each in redirections if each.mode is Mode.TPROXY]
-    routing = [Routing(mark, version) for mark in marks for version in live.routed_versions()]
     track_others(redirections)
-    undo = _add_routing(routing)
+    undo = routing.add(redirections)
     try:
         if tool is Tool.NFT:
             needed = [each.table for each in redirections]
@@ -60,11 +58,11 @@ def apply(redirections: Sequence[Redirection], tool: Tool, *, seconds: int | Non
         else:
             _apply_iptables(redirections, seconds)
     except FirewallError:
-        _run_all(undo)
+        undo()
         raise
     # What another configuration has left: the other tool's rules, a routing mark that is not needed any more.
     complaints = _remove_iptables() if tool is Tool.NFT else [*_remove_nft(keep=False), *_remove_iptables(others=True)]
-    complaints += _remove_routing(but=routing)
+    complaints += routing.remove(but=routing.needed(redirections))
     if complaints:
         raise FirewallError("applied, but what was there before is not all gone: " + "; ".join(complaints))
 
@@ -183,7 +181,7 @@ def remove(*, keep: bool = False) -> list[str]:
     complaints = [] if keep else _reset_clients()
     complaints += _remove_nft(keep=keep) + _remove_iptables()
     if not (keep and _TPROXY in live.tables()):
-        complaints += _remove_routing()
+        complaints += routing.remove()
     return complaints
 
 
@@ -250,46 +248,3 @@ def remove_chains(variant: str, tables: Sequence[Table], own: Collection[str]) -
     # A table at a time, so that one that fails keeps nothing of the others.
     texts = [replacement([table], [], own) for table in tables]
     return [said for text in texts if (said := complaint(f"{variant}-restore", "--noflush", stdin=text))]
-
-
-# ---- routing
-
-
-def _add_routing(wanted: Sequence[Routing]) -> list[tuple[str, ...]]:
-    """Add what is not there; returns how to undo that. Raises FirewallError, with that done."""
-    undo: list[tuple[str, ...]] = []
-    try:
-        for each in wanted:
-            state = live.routing(each.version)
-            if others := state.others.get(each.mark):
-                raise FirewallError(
-                    f"routing table {each.mark} has routes of others ({', '.join(others)}):"
-                    " set rules.tproxy_mark, which is its number, to another"
-                )
-            for kind, there in (("route", state.routes), ("rule", state.rules)):
-                if each not in there:
-                    run(*each.command(kind, "add"))
-                    undo.insert(0, each.command(kind, "del"))
-    except FirewallError:
-        _run_all(undo)
-        raise
-    return undo
-
-
-def _remove_routing(*, but: Collection[Routing] = ()) -> list[str]:
-    complaints = []
-    for version in live.versions() if has("ip") else ():  # without it, nobody has added any
-        try:
-            state = live.routing(version)
-        except FirewallError as error:
-            complaints.append(str(error))
-            continue
-        gone = [rule.command("rule", "del") for rule in state.rules if rule not in but]
-        routes = [route for route in state.routes if route in state.rules or route in state.made]
-        gone += [route.command("route", "del") for route in routes if route not in but]
-        complaints += _run_all(gone)
-    return complaints
-
-
-def _run_all(commands: Sequence[tuple[str, ...]]) -> list[str]:
-    return [said for command in commands if (said := complaint(*command))]

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from pathlib import Path
-
-import attrs
 
 from transocks.rules.config import Mode, Tool
 from transocks.rules.loaded import Table, parse_nft, parse_save
 from transocks.rules.redirection import Redirection
-from transocks.tools import FirewallError, run, run_json, which
+from transocks.tools import FirewallError, run, which
 from usocksd.host.sockets import listeners
-
-PREFERENCE = 7474
-"""The preference of TPROXY's rules in the routing policy: before those of VPNs, which are around 32764."""
-PROTOCOL = 116
-"""Who has made a route, for those that look, and for `remove`: a number that has no name of its own."""
 
 _MODES = tuple(Redirection(mode=mode, port=0) for mode in Mode)
 TABLES = tuple(each.table for each in _MODES)
@@ -33,14 +26,9 @@ def versions() -> tuple[int, ...]:
     return (4, 6) if os.path.exists("/proc/self/net/if_inet6") else (4,)
 
 
-def uses_ipv6() -> bool:
-    """Whether any interface has an address of it: with disable_ipv6=1 there is nothing to listen on, nor a route."""
-    return 6 in versions() and bool(Path("/proc/self/net/if_inet6").read_text("ascii"))
-
-
 def routed_versions() -> tuple[int, ...]:
-    """The IP versions that interfaces have addresses of."""
-    return (4, 6) if uses_ipv6() else (4,)
+    """Those in use: with disable_ipv6=1 no interface has an address, so there is nothing to listen on, nor a route."""
+    return (4, 6) if 6 in versions() and Path("/proc/self/net/if_inet6").read_text("ascii") else (4,)
 
 
 def has(program: str) -> bool:
@@ -119,63 +107,6 @@ def saved_as_loaded(texts: Iterable[str], version: int) -> list[Table]:
     """What it would print of our chains in these texts: as `as_loaded`."""
     script = f"{iptables(version)}-restore --noflush && {iptables(version)}-save"
     return parse_save("".join(run("unshare", "--net", "sh", "-c", script, stdin=text) for text in texts), CHAINS)
-
-
-# ---- routing
-
-
-@attrs.frozen
-class Routing:
-    """TPROXY's part of the routing of one IP version, with this mark."""
-
-    mark: int
-    version: int
-
-    def command(self, kind: str, action: str) -> tuple[str, ...]:
-        """ip(8) for its "rule" or "route": to "add" or "del", also one that others have made."""
-        words = {
-            "rule": ("pref", str(PREFERENCE), "fwmark", f"{self.mark:#x}", "lookup", str(self.mark)),
-            "route": ("local", "default", "dev", "lo", "table", str(self.mark)),
-        }[kind]
-        made_by = ("proto", str(PROTOCOL)) if (kind, action) == ("route", "add") else ()
-        return ("ip", f"-{self.version}", kind, action, *words, *made_by)
-
-    def by_hand(self, kind: str) -> str:
-        """The same to type, to add it."""
-        return " ".join(self.command(kind, "add"))
-
-
-@attrs.frozen
-class RoutingState:
-    """What the routing of one IP version has that looks like TPROXY's, for any mark."""
-
-    rules: tuple[Routing, ...]
-    routes: tuple[Routing, ...]
-    made: tuple[Routing, ...]
-    """those of `routes` that `transocks rules` has made"""
-    others: Mapping[int, list[str]]
-    """the destinations of all other routes, by their table"""
-
-
-def routing(version: int) -> RoutingState:
-    """As it is now. Raises FirewallError."""
-    ip = ("ip", "-N", "-json", f"-{version}")
-    rules, routes, made = [], [], []
-    others: dict[int, list[str]] = {}
-    for rule in run_json(*ip, "rule", "show", "pref", str(PREFERENCE)) or ():
-        mark = int(str(rule.get("fwmark", "0")), 0)
-        if mark and str(rule.get("table")) == str(mark):
-            rules.append(Routing(mark, version))
-    # Of all tables, since asking for one that has never been is an error.
-    for route in run_json(*ip, "route", "show", "table", "all") or ():
-        if (number := str(route.get("table"))).isdigit():
-            local = route.get("type") in ("local", "2")  # RTN_LOCAL
-            if local and (route.get("dst"), route.get("dev")) == ("default", "lo"):
-                routes.append(Routing(int(number), version))
-                made += routes[-1:] if str(route.get("protocol")) == str(PROTOCOL) else []
-            else:
-                others.setdefault(int(number), []).append(str(route.get("dst")))
-    return RoutingState(tuple(rules), tuple(routes), tuple(made), others)
 
 
 # ---- listeners

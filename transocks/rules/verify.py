@@ -7,9 +7,9 @@ from datetime import UTC, datetime
 
 import attrs
 
-from transocks.rules import live
-from transocks.rules.config import Mode, Tool
-from transocks.rules.live import CHAINS, Routing
+from transocks.rules import live, routing
+from transocks.rules.config import Tool
+from transocks.rules.live import CHAINS
 from transocks.rules.loaded import ACTIVE, HELD, Table, compare, seconds_left
 from transocks.rules.redirection import Redirection
 from transocks.rules.render import render_all_nft, render_iptables
@@ -104,17 +104,16 @@ def _leftovers(redirections: Sequence[Redirection], tool: Tool, tables: Sequence
 
 
 def _check_routing(redirections: Sequence[Redirection]) -> Iterator[Finding]:
-    marks = [each.tproxy_mark for each in redirections if each.mode is Mode.TPROXY]
-    should = [Routing(mark, version) for mark in marks for version in live.routed_versions()]
+    should = routing.needed(redirections)
     for version in live.versions() if should or live.has("ip") else ():
-        state = live.routing(version)
+        now = routing.current(version)
         for each in [each for each in should if each.version == version]:
-            for kind, there in (("rule", state.rules), ("route", state.routes)):
+            for kind, there in (("rule", now.rules), ("route", now.routes)):
                 if each not in there:
                     name = "routing rule" if kind == "rule" else kind
                     yield f"missing: IPv{version} {name}: {each.by_hand(kind)}", True
-            if others := state.others.get(each.mark):
+            if others := now.others.get(each.mark):
                 yield f"not ours: IPv{version} routing table {each.mark}: {', '.join(others)}", True
-        for rule in state.rules:
+        for rule in now.rules:
             if rule not in should:
-                yield f"not wanted: IPv{version} routing rule: {' '.join(rule.command('rule', 'add')[3:])}", True
+                yield f"not wanted: IPv{version} routing rule: {' '.join(rule.command('rule', 'add')[4:])}", True

@@ -32,7 +32,7 @@ from transocks.commands.exec.daemons import ExecError, free_port, running
 from transocks.commands.exec.holder import TemporaryRules
 from transocks.commands.exec.terminal import Signals
 from transocks.rules.config import Mode, Tool
-from transocks.rules.live import choose_tool, uses_ipv6
+from transocks.rules.live import choose_tool, routed_versions
 from transocks.rules.redirection import Redirection
 from transocks.tools import FirewallError, die_with_parent, lacking
 from usocksd.errors import Error
@@ -101,7 +101,7 @@ def _exec(command: Sequence[str]) -> int:
     gid = FIRST_GID + os.getpid()
     if not _allowed_gid(gid):
         raise ExecError("this user namespace has not enough group ids to tell the command's connections from others")
-    ipv6 = uses_ipv6()
+    ipv6 = 6 in routed_versions()
     with Signals() as signals, contextlib.ExitStack() as stack:
         usocksd_port, port = free_port(ipv6), free_port(ipv6)
         try:

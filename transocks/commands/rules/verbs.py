@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import attrs
 
 from transocks.config import DIRECT, Config
-from transocks.rules import change, live
+from transocks.rules import change, live, routing
 from transocks.rules.config import Mode, RulesConfig, Tool, WhenDown
 from transocks.rules.loops import loops
 from transocks.rules.redirection import Redirection, redirections_of
@@ -64,7 +64,7 @@ def render(args: argparse.Namespace) -> int:
             print(f"# for {live.iptables(version)}-restore --noflush")
             if redirection.mode is Mode.TPROXY:
                 for kind in ("route", "rule"):
-                    print(f"# {live.Routing(redirection.tproxy_mark, version).by_hand(kind)}")
+                    print(f"# {routing.Routing(redirection.tproxy_mark, version).by_hand(kind)}")
             print(render_iptables(redirection, version=version), end="")
     return 0
 

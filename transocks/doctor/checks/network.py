@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from transocks.doctor.finding import Finding, fault, fine, warning
 from transocks.doctor.host import Host
 from transocks.rules.config import Mode
-from transocks.rules.live import Routing
+from transocks.rules.routing import Routing
 from transocks.tracing.fate import Fate
 
 _INSIDE = (Mode.GATEWAY, Mode.TPROXY)

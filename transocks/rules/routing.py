@@ -1,0 +1,118 @@
+"""TPROXY's part of the routing: a rule for packets with its mark, and a route that makes all addresses local."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+import attrs
+
+from transocks.rules.config import Mode
+from transocks.rules.live import has, routed_versions, versions
+from transocks.rules.redirection import Redirection
+from transocks.tools import FirewallError, complaint, run, run_json
+
+PREFERENCE = 7474
+"""The preference of our rules in the routing policy: before those of VPNs, which are around 32764."""
+PROTOCOL = 116
+"""Who has made a route, for those that look, and for `remove`: a number that has no name of its own."""
+
+
+@attrs.frozen
+class Routing:
+    """A rule and a route of one IP version, for this mark."""
+
+    mark: int
+    version: int
+
+    def command(self, kind: str, action: str) -> tuple[str, ...]:
+        """ip(8) for the "rule" or "route": to "add" or "del", also one that others have made."""
+        words = {
+            "rule": ("pref", str(PREFERENCE), "fwmark", f"{self.mark:#x}", "lookup", str(self.mark)),
+            "route": ("local", "default", "dev", "lo", "table", str(self.mark)),
+        }[kind]
+        made_by = ("proto", str(PROTOCOL)) if (kind, action) == ("route", "add") else ()
+        return ("ip", f"-{self.version}", kind, action, *words, *made_by)
+
+    def by_hand(self, kind: str) -> str:
+        """The same to type, to add it."""
+        return " ".join(self.command(kind, "add"))
+
+
+@attrs.frozen
+class RoutingState:
+    """What is there of this shape in one IP version, for any mark."""
+
+    rules: Sequence[Routing]
+    routes: Sequence[Routing]
+    made: Sequence[Routing]
+    """those of `routes` that `transocks rules` has made"""
+    others: Mapping[int, list[str]]
+    """the destinations of all other routes, by their table"""
+
+
+def needed(redirections: Sequence[Redirection]) -> list[Routing]:
+    """What these rules need."""
+    marks = [each.tproxy_mark for each in redirections if each.mode is Mode.TPROXY]
+    return [Routing(mark, version) for mark in marks for version in routed_versions()]
+
+
+def current(version: int) -> RoutingState:
+    """What is there now. Raises FirewallError."""
+    ip = ("ip", "-N", "-json", f"-{version}")
+    rules, routes, made = [], [], []
+    others: dict[int, list[str]] = {}
+    for rule in run_json(*ip, "rule", "show", "pref", str(PREFERENCE)) or ():
+        mark = int(str(rule.get("fwmark", "0")), 0)
+        if mark and str(rule.get("table")) == str(mark):
+            rules.append(Routing(mark, version))
+    # Of all tables, since asking for one that has never been is an error.
+    for route in run_json(*ip, "route", "show", "table", "all") or ():
+        if (number := str(route.get("table"))).isdigit():
+            local = route.get("type") in ("local", "2")  # RTN_LOCAL
+            if local and (route.get("dst"), route.get("dev")) == ("default", "lo"):
+                routes.append(Routing(int(number), version))
+                made += routes[-1:] if str(route.get("protocol")) == str(PROTOCOL) else []
+            else:
+                others.setdefault(int(number), []).append(str(route.get("dst")))
+    return RoutingState(rules, routes, made, others)
+
+
+def add(redirections: Sequence[Redirection]) -> Callable[[], object]:
+    """Add what these rules need and is not there; returns how to undo that. Raises FirewallError, with that done."""
+    added: list[tuple[str, ...]] = []
+
+    def undo() -> list[str | None]:
+        return [complaint(*command) for command in reversed(added)]
+
+    try:
+        for each in needed(redirections):
+            there = current(each.version)
+            if others := there.others.get(each.mark):
+                raise FirewallError(
+                    f"routing table {each.mark} has routes of others ({', '.join(others)}):"
+                    " set rules.tproxy_mark, which is its number, to another"
+                )
+            for kind, same in (("route", there.routes), ("rule", there.rules)):
+                if each not in same:
+                    run(*each.command(kind, "add"))
+                    added.append(each.command(kind, "del"))
+    except FirewallError:
+        undo()
+        raise
+    return undo
+
+
+def remove(*, but: Collection[Routing] = ()) -> list[str]:
+    """Remove what is of our shape, or made by us; returns complaints."""
+    complaints = []
+    for version in versions() if has("ip") else ():  # without it, nobody has added any
+        try:
+            there = current(version)
+        except FirewallError as error:
+            complaints.append(str(error))
+            continue
+        gone = [rule.command("rule", "del") for rule in there.rules if rule not in but]
+        routes = [route for route in there.routes if route in there.rules or route in there.made]
+        gone += [route.command("route", "del") for route in routes if route not in but]
+        complaints += [words for command in gone if (words := complaint(*command))]
+    return complaints

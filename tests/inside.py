@@ -26,7 +26,7 @@ from usocksd.net.endpoint import Endpoint
 from usocksd.net.flow import Flow
 from usocksd.net.listeners import Listener, listen
 from usocksd.net.reactor import Reactor
-from usocksd.serve.daemon import Built, Parts
+from usocksd.serve.daemon import Application, Parts
 from usocksd.settings.loader import parse
 
 C = TypeVar("C")
@@ -113,7 +113,7 @@ async def _inside(
     folder: Path,
     kind: type[C],
     text: str,
-    build: Callable[[C, Parts], Built],
+    build: Callable[[C, Parts], Application],
     *,
     listener: Socket | None = None,
     connections: int = 1000,

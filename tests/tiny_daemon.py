@@ -54,7 +54,7 @@ from usocksd.net.ending import Limits
 from usocksd.net.endpoint import Endpoint
 from usocksd.net.pipes import PipePool
 from usocksd.net.relay import close_pair, relay
-from usocksd.serve.daemon import Built, Daemon, Examined, Parts, run
+from usocksd.serve.daemon import Application, Daemon, Parts, Remarks, run
 from usocksd.serve.timing import Timing
 from usocksd.settings.common import Common
 from usocksd.settings.types import (
@@ -110,9 +110,9 @@ class Config:
         )
 
 
-def examine(config: Config, _: str | None) -> Examined:
+def examine(config: Config, _: str | None) -> Remarks:
     misbehave("plan")
-    return Examined([Fault("", "", config.warning)] if config.warning else [])
+    return Remarks([Fault("", "", config.warning)] if config.warning else [])
 
 
 def say(**fields: object) -> None:
@@ -140,14 +140,14 @@ def keeping(parts: Parts) -> tuple[Callable[[], Awaitable[None]], ...]:
     return (keep,) if (FOLDER / "keep").exists() else ()
 
 
-def build(config: Config, parts: Parts) -> Built:
+def build(config: Config, parts: Parts) -> Application:
     misbehave("build")
     if config.file is not None:
         say(file=parts.read(config.file).decode())
     return make(parts)
 
 
-def make(parts: Parts) -> Built:
+def make(parts: Parts) -> Application:
     if (FOLDER / "fail-build").exists():
         raise Error("can't build: the test says so")
     pipes = PipePool(most_pipes(parts.descriptors))
@@ -199,7 +199,7 @@ def make(parts: Parts) -> Built:
         finally:
             say(background="ends")
 
-    return Built(session, (background,), lambda: say(closed=True), keeping=keeping(parts))
+    return Application(session, (background,), lambda: say(closed=True), keeping=keeping(parts))
 
 
 # As __main__: under PYTHONSAFEPATH the folder of a script is not on the path.

@@ -23,7 +23,7 @@ import pytest
 import test_redirect
 from daemons import Daemon, Served, receive_exactly, wait_until
 
-from usocksd.serve.verbs.client import Client
+from usocksd.serve.verbs.client import ControlClient
 
 PORTS = (2081, 2082, 2083)
 SPEAKS_LAST, SPEAKS_FIRST = 443, 25
@@ -419,6 +419,6 @@ def listens(net: lab.Net, port: int) -> bool:
 
 def upstreams(folder: Path) -> list[dict[str, Any]]:
     """Those of the group "default", as the daemon says that they are."""
-    status: Any = Client("transocks", str(folder / "control.sock")).ask("status")
+    status: Any = ControlClient("transocks", str(folder / "control.sock")).ask("status")
     found: list[dict[str, Any]] = status["daemon"]["upstreams"]["default"]["upstreams"]
     return found

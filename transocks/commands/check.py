@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from transocks.config import Config
 from transocks.lint import lint
-from usocksd.serve.daemon import Examined
+from usocksd.serve.daemon import Remarks
 
 
-def examine(config: Config, source: str | None) -> Examined:
+def examine(config: Config, source: str | None) -> Remarks:
     """Warnings; with `source`, its file, also about that."""
-    return Examined(lint(config, source))
+    return Remarks(lint(config, source))

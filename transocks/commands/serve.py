@@ -17,10 +17,10 @@ from usocksd.names.resolver import make_resolver
 from usocksd.net.dial import Dialer, check_mark
 from usocksd.net.keepalive import KeepAlive
 from usocksd.net.pipes import PipePool
-from usocksd.serve.daemon import Built, Parts
+from usocksd.serve.daemon import Application, Parts
 
 
-def build(config: Config, parts: Parts) -> Built:
+def build(config: Config, parts: Parts) -> Application:
     """Put transocks together. Raises Error when it can't serve."""
     check_mark(config.mark)
     if config.listen_tproxy and not parts.transparent:
@@ -65,7 +65,7 @@ def build(config: Config, parts: Parts) -> Built:
         keepalive=keepalive,
         access_log=AccessLog(parts.log, parts.metrics, routes.names),
     )
-    return Built(
+    return Application(
         sessions.serve,
         (hosts.watch, resolver.run, upstreams.health.run, first_bytes.run),
         guard.close,

@@ -29,7 +29,7 @@ from transocks.upstreams.proxy_url import ProxyURL
 from usocksd.host.addresses import HostAddresses
 from usocksd.host.sockets import Listener, listeners
 from usocksd.net.address import IPAddress, without_zone
-from usocksd.serve.verbs.client import Answer, Client, VerbError
+from usocksd.serve.verbs.client import Answer, ControlClient, VerbError
 
 AS_ROOT = "run it as root"
 
@@ -120,8 +120,10 @@ class Host:
     @cached_property
     def status(self) -> Answer | None:
         """What the running daemon says of itself."""
+        if not self.config.control:
+            return None
         try:
-            return Client("transocks", self.config.control).ask("status", timeout=2) if self.config.control else None
+            return ControlClient("transocks", self.config.control).ask("status", timeout=2)
         except VerbError:
             return None
 

@@ -8,10 +8,10 @@ from usocksd.config import Config
 from usocksd.errors import ConfigError
 from usocksd.everyone import notes
 from usocksd.lint import lint
-from usocksd.serve.daemon import Examined
+from usocksd.serve.daemon import Remarks
 
 
-def examine(config: Config, source: str | None) -> Examined:
+def examine(config: Config, source: str | None) -> Remarks:
     """Warnings and notes; with `source`, its file, also about that and about the file of users."""
     error = None
     if source is not None and config.auth.users_file is not None:
@@ -19,4 +19,4 @@ def examine(config: Config, source: str | None) -> Examined:
             Users(config.auth.users_file)
         except ConfigError as raised:
             error = raised
-    return Examined(lint(config), notes(config, lambda: policy_of(config)), error)
+    return Remarks(lint(config), notes(config, lambda: policy_of(config)), error)

@@ -19,7 +19,7 @@ from usocksd.config import Config
 from usocksd.errors import Error
 from usocksd.net.address import join_port, numeric_address
 from usocksd.serve.daemon import Daemon
-from usocksd.serve.verbs.client import Client, find_control, visible
+from usocksd.serve.verbs.client import ControlClient, find_control, visible
 from usocksd.settings import loader as configuration
 from usocksd.settings.types import split_port
 
@@ -135,7 +135,7 @@ def _run(daemon: Daemon[Config], args: argparse.Namespace) -> int:
 
 def _ask(daemon: Daemon[Config], args: argparse.Namespace, request: Json) -> Json:
     args.f = args.file or args.f
-    client = Client(daemon.name, find_control(daemon, args, "usocksd explain: "))
+    client = ControlClient(daemon.name, find_control(daemon, args, "usocksd explain: "))
     with _saying(lambda: "waiting for the daemon, which asks its name servers"):
         return client.ask("explain", timeout=_ANSWER_WITHIN, **request)
 

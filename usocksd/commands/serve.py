@@ -14,11 +14,11 @@ from usocksd.net.dial import Dialer, check_mark
 from usocksd.net.keepalive import KeepAlive
 from usocksd.net.pipes import PipePool
 from usocksd.proxied import ProxiedListener
-from usocksd.serve.daemon import Built, Parts
+from usocksd.serve.daemon import Application, Parts
 from usocksd.session import Sessions
 
 
-def build(config: Config, parts: Parts) -> Built:
+def build(config: Config, parts: Parts) -> Application:
     """Put usocksd together. Raises Error when it can't serve."""
     for pool in config.pools().values():
         check_mark(pool.mark)
@@ -47,7 +47,7 @@ def build(config: Config, parts: Parts) -> Built:
         proxied=proxied,
     )
     explainer = Explainer(policy, resolver, egress, listings, config.timeouts.connect)
-    return Built(
+    return Application(
         sessions.serve,
         (hosts.watch, resolver.run),
         keeping=(lookups.run,),

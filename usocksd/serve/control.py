@@ -21,7 +21,7 @@ from typing import Any, Final, TypeAlias
 import trio
 
 from usocksd.errors import ConfigError, Error
-from usocksd.serve.server import Limits, Peer, Server
+from usocksd.serve.server import BoundedServer, Peer, ServerLimits
 from usocksd.settings.control_path import NotPrivate, make_folder
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ Handler: TypeAlias = Callable[[Message], Awaitable[Message]]
 Handlers: TypeAlias = Mapping[str, Handler]
 """By verb"""
 
-LIMITS: Final = Limits(clients=16, request=64 * 1024 + 1, ask_within=5.0, take_within=5.0)
+LIMITS: Final = ServerLimits(clients=16, request=64 * 1024 + 1, ask_within=5.0, take_within=5.0)
 MOST_BYTES: Final = LIMITS.request - 1
 
 _BACKLOG = 64
@@ -43,7 +43,7 @@ class ControlError(Error):
     """The control socket could not be opened."""
 
 
-class Control(Server):
+class Control(BoundedServer):
     """The control socket at `path`; see `open`. `inode` is the device and inode number of the socket's file.
 
     What a handler returns is sent with "ok": true; if it raises Error, that is sent with "ok": false, and with the
@@ -53,7 +53,7 @@ class Control(Server):
     finishes = True  # so that the verb that ends the daemon has its answer
 
     def __init__(
-        self, path: str, sock: socket.socket, inode: tuple[int, int], handlers: Handlers, limits: Limits = LIMITS
+        self, path: str, sock: socket.socket, inode: tuple[int, int], handlers: Handlers, limits: ServerLimits = LIMITS
     ) -> None:
         super().__init__([sock], limits)
         self.path = path

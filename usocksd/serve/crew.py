@@ -12,7 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any
 
 import attrs
 import trio
@@ -26,7 +26,7 @@ from usocksd.serve.coroner import Coroner, ended_children
 from usocksd.serve.plan import Generation
 from usocksd.serve.slots import Slots
 from usocksd.serve.timing import Timing
-from usocksd.serve.worker_process import State, WorkerProcess
+from usocksd.serve.worker_process import WorkerProcess, WorkerState
 from usocksd.settings.files import NamedFiles
 from usocksd.settings.types import LogConfig
 
@@ -34,13 +34,6 @@ log = logging.getLogger(__name__)
 
 # Their descriptors travel in one message (SCM_MAX_FD of unix(7)).
 _MOST_ADDRESSES = 200
-
-
-class Candidate(NamedTuple):
-    """A generation that is ready to serve, and not in force yet."""
-
-    generation: Generation
-    workers: list[WorkerProcess]
 
 
 class Crew:
@@ -79,8 +72,8 @@ class Crew:
 
     async def prepare(
         self, number: int, text: str, source: str, log_of: Callable[[LogConfig], LogConfig], kept: NamedFiles | None
-    ) -> Candidate:
-        """Start the workers of a new configuration; returns when all are ready. None accepts connections yet.
+    ) -> Generation:
+        """Start the workers of a new configuration; returns when all are ready. They accept no connections yet.
 
         `log_of` opens the log that the configuration wants, and returns where it is. Files that are `kept` are not read
         again. Raises ConfigError with every fault, or Error; then nothing has changed.
@@ -105,12 +98,12 @@ class Crew:
             except trio.TooSlowError:
                 raise Error(f"the workers were not ready within {self._timing.ready_within:.0f} s") from None
             undo.pop_all()
-        return Candidate(generation, workers)
+        return generation
 
-    def dismiss(self, candidate: Candidate) -> None:
+    def dismiss(self, generation: Generation) -> None:
         """End a generation that was prepared and does not come into force."""
-        candidate.generation.files.close()
-        self._give_up(candidate.workers)
+        generation.files.close()
+        self._give_up(self.of(generation.number))
 
     def _give_up(self, workers: Sequence[WorkerProcess]) -> None:
         if workers:
@@ -130,15 +123,15 @@ class Crew:
         self.emptying = False
         self.changed.unpark_all()
 
-    async def commit(self, candidate: Candidate) -> None:
+    async def commit(self, generation: Generation) -> None:
         """Bring a prepared generation into force. Older ones drain."""
         if self.generation is not None:
             self.generation.files.close()
-        generation = self.generation = candidate.generation
+        self.generation = generation
         self.level = None
         self._adoption.begin(generation.plan)
         self._failures.clear()
-        for worker in candidate.workers:
+        for worker in self.of(generation.number):
             await worker.accept()
             self._nursery.start_soon(self._watch, worker)
         surplus = self._slots.release(generation.plan.listen, generation.plan.workers)
@@ -146,7 +139,9 @@ class Crew:
             self.emptying = True
             self._nursery.start_soon(self._empty, surplus)
         older = [worker for worker in self.workers if worker.generation < generation.number]
-        await self.drain([worker for worker in older if worker.state is not State.DRAINING], generation.plan.drain)
+        await self.drain(
+            [worker for worker in older if worker.state is not WorkerState.DRAINING], generation.plan.drain
+        )
 
     async def drain(self, workers: Sequence[WorkerProcess], within: float) -> None:
         """Have these accept no more, and end what is left after `within` seconds."""
@@ -154,7 +149,7 @@ class Crew:
             if worker.coming:
                 worker.kill()
             else:
-                worker.state = State.DRAINING
+                worker.state = WorkerState.DRAINING
         await self.tell({"type": "drain", "within": within}, [worker for worker in workers if not worker.coming])
 
     async def tell(self, message: Message, workers: Sequence[WorkerProcess] | None = None) -> None:
@@ -177,7 +172,7 @@ class Crew:
     @property
     def draining(self) -> list[int]:
         """The numbers of the generations that drain, the oldest first"""
-        return sorted({worker.generation for worker in self.workers if worker.state is State.DRAINING})
+        return sorted({worker.generation for worker in self.workers if worker.state is WorkerState.DRAINING})
 
     def of(self, generation: int) -> list[WorkerProcess]:
         """The workers of a generation"""
@@ -187,7 +182,7 @@ class Crew:
     def serving(self) -> list[WorkerProcess]:
         """The workers that accept connections, as far as is known, by slot"""
         number = self.generation.number if self.generation else 0
-        serving = [worker for worker in self.of(number) if worker.state is State.SERVING]
+        serving = [worker for worker in self.of(number) if worker.state is WorkerState.SERVING]
         return sorted(serving, key=lambda worker: worker.slot)
 
     # The master becomes a new version
@@ -253,8 +248,8 @@ class Crew:
                 silent = last - worker.seen
                 if worker.coming or silent < self._timing.suspect_after:
                     continue
-                if worker.state is State.SERVING:
-                    worker.state = State.SUSPECTED
+                if worker.state is WorkerState.SERVING:
+                    worker.state = WorkerState.SUSPECTED
                     log.warning("a worker is silent", extra={"fields": {"pid": worker.pid, "slot": worker.slot}})
                     self._nursery.start_soon(self._adoption.cover)
                 if silent > self._timing.hung_after and not worker.hung:
@@ -302,8 +297,8 @@ class Crew:
     async def _watch(self, worker: WorkerProcess) -> None:
         """Listen to a worker until it ends, and replace it if it should not have."""
         async for message in worker.listen():
-            if worker.state is State.SUSPECTED:
-                worker.state = State.SERVING
+            if worker.state is WorkerState.SUSPECTED:
+                worker.state = WorkerState.SERVING
                 await self._adoption.cover()
             if message["type"] == "share" and worker.slot == 0 and worker in self.serving:
                 self.shared = message["value"]
@@ -315,7 +310,7 @@ class Crew:
             "exit_status": worker.exit_status,
             "cause": worker.cause,
         }
-        draining = worker.state is State.DRAINING
+        draining = worker.state is WorkerState.DRAINING
         if draining and worker.exit_status == 0:
             log.log(logging.DEBUG if self.stopping else logging.INFO, "a worker has drained", extra={"fields": fields})
         else:

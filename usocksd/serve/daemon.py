@@ -33,13 +33,13 @@ Request: TypeAlias = dict[str, Any]
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
-class Config(Protocol):
+class Settings(Protocol):
     """The settings of a daemon."""
 
     def common(self) -> Common: ...
 
 
-C = TypeVar("C", bound=Config)
+C = TypeVar("C", bound=Settings)
 
 
 @attrs.frozen(kw_only=True)
@@ -58,11 +58,11 @@ class Daemon(Generic[C]):
     columns: tuple[str, ...] = ()
     """What its connections have besides what all have: see verbs/selection.py"""
     verbs: tuple[str, ...] = ()
-    """What its workers answer on the control socket; see `Built.verbs`"""
+    """What its workers answer on the control socket; see `Application.verbs`"""
     examine: str
-    """(config, file or None) -> Examined. None: the file itself, and other files, are not looked at."""
+    """(config, file or None) -> Remarks. None: the file itself, and other files, are not looked at."""
     build: str
-    """(config, parts) -> Built. Raises Error if the daemon can't be put together."""
+    """(config, parts) -> Application. Raises Error if the daemon can't be put together."""
     timing: Timing = attrs.field(factory=Timing)
 
     def source(self, path: str | None) -> str | None:
@@ -81,7 +81,7 @@ class Daemon(Generic[C]):
         return pkgutil.resolve_name(function)(*arguments)
 
 
-class Examined(NamedTuple):
+class Remarks(NamedTuple):
     """What there is to say about a valid configuration."""
 
     warnings: Sequence[Fault]
@@ -106,11 +106,11 @@ class Parts(NamedTuple):
     connections: int
     """How many connections fit into them"""
     count_as: Callable[[Endpoint, str, int], bool]
-    """Count a connection on one of the ports `Built.proxied` as one of this client, numeric address and port. False if
-    a limit forbids that; then it has been reset."""
+    """Count a connection on one of the ports `Application.proxied` as one of this client, numeric address and port.
+    False if a limit forbids that; then it has been reset."""
     share: Callable[[Any], None]
     """Send a JSON value to all workers, this one and later ones included. Only the latest value counts, and only from
-    a task of `Built.keeping`."""
+    a task of `Application.keeping`."""
     shared: Callable[[Callable[[Any], None]], None]
     """Have a function called with the shared value: at once if there is one, and whenever there is a new one. It may be
     from another configuration."""
@@ -118,7 +118,7 @@ class Parts(NamedTuple):
     """Read a file that the configuration names, as it was when that was read. For use in `build`, not later."""
 
 
-class Built(NamedTuple):
+class Application(NamedTuple):
     """A daemon, ready to serve."""
 
     session: Callable[[Endpoint, str, int], Awaitable[None]]

@@ -15,8 +15,8 @@ from usocksd.net.listeners import ListenError, listen
 from usocksd.serve.channel import restore_socket
 from usocksd.serve.control import Control, ControlError, Handlers
 from usocksd.serve.exporter import Exporter
-from usocksd.serve.plan import Metering
-from usocksd.serve.report import Report
+from usocksd.serve.plan import MetricsAddress
+from usocksd.serve.report import Reporter
 from usocksd.serve.timing import Timing
 
 log = logging.getLogger(__name__)
@@ -29,20 +29,20 @@ class Doors:
     is free.
     """
 
-    def __init__(self, name: str, nursery: trio.Nursery, report: Report, handlers: Handlers, timing: Timing) -> None:
+    def __init__(self, name: str, nursery: trio.Nursery, report: Reporter, handlers: Handlers, timing: Timing) -> None:
         self._name = name
         self._nursery = nursery
         self._report = report
         self._handlers = handlers
         self._timing = timing
         self._exporter: Exporter | None = None
-        self._metering: Metering | None = None
+        self._metering: MetricsAddress | None = None
         self._control: Control | None = None
         self._control_path: str | None = None
         """Where it is, or should be"""
         self._trying = trio.CancelScope()
 
-    def prepare(self, metering: Metering | None) -> Exporter | None:
+    def prepare(self, metering: MetricsAddress | None) -> Exporter | None:
         """The metrics endpoint for a configuration to come: the present one if it is at the same place.
 
         Raises ListenError if the port is required and can't be had.
@@ -64,7 +64,7 @@ class Doors:
         if exporter is not None and exporter is not self._exporter:
             exporter.close()
 
-    def commit(self, exporter: Exporter | None, metering: Metering | None, control: str | None) -> None:
+    def commit(self, exporter: Exporter | None, metering: MetricsAddress | None, control: str | None) -> None:
         """That configuration is in force; `control` is the path of its control socket."""
         old, self._metering = self._exporter, metering
         if exporter is not old:
@@ -108,7 +108,7 @@ class Doors:
             self._serve_metrics(self._export([restore_socket(fd) for fd in state["metrics"]]))
         if state["metering"] is not None:
             hosts, port, required = state["metering"]
-            self._metering = Metering(tuple(hosts), port, required)
+            self._metering = MetricsAddress(tuple(hosts), port, required)
         if state["control"] is not None:
             path, fd, *inode = state["control"]
             self._serve_control(Control(path, restore_socket(fd), (inode[0], inode[1]), self._handlers))
@@ -118,7 +118,7 @@ class Doors:
     def _export(self, sockets: Sequence[socket.socket]) -> Exporter:
         return Exporter(sockets, self._report.collect, lambda: self._report.health)
 
-    def _open_metrics(self, metering: Metering) -> Exporter:
+    def _open_metrics(self, metering: MetricsAddress) -> Exporter:
         if self._exporter is None or self._exporter.addresses[0][1] != metering.port:
             # As in slots.py: with SO_REUSEPORT alone, another instance's port would be shared unnoticed.
             for host in metering.hosts:

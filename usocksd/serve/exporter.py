@@ -24,14 +24,14 @@ from prometheus_client.utils import floatToGoString
 from usocksd.host.limits import owner
 from usocksd.log.metrics import Kind, Snapshot
 from usocksd.net.address import bound_to
-from usocksd.serve.server import Limits, Peer, Server
+from usocksd.serve.server import BoundedServer, Peer, ServerLimits
 
 log = logging.getLogger(__name__)
 
 READY = "ready"
 
 # A scrape takes milliseconds.
-LIMITS: Final = Limits(clients=64, request=16 * 1024, ask_within=2.0, take_within=10.0)
+LIMITS: Final = ServerLimits(clients=64, request=16 * 1024, ask_within=2.0, take_within=10.0)
 
 _TEXT = "text/plain"
 
@@ -44,7 +44,7 @@ class BadRequest(Exception):
         self.status = status
 
 
-class Request(NamedTuple):
+class HttpRequest(NamedTuple):
     """What a client wants."""
 
     head: bool
@@ -53,7 +53,7 @@ class Request(NamedTuple):
     accept: str
 
 
-def parse_request(data: bytes) -> Request:
+def parse_request(data: bytes) -> HttpRequest:
     """An HTTP request (RFC 9112). Raises BadRequest."""
     line, _, rest = data.partition(b"\n")
     try:
@@ -66,10 +66,10 @@ def parse_request(data: bytes) -> Request:
         raise BadRequest(HTTPStatus.BAD_REQUEST)
     if method not in ("GET", "HEAD"):
         raise BadRequest(HTTPStatus.NOT_IMPLEMENTED)
-    return Request(method == "HEAD", path, str(accept))
+    return HttpRequest(method == "HEAD", path, str(accept))
 
 
-class Exporter(Server):
+class Exporter(BoundedServer):
     """Serves /metrics and /healthz over HTTP. `collect` returns the sum of all processes; `health` is one word, and
     everything but READY is an HTTP error (503), so that a load balancer looks elsewhere.
     """
@@ -79,7 +79,7 @@ class Exporter(Server):
         sockets: Sequence[socket.socket],
         collect: Callable[[], Snapshot],
         health: Callable[[], str],
-        limits: Limits = LIMITS,
+        limits: ServerLimits = LIMITS,
     ) -> None:
         super().__init__(sockets, limits)
         self.addresses = list(map(bound_to, sockets))

@@ -29,7 +29,7 @@ from usocksd.serve.master_log import MasterLog
 from usocksd.serve.notify import Notifier, inherited_sockets
 from usocksd.serve.plan import Generation
 from usocksd.serve.reloads import Read, Reloads, complain
-from usocksd.serve.report import Report
+from usocksd.serve.report import Reporter
 from usocksd.serve.slots import Slots, check_inherited
 from usocksd.settings.types import LogConfig
 
@@ -128,7 +128,7 @@ class Master:
             self._slots = Slots.take_over(state["slots"])
         raise_descriptor_limit()
         self._crew = Crew(nursery, self._slots, metrics, timing, None if state is None else state["crew"]["table"])
-        self._report = Report(daemon.name, self._crew, self._slots, metrics, log=own_log, timing=timing)
+        self._report = Reporter(daemon.name, self._crew, self._slots, metrics, log=own_log, timing=timing)
         handlers: dict[str, Handler] = {
             "status": lambda _: self._report.status(),
             "health": lambda _: self._report.health_of_daemon(),

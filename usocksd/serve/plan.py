@@ -24,7 +24,7 @@ refused.
 """
 
 
-class Metering(NamedTuple):
+class MetricsAddress(NamedTuple):
     """Where the metrics endpoint is."""
 
     hosts: tuple[str, ...]
@@ -40,7 +40,7 @@ class Plan:
     listen: tuple[ListenAddress, ...]
     workers: int
     log: LogConfig
-    metrics: Metering | None
+    metrics: MetricsAddress | None
     control: str | None
     """Path of the control socket"""
     drain: float
@@ -68,7 +68,7 @@ class Plan:
             | {
                 "listen": tuple(ListenAddress(ip_address(host), *rest) for host, *rest in values["listen"]),
                 "log": LogConfig(**values["log"]),
-                "metrics": None if metrics is None else Metering(tuple(metrics[0]), *metrics[1:]),
+                "metrics": None if metrics is None else MetricsAddress(tuple(metrics[0]), *metrics[1:]),
                 "warnings": tuple(values["warnings"]),
             }
         )
@@ -82,7 +82,7 @@ def make_plan(common: Common, warnings: Sequence[str] = ()) -> Plan:
         listen=tuple(at for _, at in common.listen),
         workers=common.workers or usable_cpus(),
         log=common.log,
-        metrics=Metering(hosts, port, required=common.metrics_port is not None) if port else None,
+        metrics=MetricsAddress(hosts, port, required=common.metrics_port is not None) if port else None,
         control=common.control_here,
         drain=common.timeouts.drain,
         stop=common.timeouts.stop,

@@ -18,13 +18,13 @@ import attrs
 import trio
 
 from usocksd.errors import ConfigError, Error
-from usocksd.serve.crew import Candidate, Crew
+from usocksd.serve.crew import Crew
 from usocksd.serve.doors import Doors
 from usocksd.serve.exporter import Exporter
 from usocksd.serve.master_log import MasterLog
 from usocksd.serve.notify import Notifier
 from usocksd.serve.plan import Generation
-from usocksd.serve.report import Report
+from usocksd.serve.report import Reporter
 from usocksd.serve.slots import Slots
 from usocksd.serve.timing import Timing
 
@@ -71,7 +71,7 @@ class Reloads:
         slots: Slots,
         crew: Crew,
         doors: Doors,
-        report: Report,
+        report: Reporter,
         timing: Timing,
         done: Callable[[], Awaitable[None]],
     ) -> None:
@@ -238,15 +238,15 @@ class Reloads:
         with ExitStack() as undo:
             undo.callback(self._log.drop)
             kept = None if before is None else before.files
-            candidate = await self._crew.prepare(number, text, source, self._log.prepare, kept)
-            undo.callback(self._crew.dismiss, candidate)
-            exporter = self._doors.prepare(candidate.generation.plan.metrics)
+            generation = await self._crew.prepare(number, text, source, self._log.prepare, kept)
+            undo.callback(self._crew.dismiss, generation)
+            exporter = self._doors.prepare(generation.plan.metrics)
             undo.callback(self._doors.drop, exporter)
             # An admin who goes back may be locked out, and does not wait.
             await self._let_drain(_MOST_DRAINING if before is None else _MOST_DRAINING + 1)
             undo.pop_all()
         with trio.CancelScope(shield=True):
-            await self._commit(candidate, exporter)
+            await self._commit(generation, exporter)
 
     async def _let_drain(self, most: int) -> None:
         """Wait until one more generation may drain; in the end, end the oldest."""
@@ -263,11 +263,11 @@ class Reloads:
             log.warning("ending the oldest generation", extra={"fields": {"generation": oldest, "live": live}})
             await crew.drain(left, 0.0)
 
-    async def _commit(self, candidate: Candidate, exporter: Exporter | None) -> None:
-        plan = candidate.generation.plan
+    async def _commit(self, generation: Generation, exporter: Exporter | None) -> None:
+        plan = generation.plan
         listened = set() if self._crew.generation is None else set(self._slots.listening(opened=False))
         old_log = self._log.commit()
-        await self._crew.commit(candidate)
+        await self._crew.commit(generation)
         self._doors.commit(exporter, plan.metrics, plan.control)
         for warning in plan.warnings:
             log.warning(warning)

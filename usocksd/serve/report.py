@@ -21,13 +21,13 @@ from usocksd.serve.plan import Generation
 from usocksd.serve.slots import Slots
 from usocksd.serve.timing import Timing
 from usocksd.serve.vitals import LOG_FAILING
-from usocksd.serve.worker_process import Answer, State, WorkerProcess
+from usocksd.serve.worker_process import WorkerAnswer, WorkerProcess, WorkerState
 
 _RATES = ("connections", "tx_bytes", "rx_bytes")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
-class Report:
+class Reporter:
     """Gathers what there is to tell."""
 
     def __init__(
@@ -58,7 +58,7 @@ class Report:
         )
         self._generation = metrics.gauge("config_generation", "How many configurations have been in force")
         self._workers = metrics.gauges("workers", "Worker processes", "state")
-        for state in State:
+        for state in WorkerState:
             self._workers.labels(state.value)
         self._queue = metrics.gauge("accept_queue_length", "Connections that wait to be accepted")
         self._queue_limit = metrics.gauge("accept_queue_limit", "Connections that may wait to be accepted")
@@ -114,7 +114,7 @@ class Report:
         if crew.generation is not None:
             self._generation.value = crew.generation.number
             self._loaded.value = crew.generation.since
-        for state in State:
+        for state in WorkerState:
             self._workers.labels(state.value).value = sum(worker.state is state for worker in crew.workers)
         self._queue.value, self._queue_limit.value = self._slots.queues()
         self._own_dropped.value = self._log.dropped
@@ -184,7 +184,7 @@ class Report:
         }
 
     async def _of_daemon(self) -> dict[str, Any]:
-        """`Built.status` of the first worker that answers, since all know the same"""
+        """`Application.status` of the first worker that answers, since all know the same"""
         for worker in self._crew.serving:
             for row in (await worker.ask("status", within=self._timing.answer_within)).rows:
                 return dict(row)
@@ -211,9 +211,9 @@ class Report:
         answers = await self._ask("measure", self._timing.answer_within)
         return {worker.pid: row for worker, answer in answers.items() for row in answer.rows}
 
-    async def _ask(self, question: str, within: float) -> dict[WorkerProcess, Answer]:
+    async def _ask(self, question: str, within: float) -> dict[WorkerProcess, WorkerAnswer]:
         """The answers of all workers"""
-        answers: dict[WorkerProcess, Answer] = {}
+        answers: dict[WorkerProcess, WorkerAnswer] = {}
 
         async def ask(worker: WorkerProcess) -> None:
             answers[worker] = await worker.ask(question, within=within)

@@ -21,7 +21,7 @@ _PAUSE = 0.2
 
 
 @attrs.frozen(kw_only=True)
-class Limits:
+class ServerLimits:
     """What clients may take. Times are in seconds."""
 
     clients: int
@@ -50,13 +50,13 @@ class _Client:
     asked: bool = False
 
 
-class Server(ABC):
+class BoundedServer(ABC):
     """Serves connections to listening sockets, which are its own from now on, until it is closed."""
 
     finishes = False
     """A whole request is answered, even if `serve` is cancelled and however many clients come meanwhile."""
 
-    def __init__(self, sockets: Sequence[socket.socket], limits: Limits) -> None:
+    def __init__(self, sockets: Sequence[socket.socket], limits: ServerLimits) -> None:
         self.sockets = list(sockets)
         self._limits = limits
         self._accepting = trio.CancelScope()

@@ -28,7 +28,7 @@ from usocksd.net.endpoint import Endpoint
 from usocksd.net.listeners import Listener, is_transparent
 from usocksd.net.reactor import Reactor
 from usocksd.serve.channel import Channel, Message, restore_socket
-from usocksd.serve.daemon import Built, Daemon, Parts
+from usocksd.serve.daemon import Application, Daemon, Parts
 from usocksd.serve.plan import PROTOCOL, make_plan
 from usocksd.serve.service import Service, settle_memory
 from usocksd.serve.vitals import Vitals
@@ -191,7 +191,7 @@ class Worker:
             shared=self._subscribe,
             read=files.read,
         )
-        built: Built = self._daemon.call(self._daemon.build, config, parts)
+        built: Application = self._daemon.call(self._daemon.build, config, parts)
         files.close()
         self._built = built
         with contextlib.closing(built):

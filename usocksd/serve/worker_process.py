@@ -36,7 +36,7 @@ _numbers = itertools.count(1)
 _MOST_STDERR = 16 * 1024
 
 
-class State(Enum):
+class WorkerState(Enum):
     """Where a worker is in its life."""
 
     STARTING = "starting"
@@ -53,7 +53,7 @@ class WorkerEnded(Error):
 
 
 @attrs.define
-class Answer:
+class WorkerAnswer:
     """What a worker has answered to a question."""
 
     rows: list[Any] = attrs.Factory(list)
@@ -74,7 +74,7 @@ class WorkerProcess:
         self.channel = channel
         self.timing = timing
         self.born = trio.current_time()
-        self.state = State.STARTING
+        self.state = WorkerState.STARTING
         self.ordered = False
         """It knows how to serve: what it is told from now on, it does once it is ready."""
         self.version = ""
@@ -94,7 +94,7 @@ class WorkerProcess:
         self._stderr: int | None = None
         """A memory file with its stderr until it is ready"""
         self._listening = True
-        self._questions: dict[int, Answer] = {}
+        self._questions: dict[int, WorkerAnswer] = {}
 
     @classmethod
     def start(cls, generation: int, slot: int, column: int, timing: Timing) -> WorkerProcess:
@@ -134,7 +134,7 @@ class WorkerProcess:
     @property
     def coming(self) -> bool:
         """Whether it has not been told to accept connections; until then nobody listens to its reports."""
-        return self.state in (State.STARTING, State.READY)
+        return self.state in (WorkerState.STARTING, WorkerState.READY)
 
     @property
     def live(self) -> int:
@@ -168,13 +168,13 @@ class WorkerProcess:
         await self._order({"type": "serve", **order, "column": self.column}, fds)
         ready, _ = await self._expect("ready")
         self.version = ready["version"]
-        self.state = State.READY
+        self.state = WorkerState.READY
         self.seen = trio.current_time()
         self._close_stderr()
 
     async def accept(self) -> None:
         """Have it accept connections."""
-        self.state = State.SERVING
+        self.state = WorkerState.SERVING
         self.seen = trio.current_time()
         await self.send({"type": "accept"})
 
@@ -183,9 +183,9 @@ class WorkerProcess:
         with contextlib.suppress(OSError), trio.move_on_after(self.timing.send_within):
             await self.channel.send(message, fds)
 
-    async def ask(self, verb: str, *, within: float = math.inf, request: Message | None = None) -> Answer:
+    async def ask(self, verb: str, *, within: float = math.inf, request: Message | None = None) -> WorkerAnswer:
         """Its answer to a question: what there is of it after `within` seconds, or when it ends."""
-        number, answer = next(_numbers), Answer()
+        number, answer = next(_numbers), WorkerAnswer()
         self._questions[number] = answer
         try:
             with trio.move_on_after(within):
@@ -245,7 +245,7 @@ class WorkerProcess:
         channel = Channel(trio.socket.from_stdlib_socket(restore_socket(fd)), base64.b64decode(unread))
         generation, slot, column, pid = state["process"]
         worker = cls(generation, slot, column, pid, channel, timing=timing)
-        worker.state, worker.ordered = State(state["state"]), True
+        worker.state, worker.ordered = WorkerState(state["state"]), True
         worker.version, worker.alive = state["version"], state["alive"]
         return worker
 

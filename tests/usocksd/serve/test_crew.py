@@ -19,7 +19,7 @@ from usocksd.serve.channel import Channel
 from usocksd.serve.crew import Crew
 from usocksd.serve.slots import Slots
 from usocksd.serve.timing import Timing
-from usocksd.serve.worker_process import State, WorkerProcess
+from usocksd.serve.worker_process import WorkerProcess, WorkerState
 from usocksd.settings.files import NamedFiles
 
 # A worker's silence, in seconds, that is suspicious, and that is its end.
@@ -210,7 +210,7 @@ async def test_what_can_t_be_passed_on_yet(nothing_leaks: None, ended: int) -> N
     async with trio.open_nursery() as nursery:
         crew = Crew(nursery, Slots(), Metrics("tiny"), Timing())
         worker = WorkerProcess(1, 0, 0, ended, Channel(trio.socket.from_stdlib_socket(ours)), timing=Timing())
-        worker.state = State.DRAINING
+        worker.state = WorkerState.DRAINING
         crew.workers.append(worker)
         assert crew.settled
         crew.reap()

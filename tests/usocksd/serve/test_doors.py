@@ -15,7 +15,7 @@ from usocksd.errors import Error
 from usocksd.net.listeners import ListenError
 from usocksd.serve.control import Control, ControlError
 from usocksd.serve.doors import Doors
-from usocksd.serve.plan import Metering
+from usocksd.serve.plan import MetricsAddress
 from usocksd.serve.timing import Timing
 
 
@@ -50,6 +50,6 @@ async def test_doors_without_descriptors(tmp_path: Path) -> None:
     async with trio.open_nursery() as nursery:
         report: Any = Mock()
         doors = Doors("tiny", nursery, report, {}, Timing())
-        metering = Metering(("127.0.0.1", "127.0.0.2"), 0, required=False)
+        metering = MetricsAddress(("127.0.0.1", "127.0.0.2"), 0, required=False)
         assert failures(lambda: doors._open_metrics(metering), ListenError) >= 2
         assert failures(lambda: Control.open(str(tmp_path / "control"), "tiny", {}), ControlError) >= 2

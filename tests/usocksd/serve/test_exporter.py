@@ -23,7 +23,7 @@ from prometheus_client.openmetrics import parser as openmetrics
 from usocksd.log.metrics import BYTES, SECONDS, Metrics, Snapshot, total
 from usocksd.net.listeners import listen
 from usocksd.serve.exporter import LIMITS, Exporter
-from usocksd.serve.server import Limits
+from usocksd.serve.server import ServerLimits
 
 # As Prometheus 2.42 and 3.5 say it.
 ACCEPT = (
@@ -38,7 +38,7 @@ STRANGE = 'deny_sites "a\\b\nc" ü'
 class Served:
     """An exporter in a thread, what it collects, and how it is."""
 
-    def __init__(self, limits: Limits = LIMITS, host: str = "127.0.0.1") -> None:
+    def __init__(self, limits: ServerLimits = LIMITS, host: str = "127.0.0.1") -> None:
         self.metrics = Metrics("usocksd")
         self.health = "ready"
         self.collect: Callable[[], Snapshot] = lambda: total([self.metrics.snapshot()])
@@ -73,7 +73,7 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(limits: Limits = LIMITS, host: str = "127.0.0.1") -> Iterator[Served]:
+def serving(limits: ServerLimits = LIMITS, host: str = "127.0.0.1") -> Iterator[Served]:
     served = Served(limits, host)
     try:
         yield served

@@ -27,7 +27,7 @@ from usocksd.cli import USOCKSD
 from usocksd.errors import Error
 from usocksd.settings.control_path import control_path
 from usocksd.serve.control import Control
-from usocksd.serve.verbs.client import Client, find_control
+from usocksd.serve.verbs.client import ControlClient, find_control
 
 default, uid, before = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 subprocess.run("mount -t tmpfs -o mode=755 tmpfs /run; mount -t tmpfs -o mode=1777 tmpfs /tmp; " + before,
@@ -42,7 +42,7 @@ async def name(request):
 def ask():
     options = argparse.Namespace(control=None, f=None)
     try:
-        return Client("usocksd", find_control(attrs.evolve(USOCKSD, file="/none", control=default), options, "")).ask("name")
+        return ControlClient("usocksd", find_control(attrs.evolve(USOCKSD, file="/none", control=default), options, "")).ask("name")
     except Error as error:
         return {"verb": str(error)}
 

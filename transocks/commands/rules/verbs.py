@@ -19,7 +19,7 @@ from transocks.rules.render import render_all_nft, render_iptables
 from transocks.rules.verify import verify as examine
 from transocks.tools import FirewallError, one_change
 from transocks.tracing.links import filtered_bridges
-from usocksd.serve.verbs.client import Answer, Client, Refused, VerbError, visible
+from usocksd.serve.verbs.client import Answer, ControlClient, Refused, VerbError, visible
 from usocksd.settings import loader as configuration
 
 DEFAULT = "/etc/transocks.toml"
@@ -139,7 +139,7 @@ def _ask(order: Order) -> tuple[str | None, Answer]:
     if path is None or not os.path.exists(path):
         return None, {}
     try:
-        health = Client("transocks", path).ask("health", timeout=ANSWER_WITHIN)
+        health = ControlClient("transocks", path).ask("health", timeout=ANSWER_WITHIN)
     except (VerbError, Refused) as error:
         return f"whether transocks accepts connections can't be told: {error}", {}
     state = health["state"]

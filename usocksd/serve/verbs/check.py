@@ -19,7 +19,7 @@ import attrs
 from usocksd.errors import ConfigError, Fault
 from usocksd.log.words import counted
 from usocksd.net.address import join_port
-from usocksd.serve.daemon import Daemon, Examined, Subparsers
+from usocksd.serve.daemon import Daemon, Remarks, Subparsers
 from usocksd.serve.verbs.client import visible
 from usocksd.settings import loader as configuration
 from usocksd.settings.common import Common
@@ -43,7 +43,7 @@ Exit status: 0 if there are no faults, and with --strict no warnings; else 1; 2 
 
 
 @attrs.frozen
-class Finding:
+class Diagnostic:
     """A fault or a warning, and where to go to mend it."""
 
     file: str
@@ -84,50 +84,50 @@ def _run(daemon: Daemon[Any], args: argparse.Namespace) -> int:
     """Run the verb; returns the exit status."""
     path: str | None = args.file or args.f
     file = path or daemon.file
-    faults: list[Finding] = []
-    warnings: list[Finding] = []
-    notes: list[Finding] = []
+    faults: list[Diagnostic] = []
+    warnings: list[Diagnostic] = []
+    notes: list[Diagnostic] = []
     settings: dict[str, object] | None = None
     try:
         source = daemon.source(path)
         if source is None:
-            warnings = [Finding(file, 1, None, "file", "", "there is none, so the defaults are judged")]
+            warnings = [Diagnostic(file, 1, None, "file", "", "there is none, so the defaults are judged")]
         text, file = daemon.text(path)
         config = configuration.parse(daemon.config, text, file)
-        examined: Examined = daemon.call(daemon.examine, config, source)
+        examined: Remarks = daemon.call(daemon.examine, config, source)
     except ConfigError as error:
-        faults = _findings(error.source, error.faults)
+        faults = _diagnostics(error.source, error.faults)
     else:
-        warnings += _findings(file, examined.warnings)
-        notes = _findings(file, examined.notes)
+        warnings += _diagnostics(file, examined.warnings)
+        notes = _diagnostics(file, examined.notes)
         if examined.error is None:
             settings = effective(config.common())
         else:
-            faults = _findings(examined.error.source, examined.error.faults)
+            faults = _diagnostics(examined.error.source, examined.error.faults)
     ok = not faults and not (args.strict and warnings)
     if args.json:
         found = {"faults": [attrs.asdict(f) for f in faults], "warnings": [attrs.asdict(w) for w in warnings]}
         found["notes"] = [attrs.asdict(note) for note in notes]
         print(json.dumps({"file": file, "ok": ok, **found, "settings": settings}, indent=2))
         return 0 if ok else 1
-    for severity, findings in (("error", faults), ("warning", warnings), ("note", notes)):
-        for finding in findings:
-            print(f"{visible(finding.place)}: {severity}: {visible(finding)}", file=sys.stderr)
+    for severity, diagnostics in (("error", faults), ("warning", warnings), ("note", notes)):
+        for diagnostic in diagnostics:
+            print(f"{visible(diagnostic.place)}: {severity}: {visible(diagnostic)}", file=sys.stderr)
     if not args.quiet:
         _print_settings(f"{file}: {counted(len(faults), 'fault')}, {counted(len(warnings), 'warning')}", settings or {})
     return 0 if ok else 1
 
 
-def _findings(file: str, faults: Iterable[Fault]) -> list[Finding]:
-    return sorted((_locate(fault, file) for fault in faults), key=lambda finding: finding.line)
+def _diagnostics(file: str, faults: Iterable[Fault]) -> list[Diagnostic]:
+    return sorted((_locate(fault, file) for fault in faults), key=lambda diagnostic: diagnostic.line)
 
 
-def _locate(fault: Fault, file: str) -> Finding:
+def _locate(fault: Fault, file: str) -> Diagnostic:
     """Syntax errors, and those of files that are not TOML, bring their place along instead of a key."""
     if match := re.fullmatch(r"line (\d+)(?:, column (\d+))?", fault.path):
         column = None if match[2] is None else int(match[2])
-        return Finding(file, int(match[1]), column, "", fault.value, fault.expected)
-    return Finding(file, fault.line or 1, None, fault.key, fault.value, fault.expected)
+        return Diagnostic(file, int(match[1]), column, "", fault.value, fault.expected)
+    return Diagnostic(file, fault.line or 1, None, fault.key, fault.value, fault.expected)
 
 
 def effective(common: Common) -> dict[str, object]:

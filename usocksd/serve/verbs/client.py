@@ -40,7 +40,7 @@ class Refused(Error):
 
 
 @attrs.frozen
-class Client:
+class ControlClient:
     """Asks the daemon `name` at the control socket `path`."""
 
     name: str
@@ -94,12 +94,12 @@ class Client:
 
 
 def run_verb(
-    daemon: Daemon[Any], verb: str, run: Callable[[Client, argparse.Namespace], None], args: argparse.Namespace
+    daemon: Daemon[Any], verb: str, run: Callable[[ControlClient, argparse.Namespace], None], args: argparse.Namespace
 ) -> int:
     """Run a verb, which asks and prints, and raises Error if there is nothing to print. Returns the exit status."""
     prefix = f"{daemon.name} {verb}: "
     try:
-        run(Client(daemon.name, find_control(daemon, args, prefix)), args)
+        run(ControlClient(daemon.name, find_control(daemon, args, prefix)), args)
     except Error as error:
         if args.json and isinstance(error, Refused):
             print_json(error.answer)

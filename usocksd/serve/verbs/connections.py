@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.text import Text
 
 from usocksd.log.words import counted
-from usocksd.serve.verbs.client import Client, print_json
+from usocksd.serve.verbs.client import ControlClient, print_json
 from usocksd.serve.verbs.selection import Connection, select
 from usocksd.serve.verbs.show import KEEP, Column, cell, duration, make_console, make_table, plain_table, rate, size
 
@@ -43,7 +43,7 @@ _LAST = (
 )
 
 
-def run(client: Client, args: argparse.Namespace) -> None:
+def run(client: ControlClient, args: argparse.Namespace) -> None:
     """Ask, and print: once, or until Ctrl-C."""
     samples = _samples(client, args.watch)
     console = make_console()
@@ -60,7 +60,7 @@ def run(client: Client, args: argparse.Namespace) -> None:
                     live.update(_render(answer, args, console), refresh=True)
 
 
-def _samples(client: Client, every: float | None) -> Iterator[dict[str, Any]]:
+def _samples(client: ControlClient, every: float | None) -> Iterator[dict[str, Any]]:
     """Answers with rates, the first after SAMPLE seconds, the others `every` so many."""
     before, taken = client.ask("connections"), time.monotonic()
     wait = SAMPLE

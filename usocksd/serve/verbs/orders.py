@@ -6,13 +6,13 @@ import argparse
 import sys
 from typing import Final
 
-from usocksd.serve.verbs.client import Answer, Client, print_json, visible
+from usocksd.serve.verbs.client import Answer, ControlClient, print_json, visible
 
 RELOAD_WITHIN: Final = 120.0
 """Seconds: new workers have to start, and a reload may be under way."""
 
 
-def reload(client: Client, args: argparse.Namespace) -> None:
+def reload(client: ControlClient, args: argparse.Namespace) -> None:
     trial = {} if args.confirm is None else {"confirm": args.confirm}
     answer = client.ask("reload", timeout=RELOAD_WITHIN, **trial)
     if not args.json:
@@ -27,19 +27,19 @@ def reload(client: Client, args: argparse.Namespace) -> None:
     _print(text, answer, args)
 
 
-def confirm(client: Client, args: argparse.Namespace) -> None:
+def confirm(client: ControlClient, args: argparse.Namespace) -> None:
     answer = client.ask("confirm")
     stays, none = "confirmed: the configuration stays", "nothing to confirm: no configuration is on trial"
     _print(stays if answer["confirmed"] else none, answer, args)
 
 
-def drain(client: Client, args: argparse.Namespace) -> None:
+def drain(client: ControlClient, args: argparse.Namespace) -> None:
     answer = client.ask("drain")
     text = f"{client.name} accepts no more connections, and ends when those that there are have ended"
     _print(text, answer, args)
 
 
-def log_level(client: Client, args: argparse.Namespace) -> None:
+def log_level(client: ControlClient, args: argparse.Namespace) -> None:
     answer = client.ask("log-level", **({} if args.level is None else {"level": args.level}))
     _print(answer["level"], answer, args)
 

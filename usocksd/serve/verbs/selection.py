@@ -1,4 +1,4 @@
-"""Which of the live connections are asked for, and in which order."""
+"""Which of the live connections to list, and in which order."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from ipaddress import ip_address, ip_network
 from typing import Any, TypeAlias
 
+from usocksd.net.address import IPAddress, IPNetwork
+
 Connection: TypeAlias = dict[str, Any]
-"""As the daemon tells it, with "tx_rate" and "rx_rate" in bytes per second, None where they are not known."""
+"""As the daemon describes it, with "tx_rate" and "rx_rate" in bytes per second, None where they are not known"""
 Filter: TypeAlias = Callable[[Connection], bool]
-Address: TypeAlias = IPv4Address | IPv6Address
-Network: TypeAlias = IPv4Network | IPv6Network
 
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 # What is sorted by, and whether the largest come first.
@@ -30,7 +30,7 @@ _SORTS: dict[str, tuple[Callable[[Connection], Any], bool]] = {
 
 
 def add_options(parser: argparse.ArgumentParser, columns: Sequence[str]) -> None:
-    """The options that `select` reads. `columns`: what these connections have besides what all have."""
+    """Add the options that `select` reads. `columns`: what these connections have besides what all have."""
     order = parser.add_argument_group("order")
     order.add_argument(
         "--sort",
@@ -51,19 +51,19 @@ def add_options(parser: argparse.ArgumentParser, columns: Sequence[str]) -> None
         metavar="DEST",
         help="to this address or network, to this name or one below it, to this port (:PORT), or both (DEST:PORT)",
     )
-    add("--min-age", type=partial(_at_least, "age"), metavar="TIME", help="at least so old: 90, 90s, 5m, 2h or 1d")
-    add("--min-idle", type=partial(_at_least, "idle"), metavar="TIME", help="silent for at least so long")
+    add("--min-age", type=partial(_at_least, "age"), metavar="TIME", help="at least this old: 90, 90s, 5m, 2h or 1d")
+    add("--min-idle", type=partial(_at_least, "idle"), metavar="TIME", help="silent for at least this long")
     for column in columns:
         kind, metavar, text = _COLUMNS[column]
         add(f"--{column}", type=kind, metavar=metavar, help=text)
 
 
 def select(connections: Iterable[Connection], args: argparse.Namespace) -> list[Connection]:
-    """Those that were asked for, in that order; the limit is not applied."""
+    """The connections that match all filters, in order; the limit is not applied."""
     found = [connection for connection in connections if all(fits(connection) for fits in args.filters)]
     key, largest_first = _SORTS.get(args.sort) or (lambda connection: connection.get(args.sort) or "", False)
     found.sort(key=lambda connection: connection["age"], reverse=not args.reverse)
-    # Still so where the key is equal, since sorting is stable, both ways.
+    # Sorting is stable, so connections with the same key stay in this order.
     found.sort(key=key, reverse=largest_first is not args.reverse)
     return found
 
@@ -89,21 +89,21 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _network(text: str) -> Network:
+def _network(text: str) -> IPNetwork:
     network = _network_or_none(text)
     if network is None:
         raise argparse.ArgumentTypeError(f"expected an address or a network, not {text!r}")
     return network
 
 
-def _network_or_none(text: str) -> Network | None:
+def _network_or_none(text: str) -> IPNetwork | None:
     try:
         return ip_network(text.removeprefix("[").removesuffix("]"), strict=False)
     except ValueError:
         return None
 
 
-def _has(network: Network, address: Address | None) -> bool:
+def _has(network: IPNetwork, address: IPAddress | None) -> bool:
     return address is not None and address in network
 
 
@@ -114,7 +114,6 @@ def _at_least(key: str, text: str) -> Filter:
 
 def _within(key: str, text: str) -> Filter:
     network = _network(text)
-    # (A daemon of before there was such a key does not have it.)
     return lambda connection: _has(network, _split(connection.get(key))[0])
 
 
@@ -160,7 +159,7 @@ _COLUMNS: dict[str, tuple[Callable[[str], Filter], str, str]] = {
 }
 
 
-def _split(place: str | None) -> tuple[Address | None, int | None]:
+def _split(place: str | None) -> tuple[IPAddress | None, int | None]:
     """Address (IPv4-mapped as IPv4) and port of "address:port"."""
     host, _, port = (place or "").rpartition(":")
     try:

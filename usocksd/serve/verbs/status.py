@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from usocksd.log.words import counted
-from usocksd.serve.verbs.client import Answer, Client, print_json
+from usocksd.serve.verbs.client import Answer, ControlClient, print_json
 from usocksd.serve.verbs.show import Column, cell, duration, make_console, make_table, put, rate, size
 
 # Of a pool with more addresses in trouble only so many are named.
@@ -30,7 +30,7 @@ _COLUMNS = (
 )
 
 
-def run(client: Client, args: argparse.Namespace) -> None:
+def run(client: ControlClient, args: argparse.Namespace) -> None:
     """Ask, and print."""
     answer = client.ask("status")
     if args.json:

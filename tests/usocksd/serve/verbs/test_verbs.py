@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from usocksd.serve.verbs.client import Client, VerbError
+from usocksd.serve.verbs.client import ControlClient, VerbError
 from usocksd.serve.verbs.show import duration, size
 
 Bench = Any
@@ -333,7 +333,7 @@ def test_a_daemon_that_hangs(bench: Bench) -> None:
     with socket.socket(socket.AF_UNIX) as hung, ExitStack() as stack:
         hung.bind(str(bench.control))
         hung.listen(1)
-        client = Client("usocksd", str(bench.control))
+        client = ControlClient("usocksd", str(bench.control))
         with pytest.raises(VerbError, match=r"usocksd does not answer on .*control.sock \(waited 0.2 s\)"):
             client.ask("status", timeout=0.2)
         # Soon nobody else can even wait.

@@ -61,7 +61,8 @@ class Rule:
     to: tuple[SiteList, ...] | None = None
     ports: tuple[tuple[int, int], ...] | None = None
     """The first and last port of each range."""
-    egress: str = "default"
+    pool: str = "default"
+    """The egress pool of a rule that allows."""
     complement: bool = False
     """The rule matches what `to` does not have."""
     line: int | None = None
@@ -115,7 +116,7 @@ class _Written:
 
 
 class AccessRules:
-    """The rules on destinations, in order. Cheap to ask, once a connection and once a resolved address.
+    """The rules on destinations, in order, and behind them the built-in protection. Cheap to ask.
 
     Each rule is a bit, the first one the lowest. For each property of a request there is a mask of the rules that match
     it. The lowest bit that all masks have in common is the rule that decides.
@@ -130,11 +131,14 @@ class AccessRules:
     def __init__(
         self, rules: Sequence[Rule], is_local: Callable[[IPAddress], bool], nat64: Sequence[IPv6Network] = ()
     ) -> None:
-        """`is_local` tells the addresses of this host; `nat64` are as `judged_addresses` takes them."""
+        """`is_local` tells the addresses of this host; `nat64` are as `judged_addresses` takes them.
+
+        A million entries take some seconds.
+        """
         self._rules = tuple(rules)
         self._is_local = is_local
         self._nat64 = tuple(nat64)
-        self._rulings = {1 << at: Ruling(rule.allow, rule.name, rule.egress) for at, rule in enumerate(rules)}
+        self._rulings = {1 << at: Ruling(rule.allow, rule.name, rule.pool) for at, rule in enumerate(rules)}
         self._entries = {1 << at: rule.entry for at, rule in enumerate(rules) if rule.entry is not None}
 
         self._deny = mask_of(not rule.allow for rule in rules)
@@ -155,23 +159,6 @@ class AccessRules:
         self._remembered: dict[tuple[str, str | None], int] = {}
 
         self._ports = PortIndex([rule.ports for rule in rules])
-
-    @classmethod
-    def compile(
-        cls,
-        rules: Sequence[Rule] = (),
-        *,
-        allow_sites: Sequence[str] = (),
-        deny_sites: Sequence[str] = (),
-        deny_ports: Sequence[int] = (),
-        is_local: Callable[[IPAddress], bool],
-        nat64: Sequence[IPv6Network] = (),
-    ) -> AccessRules:
-        """These rules in order, then the lists of [outgoing], and at the end the built-in protection.
-
-        Raises ValueError for an entry that has an `entry_fault`.
-        """
-        return cls((*rules, *rules_of_lists(allow_sites, deny_sites, deny_ports)), is_local, nat64)
 
     def judge(
         self, client: Client, name: str | None, address: IPAddress | None, port: int, sent: str | None = None

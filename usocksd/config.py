@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import attrs
 
-from usocksd.acl import AccessRules, Rule
+from usocksd.acl import AccessRules, Rule, rules_of_lists
 from usocksd.clients import DEFAULT_CLIENTS
 from usocksd.names.conditions import (
     ConditionsConfig,
@@ -268,7 +268,7 @@ class Config(CommonConfig):
                 users=None if rule.user is None else frozenset(rule.user),
                 to=rule.destinations(),
                 ports=rule.ports,
-                egress=rule.egress or "default",
+                pool=rule.egress or "default",
                 line=self.line_of_rule(number - 1),
             )
             for number, rule in enumerate(self.rule, 1)
@@ -279,18 +279,10 @@ class Config(CommonConfig):
         return self.lines.line_of(f"rule[{at}]") if self.lines.source else None
 
     def access_rules(self, is_local: Callable[[IPAddress], bool]) -> AccessRules:
-        """[[rule]] and the lists of [outgoing], to be asked. `is_local` tells the addresses of this host.
-
-        A million entries take some seconds.
-        """
-        return AccessRules.compile(
-            self.rules(),
-            allow_sites=self.outgoing.allow_sites,
-            deny_sites=self.outgoing.deny_sites,
-            deny_ports=self.outgoing.deny_ports,
-            is_local=is_local,
-            nat64=self.outgoing.nat64_prefixes,
-        )
+        """[[rule]] and the lists of [outgoing], to be asked. `is_local` tells the addresses of this host."""
+        outgoing = self.outgoing
+        lists = rules_of_lists(outgoing.allow_sites, outgoing.deny_sites, outgoing.deny_ports)
+        return AccessRules([*self.rules(), *lists], is_local, outgoing.nat64_prefixes)
 
     def common(self) -> Common:
         """The settings that transocks has too."""

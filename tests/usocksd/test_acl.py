@@ -12,7 +12,7 @@ from attrs import frozen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from usocksd.acl import AccessRules, Rule, RuleAnswer, Ruling
+from usocksd.acl import AccessRules, Rule, RuleAnswer, Ruling, rules_of_lists
 from usocksd.clients import Client, ClientRules
 from usocksd.config import Config
 from usocksd.names.match import PROTECTED, canonical_host, judged_addresses, parse_network
@@ -25,11 +25,10 @@ OWN = frozenset({IPv4Address("198.51.100.1"), IPv6Address("2001:db8::1")})
 
 
 def rules(
-    allow_sites: Sequence[str] = (), deny_sites: Sequence[str] = (), deny_ports: Sequence[int] = ()
+    *written: Rule, allow_sites: Sequence[str] = (), deny_sites: Sequence[str] = (), deny_ports: Sequence[int] = ()
 ) -> AccessRules:
-    return AccessRules.compile(
-        allow_sites=allow_sites, deny_sites=deny_sites, deny_ports=deny_ports, is_local=OWN.__contains__
-    )
+    """These rules, then the lists of [outgoing]."""
+    return AccessRules([*written, *rules_of_lists(allow_sites, deny_sites, deny_ports)], OWN.__contains__)
 
 
 def asked(access: AccessRules, host: str, port: int = 443) -> Ruling:
@@ -140,13 +139,9 @@ def rule(action: str, *to: str, name: str = "a rule", **conditions: Any) -> Rule
     return Rule(name=name, allow=action == "allow", to=sites, **conditions)
 
 
-def ordered(*written: Rule, **lists: Sequence[Any]) -> AccessRules:
-    return AccessRules.compile(written, is_local=OWN.__contains__, **lists)
-
-
 def test_every_rule_says_why_not() -> None:
     blocked = SiteList(map(parse_entry, [".example.org", "203.0.113.0/24"]), "file:blocked.txt")
-    access = ordered(
+    access = rules(
         rule("deny", name="from", clients=(parse_network("10.1.0.0/16"),)),
         rule("deny", name="user", users=frozenset(["ci"])),
         rule("deny", name="ports", ports=((25, 25), (6000, 6100))),
@@ -255,7 +250,7 @@ class Written:
             users=None if self.users is None else frozenset(self.users),
             to=None if self.to is None else tuple(SiteList(map(parse_entry, entries or ())) for entries in lists),
             ports=None if self.ports is None else tuple(self.ports),
-            egress=f"pool of {name}",
+            pool=f"pool of {name}",
         )
 
     def matches(self, client: str, user: str | None, name: str | None, ip: IPAddress | None, port: int) -> bool:
@@ -327,7 +322,7 @@ def test_agrees_with_a_walk_over_the_rules(
     port: int,
 ) -> None:
     written = [attrs.evolve(one, in_file=[] if one.to is None else one.in_file) for one in written]
-    access = ordered(
+    access = rules(
         *(one.compiled(f"r{at}") for at, one in enumerate(written)),
         allow_sites=allow_sites,
         deny_sites=deny_sites,

@@ -1,4 +1,4 @@
-"""What the access records of transocks say about one connection, and what is counted of it."""
+"""The access records of transocks, and the counters of its connections."""
 
 from __future__ import annotations
 

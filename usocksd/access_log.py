@@ -1,4 +1,4 @@
-"""What the access records of usocksd say about one connection, and what is counted of it."""
+"""The access records of usocksd, and the counters of its connections."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ class Access(Connection):
         self._refusal: str | None = None
         """The rule or setting that has denied it."""
 
-    # ---- who comes
+    # ---- the client
 
     def named(self, client: Client) -> None:
         """The peer is a proxy, and has named this client in a PROXY header."""

@@ -20,9 +20,9 @@ from usocksd.names.match import canonical_host
 from usocksd.net.address import numeric_address
 from usocksd.records import AccessRecord, RecordedRequest, Skipped, read_record
 
-NEVER_ASKED: Final = "where the client wanted to go is not known"
+NEVER_ASKED: Final = "the destination of the client is not known"
 UNRESOLVED: Final = "its name was not resolved"
-NO_USER: Final = "as whom the client would come is not known"
+NO_USER: Final = "the user of the client is not known"
 
 _OTHERS: Final = "other rules"
 

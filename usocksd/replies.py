@@ -1,4 +1,4 @@
-"""From the cause of a failure to the reply that the SOCKS client gets: the one table."""
+"""The reply that a SOCKS client gets for each cause of a failure: the one table."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BY_ERRNO = {
 
 
 def reply_for(error: BaseException) -> Reply:
-    """The reply to a request that ended with `error`; GENERAL_FAILURE for what has none of its own."""
+    """The reply to a request that ended with `error`; GENERAL_FAILURE if no other fits."""
     match error:
         case DialError():
             return _BY_ERRNO.get(error.errno, Reply.GENERAL_FAILURE)

@@ -31,11 +31,11 @@ Json = dict[str, Any]
 _SAME, _DIFFERENT, _TROUBLE, _INTERRUPTED = 0, 1, 2, 130
 
 _DESCRIPTION = """\
-Tell which of the connections in an access log would be decided differently if OLD were replaced by NEW:
-denied or allowed, sent out through another pool, or able to reach other addresses of their name; by rule, with an
-example of each. Denied connections are among them. What the log can't tell is unknown, and counted as that.
+Tell which requests in an access log would be decided differently if NEW replaced OLD: denied or allowed, leaving from
+another pool, or able to reach other addresses of their name; by rule, with an example of each. Denied requests are
+included. What the log can't tell is unknown, and counted as that.
 
-Both files are judged on this host, as it is now: run this where the daemon runs.
+Both files are judged on this host as it is now: run this where the daemon runs.
 
 Exit status: 0 if nothing would be decided differently, 1 if something would be or is unknown, 2 for trouble (a
 faulty file, no log, no request in it)."""
@@ -56,7 +56,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add this verb to the command line."""
     parser = subparsers.add_parser(
         "diff",
-        help="tell what a change of the configuration would do, by the connections of an access log",
+        help="tell what a change of the configuration would do to the requests in an access log",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

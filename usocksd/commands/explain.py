@@ -1,4 +1,4 @@
-"""usocksd explain: what would become of one request, and why. See docs/explain.md, and usocksd/explain.py."""
+"""usocksd explain: what would happen to one request, and why. See docs/explain.md, and usocksd/explain.py."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ _ALLOWED, _REFUSED, _TROUBLE, _INTERRUPTED = 0, 1, 2, 130
 _RESOLVE_WITHIN, _ANSWER_WITHIN = 30.0, 60.0
 
 _DESCRIPTION = """\
-Tell what would become of a request: the rule that decides and why those before it do not match, the addresses of the
-name and the verdict on each, the egress pool, the address to leave from and the ones that are next, and which of the
-pool's can't be used. The name is really resolved, and block lists are asked. Nothing is connected.
+Tell what would happen to a request: the rule that decides and why those before it do not match, the addresses of the
+name and the verdict on each, the egress pool, the address to leave from and the ones that are next, and which addresses
+of the pool can't be used. The name is really resolved, and block lists are asked. Nothing is connected.
 
-Judged are FILE on this host as it is now, or with --live the rules that the running daemon has in force, with its
-own resolver and what it knows of its egress addresses.
+The rules are those of FILE on this host as it is now, or with --live those that the running daemon has in force, with
+its resolver and what it knows of its egress addresses.
 
 Exit status: 0 if it would be connected, 1 if not (a rule denies it, the name has no address, there is no egress
 address), 2 for trouble (a faulty file, a wrong command line, no daemon)."""
@@ -70,7 +70,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
     """Add this verb to a command line that has an option -f, the configuration."""
     parser = subparsers.add_parser(
         "explain",
-        help="tell what would become of a request, and why",
+        help="tell what would happen to a request, and why",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -80,7 +80,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
     parser.add_argument(
         "--from", dest="client", metavar="ADDRESS", required=True, type=_parse_client, help="the client's address"
     )
-    parser.add_argument("--user", metavar="USER", help="as whom it authenticates (default: not at all)")
+    parser.add_argument("--user", metavar="USER", help="the user that it authenticates as (default: none)")
     parser.add_argument("--live", action="store_true", help="ask the running daemon instead of judging FILE")
     parser.add_argument(
         "--control",
@@ -93,7 +93,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
         "file", nargs="?", metavar="FILE", help=f"the configuration (default: that of -f, or else {daemon.file})"
     )
     parser.add_argument(
-        "to", metavar="HOST:PORT", type=_parse_destination, help="where to, as a client writes it; [IPv6]:PORT"
+        "to", metavar="HOST:PORT", type=_parse_destination, help="the destination, as a client writes it; [IPv6]:PORT"
     )
     parser.set_defaults(run=partial(_run, daemon))
 

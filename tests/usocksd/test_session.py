@@ -139,18 +139,14 @@ def test_a_denied_address_of_a_name_is_left_out(server: Daemon, client: Socket, 
     assert "candidates" not in end
 
 
-def test_a_name_that_can_not_be_connected_is_recorded_with_what_was_decided_on_the_address(
-    server: Daemon, client: Socket
-) -> None:
-    """The rule for the name may be another one, with another pool: not the one that was left from."""
+def test_records_of_names_that_are_not_connected(server: Daemon, client: Socket) -> None:
     assert socks5(client, "partly.test", daemons.free_port())[0] == 5
     record = server.record("dial to destination failed", client_addr=name_of(client))
+    # What was decided on the address that was tried: the rule for the name may be another, with another pool.
     assert (record["rule"], record["pool"]) == ('allow_sites "127.0.0.0/8"', "default")
-
-
-def test_a_denied_name_is_recorded_with_what_was_decided_on_its_addresses(server: Daemon, client: Socket) -> None:
-    assert socks5(client, "Metadata.test", 80)[0] == 2
-    record = server.record("ruleset mismatch", client_addr=name_of(client))
+    with connected(server) as denied:
+        assert socks5(denied, "Metadata.test", 80)[0] == 2
+        record = server.record("ruleset mismatch", client_addr=name_of(denied))
     assert record["candidates"] == ["169.254.169.254 denied built-in: link-local"]
     assert (record["dest_host"], record["dest_name"]) == ("Metadata.test", "metadata.test")
     assert "pool" not in record
@@ -192,15 +188,10 @@ def test_socks4(server: Daemon, client: Socket, destination: Served, host: str |
 
 def test_denied_by_rule(server: Daemon, dns: NameServer, destination: Served) -> None:
     for host, port, rule in (
-        ("forbidden.test", 80, 'deny_sites "forbidden.test"'),
         ("FORBIDDEN.test.", 80, 'deny_sites "forbidden.test"'),
         ("www.example.com", 80, "allow_sites"),
-        ("127.0.0.66", 80, 'deny_sites "127.0.0.66"'),
         ("127.66", 80, 'deny_sites "127.0.0.66"'),
-        ("::ffff:127.0.0.66", 80, 'deny_sites "127.0.0.66"'),
         ("127.0.0.1", 25, "deny_ports 25"),
-        ("two.test", 25, "deny_ports 25"),
-        ("169.254.169.254", 80, "built-in: link-local"),
         ("0.0.0.0", 80, "built-in: unspecified"),
         # resolved, then denied by the address
         ("metadata.test", 80, "built-in: link-local"),

@@ -41,6 +41,12 @@ def gateway_net() -> Iterator[lab.Net]:
 
 
 @pytest.fixture(scope="module")
+def shared_host_net() -> Iterator[lab.Net]:
+    """As host_net, one for all tests of a module."""
+    yield from _built(lab.host_net)
+
+
+@pytest.fixture(scope="module")
 def shared_gateway_net() -> Iterator[lab.Net]:
     """As gateway_net, one for all tests of a module."""
     yield from _built(lab.gateway_net)

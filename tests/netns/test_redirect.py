@@ -20,13 +20,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from socket import socket as Socket
-from typing import Any
+from typing import Any, NamedTuple
 
 import daemons
 import lab
 import pytest
 import trio
-from daemons import Daemon, Served, receive_all, receive_exactly, reset
+from daemons import Daemon, Served, is_reset, receive_all, receive_exactly, reset
 
 from transocks.original_dst import original_destination
 
@@ -34,7 +34,7 @@ RULES = Path(__file__).parents[2] / "iptables"
 WEB = {4: lab.WEB_V4, 6: lab.WEB_V6}
 FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
 MARK = 0x7473
-TRANSFERS = 200
+TRANSFERS = 100
 
 USOCKSD = """
 [incoming]
@@ -114,6 +114,24 @@ def connect(net: lab.Net, version: int, port: int, host: str | None = None) -> S
     return sock
 
 
+class Pair(NamedTuple):
+    net: lab.Net
+    client: Daemon
+    server: Daemon
+
+
+@pytest.fixture(scope="module")
+def pair(shared_host_net: lab.Net, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    """Both on a host, for all tests that need nothing else."""
+    with both(shared_host_net, tmp_path_factory.mktemp("pair")) as (client, server):
+        yield Pair(shared_host_net, client, server)
+
+
+def name_of(host: str, port: int) -> str:
+    """As records have it."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def test_original_destinations(net: lab.Net, tool: str, tmp_path: Path) -> None:
     with both(net, tmp_path, tool) as (client, server):
         for version in (4, 6):
@@ -121,22 +139,20 @@ def test_original_destinations(net: lab.Net, tool: str, tmp_path: Path) -> None:
                 with connect(net, version, web.port) as sock:
                     sock.sendall(b"hello")
                     assert receive_exactly(sock, 5) == b"hello"
-                    name = "{}:{}" if version == 4 else "[{}]:{}"
-                    own = name.format(*sock.getsockname()[:2])
-                wanted = name.format(WEB[version], web.port)
+                    own = name_of(*sock.getsockname()[:2])
+                wanted = name_of(WEB[version], web.port)
                 mine = client.record("proxy ends", client_addr=own)
                 assert (mine["dest_addr"], mine["tx_bytes"], mine["rx_bytes"]) == (wanted, 5, 5)
                 theirs = server.record("proxy ends", client_addr=mine["src_addr"])
                 assert (theirs["dest_addr"], theirs["reason"], theirs["ended_by"]) == (wanted, "closed", "client")
                 # It left through the SOCKS server, not by itself.
-                assert theirs["src_addr"] == name.format(*web.peers[0])
+                assert theirs["src_addr"] == name_of(*web.peers[0])
 
 
-def test_names_and_a_web_server(host_net: lab.Net, tmp_path: Path) -> None:
-    host_net.lab.etc("hosts", f"{lab.WEB_V4} www.beyond.example\n")
-    with both(host_net, tmp_path), contextlib.ExitStack() as stack:
-        stack.enter_context(Served(host_net.outside.listen(lab.WEB_V4, 80), page))
-        assert host_net.client.run("curl", "-sS", "http://www.beyond.example/").stdout == "it works"
+def test_names_and_a_web_server(pair: Pair) -> None:
+    pair.net.lab.etc("hosts", f"{lab.WEB_V4} www.beyond.example\n")
+    with Served(pair.net.outside.listen(lab.WEB_V4, 80), page):
+        assert pair.net.client.run("curl", "-sS", "http://www.beyond.example/").stdout == "it works"
 
 
 def page(sock: Socket) -> None:
@@ -144,17 +160,16 @@ def page(sock: Socket) -> None:
     sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\nConnection: close\r\n\r\nit works")
 
 
-@pytest.mark.parametrize("version", [4, 6])
-async def test_concurrent_transfers_arrive_intact(net: lab.Net, tmp_path: Path, version: int) -> None:
+async def test_concurrent_transfers_arrive_intact(net: lab.Net, tmp_path: Path) -> None:
     """Each sends a random amount and gets back that much of something else; both ends compare digests."""
-    rng = random.Random(version)
+    rng = random.Random(4)
     block = os.urandom(1 << 20)
 
     def size() -> int:
         return rng.choice((0, 1, rng.randrange(70_000), rng.randrange(4_000_000)))
 
     sizes = [(size(), size()) for _ in range(TRANSFERS)]
-    listener = trio.socket.from_stdlib_socket(net.outside.listen(WEB[version], backlog=512))
+    listener = trio.socket.from_stdlib_socket(net.outside.listen(backlog=512))
 
     def chunks(number: int, size: int) -> Iterator[memoryview]:
         offset = number * 1009 % 4096
@@ -183,6 +198,7 @@ async def test_concurrent_transfers_arrive_intact(net: lab.Net, tmp_path: Path, 
             await receive(stream, number, sizes[number][0])
 
     async def transfer(number: int) -> None:
+        version = (4, 6)[number % 2]
         sock = trio.socket.from_stdlib_socket(net.client.socket(FAMILY[version]))
         await sock.connect((WEB[version], listener.getsockname()[1]))
         stream = trio.SocketStream(sock)
@@ -211,7 +227,7 @@ def sockets_of(daemon: Daemon) -> int:
 
 
 @pytest.mark.parametrize("version", [4, 6])
-def test_half_closed_both_ways(host_net: lab.Net, tmp_path: Path, version: int) -> None:
+def test_half_closed_both_ways(pair: Pair, version: int) -> None:
     def late(sock: Socket) -> None:
         said = receive_all(sock)  # until the client's end
         sock.sendall(said.upper())
@@ -222,24 +238,21 @@ def test_half_closed_both_ways(host_net: lab.Net, tmp_path: Path, version: int) 
         heard.append(receive_all(sock))
 
     heard: list[bytes] = []
-    with both(host_net, tmp_path):
-        with Served(host_net.outside.listen(WEB[version]), late) as web, connect(host_net, version, web.port) as sock:
-            sock.sendall(b"abc" * 100_000)
-            sock.shutdown(socket.SHUT_WR)
-            assert receive_all(sock) == b"ABC" * 100_000
-        with (
-            Served(host_net.outside.listen(WEB[version]), early) as web,
-            connect(host_net, version, web.port) as sock,
-        ):
-            assert receive_all(sock) == b"bye"
-            sock.sendall(b"so long")
-            sock.shutdown(socket.SHUT_WR)
-            daemons.wait_until(lambda: heard, "the server has heard the rest")
+    with Served(pair.net.outside.listen(WEB[version]), late) as web, connect(pair.net, version, web.port) as sock:
+        sock.sendall(b"abc" * 100_000)
+        sock.shutdown(socket.SHUT_WR)
+        assert receive_all(sock) == b"ABC" * 100_000
+    with Served(pair.net.outside.listen(WEB[version]), early) as web, connect(pair.net, version, web.port) as sock:
+        assert receive_all(sock) == b"bye"
+        sock.sendall(b"so long")
+        sock.shutdown(socket.SHUT_WR)
+        daemons.wait_until(lambda: heard, "the server has heard the rest")
     assert heard == [b"so long"]
 
 
 @pytest.mark.parametrize("version", [4, 6])
-def test_resets_arrive_as_resets(host_net: lab.Net, tmp_path: Path, version: int) -> None:
+def test_resets_arrive_as_resets(pair: Pair, version: int) -> None:
+    net, client, server = pair
     seen: list[object] = []
 
     def resets(sock: Socket) -> None:
@@ -247,40 +260,33 @@ def test_resets_arrive_as_resets(host_net: lab.Net, tmp_path: Path, version: int
         sock.sendall(b"last words")
         reset(sock)
 
-    def is_reset(sock: Socket) -> None:
+    def ends(sock: Socket) -> None:
         try:
             seen.append(receive_all(sock))
         except OSError as error:
             seen.append(error.errno)
 
-    with both(host_net, tmp_path) as (client, server):
-        with (
-            Served(host_net.outside.listen(WEB[version]), resets) as web,
-            connect(host_net, version, web.port) as sock,
-        ):
-            sock.sendall(b"hi")
-            assert receive_exactly(sock, 10) == b"last words"
-            with pytest.raises(ConnectionResetError):
-                sock.recv(1)
-        assert client.record("proxy ends", reason="reset")["ended_by"] == "upstream"
-        with Served(host_net.outside.listen(WEB[version]), is_reset) as web:
-            sock = connect(host_net, version, web.port)
-            daemons.wait_until(lambda: web.peers, "it is connected")
-            reset(sock)
-            daemons.wait_until(lambda: seen, "the server has seen the end")
-        assert seen == [errno.ECONNRESET]
-        daemons.wait_until(
-            lambda: server.records("proxy ends", reason="reset", ended_by="client"), "and it is recorded"
-        )
+    with Served(net.outside.listen(WEB[version]), resets) as web, connect(net, version, web.port) as sock:
+        sock.sendall(b"hi")
+        assert receive_exactly(sock, 10) == b"last words"
+        assert is_reset(sock)
+    assert client.record("proxy ends", dest_addr=name_of(*web.address), reason="reset")["ended_by"] == "upstream"
+    with Served(net.outside.listen(WEB[version]), ends) as web:
+        sock = connect(net, version, web.port)
+        daemons.wait_until(lambda: web.peers, "it is connected")
+        reset(sock)
+        daemons.wait_until(lambda: seen, "the server has seen the end")
+    assert seen == [errno.ECONNRESET]
+    server.record("proxy ends", dest_addr=name_of(*web.address), reason="reset", ended_by="client")
 
 
 @pytest.mark.parametrize("version", [4, 6])
-def test_what_is_refused_is_reset(host_net: lab.Net, tmp_path: Path, version: int) -> None:
-    with both(host_net, tmp_path) as (client, server):
-        with pytest.raises(ConnectionResetError), connect(host_net, version, 9) as sock:
-            sock.recv(1)
-        assert "refused" in client.record("failed to connect to proxy server")["error"]
-        assert "ECONNREFUSED" in server.record("dial to destination failed")["error"]
+def test_what_is_refused_is_reset(pair: Pair, version: int) -> None:
+    with pytest.raises(ConnectionResetError), connect(pair.net, version, 9) as sock:
+        sock.recv(1)
+    name = name_of(WEB[version], 9)
+    assert "refused" in pair.client.record("failed to connect to proxy server", dest_addr=name)["error"]
+    assert "ECONNREFUSED" in pair.server.record("dial to destination failed", dest_host=WEB[version])["error"]
 
 
 def test_the_upstream_is_not_there(host_net: lab.Net, tmp_path: Path) -> None:
@@ -331,8 +337,7 @@ def test_dnat(gateway_net: lab.Net, tmp_path: Path) -> None:
                 )
 
 
-@pytest.mark.parametrize("version", [4, 6])
-def test_a_loop_is_refused(host_net: lab.Net, tmp_path: Path, version: int) -> None:
+def test_a_loop_is_refused(host_net: lab.Net, tmp_path: Path) -> None:
     """No rule exempts the proxies. What they send comes back, and is not carried round and round."""
     config = USOCKSD.replace('["127.0.0.1"]', f'["{lab.PROXY_V4[0]}"]').replace("mark = 0x7473\n", "")
     url = f"socks5://{lab.PROXY_V4[0]}:1080"
@@ -345,9 +350,10 @@ def test_a_loop_is_refused(host_net: lab.Net, tmp_path: Path, version: int) -> N
                 rule = f"-A OUTPUT -p tcp -d {to} -j REDIRECT --to-ports 1081"
                 host_net.proxy.run(tool, "-t", "nat", *rule.split())
         before = client.fds()
-        with pytest.raises(ConnectionResetError), connect(host_net, version, 80) as sock:
-            sock.recv(1)
-        assert "its destination is the upstream" in client.record("loop refused")["error"]
+        for version in (4, 6):
+            with pytest.raises(ConnectionResetError), connect(host_net, version, 80) as sock:
+                sock.recv(1)
+            assert "its destination is the upstream" in client.record("loop refused")["error"]
         client.wait_for_fds(before)
 
 
@@ -464,15 +470,12 @@ def test_its_own_users_are_a_loop(host_net: lab.Net, tmp_path: Path) -> None:
         assert "user usocksd made it" in client.record("loop refused")["error"]
 
 
-@pytest.mark.parametrize("version", [4, 6])
-def test_a_direct_connection_is_refused(host_net: lab.Net, tmp_path: Path, version: int) -> None:
-    with transocks(host_net, tmp_path) as client:
-        client.ready()
-        load(host_net, "nft")
-        address = "127.0.0.1" if version == 4 else "::1"
-        with pytest.raises(ConnectionResetError), connect(host_net, version, 1081, address) as sock:
-            sock.recv(1)
-        assert client.record("not redirected")["error"]
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_a_direct_connection_is_refused(pair: Pair, address: str) -> None:
+    before = len(pair.client.records("not redirected"))
+    with pytest.raises(ConnectionResetError), connect(pair.net, 6 if ":" in address else 4, 1081, address) as sock:
+        sock.recv(1)
+    daemons.wait_until(lambda: len(pair.client.records("not redirected")) > before, "it is recorded")
 
 
 def test_a_link_local_connection_to_a_gateway_is_refused(gateway_net: lab.Net, tmp_path: Path) -> None:
@@ -593,22 +596,21 @@ def pump(source: Socket, sink: Socket) -> None:
         sink.shutdown(socket.SHUT_WR)
 
 
-@pytest.mark.parametrize("version", [4, 6])
-def test_http_connect_upstream(host_net: lab.Net, tmp_path: Path, version: int) -> None:
+def test_http_connect_upstream(host_net: lab.Net, tmp_path: Path) -> None:
     seen: list[bytes] = []
     with Served(host_net.proxy.listen("127.0.0.1"), lambda sock: connect_proxy(sock, host_net.proxy, seen)) as proxy:
         with transocks(host_net, tmp_path, f"http://alice:p%40ss%3Aword@127.0.0.1:{proxy.port}") as client:
             client.ready()
             load(host_net, "nft")
-            with Served(host_net.outside.listen(WEB[version]), daemons.echo) as web:
-                with connect(host_net, version, web.port) as sock:
-                    sock.sendall(b"hello")
-                    assert receive_exactly(sock, 10) == b"earlyhello"
+            with Served(host_net.outside.listen(), daemons.echo) as web:
+                for version in (4, 6):
+                    with connect(host_net, version, web.port) as sock:
+                        sock.sendall(b"hello")
+                        assert receive_exactly(sock, 10) == b"earlyhello"
             assert "alice" not in client.log.read_text()
             assert "word" not in client.log.read_text()
-    target = f"[{lab.WEB_V6}]" if version == 6 else lab.WEB_V4
-    (head,) = seen
-    assert head.startswith(f"CONNECT {target}:{web.port} HTTP/1.1\r\n".encode())
+    for head, host in zip(seen, WEB.values(), strict=True):
+        assert head.startswith(f"CONNECT {name_of(host, web.port)} HTTP/1.1\r\n".encode())
 
 
 def test_socks_upstream_with_a_password(host_net: lab.Net, tmp_path: Path) -> None:
@@ -639,8 +641,7 @@ def test_socks_upstream_with_a_password(host_net: lab.Net, tmp_path: Path) -> No
 
 
 @pytest.mark.skipif(shutil.which("microsocks") is None, reason="microsocks is not installed")
-@pytest.mark.parametrize("version", [4, 6])
-def test_another_socks_server_with_a_password(host_net: lab.Net, tmp_path: Path, version: int) -> None:
+def test_another_socks_server_with_a_password(host_net: lab.Net, tmp_path: Path) -> None:
     words = ["microsocks", "-i", lab.NEXT_V4, "-p", "1080", "-u", "alice", "-P", "s3cret"]
     server = host_net.outside.popen(*words, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
@@ -649,16 +650,17 @@ def test_another_socks_server_with_a_password(host_net: lab.Net, tmp_path: Path,
             return probe.connect_ex((lab.NEXT_V4, 1080)) == 0
 
     daemons.wait_until(listening, "microsocks listens")
-    with Served(host_net.outside.listen(WEB[version]), daemons.echo) as web:
+    with Served(host_net.outside.listen(), daemons.echo) as web:
         with transocks(host_net, tmp_path, f"socks5://alice:s3cret@{lab.NEXT_V4}:1080") as client:
             client.ready()
             load(host_net, "nft")
-            with connect(host_net, version, web.port) as sock:
-                sock.sendall(b"hello")
-                assert receive_exactly(sock, 5) == b"hello"
-            end = client.record("proxy ends")
-            assert (end["reason"], end["upstream"]) == ("closed", f"socks5://{lab.NEXT_V4}:1080")
-            with pytest.raises(ConnectionResetError), connect(host_net, version, 9) as sock:
-                sock.recv(1)  # refused there
+            for version, host in WEB.items():
+                with connect(host_net, version, web.port) as sock:
+                    sock.sendall(b"hello")
+                    assert receive_exactly(sock, 5) == b"hello"
+                end = client.record("proxy ends", dest_addr=name_of(host, web.port))
+                assert (end["reason"], end["upstream"]) == ("closed", f"socks5://{lab.NEXT_V4}:1080")
+                with pytest.raises(ConnectionResetError), connect(host_net, version, 9) as sock:
+                    sock.recv(1)  # refused there
     server.kill()
     server.wait()

@@ -117,6 +117,7 @@ def test_socks_needs_only_the_standard_library() -> None:
     [
         ("dns", ("usocksd.names.name_servers", "usocksd.names.name_query", "usocksd.dnsbl")),
         ("netifaces", ("usocksd.host.addresses",)),
+        ("pyroute2", ("transocks.rules",)),
     ],
 )
 def test_libraries_stay_in_their_rooms(library: str, rooms: tuple[str, ...]) -> None:

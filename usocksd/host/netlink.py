@@ -11,7 +11,7 @@ from typing import NamedTuple
 # linux/netlink.h
 ROUTE, SOCK_DIAG, NETFILTER = 0, 4, 12
 """Families: NETLINK_ROUTE, NETLINK_SOCK_DIAG, NETLINK_NETFILTER."""
-ACK, DUMP, EXCL, CREATE = 0x4, 0x300, 0x200, 0x400
+ACK, DUMP = 0x4, 0x300
 """Flags of a request."""
 DUMP_INTR = 0x10
 """A flag of messages: the list changed while it was told, and may lack anything."""
@@ -78,8 +78,3 @@ def attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
         length, kind = _ATTRIBUTE.unpack_from(data)
         yield kind & _ATTRIBUTE_TYPE, data[_ATTRIBUTE.size : length]
         data = data[max(length, _ATTRIBUTE.size) + 3 & ~3 :]
-
-
-def attribute(kind: int, value: bytes) -> bytes:
-    """One attribute, padded."""
-    return _ATTRIBUTE.pack(_ATTRIBUTE.size + len(value), kind) + value + bytes(-len(value) % 4)

@@ -278,12 +278,10 @@ def _tables_reader(key_type: Any, item_type: Any) -> Callable[[Any], Any]:
     def read(value: Any) -> Mapping[Any, Any]:
         if type(value) is not dict:
             raise Invalid("expected a table", shown=show(value))
-        faults = Faults()
-        items = {
-            faults.read(at, read_key, name): faults.read(at, read_item, item)
-            for name, item in value.items()
-            for at in (_quoted(name),)
-        }
+        faults, items = Faults(), {}
+        for name, item in value.items():
+            at = _quoted(name)
+            items[faults.read(at, read_key, name)] = faults.read(at, read_item, item)
         faults.check()
         return MappingProxyType(items)
 

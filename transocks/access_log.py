@@ -12,7 +12,7 @@ from transocks.routes import DEFAULT
 from transocks.sniff import Opening, Protocol
 from transocks.upstreams.proxy_url import ProxyScheme
 from usocksd.errors import Denied, Error, UpstreamError
-from usocksd.log.access import AccessRecords, Connection, pair_member
+from usocksd.log.access import AccessRecords, ConnectionRecords, pair_member
 from usocksd.log.log import Log
 from usocksd.log.metrics import Metrics
 from usocksd.net.dial import Target
@@ -79,7 +79,7 @@ class AccessLog(AccessRecords):
         self.by_route = {route: by_route.labels(route) for route in (DEFAULT, *routes)}
 
 
-class Access(Connection):
+class Access(ConnectionRecords):
     """The records of one connection. The session tells it what it learns, and asks it nothing."""
 
     __slots__ = (

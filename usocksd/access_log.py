@@ -8,7 +8,7 @@ from typing import Any
 from usocksd.clients import ALLOW_FROM, TRUSTED, Client
 from usocksd.decision import Candidate, Decision
 from usocksd.errors import CommandNotSupported, Denied, Error
-from usocksd.log.access import AccessRecords, Connection, pair_member
+from usocksd.log.access import AccessRecords, ConnectionRecords, pair_member
 from usocksd.log.log import Log
 from usocksd.log.metrics import Metrics
 from usocksd.net.address import join_port
@@ -114,7 +114,7 @@ class AccessLog(AccessRecords):
             self.denied.labels(rule)
 
 
-class Access(Connection):
+class Access(ConnectionRecords):
     """The records of one connection. The session tells it what it learns, and asks it nothing."""
 
     __slots__ = (

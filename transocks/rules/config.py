@@ -10,7 +10,7 @@ from typing import Annotated
 
 import attrs
 
-from usocksd.names.conditions import as_written
+from usocksd.names.conditions import keep_host_bits
 from usocksd.names.match import parse_network
 from usocksd.net.address import IPNetwork
 from usocksd.settings.loader import Invalid, Parser, show
@@ -95,7 +95,7 @@ def _interface(value: object) -> str:
 def _network(value: str) -> IPNetwork:
     """Like that of other settings, but IPv6 stays IPv6: packets with IPv4-mapped addresses are of that family."""
     parse_network(value)
-    return as_written(ip_network(value, strict=False), value)
+    return keep_host_bits(ip_network(value, strict=False), value)
 
 
 Modes = Annotated[tuple[Mode, ...], Parser(_modes, _MODES)]

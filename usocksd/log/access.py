@@ -126,7 +126,7 @@ class AccessRecords:
             self._log.append(template.render(time.time(), values))
 
 
-class Connection:
+class ConnectionRecords:
     """What both daemons report of one connection; the subclass adds the rest."""
 
     __slots__ = ("_client", "_id", "_records", "_since", "_source")

@@ -61,7 +61,7 @@ class Log:
         written.
         """
         self._sink = sink
-        self._handler = Handler(formatter, sink)
+        self._handler = LogHandler(formatter, sink)
 
     def attach(self) -> None:
         """The standard library's records come here from now on."""
@@ -76,7 +76,7 @@ class Log:
         for name in _LOGGERS:
             logger = logging.getLogger(name)
             logger.removeHandler(self._handler)
-            if not any(isinstance(handler, Handler) for handler in logger.handlers):  # else another has taken over
+            if not any(isinstance(handler, LogHandler) for handler in logger.handlers):  # else another has taken over
                 logger.propagate = True
                 logger.setLevel(logging.NOTSET)
 
@@ -113,7 +113,7 @@ class Log:
         return Template(self.formatter, severity, message, constants, keys)
 
 
-class Handler(logging.Handler):
+class LogHandler(logging.Handler):
     """Carries the standard library's records to the sink; `extra={"fields": {...}}` become fields.
 
     An exception becomes the fields `error` and `traceback`. A record that can't be formatted keeps its

@@ -27,7 +27,7 @@ OTHER = "other"
 """The label value of everything that is beyond a metric's number of children."""
 
 
-class Kind(Enum):
+class MetricKind(Enum):
     """What a sum over processes means."""
 
     COUNTER = "counter"
@@ -39,7 +39,7 @@ class Kind(Enum):
     HISTOGRAM = "histogram"
 
 
-_LASTING = (Kind.COUNTER.value, Kind.HISTOGRAM.value)
+_LASTING = (MetricKind.COUNTER.value, MetricKind.HISTOGRAM.value)
 
 
 class Counter:
@@ -117,7 +117,7 @@ class Metrics:
         """A counter for each value of `labels`, `most` of them at most (see Family)."""
         if not name.endswith("_total"):
             raise ValueError(f"the name of a counter ends with _total: {name}")
-        return self._add(name, help, Kind.COUNTER, labels, Family(Counter, most), most=most)
+        return self._add(name, help, MetricKind.COUNTER, labels, Family(Counter, most), most=most)
 
     def gauge(self, name: str, help: str) -> Counter:
         """A gauge, summed up over the workers."""
@@ -125,7 +125,7 @@ class Metrics:
 
     def gauges(self, name: str, help: str, *labels: str) -> Family[Counter]:
         """A gauge for each value of `labels`."""
-        return self._add(name, help, Kind.GAUGE, labels, Family(Counter))
+        return self._add(name, help, MetricKind.GAUGE, labels, Family(Counter))
 
     def minimum(self, name: str, help: str) -> Counter:
         """A gauge that shows the smallest value of all workers."""
@@ -133,7 +133,7 @@ class Metrics:
 
     def minimums(self, name: str, help: str, *labels: str) -> Family[Counter]:
         """Such a gauge for each value of `labels`."""
-        return self._add(name, help, Kind.MINIMUM, labels, Family(Counter))
+        return self._add(name, help, MetricKind.MINIMUM, labels, Family(Counter))
 
     def histogram(self, name: str, help: str, bounds: Sequence[float]) -> Histogram:
         """A histogram without labels; `bounds` ascend, and the last bucket, for everything above, is not among them."""
@@ -142,7 +142,7 @@ class Metrics:
     def histograms(self, name: str, help: str, bounds: Sequence[float], *labels: str) -> Family[Histogram]:
         """A histogram for each value of `labels`."""
         family = Family(lambda: Histogram(bounds))
-        return self._add(name, help, Kind.HISTOGRAM, labels, family, bounds=list(bounds))
+        return self._add(name, help, MetricKind.HISTOGRAM, labels, family, bounds=list(bounds))
 
     def observed(self, name: str) -> float:
         """The sum of what a histogram without labels has observed; 0 if there is no such histogram."""
@@ -157,7 +157,7 @@ class Metrics:
             for name, (about, family) in self._families.items()
         }
 
-    def _add(self, name: str, help: str, kind: Kind, labels: Labels, family: Family[M], **more: Any) -> Family[M]:
+    def _add(self, name: str, help: str, kind: MetricKind, labels: Labels, family: Family[M], **more: Any) -> Family[M]:
         full = f"{self._prefix}_{name}"
         if full in self._families:
             raise ValueError(f"there is a metric of this name: {full}")
@@ -177,7 +177,7 @@ def total(snapshots: Iterable[Snapshot], *, bounded: bool = False) -> Snapshot:
             about, values = sums.get(name, (metric, {}))
             if not _comparable(about, metric):
                 values = {}
-            combine = min if metric["kind"] == Kind.MINIMUM.value else add
+            combine = min if metric["kind"] == MetricKind.MINIMUM.value else add
             for texts, numbers in metric["values"]:
                 labels = _key(tuple(texts), values, metric.get("most") if bounded else None)
                 so_far = values.get(labels)

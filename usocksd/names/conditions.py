@@ -14,7 +14,7 @@ import attrs
 from usocksd.names.match import parse_network
 from usocksd.names.sites import Entry, SiteList, entry_fault, parse_entry
 from usocksd.net.address import IPNetwork, numeric_address
-from usocksd.settings.loader import Faults, Invalid, Parser, loading, show
+from usocksd.settings.loader import Faults, Invalid, Parser, current_load, show
 from usocksd.settings.types import read_named, text
 
 _FILE = "file:"
@@ -33,7 +33,7 @@ def _destination(value: str) -> str | SiteList:
     """An entry as the operator wrote it, or the entries of the file that it names."""
     if not value.startswith(_FILE):
         return _site(value)
-    files = loading().files
+    files = current_load().files
     if value not in files:
         path, content = read_named(value.removeprefix(_FILE))
         files[value] = parse_list(content, value, str(path))
@@ -73,30 +73,30 @@ def parse_list(content: bytes, label: str, path: str) -> SiteList:
     return sites
 
 
-class Written4(IPv4Network):
-    """A network that was written as another address of it, `written`: "203.0.113.7/24"."""
+class HostBits4(IPv4Network):
+    """A network that was `written` with an address of a host in it: "203.0.113.7/24"."""
 
     written: str
 
 
-class Written6(IPv6Network):
+class HostBits6(IPv6Network):
     """The same of IPv6."""
 
     written: str
 
 
-def as_written(network: IPNetwork, value: str) -> IPNetwork:
-    """The same network, which knows its text if that has another address than its first."""
+def keep_host_bits(network: IPNetwork, value: str) -> IPNetwork:
+    """The same network, which knows its text if that has an address of a host in it."""
     if numeric_address(value.partition("/")[0]) == numeric_address(str(network.network_address)):
         return network
-    written = (Written4 if network.version == 4 else Written6)(str(network))
+    written = (HostBits4 if network.version == 4 else HostBits6)(str(network))
     written.written = value
     return written
 
 
-def parse_written(value: str) -> IPNetwork:
+def parse_keeping_host_bits(value: str) -> IPNetwork:
     """A network or an address. Raises ValueError."""
-    return as_written(parse_network(value), value)
+    return keep_host_bits(parse_network(value), value)
 
 
 def _ports(value: object) -> tuple[int, int]:
@@ -120,7 +120,9 @@ Destination = Annotated[
     str | SiteList,
     text(_destination, 'a host, ".domain", an address, a network, or a file of these as in "file:blocked.txt"'),
 ]
-Network = Annotated[IPNetwork, text(parse_written, 'a network or an IP address, as in "10.0.0.0/8" or "192.0.2.1"')]
+Network = Annotated[
+    IPNetwork, text(parse_keeping_host_bits, 'a network or an IP address, as in "10.0.0.0/8" or "192.0.2.1"')
+]
 
 
 Ports = Annotated[tuple[int, int], Parser(_ports, 'a port or a range, as in 25 or "6000-6100", from 0 to 65535')]

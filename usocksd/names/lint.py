@@ -11,7 +11,7 @@ from ipaddress import IPv4Address
 from typing import Protocol
 
 from usocksd.errors import Fault
-from usocksd.names.conditions import Written4, Written6, parse_written
+from usocksd.names.conditions import HostBits4, HostBits6, parse_keeping_host_bits
 from usocksd.names.match import canonical_host
 from usocksd.names.site_index import SiteIndex, has_networks, has_ports, mask_of, which_rules
 from usocksd.names.sites import Entry, Prefix, SiteList, parse_entry
@@ -71,7 +71,7 @@ def never_decides(
 def unclear_networks(key: str, networks: Iterable[IPNetwork]) -> Iterator[Fault]:
     """Networks that read as if a part of them were meant."""
     for index, network in enumerate(networks):
-        if isinstance(network, Written4 | Written6):
+        if isinstance(network, HostBits4 | HostBits6):
             written, address = network.written, network.written.partition("/")[0]
             whole = f'is all of {network}: write "{network}", or "{address}" for the one address'
             yield Fault(f"{key}[{index}]", show(written), whole)
@@ -87,7 +87,7 @@ def unclear_sites(key: str, entries: Iterable[object]) -> Iterator[Fault]:
         ):
             continue
         if "/" in entry:
-            for fault in unclear_networks(key, [parse_written(entry)]):
+            for fault in unclear_networks(key, [parse_keeping_host_bits(entry)]):
                 yield Fault(f"{key}[{index}]", fault.value, fault.expected)
         elif isinstance(host := canonical_host(entry), IPv4Address) and ":" not in entry and str(host) != entry:
             parts = entry.split(".")

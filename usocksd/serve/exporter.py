@@ -22,7 +22,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from usocksd.host.limits import owner
-from usocksd.log.metrics import Kind, Snapshot
+from usocksd.log.metrics import MetricKind, Snapshot
 from usocksd.net.address import bound_to
 from usocksd.serve.server import BoundedServer, Peer, ServerLimits
 
@@ -164,14 +164,14 @@ class _Collected(Collector):
 
 
 def _family(name: str, metric: dict[str, Any]) -> Metric:
-    kind, labels = Kind(metric["kind"]), metric["labels"]
-    if kind is Kind.HISTOGRAM:
+    kind, labels = MetricKind(metric["kind"]), metric["labels"]
+    if kind is MetricKind.HISTOGRAM:
         histogram = HistogramMetricFamily(name, metric["help"], labels=labels)
         bounds = [*map(floatToGoString, metric["bounds"]), "+Inf"]
         for values, (*counts, observed) in metric["values"]:
             histogram.add_metric(values, list(zip(bounds, accumulate(counts), strict=True)), observed)
         return histogram
-    make = CounterMetricFamily if kind is Kind.COUNTER else GaugeMetricFamily
+    make = CounterMetricFamily if kind is MetricKind.COUNTER else GaugeMetricFamily
     numbers = make(name, metric["help"], labels=labels)
     for values, (number,) in metric["values"]:
         numbers.add_metric(values, number)

@@ -9,7 +9,8 @@ import attrs
 
 from usocksd.net.address import IPAddress
 from usocksd.settings.control_path import control_path
-from usocksd.settings.loader import Located
+from usocksd.settings.loader import current_lines
+from usocksd.settings.locate import Lines
 from usocksd.settings.types import DnsConfig, LimitsConfig, ListenAddress, LogConfig, SocketPath, Timeouts, Workers
 
 
@@ -45,9 +46,11 @@ class Common:
 
 
 @attrs.frozen(kw_only=True)
-class CommonConfig(Located):
+class CommonConfig:
     """The tables and keys that the files of both daemons have in the same place."""
 
+    lines: Lines = attrs.field(init=False, eq=False, repr=False, factory=current_lines)
+    """where in its text the keys are"""
     log: LogConfig = attrs.field(factory=LogConfig)
     dns: DnsConfig = attrs.field(factory=DnsConfig)
     timeouts: Timeouts = attrs.field(factory=Timeouts)

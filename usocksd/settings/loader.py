@@ -34,7 +34,7 @@ from usocksd.settings.locate import Lines
 
 T = TypeVar("T")
 
-_loading: ContextVar[Loading] = ContextVar("loading")
+_current: ContextVar[Load] = ContextVar("load")
 _NOWHERE: Final = Lines("")
 _SHOWN_MAX: Final = 80  # characters of a value that a fault shows
 
@@ -109,7 +109,7 @@ def _each(error: Exception, at: str) -> Iterator[Invalid]:
 
 
 @attrs.frozen
-class Loading:
+class Load:
     """What a parser may have to know of the load that it is part of."""
 
     folder: Path
@@ -121,21 +121,15 @@ class Loading:
     lines: Lines
 
 
-def loading() -> Loading:
+def current_load() -> Load:
     """The load that is going on."""
-    return _loading.get()
+    return _current.get()
 
 
-def _lines() -> Lines:
-    load = _loading.get(None)
+def current_lines() -> Lines:
+    """Where the keys are in the text that is being loaded; nowhere if none is."""
+    load = _current.get(None)
     return _NOWHERE if load is None else load.lines
-
-
-@attrs.frozen(kw_only=True)
-class Located:
-    """The base of a configuration: it knows where in its text the keys are."""
-
-    lines: Lines = attrs.field(init=False, eq=False, repr=False, factory=_lines)
 
 
 def load(cls: type[T], path: str | os.PathLike[str]) -> T:
@@ -176,12 +170,12 @@ def structure(
     cls: type[T], table: object, source: str, read: Callable[[Path], bytes] = read_file, lines: Lines = _NOWHERE
 ) -> T:
     """What `tomllib` has made of the text of the file `source`, as a `cls`. Raises ConfigError."""
-    token = _loading.set(Loading(Path(source).parent, {}, read, lines))
+    token = _current.set(Load(Path(source).parent, {}, read, lines))
     try:
         faults = Faults()
         config: T | None = faults.read("", _reader(cls), table)
     finally:
-        _loading.reset(token)
+        _current.reset(token)
     if config is None:
         found = (Fault(fault.at, fault.shown or "", fault.expected) for fault in faults.found)
         raise ConfigError(source, sorted(lines.locate(found), key=lambda fault: fault.line or 0))

@@ -17,7 +17,7 @@ from usocksd.log.log import LEVELS
 from usocksd.net.address import IPAddress, join_port
 from usocksd.net.keepalive import KEEPALIVE
 from usocksd.settings.files import NotRegular
-from usocksd.settings.loader import Faults, Invalid, Parser, loading
+from usocksd.settings.loader import Faults, Invalid, Parser, current_load
 
 T = TypeVar("T")
 
@@ -234,7 +234,7 @@ def _path(value: str, most: int = _PATH_MAX) -> str | None:
 
 def read_named(value: str) -> tuple[Path, bytes]:
     """The file that a configuration names so, relative to its folder, and its content. Raises Invalid."""
-    load = loading()
+    load = current_load()
     path = load.folder / value
     try:
         return path, load.read(path)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from usocksd.errors import ConfigError, Fault
 from usocksd.net.address import IPAddress
-from usocksd.settings.loader import Invalid, load, loading, parse, show, structure
+from usocksd.settings.loader import Invalid, current_load, load, parse, show, structure
 from usocksd.settings.types import (
     DnsConfig,
     Interface,
@@ -127,7 +127,7 @@ def test_tables_with_names_of_the_operators_choice_and_keys_that_python_has_a_us
 
 
 def _beside(value: str) -> Path:
-    return loading().folder / value
+    return current_load().folder / value
 
 
 @attrs.frozen
@@ -139,7 +139,7 @@ def test_parsers_know_the_folder_of_the_file(tmp_path: Path) -> None:
     assert structure(Files, {"file": "x"}, f"{tmp_path}/test.toml").file == tmp_path / "x"
     assert structure(Files, {"file": "x"}, "test.toml").file == Path("x")
     with pytest.raises(LookupError):
-        loading()
+        current_load()
 
 
 def test_every_fault_of_a_text_is_reported_at_once() -> None:

@@ -1,4 +1,4 @@
-"""What systemd is told, and what it hands over (sd_notify(3), sd_listen_fds(3)); without systemd, nothing."""
+"""The interface to systemd: sd_notify(3) and sd_listen_fds(3). Without systemd it does nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _DATAGRAM = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
 
 
 class Notifier:
-    """Sends states to the service manager that started this process, if one did."""
+    """Tells the state to the service manager that has started this process, if there is one."""
 
     def __init__(self) -> None:
         address = os.environ.pop("NOTIFY_SOCKET", "")
@@ -20,7 +20,7 @@ class Notifier:
         watchdog = os.environ.pop("WATCHDOG_USEC", "")
         ours = os.environ.pop("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         self.watchdog: float | None = int(watchdog) / 1e6 if watchdog.isdigit() and ours else None
-        """Seconds within which a sign of life is wanted."""
+        """Seconds within which the manager expects a sign of life, if it does"""
 
     def ready(self, status: str) -> None:
         self._send("READY=1", f"STATUS={status}")
@@ -29,7 +29,7 @@ class Notifier:
         self._send("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
 
     def stopping(self, status: str, within: float) -> None:
-        """`within`: how many seconds it may take, so that the manager does not lose patience before."""
+        """`within`: how many seconds it may take; the manager waits that long."""
         self._send("STOPPING=1", f"EXTEND_TIMEOUT_USEC={int(within * 1e6)}", f"STATUS={status}")
 
     def status(self, status: str) -> None:
@@ -40,7 +40,7 @@ class Notifier:
             self._send("WATCHDOG=1")
 
     def environment(self) -> dict[str, str]:
-        """What a new version of this process needs to go on telling."""
+        """The environment with which a new version of this process goes on"""
         found = {}
         if self._address:
             found["NOTIFY_SOCKET"] = "@" + self._address[1:] if self._address[0] == "\0" else self._address
@@ -51,13 +51,13 @@ class Notifier:
     def _send(self, *lines: str) -> None:
         if not self._address:
             return
-        # A manager that does not listen is not worth failing for, nor waiting.
+        # A manager that does not listen, or is busy, is no reason to fail or to wait.
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, _DATAGRAM) as sock:
             sock.sendto("\n".join(lines).encode(), self._address)
 
 
 def inherited_sockets() -> list[socket.socket]:
-    """The listening TCP sockets of socket activation (LISTEN_FDS), if they are meant for this process."""
+    """The sockets of socket activation (LISTEN_FDS), if they are for this process"""
     pid, count = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "")
     os.environ.pop("LISTEN_FDNAMES", None)
     if pid != str(os.getpid()) or not count.isdigit():

@@ -32,8 +32,6 @@ log = logging.getLogger(__name__)
 _COLLECT_AFTER = 50_000
 _SAY_AGAIN_AFTER = 10.0
 _LOOK_AT_TIMERS_EVERY = 2.0
-# The most tasks without a connection that are kept, some 2 KB each.
-_MOST_IDLE = 64
 
 
 class Stopping(Exception):
@@ -232,7 +230,7 @@ class Service:
         while True:
             await self._serve(*connection)
             del connection
-            if len(idle) == _MOST_IDLE:
+            if len(idle) == self._timing.idle_tasks:
                 return
             idle.append(task)
             connection = await trio.lowlevel.wait_task_rescheduled(abort)

@@ -1,4 +1,4 @@
-"""How long things take between a master, its workers and those who ask: one value, so that a test can be quick."""
+"""How long a daemon waits for what, and a few numbers: one value, so that a test can choose others."""
 
 from __future__ import annotations
 
@@ -55,3 +55,5 @@ class Timing:
     """At the descriptor limit, connections that were silent for this long make room."""
     shed_at_once: int = 32
     """How many of them"""
+    idle_tasks: int = 64
+    """The most tasks of ended sessions that wait for another connection, some 2 KB each"""

@@ -13,7 +13,6 @@ from usocksd.log.metrics import Metrics
 from usocksd.net.endpoint import Endpoint
 from usocksd.net.keepalive import KeepAlive
 from usocksd.net.listeners import listen
-from usocksd.serve import service as service_module
 from usocksd.serve.service import Service
 from usocksd.serve.timing import Timing
 
@@ -34,7 +33,7 @@ class Served:
             tally=tally,
             metrics=Metrics("tiny"),
             keepalive=KeepAlive(),
-            timing=Timing(),
+            timing=Timing(idle_tasks=2),
         )
         self._sock = listen("127.0.0.1", 0)
         self._address = self._sock.getsockname()
@@ -80,8 +79,7 @@ async def test_one_after_another(lab: Any, served: Served) -> None:
     assert served.service.live == 0
 
 
-async def test_at_once(lab: Any, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service_module, "_MOST_IDLE", 2)
+async def test_at_once(lab: Any, served: Served) -> None:
     with served.clients(5):
         await lab.settle()
         assert len(set(served.by)) == 5

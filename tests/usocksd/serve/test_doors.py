@@ -50,6 +50,6 @@ async def test_doors_without_descriptors(tmp_path: Path) -> None:
     async with trio.open_nursery() as nursery:
         report: Any = Mock()
         doors = Doors("tiny", nursery, report, {}, Timing())
-        metering = MetricsAddress(("127.0.0.1", "127.0.0.2"), 0, required=False)
-        assert failures(lambda: doors._open_metrics(metering), ListenError) >= 2
+        address = MetricsAddress(("127.0.0.1", "127.0.0.2"), 0, required=True)
+        assert failures(lambda: doors.prepare(address), ListenError) >= 2
         assert failures(lambda: Control.open(str(tmp_path / "control"), "tiny", {}), ControlError) >= 2

@@ -1,7 +1,7 @@
-"""NAME check: whether a configuration will do, for an editor, a pipeline, or the unit before it starts the daemon.
+"""NAME check: the faults and warnings of a configuration, for an editor, a pipeline, or a unit before the start.
 
-Every fault, then every warning, then the settings as they will be. It opens the files that loading opens, and nothing
-else: no socket is bound, no log is written, no name server asked beyond what loading does.
+It prints every fault, then every warning, then the settings in force. It only opens the files that loading opens: it
+binds no socket, writes no log, and asks no name server.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def _diagnostics(file: str, faults: Iterable[Fault]) -> list[Diagnostic]:
 
 
 def _locate(fault: Fault, file: str) -> Diagnostic:
-    """Syntax errors, and those of files that are not TOML, bring their place along instead of a key."""
+    """With its place. Syntax errors, and those of files that are not TOML, have a place instead of a key."""
     if match := re.fullmatch(r"line (\d+)(?:, column (\d+))?", fault.path):
         column = None if match[2] is None else int(match[2])
         return Diagnostic(file, int(match[1]), column, "", fault.value, fault.expected)
@@ -131,7 +131,7 @@ def _locate(fault: Fault, file: str) -> Diagnostic:
 
 
 def effective(common: Common) -> dict[str, object]:
-    """The settings that matter, as they will be, by key path where the file has one; JSON values."""
+    """The settings in force that matter, as JSON values, by the key path that the file would have"""
     host = HostFacts.here(())
     port = common.metrics_default if common.metrics_port is None else common.metrics_port
     return {

@@ -1,4 +1,4 @@
-"""What all verbs do: find the control socket, ask, and say what came of it."""
+"""What all verbs share: find the control socket, ask, and report errors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class VerbError(Error):
 
 
 class Refused(Error):
-    """The daemon has answered that it can't, or won't: `answer`."""
+    """The daemon refuses: `answer` is what it has sent."""
 
     def __init__(self, answer: Answer) -> None:
         super().__init__("\n".join([str(answer.get("error")), *map(str, answer.get("faults", ()))]))
@@ -80,7 +80,7 @@ class ControlClient:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
             sock.settimeout(timeout)
             sock.connect(self.path)
-            # It may close without having read all, after an answer: what it said before is what counts.
+            # The daemon may answer and close without having read everything: then the answer counts.
             with contextlib.suppress(BrokenPipeError):
                 sock.sendall(request)
             with contextlib.suppress(ConnectionResetError):
@@ -96,7 +96,7 @@ class ControlClient:
 def run_verb(
     daemon: Daemon[Any], verb: str, run: Callable[[ControlClient, argparse.Namespace], None], args: argparse.Namespace
 ) -> int:
-    """Run a verb, which asks and prints, and raises Error if there is nothing to print. Returns the exit status."""
+    """Run a verb, which asks and prints, or raises Error. Returns the exit status."""
     prefix = f"{daemon.name} {verb}: "
     try:
         run(ControlClient(daemon.name, find_control(daemon, args, prefix)), args)
@@ -112,14 +112,14 @@ def run_verb(
 
 
 def find_control(daemon: Daemon[Any], args: argparse.Namespace, prefix: str) -> str:
-    """Where the control socket is: as --control says, or else the configuration. Raises VerbError if there is none, or
-    somebody else may have made it.
+    """The path of the control socket: that of --control, or else of the configuration. Raises VerbError if there is
+    none, or another user may have made it.
 
-    What is wrong with the configuration is said behind `prefix` on stderr, and the default is taken.
+    If the configuration can't be read, stderr says so after `prefix`, and the path is the default.
     """
     if args.control is not None:
         return str(args.control)
-    # Only this one setting is looked at: an operator who asks for the status may have a bad file for a reason.
+    # Only this setting is read: an operator may ask for the status because the file is bad.
     config: str = args.f or daemon.file
     try:
         with open(config, "rb") as file:
@@ -144,7 +144,7 @@ def find_control(daemon: Daemon[Any], args: argparse.Namespace, prefix: str) -> 
 
 
 def _default(daemon: Daemon[Any]) -> str:
-    """This user's own daemon, or else the system's."""
+    """The default path of this user's daemon, or else of the system's"""
     path = control_path(daemon.control, daemon.control)
     if path == daemon.control or (not os.path.exists(path) and os.path.exists(daemon.control)):
         return daemon.control
@@ -161,5 +161,5 @@ def print_json(answer: Answer) -> None:
 
 
 def visible(text: object) -> str:
-    """Text with control characters, and whatever else has no shape, escaped as in Python: a client chose some of it."""
+    """Text with everything that is not printable escaped as in Python: a client may have chosen it."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text))

@@ -1,4 +1,4 @@
-"""NAME connections: the live ones, as a table, or like top."""
+"""NAME connections: the live connections, as a table, once or again and again like top."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from usocksd.serve.verbs.show import KEEP, Column, cell, duration, make_console,
 SAMPLE = 0.5
 """Seconds over which rates are taken."""
 
-# The requested name, and what only one of the daemons has, go in between.
+# Between these columns are optional ones: the requested name, and what only one of the daemons has.
 _FIRST = (Column("client", keep=KEEP + 3), Column("destination", keep=KEEP + 2))
 _OPTIONAL = {
     "peer": Column("peer", keep=1),
@@ -44,13 +44,13 @@ _LAST = (
 
 
 def run(client: ControlClient, args: argparse.Namespace) -> None:
-    """Ask, and print: once, or until Ctrl-C."""
+    """Ask and print, once or until Ctrl-C."""
     samples = _samples(client, args.watch)
     console = make_console()
     if args.watch is None:
         _print(next(samples), args, console)
         return
-    with contextlib.suppress(KeyboardInterrupt):  # which is how this is to end
+    with contextlib.suppress(KeyboardInterrupt):  # the way to end this
         if args.json or not console.is_terminal:
             for answer in samples:
                 _print(answer, args, console)
@@ -61,7 +61,7 @@ def run(client: ControlClient, args: argparse.Namespace) -> None:
 
 
 def _samples(client: ControlClient, every: float | None) -> Iterator[dict[str, Any]]:
-    """Answers with rates, the first after SAMPLE seconds, the others `every` so many."""
+    """Answers with rates: the first after SAMPLE seconds, the others every `every` seconds."""
     before, taken = client.ask("connections"), time.monotonic()
     wait = SAMPLE
     while True:
@@ -73,7 +73,7 @@ def _samples(client: ControlClient, every: float | None) -> Iterator[dict[str, A
 
 
 def _add_rates(answer: dict[str, Any], before: dict[str, Any]) -> None:
-    """None where it can't be told: the connection was there, and the answer before did not have it."""
+    """Add rates; None for a connection that the answer before has left out."""
     earlier = {(connection["worker"], connection["id"]): connection for connection in before["connections"]}
     for connection in answer["connections"]:
         then = earlier.get((connection["worker"], connection["id"]))

@@ -1,4 +1,4 @@
-"""Tables and units for people: plain text where nobody looks on, and what clients chose is never markup."""
+"""Tables and units for people: styled on terminals, plain text elsewhere. Texts that clients chose are never markup."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.text import Text
 from usocksd.serve.verbs.client import visible
 
 KEEP: Final = 10
-"""Columns that are of more use than addresses on one line have at least this much `keep`."""
+"""Columns with at least this much `keep` stay, even if addresses then need several lines."""
 
 
 class Column(NamedTuple):
@@ -22,29 +22,29 @@ class Column(NamedTuple):
 
     heading: str
     number: bool = False
-    """It holds numbers, which go to the right."""
+    """It has numbers, which are aligned to the right."""
     keep: int = 0
-    """Where a terminal is too narrow, columns with the least go first, those from KEEP on last."""
+    """On a narrow terminal, columns with the least of this are left out first."""
     text: bool = False
-    """It holds texts that are still of use when their end is cut off. Numbers, addresses and ports are not."""
+    """It has texts that are still useful if they are cut off, unlike numbers, addresses and ports."""
 
 
-# Wider than any table: what is piped or kept is not cut.
+# The width of a pipe or a file: wider than any table, so nothing is cut.
 _ENDLESS = 100_000
-# A text is cut to no less than this, and the lines of addresses are broken at no less than what an IPv4 one takes.
+# Texts are not cut below this width; lines of addresses are not broken below that of an IPv4 address.
 _SHORTEST, _UNBROKEN = 12, 21
 _GAP = 2
 
 
 def make_console() -> Console:
-    """Standard output: cut to its width and with colours if it is a terminal (and NO_COLOR is not set)."""
+    """Standard output. On a terminal, tables have its width, and colours unless NO_COLOR is set."""
     if sys.stdout.isatty():
         return Console(highlight=False, markup=False, emoji=False)
     return Console(highlight=False, markup=False, emoji=False, force_terminal=False, width=_ENDLESS)
 
 
 def put(console: Console, what: RenderableType = "") -> None:
-    """Print; without the spaces that rich puts at the ends of lines, where somebody may keep them."""
+    """Print; to a pipe or file without the spaces that rich puts at the ends of lines."""
     if console.is_terminal:
         console.print(what)
         return
@@ -60,7 +60,7 @@ def cell(value: object, style: str = "") -> Text:
 
 
 def make_table(columns: Sequence[Column], rows: Iterable[Sequence[Text]], room: int) -> Table:
-    """A table for a terminal of this width: with as many of the columns as have room."""
+    """A table for a terminal that is `room` wide, with the columns that fit."""
     rows = list(rows)
     widths = [
         max(cell_len(column.heading), *(cells[at].cell_len for cells in rows), 0) for at, column in enumerate(columns)
@@ -78,9 +78,9 @@ def make_table(columns: Sequence[Column], rows: Iterable[Sequence[Text]], room: 
 
 
 def fitting(columns: Sequence[Column], widths: Sequence[int], room: int) -> dict[int, int]:
-    """Which of the columns fit beside each other, by their places, and the width of each; `widths` are what they need.
+    """The indexes of the columns that fit, and the width of each; `widths` is what they need.
 
-    Numbers keep theirs, texts are cut, and addresses take several lines where nothing less important is left.
+    Numbers keep their width, texts are cut, and addresses take several lines if no less important column is left.
     """
     least = {
         at: min(width, max(_SHORTEST, len(column.heading))) if column.text else width
@@ -123,7 +123,7 @@ def _broken(address: Text, width: int) -> Text:
 
 
 def plain_table(columns: Iterable[Column], rows: Iterable[Sequence[Text]]) -> Iterator[str]:
-    """The same as lines of any length, and any number of them: rich takes half a millisecond for each."""
+    """The table as plain lines, for any number of rows: rich takes half a millisecond for each."""
     headings, numbers = zip(*(column[:2] for column in columns), strict=True)
     lines = [headings, *([text.plain for text in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

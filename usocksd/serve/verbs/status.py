@@ -1,4 +1,4 @@
-"""NAME status: what the daemon does, and how its workers are."""
+"""NAME status: what the daemon does, and the state of its workers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from usocksd.log.words import counted
 from usocksd.serve.verbs.client import Answer, ControlClient, print_json
 from usocksd.serve.verbs.show import Column, cell, duration, make_console, make_table, put, rate, size
 
-# Of a pool with more addresses in trouble only so many are named.
+# How many of the addresses or upstreams in trouble are named.
 _MOST_NAMED = 4
 _HEALTHY = {"ready", "reloading"}
 _COLUMNS = (
@@ -53,7 +53,7 @@ def _summary(answer: Answer) -> Table:
 
 
 def _facts(answer: Answer) -> Iterator[tuple[str, str, bool]]:
-    """Label, text, and whether somebody should look at it."""
+    """Label, text, and whether it needs attention"""
     state, up = answer["state"], duration(answer["uptime"])
     yield answer["name"], f"{state}, version {answer['version']}, pid {answer['pid']}, up {up}", state not in _HEALTHY
     config = answer["config"]
@@ -94,7 +94,7 @@ def _facts(answer: Answer) -> Iterator[tuple[str, str, bool]]:
 
 
 def _egress(pool: dict[str, Any]) -> tuple[str, bool]:
-    """What a pool of egress addresses can't use, or has reason not to."""
+    """Which egress addresses of a pool are missing or on a block list"""
     addresses, local = pool["addresses"], pool["local"]
     absent = [address for address in addresses if address not in local]
     listed = [f"{address} ({', '.join(domains)})" for address, domains in pool["listed"].items()]
@@ -104,7 +104,7 @@ def _egress(pool: dict[str, Any]) -> tuple[str, bool]:
 
 
 def _upstreams(group: dict[str, Any]) -> tuple[str, bool]:
-    """How a group of proxies is, and what is wrong with those that are down or slow."""
+    """How many upstreams of a group are up, and what is wrong with those that are down or slow"""
     upstreams = group["upstreams"]
     down = [f"{each['upstream']} ({each['why']})" for each in upstreams if not each["up"]]
     slow = [f"{each['upstream']} ({each['latency']:.1f} s)" for each in upstreams if each["up"] and each.get("slow")]

@@ -31,53 +31,16 @@ def test_a_table(bench: Bench, connection: Make) -> None:
     bench.start(connections=[answer([before, other]), answer([after, other])])
     title, heading, *rows = bench.lines("connections")
     assert title.startswith("2 connections, tx 0 B/s, rx ")
-    assert heading.split() == (
-        [
-            "client",
-            "destination",
-            "name",
-            "user",
-            "rule",
-            "egress",
-            "state",
-            "age",
-            "idle",
-            "tx",
-            "rx",
-            "tx/s",
-            "rx/s",
-            "worker",
-        ]
-    )
+    columns = "client destination name user rule egress state age idle tx rx tx/s rx/s worker"
+    assert " ".join(heading.split()) == columns
     # As wide as it needs to be: nobody's terminal.
     assert len(heading) > 130
     first, second = rows
     start = "198.51.100.10:40001  203.0.113.80:80  www.beyond.example  alice  default  192.0.2.1:51278  relay"
     assert first.startswith(start)
     assert first[len(start) :].split()[:8] == ["1h", "02m", "0.5s", "1000", "B", "979", "KiB", "0"]
-    assert second.split() == (
-        [
-            "198.51.100.10:40002",
-            "-",
-            "-",
-            "-",
-            "-",
-            "-",
-            "handshake",
-            "1m",
-            "00s",
-            "0.5s",
-            "0",
-            "B",
-            "0",
-            "B",
-            "0",
-            "B/s",
-            "0",
-            "B/s",
-            "4712",
-        ]
-    )
+    unknown = "198.51.100.10:40002 - - - - - handshake 1m 00s 0.5s 0 B 0 B 0 B/s 0 B/s 4712"
+    assert " ".join(second.split()) == unknown
 
 
 def test_nothing_to_list(bench: Bench) -> None:

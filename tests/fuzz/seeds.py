@@ -13,7 +13,7 @@ import dns.rrset
 
 from transocks.tracing.events import MESSAGE, Packet
 from transocks.tracing.packets import datagram
-from transocks.tracing.path import TABLE
+from transocks.tracing.trace import TABLE
 from usocksd.host.netlink import HEADER
 from usocksd.log.formats import Logfmt, Plain, Severity
 from usocksd.net.proxy_protocol import LOCAL_HEADER, header

@@ -29,7 +29,7 @@ from transocks.rules.loaded import compare, parse_nft, parse_save, replacement, 
 from transocks.sniff import MOST, Sniffer
 from transocks.tracing.events import MESSAGE
 from transocks.tracing.events import parse as parse_trace
-from transocks.tracing.path import path_of
+from transocks.tracing.trace import trace_of
 from usocksd.acl import AccessRules, Rule
 from usocksd.clients import Client as WhoAsks
 from usocksd.clients import ClientRules
@@ -433,16 +433,16 @@ def iptables_save(data: bytes) -> None:
 
 @target
 def trace(data: bytes) -> None:
-    """The kernel's reports of packets, and the paths that they make."""
+    """The kernel's reports of packets, and the traces that they make."""
     events = [event for kind, _, body in messages(data) if kind == MESSAGE and (event := parse_trace(body)) is not None]
     packets = [event.packet for event in events if event.packet]
     for protocol, port in {(packet.protocol, end) for packet in packets for end in (packet.sport, packet.dport)}:
         for back in (False, True):
-            path = path_of(events, protocol, port, back=back)
-            if path is not None:
-                assert {path.packet.sport, path.packet.dport} >= {port}
-                assert len(path.marks) < len(path.events)
-                assert (path.stop is None) is (path.delivered or path.left)
+            found = trace_of(events, protocol, port, back=back)
+            if found is not None:
+                assert {found.packet.sport, found.packet.dport} >= {port}
+                assert len(found.marks) < len(found.events)
+                assert (found.stop is None) is (found.delivered or found.left)
 
 
 # ---- between master and worker

@@ -764,7 +764,7 @@ with Tracer() as tracer:
             sock.setblocking(False)
             with tracer.watching(6, 45678, keep=True):
                 sock.connect_ex(("203.0.113.1", 443))
-                print(tracer.path(6, 45678).turn is not None)
+                print(tracer.trace(6, 45678).turn is not None)
 """
 
 

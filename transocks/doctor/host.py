@@ -21,9 +21,9 @@ from transocks.tracing.events import TCP
 from transocks.tracing.fate import Fate, What, fate_of
 from transocks.tracing.links import Links, filtered_bridges, links
 from transocks.tracing.names import RuleNames
-from transocks.tracing.path import Path as Way
 from transocks.tracing.samples import Outcome, Sample, samples, try_out
 from transocks.tracing.sockets import Identity
+from transocks.tracing.trace import Trace
 from transocks.tracing.tracer import Tracer
 from transocks.upstreams.proxy_url import ProxyURL
 from usocksd.host.addresses import HostAddresses
@@ -47,8 +47,8 @@ class Host:
     """whose connection was waited for: then that is judged, and no samples"""
     names: RuleNames = attrs.field(factory=RuleNames)
     proc: Path = Path("/proc")
-    counters: Mapping[str, int] = attrs.field(default=attrs.Factory(lambda self: counted(self.proc), takes_self=True))
-    """what the kernel had dropped until the look began: see `counted`"""
+    counters: Mapping[str, int] = attrs.field(default=attrs.Factory(lambda self: self.counted(), takes_self=True))
+    """what the kernel had dropped until the look began"""
 
     # ---- what the kernel says
 
@@ -72,9 +72,22 @@ class Host:
         """A setting of an interface for IPv4."""
         return int(self.read(f"sys/net/ipv4/conf/{interface}/{name}") or 0)
 
+    def counted(self) -> dict[str, int]:
+        """What this network namespace has dropped so far: the counters of /proc/net/netstat by name, and conntrack's
+        "drop" and "early_drop".
+        """
+        found: dict[str, int] = {}
+        lines = [line.split()[1:] for line in (self.read("net/netstat") or "").splitlines()]
+        for names, values in zip(lines[::2], lines[1::2], strict=False):  # a line of names, a line of values
+            found |= {name: int(value) for name, value in zip(names, values, strict=False)}
+        head, *rows = [line.split() for line in (self.read("net/stat/nf_conntrack") or "").splitlines()] or [[]]
+        for name in {"drop", "early_drop"} & set(head):  # hexadecimal, a line for each CPU
+            found[name] = sum(int(row[head.index(name)], 16) for row in rows)
+        return found
+
     def since(self, name: str) -> int:
-        """By how much a counter of `counted` has grown since the look began."""
-        return counted(self.proc).get(name, 0) - self.counters.get(name, 0)
+        """By how much such a counter has grown since the look began."""
+        return self.counted().get(name, 0) - self.counters.get(name, 0)
 
     @cached_property
     def versions(self) -> tuple[int, ...]:
@@ -199,12 +212,12 @@ class Host:
         if self.client is None:
             return [try_out(self.tracer, sample) for sample in samples(redirection, self.links, self.versions)]
         port = self.tracer.port_of(self.client)
-        path = None if port is None else self.tracer.path(TCP, port)
-        if port is None or path is None or redirection.mode is Mode.HOST:
+        trace = None if port is None else self.tracer.trace(TCP, port)
+        if port is None or trace is None or redirection.mode is Mode.HOST:
             return []
-        to, iif = path.packet, device(path.iif)
+        to, iif = trace.packet, device(trace.iif)
         sample = Sample(destination=to.destination, port=to.dport, source=self.client, iif=iif)
-        return [Outcome(sample=sample, path=path, back=self.tracer.path(TCP, port, back=True))]
+        return [Outcome(sample=sample, trace=trace, back=self.tracer.trace(TCP, port, back=True))]
 
     @cached_property
     def arrived(self) -> tuple[Fate, ...]:
@@ -222,36 +235,14 @@ class Host:
 
     def comes_back(self, outcome: Outcome) -> str | None:
         """The rule that redirects it to a port of transocks, if one does."""
-        turn = outcome.path.turn if outcome.path is not None else None
+        turn = outcome.trace.turn if outcome.trace is not None else None
         if turn is None or turn.to is None or turn.to[1] not in self.ports or not self.is_local(turn.to[0]):
             return None
         return self.names.of(turn.cause)
 
-    def stop(self, path: Way | None) -> str | None:
+    def stop(self, trace: Trace | None) -> str | None:
         """What on this host stopped a packet, in words."""
-        return self.names.stop(path.stop) if path is not None and path.stop is not None else None
-
-
-def counted(proc: Path) -> dict[str, int]:
-    """What this network namespace has dropped so far: the counters of /proc/net/netstat by name, and conntrack's "drop"
-    and "early_drop".
-    """
-    found: dict[str, int] = {}
-    lines = _lines(proc / "net/netstat")
-    for names, values in zip(lines[::2], lines[1::2], strict=False):  # a line of names, a line of values
-        pairs = zip(names.split()[1:], values.split()[1:], strict=False)
-        found |= {name: int(value) for name, value in pairs}
-    head, *rows = [line.split() for line in _lines(proc / "net/stat/nf_conntrack")] or [[]]
-    for name in {"drop", "early_drop"} & set(head):  # hexadecimal, a line for each CPU
-        found[name] = sum(int(row[head.index(name)], 16) for row in rows)
-    return found
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text("ascii", "replace").splitlines()
-    except OSError:
-        return []
+        return self.names.stop(trace.stop) if trace is not None and trace.stop is not None else None
 
 
 def device(index: int) -> str:

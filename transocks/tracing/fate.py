@@ -15,8 +15,8 @@ from transocks.tools import FirewallError
 from transocks.tracing.events import Event, Verdict
 from transocks.tracing.links import links
 from transocks.tracing.names import RuleNames
-from transocks.tracing.path import Cause, Change, Path
 from transocks.tracing.samples import Outcome, Sample, samples, try_out
+from transocks.tracing.trace import Cause, Change, Trace
 from transocks.tracing.tracer import Tracer
 from usocksd.net.address import IPAddress
 
@@ -90,15 +90,15 @@ class Fate:
             own = [address for address in self.redirection.addresses if address.version == self.sample.version]
             loopback = ip_address("127.0.0.1" if self.sample.version == 4 else "::1")
             return own[0] if own else loopback, self.redirection.port
-        assert self.outcome.path is not None
-        return self.outcome.path.destination
+        assert self.outcome.trace is not None
+        return self.outcome.trace.destination
 
 
 def fate_of(outcome: Outcome, redirection: Redirection, names: RuleNames) -> Fate:
     """The fate of a sample of these rules."""
-    if outcome.path is None:
+    if outcome.trace is None:
         return Fate(redirection, outcome, What.NOWHERE, outcome.why or "nothing was reported of it")
-    what, text, cause = _judge(outcome.path, redirection, names)
+    what, text, cause = _judge(outcome.trace, redirection, names)
     rule = cause.rule if cause is not None else None
     return Fate(redirection, outcome, what, text, rule, rule is not None and _is_ours(rule, names, TABLES, CHAINS))
 
@@ -106,35 +106,35 @@ def fate_of(outcome: Outcome, redirection: Redirection, names: RuleNames) -> Fat
 _Judgement = tuple[What, str, Cause | None]
 
 
-def _judge(path: Path, redirection: Redirection, names: RuleNames) -> _Judgement:
-    turn = path.turn
+def _judge(trace: Trace, redirection: Redirection, names: RuleNames) -> _Judgement:
+    turn = trace.turn
     if redirection.mode is Mode.TPROXY:
         mark = redirection.tproxy_mark
-        taken = next((change for change in path.marks if change.after == mark), None)
-        later = next((change for change in path.marks if change.before == mark), None)
-        if taken is not None and later is not None and not path.delivered:
+        taken = next((change for change in trace.marks if change.after == mark), None)
+        later = next((change for change in trace.marks if change.before == mark), None)
+        if taken is not None and later is not None and not trace.delivered:
             text = f"{names.of(later.cause)} makes mark {mark:#x}, which routes it here, {later.after:#x}"
             return What.UNMARKED, text, later.cause
-        if taken is None and turn is not None and (path.stop is None or path.stop.rule is None):
+        if taken is None and turn is not None and (trace.stop is None or trace.stop.rule is None):
             return _elsewhere(turn, names)
     else:
         taken = turn
         if turn is not None and turn.to is not None and turn.to[1] != redirection.port:
             return _elsewhere(turn, names)
     if taken is not None:
-        if path.left:
+        if trace.left:
             return What.STOPPED, "it is routed out of this host", None
-        if path.stop is not None:
-            return What.STOPPED, names.stop(path.stop), path.stop
+        if trace.stop is not None:
+            return What.STOPPED, names.stop(trace.stop), trace.stop
         return What.ARRIVED, names.of(taken.cause), taken.cause
-    if path.untracked and redirection.mode is not Mode.TPROXY:
-        rule = next((rule for rule in path.rules if "notrack" in names.text(rule).lower()), None)
+    if trace.untracked and redirection.mode is not Mode.TPROXY:
+        rule = next((rule for rule in trace.rules if "notrack" in names.text(rule).lower()), None)
         hook = "output" if redirection.mode is Mode.HOST else "prerouting"
-        cause = Cause(rule, path.packet.source.version, hook, "raw")
+        cause = Cause(rule, trace.packet.source.version, hook, "raw")
         return What.UNTRACKED, names.of(cause), cause
-    if path.stop is not None:
-        return What.DROPPED, names.stop(path.stop), path.stop
-    return _untaken(path, redirection, names)
+    if trace.stop is not None:
+        return What.DROPPED, names.stop(trace.stop), trace.stop
+    return _untaken(trace, redirection, names)
 
 
 def _elsewhere(turn: Change, names: RuleNames) -> _Judgement:
@@ -142,15 +142,15 @@ def _elsewhere(turn: Change, names: RuleNames) -> _Judgement:
     return What.TAKEN, f"{names.of(turn.cause)} sends it to port {turn.to[1]} of {turn.to[0]}", turn.cause
 
 
-def _untaken(path: Path, redirection: Redirection, names: RuleNames) -> _Judgement:
+def _untaken(trace: Trace, redirection: Redirection, names: RuleNames) -> _Judgement:
     """No rule redirected it or stopped it."""
     hook, table = _PLACE[redirection.mode]
     chains = {("ip", table, hook.upper()), ("ip6", table, hook.upper())}
-    ours = [rule for rule in path.rules if _is_ours(rule, names, (redirection.table,), (redirection.chain,))]
-    theirs = (rule for rule in path.rules if rule not in ours and rule.verdict in _ENDS)
+    ours = [rule for rule in trace.rules if _is_ours(rule, names, (redirection.table,), (redirection.chain,))]
+    theirs = (rule for rule in trace.rules if rule not in ours and rule.verdict in _ENDS)
     before = next((rule for rule in theirs if (rule.family, rule.table, rule.chain) in chains), None)
     what, rule = (What.TAKEN, before) if before else (What.PASSED, ours[-1] if ours else None)
-    cause = Cause(rule, path.packet.source.version, hook, table)
+    cause = Cause(rule, trace.packet.source.version, hook, table)
     return what, names.of(cause) if rule is not None else "", cause
 
 

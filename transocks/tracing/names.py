@@ -8,7 +8,7 @@ from transocks.rules import live
 from transocks.rules.loaded import Table, parse_nft, parse_save
 from transocks.tools import FirewallError, run
 from transocks.tracing.events import Event, Verdict
-from transocks.tracing.path import LO, ROUTING, Cause
+from transocks.tracing.trace import LO, ROUTING, Cause
 
 _IPTABLES = {"raw", "mangle", "nat", "filter", "security"}
 _VERSIONS = {"ip": "IPv4", "ip6": "IPv6"}
@@ -38,7 +38,7 @@ class RuleNames:
         return f"something that nft does not show, in {hook} at the place of {place}"
 
     def stop(self, cause: Cause) -> str:
-        """What ended the path of a packet, and how."""
+        """What stopped a packet, and how."""
         return f"{self.of(cause)} {_STOPS.get(cause.rule.verdict, 'drops it') if cause.rule else 'drops it'}"
 
     def text(self, rule: Event) -> str:

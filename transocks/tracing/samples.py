@@ -22,8 +22,8 @@ from transocks.tools import FirewallError
 from transocks.tracing.events import ACK, RST, SYN, TCP, Packet
 from transocks.tracing.links import Links, lookup
 from transocks.tracing.packets import datagram, inject
-from transocks.tracing.path import Path
 from transocks.tracing.sockets import NOBODY, Identity, socket_of
+from transocks.tracing.trace import Trace
 from transocks.tracing.tracer import Tracer
 from usocksd.net.address import IPAddress, IPNetwork, socket_address
 
@@ -64,9 +64,9 @@ class Outcome:
     """What became of a sample."""
 
     sample: Sample
-    path: Path | None = None
+    trace: Trace | None = None
     """None: it was not sent, or nothing was reported of it"""
-    back: Path | None = None
+    back: Trace | None = None
     """of the answer"""
     problem: OSError | FirewallError | None = None
     """why it was not sent"""
@@ -102,11 +102,11 @@ def try_out(tracer: Tracer, sample: Sample, *, protocol: int = TCP, flags: int =
 def _wait(tracer: Tracer, sample: Sample, protocol: int, port: int) -> Outcome:
     deadline = time.monotonic() + _PATIENCE
     while True:
-        path, back = tracer.path(protocol, port), tracer.path(protocol, port, back=True)
-        silent = protocol != TCP or path is None or not path.delivered
-        over = path is not None and path.ended and (silent or (back is not None and back.ended))
+        trace, back = tracer.trace(protocol, port), tracer.trace(protocol, port, back=True)
+        silent = protocol != TCP or trace is None or not trace.delivered
+        over = trace is not None and trace.ended and (silent or (back is not None and back.ended))
         if over or time.monotonic() > deadline:
-            return Outcome(sample=sample, path=path, back=back)
+            return Outcome(sample=sample, trace=trace, back=back)
         time.sleep(_STEP)
 
 

@@ -1,4 +1,4 @@
-"""Makes the kernel report the path of some packets, and keeps our own samples on this host.
+"""Makes the kernel report the trace of some packets, and keeps our own samples on this host.
 
 A table of our own marks packets of the watched ports for tracing. At each hook it has empty chains between those of
 others (connection tracking, iptables's tables). The kernel reports when a packet reaches one of them, and its contents
@@ -14,12 +14,11 @@ import select
 import socket
 import time
 from collections.abc import Iterator
-from types import TracebackType
 
 from transocks.rules.guard import OwnTables
 from transocks.tools import FirewallError
 from transocks.tracing.events import MESSAGE, TCP, UDP, Event, parse
-from transocks.tracing.path import FIRST, HOOKS, LAST, PLACES, TABLE, Path, path_of
+from transocks.tracing.trace import FIRST, HOOKS, LAST, PLACES, TABLE, Trace, trace_of
 from usocksd.host.netlink import NETFILTER, connect, messages
 from usocksd.net.address import IPAddress
 
@@ -66,9 +65,7 @@ class Tracer:
     def __enter__(self) -> Tracer:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     @contextlib.contextmanager
@@ -84,10 +81,10 @@ class Tracer:
         finally:
             self._nft.load("".join(f"delete {element}" for element in elements))
 
-    def path(self, protocol: int, port: int, *, back: bool = False) -> Path | None:
-        """The path, as far as it was reported, of the first packet from this port; `back`: of the first to it."""
+    def trace(self, protocol: int, port: int, *, back: bool = False) -> Trace | None:
+        """The trace, as far as it was reported, of the first packet from this port; `back`: of the first to it."""
         self._read()
-        return path_of(self._events[self._since.get((protocol, port), 0) :], protocol, port, back=back)
+        return trace_of(self._events[self._since.get((protocol, port), 0) :], protocol, port, back=back)
 
     def wait_for(self, client: IPAddress, within: float, settle: float) -> int | None:
         """Wait for the next new connection of this client, and then for its first packet to get where it gets. Returns

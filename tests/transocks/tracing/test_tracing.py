@@ -1,8 +1,7 @@
-"""The kernel's reports of a traced packet, as bytes and as a path; packets as bytes."""
+"""The kernel's reports of a traced packet, as bytes and as a trace; packets as bytes."""
 
 from __future__ import annotations
 
-import random
 import struct
 from ipaddress import ip_address
 
@@ -11,7 +10,7 @@ import pytest
 
 from transocks.tracing.events import ACK, RST, SYN, TCP, UDP, Event, Packet, Verdict, parse
 from transocks.tracing.packets import datagram
-from transocks.tracing.path import FIRST, LAST, TABLE, Cause, Change, path_of
+from transocks.tracing.trace import FIRST, LAST, TABLE, Cause, Change, trace_of
 
 PACKETS = [
     Packet(TCP, ip_address(source), 61000, ip_address(destination), 443, SYN)
@@ -46,16 +45,9 @@ def test_a_rule_that_matched(packet: Packet) -> None:
 
 
 def test_reports_that_are_not_understood_are_left_out() -> None:
-    """Other kernels may report more, or in another way; a name need not be UTF-8."""
+    """Other kernels may report in another way (tests/fuzz has more of them); a name need not be UTF-8."""
     whole = message(PACKETS[0], verdict=1)
-    source = random.Random(1)
-    for _ in range(2_000):
-        broken = bytearray(whole[: source.randrange(len(whole) + 1)])
-        for _ in range(source.randrange(4)):
-            if broken:
-                broken[source.randrange(len(broken))] = source.randrange(256)
-        parse(bytes(broken))
-    assert parse(b"") is None
+    assert {parse(whole[:size]) for size in range(20)} == {None}
     assert parse(whole.replace(b"redirect", b"r\xff\xfeirect")) is not None
 
 
@@ -104,18 +96,18 @@ def test_a_path() -> None:
         report("d", turned, table="theirs", handle=9, verdict=Verdict.DROP, mark=5),
     ]
     again = [report("ingress", first), report(("output", FIRST), first)]
-    path = path_of([*events, *again], TCP, 61000)
-    assert path is not None
-    assert path.events == tuple(events)
-    assert (path.packet, path.destination) == (first, (ip_address("127.0.0.1"), 1081))
-    assert path.turn == Change(Cause(events[5], 4, "output", "nat"), to=path.destination)
-    assert path.marks == (Change(Cause(None, 4, "output", "mangle"), 0, 5),)
-    assert path.stop is not None
-    assert (path.stop.rule, path.delivered, path.left, path.ended) == (events[8], False, False, True)
-    assert path_of(events, UDP, 61000) is None
-    assert path_of(events, TCP, 61000, back=True) is None
+    trace = trace_of([*events, *again], TCP, 61000)
+    assert trace is not None
+    assert trace.events == tuple(events)
+    assert (trace.packet, trace.destination) == (first, (ip_address("127.0.0.1"), 1081))
+    assert trace.turn == Change(Cause(events[5], 4, "output", "nat"), to=trace.destination)
+    assert trace.marks == (Change(Cause(None, 4, "output", "mangle"), 0, 5),)
+    assert trace.stop is not None
+    assert (trace.stop.rule, trace.delivered, trace.left, trace.ended) == (events[8], False, False, True)
+    assert trace_of(events, UDP, 61000) is None
+    assert trace_of(events, TCP, 61000, back=True) is None
     back = attrs.evolve(first, sport=443, dport=61000, flags=SYN | ACK)
-    assert path_of([*events, report(("input", LAST), back)], TCP, 61000, back=True) is not None
+    assert trace_of([*events, report(("input", LAST), back)], TCP, 61000, back=True) is not None
 
 
 @pytest.mark.parametrize(
@@ -130,7 +122,7 @@ def test_a_path() -> None:
     ],
 )
 def test_where_a_packet_was_lost(hook: str, priority: int, oif: int, behind: str | None) -> None:
-    path = path_of([report((hook, priority), PACKETS[0], oif=oif)], TCP, 61000)
-    assert path is not None
-    assert path.stop == (behind and Cause(None, 4, hook, behind))
-    assert path.ended is (behind is None)
+    trace = trace_of([report((hook, priority), PACKETS[0], oif=oif)], TCP, 61000)
+    assert trace is not None
+    assert trace.stop == (behind and Cause(None, 4, hook, behind))
+    assert trace.ended is (behind is None)

@@ -64,10 +64,10 @@ def _over_tcp(host: Host, servers: list[IPAddress], daemon: Identity) -> Iterato
 def _stopped(host: Host, server: IPAddress, who: Identity) -> str | None:
     """What keeps a query from this server, or sends it elsewhere."""
     assert host.tracer is not None
-    path = try_out(host.tracer, Sample(destination=server, port=_DNS, who=who), protocol=UDP).path
-    if path is not None and path.stop is None and path.turn is not None and path.turn.to is not None:
-        return f"{host.names.of(path.turn.cause)} sends it to port {path.turn.to[1]} of {path.turn.to[0]}"
-    return host.stop(path)
+    trace = try_out(host.tracer, Sample(destination=server, port=_DNS, who=who), protocol=UDP).trace
+    if trace is not None and trace.stop is None and trace.turn is not None and trace.turn.to is not None:
+        return f"{host.names.of(trace.turn.cause)} sends it to port {trace.turn.to[1]} of {trace.turn.to[0]}"
+    return host.stop(trace)
 
 
 def _answers(server: IPAddress, who: Identity) -> bool:

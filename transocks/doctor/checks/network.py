@@ -104,12 +104,12 @@ def way_out(host: Host) -> Iterator[Finding]:
 
 def routing(fate: Fate, host: Host) -> Finding:
     """Why the kernel's routing dropped what our rule has for us, or sent it away."""
-    path, iif, mode = fate.outcome.path, fate.sample.iif or "", fate.redirection.mode
-    assert path is not None
-    if mode is Mode.GATEWAY and path.destination[0].is_loopback:
-        text = f"DNAT to {path.destination[0]} from {iif}, and route_localnet is 0: dropped"
+    trace, iif, mode = fate.outcome.trace, fate.sample.iif or "", fate.redirection.mode
+    assert trace is not None
+    if mode is Mode.GATEWAY and trace.destination[0].is_loopback:
+        text = f"DNAT to {trace.destination[0]} from {iif}, and route_localnet is 0: dropped"
         return fault("route_localnet", text, f'use REDIRECT and listen = ":{fate.redirection.port}"')
-    mark, filtered = fate.redirection.tproxy_mark, fate.sample.version == 4 and not path.left
+    mark, filtered = fate.redirection.tproxy_mark, fate.sample.version == 4 and not trace.left
     if filtered and mode is Mode.TPROXY and _setting(host, iif, "src_valid_mark"):
         text = f"src_valid_mark=1: what has mark {mark:#x} is dropped, its source is looked up with it"
         do = f"sysctl {_name('all', 'src_valid_mark')}=0 {_name(iif, 'src_valid_mark')}=0"

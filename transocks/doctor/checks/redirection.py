@@ -13,8 +13,8 @@ from transocks.rules.verify import verify
 from transocks.tools import FirewallError
 from transocks.tracing.events import ACK, UDP
 from transocks.tracing.fate import Fate, What
-from transocks.tracing.path import LO, ROUTING
 from transocks.tracing.samples import try_out
+from transocks.tracing.trace import LO, ROUTING
 from usocksd.net.address import join_port
 
 _APPLY = "transocks rules apply"
@@ -26,6 +26,8 @@ def rules(host: Host) -> Iterator[Finding]:
         yield unchecked("rules", host.why, AS_ROOT)
         return
     fates = host.fates
+    if not fates:
+        yield unchecked("rules", "nothing can be tried: no interface (ip link) or listener that rules could be for")
     unmet = [fate for fate in fates if fate.what is What.PASSED and not fate.text]
     nowhere = [fate for fate in fates if fate.what is What.NOWHERE]
     if len(unmet) + len(nowhere) == len(fates):  # no rule was met
@@ -130,17 +132,17 @@ def _no_listener(fate: Fate, host: Host) -> Finding | None:
 
 def _stopped(fate: Fate, host: Host) -> Finding:
     """Behind the rule that has it for us."""
-    path, mode = fate.outcome.path, fate.redirection.mode
-    assert path is not None
-    if path.left or (path.stop is not None and (path.stop.hook, path.stop.place) == ("prerouting", ROUTING)):
+    trace, mode = fate.outcome.trace, fate.redirection.mode
+    assert trace is not None
+    if trace.left or (trace.stop is not None and (trace.stop.hook, trace.stop.place) == ("prerouting", ROUTING)):
         return routing(fate, host)
     text = f"{fate.name}: redirected connections are dropped: {fate.text}"
-    if mode is Mode.HOST and path.stop is not None and path.stop.place in {LO, ROUTING}:
+    if mode is Mode.HOST and trace.stop is not None and trace.stop.place in {LO, ROUTING}:
         return fault("lo", text, "ip link set lo up")
     what = f"TCP to port {fate.redirection.port} from {fate.sample.iif or 'lo'}"
     if mode is Mode.TPROXY:
         what = f"what has mark {fate.redirection.tproxy_mark:#x}"
-    where = "input" if path.stop is not None and path.stop.hook == "input" else "rules"
+    where = "input" if trace.stop is not None and trace.stop.hook == "input" else "rules"
     return fault(where, text, f"accept {what} there, before it is dropped")
 
 
@@ -212,13 +214,13 @@ def both_families(host: Host) -> Iterator[Finding]:
         name = f"{mode.value}: IPv{other}"
         if not theirs or any(f.what is What.ARRIVED for f in theirs):
             continue
-        first, path = theirs[0], theirs[0].outcome.path
+        first, trace = theirs[0], theirs[0].outcome.trace
         if first.what is What.NOWHERE and first.sample.iif is None:
             yield fine("families", f"{name} has no rules that are met, and no way out either")
         elif first.what is What.DROPPED and not host.stated:
             yield fine("families", f"{name} has no rules, and is dropped: {first.text}")
-        elif first.what is What.PASSED and not first.text and path is not None:
-            text = f"{name} has no rules, and goes out by {device(path.oif)}, past transocks"
+        elif first.what is What.PASSED and not first.text and trace is not None:
+            text = f"{name} has no rules, and goes out by {device(trace.oif)}, past transocks"
             yield fault("families", text, f"load the rules for IPv{other} too, or take its default route away")
 
 
@@ -227,12 +229,12 @@ def old_connections(host: Host) -> Iterator[Finding]:
     if host.tracer is None or host.client is not None:
         return
     for fate in host.arrived:
-        path, tproxy = try_out(host.tracer, fate.sample, flags=ACK).path, fate.redirection.mode is Mode.TPROXY
-        if path is None:
+        trace, tproxy = try_out(host.tracer, fate.sample, flags=ACK).trace, fate.redirection.mode is Mode.TPROXY
+        if trace is None:
             continue
-        changes = [path.turn] if path.turn is not None and path.destination[1] == fate.redirection.port else []
+        changes = [trace.turn] if trace.turn is not None and trace.destination[1] == fate.redirection.port else []
         if tproxy:
-            changes += [mark for mark in path.marks if mark.after == fate.redirection.tproxy_mark]
+            changes += [mark for mark in trace.marks if mark.after == fate.redirection.tproxy_mark]
         for change in changes[:1]:
             which = "all" if tproxy else "those that nothing tracked before"
             yield warning(
@@ -250,10 +252,10 @@ def quic(host: Host) -> Iterator[Finding]:
     for fate in host.arrived:
         if fate.sample.port != 443:
             continue
-        path = try_out(host.tracer, fate.sample, protocol=UDP).path
-        if (why := host.stop(path)) is not None:
+        trace = try_out(host.tracer, fate.sample, protocol=UDP).trace
+        if (why := host.stop(trace)) is not None:
             yield fine("quic", f"{fate.name}: refused: {why}")
-        elif path is not None and path.left:
+        elif trace is not None and trace.left:
             yield warning(
                 "quic", f"{fate.name}: UDP to port 443 (HTTP/3) goes out past transocks",
                 "reject it where TCP is redirected, as the rule files do, so that browsers take TCP",

@@ -186,9 +186,9 @@ class _Greeting:
         """What on this host is in the way of the connection from this port: a rule, or the routing policy."""
         host = self._host
         if host.tracer is not None:
-            if (why := host.stop(host.tracer.path(TCP, port))) is not None:
+            if (why := host.stop(host.tracer.trace(TCP, port))) is not None:
                 return why
-            if (why := host.stop(host.tracer.path(TCP, port, back=True))) is not None:
+            if (why := host.stop(host.tracer.trace(TCP, port, back=True))) is not None:
                 return f"its answer: {why}"
         policy = policy_against(address, host.daemon.mark, host.daemon.uid)
         return f"routing rule {policy}" if policy is not None else None

@@ -1,4 +1,4 @@
-"""The path of one packet through the kernel's hooks, made from its reports: where it got, and what did that."""
+"""The trace of one packet through the kernel's hooks, made from its reports: where it got, and what did that."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Change:
 
 
 @attrs.frozen(kw_only=True)
-class Path:
+class Trace:
     """Of the first packet in one direction."""
 
     events: tuple[Event, ...]
@@ -86,8 +86,8 @@ class Path:
         return any(event.table == TABLE and event.verdict is Verdict.JUMP for event in self.events)
 
 
-def path_of(events: Sequence[Event], protocol: int, port: int, *, back: bool = False) -> Path | None:
-    """The path of the first packet from this port; `back`: of the first to it. None: nothing was reported of it."""
+def trace_of(events: Sequence[Event], protocol: int, port: int, *, back: bool = False) -> Trace | None:
+    """The trace of the first packet from this port; `back`: of the first to it. None: nothing was reported of it."""
     found = tuple(_of_first(events, protocol, port, back))
     if not found or found[0].packet is None:
         return None
@@ -119,7 +119,7 @@ def path_of(events: Sequence[Event], protocol: int, port: int, *, back: bool = F
     rule = last if last.verdict in _ENDS and last.table != TABLE else None
     delivered = rule is None and (hook, place) == ("input", LAST)
     left = rule is None and (hook, place) == ("postrouting", LAST) and oif != _LOOPBACK
-    return Path(
+    return Trace(
         events=found, packet=packet, destination=destination, iif=found[0].iif, oif=oif, turn=turn, marks=tuple(marks),
         stop=None if delivered or left else cause(rule), delivered=delivered, left=left,
     )  # fmt: skip

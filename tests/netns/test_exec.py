@@ -16,10 +16,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import lab
 import pytest
-from daemons import wait_until
 from scene import ONLY_PATH, wait_for_end
 
 # Connects to each address, tells its own port and user, and what it was told; then waits for a line, if asked to.
@@ -96,10 +96,14 @@ class Trial:
         return port
 
 
+def skip_without_groups(net: lab.Net) -> None:
+    if net.lab.rootless:
+        pytest.skip("without root there is one group id, so nothing tells a command's connections from others")
+
+
 @pytest.fixture(params=["nft", "iptables"])
 def trial(request: pytest.FixtureRequest, host_net: lab.Net, tmp_path: Path) -> Iterator[Trial]:
-    if host_net.lab.rootless:
-        pytest.skip("without root there is one group id, so nothing tells a command's connections from others")
+    skip_without_groups(host_net)
     wanted = {"nft": ["nft"], "iptables": ["iptables-restore", "ip6tables-restore"]}[request.param]
     for name in wanted:
         target = shutil.which(name)
@@ -114,6 +118,12 @@ def trial(request: pytest.FixtureRequest, host_net: lab.Net, tmp_path: Path) -> 
 
 # What does not depend on the tool that holds the rules.
 one_tool = pytest.mark.parametrize("trial", ["nft"], indirect=True)
+
+
+def line_of(file: IO[str] | None) -> str:
+    """The next line that a process writes there."""
+    assert file is not None
+    return file.readline().removesuffix("\n")
 
 
 def plain_python(*arguments: str) -> tuple[str, ...]:
@@ -131,10 +141,9 @@ def python(*arguments: str) -> tuple[str, ...]:
 def test_only_the_command_is_redirected(trial: Trial) -> None:
     before = trial.rules()
     process = trial.start(*python(*WEB, "wait"))
-    assert process.stdout is not None
     for _ in WEB:
         there = trial.answer()
-        port, uid, greeting = process.stdout.readline().split()
+        port, uid, greeting = line_of(process.stdout).split()
         assert (int(port) != there, uid, greeting) == (True, "0", "hello")  # the proxy has a port of its own
     # While that one runs, another process's connections go directly.
     other = trial.net.client.popen(*python(*WEB), stdout=subprocess.PIPE, text=True)
@@ -148,11 +157,10 @@ def test_only_the_command_is_redirected(trial: Trial) -> None:
 
 def test_what_is_forgotten_stays_off_the_wire(trial: Trial) -> None:
     process = trial.start(sys.executable, "-c", GOING_ON, *WEB)
-    assert process.stdout is not None
     with contextlib.ExitStack() as stack:
         for _ in WEB:
             stack.enter_context(trial.accept()[0])
-            assert process.stdout.readline() == "hello\n"
+            assert line_of(process.stdout) == "hello"
         wire = stack.enter_context(trial.net.outside.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3)))
         wire.bind(("eth0", 0))
         wire.setblocking(False)
@@ -177,12 +185,9 @@ def test_exit_status_passes_through(trial: Trial, status: int, command: list[str
 def test_signals_pass_through(trial: Trial) -> None:
     before = trial.rules()
     process = trial.start("/bin/sh", "-c", "trap 'exit 9' TERM; echo ready; while :; do read -r line; done")
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
+    assert line_of(process.stdout) == "ready"
     process.terminate()
-    assert process.stdin is not None
-    process.stdin.write("\n" * 100)
-    process.communicate(timeout=10)
+    process.communicate("\n" * 100, timeout=10)
     assert process.returncode == 9
     assert trial.rules() == before
 
@@ -250,19 +255,21 @@ print(folder)
 """
 
 
-@one_tool
-def test_no_cgroup_is_left(trial: Trial) -> None:
+def test_kill_9_ends_what_is_left_behind_and_its_cgroup(trial: Trial) -> None:
+    inhabitants, before = _processes(trial), trial.rules()
     process = trial.start(sys.executable, "-c", NESTING)
-    assert process.stdout is not None
-    assert process.stderr is not None
-    folder = process.stdout.readline().strip()
+    folder = line_of(process.stdout)
     if folder:
-        assert "and left behind: " in process.stderr.readline()
+        assert "and left behind: " in line_of(process.stderr)
     process.kill()
     process.communicate(timeout=10)
     if not folder:
         pytest.skip("no cgroup of version 2 here")
-    wait_until(lambda: not os.path.exists(folder), lambda: f"{folder} is gone")
+    for left in _processes(trial).keys() - inhabitants.keys():
+        wait_for_end(left)
+    assert not os.path.exists(folder)
+    assert trial.rules() == before
+    assert _processes(trial).keys() == inhabitants.keys()
 
 
 def test_what_is_left_behind_is_held_until_it_ends(trial: Trial, hold: str) -> None:
@@ -271,9 +278,9 @@ def test_what_is_left_behind_is_held_until_it_ends(trial: Trial, hold: str) -> N
     os.mkfifo(go)
     later = f"(read -r line < {go}; exec {' '.join(map(shlex.quote, python(lab.WEB_V4)))}) & exit 3"
     process = trial.start("/bin/sh", "-c", later)
-    assert process.stderr is not None
-    said = process.stderr.readline() if hold != "group" else process.stderr.readline() + process.stderr.readline()
-    assert "the command has ended, and left behind: sh (" in said
+    if hold == "group":
+        line_of(process.stderr)
+    assert "the command has ended, and left behind: sh (" in line_of(process.stderr)
     go.write_text("go\n")
     there = trial.answer()
     out, err = process.communicate(timeout=10)
@@ -289,8 +296,7 @@ def test_a_signal_ends_what_is_left_behind(trial: Trial, number: signal.Signals)
     before = trial.rules()
     # A shell's background processes ignore SIGINT; this one ignores SIGTERM too.
     process = trial.start("/bin/sh", "-c", "(trap '' TERM; /bin/sleep 1000) & exit 4")
-    assert process.stderr is not None
-    while "and left behind: " not in process.stderr.readline():
+    while "and left behind: " not in line_of(process.stderr):
         pass
     while any(line.startswith("/bin/sleep 1000") for line in _processes(trial).values()):
         process.send_signal(number)
@@ -298,24 +304,6 @@ def test_a_signal_ends_what_is_left_behind(trial: Trial, number: signal.Signals)
     process.communicate(timeout=10)
     assert process.returncode == 4
     assert trial.rules() == before
-
-
-def test_kill_9_ends_what_is_left_behind_before_the_rules(trial: Trial) -> None:
-    inhabitants, before = _processes(trial), trial.rules()
-    trial.more = HIERARCHIES.format("real()")
-    process = trial.start("/bin/sh", "-c", "/bin/sleep 1000 & exit 0")
-    assert process.stderr is not None
-    if "no cgroup" in (said := process.stderr.readline()):
-        process.terminate()
-        process.communicate(timeout=10)
-        pytest.skip("no cgroup here")
-    assert "and left behind: sleep (" in said
-    process.kill()
-    process.communicate(timeout=10)
-    for left in _processes(trial).keys() - inhabitants.keys():
-        wait_for_end(left)
-    assert trial.rules() == before
-    assert _processes(trial).keys() == inhabitants.keys()
 
 
 @pytest.mark.parametrize(
@@ -327,8 +315,7 @@ def test_kill_9_leaves_nothing(trial: Trial, victim: str) -> None:
     before = trial.rules()
     inhabitants = _processes(trial)
     process = trial.start("/bin/sh", "-c", "echo ready; read -r line")
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
+    assert line_of(process.stdout) == "ready"
     assert trial.rules() != before
     assert list(trial.bin.glob("transocks-exec-*"))
     words = {"usocksd": "-m usocksd", "transocks": "-m transocks -f"}.get(victim, "cli.main()")
@@ -346,8 +333,7 @@ def test_kill_9_leaves_nothing(trial: Trial, victim: str) -> None:
 
 def test_where_ipv6_is_switched_off(host_net: lab.Net) -> None:
     """/proc/net/if_inet6 is there then, and empty: there is no ::1 to listen on."""
-    if host_net.lab.rootless:
-        pytest.skip("without root there is one group id, so nothing tells a command's connections from others")
+    skip_without_groups(host_net)
     host_net.client.sysctl("net.ipv6.conf.all.disable_ipv6", 1)
     command = [sys.executable, "-m", "transocks", "exec", "--", "true"]
     assert host_net.client.run("timeout", "20", *command, check=False).returncode == 0

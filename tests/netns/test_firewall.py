@@ -329,56 +329,6 @@ def test_the_listener_on_all_addresses_is_not_met_by_its_port(scene: Scene) -> N
         _still_work([early])
 
 
-DAEMONS = """
-control = "{control}"
-mark = 0x7473
-listen = "{listen}:1081"
-listen_tproxy = "localhost:1084"
-proxy_url = "socks5://127.0.0.1:1080"
-[rules]
-mode = "{mode}"
-"""
-USOCKSD = """
-[incoming]
-addresses = ["127.0.0.1"]
-[outgoing]
-mark = 0x7473
-"""
-
-
-@one_mode("host")
-@backends(0)
-def test_with_the_daemons(scene: Scene, tmp_path: Path) -> None:
-    """One file for the daemon and its rules; whether it accepts is asked at the control socket."""
-    control = tmp_path / "control.sock"
-    config = DAEMONS.format(control=control, mode=scene.mode, listen="" if scene.mode == "gateway" else "localhost")
-    popen = scene.net.proxy.popen
-    with (
-        Daemon("usocksd", USOCKSD, tmp_path, popen=popen) as server,
-        Daemon("transocks", config, tmp_path, popen=popen) as client,
-    ):
-        server.ready()
-        client.ready()
-        assert scene.config == tmp_path / "transocks.toml"
-        scene.rules("apply")
-        with scene.net.client.socket(socket.AF_INET) as sock:
-            sock.settimeout(5)
-            sock.connect((lab.WEB_V4, 80))
-            accepted, peer = scene.web[0].accept()
-            with accepted:
-                assert peer[0].endswith(lab.PROXY_V4[0]), "it has come by way of the proxy"
-                assert peer[1] != sock.getsockname()[1]
-                accepted.sendall(b"hello")
-                assert sock.recv(10) == b"hello"
-        assert "as they should be" in scene.rules("verify")
-        scene.rules("remove")
-        os.kill(client.pid, signal.SIGSTOP)  # it listens, as far as the kernel knows
-        try:
-            assert "transocks does not answer" in scene.rules("apply", status=1)
-        finally:
-            os.kill(client.pid, signal.SIGCONT)
-
-
 @pytest.mark.parametrize("mode", ["host", "gateway"], indirect=True)
 @backends(0)
 def test_the_units_take_what_it_renders(scene: Scene) -> None:
@@ -420,6 +370,12 @@ def _changing(scene: Scene, script: str) -> Iterator[None]:
     assert process.wait(10) == 0
 
 
+USOCKSD = """
+[incoming]
+addresses = ["127.0.0.1"]
+[outgoing]
+mark = 0x7473
+"""
 CLIENT = """
 {mark}
 control = "{control}"
@@ -435,16 +391,18 @@ mode = "host"
 @backends(0)
 def test_apply_refuses_loops_and_upstreams_that_are_down(scene: Scene, tmp_path: Path) -> None:
     """With real daemons on one host. What would be refused is not begun."""
-    before = scene.dump()
-    control = tmp_path / "control.sock"
-    popen = scene.net.proxy.popen
+    before, popen = scene.dump(), scene.net.proxy.popen
 
+    @contextlib.contextmanager
     def client(
         *, upstream: str = "127.0.0.1:1080", more: str = "", mark: str = "mark = 0x7473", rules: str = ""
-    ) -> Daemon:
+    ) -> Iterator[Daemon]:
+        control = tmp_path / "control.sock"
         config = CLIENT.format(control=control, upstream=upstream, more=more, mark=mark, rules=rules)
         scene.config = Path(tempfile.mkdtemp(dir=tmp_path), "transocks.toml")
-        return Daemon("transocks", config, scene.config.parent, popen=popen)
+        with Daemon("transocks", config, scene.config.parent, popen=popen) as daemon:
+            daemon.ready()
+            yield daemon
 
     def said(status: int, *words: str) -> str:
         out = scene.rules("apply", *words, status=status)
@@ -458,31 +416,45 @@ def test_apply_refuses_loops_and_upstreams_that_are_down(scene: Scene, tmp_path:
     (tmp_path / "unmarked").mkdir()
     with Daemon("usocksd", USOCKSD.replace("mark = 0x7473", ""), tmp_path / "unmarked", popen=popen) as server:
         server.ready()
-        with client() as daemon:
-            daemon.ready()
+        with client():
             out = said(1)
             assert "a loop: the rules would send to transocks what the upstream 127.0.0.1:1080 on this host" in out
             assert "It is a usocksd without the mark 0x7473: set mark = 0x7473 in both" in out
             assert "warning: a loop: " in said(0, "--force")
-        with client(rules='exempt_users = ["root"]') as daemon:
-            daemon.ready()
-            said(0)
-        with client(rules='users = ["nobody"]') as daemon:
-            daemon.ready()
-            said(0)
+        for rules in ('exempt_users = ["root"]', 'users = ["nobody"]'):
+            with client(rules=rules):
+                said(0)
     with Daemon("usocksd", USOCKSD, tmp_path, popen=popen) as server:
         server.ready()
         with client(more=', "socks5://127.0.0.1:9"') as daemon:
-            daemon.ready()
             wait_until(lambda: daemon.records("upstream is down"), lambda: "it is down")
             out = said(0)
             assert "warning: 1 of 2 upstreams of default do not answer: socks5://127.0.0.1:9" in out
             assert "a loop" not in out
+            scene.rules("apply")
+            _goes_through_the_proxy(scene)
+            assert "as they should be" in scene.rules("verify")
+            scene.rules("remove")
+            os.kill(daemon.pid, signal.SIGSTOP)  # it listens, as far as the kernel knows
+            try:
+                assert "transocks does not answer" in said(1)
+            finally:
+                os.kill(daemon.pid, signal.SIGCONT)
     with client(upstream="127.0.0.1:9") as daemon:
-        daemon.ready()
         wait_until(lambda: daemon.records("upstream is down"), lambda: "it is down")
         assert "no upstream of default answers, so every connection would be reset" in said(1)
         assert "warning: no upstream of default answers" in said(0, "--force")
-    with client(upstream="203.0.113.99:1080", mark="") as daemon:
-        daemon.ready()
+    with client(upstream="203.0.113.99:1080", mark=""):
         assert "the rules would send transocks's own connections to its upstream 203.0.113.99:1080" in said(1)
+
+
+def _goes_through_the_proxy(scene: Scene) -> None:
+    with scene.net.client.socket(socket.AF_INET) as sock:
+        sock.settimeout(5)
+        sock.connect((lab.WEB_V4, 80))
+        accepted, peer = scene.web[0].accept()
+        with accepted:
+            assert peer[0].endswith(lab.PROXY_V4[0]), "it has come by way of the proxy"
+            assert peer[1] != sock.getsockname()[1]
+            accepted.sendall(b"hello")
+            assert sock.recv(10) == b"hello"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -14,8 +14,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from transocks.config import HealthConfig
 from transocks.upstreams.health import Health
 from transocks.upstreams.probes import ProbeTimedOut
-from transocks.upstreams.state import Answer
-from transocks.upstreams.state import UpstreamState as State
+from transocks.upstreams.state import Answer, UpstreamState
 from transocks.upstreams.upstream import UpstreamMetrics
 from usocksd.errors import DialError, UpstreamError
 from usocksd.log.metrics import Metrics
@@ -40,18 +39,18 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def state(clock: Clock) -> State:
-    return State("socks5://192.0.2.1:1080", clock)
+def state(clock: Clock) -> UpstreamState:
+    return UpstreamState("socks5://192.0.2.1:1080", clock)
 
 
-# ---- what is known of one
+# ---- the state of one
 
 
-def test_it_is_up_until_something_says_otherwise(state: State) -> None:
+def test_an_upstream_is_up_at_first(state: UpstreamState) -> None:
     assert (state.up, state.status()["since"]) == (True, None)
 
 
-def test_what_failed_is_down_and_what_was_learned_is_forgotten(state: State, clock: Clock) -> None:
+def test_after_a_failure_it_is_down_and_what_was_learned_is_forgotten(state: UpstreamState, clock: Clock) -> None:
     state.answered(Answer(0.1, ours=True, pipelines=True), clock.now)
     assert (state.ours, state.pipelines, state.latency) == (True, True, 0.1)
     clock.now += 1
@@ -62,7 +61,7 @@ def test_what_failed_is_down_and_what_was_learned_is_forgotten(state: State, clo
     assert (state.up, state.why, state.ours) == (True, "", False)
 
 
-def test_whatever_is_newer_counts(state: State, clock: Clock) -> None:
+def test_the_newer_finding_counts(state: UpstreamState, clock: Clock) -> None:
     began = clock.now
     clock.now += 1
     state.failed("refused")
@@ -78,7 +77,7 @@ def test_whatever_is_newer_counts(state: State, clock: Clock) -> None:
     assert state.up
 
 
-def test_each_change_is_told_once(state: State, clock: Clock) -> None:
+def test_each_change_is_reported_once(state: UpstreamState, clock: Clock) -> None:
     told: list[bool] = []
     state.changed = lambda state: told.append(state.up)
     for _ in range(2):
@@ -88,7 +87,7 @@ def test_each_change_is_told_once(state: State, clock: Clock) -> None:
     assert told == [False, True]
 
 
-def test_pipelining_that_was_found_out_is_remembered(state: State, clock: Clock) -> None:
+def test_pipelining_is_remembered(state: UpstreamState, clock: Clock) -> None:
     state.answered(Answer(0.1, ours=False, pipelines=True), clock.now)
     state.answered(Answer(0.1, ours=False, pipelines=None), clock.now)
     assert state.pipelines is True
@@ -97,8 +96,8 @@ def test_pipelining_that_was_found_out_is_remembered(state: State, clock: Clock)
     assert state.pipelines is None  # another program
 
 
-def test_what_the_keeper_says(state: State, clock: Clock) -> None:
-    keeper = State(state.name, clock)
+def test_findings_of_the_keeper(state: UpstreamState, clock: Clock) -> None:
+    keeper = UpstreamState(state.name, clock)
     keeper.answered(Answer(0.1, ours=True, pipelines=True), clock.now)
     shared = json.loads(json.dumps(keeper.as_json()))
     clock.now += 1
@@ -118,8 +117,8 @@ def test_what_the_keeper_says(state: State, clock: Clock) -> None:
     assert told == []  # the keeper has said it
 
 
-def test_what_was_heard_of_here_since_is_not_down(state: State, clock: Clock) -> None:
-    keeper = State(state.name, clock)
+def test_an_upstream_that_has_answered_since_is_not_down(state: UpstreamState, clock: Clock) -> None:
+    keeper = UpstreamState(state.name, clock)
     began = clock.now
     clock.now += 3
     state.heard = clock.now
@@ -140,7 +139,7 @@ class Upstream:
 
     def __init__(self, key: str = "one") -> None:
         self.key = key
-        self.state = State(key, trio.current_time)
+        self.state = UpstreamState(key, trio.current_time)
         self.prober = self
         self.answer: Answer | Exception = Answer(0.01)
         self.once: list[Answer | Exception] = []
@@ -160,7 +159,8 @@ class Upstream:
 class World:
     """One upstream and its health, in one worker."""
 
-    def __init__(self) -> None:
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self.nursery = nursery
         self.upstream = Upstream()
         self.shared: list[Any] = []
         self.metrics = Metrics("transocks")
@@ -172,160 +172,146 @@ class World:
             clock=trio.current_time,
         )
 
-
-async def in_a_world(test: Callable[[World], Any], *, keeping: bool) -> None:
-    async with trio.open_nursery() as nursery:
-        world = World()
-        await nursery.start(world.health.run)
-        if keeping:
-            nursery.start_soon(world.health.keep)
+    async def keep(self) -> None:
+        """Be the worker that probes for all."""
+        self.nursery.start_soon(self.health.keep)
         await wait_all_tasks_blocked()
-        await test(world)
+
+
+@pytest.fixture
+async def world(autojump_clock: MockClock) -> AsyncIterator[World]:
+    async with trio.open_nursery() as nursery:
+        world = World(nursery)
+        await nursery.start(world.health.run)
+        yield world
         nursery.cancel_scope.cancel()
 
 
-async def test_the_keeper_probes_and_shares(autojump_clock: MockClock) -> None:
-    async def test(world: World) -> None:
-        upstream = world.upstream
-        assert len(upstream.probes) == 1  # at once
-        await trio.sleep(30.5)
-        assert [round(when, 1) for when, _ in upstream.probes] == [0, 10, 20, 30]
-        assert all(learn for _, learn in upstream.probes)
-        assert world.shared[-1]["one"]["up"]
-        upstream.answer = REFUSED
-        await trio.sleep(10)
-        assert not world.shared[-1]["one"]["up"]
-        assert world.shared[-1]["one"]["why"] == str(REFUSED)
-
-    await in_a_world(test, keeping=True)
+async def test_the_keeper_probes_and_shares(autojump_clock: MockClock, world: World) -> None:
+    await world.keep()
+    upstream = world.upstream
+    assert len(upstream.probes) == 1  # at once
+    await trio.sleep(30.5)
+    assert [round(when, 1) for when, _ in upstream.probes] == [0, 10, 20, 30]
+    assert all(learn for _, learn in upstream.probes)
+    assert world.shared[-1]["one"]["up"]
+    upstream.answer = REFUSED
+    await trio.sleep(10)
+    assert not world.shared[-1]["one"]["up"]
+    assert world.shared[-1]["one"]["why"] == str(REFUSED)
 
 
 @pytest.mark.parametrize("keeping", [False, True])
-async def test_what_is_down_is_probed_with_growing_pauses(autojump_clock: MockClock, keeping: bool) -> None:
-    async def test(world: World) -> None:
-        upstream = world.upstream
-        await trio.sleep(1)
-        upstream.answer = REFUSED
-        upstream.probes.clear()
-        upstream.state.failed("refused")
-        began = trio.current_time()
-        await trio.sleep(40)
-        after = [round(when - began, 1) for when, _ in upstream.probes]
-        assert after == [0.5, 1.5, 3.5, 7.5, 15.5, 25.5, 35.5]
-        upstream.answer = Answer(0.01)
-        await trio.sleep(10)
-        assert upstream.state.up
-        assert bool(world.shared) is keeping
-
-    await in_a_world(test, keeping=keeping)
-
-
-async def test_trouble_of_ones_own_is_no_verdict(autojump_clock: MockClock) -> None:
-    async def test(world: World) -> None:
-        world.upstream.answer = DialError(errno.EMFILE, "192.0.2.1:1080", "socket")
-        await trio.sleep(10.5)
-        assert world.upstream.state.up
-        world.upstream.answer = UpstreamError("the server refused the user name or password")
-        await trio.sleep(10.5)
-        assert not world.upstream.state.up
-
-    await in_a_world(test, keeping=True)
+async def test_an_upstream_that_is_down_is_probed_with_growing_pauses(
+    autojump_clock: MockClock, world: World, keeping: bool
+) -> None:
+    if keeping:
+        await world.keep()
+    upstream = world.upstream
+    await trio.sleep(1)
+    upstream.answer = REFUSED
+    upstream.probes.clear()
+    upstream.state.failed("refused")
+    began = trio.current_time()
+    await trio.sleep(40)
+    after = [round(when - began, 1) for when, _ in upstream.probes]
+    assert after == [0.5, 1.5, 3.5, 7.5, 15.5, 25.5, 35.5]
+    upstream.answer = Answer(0.01)
+    await trio.sleep(10)
+    assert upstream.state.up
+    assert bool(world.shared) is keeping
 
 
-async def test_a_probe_that_is_ended_with_the_process_ends_nothing_else(autojump_clock: MockClock) -> None:
+async def test_errors_of_this_host_mark_nothing_down(autojump_clock: MockClock, world: World) -> None:
+    await world.keep()
+    world.upstream.answer = DialError(errno.EMFILE, "192.0.2.1:1080", "socket")
+    await trio.sleep(10.5)
+    assert world.upstream.state.up
+    world.upstream.answer = UpstreamError("the server refused the user name or password")
+    await trio.sleep(10.5)
+    assert not world.upstream.state.up
+
+
+async def test_a_probe_that_ends_with_the_process_marks_nothing(autojump_clock: MockClock, world: World) -> None:
     """A worker that has drained for long enough ends all that is connected, and its tasks go on for a moment."""
 
-    async def test(world: World) -> None:
-        world.upstream.answer = Stopping()
-        world.upstream.state.failed("refused")
-        await trio.sleep(1)
-        assert len(world.upstream.probes) == 1
-        assert not world.upstream.state.up
-
-    await in_a_world(test, keeping=False)
+    world.upstream.answer = Stopping()
+    world.upstream.state.failed("refused")
+    await trio.sleep(1)
+    assert len(world.upstream.probes) == 1
+    assert not world.upstream.state.up
 
 
-async def test_changes_are_recorded(autojump_clock: MockClock, caplog: pytest.LogCaptureFixture) -> None:
-    async def test(world: World) -> None:
-        world.upstream.state.failed("refused")
-        await trio.sleep(1)
-        assert [(r.message, r.levelname) for r in caplog.records] == [
-            ("upstream is down", "WARNING"),
-            ("upstream is up again", "INFO"),
-        ]
-
+async def test_changes_are_recorded(autojump_clock: MockClock, world: World, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    await in_a_world(test, keeping=False)
+    world.upstream.state.failed("refused")
+    await trio.sleep(1)
+    assert [(r.message, r.levelname) for r in caplog.records] == [
+        ("upstream is down", "WARNING"),
+        ("upstream is up again", "INFO"),
+    ]
 
 
-async def test_what_is_shared_may_be_of_another_configuration(autojump_clock: MockClock) -> None:
-    async def test(world: World) -> None:
-        other = State("two", trio.current_time)
-        other.failed("refused")
-        mine = State("one", trio.current_time)
-        await trio.sleep(1)
-        mine.failed("refused")
-        world.health.take({"one": mine.as_json(), "two": other.as_json()})
-        assert not world.upstream.state.up
-        await trio.sleep(1)  # found out by the keeper, and recovered here
-        assert world.upstream.state.up
-
-    await in_a_world(test, keeping=False)
+async def test_shared_findings_may_be_of_another_configuration(autojump_clock: MockClock, world: World) -> None:
+    other = UpstreamState("two", trio.current_time)
+    other.failed("refused")
+    mine = UpstreamState("one", trio.current_time)
+    await trio.sleep(1)
+    mine.failed("refused")
+    world.health.take({"one": mine.as_json(), "two": other.as_json()})
+    assert not world.upstream.state.up
+    await trio.sleep(1)  # found out by the keeper, and recovered here
+    assert world.upstream.state.up
 
 
 # ---- what one bad sample can do
 
 
-async def test_one_late_answer_is_not_believed(autojump_clock: MockClock) -> None:
+async def test_one_late_answer_is_not_believed(autojump_clock: MockClock, world: World) -> None:
     """It was stopped for a while, say, and answers when it goes on."""
 
-    async def test(world: World) -> None:
-        upstream = world.upstream
-        upstream.once = [Answer(5.0, round_trip=0.001)]
-        upstream.state.failed("no answer")
-        upstream.probes.clear()
-        await trio.sleep(1)
-        assert len(upstream.probes) == 2
-        assert (upstream.state.up, upstream.state.slow, upstream.state.latency) == (True, False, 0.01)
-
-    await in_a_world(test, keeping=False)
+    upstream = world.upstream
+    upstream.once = [Answer(5.0, round_trip=0.001)]
+    upstream.state.failed("no answer")
+    upstream.probes.clear()
+    await trio.sleep(1)
+    assert len(upstream.probes) == 2
+    assert (upstream.state.up, upstream.state.slow, upstream.state.latency) == (True, False, 0.01)
 
 
-async def test_one_that_goes_on_being_late_is_slow(autojump_clock: MockClock, caplog: pytest.LogCaptureFixture) -> None:
-    async def test(world: World) -> None:
-        upstream = world.upstream
-        upstream.state.has_others = True
-        upstream.answer = Answer(0.8, round_trip=0.001)
-        await trio.sleep(10.5)
-        assert (upstream.state.up, upstream.state.slow, upstream.state.well) == (True, True, False)
-        assert world.shared[-1]["one"]["slow"]
-        upstream.answer = Answer(0.01)
-        await trio.sleep(10)
-        assert upstream.state.well
-        assert [record.message for record in caplog.records] == ["upstream is slow", "upstream is no longer slow"]
-
+async def test_two_late_answers_make_it_slow(
+    autojump_clock: MockClock, world: World, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level("INFO")
-    await in_a_world(test, keeping=True)
+    await world.keep()
+    upstream = world.upstream
+    upstream.state.has_others = True
+    upstream.answer = Answer(0.8, round_trip=0.001)
+    await trio.sleep(10.5)
+    assert (upstream.state.up, upstream.state.slow, upstream.state.well) == (True, True, False)
+    assert world.shared[-1]["one"]["slow"]
+    upstream.answer = Answer(0.01)
+    await trio.sleep(10)
+    assert upstream.state.well
+    assert [record.message for record in caplog.records] == ["upstream is slow", "upstream is no longer slow"]
 
 
 @pytest.mark.parametrize(("latency", "slow"), [(1.1, False), (2.2, True)])
-async def test_far_is_not_slow(autojump_clock: MockClock, latency: float, slow: bool) -> None:
-    async def test(world: World) -> None:
-        world.upstream.answer = Answer(latency, round_trip=0.5)
-        await trio.sleep(10.5)
-        assert world.upstream.state.slow is slow
-
-    await in_a_world(test, keeping=True)
+async def test_far_is_not_slow(autojump_clock: MockClock, world: World, latency: float, slow: bool) -> None:
+    await world.keep()
+    world.upstream.answer = Answer(latency, round_trip=0.5)
+    await trio.sleep(10.5)
+    assert world.upstream.state.slow is slow
 
 
-def test_one_long_round_trip_is_not_believed(state: State, clock: Clock) -> None:
+def test_one_long_round_trip_is_not_believed(state: UpstreamState, clock: Clock) -> None:
     for round_trip, believed in ((0.1, 0.1), (3.0, 0.1), (0.2, 0.2), (0.5, 0.2), (0.5, 0.5)):
         state.answered(Answer(1.0, round_trip=round_trip), clock.now)
         assert state.round_trip == believed
 
 
-def test_what_is_shared_has_all_of_it(state: State, clock: Clock) -> None:
-    keeper = State(state.name, clock)
+def test_shared_findings_are_complete(state: UpstreamState, clock: Clock) -> None:
+    keeper = UpstreamState(state.name, clock)
     clock.now += 1
     keeper.answered(Answer(0.8, round_trip=0.1, slow=True), clock.now)
     state.take(json.loads(json.dumps(keeper.as_json())))
@@ -335,46 +321,40 @@ def test_what_is_shared_has_all_of_it(state: State, clock: Clock) -> None:
 # ---- upstreams that answer no probes
 
 
-async def test_silence_of_one_that_never_answered_a_probe_says_nothing(autojump_clock: MockClock) -> None:
-    async def test(world: World) -> None:
-        upstream = world.upstream
-        upstream.answer = SILENT
-        await trio.sleep(30)
-        assert not upstream.state.up  # it had answered the first one
-        upstream.state.failed("refused", gone=True)
-        upstream.state.worked_now()  # another program, by which a client got through
-        assert upstream.state.up
-        await trio.sleep(30)
-        assert upstream.state.up
-
-    await in_a_world(test, keeping=True)
+async def test_silence_counts_only_after_an_answer(autojump_clock: MockClock, world: World) -> None:
+    await world.keep()
+    upstream = world.upstream
+    upstream.answer = SILENT
+    await trio.sleep(30)
+    assert not upstream.state.up  # it had answered the first one
+    upstream.state.failed("refused", gone=True)
+    upstream.state.worked_now()  # another program, by which a client got through
+    assert upstream.state.up
+    await trio.sleep(30)
+    assert upstream.state.up
 
 
-async def test_one_that_never_answered_is_given_a_client_now_and_then(autojump_clock: MockClock) -> None:
-    async def test(world: World) -> None:
-        state = world.upstream.state
-        world.upstream.answer = SILENT
-        state.failed("neither probes nor clients hear of it")
-        assert not state.well
-        await trio.sleep(1)
-        assert (state.up, state.well) == (False, True)
-        state.worked_now()
-        assert (state.up, state.trial) == (True, False)
-        # One that is known to answer them has no such trial.
-        state.answered(Answer(0.01), trio.current_time())
-        await trio.sleep(1)
-        state.failed("silent")
-        await trio.sleep(20)
-        assert (state.up, state.well) == (False, False)
+async def test_one_that_never_answered_probes_is_tried_by_a_client_now_and_then(
+    autojump_clock: MockClock, world: World
+) -> None:
+    state = world.upstream.state
+    world.upstream.answer = SILENT
+    state.failed("neither probes nor clients hear of it")
+    assert not state.well
+    await trio.sleep(1)
+    assert (state.up, state.well) == (False, True)
+    state.worked_now()
+    assert (state.up, state.trial) == (True, False)
+    # One that is known to answer them has no such trial.
+    state.answered(Answer(0.01), trio.current_time())
+    await trio.sleep(1)
+    state.failed("silent")
+    await trio.sleep(20)
+    assert (state.up, state.well) == (False, False)
 
-    await in_a_world(test, keeping=False)
 
-
-async def test_one_that_refuses_has_no_trial(autojump_clock: MockClock) -> None:
-    async def test(world: World) -> None:
-        world.upstream.answer = REFUSED
-        world.upstream.state.failed("refused")
-        await trio.sleep(20)
-        assert (world.upstream.state.up, world.upstream.state.well) == (False, False)
-
-    await in_a_world(test, keeping=False)
+async def test_one_that_refuses_connections_gets_no_trial(autojump_clock: MockClock, world: World) -> None:
+    world.upstream.answer = REFUSED
+    world.upstream.state.failed("refused")
+    await trio.sleep(20)
+    assert (world.upstream.state.up, world.upstream.state.well) == (False, False)

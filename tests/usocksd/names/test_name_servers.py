@@ -1,4 +1,4 @@
-"""Name servers that people run, beside dnsmasq: what they answer is understood."""
+"""Name servers that people run: their answers are understood."""
 
 from __future__ import annotations
 
@@ -84,7 +84,24 @@ auth-zone:
     name: test
     zonefile: "{folder}/zone"
 """
+DNSMASQ = """
+port={port}
+listen-address=127.0.0.1
+bind-interfaces
+no-resolv
+no-hosts
+local=/test/
+host-record=www.test,192.0.2.1,2001:db8::1,300
+host-record=four.test,192.0.2.4
+host-record=six.test,2001:db8::6
+cname=alias.test,www.test
+txt-record=text.test,hello
+address=/wild.test/192.0.2.77
+host-record=sub.hollow.test,192.0.2.8
+host-record=10.100.51.198.bl.test,127.0.0.2
+""" + "".join(f"host-record=many.test,192.0.{n >> 8}.{n & 255},2001:db8::{n:x}\n" for n in range(MANY))
 SERVERS = {
+    "dnsmasq": (DNSMASQ, ["-k", "--pid-file", "-C"], "dnsmasq-base"),
     "knotd": (KNOT, ["-c"], "knot"),
     "nsd": (NSD, ["-d", "-c"], "nsd"),
     "unbound": (UNBOUND, ["-d", "-c"], "unbound"),

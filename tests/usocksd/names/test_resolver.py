@@ -2,11 +2,9 @@ from __future__ import annotations
 
 import os
 import resource
-import shutil
 import socket
-import subprocess
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from ipaddress import ip_address
 from itertools import pairwise
 from pathlib import Path
@@ -945,59 +943,3 @@ async def test_stopping_the_resolver_wakes_the_askers(tmp_path: Path, place: Pla
         asker.start_soon(cause_of_failure, resolver, "www.test")
         await server.got_query.wait()
         nursery.cancel_scope.cancel()
-
-
-# --- against dnsmasq ---
-
-
-@pytest.fixture(scope="module")
-def dnsmasq() -> Iterator[SocketAddress]:
-    program = shutil.which("dnsmasq", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
-    assert program, "dnsmasq is not installed; the test suite's set-up installs it"
-    for _ in range(10):  # it can't choose a port itself, so another program may be quicker
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        options = [
-            "--keep-in-foreground",
-            "--log-facility=-",
-            "--conf-file=/dev/null",
-            f"--port={port}",
-            "--listen-address=127.0.0.1",
-            "--bind-interfaces",
-            "--no-resolv",
-            "--no-hosts",
-            "--pid-file",
-            "--local=/test/",
-            "--host-record=www.test,192.0.2.1,2001:db8::1,300",
-            "--host-record=four.test,192.0.2.4",
-            "--cname=alias.test,www.test",
-            "--txt-record=text.test,hello",
-            *(f"--host-record=ten.test,192.0.2.{n}" for n in range(10, 20)),
-            *(f"--host-record=many.test,192.0.{n >> 8}.{n & 255}" for n in range(150)),
-        ]
-        with subprocess.Popen([program, *options], stderr=subprocess.PIPE, text=True) as server:
-            assert server.stderr is not None
-            if any("started" in line for line in server.stderr):
-                yield SocketAddress(ip_address("127.0.0.1"), port)
-                server.terminate()
-                return
-    pytest.fail("dnsmasq does not start")
-
-
-async def test_dnsmasq(place: Place, dnsmasq: SocketAddress) -> None:
-    resolver = await place.resolver(dnsmasq)
-    assert await resolver.resolve("www.test") == addresses("2001:db8::1", "192.0.2.1")
-    assert await resolver.resolve("alias.test") == addresses("2001:db8::1", "192.0.2.1")
-    assert await resolver.resolve("four.test") == addresses("192.0.2.4")
-    assert set(await resolver.resolve("ten.test")) == set(addresses(*(f"192.0.2.{n}" for n in range(10, 20))))
-    assert len(await resolver.resolve("many.test")) == 150  # more than the datagram takes: over TCP
-    assert await cause_of_failure(resolver, "none.test") == "no such name"
-    assert await cause_of_failure(resolver, "text.test") == "no address"
-    assert await cause_of_failure(resolver, "outside.example") == "servers failed"  # REFUSED, it has no upstream
-
-
-async def test_dnsmasq_with_search_domains(place: Place, dnsmasq: SocketAddress) -> None:
-    place.resolv_conf.write_text("search none.test test\n")
-    resolver = await place.resolver(dnsmasq)
-    assert await resolver.search("www") == addresses("2001:db8::1", "192.0.2.1")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from transocks.upstreams.request import Progress, Request, Tunnel
+from transocks.upstreams.request import Progress, Tunnel, TunnelRequest
 from usocksd.errors import Denied
 from usocksd.names.match import PROTECTED_NETWORKS, judged_addresses
 from usocksd.names.resolver import Resolver
@@ -31,7 +31,7 @@ class Direct:
         self._mark = mark
         self._is_local = is_local
 
-    async def connect(self, request: Request, client: Endpoint, timeouts: Timeouts, access: Progress) -> Tunnel:
+    async def connect(self, request: TunnelRequest, client: Endpoint, timeouts: Timeouts, access: Progress) -> Tunnel:
         """Reach what `request` is for, within `timeouts.connect`: the addresses of its name, if there is one, else the
         original address. (The route matched the name, so the original address counts only if the name servers list it.)
 
@@ -46,7 +46,7 @@ class Direct:
         access.connected(endpoint, target)
         return Tunnel(endpoint, b"", request.first)
 
-    async def _hosts(self, request: Request, name: str, client: Endpoint, deadline: float) -> list[str]:
+    async def _hosts(self, request: TunnelRequest, name: str, client: Endpoint, deadline: float) -> list[str]:
         original = request.destination.host
         found = await self._resolver.resolve_for(client, request.client.host, name, deadline)
         plain = original.partition("%")[0]

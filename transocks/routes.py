@@ -38,7 +38,7 @@ class Route:
 
 
 @frozen
-class Decision:
+class RouteDecision:
     """The name of the route, where it leads, and whether to ask for the name instead of the address."""
 
     route: str
@@ -52,7 +52,7 @@ class Routes:
     def __init__(self, routes: Sequence[Route], *, send_name: bool) -> None:
         """`send_name` is for connections that no route matches."""
         self._routes = tuple(routes)
-        self._default = Decision(DEFAULT, DEFAULT, send_name)
+        self._default = RouteDecision(DEFAULT, DEFAULT, send_name)
         self._anyone = mask_of(route.clients is None for route in routes)
         self._clients = SiteIndex.of_networks([route.clients for route in routes])
         self._ports = PortIndex([route.ports for route in routes])
@@ -65,7 +65,7 @@ class Routes:
         """The names of the routes."""
         return [route.name for route in self._routes]
 
-    def decide(self, client: IPAddress, address: IPAddress, name: str | None, port: int) -> Decision:
+    def decide(self, client: IPAddress, address: IPAddress, name: str | None, port: int) -> RouteDecision:
         """The way of a connection from `client` to `address`, `port`. `name` is canonical; None if none is known or it
         proves nothing. IPv4-mapped addresses come as IPv4.
         """
@@ -83,4 +83,4 @@ class Routes:
         if not bit:
             return self._default
         route = self._routes[bit.bit_length() - 1]
-        return Decision(route.name, route.via, not bit & here if route.via == DIRECT else route.send_name)
+        return RouteDecision(route.name, route.via, not bit & here if route.via == DIRECT else route.send_name)

@@ -17,7 +17,7 @@ from transocks.original_dst import Destination, LoopGuard, original_destination,
 from transocks.route_settings import ADDRESS, NAME, NamesConfig
 from transocks.routes import DIRECT, REJECT, Routes
 from transocks.upstreams.group import UpstreamGroup
-from transocks.upstreams.request import Request, Tunnel
+from transocks.upstreams.request import Tunnel, TunnelRequest
 from usocksd.errors import Denied, Error, ResolveError
 from usocksd.net.address import numeric_address
 from usocksd.net.ending import Limits
@@ -71,7 +71,7 @@ class Sessions:
                 else original_destination(client.sock)
             )
             access.destination = str(destination)
-            request = Request(Destination(host, port), destination)
+            request = TunnelRequest(Destination(host, port), destination)
             self._guard.enter(request.client, destination)
         except Error as error:
             access.refused(error)
@@ -82,7 +82,7 @@ class Sessions:
         finally:
             self._guard.leave(destination)
 
-    async def _carry(self, client: Endpoint, request: Request, access: Access) -> None:
+    async def _carry(self, client: Endpoint, request: TunnelRequest, access: Access) -> None:
         """first bytes, name -> route -> upstream dial + handshake -> relay -> record"""
         tunnel = None
         try:
@@ -118,7 +118,7 @@ class Sessions:
         finally:
             upstream.close()
 
-    async def _reach(self, client: Endpoint, request: Request, first: First, access: Access) -> Tunnel:
+    async def _reach(self, client: Endpoint, request: TunnelRequest, first: First, access: Access) -> Tunnel:
         """route -> upstream dial + handshake; again without the name if that leads nowhere.
 
         Raises Denied if a route rejects it, and what the upstream does.

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from marked import marked_faults
 
 from transocks.config import Config, ProxyScheme, ProxyURL, parse_proxy_url
-from transocks.routes import Decision
+from transocks.routes import RouteDecision
 from transocks.upstreams.proxy_url import SecretStr
 from usocksd.errors import ConfigError
 from usocksd.serve.plan import make_plan
@@ -338,8 +338,8 @@ def test_names_and_routes() -> None:
     assert config.names.client_first_ports == ((80, 80), (8000, 8099))
     assert config.routes().names == ["route 1", "no mail"]
     client, web = ip_address("192.168.1.1"), ip_address("203.0.113.80")
-    assert config.routes().decide(client, web, "a.partner.example", 443) == Decision("route 1", "partners", False)
-    assert config.routes().decide(client, web, "a.example", 25) == Decision("no mail", "reject", True)
+    assert config.routes().decide(client, web, "a.partner.example", 443) == RouteDecision("route 1", "partners", False)
+    assert config.routes().decide(client, web, "a.example", 25) == RouteDecision("no mail", "reject", True)
 
 
 def test_faults_of_names_and_routes() -> None:

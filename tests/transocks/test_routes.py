@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transocks.routes import Decision, Route, Routes
+from transocks.routes import Route, RouteDecision, Routes
 from usocksd.names.match import judged_addresses, parse_network
 from usocksd.names.sites import SiteList, parse_entry
 from usocksd.net.address import IPAddress
@@ -38,7 +38,9 @@ def route(
 
 def test_without_routes_all_go_to_the_default() -> None:
     for send in (True, False):
-        assert Routes([], send_name=send).decide(CLIENT, WEB, "a.example", 80) == Decision("default", "default", send)
+        assert Routes([], send_name=send).decide(CLIENT, WEB, "a.example", 80) == RouteDecision(
+            "default", "default", send
+        )
 
 
 def test_the_first_that_matches() -> None:
@@ -53,12 +55,12 @@ def test_the_first_that_matches() -> None:
     )
     assert routes.names == ["no mail", "partners", "printers", "by address"]
     for client, address, name, port, found in (
-        (CLIENT, WEB, "a.partner.example", 25, Decision("no mail", "reject", True)),
-        (CLIENT, WEB, "a.partner.example", 80, Decision("partners", "partners", False)),
-        (CLIENT, WEB_V6, None, 80, Decision("partners", "partners", False)),
-        (CLIENT, WEB, "partner.example", 80, Decision("printers", "direct", False)),
-        (OTHER_CLIENT, WEB, "partner.example", 80, Decision("default", "default", True)),
-        (OTHER_CLIENT, WEB, None, 80, Decision("by address", "other", True)),
+        (CLIENT, WEB, "a.partner.example", 25, RouteDecision("no mail", "reject", True)),
+        (CLIENT, WEB, "a.partner.example", 80, RouteDecision("partners", "partners", False)),
+        (CLIENT, WEB_V6, None, 80, RouteDecision("partners", "partners", False)),
+        (CLIENT, WEB, "partner.example", 80, RouteDecision("printers", "direct", False)),
+        (OTHER_CLIENT, WEB, "partner.example", 80, RouteDecision("default", "default", True)),
+        (OTHER_CLIENT, WEB, None, 80, RouteDecision("by address", "other", True)),
     ):
         assert routes.decide(client, address, name, port) == found
 
@@ -67,11 +69,11 @@ def test_past_the_proxy_goes_only_what_the_route_was_chosen_by() -> None:
     """With a forged name nobody gets to another address than the name's, nor with any name away from an address."""
     routes = Routes([route("inside", "direct", "203.0.113.0/24", ".inside.example")], send_name=True)
     elsewhere = ip_address("198.51.100.7")
-    assert routes.decide(CLIENT, elsewhere, "x.inside.example", 443) == Decision("inside", "direct", True)
-    assert routes.decide(CLIENT, WEB, "evil.example", 443) == Decision("inside", "direct", False)
-    assert routes.decide(CLIENT, WEB, "x.inside.example", 443) == Decision("inside", "direct", False)
+    assert routes.decide(CLIENT, elsewhere, "x.inside.example", 443) == RouteDecision("inside", "direct", True)
+    assert routes.decide(CLIENT, WEB, "evil.example", 443) == RouteDecision("inside", "direct", False)
+    assert routes.decide(CLIENT, WEB, "x.inside.example", 443) == RouteDecision("inside", "direct", False)
     everything = Routes([route("all", "direct")], send_name=True)
-    assert everything.decide(CLIENT, elsewhere, "x.inside.example", 443) == Decision("all", "direct", False)
+    assert everything.decide(CLIENT, elsewhere, "x.inside.example", 443) == RouteDecision("all", "direct", False)
 
 
 def test_a_rejected_network_is_rejected_inside_ipv6_too() -> None:
@@ -112,7 +114,7 @@ def any_routes(draw: st.DrawFn) -> list[tuple[Route, list[str]]]:
 
 def naive(
     routes: list[tuple[Route, list[str]]], client: IPAddress, address: IPAddress, name: str | None, port: int
-) -> Decision:
+) -> RouteDecision:
     for each, to in routes:
         if each.clients and not any(client in network for network in each.clients):
             continue
@@ -128,8 +130,8 @@ def naive(
             elif name is not None:
                 by_name |= name.endswith(entry) if entry.startswith(".") else name == entry
         if by_address or by_name:
-            return Decision(each.name, each.via, not by_address if each.via == "direct" else each.send_name)
-    return Decision("default", "default", True)
+            return RouteDecision(each.name, each.via, not by_address if each.via == "direct" else each.send_name)
+    return RouteDecision("default", "default", True)
 
 
 @given(

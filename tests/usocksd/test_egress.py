@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from usocksd.clients import Client
 from usocksd.egress import EgressPools, Pool, Source, Usable, sites_of
 from usocksd.errors import NoEgress
-from usocksd.host.addresses import Here
+from usocksd.host.addresses import LocalAddresses
 from usocksd.net.address import IPAddress, IPNetwork
 
 TEN = [ip_address(f"198.51.100.{n}") for n in range(10, 20)]
@@ -167,7 +167,7 @@ def test_a_name_and_its_addresses_are_one_site() -> None:
 
 
 def routed(*networks: str) -> Usable:
-    local = Here()
+    local = LocalAddresses()
     local.networks = tuple(map(ip_network, networks))
     return Usable(local)
 

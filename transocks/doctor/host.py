@@ -27,7 +27,7 @@ from transocks.tracing.trace import Trace
 from transocks.tracing.tracer import Tracer
 from transocks.upstreams.proxy_url import ProxyURL
 from usocksd.host.addresses import HostAddresses
-from usocksd.host.sockets import Listener, listeners
+from usocksd.host.sockets import ListeningSocket, listeners
 from usocksd.net.address import IPAddress, without_zone
 from usocksd.serve.verbs.client import Answer, ControlClient, VerbError
 
@@ -108,14 +108,14 @@ class Host:
         return filtered_bridges()
 
     @cached_property
-    def listeners(self) -> tuple[Listener, ...] | None:
+    def listeners(self) -> tuple[ListeningSocket, ...] | None:
         """None: the kernel does not tell."""
         try:
             return listeners()
         except OSError:
             return None
 
-    def listener(self, address: IPAddress, port: int) -> Listener | None:
+    def listener(self, address: IPAddress, port: int) -> ListeningSocket | None:
         """The socket that accepts connections to this local address."""
         found = (listener for listener in self.listeners or () if listener.accepts(without_zone(address), port))
         return next(found, None)

@@ -23,7 +23,7 @@ from transocks.rules.config import Mode
 from transocks.rules.redirection import MARK, Redirection
 from transocks.rules.render import excluded
 from usocksd.host.addresses import HostAddresses
-from usocksd.host.sockets import Listener, listeners
+from usocksd.host.sockets import ListeningSocket, listeners
 from usocksd.net.address import IPAddress, join_port, without_zone
 
 _PUBLIC: tuple[IPAddress, ...] = (IPv4Address("9.9.9.9"), IPv6Address("2620:fe::fe"))
@@ -78,7 +78,7 @@ def loops(config: Config, redirections: list[Redirection]) -> Iterator[str]:
             yield from _loops(config, host, listeners())
 
 
-def _loops(config: Config, host: Redirection, there: tuple[Listener, ...]) -> Iterator[str]:
+def _loops(config: Config, host: Redirection, there: tuple[ListeningSocket, ...]) -> Iterator[str]:
     own = next((sender_of(listener) for listener in there if listener.port == host.port), Sender())
     own = attrs.evolve(own, marks=frozenset({config.mark or 0}))
     mark, addresses = f"{config.mark or MARK:#x}", HostAddresses().current
@@ -129,7 +129,7 @@ def _selected(redirection: Redirection) -> Iterator[tuple[IPAddress, int]]:
 # ---- processes
 
 
-def sender_of(listener: Listener, proc: Path = Path("/proc")) -> Sender:
+def sender_of(listener: ListeningSocket, proc: Path = Path("/proc")) -> Sender:
     """The sender of connections of the process that listens there."""
     process = _owner(listener.inode, proc)
     if process is None:

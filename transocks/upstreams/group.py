@@ -13,7 +13,7 @@ from transocks.original_dst import Destination
 from transocks.upstreams.health import Health
 from transocks.upstreams.probes import WAITING
 from transocks.upstreams.proxy_url import ProxyURL
-from transocks.upstreams.request import Attempt, Progress, Request, Tunnel
+from transocks.upstreams.request import Attempt, Progress, Tunnel, TunnelRequest
 from transocks.upstreams.upstream import Upstream, UpstreamMetrics
 from usocksd.errors import DialError, Error, ResolveError
 from usocksd.log.metrics import Metrics
@@ -58,7 +58,7 @@ class UpstreamGroup:
             each.state.gauges.append(gauge)
             each.state.has_others |= len(self._upstreams) > 1 or self._direct is not None
 
-    async def connect(self, request: Request, client: Endpoint, timeouts: Timeouts, access: Progress) -> Tunnel:
+    async def connect(self, request: TunnelRequest, client: Endpoint, timeouts: Timeouts, access: Progress) -> Tunnel:
         """Reach what `request` is for through one of the proxies. Each is tried at most once; all tries together have
         `timeouts` (see Upstream.connect). `access` is told of every try.
 
@@ -100,7 +100,7 @@ class UpstreamGroup:
             "upstreams": [upstream.state.status() for upstream in self._upstreams],
         }
 
-    def _order(self, request: Request) -> deque[Upstream]:
+    def _order(self, request: TunnelRequest) -> deque[Upstream]:
         """All upstreams, the preferred one first."""
         upstreams = self._upstreams
         if len(upstreams) == 1 or self._policy == FAILOVER:

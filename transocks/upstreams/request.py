@@ -11,7 +11,7 @@ from usocksd.net.dial import Target
 from usocksd.net.endpoint import Endpoint, PeerReset
 
 
-class Request(NamedTuple):
+class TunnelRequest(NamedTuple):
     """What a client wants to reach, and what is known of it."""
 
     client: Destination
@@ -33,7 +33,7 @@ class Tunnel(NamedTuple):
     early: bytes
     """What the destination has already sent."""
     unsent: bytes = b""
-    """The part of Request.first that was not sent yet: the relay begins with it."""
+    """The part of TunnelRequest.first that was not sent yet: the relay begins with it."""
 
 
 class Progress(Protocol):

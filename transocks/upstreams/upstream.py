@@ -9,7 +9,7 @@ from transocks.original_dst import Destination
 from transocks.upstreams.addresses import UpstreamAddresses
 from transocks.upstreams.probes import WAITING, Prober
 from transocks.upstreams.proxy_url import ProxyScheme, ProxyURL
-from transocks.upstreams.request import Attempt, Progress, Request, Tunnel
+from transocks.upstreams.request import Attempt, Progress, Tunnel, TunnelRequest
 from transocks.upstreams.state import UpstreamState
 from usocksd.errors import DialError, Error, ResolveError, UpstreamError
 from usocksd.log.metrics import SECONDS, Metrics
@@ -30,7 +30,7 @@ def is_gone(error: Error) -> bool:
     return isinstance(error, DialError) and error.step == "connect" and error.errno in _GONE
 
 
-class Unanswered(UpstreamError):
+class UpstreamDown(UpstreamError):
     """The upstream was found to be down while a connection waited for it."""
 
 
@@ -99,7 +99,7 @@ class Upstream:
 
     async def connect(
         self,
-        request: Request,
+        request: TunnelRequest,
         client: Endpoint,
         timeouts: Timeouts,
         access: Progress,
@@ -111,7 +111,7 @@ class Upstream:
         `timeouts.connect`, since it has to connect in turn, and `timeouts.handshake` for its own part. `access` is told
         of the connection to the proxy, also when nothing comes of it.
 
-        Raises UpstreamError (it refused, or broke its protocol, or can't be asked this), Unanswered (see `attempt`),
+        Raises UpstreamError (it refused, or broke its protocol, or can't be asked this), UpstreamDown (see `attempt`),
         DialError (it can't be reached in time), ResolveError (its name is not known), PeerReset (`client` is gone).
         """
         reactor, state = self._reactor, self.state
@@ -146,7 +146,7 @@ class Upstream:
                 raise
             self._failed.observe(reactor.clock() - since)
             why = state.why or ("it is slow" if state.slow else "another program is there now")
-            raise Unanswered(f"{self.name} was given up: {why}") from None
+            raise UpstreamDown(f"{self.name} was given up: {why}") from None
         except Error as error:
             self._note(error, reactor.clock() - since)
             raise
@@ -169,7 +169,7 @@ class Upstream:
             case ResolveError() if error.absent:
                 self.state.failed(str(error))
 
-    async def _ask(self, endpoint: Endpoint, handshake: ClientRole, request: Request, attempt: Attempt) -> Tunnel:
+    async def _ask(self, endpoint: Endpoint, handshake: ClientRole, request: TunnelRequest, attempt: Attempt) -> Tunnel:
         state, reactor = self.state, self._reactor
         data, unsent = handshake.data_to_send(), request.first
         if self._proxy_protocol:
@@ -197,7 +197,7 @@ class Upstream:
             if data := handshake.data_to_send():
                 await endpoint.send_all(data)
 
-    def _handshake(self, request: Request, *, pipelined: bool) -> ClientRole:
+    def _handshake(self, request: TunnelRequest, *, pipelined: bool) -> ClientRole:
         url = self._url
         host, port = request.destination
         if request.name is not None and url.scheme.takes_names:

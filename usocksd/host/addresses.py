@@ -37,7 +37,7 @@ _FIRST_RETRY, _LONGEST_RETRY = 0.5, 30.0
 _NO_FAMILY = {errno.EOPNOTSUPP, errno.EAFNOSUPPORT}
 
 
-class Here(frozenset[IPAddress]):
+class LocalAddresses(frozenset[IPAddress]):
     """The addresses of this host: iterating gives those of its interfaces; `in` knows networks routed to it too."""
 
     networks: tuple[IPNetwork, ...] = ()
@@ -57,7 +57,7 @@ class HostAddresses:
         """Takes a snapshot, which stays until `watch` runs. `look_every`: seconds until a route to this host
         is noticed.
         """
-        self.current: Here = _snapshot()
+        self.current: LocalAddresses = _snapshot()
         self._look_every = look_every
         name, help = "addresses_watched", "Whether changes of the addresses of this host are noticed"
         self._watched = Counter() if metrics is None else metrics.minimum(name, help)
@@ -166,7 +166,7 @@ class HostAddresses:
             self._assigned.discard(assignment)
 
     def _publish(self) -> None:
-        now, before = Here(address for address, _ in self._assigned), self.current
+        now, before = LocalAddresses(address for address, _ in self._assigned), self.current
         now.networks = self._networks
         if now == before and now.networks == before.networks:
             return
@@ -211,7 +211,7 @@ def _routed() -> tuple[IPNetwork, ...]:
     return tuple(network for network in found if not network.is_loopback)
 
 
-def _snapshot() -> Here:
+def _snapshot() -> LocalAddresses:
     found: set[IPAddress] = set()
     try:
         names = netifaces.interfaces()
@@ -227,7 +227,7 @@ def _snapshot() -> Here:
             continue
         for family in (netifaces.AF_INET, netifaces.AF_INET6):
             found.update(numeric_address(entry["addr"]) for entry in families.get(family, ()) if "addr" in entry)
-    here = Here(found)
+    here = LocalAddresses(found)
     with contextlib.suppress(OSError):
         here.networks = _routed()
     return here

@@ -36,7 +36,7 @@ _TRANSPARENT = 0x20 if sys.byteorder == "little" else 0x04  # the sixth bit of s
 
 
 @attrs.frozen(kw_only=True)
-class Listener:
+class ListeningSocket:
     """A socket that accepts connections."""
 
     address: IPAddress
@@ -64,7 +64,7 @@ class Connection(NamedTuple):
     peer: tuple[IPAddress, int]
 
 
-def listeners() -> tuple[Listener, ...]:
+def listeners() -> tuple[ListeningSocket, ...]:
     """All of them. Raises OSError where netlink is forbidden, or the kernel has no sock_diag."""
     return tuple(_listener(message) for _, message in _dump(1 << _LISTEN))
 
@@ -170,10 +170,10 @@ def _dump(states: int) -> Iterator[tuple[int, bytes]]:
                     yield family, message.body
 
 
-def _listener(message: bytes) -> Listener:
+def _listener(message: bytes) -> ListeningSocket:
     family, _, port, _, raw, _, _, _, _, uid, inode = _ANSWER.unpack_from(message)
     found = dict(attributes(message[_ANSWER.size :]))
-    return Listener(
+    return ListeningSocket(
         address=ip_address(raw[: 4 if family == socket.AF_INET else 16]),
         port=int.from_bytes(port),
         uid=uid,

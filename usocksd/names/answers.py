@@ -9,7 +9,7 @@ from itertools import zip_longest
 from attrs import frozen
 
 from usocksd.errors import NO_ADDRESS, NO_SUCH_NAME, ResolveError
-from usocksd.names.name_query import SERVERS_FAILED, TIMED_OUT, Found
+from usocksd.names.name_query import SERVERS_FAILED, TIMED_OUT, NameAnswer
 from usocksd.net.address import IPAddress, numeric_address
 
 # Seconds. A TTL of 0 would mean a query per connection of a page; one of days outlives every change.
@@ -47,7 +47,7 @@ STOPPED = Entry((), "resolver stopped")
 LOCALHOST = Entry((numeric_address("::1"), numeric_address("127.0.0.1")))
 
 
-def of_family(found: Found | ResolveError) -> Entry:
+def of_family(found: NameAnswer | ResolveError) -> Entry:
     """What servers answer for one family."""
     if isinstance(found, ResolveError):
         return Entry((), found.cause)

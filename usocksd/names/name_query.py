@@ -57,7 +57,7 @@ _BLAMED_FIRST, _BLAMED_AT_MOST = 2.0, 30.0
 
 
 @frozen
-class Found:
+class NameAnswer:
     """What the servers answer about a name."""
 
     addresses: tuple[str, ...]
@@ -68,7 +68,7 @@ class Found:
     section 5); None for an absence without a SOA."""
 
 
-Told: TypeAlias = Callable[[Kind, Found | ResolveError], None]
+OnAnswer: TypeAlias = Callable[[Kind, NameAnswer | ResolveError], None]
 
 
 class NameServer:
@@ -119,12 +119,14 @@ class NameServer:
 class NameQuery:
     """One name, and what its servers have answered so far."""
 
-    def __init__(self, servers: Sequence[NameServer], name: dns.name.Name, kinds: Sequence[Kind], told: Told) -> None:
-        """`told` is called once for each kind, with what was found or the error that all servers failed."""
+    def __init__(
+        self, servers: Sequence[NameServer], name: dns.name.Name, kinds: Sequence[Kind], on_answer: OnAnswer
+    ) -> None:
+        """`on_answer` is called once for each kind, with what was found or the error that all servers failed."""
         self._servers = servers
         self._name = name
         self._pending = set(kinds)
-        self._told = told
+        self._on_answer = on_answer
         self._asked: dict[NameServer, _Conversation] = {}
         self._go_on = trio.Event()
 
@@ -244,9 +246,9 @@ class NameQuery:
                 if all(kind in each.failed for each in self._asked.values()):
                     self._settle(kind, ResolveError(str(self._name), SERVERS_FAILED))
 
-    def _settle(self, kind: Kind, found: Found | ResolveError) -> None:
+    def _settle(self, kind: Kind, found: NameAnswer | ResolveError) -> None:
         self._pending.discard(kind)
-        self._told(kind, found)
+        self._on_answer(kind, found)
         if not self._pending:
             self._nursery.cancel_scope.cancel()
 
@@ -300,13 +302,13 @@ class _Conversation:
             self.server.silent(self._since)
 
 
-def _found(message: dns.message.Message) -> Found:
+def _found(message: dns.message.Message) -> NameAnswer:
     """Raises DNSException for what is a failure of the server."""
     rcode = message.rcode()
     if rcode not in {dns.rcode.NOERROR, dns.rcode.NXDOMAIN} or not isinstance(message, dns.message.QueryMessage):
         raise dns.exception.FormError  # (any DNSException: it is no answer)
     chain = message.resolve_chaining()
     if chain.answer is not None:
-        return Found(tuple(record.address for record in chain.answer), True, chain.minimum_ttl)
+        return NameAnswer(tuple(record.address for record in chain.answer), True, chain.minimum_ttl)
     vouched = any(rrset.rdtype == dns.rdatatype.SOA for rrset in message.authority)
-    return Found((), rcode == dns.rcode.NOERROR, float(chain.minimum_ttl) if vouched else None)
+    return NameAnswer((), rcode == dns.rcode.NOERROR, float(chain.minimum_ttl) if vouched else None)

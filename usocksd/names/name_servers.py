@@ -19,7 +19,7 @@ import trio
 
 from usocksd.errors import ResolveError
 from usocksd.names.hosts_file import WatchedFile
-from usocksd.names.name_query import SERVERS_FAILED, TIMED_OUT, Found, Kind, NameQuery, NameServer, Told
+from usocksd.names.name_query import SERVERS_FAILED, TIMED_OUT, Kind, NameAnswer, NameQuery, NameServer, OnAnswer
 from usocksd.names.resolv_conf import PORT, ResolvConf, parse
 from usocksd.net.address import join_port
 from usocksd.settings.types import SocketAddress
@@ -73,25 +73,25 @@ class NameServers:
         self._configure(text)
         return True
 
-    async def ask(self, name: dns.name.Name | str, kinds: Sequence[Kind], told: Told) -> None:
+    async def ask(self, name: dns.name.Name | str, kinds: Sequence[Kind], on_answer: OnAnswer) -> None:
         """Ask for these kinds of records of this name, whatever the search domains, until all of them are answered.
 
-        `told` is called with each answer. Give it a deadline, `lifetime` say.
+        `on_answer` is called with each answer. Give it a deadline, `lifetime` say.
         """
         try:
             text = dns.name.from_text(name) if isinstance(name, str) else name
         except dns.exception.DNSException:
             for kind in kinds:
-                told(kind, ResolveError(str(name), SERVERS_FAILED))
+                on_answer(kind, ResolveError(str(name), SERVERS_FAILED))
         else:
-            await NameQuery(self._in_order(), text, kinds, told).run()
+            await NameQuery(self._in_order(), text, kinds, on_answer).run()
 
-    async def addresses(self, name: dns.name.Name) -> Found:
+    async def addresses(self, name: dns.name.Name) -> NameAnswer:
         """The IPv4 addresses of this name.
 
         Raises ResolveError with cause TIMED_OUT or SERVERS_FAILED.
         """
-        answers: list[Found | ResolveError] = [ResolveError(str(name), TIMED_OUT)]
+        answers: list[NameAnswer | ResolveError] = [ResolveError(str(name), TIMED_OUT)]
         with trio.move_on_after(self.lifetime):
             await self.ask(name, (dns.rdatatype.A,), lambda _, found: answers.append(found))
         if isinstance(answers[-1], ResolveError):

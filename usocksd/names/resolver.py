@@ -31,10 +31,10 @@ from usocksd.names import answers
 from usocksd.names.answers import Entry
 from usocksd.names.hosts_file import HostsFile
 from usocksd.names.match import canonical_host
-from usocksd.names.name_query import SERVERS_FAILED, TIMED_OUT, Found
+from usocksd.names.name_query import SERVERS_FAILED, TIMED_OUT, NameAnswer
 from usocksd.names.name_servers import FAMILIES, NameServers
 from usocksd.names.resolv_conf import MOST_SERVERS, PORT, RESOLV_CONF
-from usocksd.names.turns import Refused, Ticket, Turns
+from usocksd.names.turns import Ticket, TooManyWaiting, Turns
 from usocksd.net.address import IPAddress
 from usocksd.net.endpoint import DeadlineExpired, Endpoint
 from usocksd.settings.types import DnsConfig, SocketAddress
@@ -83,7 +83,7 @@ class _Query:
 def make_resolver(dns: DnsConfig, metrics: Metrics, *, sockets: int = 1000) -> Resolver:
     """The resolver of this process, as [dns] says; see Resolver.
 
-    For `resolver = "system"` glibc is told, for the whole process, to leave searching to us.
+    For `resolver = "system"` glibc is on_answer, for the whole process, to leave searching to us.
     """
     system = dns.resolver == "system"
     if system:
@@ -294,7 +294,7 @@ class Resolver:
                     with trio.move_on_after(self._servers.lifetime):
                         async with self._turns.turn(query.ticket):
                             await ask(host, query)
-                except Refused:
+                except TooManyWaiting:
                     query.known = Entry((), TOO_MANY)
                 self._settle(host, query, query.known)
         except Exception:  # a bug with one name does not harm others
@@ -307,7 +307,7 @@ class Resolver:
     async def _ask_servers(self, host: str, query: _Query) -> None:
         heard: list[Entry] = []
 
-        def told(_: object, found: Found | ResolveError) -> None:
+        def on_answer(_: object, found: NameAnswer | ResolveError) -> None:
             heard.append(answers.of_family(found))
             query.known = answers.combine(
                 heard if len(heard) == 2 else [*heard, answers.UNANSWERED], self._most.addresses
@@ -321,7 +321,7 @@ class Resolver:
             self._settle(host, query, query.known)
 
         async with trio.open_nursery() as nursery:
-            await self._servers.ask(host, FAMILIES, told)
+            await self._servers.ask(host, FAMILIES, on_answer)
             nursery.cancel_scope.cancel()
 
     async def _ask_system(self, host: str, query: _Query) -> None:

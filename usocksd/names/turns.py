@@ -18,7 +18,7 @@ _SURE_OF = 1.0
 _LOOK_EVERY = 0.25
 
 
-class Refused(Exception):
+class TooManyWaiting(Exception):
     """Too many names wait."""
 
 
@@ -52,7 +52,7 @@ class Turns:
     async def turn(self, ticket: Ticket) -> AsyncIterator[None]:
         """Wait for a turn. When it has to give way to others, the block is cancelled, and nothing raised.
 
-        Raises Refused when too many names wait, and the owner of this one has the most.
+        Raises TooManyWaiting when too many names wait, and the owner of this one has the most.
         """
         if self._free:
             self._free -= 1
@@ -121,7 +121,7 @@ class Turns:
                 self._take_out(ticket)
             raise
         if ticket.refused:
-            raise Refused
+            raise TooManyWaiting
 
     def _refuse(self, ticket: Ticket) -> None:
         self._take_out(ticket)

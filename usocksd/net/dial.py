@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 from usocksd.errors import DialError, Error, NeedsInterface, OutOfPorts
 from usocksd.net.address import join_port, socket_address
 from usocksd.net.endpoint import DeadlineExpired, Endpoint, set_options
-from usocksd.net.fast_open import LostSyns, Unproven
+from usocksd.net.fast_open import LostSyns, UnprovenEndpoint
 from usocksd.net.race import PACE, Pace, Race
 from usocksd.net.reactor import Reactor
 
@@ -123,7 +123,7 @@ class Dialer:
         endpoint = self.start(
             target,
             lambda sock, unproven: (
-                Unproven(reactor, sock, target.host, str(target), self._lost_syns)
+                UnprovenEndpoint(reactor, sock, target.host, str(target), self._lost_syns)
                 if unproven
                 else Endpoint(reactor, sock, connecting=True)
             ),

@@ -4,7 +4,7 @@ The kernel does it. It asks a server for a cookie with the first connection and 
 it connects as ever. What is left to us:
 
 - With a cookie, connect(2) returns at once and has sent nothing: the SYN goes out with the first send, and whether
-  anybody is there shows when the answer comes. `Unproven` is such an endpoint.
+  anybody is there shows when the answer comes. `UnprovenEndpoint` is such an endpoint.
 - A SYN may arrive twice, and its bytes with it, as two connections. So it may carry only bytes that do no harm when
   they arrive twice: a proxy's handshake, a TLS hello.
 - Some firewalls drop a SYN that has the option, or data. The kernel sends it again without, after a second, but does
@@ -85,7 +85,7 @@ def accept_fast_open(listener: socket.socket) -> None:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_FASTOPEN, _QUEUE)
 
 
-class Unproven(Endpoint):
+class UnprovenEndpoint(Endpoint):
     """An endpoint whose connect(2) has returned without an answer: its SYN goes out with the first `send_all`.
 
     Nothing happens before that. Until the peer has answered (`unproven`), any failure is a failed connect: every wait

@@ -58,7 +58,7 @@ def tcp_timers(names: Iterable[str] = CONNTRACK_TIMERS, folder: Path = _FOLDER) 
     return found
 
 
-class Timing(NamedTuple):
+class KeepAliveTiming(NamedTuple):
     """How the kernel probes a peer, see tcp(7); in whole seconds."""
 
     idle: int
@@ -100,14 +100,14 @@ class KeepAlive:
         self.half_after = min(_HALF_AFTER, float(self.half.idle))
         """The same since one direction has ended: mostly the other one follows at once."""
 
-    def _timing(self, forgotten_after: int) -> Timing:
+    def _timing(self, forgotten_after: int) -> KeepAliveTiming:
         idle = max(1, min(self._seconds, forgotten_after // _TRIES))
         interval = min(10, idle)
         probes = min(127, max(6, _GIVE_UP_AFTER // interval))
-        return Timing(idle, interval, probes, max(1, min(_RTO_MAX, forgotten_after // 2)))
+        return KeepAliveTiming(idle, interval, probes, max(1, min(_RTO_MAX, forgotten_after // 2)))
 
 
-def keep_alive(sock: socket.SocketType, timing: Timing) -> None:
+def keep_alive(sock: socket.SocketType, timing: KeepAliveTiming) -> None:
     """SO_KEEPALIVE with these times, from now on. A listening socket's are inherited by what it accepts.
 
     Not TCP_USER_TIMEOUT: it would also end connections to a peer that lives and has closed its window.

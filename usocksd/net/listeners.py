@@ -14,7 +14,7 @@ from usocksd.errors import Error
 from usocksd.net.address import join_port, socket_address, unmapped
 from usocksd.net.endpoint import Endpoint, TransparentEndpoint, set_options
 from usocksd.net.fast_open import accept_fast_open
-from usocksd.net.keepalive import KeepAlive, Timing, keep_alive
+from usocksd.net.keepalive import KeepAlive, KeepAliveTiming, keep_alive
 from usocksd.net.reactor import Reactor
 from usocksd.net.tcp_info import accept_queue
 
@@ -178,7 +178,7 @@ class Listener:
         self._reactor.unregister(self._fd)
         self._sock.close()
 
-    def keep_alive(self, timing: Timing) -> None:
+    def keep_alive(self, timing: KeepAliveTiming) -> None:
         """How the kernel probes connections that are accepted from now on."""
         keep_alive(self._sock, timing)
 

@@ -37,7 +37,7 @@ class Pace(NamedTuple):
 PACE = Pace()
 
 
-class Attempt(Endpoint):
+class RaceAttempt(Endpoint):
     """One attempt of a race, which is told of everything that happens to it."""
 
     __slots__ = ("race", "target")
@@ -77,7 +77,7 @@ class Race:
         self._deadline = deadline
         spread = (deadline - reactor.clock()) / (2 * len(targets))
         self._delay = max(min(dialer.pace.delay, spread), dialer.pace.shortest)
-        self._running: dict[Attempt, None] = {}
+        self._running: dict[RaceAttempt, None] = {}
         """In the order in which they began. All but one are borrowed."""
         self._failed: list[DialError] = []
         self._stopped: BaseException | None = None
@@ -119,7 +119,7 @@ class Race:
         self._stopped = self._stopped or reason
         self.news.set()
 
-    def _connected(self) -> Attempt | None:
+    def _connected(self) -> RaceAttempt | None:
         """The attempt that has connected, if any. Attempts that have failed are dropped."""
         for attempt in list(self._running):
             if attempt.writable:
@@ -150,7 +150,7 @@ class Race:
 
     def _begin(self, target: Target) -> None:
         try:
-            attempt = self._dialer.start(target, lambda sock, _: Attempt(self, target, self._reactor, sock))
+            attempt = self._dialer.start(target, lambda sock, _: RaceAttempt(self, target, self._reactor, sock))
         except DialError as error:
             self._failed.append(error)
             return
@@ -163,7 +163,7 @@ class Race:
         share = (self._deadline - self._reactor.clock()) / (len(self._untried) + 1)
         self._instead_at = now + min(max(share, self._delay), _LONGEST_ALONE)
 
-    def _drop(self, attempt: Attempt) -> None:
+    def _drop(self, attempt: RaceAttempt) -> None:
         if len(self._running) > 1:
             self._dialer.spare += 1
         del self._running[attempt]

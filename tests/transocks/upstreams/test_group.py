@@ -23,9 +23,9 @@ from transocks.direct import Direct
 from transocks.original_dst import Destination
 from transocks.upstreams.group import Upstreams
 from transocks.upstreams.proxy_url import ProxyScheme
-from transocks.upstreams.request import Request, Tunnel
+from transocks.upstreams.request import Tunnel, TunnelRequest
 from transocks.upstreams.state import Answer
-from transocks.upstreams.upstream import Unanswered
+from transocks.upstreams.upstream import UpstreamDown
 from usocksd.errors import Denied, DialError, Error, ResolveError, UpstreamError
 from usocksd.log.metrics import Metrics
 from usocksd.names.resolver import Resolver
@@ -221,7 +221,7 @@ class World:
         await self.configured(*found, more=more)
         return found
 
-    def ask(self, request: Request = Request(CLIENT, WEB), group: str = "default") -> Session:  # noqa: B008
+    def ask(self, request: TunnelRequest = TunnelRequest(CLIENT, WEB), group: str = "default") -> Session:  # noqa: B008
         session = Session()
         near, session.client = socket.socketpair()
         near.setblocking(False)
@@ -242,7 +242,7 @@ class World:
         self.nursery.start_soon(run)
         return session
 
-    async def asked(self, request: Request = Request(CLIENT, WEB), group: str = "default") -> Session:  # noqa: B008
+    async def asked(self, request: TunnelRequest = TunnelRequest(CLIENT, WEB), group: str = "default") -> Session:  # noqa: B008
         """One that has come to an end."""
         session = self.ask(request, group)
         await session.over()
@@ -332,7 +332,7 @@ async def test_which_refusals_are_final(
         world.metrics = Metrics("transocks")
         await world.configured(f"{scheme}://127.0.0.1:{first.port}", second)
         first.script = script(reply)
-        session = await world.asked(Request(CLIENT, WEB, first=b"GET"))
+        session = await world.asked(TunnelRequest(CLIENT, WEB, first=b"GET"))
         assert session.through == [port(first), port(second)][: 1 + (reply in goes_on)], reply
         assert world.state(first).up == (reply != 407)
         if reply in goes_on:
@@ -352,9 +352,9 @@ async def test_a_proxy_that_wants_other_credentials_is_down(world: World) -> Non
 async def test_socks4_is_not_asked_for_ipv6_addresses(world: World) -> None:
     first, second = await world.peers(silent, socks())
     await world.configured(f"socks4a://127.0.0.1:{first.port}", second)
-    assert (await world.asked(Request(CLIENT, WEB_V6))).through == [port(first), port(second)]
+    assert (await world.asked(TunnelRequest(CLIENT, WEB_V6))).through == [port(first), port(second)]
     assert first.heard == []
-    named = world.ask(Request(CLIENT, WEB_V6, "www.example"))
+    named = world.ask(TunnelRequest(CLIENT, WEB_V6, "www.example"))
     await wait_all_tasks_blocked(0.005)
     assert first.heard == [b"\x04\x01\x01\xbb\x00\x00\x00\x01\x00www.example\x00"]
     assert not named.done.is_set()
@@ -383,7 +383,7 @@ async def test_when_all_are_down_it_may_go_directly(world: World, name: str | No
         dead = daemons.free_port()
         await world.configured(f"socks5://127.0.0.1:{dead}", more='when_all_down = "direct"')
         for tries in (2, 1):
-            session = await world.asked(Request(CLIENT, Destination("127.0.0.1", web.port), name, b"hello"))
+            session = await world.asked(TunnelRequest(CLIENT, Destination("127.0.0.1", web.port), name, b"hello"))
             assert (await session.tunnel()).unsent == b"hello"
             assert session.access.tries[-1] == ("direct", "direct")
             assert (len(session.access.tries), session.access.schemes[-1]) == (tries, None)
@@ -395,9 +395,9 @@ async def test_the_direct_way_by_name_never_leads_to_this_host(world: World) -> 
         await world.configured(f"socks5://127.0.0.1:{daemons.free_port()}", more='when_all_down = "direct"')
         for name in ("www.example", "localhost"):
             with pytest.raises(Denied):
-                await (await world.asked(Request(CLIENT, WEB, name))).tunnel()
+                await (await world.asked(TunnelRequest(CLIENT, WEB, name))).tunnel()
         with pytest.raises(ResolveError):
-            await (await world.asked(Request(CLIENT, WEB, "nowhere.example"))).tunnel()
+            await (await world.asked(TunnelRequest(CLIENT, WEB, "nowhere.example"))).tunnel()
 
 
 async def test_no_other_upstream_is_tried_for_a_client_that_is_gone(world: World) -> None:
@@ -418,7 +418,7 @@ async def test_bytes_that_may_not_be_repeated_go_to_one_upstream(world: World) -
     first, _second = await world.upstreams_of(socks(ours=True), socks())
     world.answered(first, USOCKSD)
     first.script = closing
-    session = await world.asked(Request(CLIENT, WEB, first=b"POST"))
+    session = await world.asked(TunnelRequest(CLIENT, WEB, first=b"POST"))
     assert session.through == [port(first)]
     with pytest.raises(UpstreamFault):
         await session.tunnel()
@@ -427,7 +427,7 @@ async def test_bytes_that_may_not_be_repeated_go_to_one_upstream(world: World) -
 async def test_a_tls_hello_may_be_repeated(world: World) -> None:
     first, second = await world.upstreams_of(closing, socks())
     world.answered(first, USOCKSD)
-    session = await world.asked(Request(CLIENT, WEB, first=HELLO, repeatable=True))
+    session = await world.asked(TunnelRequest(CLIENT, WEB, first=HELLO, repeatable=True))
     assert (await session.tunnel()).unsent == HELLO
     # The first is asked step by step too, since it is not what it was.
     assert session.through == [port(first), port(first), port(second)]
@@ -437,7 +437,7 @@ async def test_a_tls_hello_may_be_repeated(world: World) -> None:
 async def test_after_a_refusal_any_bytes_may_go_to_the_next(world: World) -> None:
     first, second = await world.upstreams_of(socks(1, ours=True), socks())
     world.answered(first, USOCKSD)
-    session = await world.asked(Request(CLIENT, WEB, first=b"POST"))
+    session = await world.asked(TunnelRequest(CLIENT, WEB, first=b"POST"))
     assert session.through == [port(first), port(second)]
     assert (await session.tunnel()).unsent == b"POST"
 
@@ -460,7 +460,7 @@ async def test_how_much_is_sent_at_once(
     (peer,) = await world.upstreams_of(socks())
     if answer is not None:
         world.answered(peer, answer)
-    tunnel = await (await world.asked(Request(CLIENT, WEB, first=b"POST"))).tunnel()
+    tunnel = await (await world.asked(TunnelRequest(CLIENT, WEB, first=b"POST"))).tunnel()
     assert (tunnel.unsent, tunnel.early) == (unsent, b"")
     assert peer.pieces == [pieces]
 
@@ -491,7 +491,7 @@ async def test_an_upstream_that_takes_pipelining_no_longer_is_asked_again(world:
 async def test_which_schemes_are_asked_for_names(world: World, scheme: str, asks_for: bytes) -> None:
     (peer,) = await world.peers(lambda heard: b"\x05\x00" if heard[:1] == b"\x05" else b"")
     await world.configured(f"{scheme}://127.0.0.1:{peer.port}")
-    world.ask(Request(CLIENT, WEB, "www.example"))
+    world.ask(TunnelRequest(CLIENT, WEB, "www.example"))
     await wait_all_tasks_blocked(0.005)
     assert asks_for in peer.heard[0]
 
@@ -542,12 +542,12 @@ async def test_a_request_that_may_not_be_repeated_ends_with_its_proxy(mock_clock
     """As soon as that is found to be down: its client can ask again, and is given to another."""
     first, _second = await world.upstreams_of(silent, socks())
     world.answered(first, USOCKSD)
-    moves = world.ask(Request(CLIENT, WEB, first=HELLO, repeatable=True))
-    ends = world.ask(Request(CLIENT, WEB, first=b"POST"))
+    moves = world.ask(TunnelRequest(CLIENT, WEB, first=HELLO, repeatable=True))
+    ends = world.ask(TunnelRequest(CLIENT, WEB, first=b"POST"))
     await world.pass_time(SUSPECT)
     await world.pass_time(SUSPECT)
     await moves.tunnel()
-    with pytest.raises(Unanswered):
+    with pytest.raises(UpstreamDown):
         await ends.tunnel()
     assert ends.through == [port(first)]
 
@@ -605,7 +605,7 @@ async def test_after_silence_an_upstream_is_asked_step_by_step(mock_clock: MockC
     assert peer.pieces == [[at_once], [daemons.GREETING, ASK_WEB]]
 
 
-@pytest.mark.parametrize("script", [closing, lambda _: b"HTTP/1.1 400 Bad Request\r\n\r\n"])
+@pytest.mark.parametrize("script", [closing, lambda _: b"HTTP/1.1 400 Bad TunnelRequest\r\n\r\n"])
 async def test_closing_or_another_protocol_is_no_sign_of_life(
     world: World, script: Callable[[bytes], bytes | None]
 ) -> None:
@@ -734,7 +734,7 @@ async def test_an_http_proxy_that_does_not_answer_probes(mock_clock: MockClock, 
     peer, second = await world.peers(script, socks())
     await world.configured(f"http://127.0.0.1:{peer.port}", second)
     await (await world.asked()).tunnel()
-    session = world.ask(Request(CLIENT, Destination("203.0.113.81", 443)))
+    session = world.ask(TunnelRequest(CLIENT, Destination("203.0.113.81", 443)))
     for _ in range(10):
         await world.pass_time(SUSPECT)
     assert world.state(peer).up
@@ -803,7 +803,7 @@ async def test_sticky(world: World) -> None:
 
     async def places() -> dict[tuple[str, str | None], str]:
         return {
-            (client, name): (await world.asked(Request(Destination(client, 1), WEB, name))).through[-1]
+            (client, name): (await world.asked(TunnelRequest(Destination(client, 1), WEB, name))).through[-1]
             for client in (f"192.0.2.{number}" for number in range(8))
             for name in (None, "a.example", "b.example")
         }

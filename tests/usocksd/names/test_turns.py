@@ -5,7 +5,7 @@ from __future__ import annotations
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from usocksd.names.turns import Refused, Ticket, Turns
+from usocksd.names.turns import Ticket, TooManyWaiting, Turns
 
 A, B, C = b"a", b"b", b"c"
 
@@ -37,7 +37,7 @@ class Place:
                 finally:
                     self.running.remove(name)
             self.gave_way.append(name)
-        except Refused:
+        except TooManyWaiting:
             self.refused.append(name)
 
 

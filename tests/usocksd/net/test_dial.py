@@ -19,7 +19,7 @@ import usocksd
 from usocksd.errors import DialError
 from usocksd.net.dial import Dialer, Target
 from usocksd.net.endpoint import Endpoint, PeerReset
-from usocksd.net.race import PACE, Attempt, Pace
+from usocksd.net.race import PACE, Pace, RaceAttempt
 
 ROOT = Path(usocksd.__file__).parents[1]
 IP_BIND_ADDRESS_NO_PORT = 24
@@ -515,13 +515,13 @@ async def test_cancelled_in_the_moment_of_success(
 ) -> None:
     """The answer and the cancel come in one turn."""
     with trio.CancelScope() as scope, pytest.MonkeyPatch.context() as patch:
-        real = Attempt.on_event
+        real = RaceAttempt.on_event
 
-        def on_event(attempt: Attempt, flags: int) -> None:
+        def on_event(attempt: RaceAttempt, flags: int) -> None:
             real(attempt, flags)
             scope.cancel()
 
-        patch.setattr(Attempt, "on_event", on_event)
+        patch.setattr(RaceAttempt, "on_event", on_event)
         endpoint, _ = await dial(answering(), black_hole)
         endpoint.close()
     assert lab.reactor.handlers == {}

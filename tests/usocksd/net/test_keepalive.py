@@ -9,7 +9,7 @@ import pytest
 from usocksd.net.ending import Limits, Reason
 from usocksd.net.endpoint import Endpoint
 from usocksd.net.flow import Flow
-from usocksd.net.keepalive import KeepAlive, Timing, tcp_timers
+from usocksd.net.keepalive import KeepAlive, KeepAliveTiming, tcp_timers
 
 _KEEPALIVE = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE),
@@ -71,8 +71,8 @@ async def test_keepalive_of_half_closed_pairs(lab: Any, first: str) -> None:
 
 
 def test_keepalive_as_often_as_it_is_set() -> None:
-    assert KeepAlive(30).open == Timing(30, 10, 6)
-    assert KeepAlive(5).half == Timing(5, 5, 12, longest=30)
+    assert KeepAlive(30).open == KeepAliveTiming(30, 10, 6)
+    assert KeepAlive(5).half == KeepAliveTiming(5, 5, 12, longest=30)
     # What lies behind this host has the kernel's defaults, perhaps.
     patient = KeepAlive(timers=lambda _: {"established": 432_000, "fin_wait": 3600, "close_wait": 3600})
     patient.look()

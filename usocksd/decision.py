@@ -12,7 +12,7 @@ Values go in, values come out; the caller does the I/O:
                 decision.resolved(await resolver.resolve(name))
             except ResolveError as error:
                 decision.not_resolved(error)
-    candidates = decision.leave(pick)
+    sources = decision.choose_egress(pick)
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Candidate:
     """The same as text."""
     ruling: Ruling
     source: Source | None = None
-    """What a connection to it leaves from, once `leave` has chosen."""
+    """What a connection to it leaves from, once it is chosen."""
     error: NoEgress | None = None
     """Why it can't leave."""
 
@@ -153,7 +153,7 @@ class Decision:
             Candidate(address, str(address), judge(client, name, address, port, sent)) for address in addresses
         ]
 
-    def leave(self, pick: Pick) -> list[tuple[str, Source]]:
+    def choose_egress(self, pick: Pick) -> list[tuple[str, Source]]:
         """Choose the egress address for each address that the rules allow. Returns what can be dialled, in order.
 
         Raises Denied if the rules allow none, NoEgress if no egress address is usable.

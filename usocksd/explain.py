@@ -84,7 +84,7 @@ class Explainer:
         try:
             with trio.fail_after(self.timeout):
                 await self._resolve(decision, host)
-            decision.leave(self._pick)
+            decision.choose_egress(self._pick)
         except Denied:
             verdict = DENIED
         except (ResolveError, NoEgress) as error:

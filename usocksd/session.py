@@ -218,7 +218,7 @@ class Sessions:
         port = decision.port
         return [
             Target(address, port, *source)
-            for address, source in decision.leave(partial(self._egress.pick, self._usable()))
+            for address, source in decision.choose_egress(partial(self._egress.pick, self._usable()))
         ]
 
     def _is_news(self, host: str) -> bool:

@@ -114,19 +114,19 @@ def test_which_address_counts(addresses: list[str], rule: str, dialled: list[str
     assert decision.ruling
     assert decision.ruling.rule == "default"  # of the name
     if error is None:
-        assert [address for address, _ in decision.leave(pick)] == dialled
+        assert [address for address, _ in decision.choose_egress(pick)] == dialled
     else:
         with pytest.raises(error):
-            decision.leave(pick)
+            decision.choose_egress(pick)
     assert decision.ruling.rule == rule
     assert decision.candidates
     assert [each.host for each in decision.candidates] == addresses
 
 
 def test_the_site_is_that_of_all_addresses() -> None:
-    ((_, source),) = decide("203.0.113.9").leave(pick)
+    ((_, source),) = decide("203.0.113.9").choose_egress(pick)
     assert source == Source("from cb0071")
-    first, second = decide("a.test", found={"a.test": [V4, "192.0.2.9"]}).leave(pick)
+    first, second = decide("a.test", found={"a.test": [V4, "192.0.2.9"]}).choose_egress(pick)
     assert first == (V4, Source("from c00002"))
     assert second == ("192.0.2.9", Source("from c00002"))
 
@@ -135,7 +135,7 @@ def test_in_the_end_the_address_that_was_connected_counts() -> None:
     decision = Decision(RULES, CLIENT, "a.test", 443)
     decision.judge_name("a.test")
     decision.resolved(map(numeric_address, [V4, NO_EGRESS_V6]))
-    decision.leave(lambda *_: Source())
+    decision.choose_egress(lambda *_: Source())
     assert decision.ruling
     assert decision.ruling.rule == "default"
     decision.connected(NO_EGRESS_V6)

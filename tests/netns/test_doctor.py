@@ -20,7 +20,7 @@ import lab
 import pytest
 from daemons import Daemon, Served
 from forks import Commands
-from scene import FIREWALLD_KUBE, clients_packets
+from scene import DOCKER_KUBE, FIREWALLD_KUBE, clients_packets
 
 from usocksd.socks.wire import HTTP_ERROR
 
@@ -75,9 +75,9 @@ class Setup(contextlib.ExitStack):
             self.listen(lo if mode == "host" else any_) for any_, lo in (("0.0.0.0", "127.0.0.1"), ("::", "::1"))
         ]
         self.config = folder / "doctor.toml"
-        self.configure(f"socks5://{FAR}:1080")
+        self.configure()
 
-    def configure(self, url: str, more: str = "") -> None:
+    def configure(self, url: str = f"socks5://{FAR}:1080", more: str = "") -> None:
         listen = '"localhost:1081"' if self.mode == "host" else '":1081"'
         if self.mode == "tproxy":
             more = f'listen_tproxy = ":{TPROXY_PORT}"\n{more}'
@@ -161,7 +161,7 @@ def gateway(gateway_net: lab.Net, tmp_path: Path) -> Iterator[Setup]:
 @pytest.fixture
 def tproxy(gateway: Setup) -> Setup:
     gateway.mode = "tproxy"
-    gateway.configure(f"socks5://{FAR}:1080")
+    gateway.configure()
     return gateway
 
 
@@ -174,45 +174,21 @@ def setup(request: pytest.FixtureRequest, mode: str) -> Setup:
 
 # ---- setups that are well
 
-# What Docker, kube-proxy and ufw load, cut down to one of each kind.
-OTHERS = """*nat
-:DOCKER - [0:0]
-:KUBE-SERVICES - [0:0]
-:KUBE-SVC-A - [0:0]
-:KUBE-SEP-A - [0:0]
-:KUBE-MARK-MASQ - [0:0]
--A PREROUTING -m comment --comment "kubernetes service portals" -j KUBE-SERVICES
--A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER
--A OUTPUT -m comment --comment "kubernetes service portals" -j KUBE-SERVICES
--A OUTPUT ! -d 127.0.0.0/8 -m addrtype --dst-type LOCAL -j DOCKER
--A DOCKER ! -i docker0 -p tcp -m tcp --dport 8080 -j DNAT --to-destination 172.17.0.2:80
--A KUBE-SERVICES -d 10.96.0.1/32 -p tcp -m tcp --dport 443 -j KUBE-SVC-A
--A KUBE-SERVICES -m addrtype --dst-type LOCAL -j KUBE-SVC-A
--A KUBE-SVC-A ! -s 10.244.0.0/16 -d 10.96.0.1/32 -p tcp -m tcp --dport 443 -j KUBE-MARK-MASQ
--A KUBE-SVC-A -m statistic --mode random --probability 0.5 -j KUBE-SEP-A
--A KUBE-SEP-A -p tcp -m tcp -j DNAT --to-destination 10.0.0.7:6443
--A KUBE-MARK-MASQ -j MARK --set-xmark 0x4000/0x4000
-COMMIT
-*filter
+# As ufw has it, cut down to one of each kind.
+UFW = """*filter
 :INPUT DROP [0:0]
 :FORWARD DROP [0:0]
 :ufw-before-input - [0:0]
-:ufw-after-input - [0:0]
-:ufw-user-input - [0:0]
 -A INPUT -j ufw-before-input
--A INPUT -j ufw-user-input
--A INPUT -j ufw-after-input
+-A INPUT -i lan0 -p tcp -m tcp --dport 1081 -j ACCEPT
+-A INPUT -m addrtype --dst-type BROADCAST -j RETURN
 -A ufw-before-input -i lo -j ACCEPT
 -A ufw-before-input -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
 -A ufw-before-input -m conntrack --ctstate INVALID -m limit --limit 3/min --limit-burst 10 -j LOG --log-prefix "[UFW] "
 -A ufw-before-input -m conntrack --ctstate INVALID -j DROP
--A ufw-before-input -d 224.0.0.251/32 -p udp -m udp --dport 5353 -j ACCEPT
--A ufw-user-input -i lan0 -p tcp -m tcp --dport 1081 -j ACCEPT
--A ufw-after-input -m addrtype --dst-type BROADCAST -j RETURN
 COMMIT
 """
-
-
+OTHERS = DOCKER_KUBE + UFW
 BOTH = [*((mode, tool, "") for mode in ("host", "gateway", "tproxy") for tool in ("nft", "iptables")),
         ("host", "nft", OTHERS), ("gateway", "iptables", OTHERS)]  # fmt: skip
 
@@ -233,7 +209,7 @@ def test_healthy_by_its_own_rules_beside_firewalld_and_kubernetes(setup: Setup, 
     if mode == "tproxy":
         for address in ("0.0.0.0", "::"):
             setup.listen(address, TPROXY_PORT, transparent=True)
-    setup.configure(f"socks5://{FAR}:1080", f'[rules]\nmode = "{mode}"\n')
+    setup.configure(more=f'[rules]\nmode = "{mode}"\n')
     setup.proxy.run("nft", "-f", "-", input=FIREWALLD_KUBE)
     setup.run("TRANSOCKS rules apply --force -f CONFIG")
     assert setup.is_well()
@@ -243,7 +219,7 @@ def test_healthy_by_its_own_rules_beside_firewalld_and_kubernetes(setup: Setup, 
 @pytest.mark.parametrize("when_down", ["open", "closed"])
 def test_rules_that_are_held(host: Setup, when_down: str) -> None:
     """They end within seconds unless `hold` goes on, which is no news while it does."""
-    host.configure(f"socks5://{FAR}:1080", f'{RULES_HOST}when_down = "{when_down}"\n')
+    host.configure(more=f'{RULES_HOST}when_down = "{when_down}"\n')
     words = [sys.executable, "-m", "transocks", "rules", "hold", "-f", str(host.config)]
     hold = host.proxy.popen(*words, stdout=subprocess.PIPE, text=True)
     assert hold.stdout is not None
@@ -426,7 +402,7 @@ def test_broken(setup: Setup, case: Case) -> None:
         pytest.skip("there is no other variant beside iptables")
     if case.mode == "host":
         setup.net.lab.etc("resolv.conf", f"nameserver {lab.WEB_V4}\n")
-    setup.configure(f"socks5://{FAR}:1080", case.more)
+    setup.configure(more=case.more)
     setup.load(case.tool, edit=case.edit)
     setup.run(case.breaks)
     found = setup.doctor()
@@ -448,7 +424,7 @@ def test_no_rules(host: Setup) -> None:
     found = host.doctor()
     assert list(found.faults) == ["rules"]
     assert "none sends connections to transocks (port 1081)" in found.faults["rules"]
-    host.configure(f"socks5://{FAR}:1080", RULES_HOST)  # as it says
+    host.configure(more=RULES_HOST)  # as it says
     host.follow(found, "rules")
     assert host.is_well()
 
@@ -633,7 +609,7 @@ def test_few_descriptors(host: Setup) -> None:
     """Of the running daemon."""
     for listener in host.listeners:
         listener.close()
-    host.configure(f"socks5://{FAR}:1080", f'control = "{host.folder}/transocks.sock"\n')
+    host.configure(more=f'control = "{host.folder}/transocks.sock"\n')
     text, limited = host.config.read_text(), ("prlimit", "--nofile=300")
     with Daemon("transocks", text, host.folder, popen=host.proxy.popen, prefix=limited) as transocks:
         transocks.ready()
@@ -715,7 +691,7 @@ def test_tproxy_on_a_bridge_whose_packets_the_rules_see(tproxy: Setup) -> None:
     assert tproxy.is_well()
     for setting in settings:
         tproxy.proxy.sysctl(setting, 1)
-    tproxy.configure(f"socks5://{FAR}:1080", '[rules]\nmode = "tproxy"\n')
+    tproxy.configure(more='[rules]\nmode = "tproxy"\n')
     applied = tproxy.run("TRANSOCKS rules apply --force -f CONFIG")
     assert "br0 is a bridge and net.bridge.bridge-nf-call-iptables=1" in applied
     for _ in settings:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 
-import attrs
-
 from transocks.rules import live, routing
 from transocks.rules.config import Tool
 from transocks.rules.live import CHAINS
@@ -19,24 +17,15 @@ _ROLLED_BACK = (
     "rolled back: {} is loaded and of no effect, since nobody confirmed it in time, or it was removed but for its"
     " connections; new ones go directly. Apply or remove it"
 )
-
-
 Finding = tuple[str, bool]
 """What is found, and whether it is a fault."""
 
 
-@attrs.frozen
-class Report:
-    """What is wrong, and what is worth knowing and not wrong."""
+def verify(redirections: Sequence[Redirection], tool: Tool, *, trying: bool = True) -> tuple[list[str], list[str]]:
+    """Compare what is loaded with what should be: returns what is wrong, and what is worth knowing and not wrong.
 
-    faults: tuple[str, ...]
-    notes: tuple[str, ...]
-
-
-def verify(redirections: Sequence[Redirection], tool: Tool, *, trying: bool = True) -> Report:
-    """Compare what is loaded with what should be. Takes CAP_NET_ADMIN and CAP_SYS_ADMIN. Raises FirewallError.
-
-    trying: also try out whether connections get to the rules.
+    trying: also try out whether connections get to the rules. Takes CAP_NET_ADMIN and CAP_SYS_ADMIN. Raises
+    FirewallError.
     """
     tables, now = live.loaded(), datetime.now(UTC)
     found = list(_check_nft(redirections, tables, now) if tool is Tool.NFT else _check_iptables(redirections, now))
@@ -50,7 +39,7 @@ def verify(redirections: Sequence[Redirection], tool: Tool, *, trying: bool = Tr
             (f"shadowed: {text}" if fault else text, fault) for text, fault in shadows(redirections, tool, well=well)
         ]
     faults, notes = ([text for text, is_fault in found if is_fault is which] for which in (True, False))
-    return Report(tuple(dict.fromkeys(faults)), tuple(dict.fromkeys(notes)))
+    return list(dict.fromkeys(faults)), list(dict.fromkeys(notes))
 
 
 def _check_nft(redirections: Sequence[Redirection], tables: Sequence[Table], now: datetime) -> Iterator[Finding]:

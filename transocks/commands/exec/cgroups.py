@@ -18,7 +18,7 @@ from pathlib import Path
 import attrs
 
 from transocks.rules.redirection import CGROUPS, Redirection
-from usocksd.host.mounts import PROC, lines, mounts
+from usocksd.host.mounts import PROC, Mount, lines, mounts
 
 _WITHIN, _EVERY = 5.0, 0.02  # seconds until all that was killed has ended
 _TRIAL = ("203.0.113.1", 9)  # nobody: a documentation address
@@ -112,27 +112,29 @@ def make(name: str, number: int) -> Iterator[Cgroup]:
     """Of each kind that there is here, one below that of this process: with its limits, and in its session for
     systemd. Version 2 comes first. number: for version 1, the class id.
     """
-    for second, mount, root, path in _hierarchies():
-        folder = os.path.normpath(f"{mount}/{os.path.relpath(path, root)}/{name}")
+    for mount, path in _hierarchies():
+        folder = os.path.normpath(f"{mount.point}/{os.path.relpath(path, mount.root)}/{name}")
+        classid = None if mount.kind == "cgroup2" else number
         try:
             os.mkdir(folder)
-            if not second:
-                Path(folder, "net_cls.classid").write_text(str(number), encoding="ascii")
+            if classid is not None:
+                Path(folder, "net_cls.classid").write_text(str(classid), encoding="ascii")
         except OSError:  # read-only, say
             continue
-        yield Cgroup(folder, f"{path}/{name}".strip("/"), mount, None if second else number)
+        yield Cgroup(folder, f"{path}/{name}".strip("/"), mount.point, classid)
 
 
-def _hierarchies() -> Iterator[tuple[bool, str, str, str]]:
-    """Whether it is version 2; where it is mounted, and which of its cgroups there; the one that this process is in."""
-    mine = [os.fsdecode(line).split(":", 2)[1:] for line in lines(PROC / "self/cgroup")]
+def _hierarchies() -> list[tuple[Mount, str]]:
+    """Mounts of version 2 and of net_cls, and the cgroup there that this process is in."""
+    paths: dict[str, str] = {}
+    for line in lines(PROC / "self/cgroup"):
+        _, controllers, path = os.fsdecode(line).split(":", 2)
+        paths |= dict.fromkeys(controllers.split(","), path)
     found = []
     for mount in mounts("cgroup", "cgroup2"):
-        second = mount.kind == "cgroup2"
-        if second or (mount.kind == "cgroup" and "net_cls" in mount.options):
-            controllers = "" if second else "net_cls"
-            path = next((path for names, path in mine if controllers in names.split(",")), None)
-            if path is not None and f"{path}/".startswith(f"{mount.root.rstrip('/')}/"):
-                found.append((second, mount.point, mount.root, path))
-    # Version 2, and where others look for it; there may be more mounts of it.
-    return iter(sorted(found, key=lambda each: (not each[0], not each[1].startswith(CGROUPS))))
+        if mount.kind == "cgroup2" or "net_cls" in mount.options:
+            inside = paths.get("" if mount.kind == "cgroup2" else "net_cls")
+            if inside is not None and f"{inside}/".startswith(f"{mount.root.rstrip('/')}/"):
+                found.append((mount, inside))
+    # Version 2 first, and where others look for it; there may be more mounts of it.
+    return sorted(found, key=lambda each: (each[0].kind != "cgroup2", not each[0].point.startswith(CGROUPS)))

@@ -183,15 +183,15 @@ def verify(args: argparse.Namespace) -> int:
     """Print what is not as it should be."""
     order = order_of(args)
     with one_change():  # half of a change would read as faults
-        report = examine(order.redirections, order.tool)
-    for fault in report.faults:
+        faults, notes = examine(order.redirections, order.tool)
+    for fault in faults:
         print(visible(fault))
-    for note in report.notes:
+    for note in notes:
         print(f"note: {visible(note)}")
-    if not report.faults:
+    if not faults:
         modes = ", ".join(redirection.mode.value for redirection in order.redirections)
         print(f"as they should be: {modes}, by {order.tool.value}")
-    return FAILED if report.faults else 0
+    return FAILED if faults else 0
 
 
 def remove(args: argparse.Namespace) -> int:

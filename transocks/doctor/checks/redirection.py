@@ -158,15 +158,15 @@ def applied(host: Host) -> Iterator[Finding]:
     if tool is None:
         return
     try:
-        report = verify(host.redirections, tool, trying=False)
+        faults, notes = verify(host.redirections, tool, trying=False)
     except FirewallError as error:
         yield unchecked(check, str(error))
         return
     # `listeners` tells of those, for rules by hand too.
-    faults = [line for line in report.faults if not line.startswith("nobody listens on ")]
+    faults = [line for line in faults if not line.startswith("nobody listens on ")]
     for line in faults:
         yield fault(check, line, f"{_APPLY} (and `verify` tells the same)")
-    for line in report.notes:
+    for line in notes:
         yield warning(check, line, "see transocks rules verify")
     if not faults:
         yield fine(check, f"as [rules] says ({tool.value})")

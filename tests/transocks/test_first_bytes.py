@@ -1,4 +1,4 @@
-"""The wait for what a client says first, over real sockets; time is short or trio's own."""
+"""The wait for the first bytes of a client, over real sockets; time is short or trio's own."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ async def reading(wait: float = LONG, **settings: object) -> AsyncIterator[tuple
         reactor.close()
 
 
-async def test_what_is_there_already() -> None:
+async def test_bytes_that_are_there_already() -> None:
     async with reading() as (first_bytes, client, endpoint):
         client.sendall(REQUEST)
         assert await first_bytes.read(endpoint, WEB) == First(REQUEST, NAMED)
 
 
-async def test_what_comes_in_time_and_in_pieces() -> None:
+async def test_bytes_that_come_in_time_and_in_pieces() -> None:
     async with reading() as (first_bytes, client, endpoint), trio.open_nursery() as nursery:
 
         async def talk() -> None:
@@ -88,10 +88,10 @@ OTHER_PORT = Destination(WEB.host, 2500)
         (WEB, b"GET / HTTP/1.1\r\nHos", LONG, 0.05),
     ],
 )
-async def test_who_says_nothing_or_not_enough_goes_on(
+async def test_clients_that_send_nothing_or_too_little_go_on(
     destination: Destination, said: bytes, short: float, long: float
 ) -> None:
-    """Soon, where the server may be the one to speak; later, where it is known that the client is."""
+    """Soon if the server may have to begin; later on ports where clients speak first."""
     async with reading(short, long_wait=long) as (first_bytes, client, endpoint):
         client.sendall(said)
         began = trio.current_time()
@@ -99,12 +99,12 @@ async def test_who_says_nothing_or_not_enough_goes_on(
         assert found.data == said
         assert found.opening.name is None
         assert 0.05 <= trio.current_time() - began < LONG
-        # It is read on as if nothing had been.
+        # Then the endpoint reads on.
         client.sendall(b"t: x")
         assert await endpoint.receive() == b"t: x"
 
 
-async def test_the_rest_of_what_has_begun_is_waited_for(mock_clock: trio.testing.MockClock) -> None:
+async def test_the_rest_of_a_request_has_the_long_wait(mock_clock: trio.testing.MockClock) -> None:
     """Its second segment was lost, say, and is sent again after a second."""
     async with reading(0.3, long_wait=5) as (first_bytes, client, endpoint), trio.open_nursery() as nursery:
 
@@ -120,7 +120,7 @@ async def test_the_rest_of_what_has_begun_is_waited_for(mock_clock: trio.testing
         nursery.cancel_scope.cancel()
 
 
-async def test_a_trickle_is_given_one_wait_and_no_more() -> None:
+async def test_a_trickle_has_one_wait() -> None:
     async with reading(LONG, long_wait=0.05) as (first_bytes, client, endpoint), trio.open_nursery() as nursery:
 
         async def trickle() -> None:
@@ -163,7 +163,7 @@ async def test_waits_end_one_by_one() -> None:
             for number in (1, 2):
                 nursery.start_soon(read, number)
                 await trio.testing.wait_all_tasks_blocked()
-            # The one that was quick waits for something else now, and its first wait, which is over, does not end that.
+            # The quick one waits for something else now, and its first wait does not end that.
             with trio.move_on_after(0.2) as scope:
                 await quick_endpoint.receive()
             assert scope.cancelled_caught
@@ -176,7 +176,7 @@ async def test_waits_end_one_by_one() -> None:
 
 @pytest.mark.parametrize("said", [b"", REQUEST[:10], REQUEST])
 @pytest.mark.parametrize("early", [True, False])
-async def test_the_end_of_what_it_says_is_seen_again(said: bytes, early: bool) -> None:
+async def test_the_end_of_a_client_is_seen_again(said: bytes, early: bool) -> None:
     async with reading() as (first_bytes, client, endpoint), trio.open_nursery() as nursery:
 
         def end() -> None:
@@ -226,7 +226,7 @@ async def test_no_more_than_the_size() -> None:
 
 
 @pytest.mark.parametrize("settings", [{"skip_ports": [(79, 81)]}, {"skip_networks": [parse_network("203.0.113.0/24")]}])
-async def test_where_nobody_is_asked(settings: dict[str, object]) -> None:
+async def test_skipped_ports_and_networks(settings: dict[str, object]) -> None:
     async with reading(**settings) as (first_bytes, client, endpoint):
         client.sendall(REQUEST)
         assert await first_bytes.read(endpoint, WEB) == NOTHING

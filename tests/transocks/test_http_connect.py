@@ -78,7 +78,7 @@ def test_hosts_that_do_not_fit_into_a_request(host: str) -> None:
     ],
 )
 def test_proxy_authorization(username: str, password: str | None, token: str) -> None:
-    """Proxy-Authorization from the URL's user and password (percent-decoded by who read the URL)."""
+    """Proxy-Authorization from the URL's user and password (percent-decoded before)."""
     request = HttpConnect("192.0.2.7", 80, username=username, password=password).data_to_send()
     lines = request.split(b"\r\n")
     name, value = lines[2].split(b": ")
@@ -204,7 +204,7 @@ def test_interim_responses_are_bounded_too() -> None:
 
 
 def outcome(pieces: list[bytes]) -> object:
-    """What became of a conversation in which the proxy sends `pieces` and closes."""
+    """The result of a conversation in which the proxy sends `pieces` and closes."""
     client = HttpConnect("example.com", 443)
     event: object = NEED_DATA
     try:

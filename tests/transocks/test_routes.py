@@ -65,8 +65,8 @@ def test_the_first_that_matches() -> None:
         assert routes.decide(client, address, name, port) == found
 
 
-def test_past_the_proxy_goes_only_what_the_route_was_chosen_by() -> None:
-    """With a forged name nobody gets to another address than the name's, nor with any name away from an address."""
+def test_the_direct_way_dials_what_the_route_matched() -> None:
+    """A forged name leads only to addresses of that name, and no name leads around a route for an address."""
     routes = Routes([route("inside", "direct", "203.0.113.0/24", ".inside.example")], send_name=True)
     elsewhere = ip_address("198.51.100.7")
     assert routes.decide(CLIENT, elsewhere, "x.inside.example", 443) == RouteDecision("inside", "direct", True)

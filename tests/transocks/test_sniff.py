@@ -1,4 +1,4 @@
-"""The name inside the first bytes: hellos of real clients, hellos made to order, requests, and whatever else."""
+"""The name inside the first bytes: hellos of real clients, made-up hellos, requests, and anything else."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_tls(data: bytes, found: Opening | None) -> None:
         (b"a.example", b"b.example"),
     ],
 )
-def test_what_is_no_name(names: tuple[bytes, ...]) -> None:
+def test_invalid_names(names: tuple[bytes, ...]) -> None:
     assert sniff(hello(server_name(*names))) == Opening(Protocol.TLS, repeatable=True)
     host = b", ".join(names)
     assert sniff(b"GET / HTTP/1.1\r\nHost: " + host + b"\r\n\r\n", 80) == Opening(Protocol.HTTP)
@@ -166,7 +166,7 @@ def test_malformed_server_names(extension: tuple[int, bytes]) -> None:
         b"",
     ],
 )
-def test_tls_that_is_none(data: bytes) -> None:
+def test_bytes_that_are_no_tls_hello(data: bytes) -> None:
     sniffer = Sniffer(443)
     found = sniffer.feed(data) or sniffer.finish()
     assert found.name is None
@@ -209,7 +209,7 @@ def test_http(data: bytes, name: str | None) -> None:
 
 
 @pytest.mark.parametrize("data", [b"G", b"GET", b"GET /", b"GET / HTTP/1.1\r\n", b"GET / HTTP/1.1\r\nHost: www.examp"])
-def test_http_that_is_not_complete(data: bytes) -> None:
+def test_incomplete_http(data: bytes) -> None:
     assert sniff(data, 80) is None
 
 
@@ -240,7 +240,7 @@ def test_other_protocols(data: bytes) -> None:
     assert (found is None) == (data == b"A-")  # which may yet become a method
 
 
-def test_what_is_there_when_nobody_waits_any_longer() -> None:
+def test_incomplete_bytes_when_the_wait_is_over() -> None:
     for data, found in (
         (b"", OTHER),
         (NAMED[:1], Opening(Protocol.TLS, repeatable=True)),
@@ -253,7 +253,7 @@ def test_what_is_there_when_nobody_waits_any_longer() -> None:
         assert sniffer.finish() == found
 
 
-def test_what_is_too_long() -> None:
+def test_bytes_that_are_too_many() -> None:
     for start in (b"GET /" + b"x" * MOST, b"GET / HTTP/1.1\r\n" + b"X: 1\r\n" * (MOST // 6 + 1)):
         assert sniff(start, 80) is not None
     big = message((GREASE, bytes(MOST + 1)), server_name(b"www.example.com"))

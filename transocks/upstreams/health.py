@@ -49,7 +49,7 @@ class Health:
         *,
         clock: Callable[[], float],
     ) -> None:
-        """`share` gives what is found out to all workers. `clock` is the reactor's."""
+        """`share` passes findings to all workers. `clock` is the reactor's."""
         self._upstreams = upstreams
         self._config = config
         self._share = share

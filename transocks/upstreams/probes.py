@@ -21,9 +21,9 @@ WAITING = "waiting for the answer of"
 """The step of a DialError: the upstream was asked, and has not answered in time."""
 
 # What an HTTP proxy is asked to connect to: an address to which TCP connects nowhere, so that connect(2) fails at once,
-# and sends nothing. A CONNECT is what it is there for, and it passes nothing of it on, so a probe does no harm. Any
-# other request can be taken for one to the proxy itself: pproxy and older tinyproxy connect to what Host says, or to
-# port 80 of their host without one, and pass the request on, to themselves if that is where they listen.
+# and sends nothing. A proxy passes nothing of a CONNECT on, so a probe does no harm. Any other request can be taken for
+# one to the proxy itself: pproxy and older tinyproxy connect to the host in Host, or to port 80 of their host without
+# one, and pass the request on, to themselves if that is where they listen.
 _NOWHERE = ("255.255.255.255", 1)
 # A server that takes pipelining answers within a round trip, one that does not is silent. It has this many times the
 # seconds that its first answer took, and some more.

@@ -12,7 +12,7 @@ from usocksd.net.endpoint import Endpoint, PeerReset
 
 
 class TunnelRequest(NamedTuple):
-    """What a client wants to reach, and what is known of it."""
+    """The destination that a client wants to reach, and its first bytes."""
 
     client: Destination
     """numeric address and port of the client"""

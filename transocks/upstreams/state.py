@@ -1,4 +1,4 @@
-"""What one worker knows of an upstream: whether it is up, since when and why, and who waits for it.
+"""The state of an upstream in one worker: whether it is up, since when and why, and which attempts wait for it.
 
 Rules of this file:
 
@@ -38,7 +38,7 @@ class Answer(NamedTuple):
 
 
 class UpstreamState:
-    """What is known of one upstream in this worker."""
+    """The state of one upstream in this worker."""
 
     def __init__(self, name: str, clock: Callable[[], float]) -> None:
         self.name = name
@@ -133,7 +133,7 @@ class UpstreamState:
         return {"at": self._at, **{name: getattr(self, name) for name in names}}
 
     def take(self, found: dict[str, Any]) -> None:
-        """What the keeper has found, if that is newer than what is known here."""
+        """Take over the findings of the keeper, if they are newer."""
         at = found["at"]
         if at <= self._at:
             return

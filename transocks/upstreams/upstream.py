@@ -35,7 +35,7 @@ class UpstreamDown(UpstreamError):
 
 
 class UpstreamMetrics:
-    """What is measured of all upstreams and groups."""
+    """The metrics of all upstreams and groups."""
 
     def __init__(self, metrics: Metrics) -> None:
         # The smallest of all workers: one worker that can't reach it is one too many.

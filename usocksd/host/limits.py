@@ -24,7 +24,7 @@ _FOR_RACES = 16
 
 
 def raise_descriptor_limit() -> int:
-    """Raise the soft limit of open files to the hard one, as getrlimit(2) allows anybody. Returns what it is now.
+    """Raise the soft limit of open files to the hard one, as getrlimit(2) allows. Returns the new limit.
 
     The hard limit may be infinite on paper; the kernel's own is fs.nr_open.
     """
@@ -95,7 +95,7 @@ def owner(client: str) -> bytes:
 
 
 def clear_column(fd: int, column: int) -> None:
-    """A worker is gone, and with it what it counted. Memory that nobody has written to stays unused."""
+    """A worker is gone: forget its counts. Memory that was never written stays unused."""
     end = 0
     while end < _SIZE:
         try:
@@ -141,7 +141,7 @@ class Tally:
         return None
 
     def add(self, row: int, number: int) -> None:
-        """So many connections more."""
+        """Count so many connections more."""
         if self._counts:
             if row:
                 self._cells[row * COLUMNS + self._column] += number

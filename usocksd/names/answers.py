@@ -1,4 +1,4 @@
-"""What is known of a name, and for how long: made of what servers or the system answer."""
+"""Entries of the cache: the answers of servers or of the system, and how long they are valid."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def of_family(found: NameAnswer | ResolveError) -> Entry:
 
 
 def combine(answers: Sequence[Entry], most: int) -> Entry:
-    """One entry, with at most so many addresses, from those of both families; a failed family makes it short-lived."""
+    """One entry from those of both families, with at most so many addresses; a failed family makes it short-lived."""
     failures = [answer.cause for answer in answers if answer.cause in {TIMED_OUT, SERVERS_FAILED}]
     ttl = min((answer.ttl for answer in answers if answer.ttl), default=0.0)
     addresses = in_turn(address for answer in answers for address in answer.addresses)[:most]

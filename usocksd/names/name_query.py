@@ -303,7 +303,7 @@ class _Conversation:
 
 
 def _found(message: dns.message.Message) -> NameAnswer:
-    """Raises DNSException for what is a failure of the server."""
+    """Raises DNSException if the server has failed."""
     rcode = message.rcode()
     if rcode not in {dns.rcode.NOERROR, dns.rcode.NXDOMAIN} or not isinstance(message, dns.message.QueryMessage):
         raise dns.exception.FormError  # (any DNSException: it is no answer)

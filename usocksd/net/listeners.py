@@ -53,7 +53,7 @@ _RECORD_AGAIN_AFTER = 10.0
 _ANY = ("0.0.0.0", "::")
 
 Accepted = Callable[[Endpoint, str, int], None]
-"""What is called for each connection: its endpoint, and the peer's numeric address and port."""
+"""Called for each connection with its endpoint, and the peer's numeric address and port."""
 
 
 class ListenError(Error):

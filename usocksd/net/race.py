@@ -29,7 +29,7 @@ class Pace(NamedTuple):
     delay: float = 0.25
     """RFC 8305, section 5: seconds until the next address is tried beside the one before."""
     shortest: float = 0.1
-    """The same with so many addresses that they could not all be tried in the first half of the time."""
+    """The same if there are too many addresses to try all of them in the first half of the time."""
     at_once: int = 16
     """How many attempts of one race may be under way."""
 

@@ -145,7 +145,7 @@ class Pair:
         self.down.reverse = self.up
 
     def start(self, to_upstream: bytes, to_client: bytes) -> None:
-        """Take the endpoints over, deliver the leftovers, and look at what is already there."""
+        """Take the endpoints over, deliver the leftovers, and move what is there already."""
         self._client.watch()
         for flow, leftover in ((self.up, to_upstream), (self.down, to_client)):
             self.reactor.handlers[flow.source.fd] = flow

@@ -26,7 +26,7 @@ class Inquiry(Enum):
 
 
 INQUIRY: Final = Inquiry.INQUIRY
-"""The client was a probe, which has learned what it wanted: send what there is to send, then close."""
+"""The client was a probe: send `data_to_send()`, then close."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ class ClientRole:
         self._error: Callable[[], UpstreamError] | None = None
 
     def data_to_send(self) -> bytes:
-        """What is to be sent to the proxy now, maybe nothing. What was returned counts as sent."""
+        """The bytes to send to the proxy now, maybe none. Returned bytes count as sent."""
         out = self._out
         self._out = b""
         return out
@@ -70,7 +70,7 @@ class ClientRole:
         return NEED_DATA
 
     def _fail(self, error: Callable[[], UpstreamError]) -> NoReturn:
-        # What is kept makes the error anew: a kept one would hold its traceback, whose frames hold us.
+        # A function that makes the error anew: a kept error would hold its traceback, whose frames hold us.
         self._error = error
         self._state = ClientRole._failed
         self._buffer.clear()

@@ -110,7 +110,7 @@ class Server:
         return self._state(self)
 
     def data_to_send(self) -> bytes:
-        """What is to be sent to the client now, maybe nothing. What was returned counts as sent."""
+        """The bytes to send to the client now, maybe none. Returned bytes count as sent."""
         out = self._out
         self._out = b""
         return out

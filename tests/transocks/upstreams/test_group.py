@@ -609,7 +609,7 @@ async def test_after_silence_an_upstream_is_asked_step_by_step(mock_clock: MockC
 async def test_closing_or_another_protocol_is_no_sign_of_life(
     world: World, script: Callable[[bytes], bytes | None]
 ) -> None:
-    """Else steady traffic would keep up what no probe finds well."""
+    """Otherwise steady traffic would keep an upstream up that fails all probes."""
     first, second = await world.upstreams_of(script, socks())
     began = trio.current_time()
     world.clock.jump(0.1)
@@ -726,7 +726,7 @@ async def test_answers_that_fail_a_probe_of_an_http_proxy(world: World, answer: 
 
 
 async def test_an_http_proxy_that_does_not_answer_probes(mock_clock: MockClock, world: World) -> None:
-    """It is up for those who get through, whatever probes hear, and is not left out for a slow destination."""
+    """A tunnel through it marks it up, and silence does not mark it down."""
 
     def script(heard: bytes) -> bytes:
         return b"HTTP/1.1 200 OK\r\n\r\n" if b"CONNECT 203.0.113.80:" in heard else b""

@@ -182,7 +182,7 @@ def test_another_users_socket_and_one_bound_to_a_device() -> None:
 
 
 @pytest.mark.parametrize("code", [errno.EAFNOSUPPORT, errno.EMFILE])
-async def test_while_they_cannot_be_watched_the_addresses_stay_what_they_were(
+async def test_while_they_cannot_be_watched_the_addresses_stay(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, autojump_clock: MockClock, code: int
 ) -> None:
     """From the start, or later: then it is tried again."""

@@ -30,7 +30,7 @@ print(raise_descriptor_limit(), *resource.getrlimit(resource.RLIMIT_NOFILE))
 
 
 def raised(soft: int, hard: int) -> list[int]:
-    """What the limit is in a process that starts with these."""
+    """The limit in a process that starts with these."""
     code = SET_AND_RAISE.format(soft=soft, hard=hard)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -60,7 +60,7 @@ def test_connections_that_fit() -> None:
     assert most_name_sockets(1600) == most_spare(1600) == 100
 
 
-def test_what_is_open_already_does_not_fit_again() -> None:
+def test_open_descriptors_count() -> None:
     before = most_connections(1000)
     pipes = [os.pipe() for _ in range(10)]
     assert most_connections(1000) == before - 10
@@ -83,7 +83,7 @@ def table() -> Iterator[int]:
     os.close(fd)
 
 
-def test_each_worker_sees_what_the_others_have(table: int) -> None:
+def test_each_worker_sees_the_connections_of_the_others(table: int) -> None:
     one, two = (Tally(table, column, most=5, per_client=3) for column in (0, 255))
     here, there = one.row("192.0.2.1"), one.row("2001:db8::1")
     assert here != there
@@ -102,7 +102,7 @@ def test_each_worker_sees_what_the_others_have(table: int) -> None:
     assert two.exceeded(here) is None
 
 
-def test_what_an_ended_worker_had_counts_no_more(table: int) -> None:
+def test_the_connections_of_an_ended_worker_do_not_count(table: int) -> None:
     one, two = (Tally(table, column, most=2, per_client=2) for column in (0, 1))
     row = one.row("192.0.2.1")
     one.add(row, 1)
@@ -135,8 +135,8 @@ def test_without_limits_nothing_is_counted(table: int) -> None:
     assert os.fstat(table).st_blocks == empty
 
 
-def test_clients_are_hashed_with_a_key_that_nobody_knows(table: int) -> None:
-    """Who can tell which addresses share a row can use up the limit of a client that he chooses."""
+def test_clients_are_hashed_with_a_secret_key(table: int) -> None:
+    """A client that knows which addresses share a row could use up the limit of another one."""
     clients = [f"192.0.2.{number}" for number in range(256)]
     other = make_table()
     try:
@@ -166,7 +166,7 @@ def test_clients_are_hashed_with_a_key_that_nobody_knows(table: int) -> None:
         ("::ffff:192.0.2.1", "::ffff:192.0.2.2", False),
     ],
 )
-def test_whose_addresses_count_together(table: int, one: str, other: str, same: bool) -> None:
+def test_addresses_that_count_as_one_client(table: int, one: str, other: str, same: bool) -> None:
     assert (owner(one) == owner(other)) is same
     tally = Tally(table, 0, most=0, per_client=1)
     assert not same or tally.row(one) == tally.row(other)

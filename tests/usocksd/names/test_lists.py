@@ -23,7 +23,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "blocked.txt"
 
 
-def test_what_a_file_may_look_like() -> None:
+def test_the_format_of_a_list() -> None:
     sites = parse_list(
         b"\xef\xbb\xbf# a comment\r\n\r\n  www.Example.com  # another\n.example.org\r\n\n203.0.113.0/24\n127.1\n"
         b"b\xc3\xbccher.example\n2001:db8::/32\n#\nlast.example",
@@ -66,7 +66,7 @@ def test_files_are_beside_the_configuration(tmp_path: Path, monkeypatch: pytest.
         assert config.rule[0].to[1] is config.rule[1].to[0]
 
 
-def test_every_line_that_is_no_entry_is_told(tmp_path: Path, path: Path) -> None:
+def test_every_faulty_line_is_reported(tmp_path: Path, path: Path) -> None:
     path.write_bytes(b"ok.example\n0.0.0.0 ads.example\n\n*.example.com\n\xff\n10.0.0.0/40 # x\n" + b"a b\n" * 20)
     os.mkfifo(tmp_path / "fifo")
     file = tmp_path / "usocksd.toml"

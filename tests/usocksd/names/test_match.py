@@ -145,7 +145,7 @@ def test_names_have_one_form(spelling: str, name: str) -> None:
         "ü" * 300,
     ],
 )
-def test_what_is_no_host_is_refused(text: str) -> None:
+def test_invalid_hosts_are_refused(text: str) -> None:
     with pytest.raises(ValueError):  # noqa: PT011
         canonical_host(text)
 

@@ -269,7 +269,7 @@ async def test_absence_is_remembered_as_long_as_the_soa_says(place: Place) -> No
         assert server.asked[name, "A"] == 2
 
 
-async def test_an_absence_that_nobody_vouches_for_is_hardly_kept(place: Place) -> None:
+async def test_an_absence_without_a_soa_is_hardly_kept(place: Place) -> None:
     """RFC 2308 section 5: without a SOA it is not to be cached."""
     server, resolver = await place.serving(records({"empty.test": []}))
     for name in ("none.test", "empty.test"):
@@ -327,7 +327,9 @@ async def test_files_are_read_again_when_they_change(place: Place) -> None:
     assert not new.asked
 
 
-async def test_a_file_that_cannot_be_read_stays_what_it_was(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+async def test_while_a_file_cannot_be_read_its_old_contents_stay(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
     place.hosts.write_text("192.0.2.9 build\n")
     resolver = await place.resolver((await place.server(records({}))).endpoint)
     place.hosts.write_text("192.0.2.10 build again\n")
@@ -568,7 +570,7 @@ async def test_a_server_that_is_dead_is_asked_last_for_a_while(place: Place, aut
 
 
 async def test_a_server_that_leaves_some_queries_unanswered_is_not_dead(place: Place) -> None:
-    """Those of a zone far away, say: then whoever asks for its names does not change whom others ask."""
+    """Those of a zone far away, say. Queries for its names do not change which server others ask."""
     place.resolv_conf.write_text("options timeout:1\n")
 
     zone = {"www.test": ["192.0.2.1"], "web.test": ["192.0.2.2"]}
@@ -648,7 +650,7 @@ async def test_how_a_name_server_may_be_written(place: Place, host: str) -> None
         nursery.cancel_scope.cancel()
 
 
-async def test_a_server_that_can_be_none_is_said_once(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_impossible_server_is_recorded_once(place: Place, caplog: pytest.LogCaptureFixture) -> None:
     good = await place.server(records({"www.test": ["192.0.2.1"], "web.test": ["192.0.2.1"]}))
     resolver = await place.resolver(SocketAddress(ip_address("fe80::1"), 53), good.endpoint)
     for name in ("www.test", "web.test"):
@@ -837,7 +839,7 @@ async def test_sockets_are_bounded_and_names_wait_for_them(place: Place) -> None
             assert len(await resolver.resolve("www.test")) == 2
 
 
-async def test_sockets_are_bounded_whatever_the_number_of_servers(place: Place, autojump_clock: MockClock) -> None:
+async def test_sockets_are_bounded_with_any_number_of_servers(place: Place, autojump_clock: MockClock) -> None:
     silent = [(await place.server(silence)).endpoint for _ in range(4)]
     resolver = await place.resolver(*silent, sockets=16, lifetime=60)
     before = most = len(os.listdir("/proc/self/fd"))
@@ -852,7 +854,7 @@ async def test_sockets_are_bounded_whatever_the_number_of_servers(place: Place, 
     assert before + 4 <= most <= before + 16 // 2 + 16 // 8
 
 
-async def test_names_that_nobody_answers_for_give_way(place: Place, autojump_clock: MockClock) -> None:
+async def test_names_without_an_answer_give_way(place: Place, autojump_clock: MockClock) -> None:
     """However many they are, and with much more time to live than anybody waits for an answer."""
 
     server, resolver = await place.serving(
@@ -884,9 +886,7 @@ async def test_an_answer_about_another_name_is_no_answer(place: Place) -> None:
 
 
 @pytest.mark.parametrize("address", ["192.0.2.1", "2001:db8::1"])
-async def test_whoever_has_one_family_does_not_wait_for_a_server_that_drops_the_other(
-    place: Place, address: str
-) -> None:
+async def test_with_one_family_nobody_waits_for_a_server_that_drops_the_other(place: Place, address: str) -> None:
     kind = dns.rdatatype.A if "." in address else dns.rdatatype.AAAA
 
     def answer(query: dns.message.Message) -> Sequence[dns.message.Message | bytes]:

@@ -38,7 +38,7 @@ from usocksd.net.address import IPNetwork
         ("::ffff:0:0/95", Prefix(6, 0xFFFE << 32, 95)),
     ],
 )
-def test_what_an_entry_means(text: str, entry: Entry) -> None:
+def test_entries(text: str, entry: Entry) -> None:
     assert parse_entry(text) == entry
     assert entry_fault(text) is None
 
@@ -49,7 +49,7 @@ def test_what_an_entry_means(text: str, entry: Entry) -> None:
      ".10.0.0.1", "example.123", "a/8", "::/129", "::/1000", "/8", "a\0b", "10.0.0.1\0", "x" * 64,
      ".".join(["x" * 60] * 5), "file:x", "\ud800"],
 )  # fmt: skip
-def test_what_is_no_entry(text: str) -> None:
+def test_invalid_entries(text: str) -> None:
     assert entry_fault(text) is not None
 
 

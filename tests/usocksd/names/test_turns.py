@@ -11,7 +11,7 @@ A, B, C = b"a", b"b", b"c"
 
 
 class Place:
-    """Turns, and what becomes of those who want one."""
+    """Turns, and the names that want one."""
 
     def __init__(self, nursery: trio.Nursery, most: int, waiting: int) -> None:
         self.turns = Turns(most, waiting=waiting)
@@ -41,7 +41,7 @@ class Place:
             self.refused.append(name)
 
 
-async def test_the_next_is_whoever_has_fewest_and_of_theirs_the_newest(
+async def test_the_next_turn_goes_to_the_newest_name_of_the_client_with_the_fewest(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     place = Place(nursery, 2, 10)
@@ -54,8 +54,8 @@ async def test_the_next_is_whoever_has_fewest_and_of_theirs_the_newest(
         assert place.running[-1] == then
 
 
-async def test_those_that_never_end_give_way(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
-    """Also when all are of one: what has no answer does not hold up what has."""
+async def test_turns_that_do_not_end_give_way(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
+    """Also if all are of one client: names without an answer do not hold up the others."""
     place = Place(nursery, 2, 10)
     for name in ("1", "2", "3"):
         await place.want(name, A)
@@ -66,7 +66,9 @@ async def test_those_that_never_end_give_way(autojump_clock: MockClock, nursery:
     assert place.running == ["2", "3"]
 
 
-async def test_who_has_few_does_not_give_way_to_who_has_many(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
+async def test_clients_with_few_names_do_not_give_way_to_those_with_many(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
     place = Place(nursery, 4, 100)
     await place.want("slow", B)
     for number in range(20):
@@ -80,7 +82,7 @@ async def test_who_has_few_does_not_give_way_to_who_has_many(autojump_clock: Moc
     assert {"slow", "other"} <= set(place.running)
 
 
-async def test_the_crowd_is_refused(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
+async def test_the_client_with_the_most_names_is_refused(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
     place = Place(nursery, 1, 3)
     await place.want("running", B)
     for name, owner in (("a1", A), ("a2", A), ("b1", B), ("c1", C), ("a3", A)):
@@ -88,7 +90,7 @@ async def test_the_crowd_is_refused(autojump_clock: MockClock, nursery: trio.Nur
     assert place.refused == ["a1", "a2"]
 
 
-async def test_what_two_want_is_a_matter_of_who_has_fewer(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
+async def test_a_shared_name_counts_for_the_client_with_fewer(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
     place = Place(nursery, 1, 10)
     for number in range(5):
         await place.want(f"a{number}", A)
@@ -101,7 +103,7 @@ async def test_what_two_want_is_a_matter_of_who_has_fewer(autojump_clock: MockCl
     assert place.tickets["a1"].owner in {B, C}
 
 
-async def test_who_gives_up_leaves_nothing_behind(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
+async def test_names_that_are_given_up_leave_nothing_behind(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
     place = Place(nursery, 1, 10)
     async with trio.open_nursery() as others:
         for number in range(5):

@@ -467,7 +467,7 @@ async def test_a_client_that_was_reset_before_the_dial(lab: Any, dial: Dial, bla
 
 
 @pytest.mark.parametrize("number", [1, 2])
-async def test_interrupt_reaches_the_session_as_it_is(lab: Any, dial: Dial, black_hole: Target, number: int) -> None:
+async def test_an_interrupt_is_raised_in_the_session(lab: Any, dial: Dial, black_hole: Target, number: int) -> None:
     class Stop(Exception):
         pass
 

@@ -70,7 +70,7 @@ async def test_keepalive_of_half_closed_pairs(lab: Any, first: str) -> None:
     assert (await rig.result()).reason is Reason.HALF_CLOSED
 
 
-def test_keepalive_as_often_as_it_is_set() -> None:
+def test_the_keepalive_setting() -> None:
     assert KeepAlive(30).open == KeepAliveTiming(30, 10, 6)
     assert KeepAlive(5).half == KeepAliveTiming(5, 5, 12, longest=30)
     # What lies behind this host has the kernel's defaults, perhaps.

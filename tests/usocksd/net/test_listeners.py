@@ -90,7 +90,7 @@ def test_both_families_on_one_port() -> None:
 
 
 def test_several_on_one_port(nothing_leaks: None) -> None:
-    """Of those who say so: with somebody else's port, none of it."""
+    """Only if all of them set reuse_port."""
     with listen("127.0.0.1", 0, reuse_port=True) as first:
         address = first.getsockname()
         listen(*address, reuse_port=True).close()
@@ -210,7 +210,7 @@ async def test_an_error_of_one_connection_is_ignored(
     assert caplog.records == []
 
 
-async def test_what_is_no_error_at_all(lab: Any, serve: Callable[..., Server]) -> None:
+async def test_eagain_is_no_error(lab: Any, serve: Callable[..., Server]) -> None:
     server = serve()
     failing(server, errno.EAGAIN)
     server.connect()
@@ -223,7 +223,7 @@ async def test_what_is_no_error_at_all(lab: Any, serve: Callable[..., Server]) -
     [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ENOSPC, errno.EIO],
     ids=errno.errorcode.get,
 )
-async def test_out_of_something_pauses_and_goes_on(
+async def test_without_descriptors_or_memory_accepting_pauses_and_goes_on(
     lab: Any, serve: Callable[..., Server], caplog: pytest.LogCaptureFixture, number: int
 ) -> None:
     server = serve()
@@ -278,7 +278,7 @@ async def test_out_of_epoll_watches(lab: Any, serve: Callable[..., Server]) -> N
     assert await kept.receive() == b"x"
 
 
-async def test_what_the_client_has_said_by_now_needs_no_event(lab: Any, serve: Callable[..., Server]) -> None:
+async def test_bytes_that_are_there_need_no_event(lab: Any, serve: Callable[..., Server]) -> None:
     server = serve()
     (client,) = server.connect()
     await lab.settle()
@@ -335,7 +335,7 @@ async def test_our_end_of_a_connection(lab: Any, serve: Callable[..., Server], h
     assert (endpoint.bound is None) == (host in ("0.0.0.0", "::"))
 
 
-async def test_says_it_again_only_after_a_while(
+async def test_a_pause_is_recorded_again_only_after_a_while(
     lab: Any, serve: Callable[..., Server], caplog: pytest.LogCaptureFixture
 ) -> None:
     server = serve()
@@ -362,9 +362,7 @@ async def test_a_paused_listener_does_not_keep_the_reactor_busy(lab: Any, serve:
     assert turns() == 0
 
 
-async def test_close_refuses_what_comes_later_and_keeps_what_was_accepted(
-    lab: Any, serve: Callable[..., Server]
-) -> None:
+async def test_close_refuses_new_connections_and_keeps_accepted_ones(lab: Any, serve: Callable[..., Server]) -> None:
     server = serve()
     (client,) = server.connect()
     await lab.settle()
@@ -375,8 +373,8 @@ async def test_close_refuses_what_comes_later_and_keeps_what_was_accepted(
     assert await server.accepted[0][0].receive() == b"still here"
 
 
-async def test_close_accepts_all_that_waits(lab: Any) -> None:
-    """Also more than one batch: who closes the last socket resets what is left in its queue."""
+async def test_close_accepts_all_waiting_connections(lab: Any) -> None:
+    """Also more than one batch: closing the socket resets connections left in its queue."""
     sock = listen("127.0.0.1", 0)
     clients = [socket.create_connection(sock.getsockname()) for _ in range(200)]
     server = Server(lab, sock)

@@ -28,7 +28,7 @@ def is_open(pipe: Pipe) -> bool:
     return os.path.exists(f"/proc/self/fd/{pipe.reader}") or os.path.exists(f"/proc/self/fd/{pipe.writer}")
 
 
-def test_pipes_are_large_and_block_nobody(pool: PipePool) -> None:
+def test_pipes_are_large_and_do_not_block(pool: PipePool) -> None:
     pipe = borrow(pool)
     assert fcntl.fcntl(pipe.writer, fcntl.F_GETPIPE_SZ) == PIPE_SIZE
     assert os.write(pipe.writer, bytes(PIPE_SIZE + 1)) == PIPE_SIZE

@@ -39,7 +39,7 @@ def received(data: bytes) -> tuple[Header | None, bytes]:
 
 
 def one_by_one(data: bytes) -> tuple[Header | None, bytes]:
-    """The same, a byte at a time; what is behind the header comes with its last byte."""
+    """The same, a byte at a time; the bytes behind the header come with its last one."""
     receiver = Receiver()
     for at in range(len(data)):
         found = receiver.receive_data(data[at : at + 1])
@@ -61,11 +61,11 @@ def test_mixed_families_are_ipv4_mapped_on_the_way() -> None:
     assert received(header(("::ffff:192.0.2.1", 55555), TO_V6))[0] == Header(FROM_V4, TO_V6)
 
 
-def test_a_zone_stays_here() -> None:
+def test_zones_are_not_written() -> None:
     assert received(header(("fe80::1%eth0", 1), TO_V6))[0] == Header(Address("fe80::1", 1), TO_V6)
 
 
-def test_what_is_no_address_is_not_written() -> None:
+def test_only_addresses_are_written() -> None:
     with pytest.raises(ValueError, match=r"www\.example"):
         header(("www.example.com", 1), TO_V4)
 
@@ -113,7 +113,7 @@ def test_tlvs_are_skipped() -> None:
     ],
 )
 def test_faults(wire: bytes, message: str) -> None:
-    """Found with the first byte that can't be of a header: nobody waits for the rest."""
+    """Refused at the first byte that can't be of a header, without a wait for the rest."""
     with pytest.raises(HeaderFault, match=message) as whole:
         received(wire)
     with pytest.raises(HeaderFault) as pieces:
@@ -134,7 +134,7 @@ addresses = st.builds(Address, hosts, st.integers(0, 65535))
 
 
 @given(addresses, addresses, st.binary(max_size=40), st.data())
-def test_what_is_written_is_read(source: Address, destination: Address, rest: bytes, data: st.DataObject) -> None:
+def test_a_written_header_can_be_read(source: Address, destination: Address, rest: bytes, data: st.DataObject) -> None:
     wire = header(source, destination) + rest
     assert received(wire) == (Header(source, destination), rest)
     assert one_by_one(wire) == (Header(source, destination), rest)

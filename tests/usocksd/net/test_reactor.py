@@ -13,7 +13,7 @@ from usocksd.net.endpoint import DeadlineExpired, Endpoint, PeerReset
 from usocksd.net.reactor import Reactor
 
 
-async def test_receive_gives_what_is_there_and_then_the_end(lab: Any) -> None:
+async def test_receive_returns_bytes_and_then_the_end(lab: Any) -> None:
     endpoint, peer = lab.endpoint()
     await peer.send(b"one")
     assert await endpoint.receive() == b"one"
@@ -87,7 +87,7 @@ async def test_send_to_a_peer_that_is_gone_raises(lab: Any) -> None:
         await endpoint.send_all(b"x")
 
 
-async def test_a_blocked_send_is_told_of_a_reset(lab: Any) -> None:
+async def test_a_reset_ends_a_blocked_send(lab: Any) -> None:
     endpoint, peer = lab.endpoint(buffers=4096)
     errors = []
 
@@ -178,7 +178,7 @@ async def test_finish_lets_the_peer_read_though_it_still_sends(lab: Any) -> None
     assert endpoint.fd == -1
 
 
-async def test_finish_waits_only_so_long(lab: Any) -> None:
+async def test_finish_waits_for_a_bounded_time(lab: Any) -> None:
     endpoint, peer = lab.endpoint()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(endpoint.finish, b"no", 5.0)
@@ -255,7 +255,7 @@ async def test_interrupt_raises_where_a_task_waits_and_only_there(lab: Any) -> N
 
 @pytest.mark.parametrize("order", list(permutations(["event", "deadline", "interrupt", "cancel"])), ids="-".join)
 async def test_everything_in_the_same_turn(lab: Any, order: tuple[str, ...]) -> None:
-    """What wakes a task first leaves nothing to wake for the others."""
+    """The first of them wakes the task, and the others find nothing to wake."""
     endpoint, peer = lab.endpoint()
     endpoint.deadline = lab.clock.now
     scope = trio.CancelScope()
@@ -348,7 +348,7 @@ async def test_a_descriptor_number_that_is_used_again(lab: Any) -> None:
 
 
 async def test_nothing_is_missed_between_turns(lab: Any) -> None:
-    """A thread sends without regard to what the loop does just then."""
+    """A thread sends at any moment of the loop."""
     endpoint, peer = lab.endpoint()
     peer.sock.setblocking(True)
     rounds = 3_000

@@ -206,7 +206,7 @@ def test_socks4_malformed_answer() -> None:
 
 @pytest.mark.parametrize("version", list(Version))
 @pytest.mark.parametrize("host", ["", "a\0b", "a\r\nb", "n" * 256, "ü" * 128, "\ud800"])
-def test_hosts_that_are_none(host: str, version: Version) -> None:
+def test_invalid_hosts(host: str, version: Version) -> None:
     with pytest.raises(ValueError, match=r"empty|control|bytes|surrogates"):
         Client(host, 80, version=version)
 

@@ -61,12 +61,12 @@ def test_pipelined_credentials_refused() -> None:
 
 @pytest.mark.parametrize(("username", "method"), [("me", 0), (None, 2)])
 def test_a_pipelined_client_leaves_no_choice(username: str | None, method: int) -> None:
-    """What is behind the greeting would mean something else."""
+    """The bytes behind the greeting would mean something else."""
     error = error_of(after(Client("example.com", 443, username=username, pipelined=True), bytes((5, method))))
     assert isinstance(error, UpstreamFault)
 
 
-def test_socks4_is_pipelined_as_it_is() -> None:
+def test_pipelining_changes_nothing_in_socks4() -> None:
     said = [Client("a.example", 80, version=Version.SOCKS4, pipelined=each).data_to_send() for each in (False, True)]
     assert said[0] == said[1] == b"\x04\x01\x00\x50\x00\x00\x00\x01\x00a.example\x00"
 
@@ -115,7 +115,7 @@ def test_both_answers_in_one_segment() -> None:
 
 
 @pytest.mark.parametrize("pipelined", [False, True])
-def test_credentials_are_told_to_who_wants_them(pipelined: bool) -> None:
+def test_credentials_are_sent_to_servers_that_want_them(pipelined: bool) -> None:
     probe = Probe("me", "key", pipelined=pipelined)
     said = probe.data_to_send()
     assert said == (b"\x05\x02\xf5\x02" + CREDENTIALS + NOWHERE if pipelined else b"\x05\x03\xf5\x00\x02")
@@ -134,7 +134,7 @@ def test_a_server_that_does_not_let_us_in(answer: bytes, pipelined: bool) -> Non
 
 
 @pytest.mark.parametrize("answer", [b"\x05\x02", b"\x05\x01", b"HTTP/1.1 400 Bad Request\r\n"])
-def test_a_server_that_is_none(answer: bytes) -> None:
+def test_servers_that_do_not_speak_socks5(answer: bytes) -> None:
     error = error_of(after(Probe(), answer))
     assert isinstance(error, UpstreamFault)
     assert error.kind is Kind.MALFORMED
@@ -183,7 +183,7 @@ def test_ours_judges_credentials(pipelined: bool, right: bool) -> None:
 
 @pytest.mark.parametrize("methods", METHODS)
 def test_ours_is_asked_by_socks4(methods: tuple[Method, ...]) -> None:
-    """It answers as any other, and knows that nobody tried anything."""
+    """It answers as any other server, and takes it for a probe."""
     server = Server(methods=methods)
     server.receive_data(SOCKS4_PROBE[:-1])
     assert server.next_event() is NEED_DATA
@@ -214,7 +214,7 @@ def test_a_probe_never_becomes_a_connection(methods: tuple[Method, ...], behind:
             server.accept_credentials()
 
 
-def test_a_probe_that_keeps_its_credentials_to_itself() -> None:
+def test_a_probe_that_offers_credentials_and_sends_none() -> None:
     server = Server()
     server.receive_data(b"\x05\x02\xf5\x02")
     assert server.next_event() is NEED_DATA
@@ -223,7 +223,7 @@ def test_a_probe_that_keeps_its_credentials_to_itself() -> None:
         server.next_event()
 
 
-def test_who_offers_everything_is_no_probe() -> None:
+def test_a_client_that_offers_everything_is_no_probe() -> None:
     server = Server()
     server.receive_data(b"\x05\x03\x00\x02\xf5")
     assert server.next_event() is NEED_DATA

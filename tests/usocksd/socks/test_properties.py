@@ -53,7 +53,7 @@ CUTS = st.lists(st.integers(0, 600), max_size=20)
 
 @dataclass
 class Heard:
-    """All that came of feeding bytes to a server: what it reported, said, and left over."""
+    """The result of feeding bytes to a server: events, answers, and leftovers."""
 
     events: list[Credentials | Request | Inquiry]
     sent: bytes
@@ -67,7 +67,7 @@ def split(data: bytes, cuts: list[int]) -> list[bytes]:
 
 
 def feed(pieces: list[bytes], methods: tuple[Method, ...], *, eof: bool = False) -> Heard:
-    """What a server says to `pieces` when it takes every user and refuses every request."""
+    """The result of `pieces` with a server that accepts every user and refuses every request."""
     server = Server(methods=methods)
     heard = Heard([], b"", b"", None)
     over = False
@@ -215,7 +215,7 @@ ANSWERS = st.sampled_from(
     st.booleans(),
 )
 def test_garbage_to_a_probe(garbage: bytes, cuts: list[int], username: str | None, pipelined: bool, eof: bool) -> None:
-    """What it learns does not depend on the pieces, and all that can go wrong is an UpstreamError."""
+    """The result does not depend on the pieces, and every error is an UpstreamError."""
 
     def outcome(pieces: list[bytes]) -> object:
         probe = Probe(username, pipelined=pipelined)
@@ -248,7 +248,7 @@ def test_garbage_to_a_probe(garbage: bytes, cuts: list[int], username: str | Non
 def test_no_probe_leads_to_a_request(
     also: bytes, behind: bytes, cuts: list[int], methods: tuple[Method, ...], eof: bool
 ) -> None:
-    """Whatever else it offers, says and is believed: nobody gets a connection past authentication."""
+    """Whatever else it offers and sends: no connection gets past authentication."""
     greeting = bytes((5, 1 + len(also), Method.PROBE)) + also
     heard = feed(split(greeting + behind, cuts), methods, eof=eof)
     assert not any(isinstance(event, Request) for event in heard.events)
@@ -257,7 +257,7 @@ def test_no_probe_leads_to_a_request(
 
 @dataclass
 class Told:
-    """What became of a conversation between a Client and a Server."""
+    """The result of a conversation between a Client and a Server."""
 
     credentials: Credentials | None = None
     request: Request | None = None

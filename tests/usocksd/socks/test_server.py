@@ -92,7 +92,7 @@ def test_ordinary_conversation() -> None:
     ],
 )
 def test_clients_greetings(greeting: bytes, methods: tuple[Method, ...], chosen: int) -> None:
-    """Clients: what Chromium, curl, PySocks, Java and proxychains open with. Our preference decides."""
+    """The greetings of Chromium, curl, PySocks, Java and proxychains. Our preference decides."""
     server = server_after(greeting, methods=methods)
     assert server.next_event() is NEED_DATA
     assert server.data_to_send() == bytes((5, chosen))
@@ -162,7 +162,7 @@ def test_credentials_rejected() -> None:
 
 
 @pytest.mark.parametrize("pieces", [1, 2, 3])
-def test_credentials_that_nobody_asked_for(pieces: int) -> None:
+def test_unasked_credentials(pieces: int) -> None:
     """Tor's and go-socks5's tests write greeting, credentials and request at once, and wait for three answers."""
     said = b"\x05\x02\x00\x02" + b"\x01\x02me\x06secret" + CONNECT_V4 + b"payload"
     size = -(-len(said) // pieces)
@@ -181,7 +181,7 @@ def test_password_is_not_shown() -> None:
 
 @pytest.mark.parametrize("command", list(Command))
 def test_commands_are_parsed(command: Command) -> None:
-    """BIND and UDP ASSOCIATE are understood; whoever owns the session answers 07 for now."""
+    """BIND and UDP ASSOCIATE are understood; sessions answer 07."""
     server = server_after(GREETING, bytes((5, command)) + CONNECT_V4[2:])
     event = server.next_event()
     assert isinstance(event, Request)
@@ -427,7 +427,7 @@ def test_an_unknown_command_is_refused_when_the_whole_request_was_read() -> None
 
 @pytest.mark.parametrize("first", [b"GET / HTTP/1.1\r\n", b"CONNECT example.com:443 HTTP/1.1\r\n", b"A", b"Z"])
 def test_http(first: bytes) -> None:
-    """A first byte that is an ASCII capital letter: a short plain HTTP error that says what this port is."""
+    """The first byte is an ASCII capital letter: a short plain HTTP error tells what this port is."""
     fault = fault_of(server_after(first))
     assert fault.kind is Kind.HTTP
     head, _, body = fault.reply.partition(b"\r\n\r\n")

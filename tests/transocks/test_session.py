@@ -55,7 +55,7 @@ def asking(dns: daemons.NameServer) -> str:
 
 @pytest.fixture(autouse=True)
 def going_to(monkeypatch: pytest.MonkeyPatch) -> Callable[[Destination], None]:
-    """Says where redirected connections were going: to WEB, if nothing else is said."""
+    """Sets the original destination of all connections; by default WEB."""
 
     def say(destination: Destination) -> None:
         monkeypatch.setattr(transocks.session, "original_destination", lambda _: destination)
@@ -80,7 +80,7 @@ async def is_reset(connection: Proxy | trio.SocketStream) -> bool:
 
 
 def talk(*lines: bytes | None, then: Callable[[Socket], None] = daemons.echo) -> Callable[[Socket], None]:
-    """A script: hears lines of even index, says those of odd index (None hears or says nothing more); then `then`."""
+    """A script: receives the lines with an even index, sends those with an odd one, then does `then`. None: it stops."""
 
     def handle(sock: Socket) -> None:
         for number, line in enumerate(lines):
@@ -198,7 +198,7 @@ async def test_the_client_is_reset_when_the_upstream_fails(
             assert await is_reset(proxy)
             record = await proxy.recorded("failed to connect to proxy server")
     assert re.search(error, record["error"])
-    # A denial is no trouble of the daemon's.
+    # A denial is not an error of the daemon.
     assert (record["severity"], record["type"]) == ("warning" if error in ("not allowed", "403") else "error", "access")
     assert (record["dest_addr"], record["upstream"]) == (str(WEB), f"{scheme}://127.0.0.1:{upstream.port}")
     assert proxy.records("proxy starts") == []
@@ -251,7 +251,7 @@ async def test_the_upstream_by_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("where", ["connecting", "connected", "asking"])
 async def test_a_client_that_goes_ends_the_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
-    """Also in the moment in which there is a connection to the upstream, and its task about to run."""
+    """Also when the upstream is connected, and the session's task has not run yet."""
     asked = trio.Event()
     token = trio.lowlevel.current_trio_token()
 
@@ -339,7 +339,7 @@ async def test_loops_and_strangers_are_refused(tmp_path: Path, monkeypatch: pyte
             assert record["error"].startswith(error)
 
 
-async def test_a_health_check_is_no_news_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_health_checks_are_logged_once_at_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def not_redirected(_: object) -> Destination:
         raise NotRedirected("no")
 
@@ -352,7 +352,7 @@ async def test_a_health_check_is_no_news_each_time(tmp_path: Path, monkeypatch: 
 
 
 async def test_no_destination_takes_it_all(tmp_path: Path, going_to: Callable[[Destination], None]) -> None:
-    """The last resort against a loop, when nothing tells the proxies' connections from others."""
+    """The last resort against a loop, if nothing distinguishes the proxies' connections from others."""
 
     def grant(sock: Socket) -> None:
         daemons.receive_exactly(sock, len(daemons.GREETING))
@@ -392,7 +392,7 @@ NAMED = daemons.request("www.example.com", 80, as_name=True)
 
 
 async def exchange(stream: trio.SocketStream, said: bytes) -> None:
-    """What it says comes back, all of it and nothing else."""
+    """The other side echoes exactly this."""
     await stream.send_all(said)
     heard = b""
     while len(heard) < len(said):
@@ -401,7 +401,7 @@ async def exchange(stream: trio.SocketStream, said: bytes) -> None:
 
 
 def granting(asked: list[bytes], *refusals: int) -> Callable[[Socket], None]:
-    """A SOCKS5 server that refuses the first requests so, grants the others, and echoes then."""
+    """A SOCKS5 server that answers the first requests with these refusals, grants the others, and then echoes."""
     replies = [*refusals]
 
     def handle(sock: Socket) -> None:
@@ -452,7 +452,7 @@ async def test_what_the_proxy_is_asked_for(
 
 @pytest.mark.parametrize("ends", ["before", "after"])
 async def test_a_client_that_says_all_at_once(tmp_path: Path, ends: str) -> None:
-    """Its end, seen while its first bytes are read, is passed on."""
+    """The client's end comes while its first bytes are read, and is passed on."""
     seen: list[bytes] = []
     with Served(daemons.loopback(), granting(seen)) as upstream:
         async with running(tmp_path, f"socks5h://127.0.0.1:{upstream.port}") as proxy:
@@ -476,7 +476,7 @@ async def test_a_client_that_is_gone_before_it_has_spoken(tmp_path: Path) -> Non
 
 
 async def test_a_name_that_leads_nowhere(tmp_path: Path) -> None:
-    """It is the address then, over a new connection, and by the route that the address has."""
+    """Then the address is asked for, over a new connection, by the route of the address."""
     seen: list[bytes] = []
     more = '[[route]]\nname = "by name"\nto = ["www.example.com"]\nvia = "default"\n'
     with Served(daemons.loopback(), granting(seen, 4)) as upstream:
@@ -543,7 +543,7 @@ async def test_rejected(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("by_name", [True, False])
 async def test_past_the_proxy(tmp_path: Path, going_to: Callable[[Destination], None], by_name: bool) -> None:
-    """By name to where that leads, whatever address the client was going to; by address to that, whatever the name."""
+    """A route by name leads to the addresses of the name, a route by address to the original destination."""
     with (
         daemons.NameServer({"www.example.com": ["127.0.0.2"]}) as dns,
         Served(daemons.loopback(), daemons.echo) as here,
@@ -570,7 +570,7 @@ async def test_past_the_proxy(tmp_path: Path, going_to: Callable[[Destination], 
 
 
 async def test_past_the_proxy_a_name_that_leads_nowhere_has_the_route_of_its_address(tmp_path: Path) -> None:
-    """Else a forged name would open the way to any address."""
+    """Otherwise a forged name would open the way to any address."""
     seen: list[bytes] = []
     more = '[[route]]\nto = [".example.com"]\nvia = "direct"\n'
     with daemons.NameServer({}) as dns, Served(daemons.loopback(), granting(seen)) as upstream:

@@ -92,7 +92,7 @@ NONSENSE = [
 
 
 class _Everything(dict):  # type: ignore[type-arg]
-    """Every name there is, at 127.0.0.1, but those that point where a rule forbids to go."""
+    """Every name is at 127.0.0.1, except those that point at a forbidden address."""
 
     def __contains__(self, name: object) -> bool:
         return True
@@ -157,7 +157,7 @@ def ask(server: Daemon, destination: Served, host: bytes | IPAddress, version: i
 
 @pytest.fixture(autouse=True)
 def nobody_arrives(request: pytest.FixtureRequest, destination: Served) -> Iterator[None]:
-    """Whatever the replies say."""
+    """No connection arrives, whatever the replies say."""
     before = len(destination.peers)
     yield
     if "arrives" not in request.node.name:
@@ -166,7 +166,7 @@ def nobody_arrives(request: pytest.FixtureRequest, destination: Served) -> Itera
 
 @pytest.mark.parametrize("version", [4, 5])
 def test_what_no_rule_forbids_arrives(server: Daemon, destination: Served, version: int) -> None:
-    """Else nothing here would prove anything."""
+    """Otherwise the tests below would prove nothing."""
     before = len(destination.peers)
     for host in ("other.test", "Other.TEST.", "127.1", "b.other.test"):
         assert ask(server, destination, host.encode(), version) == GRANTED, host

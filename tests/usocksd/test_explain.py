@@ -1,4 +1,4 @@
-"""`explain` and `diff` as an admin uses them, held against what the real daemon does and records."""
+"""`explain` and `diff` as an admin uses them, compared with what the daemon does and records."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def server(dns: NameServer, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 def requests(server: Daemon, destination: Served) -> list[dict[str, Any]]:
     """Makes all of REQUESTS; the record of each."""
     found = []
-    # What the block lists say is known by then, so that all leave as the daemon will say.
+    # By then the block lists have answered, so requests leave from the addresses that explain will name.
     server.record("detect black-listed IP")
     for host, port, verdict, _ in REQUESTS:
         with socket.create_connection(("127.0.0.1", server.port), daemons.PATIENCE) as client:
@@ -201,7 +201,7 @@ def test_explained_for_people(server: Daemon) -> None:
 
 
 def test_a_user_where_there_are_none(server: Daemon, destination: Served) -> None:
-    """The daemon takes any password then, and no rule knows who that is: not the one that denies "ci"."""
+    """The daemon takes any password then, and the rule that denies "ci" does not match."""
     text = run("explain", file_of(server), "--from", "127.0.0.1", "--user", "ci", f"open.test:{destination.port}")
     first, second, *_ = text.splitlines()
     assert first.startswith(f"127.0.0.1 (ci) to open.test:{destination.port}: allowed by this host (line 34)")
@@ -237,7 +237,7 @@ def test_explain_in_trouble(words: list[str], said: str) -> None:
     assert said in run("explain", *words, status=2)
 
 
-def test_who_waits_is_told_for_what(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_long_wait_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "usocksd.toml"
     with NameServer({"slow.test": None}) as silent:
         config.write_text(f'[dns]\nservers = ["{silent.address}"]\n[timeouts]\nconnect = 1.5\n')
@@ -397,7 +397,7 @@ def test_fifty_rules_fit_on_a_screen(fifty: Path, tmp_path: Path) -> None:
     text = run("diff", str(empty), str(fifty), "--log", str(log), status=1)
     lines = text.splitlines()
     assert len(lines) <= 24
-    # By the file itself: the first of the rules that matches.
+    # The same, worked out from the rules as they are written above: the first that matches.
     denied = 0
     for number in range(3000):
         subnet, department, port = number % 50, number % 47, 1000 + number % 60

@@ -1,4 +1,4 @@
-"""The listener where a PROXY header is required, over loopback: who may claim what, and what goes by the claim."""
+"""The listener where a PROXY header is required, over loopback: which clients a proxy may name, and what goes by that client."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_a_stranger_is_reset_before_a_byte_is_read(server: Daemon, port: int) ->
     assert "peer_addr" not in record
 
 
-def test_the_claimed_client_is_judged(server: Daemon, port: int, destination: Served) -> None:
+def test_the_named_client_is_judged(server: Daemon, port: int, destination: Served) -> None:
     with connected(port) as sock:  # by allow_from
         sock.sendall(claim(("198.51.100.1", 1), destination) + b"payload")
         assert receive_exactly(sock, 2) == b"\x05\x00"
@@ -152,7 +152,7 @@ def test_the_claimed_client_is_judged(server: Daemon, port: int, destination: Se
 
 
 def test_local_is_the_peer_itself(server: Daemon, port: int, destination: Served) -> None:
-    """What load balancers begin their health checks with: trusted is enough, allow_from is for clients."""
+    """Load balancers begin health checks with LOCAL: trusted is enough, allow_from is for clients."""
     with connected(port) as sock:
         sock.sendall(LOCAL_HEADER + GREETING + request("127.0.0.1", destination.port))
         assert granted(sock)
@@ -170,8 +170,8 @@ def test_local_is_the_peer_itself(server: Daemon, port: int, destination: Served
         (header(("0.0.0.0", 1), CLIENT), "claimed to come from 0.0.0.0", b""),
     ],
 )
-def test_what_is_no_header(server: Daemon, port: int, said: bytes, error: str, answer: bytes) -> None:
-    """Answered at once, by an end rather than a reset, so that it is read."""
+def test_bytes_that_are_no_header(server: Daemon, port: int, said: bytes, error: str, answer: bytes) -> None:
+    """The answer comes at once, and then an end rather than a reset, so that the peer can read it."""
     with connected(port) as sock:
         sock.sendall(said)
         assert receive_all(sock)[: len(answer) or None] == answer
@@ -204,8 +204,8 @@ def test_peers_that_are_gone(server: Daemon, port: int) -> None:
     assert all("timed" not in r["error"] for r in server.records("handshake failed")[len(accepted) :])
 
 
-def test_limits_go_by_the_claimed_client(server: Daemon, port: int, destination: Served) -> None:
-    """Three for each client, and any number from the gateway; whatever client comes by whichever gateway."""
+def test_limits_go_by_the_named_client(server: Daemon, port: int, destination: Served) -> None:
+    """Three connections of each client, through any gateway; any number of each gateway."""
     open_now: list[Socket] = []
 
     def add(client: str, peer: str = GATEWAY) -> Socket:
@@ -238,8 +238,8 @@ def granted_or_reset(sock: Socket) -> bool:
         return False
 
 
-def test_what_is_recorded_is_decided_alike_again(server: Daemon, port: int) -> None:
-    """By `usocksd diff`: all that the tests above have left, the proxy's own and those denied by allow_from too."""
+def test_records_are_decided_alike_again(server: Daemon, port: int) -> None:
+    """`usocksd diff` decides every record of the tests above as the daemon did."""
     config = configuration.parse(Config, CONFIG.format(port=port), "test")
     policy = make_policy(config, None, lambda _: False)
     replay = Replay(policy, policy)
@@ -248,8 +248,8 @@ def test_what_is_recorded_is_decided_alike_again(server: Daemon, port: int) -> N
     assert (replay.disagreement, replay.disagreeing) == (None, 0)
 
 
-def test_passwords_are_tried_as_the_claimed_client(tmp_path: Path, port: int, destination: Served) -> None:
-    """20 failures of one client close the door to that client, and to no other of the same gateway."""
+def test_failed_passwords_count_for_the_named_client(tmp_path: Path, port: int, destination: Served) -> None:
+    """After 20 failures a client is refused unseen, and other clients of the same gateway are not."""
     users = tmp_path / "users"
     users.write_bytes(b"me:" + bcrypt.hashpw(b"secret", bcrypt.gensalt(4)) + b"\n")
     own = daemons.free_port()

@@ -1,4 +1,4 @@
-"""The whole of usocksd over loopback: every way a connection can go, what the client is told, what the records say."""
+"""usocksd over loopback: every way that a connection can go, what the client gets, and what the records say."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from socket import socket as Socket
@@ -55,9 +55,6 @@ def dns() -> Iterator[NameServer]:
 def server(dns: NameServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     with Daemon("usocksd", CONFIG.format(dns=dns.address), tmp_path_factory.mktemp("usocksd")) as daemon:
         yield daemon.ready()
-
-
-Connect = Callable[[], Socket]
 
 
 @pytest.fixture
@@ -126,7 +123,7 @@ def test_a_denied_address_of_a_name_is_left_out(server: Daemon, client: Socket, 
     assert socks5(client, "partly.test", destination.port)[0] == GRANTED
     start = server.record("proxy starts", client_addr=name_of(client))
     assert start["dest_addr"].startswith("127.0.0.1:")
-    # What a decision needs is in the record, once a connection.
+    # What a decision needs is in the first record of a connection.
     assert (start["dest_name"], start["pool"]) == ("partly.test", "default")
     assert sorted(start["candidates"]) == [
         '127.0.0.1 allowed allow_sites "127.0.0.0/8"',
@@ -204,7 +201,7 @@ def test_denied_by_rule(server: Daemon, dns: NameServer, destination: Served) ->
             record = server.record("ruleset mismatch", client_addr=name_of(client))
             assert (record["rule"], record["severity"], record["dest_host"]) == (rule, "warning", host)
             assert record["error"] == f"denied by {rule}"
-    # What the rules deny by name is never asked for.
+    # A name that is denied is never resolved.
     assert not {"forbidden.test", "www.example.com"} & set(dns.asked)
 
 
@@ -243,7 +240,7 @@ def test_connect_timeout(server: Daemon, client: Socket) -> None:
     assert "ETIMEDOUT" in server.record("dial to destination failed", client_addr=name_of(client))["error"]
 
 
-def test_a_dead_name_server_costs_the_deadline_and_nobody_else(
+def test_a_dead_name_server_delays_only_the_client_that_asks(
     server: Daemon, client: Socket, destination: Served
 ) -> None:
     client.sendall(GREETING + request("silent.test", 80))
@@ -355,7 +352,7 @@ def test_what_is_no_socks_of_ours(server: Daemon, client: Socket, said: bytes, a
     assert error in server.record("handshake failed", client_addr=name_of(client))["error"]
 
 
-def test_a_connection_closed_without_a_word_is_no_news(server: Daemon) -> None:
+def test_a_connection_closed_without_a_word_is_not_logged(server: Daemon) -> None:
     with connected(server) as client:
         who = name_of(client)
     with connected(server) as client:
@@ -430,7 +427,7 @@ def test_users(tmp_path: Path, destination: Served) -> None:
 
 
 def test_a_password_check_is_part_of_the_handshake(tmp_path: Path) -> None:
-    """Who has to wait for the checks of others waits no longer than the handshake may take."""
+    """A client that waits for the checks of others waits no longer than the handshake may take."""
     hashed = bcrypt.hashpw(b"correct horse", bcrypt.gensalt(13)).decode()
     (tmp_path / "users").write_text(f"alice:{hashed}\n")
     config = CONFIG.format(dns="127.0.0.1:53").replace("handshake = 1", "handshake = 0.5")
@@ -476,37 +473,34 @@ def test_the_egress_address_is_bound_and_its_absence_is_fatal(tmp_path: Path, de
 
 
 def test_log_rotation_under_load_loses_no_record(tmp_path: Path, dns: NameServer, destination: Served) -> None:
-    rotations, threads, each = 10, 4, 60
-    rotated: list[Path] = []
+    connections = 240
     with Daemon("usocksd", CONFIG.format(dns=dns.address), tmp_path) as server:
         port = server.ready().port
 
         def load() -> None:
-            for _ in range(each):
+            for _ in range(connections // 4):
                 with socket.create_connection(("127.0.0.1", port), daemons.PATIENCE) as client:
                     assert socks5(client, "127.0.0.1", destination.port)[0] == GRANTED
 
-        workers = [threading.Thread(target=load) for _ in range(threads)]
-        for worker in workers:
-            worker.start()
-        for number in range(rotations):
-            old = tmp_path / f"rotated.{number}"
-            server.log.rename(old)
-            rotated.append(old)
+        threads = [threading.Thread(target=load) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        rotated = [tmp_path / f"rotated.{number}" for number in range(10)]
+        for path in rotated:
+            server.log.rename(path)
             server.signal(signal.SIGUSR1)
             daemons.wait_until(server.log.exists, "the log file is there again")
-        for worker in workers:
-            worker.join()
+        for thread in threads:
+            thread.join()
         server.signal(signal.SIGTERM)
         assert server.process.wait(daemons.PATIENCE) == 0
-        lines = [line for path in rotated for line in path.read_text().split("\n")[:-1]] + server.lines()
+        lines = [line for path in (*rotated, server.log) for line in path.read_text().splitlines()]
     for message in ("proxy starts", "proxy ends"):
-        assert sum(f'"message":"{message}"' in line for line in lines) == threads * each
-    assert any("stopped" in line for line in server.lines())
+        assert sum(f'"message":"{message}"' in line for line in lines) == connections
 
 
 def run_to_the_end(folder: Path, config: str) -> list[daemons.Record]:
-    """Start it with a configuration that it refuses: what it said to stderr."""
+    """Start it with a configuration that it refuses. Returns what it writes to stderr."""
     with (folder / "out").open("wb") as out:
         daemon = Daemon("usocksd", config, folder, logfile=None, stderr=out)
         assert daemon.process.wait(daemons.PATIENCE) == 1

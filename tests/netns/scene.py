@@ -170,6 +170,20 @@ class Scene:
     def sh(self, script: str, *, check: bool = True) -> str:
         return self.net.proxy.run("env", f"PATH={self.bin}", "sh", "-ec", script, check=check).stdout
 
+    @contextlib.contextmanager
+    def instead_of(self, tool: str, script: str) -> Iterator[None]:
+        """This shell script in the place of a tool, which is $tool there."""
+        path = self.bin / tool
+        target = path.readlink()
+        path.unlink()
+        path.write_text(f"#!/bin/sh\ntool={target}\n{script}\n")
+        path.chmod(0o755)
+        try:
+            yield
+        finally:
+            path.unlink()
+            path.symlink_to(target)
+
     def restore(self, text: str, six: bool = False) -> None:
         tool = "ip6tables-restore" if six else "iptables-restore"
         self.net.proxy.run("env", f"PATH={self.bin}", tool, "--noflush", input=text)
@@ -271,6 +285,12 @@ def one_mode(name: str) -> pytest.MarkDecorator:
 
 def backends(*which: int) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("backend", [BACKENDS[number] for number in which], indirect=True)
+
+
+def goes_on(connection: socket.socket) -> None:
+    """Check that the stand-in, or who is there instead, still answers."""
+    connection.sendall(b"hello")
+    assert connection.recv(10) == b"hello"
 
 
 def wait_for_end(pid: int) -> None:

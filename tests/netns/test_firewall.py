@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import signal
@@ -29,6 +30,7 @@ from scene import (
     Scene,
     backends,
     clients_packets,
+    goes_on,
     one_mode,
 )
 
@@ -132,39 +134,29 @@ def test_what_fails_half_way_is_undone(scene: Scene) -> None:
     """With iptables; a transaction of nft has no half way."""
     before = scene.dump()
     scene.start()
-    target = (scene.bin / "ip6tables-restore").readlink()
-
-    def fail(on_or_off: bool, how: str = "echo broken >&2; exit 1") -> None:
-        (scene.bin / "ip6tables-restore").unlink()
-        if on_or_off:  # it fails to load them, when those of IPv4 are loaded
-            script = f'#!/bin/sh\ninput=$(/bin/cat)\ncase $input in *"-A OUTPUT"*) {how};; esac\n'
-            (scene.bin / "ip6tables-restore").write_text(f'{script}echo "$input" | {target} "$@"\n')
-            (scene.bin / "ip6tables-restore").chmod(0o755)
-        else:
-            (scene.bin / "ip6tables-restore").symlink_to(target)
-
-    fail(True)
-    assert "broken" in scene.rules("apply", status=1)
+    # They fail to load when those of IPv4 are loaded.
+    script = 'input=$(/bin/cat)\ncase $input in *"-A OUTPUT"*) {};; esac\necho "$input" | $tool "$@"'
+    broken = functools.partial(scene.instead_of, "ip6tables-restore", script.format("echo broken >&2; exit 1"))
+    with broken():
+        assert "broken" in scene.rules("apply", status=1)
     assert scene.dump() == before
-    fail(False)
     scene.rules("apply")
     applied = scene.dump()
     # Others in the place of these.
     scene.sh("ip6tables -t nat -D OUTPUT -p tcp -j TRANSOCKS")
     unhooked = scene.dump()
-    fail(True)
     scene.configure(ports=[80])
-    assert "broken" in scene.rules("apply", status=1)
+    with broken():
+        assert "broken" in scene.rules("apply", status=1)
     assert scene.dump() == unhooked
-    fail(False)
     scene.configure()
     scene.rules("apply")
     assert scene.dump() == applied
     # Ctrl-C at the same point waits until all is done.
     scene.rules("remove")
-    fail(True, "kill -INT $PPID")
     words = ["env", "--default-signal=INT", *scene.argv("apply")]
-    interrupted = scene.net.proxy.run(*words, check=False)
+    with scene.instead_of("ip6tables-restore", script.format("kill -INT $PPID")):
+        interrupted = scene.net.proxy.run(*words, check=False)
     assert (interrupted.returncode, interrupted.stderr) == (130, "transocks rules apply: interrupted\n")
     assert scene.dump() == applied
 
@@ -173,12 +165,9 @@ def test_what_fails_half_way_is_undone(scene: Scene) -> None:
 @backends(0, 1)
 def test_routing_goes_again_when_the_rules_do_not_load(scene: Scene) -> None:
     before = scene.dump()
-    tool = scene.bin / ("nft" if scene.backend == "nft" else "iptables-restore")
-    target = tool.readlink()
-    tool.unlink()
-    tool.write_text(f'#!/bin/sh\ncase $1 in -f|--noflush) echo broken >&2; exit 1;; esac\nexec {target} "$@"\n')
-    tool.chmod(0o755)
-    assert "broken" in scene.rules("apply", "--force", status=1)
+    script = 'case $1 in -f|--noflush) echo broken >&2; exit 1;; esac\nexec $tool "$@"'
+    with scene.instead_of("nft" if scene.backend == "nft" else "iptables-restore", script):
+        assert "broken" in scene.rules("apply", "--force", status=1)
     assert scene.dump() == before
 
 
@@ -288,8 +277,7 @@ def test_tproxy_without_transocks(scene: Scene) -> None:
         assert became == REDIRECTED
         scene.until(DIRECT)
         # What transocks has goes on when a trial is over.
-        early.sendall(b"hello")
-        assert early.recv(10) == b"hello"
+        goes_on(early)
     scene.rules("apply")
     scene.stop()
     nft = scene.backend == "nft"
@@ -312,8 +300,7 @@ def test_a_removal_that_keeps_connections(scene: Scene) -> None:
         for _ in range(2):
             scene.rules("remove", "--keep-connections")
             assert [scene.connect(a) for a in BEYOND] == [DIRECT] * 2
-            early.sendall(b"hello")
-            assert early.recv(10) == b"hello"
+            goes_on(early)
         assert scene.dump() != before
     scene.rules("remove")
     assert scene.dump() == before

@@ -18,29 +18,24 @@ from transocks.tools import LOCK
 @contextmanager
 def _hanging(scene: Scene, more: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """`apply` when its last step hangs, and the process that does."""
-    tool = scene.bin / ("nft" if scene.backend == "nft" else "ip6tables-restore")
-    target = tool.readlink()
     says = scene.folder / "says"
     os.mkfifo(says)
-    tool.unlink()
-    tool.write_text(
-        f'#!/bin/sh\ncase $1 in -f) ;; *) /bin/grep -q "^-A OUTPUT\\|^-I OUTPUT\\|^-A PRE" || exec {target} "$@" ;; esac\n'
-        f"/bin/grep SigBlk /proc/self/status > {scene.folder}/mask\necho $$ > {says}\nexec /bin/sleep 1000\n"
-    )
-    if scene.backend == "nft":
-        tool.write_text(tool.read_text().replace("/bin/grep -q", f'exec {target} "$@"; /bin/grep -q'))
-    tool.chmod(0o755)
+    script = f"""case $1 in -f|--noflush) ;; *) exec $tool "$@";; esac
+/bin/grep SigBlk /proc/self/status > {scene.folder}/mask
+echo $$ > {says}
+exec /bin/sleep 1000"""
     # Whoever runs these tests by nohup has them inherit a SIGHUP that is ignored.
     argv = scene.argv("apply", "--force", more=f"import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL); {more}")
-    with scene.net.proxy.popen(*argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with (
+        scene.instead_of("nft" if scene.backend == "nft" else "ip6tables-restore", script),
+        scene.net.proxy.popen(*argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process,
+    ):
         pid = int(says.read_text())
         assert int((scene.folder / "mask").read_text().split()[1], 16) == 0
         try:
             yield process, pid
         finally:
             process.kill()
-    tool.unlink()
-    tool.symlink_to(target)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

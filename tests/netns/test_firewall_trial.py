@@ -14,22 +14,7 @@ from collections.abc import Callable, Iterator
 
 import lab
 import pytest
-from scene import BEYOND, DIRECT, PRIVATE, REDIRECTED, REFUSED, Scene, backends, one_mode
-
-
-def _killed_after(scene: Scene, tool: str) -> None:
-    """Run `apply --confirm 1` with a tool that loads rules, and then kills who runs it."""
-    target = (scene.bin / tool).readlink()
-    (scene.bin / tool).unlink()
-    # Named as the tool is: iptables goes by its own name.
-    (scene.bin / tool).write_text(
-        f'#!/bin/sh\n{target} "$@"; s=$?\ncase $1 in -f|--noflush) kill -9 $PPID;; esac\nexit $s\n'
-    )
-    (scene.bin / tool).chmod(0o755)
-    process = scene.net.proxy.popen(*scene.argv("apply", "--confirm", "1"), stdout=subprocess.DEVNULL)
-    assert process.wait(20) == -signal.SIGKILL
-    (scene.bin / tool).unlink()
-    (scene.bin / tool).symlink_to(target)
+from scene import BEYOND, DIRECT, PRIVATE, REDIRECTED, REFUSED, Scene, backends, goes_on, one_mode
 
 
 @one_mode("host")
@@ -37,7 +22,10 @@ def _killed_after(scene: Scene, tool: str) -> None:
 def test_killed_in_the_middle_of_a_trial_the_network_works_again(scene: Scene) -> None:
     scene.start()
     # With iptables when the rules of one family are loaded; with nft, which has no middle, when all is done.
-    _killed_after(scene, "nft" if scene.backend == "nft" else "iptables-restore")
+    script = '$tool "$@"; s=$?\ncase $1 in -f|--noflush) kill -9 $PPID;; esac\nexit $s'
+    with scene.instead_of("nft" if scene.backend == "nft" else "iptables-restore", script):
+        process = scene.net.proxy.popen(*scene.argv("apply", "--confirm", "1"), stdout=subprocess.DEVNULL)
+        assert process.wait(20) == -signal.SIGKILL
     assert re.search(r"@active|-A OUTPUT -p tcp -j TRANSOCKS", scene.dump())
     scene.stop()
     scene.until(DIRECT)
@@ -136,8 +124,7 @@ def test_held_rules_are_in_force_while_transocks_accepts(scene: Scene) -> None:
             assert holder.wait(10) == 0
             assert tells().startswith("READY=1\nSTATUS=in force")
             assert scene.connect(lab.WEB_V4) == DIRECT
-            early.sendall(b"hello")  # connection tracking goes on
-            assert early.recv(10) == b"hello"
+            goes_on(early)
     scene.rules("remove")
     assert scene.dump() == before
 
@@ -177,8 +164,7 @@ def test_held_closed_no_connection_goes_directly(scene: Scene) -> None:
             scene.until(REDIRECTED)
             assert "`transocks rules hold` runs" in scene.rules("remove", "--keep-connections", status=1)
             scene.until(REDIRECTED)
-            early.sendall(b"hello")
-            assert early.recv(10) == b"hello"
+            goes_on(early)
         holder.kill()
         holder.wait()
     assert scene.connect(lab.WEB_V4) == REDIRECTED, "the rules stay"

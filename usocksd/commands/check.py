@@ -6,8 +6,8 @@ from usocksd.auth import Users
 from usocksd.commands.parts import policy_of
 from usocksd.config import Config
 from usocksd.errors import ConfigError
-from usocksd.everyone import notes
 from usocksd.lint import lint
+from usocksd.notes import notes
 from usocksd.serve.daemon import Remarks
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from usocksd.commands.parts import policy_of
 from usocksd.config import Config
-from usocksd.everyone import notes
+from usocksd.notes import notes
 from usocksd.settings.loader import parse
 
 

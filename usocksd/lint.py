@@ -124,7 +124,7 @@ def _covered_rules(config: Config) -> Iterator[Fault]:
     every = [*rules, *lists]
     for at, above in enumerate(covering_rules(every)):
         rule = every[at]
-        by = next((by for by in above if by < len(rules) and _leaves_nothing(rules[by], rule)), None)
+        by = next((by for by in above if _leaves_nothing(every[by], rule)), None)
         if by is not None:
             name = config.rule[at].name if at < len(rules) else None
             # A denial that comes too late is meant to deny. (And of IPv4 addresses it still denies those inside IPv6.)

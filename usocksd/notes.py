@@ -96,9 +96,7 @@ def _tail(path: Path) -> list[bytes]:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 return []
-            start = max(status.st_size - _TAIL, 0)
-            file.seek(start)
-            lines = list(lines_of(file.readline))
+            file.seek(max(status.st_size - _TAIL, 0))  # in a line, perhaps, whose rest is no record
+            return list(lines_of(file.readline))
     except OSError:
         return []
-    return lines[1:] if start else lines

@@ -232,7 +232,7 @@ def test_a_rule_as_typed_values() -> None:
         "203.0.113.0/24",
         "www.example.com",
     ]
-    assert (second.name, second.allow, second.egress) == ("rule 2", True, "partners")
+    assert (second.name, second.allow, second.pool) == ("rule 2", True, "partners")
     assert second.clients is second.users is second.to is second.ports is None
     assert config.egress["partners"] == PoolConfig(
         addresses=(ip_address("198.51.100.10"), ip_address("2001:db8::10")),

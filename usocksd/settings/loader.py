@@ -70,8 +70,7 @@ class Parser:
         try:
             return self.parse(value)
         except Invalid as error:
-            if error.shown is None:
-                error.shown = "" if self.secret else show(value)
+            error.shown = "" if self.secret else show(value)
             raise
         except ValueError:
             raise Invalid(f"expected {self.expected}", shown="" if self.secret else show(value)) from None

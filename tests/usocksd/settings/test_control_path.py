@@ -24,10 +24,12 @@ IN_TMP = f"/tmp/usocksd-{NOBODY}/control.sock"
 _PROGRAM = """
 import argparse, attrs, json, os, subprocess, sys, trio
 from usocksd.cli import USOCKSD
+from usocksd.config import Config
 from usocksd.errors import Error
 from usocksd.settings.control_path import control_path
 from usocksd.serve.control import Control
 from usocksd.serve.verbs.client import ControlClient, find_control
+from usocksd.settings.warnings import HostFacts, lint_common
 
 default, uid, before = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 subprocess.run("mount -t tmpfs -o mode=755 tmpfs /run; mount -t tmpfs -o mode=1777 tmpfs /tmp; " + before,
@@ -48,7 +50,8 @@ def ask():
 
 async def main():
     path = control_path(default, default)
-    said = {"path": path}
+    warned = [fault.expected for fault in lint_common(Config().common(), HostFacts.here(())) if fault.path == "control"]
+    said = {"path": path, "check": warned}
     try:
         sock = Control.open(path, "usocksd", {"name": name})
     except Error as error:
@@ -100,7 +103,7 @@ def asked(uid: int, before: str = "", **environment: str) -> dict[str, Any]:
 def test_the_default_of_each_user(uid: int, before: str, runtime: str | None, path: str, mode: str) -> None:
     environment = {} if runtime is None else {"XDG_RUNTIME_DIR": runtime}
     found = asked(uid, before, **environment)
-    assert found == {"path": path, "mode": mode, "owner": uid, "ok": True, "name": "this one"}
+    assert found == {"path": path, "check": [], "mode": mode, "owner": uid, "ok": True, "name": "this one"}
 
 
 @as_root
@@ -118,6 +121,7 @@ def test_what_others_could_have_made_is_used_by_neither(before: str) -> None:
     told = f"{Path(IN_TMP).parent} is not a folder of this user alone: remove it, or have `control` lead elsewhere"
     assert found["daemon"] == f"can't open the control socket {IN_TMP}: {told}"
     assert found["verb"] == told
+    assert found["check"] == [told]
 
 
 @as_root

@@ -66,6 +66,10 @@ def test_settings_that_contradict_each_other_or_the_host(toml: str, keys: list[s
     assert [line.partition(" ")[0] for line in warned(toml)] == keys
 
 
+def test_the_defaults_do_on_any_host() -> None:
+    assert warned("", attrs.evolve(HOST, ipv6=False, may_mark=False, cpus=1, descriptors=64)) == []
+
+
 def test_connections_for_which_there_are_no_descriptors() -> None:
     most = connections_of_descriptors(Config(workers=2).common(), HOST)
     assert warned(f"workers = 2\n[limits]\nconnections = {most}") == []

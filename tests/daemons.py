@@ -33,7 +33,8 @@ S = TypeVar("S")
 T = TypeVar("T")
 Record = dict[str, Any]
 
-PATIENCE = 20.0
+PATIENCE = 60.0
+"""Seconds after which a test has failed: nothing takes as long, even on a machine that is busy with others."""
 
 
 def wait_until(condition: Callable[[], T], what: str | Callable[[], object], patience: float = PATIENCE) -> T:

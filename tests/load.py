@@ -132,7 +132,7 @@ class Load(contextlib.AbstractContextManager["Load"]):
         """Those that were neither right nor refused."""
         return [transfer for transfer in self.transfers() if transfer.error and not transfer.refused]
 
-    def go_on(self, transfers: int = 200) -> None:
+    def go_on(self, transfers: int = 100) -> None:
         """Wait until so many more have begun and come to a good end."""
         now = time.monotonic()
         daemons.wait_until(

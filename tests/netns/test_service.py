@@ -29,7 +29,7 @@ from load import Load
 from observe import Counters, carried, cpu_seconds, drops, listening, scrape, sd_messages, wait_until_stopped
 
 SECONDS = float(os.environ.get("TRANSOCKS_HEAVY_SECONDS", "4"))
-CLIENTS = 200 if "TRANSOCKS_HEAVY_SECONDS" in os.environ else 50
+CLIENTS, LARGEST = (200, 300_000) if "TRANSOCKS_HEAVY_SECONDS" in os.environ else (50, 60_000)
 
 USOCKSD = """
 workers = 2
@@ -63,22 +63,22 @@ def both(net: lab.Net, folder: Path, server_config: str = USOCKSD) -> Iterator[t
 
 
 @contextlib.contextmanager
-def hammered(net: lab.Net, folder: Path, clients: int = CLIENTS) -> Iterator[Load]:
+def hammered(net: lab.Net, folder: Path) -> Iterator[Load]:
     """Load through the redirect, of both families, and under way."""
     with net.outside.listen(backlog=1024) as listener:
         port = listener.getsockname()[1]
         places = [f"{lab.WEB_V4}:{port}", f"[{lab.WEB_V6}]:{port}"]
-        with Load(folder, listener, places, clients=clients, popen=net.client.popen) as load:
+        with Load(folder, listener, places, clients=CLIENTS, largest=LARGEST, popen=net.client.popen) as load:
             load.go_on()
             yield load
 
 
 @contextlib.contextmanager
-def hammered_directly(folder: Path, *ports: int, clients: int = CLIENTS) -> Iterator[Load]:
+def hammered_directly(folder: Path, *ports: int) -> Iterator[Load]:
     """Load through usocksd alone, over loopback, under way on one of the ports at least."""
     with daemons.loopback(backlog=1024) as listener:
         places = [f"127.0.0.1:{port}" for port in ports]
-        with Load(folder, listener, places, clients=clients, socks=True) as load:
+        with Load(folder, listener, places, clients=CLIENTS, largest=LARGEST, socks=True) as load:
             load.go_on()
             yield load
 
@@ -170,7 +170,7 @@ def test_a_killed_worker_takes_down_its_own_connections_only(host_net: lab.Net, 
             lost[daemon.name] |= freeze(victim)
             os.kill(victim, signal.SIGKILL)
             kills += 1
-            load.go_on(100)
+            load.go_on(50)
             daemons.wait_until(
                 lambda: len(daemon.records("a worker was replaced")) > before, lambda: daemon.lines()[-5:]
             )
@@ -367,17 +367,27 @@ def test_work_spreads_over_workers(tmp_path: Path) -> None:
 LONG_NAME = "\x01" * 255
 
 
-def flood(port: int) -> None:
-    """A connection that is worth a long record and nothing else."""
-    with socket.create_connection(("127.0.0.1", port), daemons.PATIENCE) as sock:
-        sock.sendall(daemons.GREETING + daemons.request(LONG_NAME, 80, as_name=True))
-        receive_all(sock)
-
-
-def dropped(metrics: int) -> float:
+def dropped(make: Callable[[], Socket], metrics: int) -> float:
+    """How many records the daemon has dropped; `make` makes a socket where it is."""
     seen = Counters()
-    seen.see(scrape(Socket(), metrics))
+    seen.see(scrape(make(), metrics))
     return seen.total("usocksd_log_records_dropped_total")
+
+
+def drown(make: Callable[[], Socket], port: int, metrics: int) -> None:
+    """Connections that are worth a long record and nothing else, until a record is dropped."""
+
+    def again() -> bool:
+        with contextlib.ExitStack() as stack:
+            socks = [stack.enter_context(make()) for _ in range(100)]
+            for sock in socks:
+                sock.connect(("127.0.0.1", port))
+                sock.sendall(daemons.GREETING + daemons.request(LONG_NAME, 80, as_name=True))
+            for sock in socks:
+                receive_all(sock)
+        return dropped(make, metrics) > 0
+
+    daemons.wait_until(again, "records are dropped")
 
 
 def test_a_log_pipe_that_nobody_reads(tmp_path: Path) -> None:
@@ -389,26 +399,17 @@ def test_a_log_pipe_that_nobody_reads(tmp_path: Path) -> None:
         with daemon:
             daemons.wait_until(lambda: is_open(port) and is_open(metrics), "it listens")
             with hammered_directly(tmp_path, port) as load:
-                drown(port, metrics)
+                drown(Socket, port, metrics)
                 load.go_on()
                 load.stop()
                 assert load.failures() == []
                 said = records_until(pipe.fileno(), lambda r: r["message"] == "log records dropped")
                 assert said["count"] > 0
                 # (The metric is half a second old.)
-                daemons.wait_until(lambda: dropped(metrics) >= said["count"], lambda: (said, dropped(metrics)))
+                daemons.wait_until(lambda: dropped(Socket, metrics) >= said["count"], lambda: said)
                 daemon.process.terminate()
                 receive_rest(pipe.fileno())
                 assert daemon.process.wait(daemons.PATIENCE) == 0
-
-
-def drown(port: int, metrics: int) -> None:
-    def again() -> bool:
-        for _ in range(100):
-            flood(port)
-        return dropped(metrics) > 0
-
-    daemons.wait_until(again, "records are dropped", 3 * daemons.PATIENCE)
 
 
 def is_open(port: int) -> bool:
@@ -450,21 +451,7 @@ def test_a_log_directory_that_is_full(host_net: lab.Net, tmp_path: Path) -> None
         load = stack.enter_context(
             Load(tmp_path, listener, ["127.0.0.1:1080"], clients=50, socks=True, popen=host_net.proxy.popen)
         )
-        seen = Counters()
-
-        def lost() -> float:
-            seen.see(scrape(host_net.proxy.socket(), 1082))
-            return seen.total("usocksd_log_records_dropped_total")
-
-        def drowned() -> bool:
-            for _ in range(100):
-                with host_net.proxy.socket() as sock:
-                    sock.connect(("127.0.0.1", 1080))
-                    sock.sendall(daemons.GREETING + daemons.request(LONG_NAME, 80, as_name=True))
-                    receive_all(sock)
-            return lost() > 0
-
-        daemons.wait_until(drowned, "records are dropped", 3 * daemons.PATIENCE)
+        drown(host_net.proxy.socket, 1080, 1082)
         load.go_on()
         load.stop()
         assert load.failures() == []
@@ -473,8 +460,10 @@ def test_a_log_directory_that_is_full(host_net: lab.Net, tmp_path: Path) -> None
         said = daemon.record("log records dropped")
         assert "No space left" in said["error"]
         daemons.wait_until(
-            lambda: sum(record["count"] for record in daemon.records("log records dropped")) == lost(),
-            lambda: (daemon.records("log records dropped"), lost()),
+            lambda: (
+                sum(r["count"] for r in daemon.records("log records dropped")) == dropped(host_net.proxy.socket, 1082)
+            ),
+            lambda: daemon.records("log records dropped"),
         )
 
 

@@ -28,8 +28,8 @@ from usocksd.serve.verbs.client import ControlClient
 PORTS = (2081, 2082, 2083)
 SPEAKS_LAST, SPEAKS_FIRST = 443, 25
 """Ports of the destination: where the client speaks first, by TLS, and where the server does."""
-# Until the first byte, in seconds.
-SOON = 1.0
+# Until the first byte, in seconds: less than the time that an upstream has for an answer.
+SOON = 3.0
 
 TRANSOCKS = """
 workers = {workers}

@@ -11,7 +11,7 @@ from typing import Any
 import daemons
 import pytest
 import trio
-from daemons import Served
+from daemons import PATIENCE, Served
 from trio.testing import wait_all_tasks_blocked
 
 from usocksd.net.ending import Limits, RelayResult
@@ -20,8 +20,6 @@ from usocksd.net.pipes import PipePool
 from usocksd.net.reactor import Reactor
 from usocksd.net.relay import close_pair, relay
 
-# Seconds after which a test has failed: nothing here takes as long.
-PATIENCE = 20.0
 LINGER_ZERO = b"\x01\0\0\0\0\0\0\0"
 _NOISE = Random(2).randbytes(1_000_003) * 2
 

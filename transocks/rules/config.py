@@ -57,10 +57,11 @@ def _modes(value: object) -> tuple[Mode, ...]:
     return modes
 
 
-def _account(value: object) -> str:
-    """The name or number of a user or group; which one it is, the rules' tools and getpwnam(3) find out."""
-    if type(value) is int:
-        return str(integer(0, 2**32 - 2).parse(value))
+def _account(value: object) -> int | str:
+    """The number of a user or group, or its name, which getpwnam(3) finds."""
+    if type(value) is int or (type(value) is str and value.isascii() and value.isdigit()):
+        integer(0, 2**32 - 2).parse(int(value))
+        return int(value)
     if type(value) is not str or not re.fullmatch(r"[^\s:,\"'\\-][^\s:,\"'\\]{0,255}", value):
         raise ValueError
     return value
@@ -99,7 +100,7 @@ def _network(value: str) -> IPNetwork:
 
 
 Modes = Annotated[tuple[Mode, ...], Parser(_modes, _MODES)]
-Account = Annotated[str, Parser(_account, 'a name or a number, as in "backup" or 1000')]
+Account = Annotated[int | str, Parser(_account, 'a name or a number, as in "backup" or 1000')]
 Cgroup = Annotated[str, text(_cgroup, 'the path of a cgroup (v2) below its root, as in "system.slice/NAME.service"')]
 InterfaceName = Annotated[str, Parser(_interface, 'the name of an interface, at most 15 characters, as in "eth0"')]
 Network = Annotated[IPNetwork, text(_network, 'a network or an IP address, as in "10.0.0.0/8" or "192.0.2.1"')]

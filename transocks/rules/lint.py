@@ -37,9 +37,9 @@ def lint_rules(rules: RulesConfig, mark: int | None, host: HostFacts) -> Iterato
             yield Fault(f"rules.interfaces[{index}]", name, "no interface of this host has that name now")
 
 
-def _accounts(key: str, accounts: Sequence[str], look_up: Callable[[str], object]) -> Iterator[Fault]:
+def _accounts(key: str, accounts: Sequence[int | str], look_up: Callable[[str], object]) -> Iterator[Fault]:
     for index, account in enumerate(accounts):
-        if not (account.isascii() and account.isdigit()):
+        if isinstance(account, str):
             try:
                 look_up(account)
             except KeyError:

@@ -137,11 +137,11 @@ def _gid(name: str) -> int:
     return grp.getgrnam(name).gr_gid
 
 
-def _ids(accounts: Sequence[str], key: str, look_up: Callable[[str], int]) -> tuple[int, ...]:
+def _ids(accounts: Sequence[int | str], key: str, look_up: Callable[[str], int]) -> tuple[int, ...]:
     found = []
     for account in accounts:
         try:
-            found.append(int(account) if account.isascii() and account.isdigit() else look_up(account))
+            found.append(account if isinstance(account, int) else look_up(account))
         except KeyError:
             raise FirewallError(f"rules.{key}: {account!r}: there is none of that name on this host") from None
     return tuple(found)

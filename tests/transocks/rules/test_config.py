@@ -39,7 +39,7 @@ def test_rules() -> None:
     rules = config.rules
     assert rules is not None
     assert (rules.mode, rules.tool) == ((Mode.HOST, Mode.GATEWAY), Tool.IPTABLES)
-    assert (rules.users, rules.cgroups) == (("backup", "0"), ("system.slice/a.service",))
+    assert (rules.users, rules.cgroups) == (("backup", 0), ("system.slice/a.service",))
     assert rules.from_ == (ip_network("192.168.0.0/16"),)
     assert rules.ports == ((443, 443), (80, 80), (8000, 8100))
     assert parse(Config, PROXY, "transocks.toml").rules is None

@@ -15,7 +15,7 @@ from usocksd.net.listeners import ListenError, listen
 from usocksd.serve.channel import restore_socket
 from usocksd.serve.control import Control, ControlError, Handlers
 from usocksd.serve.exporter import Exporter
-from usocksd.serve.plan import MetricsAddress
+from usocksd.serve.plan import MetricsAddress, Plan
 from usocksd.serve.report import Reporter
 from usocksd.serve.timing import Timing
 
@@ -35,26 +35,26 @@ class Doors:
         self._report = report
         self._handlers = handlers
         self._timing = timing
+        self._plan: Plan | None = None
+        """That of the configuration in force"""
         self._exporter: Exporter | None = None
-        self._metering: MetricsAddress | None = None
         self._control: Control | None = None
-        self._control_path: str | None = None
-        """Where it is, or should be"""
         self._trying = trio.CancelScope()
 
-    def prepare(self, metering: MetricsAddress | None) -> Exporter | None:
+    def prepare(self, address: MetricsAddress | None) -> Exporter | None:
         """The metrics endpoint for a configuration to come: the present one if it is at the same place.
 
         Raises ListenError if the port is required and can't be had.
         """
-        if metering is None:
+        if address is None:
             return None
-        if self._exporter is not None and self._metering is not None and metering[:2] == self._metering[:2]:
+        present = None if self._plan is None else self._plan.metrics
+        if self._exporter is not None and present is not None and address[:2] == present[:2]:
             return self._exporter
         try:
-            return self._open_metrics(metering)
+            return self._open_metrics(address)
         except ListenError as error:
-            if metering.required:
+            if address.required:
                 raise
             log.warning("no metrics endpoint", extra={"fields": {"error": str(error)}})
             return None
@@ -64,22 +64,22 @@ class Doors:
         if exporter is not None and exporter is not self._exporter:
             exporter.close()
 
-    def commit(self, exporter: Exporter | None, metering: MetricsAddress | None, control: str | None) -> None:
-        """That configuration is in force; `control` is the path of its control socket."""
-        old, self._metering = self._exporter, metering
+    def commit(self, exporter: Exporter | None, plan: Plan) -> None:
+        """The configuration with this plan is in force; `prepare` has returned this exporter for it."""
+        old, self._plan = self._exporter, plan
         if exporter is not old:
             self._serve_metrics(exporter)
             self.drop(old)
-        if self._control is not None and self._control.path != control:
+        if self._control is not None and self._control.path != plan.control:
             self._control.close()  # whoever has asked for this reload there is answered
             self._control = None
-        self._control_path = control
-        if self._control is None and control is not None:
+        if self._control is None and plan.control is not None:
             try:
-                self._serve_control(Control.open(control, self._name, self._handlers))
+                self._serve_control(Control.open(plan.control, self._name, self._handlers))
             except ControlError as error:
                 log.warning("no control socket", extra={"fields": {"error": str(error)}})
-        self._try_again()
+        self._trying.cancel()
+        self._nursery.start_soon(self._open_missing)
 
     def close(self) -> None:
         """The daemon has ended."""
@@ -97,37 +97,32 @@ class Doors:
         control = self._control
         return {
             "metrics": None if self._exporter is None else self._exporter.filenos(),
-            "metering": self._metering,
-            "control": None if control is None else [control.path, *control.filenos(), *control.inode],
-            "control_path": self._control_path,
+            "control": None if control is None else [*control.filenos(), *control.inode],
         }
 
-    def take_over(self, state: dict[str, Any]) -> None:
-        """Go on with the doors of the program that this process was."""
+    def take_over(self, state: dict[str, Any], plan: Plan) -> None:
+        """Go on with the doors of the program that this process was; `plan` is in force."""
+        self._plan = plan
         if state["metrics"] is not None:
             self._serve_metrics(self._export([restore_socket(fd) for fd in state["metrics"]]))
-        if state["metering"] is not None:
-            hosts, port, required = state["metering"]
-            self._metering = MetricsAddress(tuple(hosts), port, required)
-        if state["control"] is not None:
-            path, fd, *inode = state["control"]
-            self._serve_control(Control(path, restore_socket(fd), (inode[0], inode[1]), self._handlers))
-        self._control_path = state["control_path"]
-        self._try_again()
+        if state["control"] is not None and plan.control is not None:
+            fd, device, number = state["control"]
+            self._serve_control(Control(plan.control, restore_socket(fd), (device, number), self._handlers))
+        self._nursery.start_soon(self._open_missing)
 
     def _export(self, sockets: Sequence[socket.socket]) -> Exporter:
         return Exporter(sockets, self._report.collect, lambda: self._report.health)
 
-    def _open_metrics(self, metering: MetricsAddress) -> Exporter:
-        if self._exporter is None or self._exporter.addresses[0][1] != metering.port:
+    def _open_metrics(self, address: MetricsAddress) -> Exporter:
+        if self._exporter is None or self._exporter.addresses[0][1] != address.port:
             # As in slots.py: with SO_REUSEPORT alone, another instance's port would be shared unnoticed.
-            for host in metering.hosts:
-                listen(host, metering.port).close()
+            for host in address.hosts:
+                listen(host, address.port).close()
         sockets: list[socket.socket] = []
         try:
-            for host in metering.hosts:
+            for host in address.hosts:
                 # If the kernel chooses the port, it does so for the first.
-                port = metering.port or (sockets[0].getsockname()[1] if sockets else 0)
+                port = address.port or (sockets[0].getsockname()[1] if sockets else 0)
                 sockets.append(listen(host, port, reuse_port=True))
         except ListenError:
             for sock in sockets:
@@ -146,32 +141,26 @@ class Doors:
         self._control = control
         self._nursery.start_soon(control.serve)
 
-    def _try_again(self) -> None:
-        """Until both doors are open, or another configuration is in force."""
-        self._trying.cancel()
-        scope = self._trying = trio.CancelScope()
-
-        async def keep_trying() -> None:
-            with scope:
-                while self._missing:
-                    await trio.sleep(self._timing.open_again)
-                    self._open_missing()
-
-        if self._missing:
-            self._nursery.start_soon(keep_trying)
-
     @property
-    def _missing(self) -> bool:
-        metrics = self._metering is not None and self._exporter is None
-        return metrics or (self._control_path is not None and self._control is None)
+    def _missing(self) -> tuple[MetricsAddress | None, str | None]:
+        """Where the metrics endpoint and the control socket should be, if they are not."""
+        plan = self._plan
+        if plan is None:
+            return None, None
+        return plan.metrics if self._exporter is None else None, plan.control if self._control is None else None
 
-    def _open_missing(self) -> None:
-        if self._metering is not None and self._exporter is None:
-            with suppress(ListenError):
-                self._serve_metrics(self._open_metrics(self._metering))
-                address = self._report.metrics_address
-                log.info("metrics endpoint is there now", extra={"fields": {"address": address}})
-        if self._control_path is not None and self._control is None:
-            with suppress(ControlError):
-                self._serve_control(Control.open(self._control_path, self._name, self._handlers))
-                log.info("control socket is there now", extra={"fields": {"path": self._control_path}})
+    async def _open_missing(self) -> None:
+        """Try again until both doors are open."""
+        with trio.CancelScope() as self._trying:
+            while any(self._missing):
+                await trio.sleep(self._timing.open_again)
+                metrics, control = self._missing
+                if metrics is not None:
+                    with suppress(ListenError):
+                        self._serve_metrics(self._open_metrics(metrics))
+                        address = self._report.metrics_address
+                        log.info("metrics endpoint is there now", extra={"fields": {"address": address}})
+                if control is not None:
+                    with suppress(ControlError):
+                        self._serve_control(Control.open(control, self._name, self._handlers))
+                        log.info("control socket is there now", extra={"fields": {"path": control}})

@@ -324,6 +324,6 @@ class Master:
         self._log.prepare(generation.plan.log)
         if self._crew.level is not None:
             self._log.current.set_level(parse_level(self._crew.level))
-        self._doors.take_over(state["doors"])
+        self._doors.take_over(state["doors"], generation.plan)
         self._report.started, self._report.last_reload = state["started"], state["last_reload"]
         log.info("this is the new version", extra={"fields": {"version": __version__}})

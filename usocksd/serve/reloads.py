@@ -10,7 +10,7 @@ that all is well.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from math import inf
 
@@ -44,6 +44,17 @@ def complain(level: int, message: str, error: Error) -> None:
             log.log(level, "bad configuration", extra={"fields": {**place, "error": str(fault)}})
     else:
         log.log(level, message, extra={"fields": {"error": str(error)}})
+
+
+@attrs.define
+class ReloadRequest:
+    """A reload that is to come. Everybody who asks before it begins gets its result."""
+
+    on_trial_for: int | None = None
+    """Seconds"""
+    failure: Error | None = attrs.Factory(lambda: Error("the daemon is stopping"))
+    """What went wrong, or None; valid when it is done"""
+    done: trio.Event = attrs.Factory(trio.Event)
 
 
 @attrs.define
@@ -84,32 +95,28 @@ class Reloads:
         self._report = report
         self._timing = timing
         self._done = done
-        self._wanted = False
+        self._request: ReloadRequest | None = None
         self._news = trio.Event()
         self._trial: Trial | None = None
         # Of the task that reloads: whoever stops the daemon cancels it, and waits until it is over.
         self._scope = trio.CancelScope()
         self._over = trio.Event()
-        # Those who have asked for the next reload; and the seconds that it is to be on trial, if it is.
-        self._waiting: list[trio.MemorySendChannel[Error | None]] = []
-        self._on_trial_for: int | None = None
 
-    def ask(self) -> None:
-        """Have the configuration read again, soon."""
-        self._wanted = True
+    def ask(self, on_trial_for: int | None = None) -> ReloadRequest:
+        """Have the configuration read again soon, perhaps for these seconds only."""
+        if self._request is None:
+            self._request = ReloadRequest()
+        self._request.on_trial_for = on_trial_for or self._request.on_trial_for
         self._news.set()
+        return self._request
 
     async def ask_and_wait(self, on_trial_for: int | None = None) -> None:
-        """The same, perhaps for these seconds only; returns when it is in force. Raises Error if that went wrong."""
-        if self._report.draining:
-            raise Error("the daemon is stopping")
-        sender, receiver = trio.open_memory_channel[Error | None](1)
-        self._waiting.append(sender)
-        self._on_trial_for = on_trial_for or self._on_trial_for
-        self.ask()
-        error = await receiver.receive()
-        if error is not None:
-            raise error
+        """The same; returns when it is in force. Raises Error if that went wrong."""
+        request = self.ask(on_trial_for)
+        if not self._report.draining:
+            await request.done.wait()
+        if request.failure is not None:
+            raise request.failure
 
     def confirm(self) -> bool:
         """Keep what is in force; False if it was not on trial. Raises Error if it is too late, or too early."""
@@ -143,34 +150,32 @@ class Reloads:
                     failure = await self._go_back(self._trial)
                 else:
                     self._news = trio.Event()
-                    if self._wanted:
-                        failure = await self._reload_for_all()
+                    if self._request is not None:
+                        failure = await self._reload_for(self._request)
                 # A newer version of this process would know nothing of a trial.
                 if failure is None and self._trial is None:
                     await self._done()
-        _answer(self._waiting, Error("the daemon is stopping"))
+        if self._request is not None:
+            self._request.done.set()
         self._over.set()
 
-    async def _reload_for_all(self) -> Error | None:
-        """Reload, and answer all who have asked until now."""
-        self._wanted = False
-        asked, self._waiting = self._waiting, []
-        seconds, self._on_trial_for = self._on_trial_for, None
-        failure: Error | None = Error("the daemon is stopping")
+    async def _reload_for(self, request: ReloadRequest) -> Error | None:
+        self._request = None
+        seconds = request.on_trial_for
         before = self._crew.generation if seconds is not None and self._trial is None else None
         if before is not None:
             before = attrs.evolve(before, files=before.files.copy())
         try:
-            failure = await self._reload()
-            self._report.reloaded(failure)
-            if failure is None and seconds is not None:
+            request.failure = await self._reload()
+            self._report.reloaded(request.failure)
+            if request.failure is None and seconds is not None:
                 self._begin_trial(before, seconds)
                 before = None
         finally:
             if before is not None:
                 before.files.close()
-            _answer(asked, failure)
-        return failure
+            request.done.set()
+        return request.failure
 
     def _begin_trial(self, before: Generation | None, seconds: int) -> None:
         """Or, if there is one, give it a new deadline; it goes back to what was before the first."""
@@ -268,7 +273,7 @@ class Reloads:
         listened = set() if self._crew.generation is None else set(self._slots.listening(opened=False))
         old_log = self._log.commit()
         await self._crew.commit(generation)
-        self._doors.commit(exporter, plan.metrics, plan.control)
+        self._doors.commit(exporter, plan)
         for warning in plan.warnings:
             log.warning(warning)
         for place in self._slots.listening():
@@ -276,8 +281,3 @@ class Reloads:
                 log.info("listening", extra={"fields": {"address": place}})
         if old_log is not None:
             await trio.to_thread.run_sync(old_log.close)
-
-
-def _answer(asked: Sequence[trio.MemorySendChannel[Error | None]], failure: Error | None) -> None:
-    for sender in asked:
-        sender.send_nowait(failure)

@@ -1,5 +1,6 @@
 """A new version of the program, put underneath a daemon that runs: the same process, and everything goes on."""
 
+import json
 import os
 import shutil
 import signal
@@ -11,6 +12,9 @@ from daemons import free_port, is_over, lives, running, wait_until
 from tiny import ROOT, Tiny
 
 from usocksd import __version__
+from usocksd.errors import Error
+from usocksd.serve.handover import received
+from usocksd.serve.plan import PROTOCOL
 
 SILENT = shutil.ignore_patterns("__pycache__")
 
@@ -170,6 +174,15 @@ def test_a_version_with_another_protocol(tmp_path: Path, installed: Path) -> Non
         assert tiny.ask("reload") == {"ok": False, "error": error}
         wait_until(lambda: tiny.workers() == [worker], "only the old one is left")
         assert tiny.who()[0] == worker
+
+
+def test_what_another_protocol_has_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Still another version was installed between the reload and the exec."""
+    memory = os.memfd_create("handover")
+    os.write(memory, json.dumps({"protocol": PROTOCOL + 1, "version": "99.1"}).encode())
+    monkeypatch.setenv("TRANSOCKS_HANDOVER", str(memory))
+    with pytest.raises(Error, match=r"can't take over from 99\.1"):
+        received()
 
 
 def test_a_new_version_that_does_not_work(tmp_path: Path, installed: Path) -> None:

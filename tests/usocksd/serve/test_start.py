@@ -12,6 +12,8 @@ import pytest
 from daemons import free_port, lives, running, wait_until
 from tiny import PROGRAM, ROOT, Tiny
 
+from usocksd import __version__
+
 JSON = ("-logformat", "json")
 
 
@@ -150,6 +152,18 @@ def test_a_control_socket_that_is_taken(tmp_path: Path) -> None:
         assert first.ended() == 0
         second.record("control socket is there now")
         assert second.ask("status")["pid"] == second.pid
+
+
+def test_health_is_told_without_measuring(tmp_path: Path) -> None:
+    with Tiny(tmp_path, timing={"rates_over": 3600.0}).ready() as tiny:
+        answer = {"ok": True, "state": "ready", "version": __version__, "daemon": {}}
+        assert tiny.ask("health") == answer
+        client = tiny.client(b"echo")
+        tiny.ask("drain")
+        tiny.wait_until_closed()
+        assert tiny.ask("health")["state"] == "draining"
+        client.close()
+        assert tiny.ended() == 0
 
 
 def test_an_environment_that_makes_no_sense(tmp_path: Path) -> None:

@@ -83,38 +83,33 @@ def add_parser(subparsers: Subparsers, daemon: Daemon[Any]) -> None:
 def _run(daemon: Daemon[Any], args: argparse.Namespace) -> int:
     """Run the verb; returns the exit status."""
     path: str | None = args.file or args.f
-    file = path or daemon.file
-    faults: list[Diagnostic] = []
-    warnings: list[Diagnostic] = []
-    notes: list[Diagnostic] = []
+    source, file = daemon.source(path), path or daemon.file
+    found: dict[str, list[Diagnostic]] = {"fault": [], "warning": [], "note": []}
     settings: dict[str, object] | None = None
+    if source is None:
+        found["warning"].append(Diagnostic(file, 1, None, "file", "", "there is none, so the defaults are judged"))
     try:
-        source = daemon.source(path)
-        if source is None:
-            warnings = [Diagnostic(file, 1, None, "file", "", "there is none, so the defaults are judged")]
         text, file = daemon.text(path)
         config = configuration.parse(daemon.config, text, file)
-        examined: Remarks = daemon.call(daemon.examine, config, source)
+        remarks: Remarks = daemon.call(daemon.examine, config, source)
+        found["warning"] += _diagnostics(file, remarks.warnings)
+        found["note"] += _diagnostics(file, remarks.notes)
+        if remarks.error is not None:
+            raise remarks.error
+        settings = effective(config.common())
     except ConfigError as error:
-        faults = _diagnostics(error.source, error.faults)
-    else:
-        warnings += _diagnostics(file, examined.warnings)
-        notes = _diagnostics(file, examined.notes)
-        if examined.error is None:
-            settings = effective(config.common())
-        else:
-            faults = _diagnostics(examined.error.source, examined.error.faults)
-    ok = not faults and not (args.strict and warnings)
+        found["fault"] += _diagnostics(error.source, error.faults)
+    ok = not found["fault"] and not (args.strict and found["warning"])
     if args.json:
-        found = {"faults": [attrs.asdict(f) for f in faults], "warnings": [attrs.asdict(w) for w in warnings]}
-        found["notes"] = [attrs.asdict(note) for note in notes]
-        print(json.dumps({"file": file, "ok": ok, **found, "settings": settings}, indent=2))
+        lists = {f"{kind}s": [attrs.asdict(each) for each in some] for kind, some in found.items()}
+        print(json.dumps({"file": file, "ok": ok, **lists, "settings": settings}, indent=2))
         return 0 if ok else 1
-    for severity, diagnostics in (("error", faults), ("warning", warnings), ("note", notes)):
-        for diagnostic in diagnostics:
-            print(f"{visible(diagnostic.place)}: {severity}: {visible(diagnostic)}", file=sys.stderr)
+    for kind, diagnostics in found.items():
+        for each in diagnostics:
+            print(f"{visible(each.place)}: {'error' if kind == 'fault' else kind}: {visible(each)}", file=sys.stderr)
     if not args.quiet:
-        _print_settings(f"{file}: {counted(len(faults), 'fault')}, {counted(len(warnings), 'warning')}", settings or {})
+        counts = [counted(len(found[kind]), kind) for kind in ("fault", "warning")]
+        _print_settings(f"{file}: {', '.join(counts)}", settings or {})
     return 0 if ok else 1
 
 

@@ -222,21 +222,6 @@ async def test_more_verbs_at_a_time_than_there_may_be(path: str) -> None:
         go.set()
 
 
-async def test_a_slow_verb_does_not_keep_another_waiting(path: str) -> None:
-    go = trio.Event()
-
-    async def wait(request: dict[str, Any]) -> dict[str, Any]:
-        await go.wait()
-        return {}
-
-    async with serving(path, {"wait": wait} | HANDLERS):
-        async with await connect(path) as slow:
-            await slow.send_all(b'{"verb": "wait"}\n')
-            assert (await ask(path, b'{"verb": "echo"}\n'))["ok"]
-            go.set()
-            assert json.loads(await receive_all(slow)) == {"ok": True}
-
-
 async def test_the_verb_that_ends_the_daemon_is_answered(path: str) -> None:
     async def end(request: dict[str, Any]) -> dict[str, Any]:
         scope.cancel()
@@ -355,14 +340,6 @@ def test_the_socket_of_a_living_daemon_is_not_taken(path: str, other: subprocess
         sock.close()
 
 
-async def test_the_file_of_a_killed_daemon_is_replaced(path: str, other: subprocess.Popen[bytes]) -> None:
-    other.send_signal(signal.SIGKILL)
-    other.wait()
-    assert exists(path)
-    async with serving(path):
-        assert (await ask(path, b'{"verb": "echo"}\n'))["ok"]
-
-
 def test_of_many_that_start_at_once_one_has_the_socket(path: str, other: subprocess.Popen[bytes]) -> None:
     """Where a killed one has left its file, which is when two could both take it for their own."""
     other.send_signal(signal.SIGKILL)
@@ -439,24 +416,3 @@ def test_where_there_can_be_none(tmp_path: Path, prepare: Prepare, place: str, e
     with pytest.raises(ControlError, match=error):
         Control.open(str(tmp_path / place), "usocksd", {})
     assert sorted(tmp_path.rglob("*")) == before
-
-
-@as_root
-def test_without_the_permission(public_folder: Path) -> None:
-    def become_nobody() -> None:
-        os.setgroups([])
-        os.setgid(NOBODY)
-        os.setuid(NOBODY)
-
-    # In a child, which has loaded everything before it became somebody else.
-    child = os.fork()
-    if not child:
-        status = 1
-        try:
-            become_nobody()
-            Control.open(str(public_folder / "control.sock"), "usocksd", {})
-        except ControlError as error:
-            status = 0 if "Permission denied" in str(error) else 2
-        finally:
-            os._exit(status)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

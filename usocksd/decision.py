@@ -34,7 +34,7 @@ USERS: Final = "users_file"
 REQUIRED: Final = "auth.required"
 
 Pick: TypeAlias = Callable[[str, Client, str, IPAddress], Source]
-"""EgressPools.pick, with the state of the addresses filled in: pool, client, site and destination."""
+"""EgressPools.pick: takes pool, client, site and destination."""
 
 
 @frozen

@@ -7,7 +7,7 @@ clients.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from hashlib import blake2b
 from ipaddress import IPv4Network, IPv6Network
 from typing import NamedTuple
@@ -100,18 +100,21 @@ class Usable:
 class EgressPools:
     """All pools, by name."""
 
-    def __init__(self, pools: Mapping[str, Pool], *, most_remembered: int = 8192) -> None:
-        """Without a default pool, the kernel chooses for it. Each pool remembers its latest choices."""
+    def __init__(self, pools: Mapping[str, Pool], usable: Callable[[], Usable], *, most_remembered: int = 8192) -> None:
+        """Without a default pool, the kernel chooses for it. `usable` returns the same object while nothing changes.
+
+        Each pool remembers its latest choices.
+        """
         named = {DEFAULT: Pool()} | dict(pools)
+        self._usable = usable
         self._pools = {name: _RankedPool(name, pool, most_remembered) for name, pool in named.items()}
 
-    def pick(self, usable: Usable, pool: str, client: Client, site: str, destination: IPAddress) -> Source:
+    def pick(self, pool: str, client: Client, site: str, destination: IPAddress) -> Source:
         """The source for this client's connections to this site (see `sites_of`).
 
-        Pass the same `usable` while nothing has changed. Raises NoEgress if the pool has addresses but none of the
-        destination's family is usable.
+        Raises NoEgress if the pool has addresses but none of the destination's family is usable.
         """
-        return self._pools[pool].pick(usable, client, site, destination.version)
+        return self._pools[pool].pick(self._usable(), client, site, destination.version)
 
 
 class _RankedPool:

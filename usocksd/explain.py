@@ -115,7 +115,7 @@ class Explainer:
                     decision.not_resolved(error)
 
     def _pick(self, pool: str, client: Client, site: str, address: IPAddress) -> Source:
-        source = self.egress.pick(self.listings.usable(), pool, client, site, address)
+        source = self.egress.pick(pool, client, site, address)
         if source.iface is None and address.version == 6 and address.is_link_local:
             raise NoEgress(f'it is link-local, and pool "{pool}" has no iface')  # which the kernel would tell a dial
         return source

@@ -8,14 +8,13 @@ Each stage lives in the file of its name; only this one joins them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 from usocksd.access_log import Access, AccessLog
 from usocksd.auth import Users
 from usocksd.clients import ALLOW_FROM, Client
 from usocksd.decision import Decision, Policy
-from usocksd.egress import EgressPools, Usable
+from usocksd.egress import EgressPools
 from usocksd.errors import CommandNotSupported, Denied, Error, ResolveError
 from usocksd.names.resolver import Resolver
 from usocksd.net.dial import Dialer, Target
@@ -44,7 +43,6 @@ class Sessions:
         users: Users | None,
         resolver: Resolver,
         egress: EgressPools,
-        usable: Callable[[], Usable],
         dialer: Dialer,
         pipes: PipePool,
         timeouts: Timeouts,
@@ -64,7 +62,6 @@ class Sessions:
             self._methods = (Method.USERNAME_PASSWORD, Method.NO_AUTHENTICATION)
         self._resolver = resolver
         self._egress = egress
-        self._usable = usable
         self._dialer = dialer
         self._timeouts = timeouts
         self._limits = Limits(timeouts.idle, timeouts.half_closed, keepalive)
@@ -216,10 +213,7 @@ class Sessions:
                 except ResolveError as error:
                     decision.not_resolved(error)
         port = decision.port
-        return [
-            Target(address, port, *source)
-            for address, source in decision.choose_egress(partial(self._egress.pick, self._usable()))
-        ]
+        return [Target(address, port, *source) for address, source in decision.choose_egress(self._egress.pick)]
 
     def _is_news(self, host: str) -> bool:
         """Whether this client speaks TLS to us for the first time: logged once, not at every try."""

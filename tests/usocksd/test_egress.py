@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from ipaddress import ip_address, ip_network
 from itertools import islice
 from typing import Any
@@ -27,9 +27,17 @@ V4, V6 = ip_address("203.0.113.80"), ip_address("2001:db8:80::80")
 NOTHING = Usable(frozenset())
 
 
-def pools(addresses: Iterable[IPAddress | IPNetwork] = (), **more: Any) -> EgressPools:
+class Pools(EgressPools):
+    """Pools on a host whose usable addresses a test sets."""
+
+    def __init__(self, pools: Mapping[str, Pool], **more: Any) -> None:
+        super().__init__(pools, lambda: self.usable, **more)
+        self.usable = NOTHING
+
+
+def pools(addresses: Iterable[IPAddress | IPNetwork] = (), **more: Any) -> Pools:
     """One pool with these addresses, the default one."""
-    return EgressPools({"default": Pool(tuple(addresses), **more)})
+    return Pools({"default": Pool(tuple(addresses), **more)})
 
 
 def here(*addresses: IPAddress, listed: Sequence[IPAddress] = ()) -> Usable:
@@ -37,11 +45,14 @@ def here(*addresses: IPAddress, listed: Sequence[IPAddress] = ()) -> Usable:
     return Usable(frozenset(addresses), {"default": frozenset(listed)} if listed else {})
 
 
-def pick(pools: EgressPools, usable: Usable, site: str = "x", *, to: IPAddress = V4, client: Client = CLIENT) -> Source:
-    return pools.pick(usable, "default", client, site, to)
+def pick(
+    pools: Pools, usable: Usable, site: str = "x", *, to: IPAddress = V4, client: Client = CLIENT, pool: str = "default"
+) -> Source:
+    pools.usable = usable
+    return pools.pick(pool, client, site, to)
 
 
-def address(pools: EgressPools, usable: Usable, site: str = "x", **more: Any) -> IPAddress:
+def address(pools: Pools, usable: Usable, site: str = "x", **more: Any) -> IPAddress:
     return ip_address(pick(pools, usable, site, **more).address or "")
 
 
@@ -50,16 +61,16 @@ def clients(count: int) -> list[Client]:
 
 
 def test_without_addresses_the_kernel_chooses() -> None:
-    assert pick(EgressPools({}), NOTHING) == Source()
+    assert pick(Pools({}), NOTHING) == Source()
     assert pick(pools(iface="eth1", mark=16), NOTHING, to=V6) == Source(None, "eth1", 16)
 
 
 def test_each_pool_has_its_own_addresses_interface_mark_and_listings() -> None:
-    two = EgressPools({"default": Pool((TEN[0],)), "partners": Pool((TEN[1],), "eth1", 7)})
-    assert two.pick(here(*TEN), "default", CLIENT, "x", V4) == Source(str(TEN[0]))
-    assert two.pick(here(*TEN), "partners", CLIENT, "x", V4) == Source(str(TEN[1]), "eth1", 7)
+    two = Pools({"default": Pool((TEN[0],)), "partners": Pool((TEN[1],), "eth1", 7)})
+    assert pick(two, here(*TEN)) == Source(str(TEN[0]))
+    assert pick(two, here(*TEN), pool="partners") == Source(str(TEN[1]), "eth1", 7)
     listed = Usable(frozenset(TEN), {"partners": frozenset(TEN[:1])})
-    assert two.pick(listed, "default", CLIENT, "x", V4).address == str(TEN[0]), "listed for another pool"
+    assert pick(two, listed).address == str(TEN[0]), "listed for another pool"
 
 
 def test_the_address_is_usable_and_of_the_destinations_family() -> None:
@@ -128,7 +139,7 @@ def test_an_address_that_goes_moves_nobody_elses_clients(
 ) -> None:
     client = Client.at(str(who))
 
-    def order(pools: EgressPools, *present: IPAddress) -> list[str]:
+    def order(pools: Pools, *present: IPAddress) -> list[str]:
         source = pick(pools, here(*present), site, client=client)
         return [source.address or "", *source.spare]
 
@@ -201,8 +212,8 @@ def test_the_choice_survives_a_restart() -> None:
         "import json; from ipaddress import ip_address as a\n"
         "from usocksd.clients import Client; from usocksd.egress import EgressPools, Pool, Usable\n"
         "ten = [a(f'198.51.100.{n}') for n in range(10, 20)]\n"
-        "pools = EgressPools({'default': Pool(ten)}); usable = Usable(frozenset(ten))\n"
-        "pick = lambda n: pools.pick(usable, 'default', Client.at('10.0.0.1'), f'{n}', a('203.0.113.80'))\n"
+        "pools = EgressPools({'default': Pool(ten)}, lambda usable=Usable(frozenset(ten)): usable)\n"
+        "pick = lambda n: pools.pick('default', Client.at('10.0.0.1'), f'{n}', a('203.0.113.80'))\n"
         "print(json.dumps([[pick(n).address, *pick(n).spare] for n in range(20)]))"
     )
     output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
@@ -211,7 +222,7 @@ def test_the_choice_survives_a_restart() -> None:
 
 
 def test_what_is_remembered_is_bounded() -> None:
-    pool = EgressPools({"default": Pool(tuple(TEN))}, most_remembered=10)
+    pool, usable = Pools({"default": Pool(tuple(TEN))}, most_remembered=10), here(*TEN)
     for n in range(100):
-        pick(pool, here(*TEN), f"{n}")
+        pick(pool, usable, f"{n}")
     assert len(pool._pools["default"]._remembered) <= 10

@@ -47,4 +47,5 @@ def make_egress(config: Config, hosts: HostAddresses, metrics: Metrics) -> tuple
         for name, pool in configured.items()
     }
     domains = {name: pool.dnsbl_domains for name, pool in configured.items()}
-    return EgressPools(pools), Listings(pools, domains, hosts, metrics)
+    listings = Listings(pools, domains, hosts, metrics)
+    return EgressPools(pools, listings.usable), listings

@@ -38,7 +38,6 @@ def build(config: Config, parts: Parts) -> Application:
         users=users,
         resolver=resolver,
         egress=egress,
-        usable=listings.usable,
         dialer=Dialer(parts.reactor, spare=most_spare(parts.descriptors)),
         pipes=PipePool(most_pipes(parts.descriptors)),
         timeouts=config.timeouts,

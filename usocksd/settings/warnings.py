@@ -194,6 +194,7 @@ def _path(key: str, shown: str, problem: Callable[[], str | None]) -> Iterator[F
 def _control_problem(path: Path) -> str | None:
     """Why the control socket can't be made here."""
     folder = path.parent
+    check_folder(str(path))
     if not folder.exists():
         # The daemon makes the folder, where that is all that is missing.
         missing = f"{folder} does not exist: create it (RuntimeDirectory= of the unit does)"
@@ -205,7 +206,6 @@ def _control_problem(path: Path) -> str | None:
         return f"{_user()} may not create it in {folder}: give the directory to the user of the service"
     if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
         return f"everybody may replace it, since {folder} is writable for all: chmod o-w {folder}"
-    check_folder(str(path))
     return "is there and is no socket: expected the path of one" if path.exists() and not path.is_socket() else None
 
 

@@ -34,6 +34,7 @@ from usocksd.settings.warnings import HostFacts, lint_common
 default, uid, before = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 subprocess.run("mount -t tmpfs -o mode=755 tmpfs /run; mount -t tmpfs -o mode=1777 tmpfs /tmp; " + before,
                shell=True, check=True)
+facts = HostFacts.here(())
 os.setgroups([])
 os.setgid(uid)
 os.setuid(uid)
@@ -50,7 +51,7 @@ def ask():
 
 async def main():
     path = control_path(default, default)
-    warned = [fault.expected for fault in lint_common(Config().common(), HostFacts.here(())) if fault.path == "control"]
+    warned = [fault.expected for fault in lint_common(Config().common(), facts) if fault.path == "control"]
     said = {"path": path, "check": warned}
     try:
         sock = Control.open(path, "usocksd", {"name": name})

@@ -142,7 +142,7 @@ def confirm() -> bool:
 
 
 def prolong(redirections: Sequence[Redirection], seconds: int) -> bool:
-    """Rules loaded by nft: in force for so many seconds from now, even if they were not any more; 0 ends that.
+    """Rules loaded by nft: keep them in force for `seconds` from now, also if their time was over; 0 ends it now.
 
     False if they are not loaded.
     """
@@ -247,4 +247,4 @@ def remove_chains(variant: str, tables: Sequence[Table], own: Collection[str]) -
     """Remove the chains `own` from these tables, and the jumps to them; returns complaints."""
     # A table at a time, so that one that fails keeps nothing of the others.
     texts = [replacement([table], [], own) for table in tables]
-    return [said for text in texts if (said := complaint(f"{variant}-restore", "--noflush", stdin=text))]
+    return [words for text in texts if (words := complaint(f"{variant}-restore", "--noflush", stdin=text))]

@@ -59,7 +59,7 @@ class TableWatch:
             raise FirewallError(f"can't watch nft tables: {error.strerror}") from None
 
     def wait(self, seconds: float) -> bool:
-        """Wait until a table is deleted, by whomever (True), or for so many seconds (False)."""
+        """Wait until somebody deletes a table (True), `seconds` at most (False)."""
         deadline = time.monotonic() + seconds
         while not self.forget():
             left = deadline - time.monotonic()

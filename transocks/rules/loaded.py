@@ -135,14 +135,14 @@ def compare(where: str, should: Table, live: Table | None) -> Iterator[str]:
     if live is None:
         yield f"missing: {where}: nothing of it is loaded"
         return
-    for kind, wanted, there in (("chain", should.chains, live.chains), ("set", should.sets, live.sets)):
-        for name in [name for name in wanted if name != ACTIVE]:
+    for kind, expected, there in (("chain", should.chains, live.chains), ("set", should.sets, live.sets)):
+        for name in [name for name in expected if name != ACTIVE]:
             place = f"{where}, {kind} {name}"
             if name in there:
-                yield from _compare_lines(place, _for_good(wanted[name]), _for_good(there[name]))
+                yield from _compare_lines(place, _for_good(expected[name]), _for_good(there[name]))
             else:
                 yield f"missing: {place}"
-        for name in [name for name in there if name not in wanted]:
+        for name in [name for name in there if name not in expected]:
             yield f"not ours: {where}, {kind} {name}"
 
 
@@ -153,13 +153,13 @@ def _for_good(rules: Iterable[str]) -> list[str]:
 def _compare_lines(place: str, should: Sequence[str], live: Sequence[str]) -> Iterator[str]:
     missing, extra = Counter(should) - Counter(live), Counter(live) - Counter(should)
     if len(should) == len(live):
-        for wanted, line in zip(should, live, strict=True):
-            if missing[wanted] and extra[line]:
-                yield f'changed: {place}: "{line}", should be "{wanted}"'
-                missing[wanted] -= 1
+        for expected, line in zip(should, live, strict=True):
+            if missing[expected] and extra[line]:
+                yield f'changed: {place}: "{line}", should be "{expected}"'
+                missing[expected] -= 1
                 extra[line] -= 1
-            elif wanted != line and not missing and not extra:
-                yield f'reordered: {place}: "{line}" stands where "{wanted}" should'
+            elif expected != line and not missing and not extra:
+                yield f'reordered: {place}: "{line}" stands where "{expected}" should'
                 return
     for line in missing.elements():
         yield f'missing: {place}: "{line}"'

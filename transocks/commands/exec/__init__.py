@@ -175,13 +175,13 @@ def _become(user: User, gid: int, cgroup: Cgroup | None) -> Callable[[], None]:
 def _wait_for_others(signals: Signals, others: Callable[[], set[int]]) -> None:
     """Wait until all processes that the command left behind have ended, and say so if that takes a while."""
     signals.end(others)
-    since, said = time.monotonic(), False
+    since, reported = time.monotonic(), False
     while left := others():
-        if not said and time.monotonic() - since > SAY_AFTER:
+        if not reported and time.monotonic() - since > SAY_AFTER:
             names = ", ".join(f"{name_of(pid)} ({pid})" for pid in sorted(left)[:5])
             _say(f"the command has ended, and left behind: {names}. They are still redirected; this waits until they"
                  " end. Ctrl-C ends them")  # fmt: skip
-            said = True
+            reported = True
         time.sleep(LOOK_EVERY)
 
 

@@ -21,7 +21,7 @@ from transocks.tracing.events import TCP
 from transocks.tracing.fate import Fate, What, fate_of
 from transocks.tracing.links import Links, filtered_bridges, links
 from transocks.tracing.names import RuleNames
-from transocks.tracing.samples import Outcome, Sample, samples, try_out
+from transocks.tracing.samples import Result, Sample, samples, try_out
 from transocks.tracing.sockets import Identity
 from transocks.tracing.trace import Trace
 from transocks.tracing.tracer import Tracer
@@ -197,16 +197,16 @@ class Host:
     def fates(self) -> tuple[Fate, ...]:
         """Of all samples, in all modes."""
         found = [
-            fate_of(outcome, redirection, self.names)
+            fate_of(result, redirection, self.names)
             for redirection in self.redirections
-            for outcome in self._outcomes(redirection)
+            for result in self._results(redirection)
         ]
         # Rules that are loaded by hand need not be there for all modes that the listeners could be for.
         behind = {What.ARRIVED, What.STOPPED}
         modes = {f.redirection.mode for f in found if f.what in behind or (f.what is What.PASSED and f.text)}
         return tuple(f for f in found if self.stated or not modes or f.redirection.mode in modes)
 
-    def _outcomes(self, redirection: Redirection) -> list[Outcome]:
+    def _results(self, redirection: Redirection) -> list[Result]:
         if self.tracer is None:
             return []
         if self.client is None:
@@ -217,7 +217,7 @@ class Host:
             return []
         to, iif = trace.packet, device(trace.iif)
         sample = Sample(destination=to.destination, port=to.dport, source=self.client, iif=iif)
-        return [Outcome(sample=sample, trace=trace, back=self.tracer.trace(TCP, port, back=True))]
+        return [Result(sample=sample, trace=trace, back=self.tracer.trace(TCP, port, back=True))]
 
     @cached_property
     def arrived(self) -> tuple[Fate, ...]:
@@ -228,14 +228,14 @@ class Host:
                 found.setdefault(fate.name, fate)
         return tuple(found.values())
 
-    def open(self, who: Identity, address: IPAddress, port: int) -> Outcome:
+    def open(self, who: Identity, address: IPAddress, port: int) -> Result:
         """Try a connection of a process of this host."""
         sample = Sample(destination=address, port=port, who=who)
-        return Outcome(sample=sample) if self.tracer is None else try_out(self.tracer, sample)
+        return Result(sample=sample) if self.tracer is None else try_out(self.tracer, sample)
 
-    def comes_back(self, outcome: Outcome) -> str | None:
+    def comes_back(self, result: Result) -> str | None:
         """The rule that redirects it to a port of transocks, if one does."""
-        turn = outcome.trace.turn if outcome.trace is not None else None
+        turn = result.trace.turn if result.trace is not None else None
         if turn is None or turn.to is None or turn.to[1] not in self.ports or not self.is_local(turn.to[0]):
             return None
         return self.names.of(turn.cause)

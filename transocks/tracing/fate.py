@@ -15,8 +15,8 @@ from transocks.tools import FirewallError
 from transocks.tracing.events import Event, Verdict
 from transocks.tracing.links import links
 from transocks.tracing.names import RuleNames
-from transocks.tracing.samples import Outcome, Sample, samples, try_out
-from transocks.tracing.trace import Cause, Change, Trace
+from transocks.tracing.samples import Result, Sample, samples, try_out
+from transocks.tracing.trace import Cause, Rewrite, Trace
 from transocks.tracing.tracer import Tracer
 from usocksd.net.address import IPAddress
 
@@ -59,7 +59,7 @@ class Fate:
     """Of one sample, as far as the rules of one mode are concerned."""
 
     redirection: Redirection
-    outcome: Outcome
+    result: Result
     what: What
     text: str = ""
     """what did it, or why; "" if no rule of ours was met"""
@@ -76,7 +76,7 @@ class Fate:
     @property
     def sample(self) -> Sample:
         """What was tried."""
-        return self.outcome.sample
+        return self.result.sample
 
     @property
     def name(self) -> str:
@@ -90,23 +90,24 @@ class Fate:
             own = [address for address in self.redirection.addresses if address.version == self.sample.version]
             loopback = ip_address("127.0.0.1" if self.sample.version == 4 else "::1")
             return own[0] if own else loopback, self.redirection.port
-        assert self.outcome.trace is not None
-        return self.outcome.trace.destination
+        assert self.result.trace is not None
+        return self.result.trace.destination
 
 
-def fate_of(outcome: Outcome, redirection: Redirection, names: RuleNames) -> Fate:
+def fate_of(result: Result, redirection: Redirection, names: RuleNames) -> Fate:
     """The fate of a sample of these rules."""
-    if outcome.trace is None:
-        return Fate(redirection, outcome, What.NOWHERE, outcome.why or "nothing was reported of it")
-    what, text, cause = _judge(outcome.trace, redirection, names)
+    if result.trace is None:
+        return Fate(redirection, result, What.NOWHERE, result.why or "nothing was reported of it")
+    what, text, cause = _follow(result.trace, redirection, names)
     rule = cause.rule if cause is not None else None
-    return Fate(redirection, outcome, what, text, rule, rule is not None and _is_ours(rule, names, TABLES, CHAINS))
+    return Fate(redirection, result, what, text, rule, rule is not None and _is_ours(rule, names, TABLES, CHAINS))
 
 
-_Judgement = tuple[What, str, Cause | None]
+_End = tuple[What, str, Cause | None]
 
 
-def _judge(trace: Trace, redirection: Redirection, names: RuleNames) -> _Judgement:
+def _follow(trace: Trace, redirection: Redirection, names: RuleNames) -> _End:
+    """How far it got, that in words, and what did it."""
     turn = trace.turn
     if redirection.mode is Mode.TPROXY:
         mark = redirection.tproxy_mark
@@ -137,12 +138,12 @@ def _judge(trace: Trace, redirection: Redirection, names: RuleNames) -> _Judgeme
     return _untaken(trace, redirection, names)
 
 
-def _elsewhere(turn: Change, names: RuleNames) -> _Judgement:
+def _elsewhere(turn: Rewrite, names: RuleNames) -> _End:
     assert turn.to is not None
     return What.TAKEN, f"{names.of(turn.cause)} sends it to port {turn.to[1]} of {turn.to[0]}", turn.cause
 
 
-def _untaken(trace: Trace, redirection: Redirection, names: RuleNames) -> _Judgement:
+def _untaken(trace: Trace, redirection: Redirection, names: RuleNames) -> _End:
     """No rule redirected it or stopped it."""
     hook, table = _PLACE[redirection.mode]
     chains = {("ip", table, hook.upper()), ("ip6", table, hook.upper())}

@@ -81,19 +81,11 @@ def filtered_bridges() -> dict[tuple[str, int], str]:
     return {(bridge, version): setting for version, setting in settings.items() for bridge in bridges}
 
 
-@attrs.frozen
-class Route:
-    """The way of a packet that this host sends."""
-
-    device: str
-    gateway: str | None
-
-
-def lookup(destination: IPAddress, *, mark: int = 0, uid: int | None = None) -> Route:
-    """Where a packet of this user goes. Raises FirewallError when it goes nowhere."""
+def lookup(destination: IPAddress, *, mark: int = 0, uid: int | None = None) -> tuple[str, str | None]:
+    """The interface by which a packet of this user leaves, and the gateway. Raises FirewallError without a route."""
     user = () if uid is None else ("uid", str(uid))
     (route,) = _ip("route", "get", str(without_zone(destination)), "mark", str(mark), *user)
-    return Route(route.get("dev", ""), route.get("gateway"))
+    return route.get("dev", ""), route.get("gateway")
 
 
 def policy_against(destination: IPAddress, mark: int, uid: int | None) -> str | None:

@@ -7,6 +7,7 @@ TCP knows nothing of them, and resets what a listener answers: no listener gets 
 from __future__ import annotations
 
 import contextlib
+import errno
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -36,6 +37,7 @@ _PORTS = (443, 80)
 _DNS_PORTS = {53, 853}
 _MOST = 4  # users, groups, cgroups and clients, each
 _PATIENCE, _STEP = 0.5, 0.01  # seconds until the kernel has done what it does, and between two looks
+_NO_ROUTE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL, errno.EADDRNOTAVAIL}
 _IPPROTO_RAW, _IPV6_HDRINCL = 255, 36
 
 
@@ -60,7 +62,7 @@ class Sample:
 
 
 @attrs.frozen(kw_only=True)
-class Outcome:
+class Result:
     """What became of a sample."""
 
     sample: Sample
@@ -79,34 +81,39 @@ class Outcome:
         return accepts and back is not None and (back.delivered or back.left)
 
     @property
+    def no_route(self) -> bool:
+        """It was not sent, since there is no route."""
+        return isinstance(self.problem, OSError) and self.problem.errno in _NO_ROUTE
+
+    @property
     def why(self) -> str:
         """The problem in words; "" without."""
         return (isinstance(self.problem, OSError) and self.problem.strerror) or str(self.problem or "")
 
 
-def try_out(tracer: Tracer, sample: Sample, *, protocol: int = TCP, flags: int = SYN) -> Outcome:
+def try_out(tracer: Tracer, sample: Sample, *, protocol: int = TCP, flags: int = SYN) -> Result:
     """Try a first segment, one from the middle of a connection (ACK), or an empty datagram of UDP."""
     try:
         with _emitter(sample) as (source, emit), _free_port(sample.version, protocol) as port:
             packet = Packet(protocol, source, port, sample.destination, sample.port, flags if protocol == TCP else 0)
             with tracer.watching(protocol, port, keep=True):
                 emit(packet)
-                outcome = _wait(tracer, sample, protocol, port)
-                if outcome.answered:  # so that nobody waits for the rest
+                result = _wait(tracer, sample, protocol, port)
+                if result.answered:  # so that nobody waits for the rest
                     emit(attrs.evolve(packet, flags=RST))
-            return outcome
+            return result
     except (OSError, FirewallError) as error:
-        return Outcome(sample=sample, problem=error)
+        return Result(sample=sample, problem=error)
 
 
-def _wait(tracer: Tracer, sample: Sample, protocol: int, port: int) -> Outcome:
+def _wait(tracer: Tracer, sample: Sample, protocol: int, port: int) -> Result:
     deadline = time.monotonic() + _PATIENCE
     while True:
         trace, back = tracer.trace(protocol, port), tracer.trace(protocol, port, back=True)
         silent = protocol != TCP or trace is None or not trace.delivered
         over = trace is not None and trace.ended and (silent or (back is not None and back.ended))
         if over or time.monotonic() > deadline:
-            return Outcome(sample=sample, trace=trace, back=back)
+            return Result(sample=sample, trace=trace, back=back)
         time.sleep(_STEP)
 
 
@@ -171,7 +178,7 @@ def _clients(redirection: Redirection, here: Links, version: int) -> list[tuple[
         found = []
         for address in (_inside(network) for network in redirection.from_ if network.version == version):
             with contextlib.suppress(FirewallError):
-                found.append((here.of(address) or lookup(address).device, address))
+                found.append((here.of(address) or lookup(address)[0], address))
         return [(iif, address) for iif, address in found if not redirection.interfaces or iif in redirection.interfaces]
     inside = [name for name in here.networks if name not in here.uplinks.values() or len(here.networks) == 1]
     networks = {

@@ -38,7 +38,7 @@ class Cause:
 
 
 @attrs.frozen
-class Change:
+class Rewrite:
     """Another mark, or another destination, than before."""
 
     cause: Cause
@@ -60,9 +60,9 @@ class Trace:
     """the interface that it came in by; 0: none"""
     oif: int
     """the interface that it was last to leave by; 0: none"""
-    turn: Change | None
+    turn: Rewrite | None
     """the first time that it got another destination"""
-    marks: tuple[Change, ...]
+    marks: tuple[Rewrite, ...]
     stop: Cause | None
     """what kept it from being delivered and from leaving"""
     delivered: bool
@@ -94,7 +94,7 @@ def trace_of(events: Sequence[Event], protocol: int, port: int, *, back: bool = 
     packet = found[0].packet
     destination, oif, mark = (packet.destination, packet.dport), 0, found[0].mark
     hook, place, accept, turn = "ingress", FIRST, None, None
-    marks: list[Change] = []
+    marks: list[Rewrite] = []
 
     def cause(rule: Event | None) -> Cause:
         behind = LO if (hook, place) == ("postrouting", LAST) else PLACES.get(place, _OTHERS)
@@ -103,13 +103,13 @@ def trace_of(events: Sequence[Event], protocol: int, port: int, *, back: bool = 
     for event in found:
         here = place_of(event)
         if event.mark != mark:
-            marks.append(Change(cause(accept if event.table == TABLE else event), mark, event.mark))
+            marks.append(Rewrite(cause(accept if event.table == TABLE else event), mark, event.mark))
             mark = event.mark
         if event.packet is not None:
             oif = event.oif
             now = event.packet.destination, event.packet.dport
             if turn is None and now != destination:
-                turn = Change(cause(accept), to=now)
+                turn = Rewrite(cause(accept), to=now)
             destination = now
         if here is not None:
             (hook, place), accept = here, None

@@ -10,7 +10,7 @@ import pytest
 
 from transocks.tracing.events import ACK, RST, SYN, TCP, UDP, Event, Packet, Verdict, parse
 from transocks.tracing.packets import datagram
-from transocks.tracing.trace import FIRST, LAST, TABLE, Cause, Change, trace_of
+from transocks.tracing.trace import FIRST, LAST, TABLE, Cause, Rewrite, trace_of
 
 PACKETS = [
     Packet(TCP, ip_address(source), 61000, ip_address(destination), 443, SYN)
@@ -100,8 +100,8 @@ def test_a_path() -> None:
     assert trace is not None
     assert trace.events == tuple(events)
     assert (trace.packet, trace.destination) == (first, (ip_address("127.0.0.1"), 1081))
-    assert trace.turn == Change(Cause(events[5], 4, "output", "nat"), to=trace.destination)
-    assert trace.marks == (Change(Cause(None, 4, "output", "mangle"), 0, 5),)
+    assert trace.turn == Rewrite(Cause(events[5], 4, "output", "nat"), to=trace.destination)
+    assert trace.marks == (Rewrite(Cause(None, 4, "output", "mangle"), 0, 5),)
     assert trace.stop is not None
     assert (trace.stop.rule, trace.delivered, trace.left, trace.ended) == (events[8], False, False, True)
     assert trace_of(events, UDP, 61000) is None

@@ -11,7 +11,6 @@ from transocks.doctor.finding import Finding, fault, fine, unchecked
 from transocks.doctor.host import AS_ROOT, Host
 from transocks.rules.config import Mode
 from transocks.rules.loops import sender_of
-from transocks.tools import FirewallError
 from transocks.tracing.fate import What, fate_of
 from transocks.tracing.samples import EXAMPLES, try_out
 from transocks.tracing.sockets import Identity
@@ -49,10 +48,10 @@ def _addresses(host: Host) -> Iterator[tuple[IPAddress, int]]:
 
 
 def _own(host: Host, address: IPAddress, port: int, what: str) -> Finding:
-    outcome = host.open(host.daemon, address, port)
-    if isinstance(outcome.problem, FirewallError):
-        return unchecked("loops", f"whether transocks's own {what} are redirected: {outcome.why}")
-    if (rule := host.comes_back(outcome)) is not None:
+    result = host.open(host.daemon, address, port)
+    if result.trace is None and not result.no_route:
+        return unchecked("loops", f"whether transocks's own {what} are redirected: {result.why}")
+    if (rule := host.comes_back(result)) is not None:
         return fault("loops", f"transocks's own {what} are redirected to it: {rule}", _EXEMPT)
     return fine("loops", f"transocks's own {what} are not redirected")
 

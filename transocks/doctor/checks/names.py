@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
-from ipaddress import ip_address
 from pathlib import Path
 
 import attrs
@@ -15,12 +14,11 @@ from transocks.tools import FirewallError
 from transocks.tracing.events import UDP
 from transocks.tracing.samples import EXAMPLES, Sample, try_out
 from transocks.tracing.sockets import NOBODY, Identity, socket_of
-from usocksd.net.address import IPAddress, socket_address
+from usocksd.names.resolv_conf import PORT, RESOLV_CONF, parse
+from usocksd.net.address import IPAddress, numeric_address, socket_address
 
-_DNS = 53
-_RESOLV = "/etc/resolv.conf"
 # The servers of systemd-resolved, where resolv.conf has only itself.
-_RESOLVED = "/run/systemd/resolve/resolv.conf"
+_RESOLVED = Path("/run/systemd/resolve/resolv.conf")
 _QUESTION = bytes.fromhex("7473 0100 0001 0000 0000 0000 00 0002 0001")  # the name servers of the root: RFC 1035
 _PATIENCE = 1.5  # seconds
 
@@ -34,8 +32,8 @@ def resolver(host: Host) -> Iterator[Finding]:
     own = [server.address for server in host.config.dns.servers or ()]
     daemon = attrs.evolve(host.daemon, mark=0)  # name servers are asked by sockets without the mark
     named = [proxy.host for proxy in host.proxies if isinstance(proxy.host, str) and proxy.host != "localhost"]
-    for server, who in _over_tcp(host, own or _listed(_RESOLV), daemon):
-        if (rule := host.comes_back(host.open(who, server, _DNS))) is not None:
+    for server, who in _over_tcp(host, own or _listed(RESOLV_CONF), daemon):
+        if (rule := host.comes_back(host.open(who, server, PORT))) is not None:
             text = f"queries to {server} over TCP are redirected to transocks: {rule}"
             do = "leave out TCP port 53 in the rules, as the rule files do, or exempt transocks by its user"
             if named:
@@ -43,7 +41,7 @@ def resolver(host: Host) -> Iterator[Finding]:
             else:
                 yield warning("resolver", f"{text}; names need the proxy then", do)
             return
-    for server in dict.fromkeys([*own, *_listed(_RESOLV)]):
+    for server in dict.fromkeys([*own, *_listed(RESOLV_CONF)]):
         for who in (NOBODY, daemon):
             if (why := _stopped(host, server, who)) is not None and not _answers(server, who):
                 do = "take that rule out, or let somebody answer there: transocks takes no UDP"
@@ -64,7 +62,7 @@ def _over_tcp(host: Host, servers: list[IPAddress], daemon: Identity) -> Iterato
 def _stopped(host: Host, server: IPAddress, who: Identity) -> str | None:
     """What keeps a query from this server, or sends it elsewhere."""
     assert host.tracer is not None
-    trace = try_out(host.tracer, Sample(destination=server, port=_DNS, who=who), protocol=UDP).trace
+    trace = try_out(host.tracer, Sample(destination=server, port=PORT, who=who), protocol=UDP).trace
     if trace is not None and trace.stop is None and trace.turn is not None and trace.turn.to is not None:
         return f"{host.names.of(trace.turn.cause)} sends it to port {trace.turn.to[1]} of {trace.turn.to[0]}"
     return host.stop(trace)
@@ -76,24 +74,16 @@ def _answers(server: IPAddress, who: Identity) -> bool:
     try:
         with socket_of(who, family, socket.SOCK_DGRAM) as sock:
             sock.settimeout(_PATIENCE)
-            sock.connect(socket_address(str(server), _DNS))
+            sock.connect(socket_address(str(server), PORT))
             sock.send(_QUESTION)
             return bool(sock.recv(4096))
     except (OSError, FirewallError):
         return False
 
 
-def _listed(file: str) -> list[IPAddress]:
+def _listed(file: Path) -> list[IPAddress]:
     """The name servers in a resolv.conf."""
     try:
-        lines = [line.split() for line in Path(file).read_text("utf-8", "replace").splitlines()]
+        return [numeric_address(server) for server in parse(file.read_text("utf-8", "replace")).servers]
     except OSError:
         return []
-    found = []
-    for words in lines:
-        if words[:1] == ["nameserver"] and len(words) > 1:
-            try:
-                found.append(ip_address(words[1].partition("%")[0]))
-            except ValueError:
-                continue
-    return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator
 
 from transocks.doctor.finding import Finding, fault, fine, warning
@@ -12,7 +11,6 @@ from transocks.rules.routing import Routing
 from transocks.tracing.fate import Fate
 
 _INSIDE = (Mode.GATEWAY, Mode.TPROXY)
-_NO_ROUTE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL, errno.EADDRNOTAVAIL}
 
 
 def loopback(host: Host) -> Iterator[Finding]:
@@ -88,9 +86,8 @@ def way_out(host: Host) -> Iterator[Finding]:
     mine = [f for f in host.fates if f.redirection.mode is Mode.HOST and f.sample.version in devices]
     missing: dict[int, str] = {}
     for fate in mine:
-        problem = fate.outcome.problem
-        if isinstance(problem, OSError) and problem.errno in _NO_ROUTE:
-            text = f"no route to {fate.sample.destination}, so no rule is asked ({problem.strerror})"
+        if fate.result.no_route:
+            text = f"no route to {fate.sample.destination}, so no rule is asked ({fate.result.why})"
             missing[fate.sample.version] = text
     versions = {fate.sample.version for fate in mine}
     if missing and (4 in missing or set(missing) == versions):  # without IPv6 applications take IPv4
@@ -104,7 +101,7 @@ def way_out(host: Host) -> Iterator[Finding]:
 
 def routing(fate: Fate, host: Host) -> Finding:
     """Why the kernel's routing dropped what our rule has for us, or sent it away."""
-    trace, iif, mode = fate.outcome.trace, fate.sample.iif or "", fate.redirection.mode
+    trace, iif, mode = fate.result.trace, fate.sample.iif or "", fate.redirection.mode
     assert trace is not None
     if mode is Mode.GATEWAY and trace.destination[0].is_loopback:
         text = f"DNAT to {trace.destination[0]} from {iif}, and route_localnet is 0: dropped"

@@ -39,7 +39,7 @@ def rules(host: Host) -> Iterator[Finding]:
     firsts: dict[object, Fate] = {}
     for fate in fates:
         firsts.setdefault((fate.name, fate.what, fate.text), fate)
-    yield from dict.fromkeys(finding for fate in firsts.values() for finding in _judge(fate, host))
+    yield from dict.fromkeys(finding for fate in firsts.values() for finding in _findings(fate, host))
 
 
 def _missing(host: Host) -> Finding:
@@ -60,7 +60,7 @@ def _nowhere(fate: Fate) -> Finding:
     return unchecked("rules", f"{text}: a client's packet can't be made here", do)
 
 
-def _judge(fate: Fate, host: Host) -> Iterator[Finding]:
+def _findings(fate: Fate, host: Host) -> Iterator[Finding]:
     name, text, port = fate.name, fate.text, fate.redirection.port
     arrived = {(other.redirection.mode, other.sample.version) for other in host.arrived}
     mode, version = fate.redirection.mode, fate.sample.version
@@ -132,7 +132,7 @@ def _no_listener(fate: Fate, host: Host) -> Finding | None:
 
 def _stopped(fate: Fate, host: Host) -> Finding:
     """Behind the rule that has it for us."""
-    trace, mode = fate.outcome.trace, fate.redirection.mode
+    trace, mode = fate.result.trace, fate.redirection.mode
     assert trace is not None
     if trace.left or (trace.stop is not None and (trace.stop.hook, trace.stop.place) == ("prerouting", ROUTING)):
         return routing(fate, host)
@@ -190,14 +190,14 @@ def listeners(host: Host) -> Iterator[Finding]:
 
 
 def _answer(fate: Fate, host: Host) -> Iterator[Finding]:
-    outcome, port = fate.outcome, fate.redirection.port
-    if outcome.answered:
+    result, port = fate.result, fate.redirection.port
+    if result.answered:
         yield fine("listeners", f"{fate.name}: accepted on port {port}")
     elif host.listeners is not None and (found := _no_listener(fate, host)) is not None:
         yield found
-    elif (why := host.stop(outcome.back)) is not None:
+    elif (why := host.stop(result.back)) is not None:
         yield fault("answers", f"{fate.name}: what transocks answers gets lost: {why}", "let it pass there")
-    elif host.client is not None and outcome.back is None:
+    elif host.client is not None and result.back is None:
         yield unchecked("listeners", f"{fate.name}: no answer was seen")
     elif fate.redirection.mode is not Mode.TPROXY or (fate.sample.iif, fate.sample.version) not in host.bridges:
         yield fault(
@@ -214,7 +214,7 @@ def both_families(host: Host) -> Iterator[Finding]:
         name = f"{mode.value}: IPv{other}"
         if not theirs or any(f.what is What.ARRIVED for f in theirs):
             continue
-        first, trace = theirs[0], theirs[0].outcome.trace
+        first, trace = theirs[0], theirs[0].result.trace
         if first.what is What.NOWHERE and first.sample.iif is None:
             yield fine("families", f"{name} has no rules that are met, and no way out either")
         elif first.what is What.DROPPED and not host.stated:

@@ -256,9 +256,9 @@ class _Greeting:
             do = "sysctl net.ipv4.tcp_mtu_probing=1; and look for what drops ICMP on the way"
             return fault(_CHECK, text, do)
         try:
-            route = lookup(address, mark=self._host.daemon.mark)
+            device, gateway = lookup(address, mark=self._host.daemon.mark)
         except FirewallError:
             return fault(_CHECK, text, f"lower the MTU towards it to {mtu}")
-        via = f"via {route.gateway} " if route.gateway else ""
-        do = f"ip route replace {address} {via}dev {route.device} mtu {mtu}"
+        via = f"via {gateway} " if gateway else ""
+        do = f"ip route replace {address} {via}dev {device} mtu {mtu}"
         return fault(_CHECK, f"{text}; {mtu} bytes do", do)

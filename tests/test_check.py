@@ -46,7 +46,7 @@ def file(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["usocksd", "transocks"])
-def test_the_sample_is_well(name: str) -> None:
+def test_the_samples_have_no_faults_or_warnings(name: str) -> None:
     done = check(name, "check", "--strict", SAMPLES / f"{name}.toml")
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
@@ -83,7 +83,7 @@ def test_every_fault_has_its_line(file: Path) -> None:
         (None, ":1: error: file: can't be read: No such file or directory\n"),
     ],
 )
-def test_what_is_not_toml(file: Path, content: bytes | None, said: str) -> None:
+def test_syntax_errors(file: Path, content: bytes | None, said: str) -> None:
     if content is not None:
         file.write_bytes(content)
     done = check("usocksd", "check", "-q", file)
@@ -99,7 +99,7 @@ def test_a_missing_key_is_on_the_first_line(file: Path) -> None:
     assert done.returncode == 1
 
 
-def test_the_users_belong_to_it(file: Path, tmp_path: Path) -> None:
+def test_faults_of_the_users_file(file: Path, tmp_path: Path) -> None:
     users = tmp_path / "users"
     users.write_text("\nme:in-the-clear\n$2y$05$onlyahash\n")
     users.chmod(0o640)
@@ -150,7 +150,7 @@ def test_json(file: Path) -> None:
     assert (fault["line"], fault["column"], fault["key"]) == (3, 1, "")
 
 
-def test_nothing_is_touched_and_what_is_in_use_does_not_matter(file: Path, tmp_path: Path) -> None:
+def test_check_binds_and_creates_nothing(file: Path, tmp_path: Path) -> None:
     with loopback() as taken:
         port = taken.getsockname()[1]
         file.write_text(
@@ -162,7 +162,7 @@ def test_nothing_is_touched_and_what_is_in_use_does_not_matter(file: Path, tmp_p
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_what_this_process_may_not_do(file: Path, tmp_path: Path) -> None:
+def test_warnings_without_privileges(file: Path, tmp_path: Path) -> None:
     """As somebody else than root: no marks, no files in directories that are not ours, few descriptors."""
     closed = tmp_path / "closed"
     closed.mkdir()
@@ -230,7 +230,7 @@ def test_any_text_is_checked(tmp_path_factory: pytest.TempPathFactory, text: str
 
 @pytest.mark.parametrize("verb", [["check"], ["check", "--json"], ["explain", "--from", "10.0.0.1"]])
 @pytest.mark.parametrize("output", ["full", "pipe", "closed"])
-def test_what_can_t_be_written_is_no_answer(
+def test_output_that_can_not_be_written_is_status_2(
     file: Path, verb: list[str], output: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Neither "faults" nor "denied", which are 1. (And nobody wants to hear of a pipe into `head`.)"""

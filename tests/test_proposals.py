@@ -65,7 +65,7 @@ def test_examples_load(type_: Any, parser: Parser, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("type_", LISTS)
 @pytest.mark.parametrize("value", NO_LISTS)
-def test_what_is_proposed_for_a_list_loads(type_: Any, value: object, tmp_path: Path) -> None:
+def test_proposed_lists_load(type_: Any, value: object, tmp_path: Path) -> None:
     try:
         load(type_, config.show(value) if value != "x" * 200 else f'"{value}"', tmp_path)
     except ConfigError as error:
@@ -74,7 +74,7 @@ def test_what_is_proposed_for_a_list_loads(type_: Any, value: object, tmp_path: 
             load(type_, found[1], tmp_path)
 
 
-def test_a_list_of_what_was_given_is_proposed_where_it_can_be(tmp_path: Path) -> None:
+def test_lists_that_are_proposed(tmp_path: Path) -> None:
     def said(type_: Any, text: str) -> str:
         with pytest.raises(ConfigError) as error:
             load(type_, text, tmp_path)
@@ -88,7 +88,7 @@ def test_a_list_of_what_was_given_is_proposed_where_it_can_be(tmp_path: Path) ->
     assert said(tuple[str, ...], '"x.example"') == 'expected a list, as in ["x.example"]'
 
 
-def test_a_key_that_is_there_is_not_proposed(tmp_path: Path) -> None:
+def test_keys_that_are_there_are_not_proposed(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         config.parse(UsocksdConfig, "[incoming]\nport = 1080\nports = 1081\n", str(tmp_path / "usocksd.toml"))
     (fault,) = error.value.faults

@@ -118,14 +118,14 @@ def test_direct_connections_have_to_be_exempt() -> None:
     assert "when_all_down" not in keys(f"{direct}mark = 1\n{far}", own_users=["nobody-has-this"])
 
 
-def test_what_both_daemons_have_is_told_by_the_keys_of_this_one() -> None:
+def test_common_warnings_have_the_keys_of_transocks() -> None:
     assert keys(f'{PROXY}listen = "192.0.2.77:1081"') == ["listen"]
     assert keys(f'{PROXY}listen = ["localhost:1083"]\nmetrics_port = 1083') == ["metrics_port"]
     assert keys(f'{PROXY}metrics_address = "::1"\nmetrics_port = 0') == ["metrics_address"]
     assert keys(f"{PROXY}[timeouts]\nidle = 1\nhalf_closed = 1") == ["timeouts.handshake"]
 
 
-def test_routes_that_do_nothing() -> None:
+def test_routes_and_groups_without_effect() -> None:
     routes = """
         [upstream.used]
         proxy_url = "socks5://192.0.2.2"
@@ -171,7 +171,7 @@ def test_networks_that_read_as_one_address() -> None:
     ]
 
 
-def test_routes_by_name_that_nobody_looks_for() -> None:
+def test_routes_by_name_without_sniffing() -> None:
     route = '[[route]]\nto = ["a.example", ".b.example"]\nvia = "reject"\n'
     assert keys(PROXY + route) == []
     assert keys(f"{PROXY}{route}[names]\nsniff = false\n") == ["route[0].to"]

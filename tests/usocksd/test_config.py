@@ -33,7 +33,7 @@ def test_the_original_test_configuration() -> None:
     assert config.outgoing.dnsbl_domain == "zen.spamhaus.org"
 
 
-def test_the_bad_ones_of_the_original_are_refused_by_key() -> None:
+def test_the_faulty_configurations_of_the_original_are_refused() -> None:
     with pytest.raises(ConfigError) as caught:
         load(Config, DATA / "original-bad-key.toml")
     assert [str(fault) for fault in caught.value.faults] == [
@@ -61,7 +61,7 @@ def test_allow_from() -> None:
     )
 
 
-def test_empty_lists_and_strings_say_nothing_as_in_the_original() -> None:
+def test_empty_lists_and_strings_are_as_none() -> None:
     config = parse(
         Config,
         """
@@ -280,7 +280,7 @@ def test_every_fault_of_rules_and_pools() -> None:
     assert "rule 4: to: []: expected at least one, or no such key if the rule holds for any destination" in found
 
 
-def test_what_rules_and_pools_say_of_each_other() -> None:
+def test_faults_between_rules_and_pools() -> None:
     assert faults(
         """
         [outgoing]

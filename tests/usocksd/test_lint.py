@@ -278,7 +278,7 @@ def test_lists_that_a_rule_above_covers() -> None:
         (ALLOW + 'to = ["10.0.0.0/8"]', DENY + 'to = ["10.1.0.0/16"]', "move it up"),
     ],
 )
-def test_what_to_do_about_a_rule_that_never_decides(above: str, rule: str, mend: str) -> None:
+def test_the_advice_for_a_rule_that_never_decides(above: str, rule: str, mend: str) -> None:
     faults = lint(parse(Config, f'[[rule]]\nname = "top"\n{above}\n[[rule]]\n{rule}\n', "f"))
     assert faults[-1].expected == f'never decides, since rule 1 "top" (line 1) above has all of it: {mend}'
 
@@ -294,7 +294,7 @@ def test_what_to_do_about_a_rule_that_never_decides(above: str, rule: str, mend:
         ),
     ],
 )
-def test_a_rule_that_denies_everything_is_told_once(rules: list[str], said: str) -> None:
+def test_a_rule_that_denies_everything_gets_one_warning(rules: list[str], said: str) -> None:
     toml = "".join(f"[[rule]]\n{rule}\n" for rule in rules)
     assert [str(fault) for fault in lint(parse(Config, toml, ""))] == [said]
     # Where it belongs nothing is said of it.

@@ -38,7 +38,7 @@ ONLY = "f:2: incoming.allow_from: {}: admits {}: all others are turned away"
         ("", None),
     ],
 )
-def test_who_may_come(incoming: str, expected: str | None) -> None:
+def test_notes_on_allow_from(incoming: str, expected: str | None) -> None:
     assert said(f"[incoming]\n{incoming}\n") == ([] if expected is None else [expected])
 
 
@@ -59,7 +59,7 @@ def test_who_may_come(incoming: str, expected: str | None) -> None:
         ("[outgoing]\ndeny_ports = [25]", None),
     ],
 )
-def test_a_port_that_everybody_needs(toml: str, expected: str | None) -> None:
+def test_notes_on_port_443(toml: str, expected: str | None) -> None:
     assert said(toml) == ([] if expected is None else [expected])
 
 
@@ -78,7 +78,7 @@ def records(count: int, **changes: Any) -> str:
     return (json.dumps(record, separators=(",", ":")) + "\n") * count
 
 
-def test_what_the_log_says_of_it(tmp_path: Path) -> None:
+def test_the_log_tells_how_many_requests_would_be_denied(tmp_path: Path) -> None:
     """And only of what was allowed by then: what was denied is denied for long."""
     log = tmp_path / "log"
     toml = f'[log]\nfilename = "{log}"\nformat = "json"\n'
@@ -110,12 +110,12 @@ def test_only_the_end_of_a_long_log_counts(tmp_path: Path) -> None:
     assert line.endswith(f"requests {count} were allowed and would be denied, by allow_from")
 
 
-def test_a_log_that_is_no_file(tmp_path: Path) -> None:
+def test_a_log_that_is_a_fifo_is_not_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "log")
     assert said(f'[log]\nfilename = "{tmp_path}/log"\n[incoming]\nallow_from = ["10.0.0.0/8"]\n') == []
 
 
-def test_a_faulty_file_of_users_is_told_elsewhere(tmp_path: Path) -> None:
+def test_a_faulty_users_file_gives_no_note(tmp_path: Path) -> None:
     (tmp_path / "log").write_text(records(1))
     (tmp_path / "users").write_text("bad")
     assert said(f'[log]\nfilename = "{tmp_path}/log"\n[auth]\nusers_file = "users"\n', tmp_path) == []

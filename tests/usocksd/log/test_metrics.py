@@ -63,7 +63,7 @@ def test_a_sum_has_no_more_children_than_its_parts_may_have() -> None:
     assert found == {**{(f"rule {number} of 0",): [1] for number in range(3)}, (OTHER,): [12]}
 
 
-def test_a_sum_of_what_there_is_now_has_every_child() -> None:
+def test_a_sum_of_live_workers_has_every_child() -> None:
     """Of workers with different children, none falls when one more child comes, or whatever the order is."""
     workers = []
     for number, rules in enumerate((("one", "two", "three"), ("four",))):
@@ -110,7 +110,7 @@ def test_a_sum_over_workers() -> None:
     assert total([]) == {}
 
 
-def test_what_ended_workers_counted_still_counts_and_what_they_held_does_not() -> None:
+def test_counters_of_ended_workers_stay_and_gauges_go() -> None:
     retired = total([lasting(worker(3, 10, 0.1)), lasting(worker(4, 20, 0.1))])
     found = total([retired, worker(1, 5, 0.9)])
     assert values(found, "usocksd_requests_total")["ok",] == [8]

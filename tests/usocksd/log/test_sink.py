@@ -121,7 +121,7 @@ def test_a_path_that_can_not_be_opened(sink: MakeSink, tmp_path: Path, name: str
         sink(tmp_path / name)
 
 
-def test_one_write_for_what_comes_while_lingering(sink: MakeSink) -> None:
+def test_records_that_come_while_lingering_share_a_write(sink: MakeSink) -> None:
     reader, writer = os.pipe2(os.O_DIRECT)  # a read returns what one write wrote
     log = sink(writer, linger=FOREVER)
     for number in range(10):
@@ -386,7 +386,7 @@ def test_another_reader_comes(sink: MakeSink, tmp_path: Path) -> None:
     os.close(second)
 
 
-def test_what_came_while_the_reader_was_stopped_follows(sink: MakeSink, pipe: Pipe) -> None:
+def test_records_appended_while_the_reader_is_stopped_follow(sink: MakeSink, pipe: Pipe) -> None:
     os.write(pipe[1], bytes(4095) + b"\n")
     log = sink(pipe[1])
     log.append(line(1))
@@ -423,7 +423,7 @@ def test_stderr_closed_before_the_start() -> None:
 # Full disks.
 
 
-def test_the_first_write_that_fails_is_told_on_stderr(sink: MakeSink, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_first_failing_write_is_reported_on_stderr(sink: MakeSink, capfd: pytest.CaptureFixture[str]) -> None:
     log = sink("/dev/full")
     for number in range(3):
         log.append(line(number))

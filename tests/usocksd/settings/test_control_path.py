@@ -117,7 +117,7 @@ def test_the_default_of_each_user(uid: int, before: str, runtime: str | None, pa
     ],
     ids=["another user's", "open to others", "a link"],
 )
-def test_what_others_could_have_made_is_used_by_neither(before: str) -> None:
+def test_a_folder_that_others_may_have_made_is_refused(before: str) -> None:
     found = asked(NOBODY, before)
     told = f"{Path(IN_TMP).parent} is not a folder of this user alone: remove it, or have `control` lead elsewhere"
     assert found["daemon"] == f"can't open the control socket {IN_TMP}: {told}"

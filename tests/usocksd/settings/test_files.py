@@ -10,7 +10,7 @@ import pytest
 from usocksd.settings.files import NamedFiles, NotRegular, read_file
 
 
-def test_what_was_read_is_kept(tmp_path: Path) -> None:
+def test_kept_files_outlive_changes(tmp_path: Path) -> None:
     names = {"one": b"1" * 100_000, "empty": b"", "two": b"\0\xff"}
     paths = {tmp_path / name: content for name, content in names.items()}
     for path, content in paths.items():
@@ -37,7 +37,7 @@ def test_no_files_no_memory() -> None:
     files.close()
 
 
-def test_what_is_no_regular_file(tmp_path: Path) -> None:
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     for path in (tmp_path, tmp_path / "fifo", Path("/dev/zero")):
         with pytest.raises(NotRegular):

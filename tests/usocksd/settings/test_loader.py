@@ -106,7 +106,7 @@ class Tables:
     by_name: Mapping[Annotated[str, text(str.upper, "any name")], Inner] = attrs.field(factory=dict)
 
 
-def test_tables_with_names_of_the_operators_choice_and_keys_that_python_has_a_use_for() -> None:
+def test_tables_named_by_the_operator_and_a_key_named_from() -> None:
     config = parse(Tables, "from = 3\n[by_name.a]\nport = 1\n[by_name.b]\nport = 2\n", "test.toml")
     assert config.from_ == 3
     assert {name: inner.port for name, inner in config.by_name.items()} == {"A": 1, "B": 2}
@@ -218,7 +218,7 @@ def test_fault(toml: str, fault: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["a b", "a/b", "..", "a:b", "sixteen-chars-xx", "tab\\t"])
-def test_what_the_kernel_refuses_as_an_interface_name(name: str) -> None:
+def test_interface_names_that_the_kernel_refuses(name: str) -> None:
     assert len(faults(f'iface = "{name}"')) == 1
 
 
@@ -282,7 +282,7 @@ def test_load_reads_a_file(tmp_path: Path) -> None:
         ("latin1", "line 2: byte 0xff: expected UTF-8"),
     ],
 )
-def test_what_can_not_be_loaded(tmp_path: Path, name: str, problem: str) -> None:
+def test_files_that_can_not_be_loaded(tmp_path: Path, name: str, problem: str) -> None:
     (tmp_path / "latin1").write_bytes(b"# one\n# two \xff\n")
     with pytest.raises(ConfigError) as caught:
         load(Outer, tmp_path / name)
@@ -384,7 +384,7 @@ def test_the_resolver() -> None:
     "server",
     ["", "dns.example", "192.0.2.53:", "192.0.2.53:0", "192.0.2.53:65536", "[::1", "0.0.0.0", "::1]:53"],
 )
-def test_what_is_no_dns_server(server: str) -> None:
+def test_faults_of_dns_servers(server: str) -> None:
     (fault,) = faults(f'servers = ["{server}"]', DnsConfig)
     assert fault.startswith(f'servers[0]: "{server}": ')
 

@@ -107,7 +107,7 @@ def test_listening_addresses(address: str, changes: dict[str, Any], said: str) -
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "127.8.8.8", "192.0.2.77", "fe80::77%lo", "2001:db8::77", "::1"])
-def test_what_can_not_be_bound_is_what_the_kernel_refuses(address: str) -> None:
+def test_warnings_of_addresses_agree_with_bind(address: str) -> None:
     """The warning against bind(2) itself, on this host."""
     here = HostFacts.here(frozenset(map(ip_address, ("127.0.0.1", "::1"))))
     assert "lo" in here.interfaces

@@ -221,7 +221,7 @@ class Service:
     async def _serve_each(self, connection: tuple[Endpoint, str, int, int]) -> None:
         """Serve it, and then others: beginning and ending a task takes 4 us, which is more than waiting."""
         task = trio.lowlevel.current_task()
-        idle = self._idle
+        idle, most = self._idle, self._timing.idle_tasks
 
         def abort(_: object) -> trio.lowlevel.Abort:
             idle.remove(task)
@@ -230,7 +230,7 @@ class Service:
         while True:
             await self._serve(*connection)
             del connection
-            if len(idle) == self._timing.idle_tasks:
+            if len(idle) == most:
                 return
             idle.append(task)
             connection = await trio.lowlevel.wait_task_rescheduled(abort)

@@ -73,7 +73,7 @@ async def test_descriptors_go_along(pair: tuple[Channel, Channel], tmp_path: Pat
 
 
 async def test_the_end(pair: tuple[Channel, Channel], tmp_path: Path) -> None:
-    """What was sent before it arrives; a part of a message, and descriptors that nobody took, are dropped."""
+    """Messages sent before the end arrive. Partial messages, and descriptors that were not taken, are dropped."""
     ours, theirs = pair
     await ours.send({"last": True})
     with (tmp_path / "file").open("w") as file:
@@ -97,7 +97,7 @@ async def test_half_a_message(nothing_leaks: None) -> None:
 
 
 async def test_a_torn_message(nothing_leaks: None) -> None:
-    """The other side ended in the middle, and somebody went on: that is the end."""
+    """The other side ended in the middle of a message, and other bytes follow: that counts as the end."""
     left, right = socket.socketpair()
     with left:
         channel = Channel(trio.socket.from_stdlib_socket(right))
@@ -108,7 +108,7 @@ async def test_a_torn_message(nothing_leaks: None) -> None:
 
 
 async def test_a_sender_that_is_cancelled(pair: tuple[Channel, Channel]) -> None:
-    """What it has begun arrives whole, and so does what follows."""
+    """The message that it has begun arrives whole, and so does the next one."""
     ours, theirs = pair
     large = {"text": "x" * 1_000_000}
     scope = trio.CancelScope()
@@ -129,7 +129,7 @@ async def test_a_sender_that_is_cancelled(pair: tuple[Channel, Channel]) -> None
 
 
 async def test_a_reader_that_takes_long(pair: tuple[Channel, Channel], mock_clock: trio.testing.MockClock) -> None:
-    """Nobody has said that it must be quick; once somebody does, that is the end of the channel."""
+    """A sender without a time limit waits; one with a limit closes the channel."""
     ours, theirs = pair
     large = {"text": "x" * 1_000_000}
     async with trio.open_nursery() as nursery:
@@ -145,8 +145,8 @@ async def test_a_reader_that_takes_long(pair: tuple[Channel, Channel], mock_cloc
         assert await theirs.receive() is None
 
 
-async def test_going_on_where_another_has_stopped(nothing_leaks: None) -> None:
-    """What had arrived of a message is passed on, the rest is still in the socket."""
+async def test_a_channel_is_handed_on(nothing_leaks: None) -> None:
+    """The part of a message that has arrived is passed on; the rest is still in the socket."""
     left, right = socket.socketpair()
     ours = Channel(trio.socket.from_stdlib_socket(left))
     await ours.send({"number": 1})

@@ -1,4 +1,4 @@
-"""What a worker died of."""
+"""The causes of a worker's death."""
 
 import signal
 
@@ -8,7 +8,7 @@ from usocksd.serve.coroner import Coroner
 
 
 class Kernel:
-    """Counts whom it has killed for memory, if it does."""
+    """Counts the processes that it has killed for memory; None if it does not count."""
 
     def __init__(self, count: int | None = 7) -> None:
         self.count = count
@@ -20,12 +20,12 @@ class Kernel:
 @pytest.mark.parametrize(
     ("status", "cause"), [(0, "exit status 0"), (3, "exit status 3"), (-11, "signal 11 (SIGSEGV)"), (-63, "signal 63")]
 )
-def test_an_end_of_its_own(status: int, cause: str) -> None:
+def test_an_exit_or_a_signal(status: int, cause: str) -> None:
     assert Coroner(Kernel()).cause(status, killed=False) == cause
 
 
 def test_out_of_memory() -> None:
-    """The kernel says so, once for each."""
+    """The kernel's count explains one death for each kill."""
     kernel = Kernel()
     coroner = Coroner(kernel)
     kernel.count = 9
@@ -34,7 +34,7 @@ def test_out_of_memory() -> None:
     assert "not by the kernel" in causes[2]
 
 
-def test_where_nobody_counts() -> None:
+def test_a_kernel_that_does_not_count() -> None:
     assert Coroner(Kernel(None)).cause(-signal.SIGKILL, killed=False) == "killed by signal 9: out of memory?"
 
 
@@ -45,7 +45,7 @@ def test_killed_by_the_daemon_itself() -> None:
     assert coroner.cause(-signal.SIGKILL, killed=True) == "killed by the daemon"
 
 
-def test_who_was_killed_long_ago_was_somebody_else() -> None:
+def test_an_old_kill_explains_no_later_death() -> None:
     kernel = Kernel()
     coroner = Coroner(kernel)
     kernel.count = 8

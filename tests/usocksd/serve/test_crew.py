@@ -1,4 +1,4 @@
-"""Workers that die or hang: replaced, and nobody but their own connections notices."""
+"""Workers that die or hang are replaced, and only their own connections notice."""
 
 import os
 import signal
@@ -31,12 +31,12 @@ def states(tiny: Tiny) -> dict[int, str]:
 
 
 def settled(tiny: Tiny, count: int) -> None:
-    """Wait until so many workers serve, and no others are there."""
+    """Wait until `count` workers serve, and there are no others."""
     wait_until(lambda: sorted(states(tiny).values()) == ["serving"] * count, lambda: states(tiny))
 
 
 def connect_many(tiny: Tiny, count: int = 60) -> set[int]:
-    """Who answers that many new connections, one after the other."""
+    """The workers that answer `count` new connections, one after the other."""
     found = set()
     for _ in range(count):
         pid, _, sock = tiny.who()
@@ -74,7 +74,7 @@ def test_a_worker_that_is_killed(tmp_path: Path) -> None:
 
 
 def test_files_are_what_they_were_when_the_configuration_came_into_force(tmp_path: Path) -> None:
-    """Also for a worker that takes a dead one's place, and after a reload that they have failed."""
+    """Also for a worker that replaces a dead one, and after a reload that failed because of them."""
     named = tmp_path / "named"
     named.write_text("first")
     with Tiny(tmp_path, workers=2, file=str(named)).ready() as tiny:
@@ -106,7 +106,7 @@ def test_files_are_what_they_were_when_the_configuration_came_into_force(tmp_pat
 
 
 def test_the_only_worker_is_killed(tmp_path: Path) -> None:
-    """Who connects meanwhile waits, and is served."""
+    """Clients that connect meanwhile wait, and are served."""
     with Tiny(tmp_path).ready() as tiny:
         tiny.expected.add("a worker ended")
         (dead,) = tiny.workers()
@@ -119,7 +119,7 @@ def test_the_only_worker_is_killed(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_ends_by_itself(tmp_path: Path) -> None:
-    """Again and again: ever more slowly, and the other one serves all the time."""
+    """It is replaced more and more slowly, while the other one serves."""
     timing = {"backoff": [0.0, 0.05, 0.1]}
     with Tiny(tmp_path, workers=2, timing=timing).ready() as tiny:
         tiny.expected |= {"a worker ended", "a worker can't be replaced"}
@@ -135,7 +135,7 @@ def test_a_worker_that_ends_by_itself(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_hangs(tmp_path: Path) -> None:
-    """Its slot is served by the other soon, and later it is replaced."""
+    """The other worker soon serves its slot, and later it is replaced."""
     port = free_port()
     with Tiny(tmp_path, workers=2, timing=QUICKER, metrics_port=port).ready() as tiny:
         tiny.expected |= {"a worker hangs, ending it", "a worker ended"}
@@ -152,7 +152,7 @@ def test_a_worker_that_hangs(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_only_seemed_to_hang(tmp_path: Path) -> None:
-    """It goes on, and has its slot for itself again."""
+    """It goes on, and alone serves its slot again."""
     timing = QUICKER | {"hung_after": 60.0}
     with Tiny(tmp_path, workers=2, timing=timing).ready() as tiny:
         held = tiny.one_each()
@@ -172,7 +172,7 @@ def test_a_worker_that_only_seemed_to_hang(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_does_not_read(tmp_path: Path) -> None:
-    """Stopped, and what it is told piles up: signals are for the others all the same."""
+    """It is stopped, and messages to it pile up; the others still get theirs."""
     timing = {"hung_after": 60.0, "send_within": 0.2, "answer_within": 0.2}
     with Tiny(tmp_path, workers=2, timing=timing).ready() as tiny:
         stopped, other = tiny.one_each()
@@ -190,7 +190,7 @@ def test_a_worker_that_does_not_read(tmp_path: Path) -> None:
 
 
 def takes_long(tiny: Tiny) -> bool:
-    """Tell the workers something: whether that took as long as one waits for a worker."""
+    """Whether telling the workers something takes as long as the wait for one that does not read."""
     before = time.monotonic()
     assert tiny.ask("log-level", level="info")["ok"]
     return time.monotonic() - before > 0.2
@@ -198,14 +198,14 @@ def takes_long(tiny: Tiny) -> bool:
 
 @pytest.fixture
 def ended() -> Iterator[int]:
-    """A child of this process that has ended, and that nobody has waited for."""
+    """A child of this process that has ended and was not waited for."""
     with subprocess.Popen(["true"]) as child:
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
         yield child.pid
 
 
-async def test_what_can_t_be_passed_on_yet(nothing_leaks: None, ended: int) -> None:
-    """A worker that has ended and is still listened to: the next version of the master could not learn how it ended."""
+async def test_a_crew_with_an_ended_worker_is_not_settled(nothing_leaks: None, ended: int) -> None:
+    """The next version of the master could not learn how that worker ended."""
     ours, theirs = socket.socketpair()
     async with trio.open_nursery() as nursery:
         crew = Crew(nursery, Slots(), Metrics("tiny"), Timing())
@@ -222,7 +222,7 @@ async def test_what_can_t_be_passed_on_yet(nothing_leaks: None, ended: int) -> N
 
 
 async def test_a_worker_that_takes_long_to_start(nothing_leaks: None, mock_clock: trio.testing.MockClock) -> None:
-    """It reads its configuration, which is more than fits into the channel, when it has; nobody minds."""
+    """The master waits without a limit until it reads its configuration, which does not fit into the channel."""
     ours, theirs = (Channel(trio.socket.from_stdlib_socket(sock)) for sock in socket.socketpair())
     text = "# more\n" * 300_000
     worker = WorkerProcess(1, 0, 0, os.getpid(), ours, timing=Timing())
@@ -240,7 +240,7 @@ async def test_a_worker_that_takes_long_to_start(nothing_leaks: None, mock_clock
 
 
 def test_an_adopter_that_dies_too(tmp_path: Path) -> None:
-    """Then a third one takes both slots."""
+    """Then a third worker serves both slots."""
     with Tiny(tmp_path, workers=3).ready() as tiny:
         tiny.expected.add("a worker ended")
         held = tiny.one_each()
@@ -261,7 +261,7 @@ def test_an_adopter_that_dies_too(tmp_path: Path) -> None:
 
 
 def test_a_master_that_hangs(tmp_path: Path) -> None:
-    """When it is back, it does not take its own silence for that of the workers."""
+    """Afterwards it does not mistake its own silence for that of its workers."""
     with Tiny(tmp_path, workers=2, timing=QUICKER).ready() as tiny:
         held = tiny.one_each()
         tiny.signal(signal.SIGSTOP)
@@ -277,7 +277,7 @@ def test_a_master_that_hangs(tmp_path: Path) -> None:
 
 
 def test_nothing_is_left_open(tmp_path: Path) -> None:
-    """The master's descriptors after reloads and kills are those that it had before; no zombies."""
+    """After reloads and kills the master has the descriptors that it had before, and no zombies."""
     with Tiny(tmp_path, workers=2, timing={"backoff": [0.0]}).ready() as tiny:
         tiny.expected.add("a worker ended")
         settled(tiny, 2)
@@ -319,7 +319,7 @@ def uptime() -> float:
 
 
 def test_answers_say_that_a_worker_did_not_answer(tmp_path: Path) -> None:
-    """And its rates are not made of half of the figures."""
+    """And rates leave that worker out."""
     hasty = {"answer_within": 0.3, "list_within": 0.3}
     with Tiny(tmp_path, workers=2, timing=hasty).ready() as tiny:
         held = tiny.one_each()

@@ -1,4 +1,4 @@
-"""The doors of a master that has no descriptors left."""
+"""Doors can't be opened without descriptors."""
 
 import gc
 import os
@@ -21,7 +21,7 @@ from usocksd.serve.timing import Timing
 
 @contextmanager
 def descriptors(count: int) -> Iterator[None]:
-    """Not more than so many, from the first that is free."""
+    """Allow `count` descriptors from the first free one."""
     free = os.dup(0)
     os.close(free)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -33,7 +33,7 @@ def descriptors(count: int) -> Iterator[None]:
 
 
 def failures(do: Callable[[], Any], expected: type[Error]) -> int:
-    """How often it fails, with ever more descriptors; and nothing stays open."""
+    """How often `do` fails when it gets one more descriptor each time; and nothing stays open."""
     gc.collect()  # or garbage of earlier tests would be closed meanwhile
     for count in range(100):
         before = set(os.listdir("/proc/self/fd"))
@@ -46,7 +46,7 @@ def failures(do: Callable[[], Any], expected: type[Error]) -> int:
 
 
 async def test_doors_without_descriptors(tmp_path: Path) -> None:
-    """However many are missing: such a door is shut, and the daemon lives on."""
+    """However many are missing, the error is an expected one."""
     async with trio.open_nursery() as nursery:
         report: Any = Mock()
         doors = Doors("tiny", nursery, report, {}, Timing())

@@ -1,4 +1,4 @@
-"""The metrics endpoint, asked by real clients, its answers read by the real parsers."""
+"""The metrics endpoint, with real clients and real parsers."""
 
 from __future__ import annotations
 
@@ -242,8 +242,8 @@ def test_many_slow_clients_keep_nobody_out(served: Served, said: bytes) -> None:
             client.close()
 
 
-def test_room_is_made_by_whoever_has_most(served: Served) -> None:
-    """One who comes from another address keeps his place, however slow he is."""
+def test_the_client_with_most_connections_makes_room(served: Served) -> None:
+    """A slow client from another address keeps its connection."""
     with socket.create_connection(("127.0.0.1", served.port), daemons.PATIENCE, ("127.0.0.2", 0)) as early:
         early.sendall(b"GET /healthz HTTP/1.0\r\n")
         crowd = [served.connect() for _ in range(2 * LIMITS.clients)]
@@ -270,7 +270,7 @@ class Slow(dict[str, Any]):
 
 
 def test_a_flood_of_scrapes_costs_little_more_than_one(served: Served) -> None:
-    """All that have asked meanwhile share a snapshot; and a health check does not wait for it."""
+    """Scrapes that wait share a snapshot, and a health check does not wait for them."""
     slow = Slow()
     snapshots: list[Snapshot] = []
 
@@ -326,7 +326,7 @@ def test_a_client_that_does_not_read_is_cut_off() -> None:
 
 
 def large(served: Served) -> None:
-    """Have it tell more than the buffers of a connection take."""
+    """Make the answer larger than the buffers of a connection."""
     rules = served.metrics.counters("denied_total", "Denied", "rule")
     for number in range(2000):
         rules.labels(f"{number:05000}")

@@ -1,4 +1,4 @@
-"""A new version of the program, put underneath a daemon that runs: the same process, and everything goes on."""
+"""A running daemon becomes a new version of the program: the same process, and everything goes on."""
 
 import json
 import os
@@ -102,8 +102,8 @@ def test_a_new_version(tmp_path: Path, installed: Path) -> None:
         assert len(tiny.records("listening")) == 2
 
 
-def test_what_was_found_out_for_all_stays_known(tmp_path: Path, installed: Path) -> None:
-    """To the new version, and to the workers that it starts; and one of its own goes on finding out."""
+def test_a_shared_value_is_handed_on(tmp_path: Path, installed: Path) -> None:
+    """To the new version and the workers that it starts, one of which is the next keeper."""
     (tmp_path / "keep").touch()
     with Tiny(tmp_path, root=installed, workers=2).ready() as tiny:
         tiny.expected.add("a worker ended")
@@ -125,7 +125,7 @@ def test_what_was_found_out_for_all_stays_known(tmp_path: Path, installed: Path)
 
 
 def test_listens_all_the_time(tmp_path: Path, installed: Path) -> None:
-    """Twice, with clients that come and go, and a signal to stop that comes in between."""
+    """Through two new versions, with clients that come and go; and a signal to stop in the middle of a third."""
     with Tiny(tmp_path, root=installed, workers=2).ready() as tiny:
         for version in ("99.1", "99.2"):
             install(installed, version)
@@ -148,7 +148,7 @@ def test_listens_all_the_time(tmp_path: Path, installed: Path) -> None:
 
 
 def test_told_to_stop_right_after_a_reload_into_a_new_version(tmp_path: Path, installed: Path) -> None:
-    """The new version is not for this process any more; what is connected has its time, and no longer."""
+    """The process does not become the new version; connections get the time that `stop` allows."""
     with Tiny(tmp_path, root=installed, timeouts={"stop": 1.5}).ready() as tiny:
         client = tiny.client(b"echo")
         install(installed, "99.1")
@@ -199,8 +199,8 @@ def test_a_new_version_that_does_not_work(tmp_path: Path, installed: Path) -> No
         is_now(tiny, "99.1")
 
 
-def test_no_program_any_more(tmp_path: Path) -> None:
-    """The interpreter is gone: neither workers nor a new master can be started, and the old ones go on."""
+def test_an_interpreter_that_is_gone(tmp_path: Path) -> None:
+    """No worker can be started, and the old ones go on."""
     folder = tmp_path / "environment"
     (folder / "bin").mkdir(parents=True)
     shutil.copy(Path(sys.prefix) / "pyvenv.cfg", folder)
@@ -218,8 +218,8 @@ def test_no_program_any_more(tmp_path: Path) -> None:
         assert tiny.ask("reload")["ok"]
 
 
-def test_no_program_just_then(tmp_path: Path, installed: Path) -> None:
-    """The workers of the new version have started, but the master can't follow: it stays what it is."""
+def test_an_interpreter_that_is_gone_when_the_master_follows(tmp_path: Path, installed: Path) -> None:
+    """The workers run the new version; the master stays what it is."""
     folder = tmp_path / "environment"
     (folder / "bin").mkdir(parents=True)
     shutil.copy(Path(sys.prefix) / "pyvenv.cfg", folder)
@@ -244,7 +244,7 @@ def test_no_program_just_then(tmp_path: Path, installed: Path) -> None:
 
 
 def test_a_slot_without_a_worker_is_filled_by_the_new_version(tmp_path: Path, installed: Path) -> None:
-    """It died before, and the old master was about to replace it, but not at once."""
+    """The worker died while the old master waited to replace it."""
     timing = {"backoff": [1.5], "answered_after": 0.1}
     with Tiny(tmp_path, root=installed, workers=2, timing=timing).ready() as tiny:
         tiny.expected.add("a worker ended")

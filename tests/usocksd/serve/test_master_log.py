@@ -9,7 +9,7 @@ from usocksd.serve.master_log import MasterLog
 from usocksd.settings.types import LogConfig
 
 
-def test_what_was_dropped_is_not_forgotten(tmp_path: Path, nothing_leaks: None) -> None:
+def test_dropped_records_stay_counted(tmp_path: Path, nothing_leaks: None) -> None:
     """When the log moves, or is opened again."""
     fifo, file = tmp_path / "fifo", tmp_path / "file"
     os.mkfifo(fifo)

@@ -1,4 +1,4 @@
-"""What a service manager is told, on a real socket of the kind that it has."""
+"""What a service manager is told, on a real socket."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ from tiny import Tiny
 
 
 class Manager:
-    """Hears what it is told."""
+    """Receives messages."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
@@ -80,7 +80,7 @@ def test_one_that_does_not_listen(tmp_path: Path) -> None:
 
 
 def test_one_that_does_not_read(tmp_path: Path) -> None:
-    """Its queue is full: that holds up neither the start, nor a reload, nor the end."""
+    """Its full queue delays neither the start, nor a reload, nor the end."""
     name = str(tmp_path / "notify")
     with (
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager,
@@ -96,8 +96,8 @@ def test_one_that_does_not_read(tmp_path: Path) -> None:
             tiny.client(b"echo").close()
 
 
-def test_a_watchdog_of_somebody_else_s(tmp_path: Path) -> None:
-    """Meant for another process: no signs of life are needed, and none harm."""
+def test_a_watchdog_of_another_process(tmp_path: Path) -> None:
+    """Signs of life are not needed, and do no harm."""
     environment = {"NOTIFY_SOCKET": "", "WATCHDOG_USEC": "1", "WATCHDOG_PID": "1"}
     with Tiny(tmp_path, environment=environment).ready() as tiny:
         tiny.client(b"echo")

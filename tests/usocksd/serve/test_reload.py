@@ -1,4 +1,4 @@
-"""A new configuration under live connections: all of it, or nothing at all."""
+"""A new configuration under live connections: all of it comes into force, or nothing."""
 
 import json
 import os
@@ -18,7 +18,7 @@ QUICKER = {"quiet": 0.5, "patience": 0.3}
 
 
 class Load:
-    """Threads that connect and ask, again and again; whatever goes wrong is kept."""
+    """Threads that connect and ask again and again; failures are kept."""
 
     def __init__(self, port: int) -> None:
         self.port = port
@@ -43,7 +43,7 @@ class Load:
                 self.failures.append(repr(error))
 
     def more(self, count: int = 50) -> None:
-        """Wait until so many more were served."""
+        """Wait until `count` more were served."""
         goal = self.count + count
         wait_until(lambda: self.count >= goal, "served")
 
@@ -150,7 +150,7 @@ def test_a_reload_that_fails_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_reloads_coalesce(tmp_path: Path) -> None:
-    """However many are asked for while one is under way, one more is enough; and everybody who asked is answered."""
+    """Reloads that are requested while one is under way are one, and everybody is answered."""
     with Tiny(tmp_path).ready() as tiny:
         tiny.flag("hold-build").touch()
         tiny.signal(signal.SIGHUP)
@@ -168,7 +168,7 @@ def test_reloads_coalesce(tmp_path: Path) -> None:
 
 
 def test_addresses_come_and_go(tmp_path: Path) -> None:
-    """The port of an address that is dropped is closed, after those that wait there were served."""
+    """A dropped port is closed after the connections that wait there were served."""
     first, second = free_port(), free_port()
     with Tiny(tmp_path, workers=2, ports=[first], timing=QUICKER).ready() as tiny:
         held = tiny.one_each()
@@ -203,7 +203,7 @@ def test_addresses_come_and_go(tmp_path: Path) -> None:
 
 
 def test_workers_come_and_go(tmp_path: Path) -> None:
-    """Up and down, one reload right after the other, and not one connection is lost or waits in vain."""
+    """No connection is lost or waits in vain while reloads change the number of workers."""
     with Tiny(tmp_path, timing=QUICKER).ready() as tiny:
         with load(tiny.port) as clients:
             for count in (3, 1, 1, 2, 1, 3):
@@ -214,7 +214,7 @@ def test_workers_come_and_go(tmp_path: Path) -> None:
             wait_until(lambda: len(clients.served) == 3, "all of them serve")
 
 
-def test_a_worker_that_empties_what_is_closed_and_dies(tmp_path: Path) -> None:
+def test_a_worker_that_dies_while_it_empties_surplus_sockets(tmp_path: Path) -> None:
     """Another one goes on with it."""
     with Tiny(tmp_path, workers=3, timing={"quiet": 1.5}).ready() as tiny:
         tiny.expected.add("a worker ended")
@@ -273,7 +273,7 @@ def test_log_metrics_and_control_move(tmp_path: Path) -> None:
 
 
 def test_metrics_at_another_address(tmp_path: Path) -> None:
-    """With the same port, that is: the old endpoint is no obstacle, there and back."""
+    """The old endpoint on the same port is no obstacle, there and back."""
     port = free_port()
     with Tiny(tmp_path, metrics_port=port).ready() as tiny:
         for number, address in enumerate(("0.0.0.0", "127.0.0.1"), 2):
@@ -302,7 +302,7 @@ def test_metrics_at_several_addresses(tmp_path: Path) -> None:
 
 
 def test_the_level_that_an_operator_sets(tmp_path: Path) -> None:
-    """In every process, also in those that come later; until the next reload."""
+    """It applies in every process, later ones included, until the next reload."""
     with Tiny(tmp_path, workers=2, log={"level": "error"}) as tiny:
         wait_until((tmp_path / "control").exists, "it runs")
         assert tiny.ask("log-level") == {"ok": True, "level": "error"}
@@ -331,7 +331,7 @@ def test_the_level_that_an_operator_sets(tmp_path: Path) -> None:
 
 
 def test_reopening_the_log(tmp_path: Path) -> None:
-    """In every process, those that drain included."""
+    """Every process reopens it, draining ones included."""
     with Tiny(tmp_path, workers=1).ready() as tiny:
         port = tiny.port
         old = tiny.client(b"echo")
@@ -355,7 +355,7 @@ def test_reopening_the_log(tmp_path: Path) -> None:
 
 
 def test_at_most_two_generations_drain(tmp_path: Path) -> None:
-    """A third reload waits for the oldest for a while, then ends it. The new one is well all that time."""
+    """A third reload waits for the oldest for a while, then ends it; meanwhile the daemon serves."""
     timing = QUICKER | {"patience": 2.0, "suspect_after": 0.5, "hung_after": 1.0}
     with Tiny(tmp_path, timing=timing).ready() as tiny:
         generations = []
@@ -381,7 +381,7 @@ def test_at_most_two_generations_drain(tmp_path: Path) -> None:
         assert not tiny.records("a worker is silent")
 
 
-def test_what_drains_too_long_is_ended(tmp_path: Path) -> None:
+def test_connections_that_drain_too_long_are_ended(tmp_path: Path) -> None:
     with Tiny(tmp_path, timeouts={"drain": 0.3}).ready() as tiny:
         relayed, upstream = tiny.relayed()
         tiny.reload()
@@ -409,7 +409,7 @@ def test_told_to_stop_during_a_reload(tmp_path: Path, where: str) -> None:
 
 
 def test_told_to_stop_while_a_reload_waits(tmp_path: Path) -> None:
-    """For an older generation to drain: it waits no longer, and none of its workers is left."""
+    """The reload stops waiting for an older generation, and none of its workers is left."""
     with Tiny(tmp_path, timing=QUICKER | {"patience": 60.0}).ready() as tiny:
         clients = [tiny.client(b"echo")]
         for _ in range(2):
@@ -435,8 +435,8 @@ def test_told_to_stop_while_a_reload_waits(tmp_path: Path) -> None:
         assert len(tiny.records("reloading")) == 3
 
 
-def test_told_to_stop_while_the_configuration_keeps_it_waiting(tmp_path: Path) -> None:
-    """It is a FIFO, and nobody writes to it."""
+def test_told_to_stop_while_reading_a_fifo(tmp_path: Path) -> None:
+    """The configuration is a FIFO, and nobody writes to it."""
     with Tiny(tmp_path).ready() as tiny:
         client = tiny.client(b"echo")
         tiny.config.unlink()
@@ -452,7 +452,7 @@ def test_told_to_stop_while_the_configuration_keeps_it_waiting(tmp_path: Path) -
 
 
 def test_a_worker_that_dies_during_a_reload(tmp_path: Path) -> None:
-    """Of the old ones: it is not worth replacing, and the new ones come."""
+    """An old worker dies; the new ones still come into force."""
     with Tiny(tmp_path, workers=2).ready() as tiny:
         tiny.expected |= {"a worker ended", "a worker can't be replaced"}
         old = tiny.workers()
@@ -469,8 +469,8 @@ def test_a_worker_that_dies_during_a_reload(tmp_path: Path) -> None:
             pass
 
 
-def test_what_a_drained_worker_could_not_write_is_counted(tmp_path: Path) -> None:
-    """The disk is full: its last records are lost, and the status says so."""
+def test_records_that_a_drained_worker_could_not_write_are_counted(tmp_path: Path) -> None:
+    """With a full disk the last records are lost, and `status` counts them."""
     with Tiny(tmp_path, log={"filename": "/dev/full"}) as tiny:
         wait_until((tmp_path / "control").exists, "it runs")
         wait_until(lambda: tiny.ask("status")["log"]["failing"] == "No space left on device", "it says why")

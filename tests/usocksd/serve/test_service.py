@@ -1,4 +1,4 @@
-"""The connections of a worker, in a real daemon with real signals: how sessions fail, and how they end when it does."""
+"""The connections of a worker in a real daemon: sessions that fail, and how they end when the daemon does."""
 
 import os
 import resource
@@ -39,16 +39,8 @@ def test_drains(tmp_path: Path, number: signal.Signals) -> None:
         assert not tiny.records("ending what is still connected")
 
 
-def test_stops_at_once_when_nobody_is_connected(tmp_path: Path) -> None:
-    with Tiny(tmp_path).ready() as tiny:
-        tiny.client(b"echo").close()
-        tiny.record("tiny", ended="echo")
-        tiny.signal(signal.SIGTERM)
-        assert tiny.ended() == 0
-
-
-def test_a_reload_asked_for_while_it_stops(tmp_path: Path) -> None:
-    """Nothing is brought up again, and the end comes in time."""
+def test_a_reload_during_a_stop(tmp_path: Path) -> None:
+    """It is refused, and the daemon ends in time."""
     with Tiny(tmp_path, timeouts={"stop": 1.0}, timing=HASTE).ready() as tiny:
         client, workers = tiny.client(b"echo"), tiny.workers()
         tiny.signal(signal.SIGTERM)
@@ -63,8 +55,8 @@ def test_a_reload_asked_for_while_it_stops(tmp_path: Path) -> None:
         assert not tiny.records("reloading")
 
 
-def test_told_to_stop_until_it_has(tmp_path: Path) -> None:
-    """Up to its last moment: it ends in good order, and not by the signal."""
+def test_told_to_stop_until_it_has_ended(tmp_path: Path) -> None:
+    """Even at its last moment, a signal does not end it."""
     with Tiny(tmp_path).ready() as tiny:
 
         def ended() -> bool:
@@ -78,7 +70,7 @@ def test_told_to_stop_until_it_has(tmp_path: Path) -> None:
 
 
 def test_drain_said_twice(tmp_path: Path) -> None:
-    """As a verb it does not mean "at once"."""
+    """Unlike a signal, a second one does not mean "at once"."""
     with Tiny(tmp_path).ready() as tiny:
         client = tiny.client(b"echo")
         assert tiny.ask("drain")["ok"]
@@ -168,7 +160,7 @@ def test_closes_after_the_delay(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["soon", "-1", "inf", "nan", ""])
-def test_a_delay_that_is_none(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_a_delay_that_is_no_number_of_seconds(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("CANCELLATION_DELAY_SECONDS", text)
     with pytest.raises(Error, match="CANCELLATION_DELAY_SECONDS"):
         stop_delay()
@@ -181,8 +173,8 @@ def test_delays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stop_delay() == 0
 
 
-def test_what_goes_wrong_in_a_session_ends_no_other(tmp_path: Path) -> None:
-    """A fault of ours is logged; a reset and a deadline are no news."""
+def test_a_session_that_fails_ends_no_other(tmp_path: Path) -> None:
+    """A fault of ours is logged as an error; a reset and a deadline are not."""
     with Tiny(tmp_path).ready() as tiny:
         tiny.expected.add("session failed")
         client = tiny.client(b"echo")
@@ -208,8 +200,8 @@ def test_what_goes_wrong_in_a_session_ends_no_other(tmp_path: Path) -> None:
         assert tiny.ended() == 0
 
 
-def test_at_the_descriptor_limit_others_wait_in_the_queue(tmp_path: Path) -> None:
-    """It serves what it has, says so once, and goes on when one ends."""
+def test_at_the_descriptor_limit_new_connections_wait(tmp_path: Path) -> None:
+    """The worker logs that once, and accepts again when a connection ends."""
     with Tiny(tmp_path, environment={"TINY_DESCRIPTORS": "90"}).ready() as tiny:
         tiny.expected.add("accepting is paused")
         most = tiny.rows()[0]["most"]
@@ -227,7 +219,7 @@ def test_at_the_descriptor_limit_others_wait_in_the_queue(tmp_path: Path) -> Non
 
 
 def test_a_worker_without_descriptors_lives_on(tmp_path: Path) -> None:
-    """It can't even look at what it has, and says so when it can again."""
+    """It can't count its descriptors, and does so when it can again."""
     with Tiny(tmp_path, timing={"heartbeat": 0.02}).ready() as tiny:
         (worker,) = tiny.workers()
         client = tiny.client(b"echo")
@@ -246,7 +238,7 @@ def test_a_worker_without_descriptors_lives_on(tmp_path: Path) -> None:
         assert tiny.workers() == [worker]
 
 
-def test_at_the_descriptor_limit_those_idle_longest_make_room(tmp_path: Path) -> None:
+def test_at_the_descriptor_limit_the_longest_idle_make_room(tmp_path: Path) -> None:
     timing = {"shed_after": 0.3, "shed_at_once": 1}
     with Tiny(tmp_path, environment={"TINY_DESCRIPTORS": "90"}, timing=timing).ready() as tiny:
         tiny.expected.add("accepting is paused")
@@ -287,7 +279,7 @@ def test_signals_while_thousands_come_and_go(tmp_path: Path) -> None:
 
 
 def test_limits_hold_over_all_workers_and_survive_a_worker(tmp_path: Path) -> None:
-    """What a dead worker had counted no longer counts."""
+    """The connections of a dead worker no longer count."""
     with Tiny(tmp_path, workers=2, limits={"connections": 8, "per_client": 6}).ready() as tiny:
         tiny.expected |= {"a worker ended"}
         held = tiny.one_each()
@@ -327,7 +319,7 @@ def alive(sock: socket.socket) -> bool:
     return lives(sock, b"?")
 
 
-def test_a_port_of_the_daemon_s_own_is_free_again_at_once(tmp_path: Path) -> None:
+def test_a_port_is_free_again_at_once(tmp_path: Path) -> None:
     port = free_port()
     for run in ("first", "second"):
         (tmp_path / run).mkdir()

@@ -30,7 +30,7 @@ def slots(nothing_leaks: None) -> Iterator[Slots]:
 
 
 def group(slots: Slots, address: ListenAddress, count: int) -> list[socket.socket]:
-    """The sockets of an address, as a worker would have them."""
+    """Duplicates of the sockets of an address, as workers have."""
     fds = [fd for slot in range(count) for fd in slots.of(slot, [address])]
     return [socket.socket(fileno=os.dup(fd)) for fd in fds]
 
@@ -61,7 +61,7 @@ def all_closed(*lists: list[socket.socket]) -> Iterator[None]:
 
 @pytest.mark.parametrize("address", [V4, V6], ids=["v4", "v6"])
 def test_a_group_that_grows(slots: Slots, address: ListenAddress) -> None:
-    """New sockets get no connection before they are released, since nobody might be there to accept it."""
+    """New sockets get no connection before `release`, when there may be no worker to accept it."""
     slots.open([address], 2)
     slots.release([address], 2)
     (place,) = slots.names()
@@ -79,7 +79,7 @@ def test_a_group_that_grows(slots: Slots, address: ListenAddress) -> None:
 
 @pytest.mark.parametrize("address", [V4, V6], ids=["v4", "v6"])
 def test_a_group_that_shrinks(slots: Slots, address: ListenAddress) -> None:
-    """What waits stays, and nothing comes in addition; closed from the end, the group is in order again."""
+    """Surplus sockets keep the connections that wait and get no new ones; when they are closed, all is in order."""
     slots.open([address], 4)
     slots.release([address], 4)
     (place,) = slots.names()
@@ -116,7 +116,7 @@ needs_filters = pytest.mark.skipif(not may_refuse(), reason="this kernel wants C
 
 @needs_filters
 def test_an_address_that_is_dropped(slots: Slots) -> None:
-    """What waits there is still to be accepted; new ones wait in vain, and are refused once it is closed."""
+    """Connections that wait there can be accepted; new ones wait, and are refused when it is closed."""
     slots.open([V4, V6], 2)
     slots.release([V4, V6], 2)
     v4, v6 = slots.names()
@@ -142,7 +142,7 @@ def test_an_address_that_is_dropped(slots: Slots) -> None:
 
 
 @needs_filters
-def test_refusing_lets_in_who_waits(slots: Slots) -> None:
+def test_refusing_keeps_connections_that_wait(slots: Slots) -> None:
     slots.open([V4], 1)
     slots.release([V4], 1)
     (place,) = slots.names()
@@ -161,7 +161,7 @@ def test_refusing_lets_in_who_waits(slots: Slots) -> None:
             assert accept_queue(sock)[0] == 0
 
 
-def test_taking_it_back(slots: Slots) -> None:
+def test_restore(slots: Slots) -> None:
     slots.open([V4], 2)
     slots.release([V4], 2)
     (place,) = slots.names()
@@ -178,7 +178,7 @@ def test_taking_it_back(slots: Slots) -> None:
     assert slots.filenos() == before
 
 
-def test_a_failure_leaves_what_there_was(slots: Slots) -> None:
+def test_a_failure_changes_nothing(slots: Slots) -> None:
     slots.open([V4], 2)
     slots.release([V4], 2)
     (place,) = slots.names()
@@ -194,7 +194,7 @@ def test_a_failure_leaves_what_there_was(slots: Slots) -> None:
 
 
 def test_another_instance_has_the_port(slots: Slots) -> None:
-    """Also one whose sockets would share it."""
+    """Also if its sockets have SO_REUSEPORT."""
     slots.open([V4], 1)
     (_, port) = slots.names()[0]
     other = Slots()
@@ -221,13 +221,13 @@ def test_optional_addresses(slots: Slots) -> None:
     assert slots.filenos() == []
 
 
-def test_optional_excuses_no_port_that_is_taken(slots: Slots) -> None:
+def test_an_optional_address_whose_port_is_taken(slots: Slots) -> None:
     with listen("127.0.0.1", 0) as taken, pytest.raises(ListenError, match="in use"):
         slots.open([V6, evolve(V4, port=taken.getsockname()[1], optional=True)], 1)
     assert slots.filenos() == []
 
 
-def test_ports_of_the_kernel_s_choice_are_one_a_group(slots: Slots) -> None:
+def test_the_kernel_chooses_one_port_for_a_group(slots: Slots) -> None:
     other = ListenAddress(ip_address("127.0.0.2"), 0)
     slots.open([V4, other, V6], 3)
     names = slots.names()
@@ -252,7 +252,7 @@ def test_queues_are_summed_up(slots: Slots) -> None:
 @pytest.mark.skipif(not may_be_transparent(), reason="sockets with IP_TRANSPARENT need CAP_NET_ADMIN")
 @pytest.mark.parametrize("address", [V4, V6], ids=["v4", "v6"])
 def test_transparent_sockets(slots: Slots, address: ListenAddress) -> None:
-    """So are all of the group, also what is passed on, and what is accepted; others are not."""
+    """All sockets of the group are, their duplicates and what they accept; other groups are not."""
     address = evolve(address, transparent=True)
     plain = ListenAddress(ip_address("127.0.0.2"), 0)
     slots.open([address, plain], 2)
@@ -273,7 +273,7 @@ def test_transparent_sockets(slots: Slots, address: ListenAddress) -> None:
         assert len(slots.filenos()) == 4
 
 
-def test_passing_it_on(slots: Slots) -> None:
+def test_hand_over(slots: Slots) -> None:
     slots.open([V4, V6], 2)
     slots.release([V4, V6], 2)
     state = slots.hand_over()
@@ -290,8 +290,8 @@ def test_passing_it_on(slots: Slots) -> None:
     heir.close()
 
 
-def test_inherited_sockets_are_everybody_s(nothing_leaks: None) -> None:
-    """No groups for those, and what is done to them outlives us: nothing that would keep their next user from it."""
+def test_all_workers_share_inherited_sockets(nothing_leaks: None) -> None:
+    """They have no groups, and nothing is done to them that would harm their next user."""
     owner = socket.create_server(("127.0.0.1", 0))
     slots = Slots([owner.dup()])
     check_inherited(slots.inherited)
@@ -312,7 +312,7 @@ def test_inherited_sockets_are_everybody_s(nothing_leaks: None) -> None:
     owner.close()
 
 
-def test_what_can_t_be_inherited(nothing_leaks: None) -> None:
+def test_sockets_that_can_t_be_inherited(nothing_leaks: None) -> None:
     with socket.socket() as mute, socket.socket(type=socket.SOCK_DGRAM) as datagrams:
         with socket.socket(socket.AF_UNIX) as local:
             local.bind("")

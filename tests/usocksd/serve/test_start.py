@@ -1,4 +1,4 @@
-"""From the start of a daemon to its end, and what keeps it from starting: all told, and exit status 1."""
+"""From the start of a daemon to its end; a failed start says why, and has exit status 1."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def faults(tiny: Tiny) -> list[str]:
 
 
 def test_a_bad_configuration(tmp_path: Path) -> None:
-    """Every fault, on stderr: where the log goes is not known yet."""
+    """Every fault goes to stderr, since the place of the log is not known yet."""
     text = 'workers = 0\nports = [70000, true]\nnonsense = 1\n[log]\nlevel = "loud"\n'
     tiny = Tiny(tmp_path, *JSON, text=text)
     told = tiny.refused()
@@ -60,7 +60,7 @@ def test_a_worker_that_dies(tmp_path: Path, where: str) -> None:
 
 @pytest.mark.parametrize("where", ["import", "plan", "build"])
 def test_a_worker_with_a_fault_of_ours(tmp_path: Path, where: str) -> None:
-    """The cause is in the record, however early it is; the traceback is on stderr or in the log."""
+    """The record has the cause, however early the fault; stderr or the log has the traceback."""
     (tmp_path / f"bug-{where}").touch()
     tiny = Tiny(tmp_path, *JSON)
     told = tiny.refused()
@@ -71,8 +71,8 @@ def test_a_worker_with_a_fault_of_ours(tmp_path: Path, where: str) -> None:
         assert "ended before it was ready: exit status 1: " in fault
 
 
-def test_what_a_worker_says_before_it_starts(tmp_path: Path) -> None:
-    """Warnings of the interpreter, say: they get to the stderr that the daemon was given."""
+def test_the_early_stderr_of_a_worker(tmp_path: Path) -> None:
+    """Warnings of the interpreter, for example, go to the daemon's stderr."""
     with Tiny(tmp_path, environment={"PYTHONPROFILEIMPORTTIME": "1"}).ready() as tiny:
         workers = tiny.stderr().count("| site\n")
         assert workers == 2  # master and worker
@@ -109,7 +109,7 @@ SOON = {"open_again": 0.05}
 
 
 def test_a_metrics_port_that_is_taken(tmp_path: Path) -> None:
-    """Asked for, it is an error, told at once; by default, no more than a warning."""
+    """A port that is set is an error; the default port only a warning."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert faults(Tiny(tmp_path, metrics_port=port)) == [
@@ -141,7 +141,7 @@ def test_too_many_addresses(tmp_path: Path) -> None:
 
 
 def test_a_control_socket_that_is_taken(tmp_path: Path) -> None:
-    """By a daemon that still drains, say: once that is gone, the socket is the other one's."""
+    """Once the other daemon is gone, this one takes the socket over."""
     (tmp_path / "second").mkdir()
     control = str(tmp_path / "control")
     with Tiny(tmp_path).ready() as first, Tiny(tmp_path / "second", control=control, timing=SOON).ready() as second:
@@ -186,7 +186,7 @@ def test_told_to_stop_before_it_has_begun(tmp_path: Path, where: str, number: si
 
 @pytest.mark.parametrize("where", ["import", "build"])
 def test_signals_that_come_during_the_start(tmp_path: Path, where: str) -> None:
-    """The log is reopened, the configuration reloaded, and no worker takes what is the master's for its own."""
+    """The master obeys them afterwards, and workers ignore them."""
     with Tiny(tmp_path) as tiny:
         tiny.flag(f"hold-{where}").touch()
         (worker,) = tiny.held(where)
@@ -201,7 +201,7 @@ def test_signals_that_come_during_the_start(tmp_path: Path, where: str) -> None:
         lives(tiny.client(b"echo"))
 
 
-def test_workers_leave_the_terminal_s_signals_to_the_master(tmp_path: Path) -> None:
+def test_workers_ignore_the_signals_of_a_terminal(tmp_path: Path) -> None:
     with Tiny(tmp_path, workers=2).ready() as tiny:
         held = tiny.one_each()
         for worker in held:
@@ -211,8 +211,8 @@ def test_workers_leave_the_terminal_s_signals_to_the_master(tmp_path: Path) -> N
         assert sorted(tiny.workers()) == sorted(held)
 
 
-def test_workers_have_nothing_of_the_master_s(tmp_path: Path) -> None:
-    """No channel of another, no listener of another slot, no epoll, nothing of the service manager's."""
+def test_workers_inherit_only_what_they_need(tmp_path: Path) -> None:
+    """No other worker's channel or listeners, no epoll of the master, nothing of the service manager."""
     environment = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "30000000"}
     with Tiny(tmp_path, workers=2, addresses=["127.0.0.1", "::1"], environment=environment).ready() as tiny:
         master = set(tiny.descriptors())
@@ -234,7 +234,7 @@ def test_workers_have_nothing_of_the_master_s(tmp_path: Path) -> None:
 
 
 def test_workers_end_when_the_master_is_killed(tmp_path: Path) -> None:
-    """After draining; and meanwhile another instance can start."""
+    """They drain, and meanwhile another instance can start."""
     port = free_port()
     (tmp_path / "second").mkdir()
     with Tiny(tmp_path, workers=2, ports=[port], metrics_port=free_port()).ready() as tiny:
@@ -254,7 +254,7 @@ def test_workers_end_when_the_master_is_killed(tmp_path: Path) -> None:
 
 
 def test_as_the_first_process_of_a_container(tmp_path: Path) -> None:
-    """It takes the exit status of orphans too, and does what SIGTERM says."""
+    """It reaps orphans too, and obeys SIGTERM."""
     orphan = f'{sys.executable} -c \'import subprocess; print(subprocess.Popen(["sleep", "0.3"]).pid)\''
     script = f'sh -c "({orphan}) >/dev/null &" ; exec "$@"'
     prefix = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", script, "sh"]
@@ -284,8 +284,8 @@ def test_as_the_first_process_of_a_container(tmp_path: Path) -> None:
         assert tiny.ended() == 0
 
 
-def test_sockets_of_the_service_manager_s(tmp_path: Path) -> None:
-    """Shared by all workers; they outlive the daemon, with what waits in them."""
+def test_sockets_of_the_service_manager(tmp_path: Path) -> None:
+    """All workers share them; they outlive the daemon, with the connections that wait."""
     with socket.create_server(("127.0.0.1", 0)) as owner:
         port = owner.getsockname()[1]
         prefix = [sys.executable, "-c", _INHERITED, str(owner.fileno())]
@@ -334,8 +334,8 @@ def test_under_a_real_socket_activator(tmp_path: Path) -> None:
         assert len(tiny.one_each()) == 2
 
 
-def test_it_is_told_apart_from_other_versions(tmp_path: Path) -> None:
-    """The command line still says what it is."""
+def test_the_version(tmp_path: Path) -> None:
+    """The command line prints it."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TINY_FOLDER": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, str(PROGRAM), "--version"], env=environment, capture_output=True, text=True, check=True

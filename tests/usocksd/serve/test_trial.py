@@ -1,4 +1,4 @@
-"""A configuration on trial: it goes by itself, unless somebody confirms it."""
+"""A configuration on trial goes by itself unless somebody confirms it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def warned(tiny: Tiny) -> list[str]:
 
 
 def test_it_goes_by_itself(tmp_path: Path) -> None:
-    """Back to the text of before, and to the files that it names, whatever lies there now; also over a crash."""
+    """The text and the files before the trial come back, whatever is on disk now; also after a crash."""
     named, first, second = tmp_path / "named", free_port(), free_port()
     named.write_text("old")
     with Tiny(tmp_path, ports=[first], file=str(named)).ready() as tiny:
@@ -65,7 +65,7 @@ def test_it_goes_by_itself(tmp_path: Path) -> None:
 
 
 def test_it_stays_when_it_is_confirmed(tmp_path: Path) -> None:
-    """And is what the next trial goes back to."""
+    """And the next trial goes back to it."""
     with Tiny(tmp_path, warning="first").ready() as tiny:
         assert tiny.ask("confirm") == {"ok": True, "confirmed": False}
         tiny.write(warning="second")
@@ -80,7 +80,7 @@ def test_it_stays_when_it_is_confirmed(tmp_path: Path) -> None:
 
 
 def test_another_reload_is_no_confirmation(tmp_path: Path) -> None:
-    """Nor does it give more time, unless it is on trial itself; what comes back is what was before the first."""
+    """It changes no deadline unless it is on trial itself; the configuration before the first trial comes back."""
     with Tiny(tmp_path, warning="first").ready() as tiny:
         tiny.write(warning="second")
         assert tiny.ask("reload", confirm=86400)["ok"]
@@ -93,8 +93,8 @@ def test_another_reload_is_no_confirmation(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seconds", [None, 1])
-def test_what_is_about_to_come_is_not_confirmed(tmp_path: Path, seconds: int | None) -> None:
-    """Whoever confirms has seen what is in force, and not what a reload under way will bring."""
+def test_a_reload_under_way_can_t_be_confirmed(tmp_path: Path, seconds: int | None) -> None:
+    """An operator has not seen yet what it will bring."""
     with Tiny(tmp_path, warning="first").ready() as tiny:
         tiny.write(warning="second")
         assert tiny.ask("reload", confirm=86400)["ok"]
@@ -115,7 +115,7 @@ def test_what_is_about_to_come_is_not_confirmed(tmp_path: Path, seconds: int | N
             wait_until(lambda: tiny.generation() == 4, "the first is back")
 
 
-def test_a_trial_that_can_not_begin_is_none(tmp_path: Path) -> None:
+def test_a_trial_that_can_t_begin(tmp_path: Path) -> None:
     with Tiny(tmp_path).ready() as tiny:
         tiny.expected |= {"bad configuration", STILL}
         for seconds in (0, -1, 86401, True, 1.5, "1"):

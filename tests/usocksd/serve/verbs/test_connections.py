@@ -1,4 +1,4 @@
-"""The live connections: which of them, in which order, how fast, and on which screen."""
+"""The verb connections: selection, order, rates, and screens."""
 
 import argparse
 import json
@@ -20,7 +20,7 @@ Make = Callable[..., dict[str, Any]]
 
 
 def answer(connections: list[dict[str, Any]], partial: list[int] | None = None) -> dict[str, Any]:
-    """What the daemon says; `partial` are workers that were too busy to tell all."""
+    """An answer of the daemon; `partial` are workers that were too busy to list all."""
     return {"connections": connections, "partial": partial or []}
 
 
@@ -65,7 +65,7 @@ def test_rates(bench: Bench, connection: Make) -> None:
 
 
 def test_rates_are_those_between_the_readings(bench: Bench, connection: Make) -> None:
-    """Whenever the answers came; and none is made up for what one of them had left out."""
+    """Rates use the times of the readings; a connection that one answer has left out has none."""
     old = connection(1, at=100.0)
     grown = old | {"at": 110.0, "tx_bytes": 2000}
     missed = connection(2, at=110.0, worker=4713)

@@ -1,4 +1,4 @@
-"""The control socket: real clients of it, well-behaved and not."""
+"""The control socket, with clients that behave and others."""
 
 import fcntl
 import json
@@ -61,7 +61,7 @@ def path(tmp_path: Path) -> str:
 
 @pytest.fixture
 def public_folder() -> Iterator[Path]:
-    """A folder that every user may look into, as pytest's are not."""
+    """A folder that every user may read, unlike those of pytest."""
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o755)
     yield folder
@@ -341,7 +341,7 @@ def test_the_socket_of_a_living_daemon_is_not_taken(path: str, other: subprocess
 
 
 def test_of_many_that_start_at_once_one_has_the_socket(path: str, other: subprocess.Popen[bytes]) -> None:
-    """Where a killed one has left its file, which is when two could both take it for their own."""
+    """A killed daemon has left its file, which two could replace at the same time."""
     other.send_signal(signal.SIGKILL)
     other.wait()
     command = [sys.executable, "-c", HOLD, path]
@@ -358,7 +358,7 @@ def test_of_many_that_start_at_once_one_has_the_socket(path: str, other: subproc
 
 
 def test_a_folder_that_somebody_has_locked_is_not_waited_for(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever can read it can lock it, and the master has other things to do."""
+    """Every user who can read it can lock it."""
 
     def never(_: float) -> None:
         raise AssertionError("it waits")
@@ -410,7 +410,7 @@ Prepare = Callable[[Path], Any]
         (lambda folder: None, "x" * 200, "AF_UNIX path too long"),
     ],
 )
-def test_where_there_can_be_none(tmp_path: Path, prepare: Prepare, place: str, error: str) -> None:
+def test_a_place_where_no_socket_can_be(tmp_path: Path, prepare: Prepare, place: str, error: str) -> None:
     prepare(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ControlError, match=error):

@@ -1,4 +1,4 @@
-"""Tables on terminals of any width: columns go, numbers and addresses stay whole."""
+"""Tables on terminals of any width: columns are left out, numbers and addresses stay whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each verb as the process that an operator starts: what it prints, and its exit status."""
+"""What each verb prints, and its exit status."""
 
 import json
 import os

@@ -28,7 +28,7 @@ from usocksd.clients import ALLOW_FROM, TRUSTED, Client, ClientRules
 from usocksd.egress import Source, sites_of
 from usocksd.errors import Denied, NoEgress, ResolveError
 from usocksd.names.match import canonical_host
-from usocksd.net.address import IPAddress
+from usocksd.net.address import IPAddress, address_text
 
 USERS: Final = "users_file"
 REQUIRED: Final = "auth.required"
@@ -150,7 +150,7 @@ class Decision:
         """The name has these addresses, in the order in which to try them: at least one."""
         judge, client, name, port, sent = self._rules.judge, self.client, self.name, self.port, self._other_name
         self.candidates = [
-            Candidate(address, str(address), judge(client, name, address, port, sent)) for address in addresses
+            Candidate(address, address_text(address), judge(client, name, address, port, sent)) for address in addresses
         ]
 
     def choose_egress(self, pick: Pick) -> list[tuple[str, Source]]:

@@ -18,19 +18,14 @@ from usocksd.errors import ConfigError, Fault
 from usocksd.net.address import IPAddress
 from usocksd.settings.loader import Invalid, current_load, load, parse, show, structure
 from usocksd.settings.types import (
-    DnsConfig,
     Interface,
     ListenIPsOrNone,
-    LogConfig,
     Mark,
     Port,
     ReadableFile,
     Seconds,
     SecondsOrZero,
-    SocketAddress,
-    Timeouts,
     host_ip,
-    split_port,
     text,
 )
 
@@ -217,11 +212,6 @@ def test_fault(toml: str, fault: str) -> None:
     assert faults(toml) == [fault]
 
 
-@pytest.mark.parametrize("name", ["a b", "a/b", "..", "a:b", "sixteen-chars-xx", "tab\\t"])
-def test_interface_names_that_the_kernel_refuses(name: str) -> None:
-    assert len(faults(f'iface = "{name}"')) == 1
-
-
 def test_a_file_that_can_not_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("users").touch()
@@ -343,73 +333,3 @@ VALUES = st.recursive(
 def test_any_value_for_any_key_is_accepted_or_a_fault(key: str, value: object) -> None:
     with contextlib.suppress(ConfigError):
         structure(Outer, {key: value}, "test.toml")
-
-
-# Tables that both daemons have.
-
-
-def test_log() -> None:
-    config = parse(LogConfig, 'filename = "/var/log/x"\nlevel = "crit"\nformat = "logfmt"', "")
-    assert config == LogConfig(filename="/var/log/x", level="crit", format="logfmt")
-    assert parse(LogConfig, 'filename = ""\nlevel = ""\nformat = ""', "") == LogConfig()
-    first, second, third = faults('filename = 1\nlevel = "loud"\nformat = "xml"', LogConfig)
-    assert first == "filename: 1: expected the path of a file"
-    assert second.startswith('level: "loud": expected one of "critical", ')
-    assert third == 'format: "xml": expected one of "plain", "logfmt", "json"'
-
-
-def test_dns_servers() -> None:
-    listed = '["192.0.2.53", "192.0.2.53:5353", "[2001:db8::53]:53", "2001:db8::54", "[::1]"]'
-    servers = parse(DnsConfig, f"servers = {listed}", "").servers
-    assert servers is not None
-    assert servers[0] == SocketAddress(ip_address("192.0.2.53"), 53)
-    assert [str(server) for server in servers[1:]] == [
-        "192.0.2.53:5353",
-        "[2001:db8::53]:53",
-        "[2001:db8::54]:53",
-        "[::1]:53",
-    ]
-    assert parse(DnsConfig, "servers = []", "").servers is None
-
-
-def test_the_resolver() -> None:
-    assert parse(DnsConfig, "", "").resolver == "dns"
-    assert parse(DnsConfig, 'resolver = "system"\nservers = []', "").resolver == "system"
-    assert faults('resolver = "nss"', DnsConfig) == ['resolver: "nss": expected one of "dns", "system"']
-    (fault,) = faults('resolver = "system"\nservers = ["192.0.2.53"]', DnsConfig)
-    assert fault.startswith('resolver: "system": expected "dns" beside servers')
-
-
-@pytest.mark.parametrize(
-    "server",
-    ["", "dns.example", "192.0.2.53:", "192.0.2.53:0", "192.0.2.53:65536", "[::1", "0.0.0.0", "::1]:53"],
-)
-def test_faults_of_dns_servers(server: str) -> None:
-    (fault,) = faults(f'servers = ["{server}"]', DnsConfig)
-    assert fault.startswith(f'servers[0]: "{server}": ')
-
-
-def test_timeouts() -> None:
-    assert parse(Timeouts, "handshake = 0.5\nidle = 60\nstop = 0", "") == Timeouts(handshake=0.5, idle=60.0, stop=0.0)
-    assert len(faults("handshake = 0\nconnect = 0\nidle = 0\nhalf_closed = 0\nstop = -1\nkeepalive = 0", Timeouts)) == 6
-
-
-@pytest.mark.parametrize(
-    ("value", "parts"),
-    [
-        ("a:1", ("a", 1)),
-        ("a", ("a", None)),
-        (":1", ("", 1)),
-        ("[::1]:1", ("::1", 1)),
-        ("[::1]", ("::1", None)),
-        ("::1", ("::1", None)),
-    ],
-)
-def test_split_port(value: str, parts: tuple[str, int | None]) -> None:
-    assert split_port(value) == parts
-
-
-@pytest.mark.parametrize("value", ["a:b", "a:", "a:123456", "a:65536", "[a]:1", "[::1", "[::1]1", "a]:1", "a:٣"])
-def test_split_port_refuses(value: str) -> None:
-    with pytest.raises(ValueError):  # noqa: PT011, any
-        split_port(value)

@@ -14,7 +14,7 @@ import attrs
 from transocks.config import DIRECT, Config
 from transocks.rules import live
 from transocks.rules.config import Mode, RulesConfig
-from transocks.rules.loops import sender_of
+from transocks.rules.loops import Sender, sender_of
 from transocks.rules.redirection import Redirection, reached, redirections_of
 from transocks.tools import FirewallError
 from transocks.tracing.events import TCP
@@ -22,7 +22,6 @@ from transocks.tracing.fate import Fate, What, fate_of
 from transocks.tracing.links import Links, filtered_bridges, links
 from transocks.tracing.names import RuleNames
 from transocks.tracing.samples import Result, Sample, samples, try_out
-from transocks.tracing.sockets import Identity
 from transocks.tracing.trace import Trace
 from transocks.tracing.tracer import Tracer
 from transocks.upstreams.proxy_url import ProxyURL
@@ -141,17 +140,18 @@ class Host:
             return None
 
     @cached_property
-    def daemon(self) -> Identity:
+    def daemon(self) -> Sender:
         """By what rules know the daemon's connections; if it does not run, as its unit has it."""
-        mark, rules = self.config.mark or 0, self.config.rules
-        for listener in self.listeners or ():
-            if listener.port in self.ports:
-                sender = sender_of(listener, self.proc)
-                cgroup = sender.cgroup if rules is not None and rules.cgroups else None
-                return Identity(uid=sender.uid, gid=sender.gid, mark=mark, cgroup=cgroup)
-        with contextlib.suppress(KeyError):
-            return Identity(uid=pwd.getpwnam("transocks").pw_uid, mark=mark)
-        return Identity(mark=mark)
+        sender = next((self.sender(each) for each in self.listeners or () if each.port in self.ports), Sender())
+        if sender.uid is None:
+            with contextlib.suppress(KeyError):
+                sender = Sender(uid=pwd.getpwnam("transocks").pw_uid)
+        return attrs.evolve(sender, marks=frozenset({self.config.mark or 0}))
+
+    def sender(self, listener: ListeningSocket) -> Sender:
+        """By what rules know the connections of whoever listens there: by a cgroup only if [rules] does."""
+        sender, rules = sender_of(listener, self.proc), self.config.rules
+        return sender if rules is not None and rules.cgroups else attrs.evolve(sender, cgroup=None)
 
     @property
     def ports(self) -> set[int]:
@@ -228,7 +228,7 @@ class Host:
                 found.setdefault(fate.name, fate)
         return tuple(found.values())
 
-    def open(self, who: Identity, address: IPAddress, port: int) -> Result:
+    def open(self, who: Sender, address: IPAddress, port: int) -> Result:
         """Try a connection of a process of this host."""
         sample = Sample(destination=address, port=port, who=who)
         return Result(sample=sample) if self.tracer is None else try_out(self.tracer, sample)

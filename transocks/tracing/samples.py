@@ -17,13 +17,14 @@ from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 import attrs
 
 from transocks.rules.config import Mode
+from transocks.rules.loops import Sender
 from transocks.rules.redirection import Redirection
 from transocks.rules.render import excluded
 from transocks.tools import FirewallError
 from transocks.tracing.events import ACK, RST, SYN, TCP, Packet
 from transocks.tracing.links import Links, lookup
 from transocks.tracing.packets import datagram, inject
-from transocks.tracing.sockets import NOBODY, Identity, socket_of
+from transocks.tracing.sockets import NOBODY, socket_of
 from transocks.tracing.trace import Trace
 from transocks.tracing.tracer import Tracer
 from usocksd.net.address import IPAddress, IPNetwork, socket_address
@@ -47,7 +48,7 @@ class Sample:
 
     destination: IPAddress
     port: int
-    who: Identity = NOBODY
+    who: Sender = NOBODY
     """who on this host opens it"""
     source: IPAddress | None = None
     iif: str | None = None

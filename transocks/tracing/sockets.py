@@ -7,40 +7,27 @@ import ctypes
 import os
 import socket
 
-import attrs
-
+from transocks.rules.loops import Sender
 from transocks.rules.redirection import CGROUPS
 from transocks.tools import FirewallError
 
-
-@attrs.frozen(kw_only=True)
-class Identity:
-    """What firewall rules can tell a process's connections by; None: that of this process."""
-
-    uid: int | None = None
-    gid: int | None = None
-    mark: int = 0
-    cgroup: str | None = None
-    """below the root of cgroup v2"""
-
-
-NOBODY = Identity(uid=65534, gid=65534)
+NOBODY = Sender(uid=65534, gid=65534)
 """An application that no rule names."""
 
 
-def socket_of(who: Identity, family: int, kind: int = socket.SOCK_STREAM, protocol: int = 0) -> socket.socket:
-    """A socket that the rules see as one of theirs, as far as this user may make it so. Raises OSError, and
-    FirewallError when there is no such cgroup.
+def socket_of(who: Sender, family: int, kind: int = socket.SOCK_STREAM, protocol: int = 0) -> socket.socket:
+    """A socket that the rules see as one of theirs, as far as this user may make it so; what is not known of them is as
+    this process has it. Raises OSError, and FirewallError when there is no such cgroup.
     """
     make = _in_cgroup if who.cgroup is not None else _as_user
     sock = make(who, family, kind, protocol)
-    if who.mark:
+    for mark in who.marks or ():
         with contextlib.suppress(OSError):
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, who.mark)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
     return sock
 
 
-def _as_user(who: Identity, family: int, kind: int, protocol: int) -> socket.socket:
+def _as_user(who: Sender, family: int, kind: int, protocol: int) -> socket.socket:
     """Rules and routing policy take a socket for that of the file system uid and gid that made it (setfsuid(2)), which
     leaves us the capability for raw sockets. In a user namespace there may be no such user; then it is ours.
     """
@@ -54,7 +41,7 @@ def _as_user(who: Identity, family: int, kind: int, protocol: int) -> socket.soc
         libc.setfsgid(gid)
 
 
-def _in_cgroup(who: Identity, family: int, kind: int, protocol: int) -> socket.socket:
+def _in_cgroup(who: Sender, family: int, kind: int, protocol: int) -> socket.socket:
     """A socket belongs to the cgroup of the process that made it: a child goes there, and hands it over."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:

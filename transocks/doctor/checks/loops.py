@@ -10,10 +10,8 @@ import attrs
 from transocks.doctor.finding import Finding, fault, fine, unchecked
 from transocks.doctor.host import AS_ROOT, Host
 from transocks.rules.config import Mode
-from transocks.rules.loops import sender_of
 from transocks.tracing.fate import What, fate_of
 from transocks.tracing.samples import EXAMPLES, try_out
-from transocks.tracing.sockets import Identity
 from usocksd.net.address import IPAddress
 
 _EXEMPT = "exempt it in the rules by its user, or by a mark that its configuration sets"
@@ -61,11 +59,10 @@ def _from_upstream_here(host: Host, address: IPAddress, port: int) -> Iterator[F
     listener = host.listener(address, port) if host.is_local(address) else None
     if listener is None:
         return
-    sender, rules = sender_of(listener, host.proc), host.config.rules
-    cgroup = sender.cgroup if rules is not None and rules.cgroups else None
+    sender = host.sender(listener)
     for version in sorted({f.sample.version for f in host.arrived if f.redirection.mode is Mode.HOST}):
         name = f"the upstream on this host (port {port}), IPv{version}"
-        who = [Identity(uid=listener.uid, gid=sender.gid, mark=mark, cgroup=cgroup) for mark in sender.marks or {0}]
+        who = [attrs.evolve(sender, marks=frozenset({mark})) for mark in sender.marks or {0}]
         rule = next(filter(None, (host.comes_back(host.open(one, EXAMPLES[version][0], 443)) for one in who)), None)
         if rule is not None and sender.marks is not None:
             yield fault("loops", f"{name}: its connections come back to transocks: {rule}", _EXEMPT)

@@ -10,10 +10,11 @@ import attrs
 
 from transocks.doctor.finding import Finding, fault, fine, unchecked, warning
 from transocks.doctor.host import AS_ROOT, Host
+from transocks.rules.loops import Sender
 from transocks.tools import FirewallError
 from transocks.tracing.events import UDP
 from transocks.tracing.samples import EXAMPLES, Sample, try_out
-from transocks.tracing.sockets import NOBODY, Identity, socket_of
+from transocks.tracing.sockets import NOBODY, socket_of
 from usocksd.names.resolv_conf import PORT, RESOLV_CONF, parse
 from usocksd.net.address import IPAddress, numeric_address, socket_address
 
@@ -30,7 +31,7 @@ def resolver(host: Host) -> Iterator[Finding]:
     if host.tracer is None or host.client is not None:
         return
     own = [server.address for server in host.config.dns.servers or ()]
-    daemon = attrs.evolve(host.daemon, mark=0)  # name servers are asked by sockets without the mark
+    daemon = attrs.evolve(host.daemon, marks=None)  # name servers are asked by sockets without the mark
     named = [proxy.host for proxy in host.proxies if isinstance(proxy.host, str) and proxy.host != "localhost"]
     for server, who in _over_tcp(host, own or _listed(RESOLV_CONF), daemon):
         if (rule := host.comes_back(host.open(who, server, PORT))) is not None:
@@ -50,7 +51,7 @@ def resolver(host: Host) -> Iterator[Finding]:
     yield fine("resolver", "nothing on this host keeps queries from name servers")
 
 
-def _over_tcp(host: Host, servers: list[IPAddress], daemon: Identity) -> Iterator[tuple[IPAddress, Identity]]:
+def _over_tcp(host: Host, servers: list[IPAddress], daemon: Sender) -> Iterator[tuple[IPAddress, Sender]]:
     """Each name server with who asks it: transocks, or on its behalf a forwarder on this host, as another user."""
     for server in servers:
         if host.is_local(server):
@@ -59,7 +60,7 @@ def _over_tcp(host: Host, servers: list[IPAddress], daemon: Identity) -> Iterato
             yield server, daemon
 
 
-def _stopped(host: Host, server: IPAddress, who: Identity) -> str | None:
+def _stopped(host: Host, server: IPAddress, who: Sender) -> str | None:
     """What keeps a query from this server, or sends it elsewhere."""
     assert host.tracer is not None
     trace = try_out(host.tracer, Sample(destination=server, port=PORT, who=who), protocol=UDP).trace
@@ -68,7 +69,7 @@ def _stopped(host: Host, server: IPAddress, who: Identity) -> str | None:
     return host.stop(trace)
 
 
-def _answers(server: IPAddress, who: Identity) -> bool:
+def _answers(server: IPAddress, who: Sender) -> bool:
     """Whether a real query is answered: it may be redirected on purpose."""
     family = socket.AF_INET if server.version == 4 else socket.AF_INET6
     try:

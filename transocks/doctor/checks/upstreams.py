@@ -190,15 +190,14 @@ class _Greeting:
                 return why
             if (why := host.stop(host.tracer.trace(TCP, port, back=True))) is not None:
                 return f"its answer: {why}"
-        policy = policy_against(address, host.daemon.mark, host.daemon.uid)
+        policy = policy_against(address, host.config.mark or 0, host.daemon.uid)
         return f"routing rule {policy}" if policy is not None else None
 
     def _broken(self, text: str, obstacle: str | None, problem: str) -> Finding:
-        daemon = self._host.daemon
         if self._host.tracer is None:
             return unchecked(_CHECK, f"{text}; or this user's connections are redirected", AS_ROOT)
         if obstacle is not None:
-            who = f"mark {daemon.mark:#x}" if daemon.mark else f"user {daemon.uid or 0}"
+            who = f"mark {mark:#x}" if (mark := self._host.config.mark) else f"user {self._host.daemon.uid or 0}"
             return fault(
                 _CHECK, f"{text}: {obstacle}", f"take that out, or exempt what transocks sends ({who}) before it"
             )
@@ -256,7 +255,7 @@ class _Greeting:
             do = "sysctl net.ipv4.tcp_mtu_probing=1; and look for what drops ICMP on the way"
             return fault(_CHECK, text, do)
         try:
-            device, gateway = lookup(address, mark=self._host.daemon.mark)
+            device, gateway = lookup(address, mark=self._host.config.mark or 0)
         except FirewallError:
             return fault(_CHECK, text, f"lower the MTU towards it to {mtu}")
         via = f"via {gateway} " if gateway else ""

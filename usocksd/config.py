@@ -107,7 +107,7 @@ class ProxyProtocol:
     addresses: ListenIPsOrNone | None = attrs.field(default=None, converter=none_if_empty)
     """None: those of `incoming`"""
     trusted: tuple[Network, ...]
-    """Whom to believe: who claims to be another client is that client to every rule."""
+    """the proxies to believe: every rule takes their connections for those of the clients that they name"""
 
     def __attrs_post_init__(self) -> None:
         if not self.trusted:
@@ -174,7 +174,7 @@ class Outgoing:
     deny_sites: tuple[Site, ...] = ()
     deny_ports: tuple[ListenPort, ...] = ()
     nat64_prefixes: tuple[Nat64Prefix, ...] = ()
-    """of this network's translators, besides 64:ff9b::/96: what is behind them is judged as the IPv4 address"""
+    """of this network's translators, besides 64:ff9b::/96: addresses in them are judged as the IPv4 address inside"""
     iface: Interface = None
     addresses: tuple[EgressAddress, ...] = ()
     dnsbl_domain: Annotated[str | None, text(_dnsbl_domain, 'a domain, as in "dnsbl.example.org"')] = None

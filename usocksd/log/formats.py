@@ -3,8 +3,8 @@
 They are those of github.com/cybozu-go/log (plain.go, logfmt.go, json.go), so that existing log pipelines keep working:
 byte for byte where that library is deterministic and all is printable. Rules of this file:
 
-- A record is one line, and nothing in it moves a terminal: what is not printable is escaped, in every format.
-- What is not UTF-8 becomes U+FFFD. Python says "not UTF-8" with lone surrogates (`surrogateescape`).
+- A record is one line, and nothing in it controls a terminal: every format escapes characters that are not printable.
+- Bytes that are not UTF-8 become U+FFFD. In Python's strings they are lone surrogates (`surrogateescape`).
 - A key that is not allowed is a bug, and a ValueError; no value is an error. Values are None, bool, int, float, str
   and lists of these; anything else (exceptions, addresses) is the text of its str().
 - Fields that are None are left out of plain and logfmt, where people would read "null" in half of a record. In JSON
@@ -80,15 +80,15 @@ class Formatter:
         return text
 
     def head(self, severity: str, message: str) -> tuple[str, str]:
-        """What stands before the timestamp, and what between it and the fields."""
+        """The text before the timestamp, and the text between it and the fields."""
         raise NotImplementedError
 
     def key(self, key: str) -> str:
-        """`key` with all that stands between the field before it and its value."""
+        """`key`, with the separators before and after it."""
         return f" {key}="
 
     def quote(self, text: str) -> str:
-        """A string, as strconv.Quote of Go (fmt's %q) writes it; each run of what is not UTF-8 is one U+FFFD.
+        """A string, as strconv.Quote of Go (fmt's %q) writes it; each run of bytes that are not UTF-8 is one U+FFFD.
 
         `str.isprintable` and Go's `strconv.IsPrint` both mean "in neither of Unicode's categories C and Z, or the
         space", so the C function behind the json module is right for Go too. (They may know different versions of
@@ -179,7 +179,7 @@ FORMATS: Final[Mapping[str, type[Formatter]]] = {cls.name: cls for cls in (Plain
 
 
 class Template:
-    """A record of which all is known but its time and the values of `keys`.
+    """A record that lacks only its time and the values of `keys`.
 
     Raises ValueError for a key that is not allowed, or there twice.
     """

@@ -72,7 +72,7 @@ class Log:
         self.set_level(self.level)
 
     def detach(self) -> None:
-        """Give the loggers back; what is appended directly is still written."""
+        """Give the loggers back; records that are appended directly are still written."""
         for name in _LOGGERS:
             logger = logging.getLogger(name)
             logger.removeHandler(self._handler)
@@ -81,8 +81,8 @@ class Log:
                 logger.setLevel(logging.NOTSET)
 
     def close(self, timeout: float = 1.0) -> None:
-        """Write what can be written within `timeout` seconds, and give the loggers back. To be called before the
-        process ends, or the records of the last moments are lost.
+        """Give the loggers back, and write for at most `timeout` seconds. Call it before the process ends, or the
+        records of the last moments are lost.
         """
         self.detach()
         self._sink.close(timeout)

@@ -2,8 +2,8 @@
 
 Rules of this file:
 
-- `append` never waits for the output. What the output does not take piles up to a bound; past it records
-  are dropped and counted, and a record tells how many as soon as the output works again.
+- `append` never waits for the output. Records that the output does not take are kept up to a bound; past it
+  they are dropped and counted, and a record tells how many as soon as the output works again.
 - Lines are not torn, by us or by other processes that write to the same place (each worker does). Linux
   appends one write(2) to a local file as a whole, and to a pipe if it is of at most PIPE_BUF bytes (pipe(7));
   so every write holds whole records. The one exception is a record of more than PIPE_BUF to a pipe or socket,
@@ -35,7 +35,7 @@ STDERR: Final = 2
 _FLAGS: Final = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
 _MAX_BACKOFF: Final = 5.0
 _PATIENCE: Final = 0.1
-"""Seconds for which the thread looks at nothing but a reader that does not read."""
+"""How many seconds the thread waits for a reader that does not read, before it looks at anything else."""
 
 
 class Output:
@@ -75,7 +75,7 @@ class Output:
                 return written
             self._mend(rest)
         if self._regular and not done:
-            # A full disk may take a part of a record again and again.
+            # A full disk may take a part of a record each time.
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return done
 
@@ -90,11 +90,11 @@ class Output:
         return b"".join(pieces)[: self._limit]
 
     def _mend(self, partial: int) -> None:
-        # A disk is full, or a limit reached, in the middle of a record. Someone else may write to this file
-        # before we can, so the line must not stay open: cut it off, if it is still the end of the file.
-        # (Should another process append in between these calls, its record is lost; lines stay whole.) What
-        # can't be cut (an append-only file, stderr without O_APPEND) is closed by the next write's newline.
-        # Either way the record is written again from its start.
+        # The disk is full, or a limit is reached, in the middle of a record. Another process may write to this
+        # file before we do, so the line must not stay open: cut it off, if it is still the end of the file. (If
+        # another process appends between these calls, its record is lost; lines stay whole.) If it can't be cut
+        # (an append-only file, stderr without O_APPEND), the next write begins with a newline. In both cases the
+        # record is written again from its start.
         self._torn = True
         if self._own:
             with suppress(OSError):
@@ -121,7 +121,7 @@ class Sink:
     Raises OSError when the path can't be opened. `formatter` makes the sink's own records. `linger` is how
     many seconds the thread waits after the first record for others to share its write, `backoff` how many
     after the first error (doubled up to 5). While the output is broken, records are kept up to `max_bytes`
-    and `max_records` (which counts what came since the last write): the first ones of a trouble tell most.
+    and `max_records` (of those since the last write): the first records of a problem tell the most.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class Sink:
         self._backlog: list[bytes] = []
         self._size = 0  # bytes in the backlog and in `_held`
         self._dropped = 0
-        self._untold = 0  # how many of the dropped no record has told yet
+        self._untold = 0  # dropped, and not reported in a record yet
         self._held: deque[bytes] = deque()  # the thread's: taken from the backlog, not written yet
         self._trouble: OSError | None = None
         self._failing: OSError | None = None
@@ -166,7 +166,7 @@ class Sink:
 
     @property
     def failing(self) -> str | None:
-        """Why nothing can be written at present; None if all is well. What is a slow reader is no failure."""
+        """Why nothing can be written at present; None if all is well. A slow reader is no failure."""
         return None if self._failing is None else self._failing.strerror or str(self._failing)
 
     def append(self, record: bytes) -> None:
@@ -184,16 +184,16 @@ class Sink:
             backlog.append(record)
 
     def reopen(self) -> None:
-        """Have the thread open the path again, for log rotation. When that fails the old file stays in use,
-        and a record says so. Does nothing for an inherited descriptor.
+        """Have the thread open the path again, for log rotation. If that fails, the old file stays in use, and a
+        record says so. Does nothing for an inherited descriptor.
         """
         self._reopening = True
         self._wake.put(None)
 
     def close(self, timeout: float) -> None:
-        """Write what can be written within `timeout` seconds, and stop. What is left counts as dropped.
+        """Write for at most `timeout` seconds, and stop. The records that are left, and later ones, are dropped.
 
-        Later records are dropped. A thread that hangs in write(2) is left behind: it can't hold up the exit.
+        A thread that hangs in write(2) is left behind: it can't hold up the exit.
         """
         self._deadline = time.monotonic() + timeout
         with self._lock:
@@ -231,7 +231,7 @@ class Sink:
             self._wake.get(timeout=seconds)
 
     def _flush(self, patience: float) -> bool:
-        """Write what is held, or if that is nothing the backlog. False when the reader does not read."""
+        """Write the held records, or the backlog if there are none. False when the reader does not read."""
         if not self._held:
             self._take()
         while self._held:
@@ -253,7 +253,7 @@ class Sink:
             self._tell(Severity.WARNING, "log records dropped", fields)
 
     def _note(self, error: OSError | None) -> None:
-        """The output fails, or does so no more. When that changes, stderr is told if it is something else."""
+        """Note that the output fails, or works. A change is reported on stderr, unless that is the output."""
         self._trouble = error or self._trouble
         before, self._failing = self._failing, error
         if (before is None) is (error is None) or isinstance(self._target, int):

@@ -63,7 +63,7 @@ def covering_rules(rules: Sequence[Conditions]) -> Iterator[list[int]]:
 def never_decides(
     kind: str, above: int, name: str | None, line: int | None, mend: str = "remove it, or move it up"
 ) -> str:
-    """What to say of a rule of which one above has everything: that one's index, its name if it has one, its line."""
+    """The warning about a rule that the rule with index `above` covers, which may have a name and a line."""
     shown, place = f" {show(name)}" if name else "", "" if line is None else f" (line {line})"
     return f"never decides, since {kind} {above + 1}{shown}{place} above has all of it: {mend}"
 

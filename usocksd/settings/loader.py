@@ -66,7 +66,7 @@ class Parser:
     secret: bool = False
 
     def read(self, value: Any) -> Any:
-        """What `parse` makes of it. Raises Invalid, with the value in `shown`, or a group."""
+        """The result of `parse`. Raises Invalid, with the value in `shown`, or a group."""
         try:
             return self.parse(value)
         except Invalid as error:
@@ -83,7 +83,7 @@ class Faults:
         self.found = list(found)
 
     def read(self, at: str, read: Callable[[Any], T], value: Any) -> T | None:
-        """What `read` makes of the part `at` of the value, or None if it raises Invalid or a group of them."""
+        """The result of `read` for the part `at` of the value; None if it raises Invalid or a group of them."""
         try:
             return read(value)
         except (Invalid, ExceptionGroup) as error:
@@ -201,7 +201,7 @@ def show(value: object) -> str:
     return text if len(text) <= _SHOWN_MAX else text[: _SHOWN_MAX - 1] + "…"
 
 
-# What reads the values of a type: functions from a TOML value to a typed one, which raise Invalid or a group of them.
+# Readers: functions from a TOML value to a typed one, which raise Invalid or a group of them. One for each type.
 
 
 def _exactly(type_: type[Any], expected: str) -> Parser:
@@ -253,7 +253,7 @@ def _list_reader(item_type: Any) -> Callable[[Any], Any]:
 
 
 def _as_list(value: object, read: Callable[[Any], object]) -> str:
-    """What an operator may have meant by a value that is no list, if there is a list of it that loads."""
+    """The list that an operator may have meant by a value that is none, if there is one that loads."""
     words = re.split(r"[\s,]+", value.strip()) if isinstance(value, str) else []
     numbers = [int(word) for word in words if re.fullmatch(r"[0-9]{1,9}", word)]
     for items in ([value], words, numbers if len(numbers) == len(words) else []):
@@ -265,7 +265,7 @@ def _as_list(value: object, read: Callable[[Any], object]) -> str:
 
 
 def _tables_reader(key_type: Any, item_type: Any) -> Callable[[Any], Any]:
-    """Tables by name, [egress.NAME]: the operator chooses the names, of those that the key's type lets through."""
+    """Tables by name, [egress.NAME]: the operator chooses names that the key's type accepts."""
     read_key, read_item = _reader(key_type), _reader(item_type)
 
     def read(value: Any) -> Mapping[Any, Any]:

@@ -1,7 +1,7 @@
-"""Settings that are valid, and yet don't do on this host what they say: the warnings that both daemons have.
+"""Warnings about settings that are valid, and do not work on this host or beside each other: those of both daemons.
 
-Each check is a function that yields what it has found, in the form of a fault: the key, the value, and what would be
-right. Nothing here opens, binds or asks anybody.
+Each check is a function that yields faults: the key, the value, and what would be right. None opens a file, binds a
+socket or asks another host.
 """
 
 from __future__ import annotations

@@ -3,13 +3,9 @@ import gc
 import os
 import select
 import socket
-import subprocess
-import sys
-import textwrap
 import tracemalloc
 from contextlib import suppress
 from math import inf
-from pathlib import Path
 from random import Random
 from types import SimpleNamespace
 from typing import Any
@@ -19,13 +15,11 @@ import trio
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import usocksd
 from usocksd.net import flow as flow_module
 from usocksd.net import relay as relay_module
 from usocksd.net.ending import Limits, Reason, Side
 from usocksd.net.flow import Flow
 
-ROOT = Path(usocksd.__file__).parents[1]
 _NOISE = Random(2).randbytes(1_000_003) * 2
 
 
@@ -359,83 +353,6 @@ async def test_without_pipes_a_fast_stream_keeps_to_its_share_of_a_turn(
     # Nor does it ask for a pipe all the time.
     assert asked <= 20
     rig.scope.cancel()
-
-
-UNPRIVILEGED = """
-    import encodings.idna  # needed by name resolution, and out of reach for another user
-    import fcntl, os, socket, sys, trio
-    from usocksd.net.pipes import PIPE_SIZE, PipePool
-    from usocksd.net.endpoint import Endpoint
-    from usocksd.net.reactor import Reactor
-    from usocksd.net.ending import Limits
-    from usocksd.net.relay import relay
-
-    def connection():
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            far = socket.create_connection(listener.getsockname())
-            near = listener.accept()[0]
-        near.setblocking(False)
-        far.setblocking(False)
-        return near, trio.socket.from_stdlib_socket(far)
-
-    async def main():
-        reactor = Reactor()
-        near, client = connection()
-        far, upstream = connection()
-        async with trio.open_nursery() as nursery:
-            await nursery.start(reactor.run)
-            a, b = Endpoint(reactor, near), Endpoint(reactor, far)
-            pipes = PipePool(1024)
-
-            async def session():
-                print(await relay(a, b, pipes=pipes, limits=Limits()))
-                nursery.cancel_scope.cancel()
-
-            async def send():
-                data = memoryview(bytes(8_000_000))
-                while data:
-                    data = data[await client.send(data):]
-                client.shutdown(1)
-
-            async def receive():
-                while await upstream.recv(1 << 20):
-                    pass
-                upstream.shutdown(1)
-
-            for task in (session, send, receive):
-                nursery.start_soon(task)
-        assert not pipes.lent and not pipes._free
-
-    if os.getuid() == 0:
-        os.setgroups([])
-        os.setgid(65534)
-        os.setuid(65534)
-    held = []
-    while len(held) < 4000:
-        held += os.pipe2(os.O_NONBLOCK)
-        try:
-            fcntl.fcntl(held[-1], fcntl.F_SETPIPE_SZ, PIPE_SIZE)
-        except PermissionError:
-            break
-    else:
-        sys.exit(77)
-    trio.run(main)
-"""
-
-
-def test_without_privileges_when_the_kernel_rations_pipes() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(UNPRIVILEGED)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    if done.returncode == 77:
-        pytest.skip("pipe pages are not rationed here (fs.pipe-user-pages-soft)")
-    assert done.returncode == 0, done.stderr
-    assert "RelayResult(to_upstream=8000000, to_client=0, reason=<Reason.CLOSED" in done.stdout
 
 
 # Half-close

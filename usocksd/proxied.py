@@ -53,10 +53,10 @@ class ProxiedListener:
             source = (await _receive(endpoint, receiver)).source
             if source is None:
                 client = Client(peer.host, peer.port, peer.address, proxy=peer.address, local=True)
-            elif (problem := unlikely(source.host, peer.host)) is not None:
-                raise HeaderFault(problem)
             else:
                 client = Client(source.host, source.port, numeric_address(source.host), proxy=peer.address)
+                if (problem := unlikely(client.address, peer.address)) is not None:
+                    raise HeaderFault(problem)
         except HeaderFault as fault:
             raise ClientFault(Kind.MALFORMED, HTTP_ERROR if fault.http else b"", str(fault)) from None
         access.named(client)

@@ -204,7 +204,7 @@ def proxy_header(data: bytes) -> None:
         except HeaderFault:
             found.append((None, b"fault"))
         if header is not None and header.source is not None:
-            unlikely(header.source.host, "192.0.2.1")
+            unlikely(numeric_address(header.source.host), numeric_address("192.0.2.1"))
     assert found[0] == found[1]
 
 

@@ -22,7 +22,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Final, NamedTuple, NoReturn
 
 from usocksd.errors import ProtocolError
-from usocksd.net.address import numeric_address
+from usocksd.net.address import IPAddress
 
 SIGNATURE: Final = b"\r\n\r\n\x00\r\nQUIT\n"
 
@@ -143,16 +143,15 @@ def _begins(data: bytes, whole: bytes) -> bool:
     return data.startswith(whole) if len(data) >= len(whole) else whole.startswith(data)
 
 
-def unlikely(claimed: str, peer: str) -> str | None:
-    """What is wrong with a client address that `peer` claims, if it can't be one; both numeric.
+def unlikely(claimed: IPAddress, peer: IPAddress) -> str | None:
+    """What is wrong with a client address that `peer` claims, if it can't be one.
 
     No client has the unspecified address or a multicast one; a loopback address is possible only if the peer is on this
     host too.
     """
-    client, sender = ip_address(claimed), numeric_address(peer)
-    if client.is_unspecified or client.is_multicast:
+    if claimed.is_unspecified or claimed.is_multicast:
         return f"claimed to come from {claimed}"
-    if client.is_loopback and not sender.is_loopback:
+    if claimed.is_loopback and not peer.is_loopback:
         return f"claimed to come from {claimed}, loopback of another host"
     return None
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from usocksd.net.address import numeric_address
 from usocksd.net.proxy_protocol import (
     LOCAL_HEADER,
     MAX_LENGTH,
@@ -189,5 +190,5 @@ def test_one_byte_is_wrong(wire: bytes, at: int, value: int) -> None:
     ],
 )
 def test_unlikely_clients(claimed: str, peer: str, problem: str | None) -> None:
-    found = unlikely(claimed, peer)
+    found = unlikely(numeric_address(claimed), numeric_address(peer))
     assert found is None if problem is None else problem in (found or "")

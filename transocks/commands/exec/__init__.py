@@ -27,7 +27,7 @@ from itertools import chain
 
 import attrs
 
-from transocks.commands.exec.cgroups import Cgroup, make, members_of, name_of
+from transocks.commands.exec.cgroups import Cgroup, make, members_of
 from transocks.commands.exec.daemons import ExecError, free_port, running
 from transocks.commands.exec.holder import TemporaryRules
 from transocks.commands.exec.terminal import Signals
@@ -172,13 +172,13 @@ def _become(user: User, gid: int, cgroup: Cgroup | None) -> Callable[[], None]:
     return become
 
 
-def _wait_for_others(signals: Signals, others: Callable[[], set[int]]) -> None:
+def _wait_for_others(signals: Signals, others: Callable[[], dict[int, str]]) -> None:
     """Wait until all processes that the command left behind have ended, and say so if that takes a while."""
     signals.end(others)
     since, reported = time.monotonic(), False
     while left := others():
         if not reported and time.monotonic() - since > SAY_AFTER:
-            names = ", ".join(f"{name_of(pid)} ({pid})" for pid in sorted(left)[:5])
+            names = ", ".join(f"{name} ({pid})" for pid, name in sorted(left.items())[:5])
             _say(f"the command has ended, and left behind: {names}. They are still redirected; this waits until they"
                  " end. Ctrl-C ends them")  # fmt: skip
             reported = True

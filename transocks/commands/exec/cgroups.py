@@ -67,23 +67,17 @@ class Cgroup:
         return os.waitpid(pid, 0)[1] == 0
 
 
-def members_of(gid: int, cgroup: Cgroup | None) -> set[int]:
-    """The processes with this effective group, or in this cgroup."""
-    found = set() if cgroup is None else _members(cgroup.folder)
+def members_of(gid: int, cgroup: Cgroup | None) -> dict[int, str]:
+    """The processes with this effective group, or in this cgroup, and their names."""
+    inside = set() if cgroup is None else _members(cgroup.folder)
+    found = {}
     for status in Path("/proc").glob("[0-9]*/status"):
         with contextlib.suppress(OSError):  # it has ended
-            fields = dict(line.split(":", 1) for line in status.read_text("ascii", "replace").splitlines())
-            if fields["Gid"].split()[1] == str(gid) and fields["State"].split()[0] not in "ZX":
-                found.add(int(status.parent.name))
+            fields = dict(line.partition(":")[::2] for line in status.read_text("utf-8", "replace").split("\n"))
+            pid, mine = int(status.parent.name), fields["Gid"].split()[1] == str(gid)
+            if (mine or pid in inside) and fields["State"].split()[0] not in "ZX":
+                found[pid] = fields["Name"].strip()
     return found
-
-
-def name_of(pid: int) -> str:
-    """The name of the process."""
-    try:
-        return Path(f"/proc/{pid}/comm").read_text("utf-8", "replace").strip()
-    except OSError:
-        return "?"
 
 
 def _members(folder: str) -> set[int]:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from transocks.commands.exec.daemons import ExecError
 
@@ -20,7 +20,7 @@ class Signals:
     def __init__(self) -> None:
         self._child: subprocess.Popen[bytes] | None = None
         self._early: list[int] | None = None
-        self._left_behind: Callable[[], set[int]] | None = None
+        self._left_behind: Callable[[], Collection[int]] | None = None
         self._kill = False
 
     def __enter__(self) -> Signals:
@@ -42,7 +42,7 @@ class Signals:
         for number in self._early or ():
             child.send_signal(number)
 
-    def end(self, left_behind: Callable[[], set[int]]) -> None:
+    def end(self, left_behind: Callable[[], Collection[int]]) -> None:
         """The command has ended: from now on a signal ends what it has left behind, and the next one kills that."""
         self._left_behind = left_behind
 

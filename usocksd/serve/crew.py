@@ -6,7 +6,6 @@ A worker that dies or hangs is replaced. Until the new one is ready, another one
 from __future__ import annotations
 
 import logging
-import os
 import socket
 import time
 from collections import defaultdict
@@ -60,7 +59,6 @@ class Crew:
         self._nursery = nursery
         self._slots = slots
         self._timing = timing
-        self._metrics = metrics
         self._adoption = Adoption(slots, lambda: self.serving, timing)
         self._coroner = Coroner()
         self._failures: defaultdict[int, int] = defaultdict(int)
@@ -185,8 +183,6 @@ class Crew:
         serving = [worker for worker in self.of(number) if worker.state is WorkerState.SERVING]
         return sorted(serving, key=lambda worker: worker.slot)
 
-    # The master becomes a new version
-
     @property
     def settled(self) -> bool:
         """Whether no worker is coming or going, and no message is half sent: all there is can be passed on."""
@@ -194,36 +190,15 @@ class Crew:
             worker.coming or worker.channel.sending or worker.exit_status is not None for worker in self.workers
         )
 
-    def filenos(self) -> list[int]:
-        """Every descriptor"""
-        files = [] if self.generation is None else self.generation.files.fds
-        return [self.table, *files, *(worker.channel.fileno() for worker in self.workers)]
-
-    def hand_over(self) -> dict[str, Any]:
-        """What `take_over` needs in the program that this process is about to become; as JSON values."""
-        assert self.generation is not None
-        return {
-            "table": self.table,
-            "generation": self.generation.as_json(),
-            "retired": total([self.retired, lasting(self._metrics.snapshot())], bounded=True),
-            "level": self.level,
-            "shared": self.shared,
-            "workers": [worker.hand_over() for worker in self.workers],
-        }
-
-    def take_over(self, state: dict[str, Any]) -> Generation:
-        """Go on with the workers of the program that this process was. Returns the generation in force."""
-        generation = self.generation = Generation.from_json(state["generation"])
-        for fd in (self.table, *generation.files.fds):
-            os.set_inheritable(fd, False)
-        self.retired, self.level, self.shared = state["retired"], state["level"], state["shared"]
+    def go_on(self, generation: Generation, workers: Sequence[WorkerProcess]) -> None:
+        """Go on with what an earlier version of this process has started."""
+        self.generation = generation
         self._adoption.begin(generation.plan)
-        self.workers += [WorkerProcess.take_over(worker, self._timing) for worker in state["workers"]]
-        for worker in self.workers:
+        self.workers += workers
+        for worker in workers:
             self._nursery.start_soon(self._watch, worker)
         for slot in set(range(generation.plan.workers)) - {worker.slot for worker in self.of(generation.number)}:
             self._nursery.start_soon(self._replace, generation, slot)
-        return generation
 
     # A worker's life
 

@@ -6,6 +6,7 @@ its children and notice nothing.
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import signal
@@ -13,9 +14,16 @@ import sys
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import trio
+
 from usocksd import __version__
 from usocksd.errors import Error
-from usocksd.serve.plan import PROTOCOL
+from usocksd.log.metrics import Snapshot, lasting, total
+from usocksd.serve.channel import Channel, restore_socket
+from usocksd.serve.crew import Crew
+from usocksd.serve.plan import PROTOCOL, Generation
+from usocksd.serve.timing import Timing
+from usocksd.serve.worker_process import WorkerProcess, WorkerState
 
 _VARIABLE = "TRANSOCKS_HANDOVER"
 
@@ -55,3 +63,53 @@ def become(
         for fd in fds:
             os.set_inheritable(fd, False)
         os.close(memory)
+
+
+def crew_state(crew: Crew, own: Snapshot) -> tuple[dict[str, Any], list[int]]:
+    """What `restore_crew` needs, as JSON values, and the descriptors in it. `own` is what the master has counted."""
+    generation = crew.generation
+    assert generation is not None
+    state = {
+        "table": crew.table,
+        "generation": generation.as_json(),
+        "retired": total([crew.retired, lasting(own)], bounded=True),
+        "level": crew.level,
+        "shared": crew.shared,
+        "workers": list(map(worker_state, crew.workers)),
+    }
+    return state, [crew.table, *generation.files.fds, *(worker.channel.fileno() for worker in crew.workers)]
+
+
+def restore_crew(crew: Crew, state: Mapping[str, Any], timing: Timing) -> Generation:
+    """Have a new crew go on with the workers of the program that this process was. Returns the generation in force."""
+    generation = Generation.from_json(state["generation"])
+    for fd in (crew.table, *generation.files.fds):
+        os.set_inheritable(fd, False)
+    crew.retired, crew.level, crew.shared = state["retired"], state["level"], state["shared"]
+    crew.go_on(generation, [restore_worker(worker, timing) for worker in state["workers"]])
+    return generation
+
+
+def worker_state(worker: WorkerProcess) -> dict[str, Any]:
+    """What `restore_worker` needs, as JSON values."""
+    return {
+        "generation": worker.generation,
+        "slot": worker.slot,
+        "column": worker.column,
+        "pid": worker.pid,
+        "channel": worker.channel.fileno(),
+        "unread": base64.b64encode(worker.channel.unread()).decode(),
+        "state": worker.state.value,
+        "version": worker.version,
+        "alive": worker.alive,
+    }
+
+
+def restore_worker(state: Mapping[str, Any], timing: Timing) -> WorkerProcess:
+    """A worker of the program that this process was."""
+    sock = trio.socket.from_stdlib_socket(restore_socket(state["channel"]))
+    channel = Channel(sock, base64.b64decode(state["unread"]))
+    worker = WorkerProcess(state["generation"], state["slot"], state["column"], state["pid"], channel, timing=timing)
+    worker.state, worker.ordered = WorkerState(state["state"]), True
+    worker.version, worker.alive = state["version"], state["alive"]
+    return worker

@@ -119,7 +119,7 @@ class Master:
         self._nursery = nursery
         self._stop_delay = stop_delay()
         self._notifier = Notifier()
-        metrics = Metrics(daemon.name)
+        metrics = self._metrics = Metrics(daemon.name)
         if state is None:
             inherited = inherited_sockets()
             check_inherited(inherited)
@@ -290,14 +290,15 @@ class Master:
         try:
             await self._settle()
             log.info("becoming the version of the workers", extra={"fields": {"from": __version__, "to": newer}})
+            crew_state, crew_fds = handover.crew_state(crew, self._metrics.snapshot())
             state = {
                 "started": report.started,
                 "last_reload": report.last_reload,
                 "slots": self._slots.hand_over(),
                 "doors": self._doors.hand_over(),
-                "crew": crew.hand_over(),
+                "crew": crew_state,
             }
-            fds = [*self._slots.filenos(), *self._doors.filenos(), *crew.filenos()]
+            fds = [*self._slots.filenos(), *self._doors.filenos(), *crew_fds]
             self._log.current.close()
             try:
                 handover.become(state, fds, self._notifier.environment(), _SIGNALS)
@@ -320,7 +321,7 @@ class Master:
 
     def _take_over(self, state: dict[str, Any]) -> None:
         """Go on where the earlier version of this process has stopped."""
-        generation = self._crew.take_over(state["crew"])
+        generation = handover.restore_crew(self._crew, state["crew"], self._timing)
         self._log.prepare(generation.plan.log)
         if self._crew.level is not None:
             self._log.current.set_level(parse_level(self._crew.level))

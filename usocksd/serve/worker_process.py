@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import itertools
 import logging
@@ -12,7 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from enum import Enum
 from typing import Any
 
@@ -22,7 +21,7 @@ import trio
 from usocksd import __version__
 from usocksd.errors import ConfigError, Error, Fault
 from usocksd.log.metrics import Snapshot
-from usocksd.serve.channel import Channel, Message, restore_socket
+from usocksd.serve.channel import Channel, Message
 from usocksd.serve.daemon import CHANNEL
 from usocksd.serve.plan import PROTOCOL, Plan
 from usocksd.serve.timing import Timing
@@ -227,27 +226,6 @@ class WorkerProcess:
         """Listen to it no more."""
         self.channel.close()
         self._close_stderr()
-
-    def hand_over(self) -> dict[str, Any]:
-        """What `take_over` needs in the program that this process is about to become; as JSON values."""
-        return {
-            "process": [self.generation, self.slot, self.column, self.pid],
-            "channel": [self.channel.fileno(), base64.b64encode(self.channel.unread()).decode()],
-            "state": self.state.value,
-            "version": self.version,
-            "alive": self.alive,
-        }
-
-    @classmethod
-    def take_over(cls, state: Mapping[str, Any], timing: Timing) -> WorkerProcess:
-        """The worker of the program that this process was."""
-        fd, unread = state["channel"]
-        channel = Channel(trio.socket.from_stdlib_socket(restore_socket(fd)), base64.b64decode(unread))
-        generation, slot, column, pid = state["process"]
-        worker = cls(generation, slot, column, pid, channel, timing=timing)
-        worker.state, worker.ordered = WorkerState(state["state"]), True
-        worker.version, worker.alive = state["version"], state["alive"]
-        return worker
 
     def _take(self, message: Message) -> None:
         answer = self._questions.get(message["id"])

@@ -28,12 +28,19 @@ class Server:
         self.address = sock.getsockname()
         self.listener = Listener(lab.reactor, sock, lambda *args: self.accepted.append(args), room=lambda: self.room)
         self._clients: list[socket.socket] = []
+        self._lab = lab
 
     def connect(self, count: int = 1) -> list[socket.socket]:
         """Clients whose connections wait to be accepted, or are."""
         clients = [socket.create_connection(self.address[:2]) for _ in range(count)]
         self._clients += clients
         return clients
+
+    async def one(self) -> tuple[socket.socket, Endpoint]:
+        """A client, and the endpoint of its accepted connection."""
+        (client,) = self.connect()
+        await self._lab.settle()
+        return client, self.accepted[-1][0]
 
     def close(self) -> None:
         if self.listener._sock.fileno() >= 0:
@@ -150,14 +157,6 @@ async def test_accepts_in_batches(lab: Any, serve: Callable[..., Server], monkey
     assert len(server.accepted) == 153
     for client in clients:
         client.close()
-
-
-async def test_accepted_bytes_are_seen(lab: Any, serve: Callable[..., Server]) -> None:
-    server = serve()
-    (client,) = server.connect()
-    client.sendall(b"early")
-    await lab.settle()
-    assert await server.accepted[0][0].receive() == b"early"
 
 
 async def test_ipv4_by_a_socket_for_both_families_is_ipv4(lab: Any, serve: Callable[..., Server]) -> None:
@@ -279,10 +278,7 @@ async def test_out_of_epoll_watches(lab: Any, serve: Callable[..., Server]) -> N
 
 
 async def test_bytes_that_are_there_need_no_event(lab: Any, serve: Callable[..., Server]) -> None:
-    server = serve()
-    (client,) = server.connect()
-    await lab.settle()
-    ((endpoint, *_),) = server.accepted
+    client, endpoint = await serve().one()
     client.sendall(b"first")
     with patch.object(Endpoint, "on_event", Mock(side_effect=AssertionError)):
         assert await endpoint.receive() == b"first"
@@ -295,10 +291,7 @@ async def test_bytes_that_are_there_need_no_event(lab: Any, serve: Callable[...,
 async def test_a_reset_is_noticed_from_the_first_receive_on(
     lab: Any, serve: Callable[..., Server], *, speaks: bool
 ) -> None:
-    server = serve()
-    (client,) = server.connect()
-    await lab.settle()
-    ((endpoint, *_),) = server.accepted
+    client, endpoint = await serve().one()
     if speaks:
         client.sendall(b"x")
         assert await endpoint.receive() == b"x"
@@ -314,10 +307,7 @@ async def test_a_reset_is_noticed_from_the_first_receive_on(
 
 
 async def test_a_deadline_counts_before_the_first_receive(lab: Any, serve: Callable[..., Server]) -> None:
-    server = serve()
-    server.connect()
-    await lab.settle()
-    ((endpoint, *_),) = server.accepted
+    _, endpoint = await serve().one()
     endpoint.deadline = lab.clock.now + 1
     async with trio.open_nursery() as nursery:
         nursery.start_soon(lab.pass_time, 1.5)
@@ -327,10 +317,7 @@ async def test_a_deadline_counts_before_the_first_receive(lab: Any, serve: Calla
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::1", "::"])
 async def test_our_end_of_a_connection(lab: Any, serve: Callable[..., Server], host: str) -> None:
-    server = serve(host)
-    server.connect()
-    await lab.settle()
-    ((endpoint, *_),) = server.accepted
+    _, endpoint = await serve(host).one()
     assert endpoint.local_address() == endpoint.sock.getsockname()[:2]
     assert (endpoint.bound is None) == (host in ("0.0.0.0", "::"))
 

@@ -19,6 +19,7 @@ from usocksd.net import flow as flow_module
 from usocksd.net import relay as relay_module
 from usocksd.net.ending import Limits, Reason, Side
 from usocksd.net.flow import Flow
+from usocksd.net.pipes import PipePool
 
 _NOISE = Random(2).randbytes(1_000_003) * 2
 
@@ -206,9 +207,9 @@ async def test_the_rest_of_partial_sends_arrives(lab: Any) -> None:
 
 
 @pytest.mark.parametrize("bulk", [True, False])
-async def test_a_stopped_reader_stops_the_reading(lab: Any, monkeypatch: pytest.MonkeyPatch, bulk: bool) -> None:
+async def test_a_stopped_reader_stops_the_reading(lab: Any, bulk: bool) -> None:
     if not bulk:
-        monkeypatch.setattr(flow_module, "_BULK_AFTER", 1 << 30)
+        lab.pipes = PipePool(0)
     rig = lab.relay(buffers=64_000)
     total = await fill(lab, rig.client)
     flow = rig.pair.up
@@ -302,21 +303,10 @@ async def test_a_pipe_with_bytes_in_it_never_returns_to_the_pool(lab: Any, how: 
     assert lab.pipes._free == []
 
 
-def forbidden(*_: object) -> int:
-    raise PermissionError(errno.EPERM, "pipe pages are rationed")
-
-
-@pytest.mark.parametrize("why", ["no descriptors", "no pages"])
-async def test_without_pipes_bulk_flows_by_recv_and_send(
-    lab: Any, monkeypatch: pytest.MonkeyPatch, no_more_descriptors: Any, why: str
-) -> None:
+async def test_without_pipes_bulk_flows_by_recv_and_send(lab: Any, no_more_descriptors: Any) -> None:
     rig = lab.relay()
-    if why == "no pages":
-        monkeypatch.setattr("usocksd.net.pipes.fcntl", SimpleNamespace(fcntl=forbidden, F_SETPIPE_SZ=1031))
+    with no_more_descriptors():
         await pump(rig.client, rig.upstream, 5_000_000)
-    else:
-        with no_more_descriptors():
-            await pump(rig.client, rig.upstream, 5_000_000)
     assert lab.pipes.lent == 0
     assert lab.pipes._free == []
 

@@ -36,7 +36,7 @@ fault = partial(Finding, state=State.FAULT)
 warning = partial(Finding, state=State.WARNING)
 """It works, but not as well, or not as safely, as it should."""
 unchecked = partial(Finding, state=State.UNCHECKED)
-"""It can't be told from here."""
+"""It can't be checked from here."""
 
 
 def as_text(findings: Sequence[Finding], *, everything: bool = False) -> Iterator[str]:

@@ -35,15 +35,15 @@ AS_ROOT = "run it as root"
 
 @attrs.frozen(kw_only=True)
 class Host:
-    """Each thing is looked at, and each sample tried, once, when a check asks for it."""
+    """Each fact is read, and each sample tried, once: when a check asks for it."""
 
     config: Config
     tracer: Tracer | None = None
     """None: no packets can be traced, since this user is not root for example"""
     why: str = ""
-    """there is no tracer"""
+    """why there is no tracer"""
     client: IPAddress | None = None
-    """whose connection was waited for: then that is judged, and no samples"""
+    """if given, its connection was waited for, and is judged instead of samples"""
     names: RuleNames = attrs.field(factory=RuleNames)
     proc: Path = Path("/proc")
     counters: Mapping[str, int] = attrs.field(default=attrs.Factory(lambda self: self.counted(), takes_self=True))
@@ -141,7 +141,7 @@ class Host:
 
     @cached_property
     def daemon(self) -> Sender:
-        """By what rules know the daemon's connections; if it does not run, as its unit has it."""
+        """What rules tell the daemon's connections by; if it does not run, the user of its unit."""
         sender = next((self.sender(each) for each in self.listeners or () if each.port in self.ports), Sender())
         if sender.uid is None:
             with contextlib.suppress(KeyError):
@@ -149,7 +149,7 @@ class Host:
         return attrs.evolve(sender, marks=frozenset({self.config.mark or 0}))
 
     def sender(self, listener: ListeningSocket) -> Sender:
-        """By what rules know the connections of whoever listens there: by a cgroup only if [rules] does."""
+        """What rules tell the connections of a listening process by: its cgroup only if [rules] selects cgroups."""
         sender, rules = sender_of(listener, self.proc), self.config.rules
         return sender if rules is not None and rules.cgroups else attrs.evolve(sender, cgroup=None)
 
@@ -176,7 +176,7 @@ class Host:
 
     @cached_property
     def redirections(self) -> tuple[Redirection, ...]:
-        """The rules of [rules]; or, where they are loaded by hand, of each mode that the listeners are for."""
+        """What [rules] redirects; without [rules], what each mode would that the listeners are for."""
         config, rules = self.config, self.config.rules
         if rules is None:
             modes = [

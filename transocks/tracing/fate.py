@@ -70,7 +70,7 @@ class Fate:
 
     @property
     def by_guard(self) -> bool:
-        """That is a rule of `transocks rules hold`, which refuses what ours should have and do not: look at ours."""
+        """That rule belongs to `transocks rules hold`; it refuses what our other rules should have redirected."""
         return self.rule is not None and self.rule.family == "inet" and self.rule.table in GUARDS
 
     @property

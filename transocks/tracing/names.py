@@ -1,4 +1,4 @@
-"""Rules as the tools print them that have loaded them: table, chain and text."""
+"""Rules as their tools print them: table, chain and text."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class Rewrite:
 
 @attrs.frozen(kw_only=True)
 class Trace:
-    """Of the first packet in one direction."""
+    """The trace of the first packet in one direction."""
 
     events: tuple[Event, ...]
     packet: Packet

@@ -1,4 +1,4 @@
-"""Limits and settings of the kernel, and tools: what shows under load, or at the next start."""
+"""Limits and settings of the kernel that show under load or at the next start, and the tools that load rules."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def conntrack(host: Host) -> Iterator[Finding]:
 
 
 def conntrack_timers(host: Host) -> Iterator[Finding]:
-    """With timers of seconds, it forgets connections in use: keepalive can't be that fast."""
+    """With timers of a few seconds, connection tracking forgets connections in use; keepalive is not that fast."""
     if not any(fate.redirection.mode in {Mode.HOST, Mode.GATEWAY} for fate in host.fates):
         return
     found = tcp_timers(_TIMERS, host.proc / "sys/net/netfilter")
@@ -139,7 +139,7 @@ def _most_waiting(host: Host) -> tuple[IPAddress | None, int]:
 
 
 def port_range(host: Host) -> Iterator[Finding]:
-    """A connection that leaves by the port of a listener keeps it from being opened."""
+    """A listener can't be opened while an outgoing connection has its port."""
     low, high = _port_range(host)
     reserved: set[int] = set()
     for part in (host.sysctl("net.ipv4.ip_local_reserved_ports") or "").split(","):
@@ -166,7 +166,7 @@ def _port_range(host: Host) -> tuple[int, int]:
 
 
 def fast_open(host: Host) -> Iterator[Finding]:
-    """With it the first bytes to an upstream go along with the SYN: a round trip less."""
+    """With TCP Fast Open, the first bytes go to an upstream with the SYN, which saves a round trip."""
     bits = host.number("net.ipv4.tcp_fastopen")
     if bits is None:
         yield unchecked("tcp_fastopen", "this kernel has no TCP Fast Open")
@@ -179,7 +179,7 @@ def fast_open(host: Host) -> Iterator[Finding]:
 
 
 def nonlocal_bind(host: Host) -> Iterator[Finding]:
-    """With it bind(2) succeeds on addresses that this host does not have: mistakes show late, or never."""
+    """With ip_nonlocal_bind=1, bind(2) succeeds on addresses that this host does not have, which hides mistakes."""
     found = [name for name in ("net.ipv4.ip_nonlocal_bind", "net.ipv6.ip_nonlocal_bind") if host.number(name) == 1]
     if found:
         yield warning(

@@ -25,7 +25,7 @@ _PATIENCE = 1.5  # seconds
 
 
 def resolver(host: Host) -> Iterator[Finding]:
-    """DNS goes over TCP when an answer is long: then the name of the upstream needs the upstream."""
+    """Long answers come over TCP: if that is redirected, resolving the name of an upstream takes the upstream."""
     if host.tracer is None:
         yield unchecked("resolver", host.why, AS_ROOT)
     if host.tracer is None or host.client is not None:

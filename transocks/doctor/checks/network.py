@@ -14,13 +14,13 @@ _INSIDE = (Mode.GATEWAY, Mode.TPROXY)
 
 
 def loopback(host: Host) -> Iterator[Finding]:
-    """What is redirected to this host itself goes by way of lo."""
+    """Connections that are redirected to this host go through lo."""
     if not host.links.lo_is_up:
         yield fault("lo", "the interface lo is down: nothing gets to 127.0.0.1 and ::1", "ip link set lo up")
 
 
 def bridges(host: Host) -> Iterator[Finding]:
-    """br_netfilter runs the rules too early for TPROXY: what it finds out about a socket is lost on the way up."""
+    """br_netfilter runs the rules too early for TPROXY: the socket that it chooses is lost on the way up."""
     tproxy = {(f.sample.iif, f.sample.version) for f in host.fates if f.redirection.mode is Mode.TPROXY}
     for (bridge, version), setting in host.bridges.items():
         if (bridge, version) in tproxy:
@@ -31,7 +31,7 @@ def bridges(host: Host) -> Iterator[Finding]:
 
 
 def reverse_path(host: Host) -> Iterator[Finding]:
-    """A strict filter drops clients whose way back is another one, after the rules have counted them."""
+    """A strict filter drops clients to whom another interface leads; the rules have counted their packets by then."""
     dropped = host.since("IPReversePathFilter")
     inside = {fate.sample.iif for fate in host.fates if fate.redirection.mode in _INSIDE and fate.sample.iif}
     strict = sorted(iif for iif in inside if _setting(host, iif, "rp_filter") == 1)
@@ -69,7 +69,7 @@ def forwarding(host: Host) -> Iterator[Finding]:
 
 
 def route_localnet(host: Host) -> Iterator[Finding]:
-    """DNAT to 127.0.0.1 needs it, and it lets neighbours in."""
+    """DNAT to 127.0.0.1 needs route_localnet=1, with which neighbours reach what listens on loopback."""
     for fate in host.arrived:
         if fate.redirection.mode is Mode.GATEWAY and fate.end[0].is_loopback:
             do = f'use REDIRECT and listen = ":{fate.redirection.port}", and set it to 0'
@@ -77,8 +77,8 @@ def route_localnet(host: Host) -> Iterator[Finding]:
 
 
 def way_out(host: Host) -> Iterator[Finding]:
-    """Where an application wants to go there has to be a route, or no rule is asked, though what they redirect does not
-    take it. A host that reaches nothing but its proxy often has none.
+    """Without a route to its destination, the kernel refuses a connection before any rule is asked, although redirected
+    connections do not take that route. Hosts that reach only their proxy often have none.
     """
     devices: dict[int, str] = {}
     for name, networks in host.links.networks.items():

@@ -97,7 +97,7 @@ def _findings(fate: Fate, host: Host) -> Iterator[Finding]:
 
 
 def _passed(fate: Fate, host: Host) -> Finding:
-    """Our rules have seen it, and let it go; or there are none."""
+    """Our rules were met, and none redirected it; or there are no rules."""
     tproxy = fate.redirection.mode is Mode.TPROXY
     if tproxy and (found := _no_listener(fate, host)) is not None:
         return found
@@ -131,7 +131,7 @@ def _no_listener(fate: Fate, host: Host) -> Finding | None:
 
 
 def _stopped(fate: Fate, host: Host) -> Finding:
-    """Behind the rule that has it for us."""
+    """What stops a connection that our rule has redirected."""
     trace, mode = fate.result.trace, fate.redirection.mode
     assert trace is not None
     if trace.left or (trace.stop is not None and (trace.stop.hook, trace.stop.place) == ("prerouting", ROUTING)):

@@ -1,4 +1,4 @@
-"""Are the upstreams there, do they speak what the configuration says, and does a large packet reach them?
+"""Do the upstreams answer, do they speak what the configuration says, and do large packets reach them?
 
 They are connected to and greeted as the daemon would, traced where that can be done. No destination is asked for.
 """
@@ -50,7 +50,7 @@ _MTUS = (1492, 1460, 1440, 1420, 1400, 1360, 1320, 1280, 1200, 1000)
 
 
 def upstreams(host: Host) -> Iterator[Finding]:
-    """All at once. One that answers at some of its addresses is a warning, at none of them a fault."""
+    """Greet all at once. No answer is a fault, or a warning if another address of the same upstream answers."""
     yield from trio.run(_greet_all, host)
 
 
@@ -77,7 +77,7 @@ async def _at_once(act: Callable[[T], Awaitable[R]], items: Sequence[T]) -> list
 
 
 class _Greeting:
-    """Of one upstream, at all its addresses."""
+    """Greets one upstream at all its addresses."""
 
     def __init__(self, proxy: ProxyURL, host: Host) -> None:
         self._proxy, self._host = proxy, host

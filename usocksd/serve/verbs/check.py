@@ -23,7 +23,6 @@ from usocksd.serve.daemon import Daemon, Remarks, Subparsers
 from usocksd.serve.verbs.client import visible
 from usocksd.settings import loader as configuration
 from usocksd.settings.common import Common
-from usocksd.settings.warnings import HostFacts, connections_of_descriptors
 
 _DESCRIPTION = """\
 Check a configuration on this host, as this user, and change nothing. Print every fault (the daemon would not start),
@@ -127,6 +126,9 @@ def _locate(fault: Fault, file: str) -> Diagnostic:
 
 def effective(common: Common) -> dict[str, object]:
     """The settings in force that matter, as JSON values, by the key path that the file would have"""
+    # Not for the command lines of other verbs: this loads trio, which takes a tenth of a second.
+    from usocksd.settings.warnings import HostFacts, connections_of_descriptors  # noqa: PLC0415
+
     host = HostFacts.here(())
     port = common.metrics_default if common.metrics_port is None else common.metrics_port
     return {

@@ -109,3 +109,11 @@ def test_transocks(tmp_path: Path) -> None:
         nothing = {"ok": True, "connections": [], "partial": []}
         assert ask(tmp_path, "connections", "--upstream", "socks5", name="transocks") == nothing
         verb(tmp_path, "connections", "--user", "alice", name="transocks", status=2)
+
+
+@pytest.mark.parametrize("name", ["usocksd", "transocks"])
+def test_command_lines_do_without_trio(name: str) -> None:
+    """It takes a tenth of a second to load, and a verb that asks the daemon has no use for it."""
+    program = f"import sys, {name}.cli as cli; cli.main(['status', '--control', '/']); print('trio' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout == "False\n"

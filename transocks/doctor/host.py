@@ -11,7 +11,7 @@ from pathlib import Path
 
 import attrs
 
-from transocks.config import DIRECT, Config
+from transocks.config import Config
 from transocks.rules import live
 from transocks.rules.config import Mode, RulesConfig
 from transocks.rules.loops import Sender, sender_of
@@ -162,12 +162,6 @@ class Host:
     def proxies(self) -> tuple[ProxyURL, ...]:
         """All upstreams, each once."""
         return tuple(dict.fromkeys(url for group in self.config.groups().values() for url in group.proxy_url))
-
-    @property
-    def goes_direct(self) -> bool:
-        """Whether transocks may connect to destinations by itself."""
-        groups = self.config.groups().values()
-        return DIRECT in {*(route.via for route in self.config.route), *(group.when_all_down for group in groups)}
 
     @property
     def stated(self) -> bool:

@@ -84,7 +84,8 @@ def _loops(config: Config, host: Redirection, there: tuple[ListeningSocket, ...]
     mark, addresses = f"{config.mark or MARK:#x}", HostAddresses().current
     exempt = f"Set mark = {mark}, or rules.exempt_users to its own user"
     examples = list(_selected(host))
-    for address, port in dict.fromkeys(_upstreams(config)):
+    for upstream, port in dict.fromkeys(upstreams_of(config, _PUBLIC[0])):
+        address = without_zone(upstream)
         shown = join_port(address, port)
         if not (address in addresses or address.is_loopback):
             if takes(host, own, address, port):
@@ -105,18 +106,24 @@ def _loops(config: Config, host: Redirection, there: tuple[ListeningSocket, ...]
                 f"a loop: the rules would send to transocks what the upstream {shown} on this host connects to."
                 f" {set_mark}, or name {sender.user} in rules.exempt_users, if that user runs nothing else"
             )
-    ways = (*(route.via for route in config.route), *(group.when_all_down for group in config.groups().values()))
-    if DIRECT in ways and any(takes(host, own, *where) for where in examples):
+    if goes_direct(config) and any(takes(host, own, *where) for where in examples):
         yield f"a loop: the rules would send transocks's direct connections to transocks. {exempt}"
 
 
-def _upstreams(config: Config) -> Iterator[tuple[IPAddress, int]]:
+def goes_direct(config: Config) -> bool:
+    """Whether transocks may connect to destinations by itself."""
+    groups = config.groups().values()
+    return DIRECT in {*(route.via for route in config.route), *(group.when_all_down for group in groups)}
+
+
+def upstreams_of(config: Config, named: IPAddress) -> Iterator[tuple[IPAddress, int]]:
+    """Address and port of each upstream, without a name server: `named` stands for those that have a name."""
     for group in config.groups().values():
         for proxy in group.proxy_url:
             if proxy.host == "localhost":
                 yield from ((address, proxy.port) for address in _LOOPBACK)
-            else:  # a name stands for some address or other
-                yield _PUBLIC[0] if isinstance(proxy.host, str) else without_zone(proxy.host), proxy.port
+            else:
+                yield named if isinstance(proxy.host, str) else proxy.host, proxy.port
 
 
 def _selected(redirection: Redirection) -> Iterator[tuple[IPAddress, int]]:

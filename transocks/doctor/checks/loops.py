@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from ipaddress import ip_address
 
 import attrs
 
 from transocks.doctor.finding import Finding, fault, fine, unchecked
 from transocks.doctor.host import AS_ROOT, Host
 from transocks.rules.config import Mode
+from transocks.rules.loops import goes_direct, upstreams_of
 from transocks.tracing.fate import What, fate_of
 from transocks.tracing.samples import EXAMPLES, try_out
 from usocksd.net.address import IPAddress
 
 _EXEMPT = "exempt it in the rules by its user, or by a mark that its configuration sets"
-_LOOPBACK: tuple[IPAddress, ...] = (ip_address("127.0.0.1"), ip_address("::1"))
 
 
 def loops(host: Host) -> Iterator[Finding]:
@@ -23,26 +22,15 @@ def loops(host: Host) -> Iterator[Finding]:
     if host.tracer is None:
         yield unchecked("loops", host.why, AS_ROOT)
         return
-    if host.goes_direct:
+    if goes_direct(host.config):
         for version in host.versions:
             yield _own(host, EXAMPLES[version][0], 443, "direct connections")
-    for address, port in _addresses(host):
+    # By name it is somewhere else: any address that the rules take for the Internet stands for it.
+    for address, port in dict.fromkeys(upstreams_of(host.config, EXAMPLES[4][0])):
         if address.version in host.versions:
             yield _own(host, address, port, "connections to its upstream")
             yield from _from_upstream_here(host, address, port)
             yield from _from_upstream_behind(host, address)
-
-
-def _addresses(host: Host) -> Iterator[tuple[IPAddress, int]]:
-    """Those of the upstreams that need no name server."""
-    for proxy in host.proxies:
-        if proxy.host == "localhost":
-            yield from ((address, proxy.port) for address in _LOOPBACK)
-        elif not isinstance(proxy.host, str):
-            yield proxy.host, proxy.port
-        else:
-            # By name it is somewhere else: any address that the rules take for the Internet stands for it.
-            yield EXAMPLES[4][0], proxy.port
 
 
 def _own(host: Host, address: IPAddress, port: int, what: str) -> Finding:

@@ -240,7 +240,10 @@ class Process(Log):
 
 
 class Daemon(Process):
-    """`usocksd` or `transocks`. `popen` starts it elsewhere (lab.Host.popen), `prefix` are words before the command."""
+    """`usocksd` or `transocks`; entering the context waits until its log file says that it listens, if `waits`.
+
+    `popen` starts it elsewhere (lab.Host.popen), `prefix` are words before the command.
+    """
 
     def __init__(
         self,
@@ -251,6 +254,7 @@ class Daemon(Process):
         prefix: Sequence[str] = (),
         logfile: str | None = "",
         python: str = sys.executable,
+        waits: bool = True,
         **options: Any,
     ) -> None:
         """`logfile` None logs to stderr (see `options`), "" to a file of the folder."""
@@ -260,6 +264,14 @@ class Daemon(Process):
         words = [*prefix, python, "-m", name, "-f", str(file), "-logformat", "json"]
         words += [] if logfile is None else ["-logfile", str(log)]
         super().__init__(name, log, folder / f"{name}.stderr", *words, *arguments, **options)
+        self._waits = waits and logfile is not None
+
+    def __enter__(self) -> Self:
+        try:
+            return self.ready() if self._waits else self
+        except BaseException as error:
+            self.__exit__(type(error))
+            raise
 
     def fds(self) -> int:
         """How many file descriptors its worker has open."""

@@ -65,8 +65,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Exported]:
         port = free_port()
         folder = tmp_path_factory.mktemp(name)
         control = f'control = "{folder}/control.sock"\n'
-        with Daemon(name, control + CONFIGS[name].format(metrics=port), folder) as daemon:
-            daemon.ready()
+        with Daemon(name, control + CONFIGS[name].format(metrics=port), folder):
             # Workers tell the master of theirs a moment after they are ready.
             daemons.wait_until(
                 lambda: {f"{name}_connections", f"{name}_workers"} <= {metric.name for metric in scrape(port)},

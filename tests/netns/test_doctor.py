@@ -466,8 +466,7 @@ def test_rules_for_one_family_without_a_way_out_for_the_other(host: Setup) -> No
 def test_no_exemption_for_the_server_behind(host: Setup) -> None:
     """transocks sets the mark, the SOCKS server on the same host does not."""
     usocksd = '[incoming]\nport = 1080\naddresses = ["127.0.0.1"]\n[outgoing]\n'
-    with Daemon("usocksd", usocksd, host.folder, popen=host.proxy.popen) as server:
-        server.ready()
+    with Daemon("usocksd", usocksd, host.folder, popen=host.proxy.popen):
         host.configure("socks5://127.0.0.1:1080")
         host.load()
         found = host.doctor()
@@ -611,8 +610,7 @@ def test_few_descriptors(host: Setup) -> None:
         listener.close()
     host.configure(more=f'control = "{host.folder}/transocks.sock"\n')
     text, limited = host.config.read_text(), ("prlimit", "--nofile=300")
-    with Daemon("transocks", text, host.folder, popen=host.proxy.popen, prefix=limited) as transocks:
-        transocks.ready()
+    with Daemon("transocks", text, host.folder, popen=host.proxy.popen, prefix=limited):
         host.load()
         found = host.doctor()
     assert list(found.bad) == ["descriptors"]

@@ -193,7 +193,6 @@ def test_an_address_goes_under_load_and_comes_back(host_net: lab.Net, tmp_path: 
         usocksd(net, tmp_path, *pool, top="workers = 2") as server,
         Sniffer(net.outside, 80) as sniffer,
     ):
-        server.ready()
         with Load(net, WEB[version], 80) as load:
             load.until(lambda each: (each.reply, each.bound) == (GRANTED, gone), "all are used")
             removing = time.monotonic()
@@ -226,7 +225,6 @@ def test_with_no_address_left_nothing_leaves(host_net: lab.Net, tmp_path: Path) 
         usocksd(net, tmp_path, lab.PROXY_V4[1]) as server,
         Sniffer(net.outside, 80) as sniffer,
     ):
-        server.ready()
         assert ask(net, "127.0.0.1", WEB[4], 80) == (GRANTED, lab.PROXY_V4[1])
         net.proxy.run("ip", "addr", "del", f"{lab.PROXY_V4[1]}/24", "dev", "eth0")
         server.record("addresses of this host changed")
@@ -255,7 +253,6 @@ def test_an_address_of_a_network_that_is_routed_here(
         usocksd(net, tmp_path, network if whole else address) as server,
         Sniffer(net.outside, 80) as sniffer,
     ):
-        server.ready()
         answers = [ask(net, f"127.0.0.{client}", WEB[version], 80) for client in range(1, 9)]
         assert {reply for reply, _ in answers} == {GRANTED}
         used = {bound for _, bound in answers}
@@ -281,7 +278,6 @@ def test_the_same_address_from_every_worker_and_after_a_restart(host_net: lab.Ne
 
     with Served(net.outside.listen(WEB[4], 80), daemons.echo):
         with usocksd(net, tmp_path, *lab.PROXY_V4, top="workers = 2") as server:
-            server.ready()
             first = sources()
             assert all(len(found) == 1 for found in first.values())
             assert set().union(*first.values()) == set(lab.PROXY_V4)
@@ -291,7 +287,6 @@ def test_the_same_address_from_every_worker_and_after_a_restart(host_net: lab.Ne
         server.log.unlink()
         # The order in which they are configured says nothing.
         with usocksd(net, tmp_path, *reversed(lab.PROXY_V4), top="workers = 2") as server:
-            server.ready()
             assert sources() == first
 
 
@@ -323,7 +318,6 @@ def test_1500_connections_to_one_destination(host_net: lab.Net, tmp_path: Path, 
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
     net.proxy.sysctl("net.ipv4.ip_local_port_range", "40000 40999")
     with queue(net) as listener, usocksd(net, tmp_path, *pool) as server, contextlib.ExitStack() as clients:
-        server.ready()
         replies: Counter[int] = Counter()
         for number in range(1500):
             client = clients.enter_context(connected(net, f"127.0.0.{number // 500 + 1}"))
@@ -349,7 +343,6 @@ def test_reconnecting_says_that_time_wait_has_the_ports(host_net: lab.Net, tmp_p
     net = host_net
     net.proxy.sysctl("net.ipv4.ip_local_port_range", "40000 40999")
     with Served(net.outside.listen(WEB[4], 80), daemons.echo) as web, usocksd(net, tmp_path, lab.PROXY_V4[1]) as server:
-        server.ready()
 
         def reconnect(number: int) -> int:
             # The client ends first, and so do we towards the destination.
@@ -447,7 +440,6 @@ class Listed(contextlib.AbstractContextManager["Listed"]):
         self.server = self._stack.enter_context(Daemon("usocksd", config, folder, popen=net.proxy.popen))
 
     def __enter__(self) -> Listed:
-        self.server.ready()
         return self
 
     def __exit__(self, *exception: Any) -> None:

@@ -388,7 +388,6 @@ def test_apply_refuses_loops_and_upstreams_that_are_down(scene: Scene, tmp_path:
         config = CLIENT.format(control=control, upstream=upstream, more=more, mark=mark, rules=rules)
         scene.config = Path(tempfile.mkdtemp(dir=tmp_path), "transocks.toml")
         with Daemon("transocks", config, scene.config.parent, popen=popen) as daemon:
-            daemon.ready()
             yield daemon
 
     def said(status: int, *words: str) -> str:
@@ -401,8 +400,7 @@ def test_apply_refuses_loops_and_upstreams_that_are_down(scene: Scene, tmp_path:
         return out
 
     (tmp_path / "unmarked").mkdir()
-    with Daemon("usocksd", USOCKSD.replace("mark = 0x7473", ""), tmp_path / "unmarked", popen=popen) as server:
-        server.ready()
+    with Daemon("usocksd", USOCKSD.replace("mark = 0x7473", ""), tmp_path / "unmarked", popen=popen):
         with client():
             out = said(1)
             assert "a loop: the rules would send to transocks what the upstream 127.0.0.1:1080 on this host" in out
@@ -411,8 +409,7 @@ def test_apply_refuses_loops_and_upstreams_that_are_down(scene: Scene, tmp_path:
         for rules in ('exempt_users = ["root"]', 'users = ["nobody"]'):
             with client(rules=rules):
                 said(0)
-    with Daemon("usocksd", USOCKSD, tmp_path, popen=popen) as server:
-        server.ready()
+    with Daemon("usocksd", USOCKSD, tmp_path, popen=popen):
         with client(more=', "socks5://127.0.0.1:9"') as daemon:
             wait_until(lambda: daemon.records("upstream is down"), lambda: "it is down")
             out = said(0)

@@ -162,8 +162,6 @@ class Played(scenes.Scene):
 
     def load(self) -> None:
         """Load the rules; connections of before are there, which nothing has tracked on a host."""
-        for daemon in (self.server, self.daemon):
-            wait_until(lambda: daemon.records("listening"), f"{daemon.name} listens", 120)
         if self.mode != "host" and self.when_down == "closed":
             self.sh(TRACK_NFT if self.backend == "nft" else TRACK_IPTABLES)
         self.before = [self.open(address) for address in FAMILIES]

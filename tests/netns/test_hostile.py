@@ -39,7 +39,7 @@ def usocksd(
 ) -> Iterator[Daemon]:
     config = CONFIG.format(handshake=handshake, connect=connect) + more
     with Daemon("usocksd", config, folder, **options) as daemon:  # type: ignore[arg-type]
-        yield daemon.ready()
+        yield daemon
 
 
 @pytest.fixture
@@ -139,7 +139,6 @@ def test_an_impatient_upstream(host_net: lab.Net, tmp_path: Path, scheme: str) -
         more = "[names]\nsniff = false\n"
         url = f"{scheme}://127.0.0.1:{upstream.port}"
         with test_redirect.transocks(host_net, tmp_path, url, more=more) as client:
-            client.ready()
             test_redirect.load(host_net, "nft")
             before = client.fds()
             for _ in range(2 * len(said) * 8):

@@ -68,7 +68,6 @@ def test_listened_on_and_left_to(host_net: lab.Net, tmp_path: Path) -> None:
         Served(listening(outside, FAR, index, 8081), page),
         Served(outside.listen(lab.WEB_V4, 80), page) as web,
     ):
-        server.ready()
         assert server.record("listening")["address"] == f"[{NEAR}%{near}]:1080"
         proxy = f"socks5h://[{NEAR}%25{far}]:1080"
         assert curl(outside, "-x", proxy, WEB) == "it works"
@@ -105,8 +104,6 @@ def test_an_upstream_on_the_link(host_net: lab.Net, tmp_path: Path) -> None:
         transocks(host_net, tmp_path, f"socks5://[{FAR}%25{near}]:1080") as client,
         Served(host_net.outside.listen(lab.WEB_V4, 80), page),
     ):
-        server.ready()
-        client.ready()
         host_net.proxy.run("nft", "-f", "-", input=(RULES / "host.nft").read_text())
         assert curl(host_net.client, WEB) == "it works"
         mine, theirs = client.record("proxy ends"), server.record("proxy ends")
@@ -138,7 +135,6 @@ def test_a_destination_on_the_link(gateway_net: lab.Net, tmp_path: Path, chain: 
         transocks(net, tmp_path, listen='":1081"\nlisten_tproxy = ":1084"', more=route) as client,
         Served(listening(net.proxy, NEAR, near, 80), page),
     ):
-        client.ready()
         net.proxy.run("nft", "-f", "-", input=f"table ip6 x {{ {chain.format(f'meta mark != {MARK} ')}\n}}")
         net.proxy.run("ip", "-6", "rule", "add", "fwmark", "0x7474", "lookup", "100")
         net.proxy.run("ip", "-6", "route", "add", "local", "default", "dev", "lo", "table", "100")

@@ -37,7 +37,7 @@ SECOND = "198.51.100.2"
 def usocksd(net: lab.Net, folder: Path, more: str = "", *, connect: float = 10, **options: object) -> Iterator[Daemon]:
     config = CONFIG.format(connect=connect) + more
     with Daemon("usocksd", config, folder, popen=net.proxy.popen, **options) as daemon:  # type: ignore[arg-type]
-        yield daemon.ready()
+        yield daemon
 
 
 def connected(net: lab.Net, server: Daemon) -> Socket:

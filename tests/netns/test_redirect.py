@@ -97,8 +97,6 @@ def usocksd(net: lab.Net, folder: Path, config: str = USOCKSD) -> Daemon:
 @contextlib.contextmanager
 def both(net: lab.Net, folder: Path, tool: str = "nft") -> Iterator[tuple[Daemon, Daemon]]:
     with usocksd(net, folder) as server, transocks(net, folder) as client:
-        server.ready()
-        client.ready()
         load(net, tool)
         yield client, server
 
@@ -291,7 +289,6 @@ def test_what_is_refused_is_reset(pair: Pair, version: int) -> None:
 
 def test_the_upstream_is_not_there(host_net: lab.Net, tmp_path: Path) -> None:
     with transocks(host_net, tmp_path) as client:
-        client.ready()
         load(host_net, "nft")
         with pytest.raises(ConnectionResetError), connect(host_net, 4, 80) as sock:
             sock.recv(1)
@@ -302,9 +299,7 @@ def test_the_upstream_is_not_there(host_net: lab.Net, tmp_path: Path) -> None:
     "listen", ['":1081"', '["0.0.0.0:1081", "[::]:1081"]', '["127.0.0.1:1081", "[::1]:1081"]', '"localhost:1081"']
 )
 def test_listeners(host_net: lab.Net, tmp_path: Path, listen: str) -> None:
-    with usocksd(host_net, tmp_path) as server, transocks(host_net, tmp_path, listen=listen) as client:
-        server.ready()
-        client.ready()
+    with usocksd(host_net, tmp_path), transocks(host_net, tmp_path, listen=listen):
         load(host_net, "iptables")
         for version in (4, 6):
             with Served(host_net.outside.listen(WEB[version]), daemons.echo) as web:
@@ -315,9 +310,7 @@ def test_listeners(host_net: lab.Net, tmp_path: Path, listen: str) -> None:
 
 def test_dnat(gateway_net: lab.Net, tmp_path: Path) -> None:
     """Not REDIRECT but DNAT, to an address of the gateway."""
-    with usocksd(gateway_net, tmp_path) as server, transocks(gateway_net, tmp_path) as client:
-        server.ready()
-        client.ready()
+    with usocksd(gateway_net, tmp_path), transocks(gateway_net, tmp_path) as client:
         for tool, target, match in (
             ("iptables", f"{lab.LAN_GATEWAY_V4}:1081", lab.WEB_V4),
             ("ip6tables", f"[{lab.LAN_GATEWAY_V6}]:1081", lab.WEB_V6),
@@ -341,9 +334,7 @@ def test_a_loop_is_refused(host_net: lab.Net, tmp_path: Path) -> None:
     """No rule exempts the proxies. What they send comes back, and is not carried round and round."""
     config = USOCKSD.replace('["127.0.0.1"]', f'["{lab.PROXY_V4[0]}"]').replace("mark = 0x7473\n", "")
     url = f"socks5://{lab.PROXY_V4[0]}:1080"
-    with usocksd(host_net, tmp_path, config) as server, transocks(host_net, tmp_path, url) as client:
-        server.ready()
-        client.ready()
+    with usocksd(host_net, tmp_path, config), transocks(host_net, tmp_path, url) as client:
         # Both the upstream on this host and the way out are redirected.
         for tool, own in (("iptables", lab.PROXY_V4[0]), ("ip6tables", lab.PROXY_V6[0])):
             for to in (own, WEB[4] if tool == "iptables" else WEB[6]):
@@ -359,9 +350,7 @@ def test_a_loop_is_refused(host_net: lab.Net, tmp_path: Path) -> None:
 
 def test_its_own_port_is_a_loop(host_net: lab.Net, tmp_path: Path) -> None:
     """The listener's port on any address of this host, redirected to the listener."""
-    with usocksd(host_net, tmp_path) as server, transocks(host_net, tmp_path, listen='":1081"') as client:
-        server.ready()
-        client.ready()
+    with usocksd(host_net, tmp_path), transocks(host_net, tmp_path, listen='":1081"') as client:
         rule = f"-A OUTPUT -p tcp -d {lab.PROXY_V4[1]} -j DNAT --to-destination {lab.PROXY_V4[0]}:1081"
         host_net.proxy.run("iptables", "-t", "nat", *rule.split())
         with pytest.raises(ConnectionResetError), connect(host_net, 4, 1081, lab.PROXY_V4[1]) as sock:
@@ -405,8 +394,6 @@ def test_two_daemons_of_their_own_users_and_no_exemption(host_net: lab.Net) -> N
             stack.enter_context(Daemon(n, c, folder, popen=host_net.proxy.popen, prefix=words[n], python=python))
             for n, c in configs.items()
         )
-        server.ready()
-        client.ready()
         load(host_net, "iptables", exempt=False)
         before = client.fds(), server.fds()
         for version in (4, 6):
@@ -428,8 +415,6 @@ def test_no_exemption_and_nothing_to_tell_the_daemons_by(host_net: lab.Net, tmp_
         usocksd(host_net, tmp_path, config) as server,
         Daemon("transocks", 'proxy_url = "socks5://127.0.0.1:1080"\n', tmp_path, popen=popen, prefix=limit) as client,
     ):
-        server.ready()
-        client.ready()
         load(host_net, "nft", exempt=False)
         before = client.fds(), server.fds()
         with connect(host_net, 4, 80) as sock:
@@ -446,11 +431,9 @@ def test_an_upstream_behind_the_gateway_is_a_loop(gateway_net: lab.Net, tmp_path
     config = USOCKSD.replace("127.0.0.1", lab.LAN_CLIENT_V4).replace("mark = 0x7473\n", "")
     url = f"socks5://{lab.LAN_CLIENT_V4}:1080"
     with (
-        Daemon("usocksd", config, tmp_path, popen=gateway_net.client.popen) as server,
+        Daemon("usocksd", config, tmp_path, popen=gateway_net.client.popen),
         transocks(gateway_net, tmp_path, url) as client,
     ):
-        server.ready()
-        client.ready()
         load(gateway_net, "nft")
         with pytest.raises(ConnectionResetError), connect(gateway_net, 4, 80) as sock:
             sock.recv(1)
@@ -461,9 +444,7 @@ def test_its_own_users_are_a_loop(host_net: lab.Net, tmp_path: Path) -> None:
     if host_net.lab.rootless:
         pytest.skip("a user namespace with one uid has no other user to be")
     host_net.lab.etc("passwd", "root:x:0:0::/:/bin/sh\nusocksd:x:4711:4711::/:/bin/sh\n")
-    with usocksd(host_net, tmp_path) as server, transocks(host_net, tmp_path) as client:
-        server.ready()
-        client.ready()
+    with usocksd(host_net, tmp_path), transocks(host_net, tmp_path) as client:
         load(host_net, "nft")
         words = ["setpriv", "--reuid=4711", "--clear-groups", "curl", "-sS", f"http://{lab.WEB_V4}/"]
         assert host_net.client.run(*words, check=False).returncode in (7, 56)
@@ -488,7 +469,6 @@ def test_a_link_local_connection_to_a_gateway_is_refused(gateway_net: lab.Net, t
     (address,) = [a["local"] for a in addresses if a["scope"] == "link" and a["family"] == "inet6"]
     index = interface(gateway_net.client, "eth0")["ifindex"]
     with transocks(gateway_net, tmp_path) as client:
-        client.ready()
         load(gateway_net, "nft")
         with gateway_net.client.socket(socket.AF_INET6) as sock:
             sock.settimeout(daemons.PATIENCE)
@@ -511,8 +491,6 @@ def test_a_dual_stack_listener(net: lab.Net, version: int) -> None:
 def test_what_the_rules_deny_is_reset(host_net: lab.Net, tmp_path: Path) -> None:
     config = USOCKSD + f'deny_sites = ["{lab.OTHER_V4}", "2001:db8:80::/120"]\ndeny_ports = [25]\n'
     with usocksd(host_net, tmp_path, config) as server, transocks(host_net, tmp_path) as client:
-        server.ready()
-        client.ready()
         load(host_net, "iptables")
         for version, host, port, rule in (
             (4, lab.OTHER_V4, 80, f'deny_sites "{lab.OTHER_V4}"'),
@@ -531,9 +509,7 @@ def test_egress_addresses_come_and_go(host_net: lab.Net, tmp_path: Path) -> None
     """A destination keeps its address while that is there; with none left nothing leaves."""
     pool = lab.PROXY_V4[1:]
     config = USOCKSD + f"addresses = {json.dumps([*pool, lab.PROXY_V6[1]])}\n"
-    with usocksd(host_net, tmp_path, config) as server, transocks(host_net, tmp_path) as client:
-        server.ready()
-        client.ready()
+    with usocksd(host_net, tmp_path, config) as server, transocks(host_net, tmp_path):
         load(host_net, "nft")
         with Served(host_net.outside.listen(""), daemons.echo) as web:
 
@@ -600,7 +576,6 @@ def test_http_connect_upstream(host_net: lab.Net, tmp_path: Path) -> None:
     seen: list[bytes] = []
     with Served(host_net.proxy.listen("127.0.0.1"), lambda sock: connect_proxy(sock, host_net.proxy, seen)) as proxy:
         with transocks(host_net, tmp_path, f"http://alice:p%40ss%3Aword@127.0.0.1:{proxy.port}") as client:
-            client.ready()
             load(host_net, "nft")
             with Served(host_net.outside.listen(), daemons.echo) as web:
                 for version in (4, 6):
@@ -622,9 +597,7 @@ def test_socks_upstream_with_a_password(host_net: lab.Net, tmp_path: Path) -> No
         Served(host_net.outside.listen(lab.WEB_V4), daemons.echo) as web,
         usocksd(host_net, tmp_path, config) as server,
     ):
-        server.ready()
         with transocks(host_net, tmp_path, "socks5://host1:s3cret@127.0.0.1:1080") as client:
-            client.ready()
             load(host_net, "nft")
             with connect(host_net, 4, web.port) as sock:
                 sock.sendall(b"x")
@@ -633,7 +606,6 @@ def test_socks_upstream_with_a_password(host_net: lab.Net, tmp_path: Path) -> No
         wrong = tmp_path / "wrong"
         wrong.mkdir()
         with transocks(host_net, wrong, "socks5://host1:guess@127.0.0.1:1080") as client:
-            client.ready()
             with pytest.raises(ConnectionResetError), connect(host_net, 4, web.port) as sock:
                 sock.recv(1)
             client.record("failed to connect to proxy server")
@@ -652,7 +624,6 @@ def test_another_socks_server_with_a_password(host_net: lab.Net, tmp_path: Path)
     daemons.wait_until(listening, "microsocks listens")
     with Served(host_net.outside.listen(), daemons.echo) as web:
         with transocks(host_net, tmp_path, f"socks5://alice:s3cret@{lab.NEXT_V4}:1080") as client:
-            client.ready()
             load(host_net, "nft")
             for version, host in WEB.items():
                 with connect(host_net, version, web.port) as sock:

@@ -76,7 +76,7 @@ def link(delayed_net: tuple[lab.Net, DelayLine]) -> DelayLine:
 def server(delayed_net: tuple[lab.Net, DelayLine], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     net, _ = delayed_net
     with Daemon("usocksd", USOCKSD, tmp_path_factory.mktemp("usocksd"), popen=net.outside.popen) as daemon:
-        yield daemon.ready()
+        yield daemon
 
 
 class Clock:

@@ -31,7 +31,7 @@ def pair(host_net: lab.Net, tmp_path: Path) -> Iterator[tuple[Daemon, Daemon]]:
     client_config = TRANSOCKS.format(listen='"localhost:1081"', url=url) + DEBUG
     with ExitStack() as stack:
         server, client = (
-            stack.enter_context(Daemon(name, config, tmp_path, popen=host_net.proxy.popen)).ready()
+            stack.enter_context(Daemon(name, config, tmp_path, popen=host_net.proxy.popen))
             for name, config in (("usocksd", server_config), ("transocks", client_config))
         )
         load(host_net, "nft")

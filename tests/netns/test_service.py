@@ -56,8 +56,6 @@ def both(net: lab.Net, folder: Path, server_config: str = USOCKSD) -> Iterator[t
     """transocks and usocksd on the client, and the rules."""
     with Daemon("usocksd", server_config, folder, popen=net.proxy.popen) as server:
         with Daemon("transocks", TRANSOCKS, folder, popen=net.proxy.popen) as client:
-            server.ready()
-            client.ready()
             test_redirect.load(net, "nft")
             yield client, server
 
@@ -315,7 +313,6 @@ def test_port_and_number_of_workers_change_under_load(tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
         destination = stack.enter_context(Served(daemons.loopback(), daemons.echo))
         daemon = stack.enter_context(Daemon("usocksd", loopback_config(old, 1), tmp_path))
-        daemon.ready()
         load = stack.enter_context(hammered_directly(tmp_path, old, new))
         kept = stack.enter_context(contextlib.ExitStack())
         live = [kept.enter_context(connect(old, destination)) for _ in range(10)]
@@ -350,7 +347,6 @@ def test_work_spreads_over_workers(tmp_path: Path) -> None:
         Served(daemons.loopback(), daemons.echo) as destination,
         Daemon("usocksd", loopback_config(port), tmp_path) as daemon,
     ):
-        daemon.ready()
         before = {pid: cpu_seconds(pid) for pid in daemon.workers()}
         for _ in range(1000):
             with connect(port, destination) as sock:
@@ -443,7 +439,7 @@ def test_a_log_directory_that_is_full(host_net: lab.Net, tmp_path: Path) -> None
     config = USOCKSD.replace("workers = 2", "workers = 1")
     with contextlib.ExitStack() as stack:
         daemon = stack.enter_context(
-            Daemon("usocksd", config, tmp_path, logfile="/run/log/usocksd.log", popen=host_net.proxy.popen)
+            Daemon("usocksd", config, tmp_path, logfile="/run/log/usocksd.log", popen=host_net.proxy.popen, waits=False)
         )
         daemon.log = host_net.lab.run_folder / "log" / "usocksd.log"
         daemon.ready()
@@ -489,7 +485,7 @@ def test_socket_activation(host_net: lab.Net, tmp_path: Path) -> None:
             words += [f"--setenv={variable}" for variable in os.environ if variable.startswith("PYTHON")]
             words += [f"--listen={place}" for place in listened]
             started[name] = stack.enter_context(
-                Daemon(name, configs[name], tmp_path, popen=host_net.proxy.popen, prefix=words)
+                Daemon(name, configs[name], tmp_path, popen=host_net.proxy.popen, prefix=words, waits=False)
             )
         for name, listened in places.items():
             ports = {int(place.rpartition(":")[2]) for place in listened}

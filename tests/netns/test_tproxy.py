@@ -136,8 +136,6 @@ def shared(
         Daemon("usocksd", GATEWAY_USOCKSD, folder, popen=net.proxy.popen) as server,
         Daemon("transocks", config, folder, popen=net.proxy.popen, prefix=ONLY_ADMIN) as client,
     ):
-        server.ready()
-        client.ready()
         yield net, client, server
 
 
@@ -162,11 +160,9 @@ def rules(net: lab.Net, text: str = NFT, tool: str = "nft") -> Iterator[None]:
 @contextlib.contextmanager
 def both(net: lab.Net, folder: Path, config: str = TRANSOCKS) -> Iterator[Daemon]:
     with (
-        Daemon("usocksd", USOCKSD, folder, popen=net.proxy.popen) as server,
+        Daemon("usocksd", USOCKSD, folder, popen=net.proxy.popen),
         Daemon("transocks", config, folder, popen=net.proxy.popen) as client,
     ):
-        server.ready()
-        client.ready()
         yield client
 
 
@@ -466,9 +462,9 @@ def test_sockets_of_systemd(gateway_net: lab.Net, tmp_path: Path) -> None:
         sock.bind(("::", PORT))
         sock.listen()
         config = "workers = 2\n" + PLAIN
-        stack.enter_context(Daemon("usocksd", USOCKSD, tmp_path, popen=net.proxy.popen)).ready()
+        stack.enter_context(Daemon("usocksd", USOCKSD, tmp_path, popen=net.proxy.popen))
         words = activated([sock], *NOT_ADMIN)
-        client = stack.enter_context(Daemon("transocks", config, tmp_path, popen=net.proxy.popen, **words)).ready()
+        client = stack.enter_context(Daemon("transocks", config, tmp_path, popen=net.proxy.popen, **words))
         stack.enter_context(rules(net))
         for version in (4, 6):
             with Served(net.outside.listen(WEB[version], 80), daemons.echo), connect(net, version, 80) as sock:

@@ -108,8 +108,6 @@ def both(net: lab.Net, folder: Path, *, rules: str = BY_NAME, more: str = "") ->
         Daemon("transocks", TRANSOCKS + more, folder, popen=net.proxy.popen) as client,
     ):
         load(net, "nft")
-        server.ready()
-        client.ready()
         yield client, server
 
 
@@ -242,11 +240,10 @@ def test_routes(host_net: lab.Net, tmp_path: Path, certificates: Path) -> None:
     (tmp_path / "second").mkdir()
     with (
         internet(host_net, certificates) as (allowed, denied),
-        Daemon("usocksd", second, tmp_path / "second", popen=host_net.proxy.popen) as other,
+        Daemon("usocksd", second, tmp_path / "second", popen=host_net.proxy.popen),
         both(host_net, tmp_path, rules=USOCKSD, more=more) as (client, _),
         Served(host_net.outside.listen(OTHER[4], 8080), daemons.echo) as plain,
     ):
-        other.ready()
         assert curl(host_net, certificates, ALLOWED, WEB[4]).stdout == ALLOWED
         assert curl(host_net, certificates, DENIED, OTHER[4]).stdout == DENIED
         assert (len(allowed.peers), denied.peers[0][0]) == (1, lab.PROXY_V4[1])

@@ -151,7 +151,7 @@ def internet(net: lab.Net, folder: Path, stack: contextlib.ExitStack) -> None:
         )
         config += '[[rule]]\naction = "allow"\nto = ["203.0.113.5"]\n'
         (folder / address).mkdir()
-        stack.enter_context(daemons.Daemon("usocksd", config, folder / address, popen=outside.popen)).ready()
+        stack.enter_context(daemons.Daemon("usocksd", config, folder / address, popen=outside.popen))
     names = outside.socket(socket.AF_INET, socket.SOCK_DGRAM)
     names.bind((lab.NEXT_V4, 53))
 

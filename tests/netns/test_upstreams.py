@@ -231,7 +231,6 @@ def transocks(
         more=more,
     )
     with Daemon("transocks", config, folder, popen=net.proxy.popen) as daemon:
-        daemon.ready()
         test_redirect.load(net, "nft")
         try:
             yield daemon

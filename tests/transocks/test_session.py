@@ -591,7 +591,7 @@ async def test_past_the_proxy_a_name_that_leads_nowhere_has_the_route_of_its_add
 def daemon(tmp_path: Path) -> Iterator[Daemon]:
     config = 'listen = ["127.0.0.1:0", "[::1]:0"]\nproxy_url = "socks5://127.0.0.1:9"\n'
     with Daemon("transocks", config, tmp_path) as running:
-        yield running.ready()
+        yield running
 
 
 def test_a_connection_that_nobody_redirected_is_reset(daemon: Daemon) -> None:

@@ -133,7 +133,7 @@ def server(
 ) -> Iterator[Daemon]:
     folder: Path = tmp_path_factory.mktemp("usocksd")
     with Daemon("usocksd", COMMON.format(dns=dns.address) + CONFIGS[request.param], folder) as daemon:
-        yield daemon.ready()
+        yield daemon
 
 
 def ask(server: Daemon, destination: Served, host: bytes | IPAddress, version: int) -> int:

@@ -111,7 +111,7 @@ def dns() -> Iterator[NameServer]:
 def server(dns: NameServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     folder = tmp_path_factory.mktemp("usocksd")
     with Daemon("usocksd", CONFIG.format(dns=dns.address, folder=folder), folder) as daemon:
-        yield daemon.ready()
+        yield daemon
 
 
 @pytest.fixture(scope="module")

@@ -54,7 +54,7 @@ def dns() -> Iterator[NameServer]:
 @pytest.fixture(scope="module")
 def server(dns: NameServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     with Daemon("usocksd", CONFIG.format(dns=dns.address), tmp_path_factory.mktemp("usocksd")) as daemon:
-        yield daemon.ready()
+        yield daemon
 
 
 @pytest.fixture
@@ -368,7 +368,6 @@ def test_a_connection_closed_without_a_word_is_not_logged(server: Daemon) -> Non
 def test_a_client_not_in_allow_from_is_reset_before_a_byte_is_read(tmp_path: Path) -> None:
     config = '[incoming]\nport = 0\naddresses = ["127.0.0.1"]\nallow_from = ["10.0.0.0/8", "127.0.0.2"]\n'
     with Daemon("usocksd", config, tmp_path) as server:
-        server.ready()
         with pytest.raises(ConnectionResetError), connected(server) as client:
             client.recv(1)  # it was refused without having said anything
         record = server.record("denied access")
@@ -391,7 +390,6 @@ def test_users(tmp_path: Path, destination: Served) -> None:
     (tmp_path / "users").write_text(f"alice:{hashed}\n")
     config = CONFIG.format(dns="127.0.0.1:53") + f'[auth]\nusers_file = "{tmp_path / "users"}"\n'
     with Daemon("usocksd", config, tmp_path) as server:
-        server.ready()
         with connected(server) as client:
             client.sendall(b"\x05\x02\x00\x02")
             assert receive_exactly(client, 2) == b"\x05\x02"
@@ -433,7 +431,7 @@ def test_a_password_check_is_part_of_the_handshake(tmp_path: Path) -> None:
     config = CONFIG.format(dns="127.0.0.1:53").replace("handshake = 1", "handshake = 0.5")
     with ExitStack() as stack:
         server = Daemon("usocksd", f'{config}[auth]\nusers_file = "{tmp_path / "users"}"\n', tmp_path)
-        stack.enter_context(server).ready()
+        stack.enter_context(server)
         clients = [stack.enter_context(connected(server)) for _ in range(19)]
         for number, client in enumerate(clients):
             client.sendall(b"\x05\x01\x02" + credentials("alice", f"guess {number}"))
@@ -457,7 +455,6 @@ def test_the_egress_address_is_bound_and_its_absence_is_fatal(tmp_path: Path, de
         seen = len(destination.peers)
         config = CONFIG.format(dns="127.0.0.1:53").replace("[outgoing]", f"[outgoing]\naddresses = {egress}")
         with Daemon("usocksd", config, tmp_path) as server:
-            server.ready()
             for mapped in ("", "::ffff:"):
                 with connected(server) as client:
                     assert socks5(client, f"{mapped}127.0.0.1", destination.port)[0] == expected, egress

@@ -113,7 +113,7 @@ def test_a_reload_reads_them_again_and_a_bad_one_changes_nothing(tmp_path: Path,
             assert receive_exactly(client, 2)
             return receive_reply(client)[0]
 
-    with Served(loopback(), echo) as destination, Daemon("usocksd", config, tmp_path).ready() as server:
+    with Served(loopback(), echo) as destination, Daemon("usocksd", config, tmp_path) as server:
         assert reply(server) == 0
         path.write_text("127.0.0.0/8\n")
         server.signal(signal.SIGHUP)

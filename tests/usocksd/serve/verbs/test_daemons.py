@@ -26,7 +26,7 @@ allow_sites = ["127.0.0.0/8", "localhost"]
 @pytest.fixture
 def usocksd(tmp_path: Path) -> Iterator[Daemon]:
     with Daemon("usocksd", CONFIG.format(folder=tmp_path, workers=2), tmp_path) as daemon:
-        yield daemon.ready()
+        yield daemon
 
 
 @pytest.fixture
@@ -103,7 +103,6 @@ def test_reload(usocksd: Daemon, tmp_path: Path) -> None:
 def test_transocks(tmp_path: Path) -> None:
     config = f'proxy_url = "socks5://127.0.0.1:1"\nlisten = "127.0.0.1:0"\ncontrol = "{tmp_path}/control.sock"\n'
     with Daemon("transocks", config, tmp_path) as daemon:
-        daemon.ready()
         status = ask(tmp_path, "status", name="transocks")
         assert (status["name"], status["pid"]) == ("transocks", daemon.pid)
         nothing = {"ok": True, "connections": [], "partial": []}

@@ -71,7 +71,9 @@ class Shell:
     def __init__(self, host: lab.Host, folder: Path, **environment: str) -> None:
         words = [f"{key}={value}" for key, value in environment.items()]
         self._process = host.popen(
-            "env", *words, "unshare", "--mount", "bash", "--noprofile", "--norc",
+            # When the shell ends, so does all that it has started.
+            "env", *words, "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc",
+            "bash", "--noprofile", "--norc",
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         self._folder = folder
@@ -91,6 +93,12 @@ class Shell:
             assert more, said
             said += more
         return int(end[1]), said[: end.start()].decode()
+
+    def close(self) -> None:
+        """End the shell, and what runs in the background."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
 
     def must(self, command: str) -> str:
         status, said = self.type(command)
@@ -119,6 +127,7 @@ def shell(host_net: lab.Net, tmp_path: Path) -> Iterator[Shell]:
     with contextlib.ExitStack() as stack:
         internet(host_net, tmp_path, stack)
         shell = Shell(host_net.proxy, Path("/run/typed"), CURL_CA_BUNDLE=str(tmp_path / "ca.pem"), HOME="/run/typed")
+        stack.callback(shell.close)
         shell.must("cp /etc/hosts /etc/resolv.conf /run/typed")  # the lab's, mounted over the host's
         for folder in ("etc", "usr/local"):
             shell.must(f"mkdir -p /run/typed/{folder}/new /run/typed/{folder}/work")

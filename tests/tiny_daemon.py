@@ -47,11 +47,11 @@ import trio
 
 from usocksd import __version__
 from usocksd.errors import Error, Fault
-from usocksd.host.limits import most_pipes
 from usocksd.log.metrics import BYTES
 from usocksd.net.dial import Dialer, Target
 from usocksd.net.ending import Limits
 from usocksd.net.endpoint import Endpoint
+from usocksd.net.limits import most_pipes
 from usocksd.net.pipes import PipePool
 from usocksd.net.relay import close_pair, relay
 from usocksd.serve.daemon import Application, Daemon, Parts, Remarks, run

@@ -31,7 +31,7 @@ import trio
 from attrs import Factory, define
 
 from usocksd.errors import ConfigError, Fault
-from usocksd.host.limits import owner
+from usocksd.net.limits import owner
 from usocksd.settings.files import read_file
 
 _logger = logging.getLogger("usocksd.auth")

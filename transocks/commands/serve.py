@@ -12,10 +12,10 @@ from transocks.session import Sessions
 from transocks.upstreams.group import Upstreams
 from usocksd.errors import Error
 from usocksd.host.addresses import HostAddresses
-from usocksd.host.limits import most_name_sockets, most_pipes, most_spare
 from usocksd.names.resolver import make_resolver
 from usocksd.net.dial import Dialer, check_mark
 from usocksd.net.keepalive import KeepAlive
+from usocksd.net.limits import most_name_sockets, most_pipes, most_spare
 from usocksd.net.pipes import PipePool
 from usocksd.serve.daemon import Application, Parts
 

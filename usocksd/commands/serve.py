@@ -8,10 +8,10 @@ from usocksd.config import Config
 from usocksd.dnsbl import Lookups
 from usocksd.explain import Explainer
 from usocksd.host.addresses import HostAddresses
-from usocksd.host.limits import most_name_sockets, most_pipes, most_spare
 from usocksd.names.resolver import make_resolver
 from usocksd.net.dial import Dialer, check_mark
 from usocksd.net.keepalive import KeepAlive
+from usocksd.net.limits import most_name_sockets, most_pipes, most_spare
 from usocksd.net.pipes import PipePool
 from usocksd.proxied import ProxiedListener
 from usocksd.serve.daemon import Application, Parts

@@ -1,1 +1,1 @@
-"""This host: its addresses, its sockets, its limits."""
+"""This host: its addresses, its sockets, its control groups and mounts."""

@@ -25,7 +25,6 @@ import trio
 from attrs import Factory, define
 
 from usocksd.errors import NO_ADDRESS, NO_SUCH_NAME, ResolveError
-from usocksd.host.limits import owner
 from usocksd.log.metrics import SECONDS, Metrics
 from usocksd.names import answers
 from usocksd.names.answers import Entry
@@ -37,6 +36,7 @@ from usocksd.names.resolv_conf import MOST_SERVERS, PORT, RESOLV_CONF
 from usocksd.names.turns import Ticket, TooManyWaiting, Turns
 from usocksd.net.address import IPAddress
 from usocksd.net.endpoint import DeadlineExpired, Endpoint
+from usocksd.net.limits import owner
 from usocksd.settings.types import DnsConfig, SocketAddress
 
 _logger = logging.getLogger("usocksd.names.resolver")
@@ -115,7 +115,7 @@ class Resolver:
         force. `system`: ask getaddrinfo(3), and with it whatever nsswitch.conf(5) names, instead of name servers.
 
         `sockets`: how many are open to name servers at a time. Each session has one to spare for its name (see
-        host/limits.py); further names wait, see turns.py. `lifetime`: seconds for one name, all its queries and
+        net/limits.py); further names wait, see turns.py. `lifetime`: seconds for one name, all its queries and
         servers together; None: as resolv.conf says.
 
         Both files are looked at once a second at most, and read when they have changed. A missing file is an empty one;

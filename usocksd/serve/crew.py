@@ -17,8 +17,8 @@ import attrs
 import trio
 
 from usocksd.errors import Error
-from usocksd.host.limits import COLUMNS, clear_column, make_table
 from usocksd.log.metrics import Metrics, Snapshot, lasting, total
+from usocksd.net.limits import COLUMNS, clear_column, make_table
 from usocksd.serve.adoption import Adoption
 from usocksd.serve.channel import Message
 from usocksd.serve.coroner import Coroner, ended_children

@@ -21,9 +21,9 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from usocksd.host.limits import owner
 from usocksd.log.metrics import MetricKind, Snapshot
 from usocksd.net.address import bound_to
+from usocksd.net.limits import owner
 from usocksd.serve.server import BoundedServer, Peer, ServerLimits
 
 log = logging.getLogger(__name__)

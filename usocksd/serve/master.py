@@ -17,9 +17,9 @@ import trio
 
 from usocksd import __version__
 from usocksd.errors import Error
-from usocksd.host.limits import raise_descriptor_limit
 from usocksd.log.log import parse_level
 from usocksd.log.metrics import Metrics
+from usocksd.net.limits import raise_descriptor_limit
 from usocksd.serve import handover
 from usocksd.serve.control import Handler
 from usocksd.serve.crew import Crew

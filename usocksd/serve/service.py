@@ -14,13 +14,13 @@ from typing import Any, NoReturn
 import outcome
 import trio
 
-from usocksd.host.limits import NOBODY, Tally
 from usocksd.log.metrics import Metrics
 from usocksd.net.address import join_port
 from usocksd.net.ending import Reason, Side
 from usocksd.net.endpoint import DeadlineExpired, Endpoint, PeerReset
 from usocksd.net.flow import Flow
 from usocksd.net.keepalive import KeepAlive
+from usocksd.net.limits import NOBODY, Tally
 from usocksd.net.listeners import Listener
 from usocksd.net.reactor import Reactor
 from usocksd.net.relay import Pair

@@ -21,10 +21,10 @@ import trio
 
 from usocksd import __version__
 from usocksd.errors import ConfigError, Error, Fault
-from usocksd.host.limits import Tally, most_connections, raise_descriptor_limit
 from usocksd.log.log import Log, parse_level, setup
 from usocksd.log.metrics import Metrics
 from usocksd.net.endpoint import Endpoint
+from usocksd.net.limits import Tally, most_connections, raise_descriptor_limit
 from usocksd.net.listeners import Listener, is_transparent
 from usocksd.net.reactor import Reactor
 from usocksd.serve.channel import Channel, Message, restore_socket

@@ -17,9 +17,9 @@ from pathlib import Path
 import attrs
 
 from usocksd.errors import Fault
-from usocksd.host.limits import most_connections
 from usocksd.log.words import counted
 from usocksd.net.address import IPAddress
+from usocksd.net.limits import most_connections
 from usocksd.net.listeners import may_be_transparent
 from usocksd.settings.common import Common
 from usocksd.settings.control_path import NotPrivate, check_folder

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import trio
 
-from usocksd.host.limits import Tally
 from usocksd.log.metrics import Metrics
 from usocksd.net.endpoint import Endpoint
 from usocksd.net.keepalive import KeepAlive
+from usocksd.net.limits import Tally
 from usocksd.net.listeners import listen
 from usocksd.serve.service import Service
 from usocksd.serve.timing import Timing

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import usocksd
-from usocksd.host.limits import (
+from usocksd.net.limits import (
     Tally,
     clear_column,
     make_table,
@@ -23,7 +23,7 @@ ROOT = Path(usocksd.__file__).parents[1]
 
 SET_AND_RAISE = """
 import resource, sys
-from usocksd.host.limits import raise_descriptor_limit
+from usocksd.net.limits import raise_descriptor_limit
 resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))
 print(raise_descriptor_limit(), *resource.getrlimit(resource.RLIMIT_NOFILE))
 """

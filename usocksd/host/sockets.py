@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import attrs
 
-from usocksd.host.netlink import ACK, DUMP, HEADER, RECEIVE_SIZE, SOCK_DIAG, ask, attributes, connect, request
+from usocksd.host.netlink import ACK, DUMP, HEADER, SOCK_DIAG, ask, attributes, connect, request
 from usocksd.net.address import IPAddress
 
 _logger = logging.getLogger("usocksd.host.sockets")
@@ -27,10 +27,11 @@ _ALL_STATES = _NO_COOKIE = 0xFFFFFFFF
 _BOTH_ENDS = 1 << 1 | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 11  # ESTABLISHED to CLOSING; not TIME_WAIT
 # linux/inet_diag.h. struct inet_diag_req_v2: family, protocol, extensions, states; struct inet_diag_sockid: ports,
 # addresses, interface, cookie
-_REQUEST = struct.Struct("=BBBxI2s2s16s16sIII")
+_REQUEST = struct.Struct("=BBBxI4s16s16sIII")
 _SOCKET_ID = 48  # the size of struct inet_diag_sockid, at the end of a request and at 4 in an answer
-# struct inet_diag_msg: family, state; port, peer's port, address, peer's address; expires, queues, uid, inode
-_ANSWER = struct.Struct("=BBxx2s2s16s16s12xIIIII")
+# struct inet_diag_msg: family, state; port and peer's port, address, peer's address; uid, inode
+_ANSWER = struct.Struct("=BBxx4s16s16s12x12xII")
+_LARGEST_ANSWER = 4096  # about one socket, attributes included
 _SKV6ONLY, _SOCKOPT = 11, 22
 _TRANSPARENT = 0x20 if sys.byteorder == "little" else 0x04  # the sixth bit of struct inet_diag_sockopt
 
@@ -72,9 +73,9 @@ def listeners() -> tuple[ListeningSocket, ...]:
 def tcp_connections() -> Iterator[Connection]:
     """Those that have both ends; IPv4 over a socket of IPv6 is IPv4. Raises OSError."""
     for family, message in _dump(_BOTH_ENDS):
-        _, _, port, peer_port, local, peer, *_ = _ANSWER.unpack_from(message)
+        _, _, ports, local, peer, *_ = _ANSWER.unpack_from(message)
         size = 4 if family == socket.AF_INET else 16
-        ends = [(ip_address(raw[:size]), int.from_bytes(at)) for raw, at in ((local, port), (peer, peer_port))]
+        ends = [(ip_address(raw[:size]), int.from_bytes(at)) for raw, at in ((local, ports[:2]), (peer, ports[2:]))]
         yield Connection(*((getattr(address, "ipv4_mapped", None) or address, at) for address, at in ends))
 
 
@@ -131,16 +132,17 @@ class SocketOwners:
 
     def _lookup(self, local: tuple[str, int], remote: tuple[str, int], interface: int) -> int | None:
         family = socket.AF_INET6 if ":" in local[0] else socket.AF_INET
-        ports = local[1].to_bytes(2), remote[1].to_bytes(2)
-        addresses = (socket.inet_pton(family, host.partition("%")[0]) for host, _ in (local, remote))
+        ports = local[1].to_bytes(2) + remote[1].to_bytes(2)
+        near = socket.inet_pton(family, local[0].partition("%")[0])
+        far = socket.inet_pton(family, remote[0].partition("%")[0])
         body = _REQUEST.pack(
-            family, socket.IPPROTO_TCP, 0, _ALL_STATES, *ports, *addresses, interface, _NO_COOKIE, _NO_COOKIE
+            family, socket.IPPROTO_TCP, 0, _ALL_STATES, ports, near, far, interface, _NO_COOKIE, _NO_COOKIE
         )
         self._sequence = self._sequence + 1 & 0xFFFFFFFF
         try:
             self._socket.send(request(_BY_FAMILY, 0, body, self._sequence))
             while True:
-                answer = self._socket.recv(RECEIVE_SIZE)
+                answer = self._socket.recv(_LARGEST_ANSWER)
                 _, kind, _, sequence, _ = HEADER.unpack_from(answer)
                 if sequence == self._sequence:
                     break
@@ -149,15 +151,15 @@ class SocketOwners:
             return None
         if kind != _BY_FAMILY:  # an error: ENOENT if there is no such socket
             return None
-        _, state, port, peer_port, _, _, _, _, _, uid, _ = _ANSWER.unpack_from(answer, HEADER.size)
+        _, state, found, _, _, uid, _ = _ANSWER.unpack_from(answer, HEADER.size)
         # Without a connection the kernel offers a listener on the same port instead.
-        if state in _OWNERLESS or (port, peer_port) != ports:
+        if state in _OWNERLESS or found != ports:
             return None
         return int(uid)
 
 
 def _request(family: int, states: int) -> bytes:
-    return _REQUEST.pack(family, socket.IPPROTO_TCP, 0, states, b"", b"", b"", b"", 0, 0, 0)
+    return _REQUEST.pack(family, socket.IPPROTO_TCP, 0, states, b"", b"", b"", 0, 0, 0)
 
 
 def _dump(states: int) -> Iterator[tuple[int, bytes]]:
@@ -171,11 +173,11 @@ def _dump(states: int) -> Iterator[tuple[int, bytes]]:
 
 
 def _listener(message: bytes) -> ListeningSocket:
-    family, _, port, _, raw, _, _, _, _, uid, inode = _ANSWER.unpack_from(message)
+    family, _, ports, raw, _, uid, inode = _ANSWER.unpack_from(message)
     found = dict(attributes(message[_ANSWER.size :]))
     return ListeningSocket(
         address=ip_address(raw[: 4 if family == socket.AF_INET else 16]),
-        port=int.from_bytes(port),
+        port=int.from_bytes(ports[:2]),
         uid=uid,
         inode=inode,
         only_v6=bool(found.get(_SKV6ONLY, b"\0")[0]),

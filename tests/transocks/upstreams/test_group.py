@@ -254,6 +254,11 @@ class World:
         self.clock.jump(seconds)
         await wait_all_tasks_blocked(0.005)
 
+    async def suspect(self) -> None:
+        """The time until the first probe, and the time for its answer."""
+        for _ in range(2):
+            await self.pass_time(SUSPECT)
+
     def answered(self, peer: Peer, answer: Answer) -> None:
         """As if that had been the answer to a probe."""
         self.state(peer).answered(answer, trio.current_time())
@@ -518,8 +523,7 @@ async def test_a_proxy_that_does_not_accept_is_marked_down(mock_clock: MockClock
     with daemons.blackhole() as full:
         await world.configured(f"socks5://127.0.0.1:{full}", second)
         session = world.ask()
-        await world.pass_time(SUSPECT)
-        await world.pass_time(SUSPECT)
+        await world.suspect()
         await session.tunnel()
         assert session.through == [str(full), port(second)]
 
@@ -544,8 +548,7 @@ async def test_a_request_that_may_not_be_repeated_ends_with_its_proxy(mock_clock
     world.answered(first, USOCKSD)
     moves = world.ask(TunnelRequest(CLIENT, WEB, first=HELLO, repeatable=True))
     ends = world.ask(TunnelRequest(CLIENT, WEB, first=b"POST"))
-    await world.pass_time(SUSPECT)
-    await world.pass_time(SUSPECT)
+    await world.suspect()
     await moves.tunnel()
     with pytest.raises(UpstreamDown):
         await ends.tunnel()
@@ -556,8 +559,7 @@ async def test_the_only_upstream_has_all_the_time(mock_clock: MockClock, world: 
     (first,) = await world.peers(silent)
     await world.configured(first)
     session = world.ask()
-    await world.pass_time(SUSPECT)
-    await world.pass_time(SUSPECT)
+    await world.suspect()
     await world.pass_time(5)
     assert not session.done.is_set()
     first.script = socks()
@@ -625,8 +627,7 @@ async def test_a_far_proxy_has_more_time(mock_clock: MockClock, world: World) ->
         state = next(iter(world.upstreams.groups["default"]._upstreams)).state
         state.answered(Answer(1.0, round_trip=0.5), trio.current_time())
         session = world.ask()
-        await world.pass_time(SUSPECT)
-        await world.pass_time(SUSPECT)
+        await world.suspect()
         assert not session.done.is_set()
         await world.pass_time(1.51 - SUSPECT)
         await session.tunnel()
@@ -640,8 +641,7 @@ async def test_a_slow_destination_hides_no_hung_proxy(mock_clock: MockClock, wor
         await world.pass_time(SUSPECT)
     first.script = silent
     session = world.ask()
-    await world.pass_time(SUSPECT)
-    await world.pass_time(SUSPECT)
+    await world.suspect()
     await session.tunnel()
     assert session.through == [port(first), port(second)]
     await patient.tunnel()
@@ -851,8 +851,7 @@ async def test_an_upstream_whose_name_servers_are_silent_is_not_waited_for(mock_
         world.dns = dns.address
         await world.configured("socks5://proxy.test:1080", second)
         session = world.ask()
-        await world.pass_time(SUSPECT)
-        await world.pass_time(SUSPECT)
+        await world.suspect()
         await session.tunnel()
         assert session.through == ["1080", port(second)]
 

@@ -390,6 +390,11 @@ def socks5(proxy: Socket, host: str, port: int, **options: Any) -> tuple[int, st
 # ---- peers
 
 
+def name_of(host: str, port: int) -> str:
+    """An address as records have it."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 class Served(contextlib.AbstractContextManager["Served"]):
     """A listener whose every connection is handled by `handle` in a thread of its own, until the context ends."""
 

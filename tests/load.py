@@ -265,7 +265,7 @@ class _Clients:
                 sock.setblocking(False)
                 sock.connect_ex((host, port))
                 # Once it is reset, which may be before anybody looks, it has no name any more.
-                client = _name(*sock.getsockname()[:2])
+                client = daemons.name_of(*sock.getsockname()[:2])
                 await trio.lowlevel.wait_writable(sock)
                 if number := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
                     raise OSError(number, os.strerror(number))
@@ -288,7 +288,7 @@ class _Clients:
             error = f"{step}: {failure!r}" + (f" from {failure.__cause__!r}" if failure.__cause__ else "")
         finally:
             sock.close()
-        return Transfer(began, first, time.monotonic(), _name(host, port), client, error, refused)
+        return Transfer(began, first, time.monotonic(), daemons.name_of(host, port), client, error, refused)
 
     async def _begin(self, stream: trio.SocketStream, hello: bytes) -> None:
         if self._to is not None:
@@ -301,10 +301,6 @@ class _Clients:
         await stream.send_all(hello)
         if await _receive_exactly(stream, 1) != _WELCOME:
             raise EOFError("another first byte")
-
-
-def _name(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import daemons
 import lab
 import pytest
 import trio
-from daemons import Daemon, Served, is_reset, receive_all, receive_exactly, reset
+from daemons import Daemon, Served, is_reset, name_of, receive_all, receive_exactly, reset
 
 from transocks.original_dst import original_destination
 
@@ -123,11 +123,6 @@ def pair(shared_host_net: lab.Net, tmp_path_factory: pytest.TempPathFactory) -> 
     """Both on a host, for all tests that need nothing else."""
     with both(shared_host_net, tmp_path_factory.mktemp("pair")) as (client, server):
         yield Pair(shared_host_net, client, server)
-
-
-def name_of(host: str, port: int) -> str:
-    """As records have it."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def test_original_destinations(net: lab.Net, tool: str, tmp_path: Path) -> None:

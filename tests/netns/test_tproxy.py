@@ -23,7 +23,7 @@ from typing import Any
 import daemons
 import lab
 import pytest
-from daemons import Daemon, Served, receive_exactly
+from daemons import Daemon, Served, name_of, receive_exactly
 from load import Load
 from observe import wait_until_stopped
 from test_redirect import FAMILY, WEB, connect
@@ -164,10 +164,6 @@ def both(net: lab.Net, folder: Path, config: str = TRANSOCKS) -> Iterator[Daemon
         Daemon("transocks", config, folder, popen=net.proxy.popen) as client,
     ):
         yield client
-
-
-def name_of(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def says_back(sock: Socket, data: bytes = b"hello") -> bool:

@@ -282,11 +282,11 @@ class AccessRules:
 def _reasons(rule: Rule, client: Client, entry: str | None, port: int) -> Iterator[str]:
     """Why a rule matches: each of its conditions."""
     if rule.clients is not None:
-        yield f"from has {client.address}"
+        yield f"from lists {client.address}"
     if rule.users is not None:
         yield f"user is {client.user}"
     if rule.to is not None:
-        yield f"{_to(rule)} has {entry}" if entry else f"{_to(rule)} has it not"
+        yield f"{_to(rule)} lists {entry}" if entry else f"{_to(rule)} does not list it"
     if rule.ports is not None:
         yield f"port is {port}"
 
@@ -294,15 +294,15 @@ def _reasons(rule: Rule, client: Client, entry: str | None, port: int) -> Iterat
 def _mismatch(rule: Rule, client: Client, asked: str, entry: str | None, port: int) -> str | None:
     """The first condition of a rule that does not match; None if all do."""
     if rule.clients is not None and not any(client.address in network for network in rule.clients):
-        return f"from has not {client.address}"
+        return f"from does not list {client.address}"
     if rule.users is not None and client.user not in rule.users:
         return f"user is {client.user or 'nobody'}"
     if not has_port(rule.ports, port):
         return f"port {port} not in {_show_ports(rule.ports or ())}"
     if rule.complement:
-        return f"{_to(rule)} has {entry}"
+        return f"{_to(rule)} lists {entry}"
     if rule.to is not None and entry is None:
-        return f"{_to(rule)} has not {asked}"
+        return f"{_to(rule)} does not list {asked}"
     return None
 
 

@@ -101,7 +101,9 @@ def _rules(config: Config) -> Iterator[Fault]:
         if rule.user and file is None:
             yield Fault(f"{key}.user", _shown(rule.user), "matches nobody: expected auth.users_file to name users")
         elif rule.user and rule.action == "deny" and not config.auth.required:
-            avoided = "holds for nobody who does not authenticate, and none of them has to: set auth.required, or allow"
+            avoided = (
+                "does not match clients that do not authenticate, and none of them has to: set auth.required, or allow"
+            )
             yield Fault(f"{key}.user", _shown(rule.user), f"{avoided} the other users and deny all else")
         for index, user in enumerate(rule.user or ()):
             if known is not None and user not in known:

@@ -300,7 +300,7 @@ CASES = {
     ),
     "others come first": Case(
         "host", others("ip", "output", -110, "tcp dport { 80, 443 } dnat to 198.51.100.1:3128"), "rules",
-        "host, IPv4: others' rules take it before ours: table ip theirs, chain c: ", WITHOUT_THEIRS("ip"), "iptables",
+        "host, IPv4: other rules take it before ours: table ip theirs, chain c: ", WITHOUT_THEIRS("ip"), "iptables",
     ),
     "not tracked": case(
         "host", appends("OUTPUT -t raw -p tcp -j CT --notrack"), "rules",
@@ -378,7 +378,7 @@ CASES = {
     ),
     "unmarked by nft": Case(
         "tproxy", others("ip", "prerouting", -140, "meta mark set 0"), "rules",
-        'table ip theirs, chain c: "meta mark set 0x00000000" makes mark 0x7474, which routes it here, 0x0',
+        'table ip theirs, chain c: "meta mark set 0x00000000" changes mark 0x7474, which routes it here, to 0x0',
         WITHOUT_THEIRS("ip"),
     ),
     **{
@@ -423,7 +423,7 @@ def test_broken(setup: Setup, case: Case) -> None:
 def test_no_rules(host: Setup) -> None:
     found = host.doctor()
     assert list(found.faults) == ["rules"]
-    assert "none sends connections to transocks (port 1081)" in found.faults["rules"]
+    assert "no rule sends connections to transocks (port 1081)" in found.faults["rules"]
     host.configure(more=RULES_HOST)  # as it says
     host.follow(found, "rules")
     assert host.is_well()

@@ -100,7 +100,7 @@ def test_what_is_behind_a_nat64_of_this_network_is_judged_as_the_ipv4_address() 
     assert asked(known, "2001:db8:64::127.0.0.1") == Ruling(False, "built-in: loopback")
     assert asked(known, "2001:db8:64::192.0.2.1").allowed
     answers = known.trace(CLIENT, None, IPv6Address("2001:db8:64::a00:1"), 443)
-    assert answers[-1].why == 'deny_sites has "10.0.0.0/8"'
+    assert answers[-1].why == 'deny_sites lists "10.0.0.0/8"'
 
 
 def test_a_rule_for_the_address_lifts_the_protection_and_one_for_a_name_does_not() -> None:
@@ -139,20 +139,20 @@ def test_every_rule_says_why_not() -> None:
         Rule(name="list", allow=False, to=(blocked,), clients=(parse_network("10.9.0.0/16"),), ports=((443, 443),)),
     )
     misses = [
-        RuleAnswer("from", False, "from has not 10.9.9.9"),
+        RuleAnswer("from", False, "from does not list 10.9.9.9"),
         RuleAnswer("user", False, "user is nobody"),
         RuleAnswer("ports", False, "port 443 not in 25, 6000-6100"),
     ]
     assert access.trace(CLIENT, "a.example.org", None, 443) == [
         *misses,
-        RuleAnswer("to", False, "to has not a.example.org"),
+        RuleAnswer("to", False, "to does not list a.example.org"),
         RuleAnswer("protected", True, "it has no conditions"),
     ]
     assert access.trace(CLIENT, "a.example.org", IPv4Address("127.0.0.1"), 443) == [
         *misses,
-        RuleAnswer("to", False, "to has not a.example.org or 127.0.0.1"),
+        RuleAnswer("to", False, "to does not list a.example.org or 127.0.0.1"),
         RuleAnswer("protected", False, "127.0.0.1 is protected (loopback), which only an entry with the address lifts"),
-        RuleAnswer("list", True, 'from has 10.9.9.9, to has ".example.org" (file:blocked.txt), port is 443'),
+        RuleAnswer("list", True, 'from lists 10.9.9.9, to lists ".example.org" (file:blocked.txt), port is 443'),
     ]
     assert access.trace(CLIENT, None, IPv4Address("127.0.0.1"), 443)[-1] == RuleAnswer(
         "built-in: loopback", True, "127.0.0.1 is protected (loopback)"
@@ -162,15 +162,15 @@ def test_every_rule_says_why_not() -> None:
 def test_the_lists_say_why_not() -> None:
     access = rules(allow_sites=[".example.com", ""], deny_sites=["BAD.example.com"], deny_ports=[*range(20, 28)])
     assert access.trace(CLIENT, "www.example.com", None, 443) == [
-        RuleAnswer("allow_sites", False, 'allow_sites has ".example.com"'),
-        RuleAnswer("deny_sites", False, "deny_sites has not www.example.com"),
+        RuleAnswer("allow_sites", False, 'allow_sites lists ".example.com"'),
+        RuleAnswer("deny_sites", False, "deny_sites does not list www.example.com"),
         RuleAnswer("deny_ports", False, "port 443 not in 20, 21, 22, 23, 24, 25 and 2 more"),
-        RuleAnswer('allow_sites ".example.com"', True, 'allow_sites has ".example.com"'),
+        RuleAnswer('allow_sites ".example.com"', True, 'allow_sites lists ".example.com"'),
     ]
     assert access.trace(CLIENT, "bad.example.com", None, 443)[-1] == RuleAnswer(
-        'deny_sites "BAD.example.com"', True, 'deny_sites has "bad.example.com"'
+        'deny_sites "BAD.example.com"', True, 'deny_sites lists "bad.example.com"'
     )
-    assert access.trace(CLIENT, "x", None, 443) == [RuleAnswer("allow_sites", True, "allow_sites has it not")]
+    assert access.trace(CLIENT, "x", None, 443) == [RuleAnswer("allow_sites", True, "allow_sites does not list it")]
     assert access.trace(CLIENT, None, IPv4Address("203.0.113.1"), 25)[-1] == RuleAnswer(
         "deny_ports 25", True, "port is 25"
     )

@@ -180,17 +180,17 @@ def test_explained_for_people(server: Daemon) -> None:
         "",
         "rules on both.test",
         "  6 rules do not match:",
-        "    to has not both.test (3): blocked, partners, this host",
-        "    from has not 127.0.0.1 (1): not for others",
+        "    to does not list both.test (3): blocked, partners, this host",
+        "    from does not list 127.0.0.1 (1): not for others",
         "    user is nobody (1): not for ci",
         "    port 443 not in its ports (1): no mail",
         "  default: allows it, no rule has decided",
         "",
         "addresses of both.test",
-        '  127.0.0.66  denied by blocked (line 12): to has "127.0.0.66"',
+        '  127.0.0.66  denied by blocked (line 12): to lists "127.0.0.66"',
         "  127.0.0.1   allowed by this host (line 34), pool listed, from 127.0.0.1",
         "",
-        "pool listed: 0 of 2 addresses here and not listed",
+        "pool listed: 0 of 2 addresses usable",
         "  127.0.0.1  listed by dnsbl.test",
         "  192.0.2.78  not on this host",
     ]
@@ -275,7 +275,7 @@ async def test_names_that_search_domains_have_completed(dns: NameServer, tmp_pat
         denied = await explainer.explain(request | {"host": "other", "port": 22})
         assert (denied["verdict"], denied["rule"], denied["canonical"]) == ("denied", "secret", "other.secret.test")
         assert "other.secret.test" not in dns.asked
-        assert denied["steps"][-1]["why"].startswith('to has ".secret.test"')
+        assert denied["steps"][-1]["why"].startswith('to lists ".secret.test"')
         nursery.cancel_scope.cancel()
     for bad in ({"port": 0}, {"client": "x"}, {"host": 1}, {"user": 1}, {"port": True}):
         with pytest.raises(Error):
@@ -376,7 +376,7 @@ def test_fifty_rules_fit_on_a_screen(fifty: Path, tmp_path: Path) -> None:
     assert len(lines) <= 24
     assert max(map(len, lines)) <= 110
     assert lines[0] == "203.0.113.1 to www.department-48.example:443: denied by department 48, rule (line 197)"
-    assert lines[-1] == '  department 48, rule (line 197): denies it, to has ".department-48.example"'
+    assert lines[-1] == '  department 48, rule (line 197): denies it, to lists ".department-48.example"'
     assert "  48 rules do not match:" in lines
 
     log = tmp_path / "access.log"

@@ -227,7 +227,7 @@ def covered(*rules: str, more: str = "") -> list[str]:
     return [
         f"{fault.path.removeprefix('rule')} by {int(match[1]) - 1}"
         for fault in lint(parse(Config, toml, ""))
-        if (match := re.match(r"never decides, since rule (\d+) .*has all of it", fault.expected))
+        if (match := re.match(r"never decides, since rule (\d+) .*matches everything that it matches", fault.expected))
     ]
 
 
@@ -280,7 +280,10 @@ def test_lists_that_a_rule_above_covers() -> None:
 )
 def test_the_advice_for_a_rule_that_never_decides(above: str, rule: str, mend: str) -> None:
     faults = lint(parse(Config, f'[[rule]]\nname = "top"\n{above}\n[[rule]]\n{rule}\n', "f"))
-    assert faults[-1].expected == f'never decides, since rule 1 "top" (line 1) above has all of it: {mend}'
+    assert (
+        faults[-1].expected
+        == f'never decides, since rule 1 "top" (line 1) above matches everything that it matches: {mend}'
+    )
 
 
 @pytest.mark.parametrize(

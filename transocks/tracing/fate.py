@@ -114,7 +114,7 @@ def _follow(trace: Trace, redirection: Redirection, names: RuleNames) -> _End:
         taken = next((change for change in trace.marks if change.after == mark), None)
         later = next((change for change in trace.marks if change.before == mark), None)
         if taken is not None and later is not None and not trace.delivered:
-            text = f"{names.of(later.cause)} makes mark {mark:#x}, which routes it here, {later.after:#x}"
+            text = f"{names.of(later.cause)} changes mark {mark:#x}, which routes it here, to {later.after:#x}"
             return What.UNMARKED, text, later.cause
         if taken is None and turn is not None and (trace.stop is None or trace.stop.rule is None):
             return _elsewhere(turn, names)

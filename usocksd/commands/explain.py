@@ -301,7 +301,7 @@ def _verdict(each: Json, *, verbose: bool) -> str:
 
 def _traits(pool: Json) -> str:
     here = [address for address in pool["addresses"] if address in pool["local"] and address not in pool["listed"]]
-    traits = [f"{len(here)} of {len(pool['addresses'])} addresses here and not listed"]
+    traits = [f"{len(here)} of {len(pool['addresses'])} addresses usable"]
     return ", ".join(traits + [f"{key} {pool[key]}" for key in ("iface", "mark") if pool[key] is not None])
 
 

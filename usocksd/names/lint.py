@@ -65,7 +65,7 @@ def never_decides(
 ) -> str:
     """The warning about a rule that the rule with index `above` covers, which may have a name and a line."""
     shown, place = f" {show(name)}" if name else "", "" if line is None else f" (line {line})"
-    return f"never decides, since {kind} {above + 1}{shown}{place} above has all of it: {mend}"
+    return f"never decides, since {kind} {above + 1}{shown}{place} above matches everything that it matches: {mend}"
 
 
 def unclear_networks(key: str, networks: Iterable[IPNetwork]) -> Iterator[Fault]:

@@ -58,7 +58,7 @@ def check_mark(mark: int | None) -> None:
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
         except OSError as error:
-            raise Error(f"mark = {mark:#x}: {error.strerror}; it takes CAP_NET_ADMIN") from None
+            raise Error(f"mark = {mark:#x}: {error.strerror}; it needs CAP_NET_ADMIN") from None
 
 
 class Dialer:

@@ -45,11 +45,11 @@ def rules(host: Host) -> Iterator[Finding]:
 def _missing(host: Host) -> Finding:
     for table in host.names.tables:
         if table.dormant and table.name.startswith("inet transocks"):
-            text = f"table {table.name} is switched off (flags dormant): none of its rules is asked"
+            text = f"table {table.name} is switched off (flags dormant), so its rules have no effect"
             return fault("rules", text, f"nft add table {table.name}")
     ports = " and ".join(sorted({str(fate.redirection.port) for fate in host.fates}))
     do = _APPLY if host.stated else f"{_APPLY}, with [rules] in the configuration; or load those of iptables/"
-    return fault("rules", f"none sends connections to transocks (port {ports})", do)
+    return fault("rules", f"no rule sends connections to transocks (port {ports})", do)
 
 
 def _nowhere(fate: Fate) -> Finding:
@@ -80,7 +80,7 @@ def _findings(fate: Fate, host: Host) -> Iterator[Finding]:
                 yield _passed(fate, host)
         case What.DROPPED:
             if host.stated or not other_family:
-                do = _APPLY if fate.by_guard else "let it pass there, or remove that rule"
+                do = _APPLY if fate.by_guard else "accept it there, or remove that rule"
                 yield fault("rules", f"{name}: dropped on the way: {text}", do)
         case What.UNTRACKED:
             do = "take such traffic out of that rule"
@@ -89,11 +89,11 @@ def _findings(fate: Fate, host: Host) -> Iterator[Finding]:
             do = f"take that rule out, or have it leave what has mark {fate.redirection.tproxy_mark:#x} alone"
             yield fault("rules", f"{name}: {text}", do)
         case What.TAKEN if fate.by_ours:
-            do = f"put that rule and {_setting(fate)} together"
+            do = f"make that rule and {_setting(fate)} use the same port"
             yield fault("rules", f"{name}: {text}, and transocks has {port}", do)
         case What.TAKEN:
             do = "remove that rule, or load ours at an earlier place (nft: a lower priority)"
-            yield fault("rules", f"{name}: others' rules take it before ours: {text}", do)
+            yield fault("rules", f"{name}: other rules take it before ours: {text}", do)
 
 
 def _passed(fate: Fate, host: Host) -> Finding:
@@ -104,7 +104,7 @@ def _passed(fate: Fate, host: Host) -> Finding:
     if not fate.text:
         return _missing(host)
     to = join_port(fate.sample.destination, fate.sample.port)
-    text = f"{fate.name}: {to} goes past transocks: {fate.text} is the last of our rules that it meets"
+    text = f"{fate.name}: {to} is not redirected; the last of our rules that it matches is {fate.text}"
     if tproxy:  # without a socket that is transparent it goes on to the next rule
         do = f"put the port of the TPROXY rule and listen_tproxy ({fate.redirection.port}) together, or {_APPLY}"
         return fault("rules", f"{text}; TPROXY takes only what a transparent socket listens for", do)
@@ -196,7 +196,7 @@ def _answer(fate: Fate, host: Host) -> Iterator[Finding]:
     elif host.listeners is not None and (found := _no_listener(fate, host)) is not None:
         yield found
     elif (why := host.stop(result.back)) is not None:
-        yield fault("answers", f"{fate.name}: what transocks answers gets lost: {why}", "let it pass there")
+        yield fault("answers", f"{fate.name}: what transocks answers gets lost: {why}", "accept it there")
     elif host.client is not None and result.back is None:
         yield unchecked("listeners", f"{fate.name}: no answer was seen")
     elif fate.redirection.mode is not Mode.TPROXY or (fate.sample.iif, fate.sample.version) not in host.bridges:

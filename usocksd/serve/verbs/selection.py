@@ -39,9 +39,9 @@ def add_options(parser: argparse.ArgumentParser, columns: Sequence[str]) -> None
         metavar="BY",
         help=f"{', '.join([*_SORTS, *columns])}; numbers with the largest first (default: rate, then age)",
     )
-    order.add_argument("--reverse", action="store_true", help="the other way round")
+    order.add_argument("--reverse", action="store_true", help="in reverse order")
     order.add_argument("--limit", type=_count, metavar="N", help="only the first N")
-    only = parser.add_argument_group("only connections (each that is given must fit)")
+    only = parser.add_argument_group("only connections (all that are given must match)")
     only.set_defaults(filters=[])
     add = partial(only.add_argument, action="append", dest="filters")
     add("--client", type=partial(_within, "client"), metavar="NET", help="from this address or network")

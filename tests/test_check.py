@@ -54,7 +54,9 @@ def test_the_samples_have_no_faults_or_warnings(name: str) -> None:
     shown = dict(line.split(maxsplit=1) for line in lines[1:])
     assert (shown["timeouts.idle"], shown["timeouts.keepalive"]) == ("7440 s", "180 s")
     assert shown["limits.per_client"] == "no limit of its own"
-    assert shown["control"] == f"/run/{name}/control.sock"
+    # An ordinary user has one in a folder of their own.
+    assert shown["control"].endswith("/control.sock")
+    assert shown["control"] == f"/run/{name}/control.sock" or os.geteuid() != 0
     assert int(shown["workers"]) == usable_cpus()
     assert int(shown["limits.connections_by_descriptors"]) > 0
 

@@ -25,9 +25,9 @@ def host_net() -> Iterator[lab.Net]:
     yield from _built(lab.host_net)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def delayed_net() -> Iterator[tuple[lab.Net, DelayLine]]:
-    """As host_net, and there and back takes ROUND_TRIP seconds. One for all tests of a module."""
+    """As host_net, and there and back takes ROUND_TRIP seconds."""
     try:
         yield from _built(lambda: lab.delayed_net(ROUND_TRIP))
     except (PermissionError, FileNotFoundError) as error:

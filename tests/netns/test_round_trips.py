@@ -10,6 +10,7 @@ import os
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import daemons
@@ -52,10 +53,9 @@ Ask = Callable[..., Awaitable[Answer]]
 
 
 @pytest.fixture(autouse=True)
-def net(delayed_net: tuple[lab.Net, DelayLine], monkeypatch: pytest.MonkeyPatch) -> Iterator[lab.Net]:
+def net(delayed_net: tuple[lab.Net, DelayLine], monkeypatch: pytest.MonkeyPatch) -> lab.Net:
     """The reactor of this process dials from the client's host, which has no cookies yet."""
-    net, line = delayed_net
-    net.client.run("ip", "tcp_metrics", "flush")
+    net, _ = delayed_net
 
     def socket_there(family: int, kind: int) -> socket.socket:
         sock = net.client.socket(family, kind)
@@ -63,8 +63,7 @@ def net(delayed_net: tuple[lab.Net, DelayLine], monkeypatch: pytest.MonkeyPatch)
         return sock
 
     monkeypatch.setattr(dial_module, "SocketType", socket_there)
-    yield net
-    line.loses = lambda packet: False
+    return net
 
 
 @pytest.fixture
@@ -72,10 +71,10 @@ def link(delayed_net: tuple[lab.Net, DelayLine]) -> DelayLine:
     return delayed_net[1]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def server(delayed_net: tuple[lab.Net, DelayLine], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+@pytest.fixture(autouse=True)
+def server(delayed_net: tuple[lab.Net, DelayLine], tmp_path: Path) -> Iterator[Daemon]:
     net, _ = delayed_net
-    with Daemon("usocksd", USOCKSD, tmp_path_factory.mktemp("usocksd"), popen=net.outside.popen) as daemon:
+    with Daemon("usocksd", USOCKSD, tmp_path, popen=net.outside.popen) as daemon:
         yield daemon
 
 

@@ -323,8 +323,11 @@ def test_the_level_that_an_operator_sets(tmp_path: Path) -> None:
 
         wait_until(both, "both say what they do")
         tiny.expected.add("session failed")
+        old = tiny.workers()
         assert tiny.ask("reload")["ok"]
         assert tiny.ask("log-level")["level"] == "error"
+        # The old workers may accept until they have read that they are to drain.
+        wait_until(lambda: not any(map(running, old)), "the old workers have ended")
         client = tiny.client(b"crash", port=port)
         tiny.record("session failed")
         assert not tiny.records("tiny", session=client.getsockname()[1])

@@ -172,9 +172,12 @@ class Listener:
 
     def close(self) -> None:
         """Accept the connections that wait now, and no more."""
-        for _ in range(accept_queue(self._sock)[0] // _BATCH + 1):
-            if not self.paused:
-                self.on_event(0)
+        # The kernel resets connections that wait when the socket is closed. So look again for those that have come
+        # while others were accepted: a few times, since clients may come faster than they are accepted.
+        for _ in range(accept_queue(self._sock)[0] // _BATCH + 4):
+            if self.paused or not accept_queue(self._sock)[0]:
+                break
+            self.on_event(0)
         self._reactor.unregister(self._fd)
         self._sock.close()
 

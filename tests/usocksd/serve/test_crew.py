@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -292,7 +293,8 @@ def test_nothing_is_left_open(tmp_path: Path) -> None:
             os.kill(victim, signal.SIGKILL)
             wait_until(lambda: victim not in tiny.workers(), "it is gone")
             settled(tiny, 2)
-        wait_until(lambda: kinds(tiny.descriptors()) == before, lambda: (before, kinds(tiny.descriptors())))
+        # (When it was counted before, the connection of the last verb may not have been closed yet.)
+        wait_until(lambda: kinds(tiny.descriptors()) <= before, lambda: (before, kinds(tiny.descriptors())))
         assert all(map(running, tiny.workers()))
         assert len(tiny.workers()) == 2
 
@@ -304,13 +306,9 @@ def listeners(tiny: Tiny, pid: int) -> int:
     return len(inodes & set(tiny.descriptors(pid)))
 
 
-def kinds(names: list[str]) -> dict[str, int]:
+def kinds(names: list[str]) -> Counter[str]:
     """How many descriptors of each kind."""
-    found: dict[str, int] = {}
-    for name in names:
-        kind = name.partition(":")[0]
-        found[kind] = found.get(kind, 0) + 1
-    return found
+    return Counter(name.partition(":")[0] for name in names)
 
 
 def uptime() -> float:

@@ -67,7 +67,8 @@ def test_port_range(host: Host, ports: str, reserved: str, state: State) -> None
         ("80", "100", 0, 0, State.WARNING),
         ("99", "100", 0, 0, State.FAULT),
         ("10", "100", 255, 255, State.OK),  # it was full, and is not any more
-        ("10", "100", 255, 256, State.FAULT),
+        ("10", "100", 255, 256, State.OK),  # two packets of a new connection raced for its entry
+        ("80", "100", 255, 256, State.FAULT),
         ("10", "0", 0, 0, State.OK),
     ],
 )

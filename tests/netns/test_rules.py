@@ -36,7 +36,7 @@ class Files:
             self.scene.sh(f"cd {self.folder}; {script}", check=check)
 
     def edit(self, pattern: str, new: str, times: int) -> None:
-        """Replace something that is so many times in each file."""
+        """Replace a pattern that occurs this often in each file."""
         for file in self.of(self.scene.mode):
             text, count = re.subn(pattern, new, file.read_text(), flags=re.MULTILINE)
             assert count == times, file

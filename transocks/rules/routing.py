@@ -14,7 +14,7 @@ from transocks.tools import FirewallError, complaint, run, run_json
 PREFERENCE = 7474
 """The preference of our rules in the routing policy: before those of VPNs, which are around 32764."""
 PROTOCOL = 116
-"""Who has made a route, for those that look, and for `remove`: a number that has no name of its own."""
+"""The origin of our routes (rtm_protocol of rtnetlink(7)), by which `remove` finds them: a number without a name."""
 
 
 @attrs.frozen

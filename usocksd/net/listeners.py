@@ -175,9 +175,8 @@ class Listener:
         # The kernel resets connections that wait when the socket is closed. So look again for those that have come
         # while others were accepted: a few times, since clients may come faster than they are accepted.
         for _ in range(accept_queue(self._sock)[0] // _BATCH + 4):
-            if self.paused or not accept_queue(self._sock)[0]:
-                break
-            self.on_event(0)
+            if not self.paused:
+                self.on_event(0)
         self._reactor.unregister(self._fd)
         self._sock.close()
 

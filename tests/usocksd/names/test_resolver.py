@@ -648,7 +648,7 @@ async def test_an_impossible_server_is_recorded_once(place: Place, caplog: pytes
 
 
 async def test_the_cache_is_bounded(place: Place) -> None:
-    """Names without an address do not push out those that have one, and no name has more than so many addresses."""
+    """Names without an address do not push out those that have one, and the addresses of a name are limited."""
     zone = {f"{n}.test": ["192.0.2.1", "192.0.2.2", "2001:db8::1", "2001:db8::2"] for n in range(10)}
     _, resolver = await place.serving(records(zone, minimum=60), most=Most(names=3, absent=2, addresses=3))
     for n in range(10):

@@ -199,14 +199,19 @@ def test_a_new_version_that_does_not_work(tmp_path: Path, installed: Path) -> No
         is_now(tiny, "99.1")
 
 
-def test_an_interpreter_that_is_gone(tmp_path: Path) -> None:
-    """No worker can be started, and the old ones go on."""
-    folder = tmp_path / "environment"
+def make_interpreter(folder: Path) -> Path:
+    """Another virtual environment with the packages of this one. Returns its interpreter, a link that a test may cut."""
     (folder / "bin").mkdir(parents=True)
     shutil.copy(Path(sys.prefix) / "pyvenv.cfg", folder)
     (folder / "lib").symlink_to(Path(sys.prefix) / "lib")
     python = folder / "bin" / "python"
     python.symlink_to(os.path.realpath(sys.executable))
+    return python
+
+
+def test_an_interpreter_that_is_gone(tmp_path: Path) -> None:
+    """No worker can be started, and the old ones go on."""
+    python = make_interpreter(tmp_path / "environment")
     with Tiny(tmp_path, python=str(python)).ready() as tiny:
         tiny.expected |= {"reload failed", "nothing has changed: the configuration in force stays"}
         client = tiny.client(b"echo")
@@ -220,12 +225,7 @@ def test_an_interpreter_that_is_gone(tmp_path: Path) -> None:
 
 def test_an_interpreter_that_is_gone_when_the_master_follows(tmp_path: Path, installed: Path) -> None:
     """The workers run the new version; the master stays what it is."""
-    folder = tmp_path / "environment"
-    (folder / "bin").mkdir(parents=True)
-    shutil.copy(Path(sys.prefix) / "pyvenv.cfg", folder)
-    (folder / "lib").symlink_to(Path(sys.prefix) / "lib")
-    python = folder / "bin" / "python"
-    python.symlink_to(os.path.realpath(sys.executable))
+    python = make_interpreter(tmp_path / "environment")
     with Tiny(tmp_path, python=str(python), root=installed, metrics_port=free_port()).ready() as tiny:
         tiny.expected.add("can't become the version of the workers")
         install(installed, "99.1")

@@ -100,7 +100,7 @@ def descriptors(host: Host) -> Iterator[Finding]:
     there, limit = max(((one["open"], one["limit"]) for one in files), key=lambda one: one[0] / max(one[1], 1))
     text = f"{limit} files for each process, {there} open: {limit // 2} connections at most"
     if there > _FILES_FULL * limit:
-        do = "raise LimitNOFILE= of the unit, or look for who opens so many connections (transocks connections)"
+        do = "raise LimitNOFILE= of the unit, or find out what opens the connections (transocks connections)"
         yield fault("descriptors", f"a worker has {there} of {limit} files open", do)
     elif limit < _FEW_FILES:
         yield warning("descriptors", text, "raise LimitNOFILE= of the unit (1048576 in ours)")

@@ -52,7 +52,7 @@ def resolver(host: Host) -> Iterator[Finding]:
 
 
 def _over_tcp(host: Host, servers: list[IPAddress], daemon: Sender) -> Iterator[tuple[IPAddress, Sender]]:
-    """Each name server with who asks it: transocks, or on its behalf a forwarder on this host, as another user."""
+    """Each name server and its client: transocks, or a forwarder on this host, which runs as another user."""
     for server in servers:
         if host.is_local(server):
             yield from ((forwarded, NOBODY) for forwarded in _listed(_RESOLVED) or [EXAMPLES[4][0]])

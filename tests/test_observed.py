@@ -25,12 +25,13 @@ from inside import Proxy, transocks_inside, usocksd_inside
 import transocks.access_log
 import transocks.config
 import transocks.session
-from transocks.original_dst import Destination, NotRedirected
+from transocks.original_dst import NotRedirected
 from usocksd.log.access import pair_member
+from usocksd.net.address import HostPort
 from usocksd.net.ending import Reason, Side
 from usocksd.net.flow import Flow
 
-WEB = Destination("203.0.113.80", 80)
+WEB = HostPort("203.0.113.80", 80)
 
 
 @asynccontextmanager
@@ -386,7 +387,7 @@ async def chain(
     tmp_path: Path, destination: Served, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[tuple[Proxy, Proxy]]:
     """transocks, and the usocksd that is its upstream."""
-    monkeypatch.setattr(transocks.session, "original_destination", lambda _: Destination("127.0.0.1", destination.port))
+    monkeypatch.setattr(transocks.session, "original_destination", lambda _: HostPort("127.0.0.1", destination.port))
     async with AsyncExitStack() as stack:
         end = await stack.enter_async_context(usocksd_running(tmp_path))
         yield (
@@ -426,7 +427,7 @@ def pair(record: daemons.Record) -> tuple[str, str]:
 
 async def test_refusals_join_too(chain: tuple[Proxy, Proxy], monkeypatch: pytest.MonkeyPatch) -> None:
     near, far = chain
-    monkeypatch.setattr(transocks.session, "original_destination", lambda _: Destination("127.0.0.66", 80))
+    monkeypatch.setattr(transocks.session, "original_destination", lambda _: HostPort("127.0.0.66", 80))
     with pytest.raises(ConnectionResetError), connected(near) as client:
         await talking(client.recv, 1)
     mine = await near.recorded("failed to connect to proxy server")
@@ -454,11 +455,11 @@ async def test_an_upstream_that_is_not_there(tmp_path: Path, monkeypatch: pytest
 
 
 async def test_what_was_not_redirected_or_goes_in_a_circle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def not_redirected(_: object) -> Destination:
+    def not_redirected(_: object) -> HostPort:
         raise NotRedirected("nobody did")
 
     async with transocks_inside(tmp_path, 'proxy_url = "socks5://127.0.0.1:1"') as proxy:
-        for found in (not_redirected, lambda _: Destination("127.0.0.1", proxy.port)):
+        for found in (not_redirected, lambda _: HostPort("127.0.0.1", proxy.port)):
             monkeypatch.setattr(transocks.session, "original_destination", found)
             with pytest.raises(ConnectionResetError), connected(proxy) as client:
                 await talking(client.recv, 1)

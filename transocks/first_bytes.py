@@ -8,12 +8,11 @@ from typing import NamedTuple, NoReturn
 
 import trio
 
-from transocks.original_dst import Destination
 from transocks.route_settings import NamesConfig
 from transocks.sniff import OTHER, Opening, Sniffer
 from usocksd.names.conditions import Ports
 from usocksd.names.match import NetworkMap
-from usocksd.net.address import numeric_address
+from usocksd.net.address import HostPort, numeric_address
 from usocksd.net.endpoint import DeadlineExpired, Endpoint, PeerReset
 
 
@@ -96,7 +95,7 @@ class FirstBytes:
             nursery.start_soon(self._long.run)
             task_status.started()
 
-    async def read(self, client: Endpoint, destination: Destination) -> First:
+    async def read(self, client: Endpoint, destination: HostPort) -> First:
         """The first bytes of the client, on its way to `destination`. Raises PeerReset when it is gone.
 
         If the client ends its side meanwhile, the relay sees that again.

@@ -10,12 +10,11 @@ import struct
 import sys
 from collections.abc import Callable, Collection, Iterable
 from socket import SocketType
-from typing import NamedTuple
 
 from usocksd.errors import Error
 from usocksd.host.addresses import HostAddresses
 from usocksd.host.sockets import SocketOwners
-from usocksd.net.address import bound_to, join_port, numeric_address, unmapped, with_zone
+from usocksd.net.address import HostPort, bound_to, numeric_address, unmapped, with_zone
 
 log = logging.getLogger(__name__)
 
@@ -37,22 +36,7 @@ class Loop(Error):
     """Carrying this connection would bring it back to us."""
 
 
-class Destination(NamedTuple):
-    """A numeric address, a link-local one with its zone (fe80::1%eth0), and a port."""
-
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        return join_port(self.host, self.port)
-
-    @property
-    def anywhere(self) -> Destination:
-        """Without its zone."""
-        return self._replace(host=self.host.partition("%")[0])
-
-
-def original_destination(sock: SocketType) -> Destination:
+def original_destination(sock: SocketType) -> HostPort:
     """Where the client was connecting to before REDIRECT or DNAT changed it: SO_ORIGINAL_DST.
 
     The family of the *connection* decides which option is read: an IPv4 client on a dual-stack socket has an IPv4 entry
@@ -63,10 +47,10 @@ def original_destination(sock: SocketType) -> Destination:
     try:
         if ":" in host:
             port, raw, scope = _SOCKADDR_IN6.unpack(sock.getsockopt(socket.IPPROTO_IPV6, _SO_ORIGINAL_DST, 28))
-            original = Destination(socket.inet_ntop(socket.AF_INET6, raw), port)
+            original = HostPort(socket.inet_ntop(socket.AF_INET6, raw), port)
         else:
             port, raw = _SOCKADDR_IN.unpack(sock.getsockopt(socket.IPPROTO_IP, _SO_ORIGINAL_DST, 16))
-            original = Destination(socket.inet_ntoa(raw), port)
+            original = HostPort(socket.inet_ntoa(raw), port)
     except OSError as error:
         # ENOENT: no entry (the table was flushed or is full); ENOPROTOOPT: no connection tracking at all.
         name = errno.errorcode.get(error.errno or 0, str(error.errno))
@@ -78,14 +62,14 @@ def original_destination(sock: SocketType) -> Destination:
     return original
 
 
-def tproxy_destination(sock: SocketType, is_ours: Callable[[Destination], bool]) -> Destination:
+def tproxy_destination(sock: SocketType, is_ours: Callable[[HostPort], bool]) -> HostPort:
     """Where the client of a connection from a TPROXY listener was connecting to: our own end of the connection.
 
     Nothing was translated, so connection tracking has no answer (its entry may be of another connection). `is_ours`
     knows the ports that we listen on: a connection to one of them was not redirected. Raises NotRedirected.
     """
-    host, port = bound_to(sock)
-    destination = Destination(unmapped(host), port)
+    bound = bound_to(sock)
+    destination = HostPort(unmapped(bound.host), bound.port)
     if is_ours(destination):
         raise NotRedirected("it was made to this port itself, no TPROXY rule brought it")
     return destination
@@ -102,7 +86,7 @@ class LoopGuard:
         *,
         listen_ports: Collection[int],
         hosts: HostAddresses,
-        upstreams: Callable[[], Collection[Destination]],
+        upstreams: Callable[[], Collection[HostPort]],
         most_per_destination: int,
         own_users: Iterable[str] = OWN_USERS,
     ) -> None:
@@ -113,15 +97,15 @@ class LoopGuard:
         self._hosts = hosts
         self._upstreams = upstreams
         self._most = most_per_destination
-        self._open: dict[Destination, int] = {}
+        self._open: dict[HostPort, int] = {}
         self._own = _uids(own_users)
         self._owners = _socket_owners() if self._own else None
 
-    def is_ours(self, destination: Destination) -> bool:
+    def is_ours(self, destination: HostPort) -> bool:
         """Whether it is a port that we listen on, at an address of this host."""
         return destination.port in self._listen_ports and self._hosts.is_local(numeric_address(destination.host))
 
-    def enter(self, client: Destination, original: Destination) -> None:
+    def enter(self, client: HostPort, original: HostPort) -> None:
         """A connection from `client` to `original` begins, until `leave`. Raises Loop if it would come back here."""
         self._check(client, original)
         count = self._open.get(original, 0)
@@ -132,7 +116,7 @@ class LoopGuard:
             )
         self._open[original] = count + 1
 
-    def leave(self, original: Destination) -> None:
+    def leave(self, original: HostPort) -> None:
         """A connection that has entered is over."""
         count = self._open[original] - 1
         if count:
@@ -140,11 +124,12 @@ class LoopGuard:
         else:
             del self._open[original]
 
-    def _check(self, client: Destination, original: Destination) -> None:
+    def _check(self, client: HostPort, original: HostPort) -> None:
         if self.is_ours(original):
             raise Loop("its destination is this proxy's own port")
         upstreams = self._upstreams()
-        if (original if "%" not in original.host else original.anywhere) in upstreams:
+        host, _, zone = original.host.partition("%")
+        if ((host, original.port) if zone else original) in upstreams:
             raise Loop("its destination is the upstream: exempt the upstream from the redirect rules")
         ours = self._hosts.is_local(numeric_address(client.host))
         if not ours and any(client.host == upstream.host for upstream in upstreams):

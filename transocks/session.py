@@ -13,13 +13,13 @@ from collections.abc import Mapping
 from transocks.access_log import Access, AccessLog
 from transocks.direct import Direct
 from transocks.first_bytes import First, FirstBytes
-from transocks.original_dst import Destination, LoopGuard, original_destination, tproxy_destination
+from transocks.original_dst import LoopGuard, original_destination, tproxy_destination
 from transocks.route_settings import ADDRESS, NAME, NamesConfig
 from transocks.routes import DIRECT, REJECT, Routes
 from transocks.upstreams.group import UpstreamGroup
 from transocks.upstreams.request import Tunnel, TunnelRequest
 from usocksd.errors import Denied, Error, ResolveError
-from usocksd.net.address import numeric_address
+from usocksd.net.address import HostPort, numeric_address
 from usocksd.net.ending import Limits
 from usocksd.net.endpoint import Endpoint, PeerReset
 from usocksd.net.keepalive import KeepAlive
@@ -71,7 +71,7 @@ class Sessions:
                 else original_destination(client.sock)
             )
             access.destination = str(destination)
-            request = TunnelRequest(Destination(host, port), destination)
+            request = TunnelRequest(HostPort(host, port), destination)
             self._guard.enter(request.client, destination)
         except Error as error:
             access.refused(error)

@@ -14,14 +14,14 @@ import trio.testing
 from daemons import PATIENCE, loopback
 
 from transocks.first_bytes import NOTHING, First, FirstBytes
-from transocks.original_dst import Destination
 from transocks.route_settings import NamesConfig
 from transocks.sniff import OTHER, Opening, Protocol
 from usocksd.names.match import parse_network
+from usocksd.net.address import HostPort
 from usocksd.net.endpoint import Endpoint, PeerReset
 from usocksd.net.reactor import Reactor
 
-WEB = Destination("203.0.113.80", 80)
+WEB = HostPort("203.0.113.80", 80)
 REQUEST = b"GET / HTTP/1.1\r\nHost: www.example.com\r\n\r\n"
 NAMED = Opening(Protocol.HTTP, "www.example.com")
 LONG = PATIENCE  # what no test waits for
@@ -76,7 +76,7 @@ async def test_bytes_that_come_in_time_and_in_pieces() -> None:
         nursery.cancel_scope.cancel()
 
 
-OTHER_PORT = Destination(WEB.host, 2500)
+OTHER_PORT = HostPort(WEB.host, 2500)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ OTHER_PORT = Destination(WEB.host, 2500)
     ],
 )
 async def test_clients_that_send_nothing_or_too_little_go_on(
-    destination: Destination, said: bytes, short: float, long: float
+    destination: HostPort, said: bytes, short: float, long: float
 ) -> None:
     """Soon if the server may have to begin; later on ports where clients speak first."""
     async with reading(short, long_wait=long) as (first_bytes, client, endpoint):
@@ -230,7 +230,7 @@ async def test_skipped_ports_and_networks(settings: dict[str, object]) -> None:
     async with reading(**settings) as (first_bytes, client, endpoint):
         client.sendall(REQUEST)
         assert await first_bytes.read(endpoint, WEB) == NOTHING
-        assert (await first_bytes.read(endpoint, Destination("2001:db8::1", 82))).data == REQUEST
+        assert (await first_bytes.read(endpoint, HostPort("2001:db8::1", 82))).data == REQUEST
 
 
 async def test_no_wait_at_all() -> None:

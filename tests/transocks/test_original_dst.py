@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from transocks.original_dst import Destination, NotRedirected, tproxy_destination
+from transocks.original_dst import NotRedirected, tproxy_destination
+from usocksd.net.address import HostPort
 
 
 @contextmanager
@@ -32,8 +33,8 @@ def accepted(listens_on: str, connects_to: str) -> Iterator[tuple[socket.socket,
 def test_our_end_is_the_destination(listens_on: str, connects_to: str) -> None:
     """In its one form: an IPv4 connection of a dual-stack socket is IPv4."""
     with accepted(listens_on, connects_to) as (sock, port):
-        destination = Destination(connects_to, port)
-        asked: list[Destination] = []
+        destination = HostPort(connects_to, port)
+        asked: list[HostPort] = []
         assert tproxy_destination(sock, lambda place: bool(asked.append(place))) == destination
         assert asked == [destination]
 

@@ -23,14 +23,14 @@ from inside import Proxy, transocks_inside
 
 import transocks.session
 import transocks.upstreams.upstream
-from transocks.original_dst import Destination, NotRedirected
-from usocksd.net.address import join_port
+from transocks.original_dst import NotRedirected
+from usocksd.net.address import HostPort, join_port
 from usocksd.net.dial import Dialer
 from usocksd.net.endpoint import Endpoint
 
-WEB = Destination("203.0.113.80", 80)
-WEB_V6 = Destination("2001:db8:80::80", 443)
-OTHER = Destination("203.0.113.81", 80)
+WEB = HostPort("203.0.113.80", 80)
+WEB_V6 = HostPort("2001:db8:80::80", 443)
+OTHER = HostPort("203.0.113.81", 80)
 
 
 @asynccontextmanager
@@ -54,10 +54,10 @@ def asking(dns: daemons.NameServer) -> str:
 
 
 @pytest.fixture(autouse=True)
-def going_to(monkeypatch: pytest.MonkeyPatch) -> Callable[[Destination], None]:
+def going_to(monkeypatch: pytest.MonkeyPatch) -> Callable[[HostPort], None]:
     """Sets the original destination of all connections; by default WEB."""
 
-    def say(destination: Destination) -> None:
+    def say(destination: HostPort) -> None:
         monkeypatch.setattr(transocks.session, "original_destination", lambda _: destination)
 
     say(WEB)
@@ -97,7 +97,7 @@ def talk(*lines: bytes | None, then: Callable[[Socket], None] = daemons.echo) ->
     return handle
 
 
-def socks5(destination: Destination) -> bytes:
+def socks5(destination: HostPort) -> bytes:
     return daemons.request(destination.host, destination.port)
 
 
@@ -107,9 +107,7 @@ CONNECT = b"CONNECT 203.0.113.80:80 HTTP/1.1\r\nHost: 203.0.113.80:80\r\n"
 
 # (A client is of its destination's family: no rule changes that, and the kernel is asked who made the connection.)
 @pytest.mark.parametrize(("destination", "host"), [(WEB, "127.0.0.1"), (WEB_V6, "::1")])
-async def test_socks5(
-    tmp_path: Path, going_to: Callable[[Destination], None], destination: Destination, host: str
-) -> None:
+async def test_socks5(tmp_path: Path, going_to: Callable[[HostPort], None], destination: HostPort, host: str) -> None:
     going_to(destination)
     script = talk(daemons.GREETING, b"\x05\x00", socks5(destination), GRANTED)
     with Served(daemons.loopback(), script) as upstream:
@@ -320,15 +318,15 @@ async def test_a_reset_is_passed_on(tmp_path: Path, who: str) -> None:
 
 
 async def test_loops_and_strangers_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def not_redirected(_: object) -> Destination:
+    def not_redirected(_: object) -> HostPort:
         raise NotRedirected("no")
 
     async with running(tmp_path, "socks5://127.0.0.1:9") as proxy:
         for number, (original, message, error) in enumerate((
-            (lambda _: Destination("127.0.0.1", proxy.port), "loop refused", "its destination is this proxy's own port"),
-            (lambda _: Destination("127.9.9.9", proxy.port), "loop refused", "its destination is this proxy's own port"),
-            (lambda _: Destination("::1", proxy.port), "loop refused", "its destination is this proxy's own port"),
-            (lambda _: Destination("127.0.0.1", 9), "loop refused", "its destination is the upstream"),
+            (lambda _: HostPort("127.0.0.1", proxy.port), "loop refused", "its destination is this proxy's own port"),
+            (lambda _: HostPort("127.9.9.9", proxy.port), "loop refused", "its destination is this proxy's own port"),
+            (lambda _: HostPort("::1", proxy.port), "loop refused", "its destination is this proxy's own port"),
+            (lambda _: HostPort("127.0.0.1", 9), "loop refused", "its destination is the upstream"),
             (not_redirected, "not redirected", "no"),
         )):  # fmt: skip
             monkeypatch.setattr(transocks.session, "original_destination", original)
@@ -340,7 +338,7 @@ async def test_loops_and_strangers_are_refused(tmp_path: Path, monkeypatch: pyte
 
 
 async def test_health_checks_are_logged_once_at_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def not_redirected(_: object) -> Destination:
+    def not_redirected(_: object) -> HostPort:
         raise NotRedirected("no")
 
     monkeypatch.setattr(transocks.session, "original_destination", not_redirected)
@@ -351,7 +349,7 @@ async def test_health_checks_are_logged_once_at_warning(tmp_path: Path, monkeypa
         assert [record["severity"] for record in proxy.records("not redirected")] == ["warning", "debug", "debug"]
 
 
-async def test_no_destination_takes_it_all(tmp_path: Path, going_to: Callable[[Destination], None]) -> None:
+async def test_no_destination_takes_it_all(tmp_path: Path, going_to: Callable[[HostPort], None]) -> None:
     """The last resort against a loop, if nothing distinguishes the proxies' connections from others."""
 
     def grant(sock: Socket) -> None:
@@ -542,7 +540,7 @@ async def test_rejected(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("by_name", [True, False])
-async def test_past_the_proxy(tmp_path: Path, going_to: Callable[[Destination], None], by_name: bool) -> None:
+async def test_past_the_proxy(tmp_path: Path, going_to: Callable[[HostPort], None], by_name: bool) -> None:
     """A route by name leads to the addresses of the name, a route by address to the original destination."""
     with (
         daemons.NameServer({"www.example.com": ["127.0.0.2"]}) as dns,
@@ -550,7 +548,7 @@ async def test_past_the_proxy(tmp_path: Path, going_to: Callable[[Destination], 
         Socket() as there,
     ):
         there.bind(("127.0.0.2", here.port))
-        going_to(Destination("127.0.0.1", here.port))
+        going_to(HostPort("127.0.0.1", here.port))
         to = ".example.com" if by_name else "127.0.0.0/8"
         more = f'[[route]]\nto = ["{to}"]\nvia = "direct"\n'
         async with running(tmp_path, "socks5h://127.0.0.1:9", more=asking(dns) + more) as proxy:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from math import inf
 
-from transocks.original_dst import Destination
 from transocks.upstreams.proxy_url import ProxyURL
 from usocksd.errors import ResolveError
 from usocksd.names.resolver import Resolver
-from usocksd.net.address import IPAddress, without_zone
+from usocksd.net.address import HostPort, IPAddress, without_zone
 from usocksd.net.dial import Target
 from usocksd.net.endpoint import Endpoint
 
@@ -26,7 +25,7 @@ class UpstreamAddresses:
     ) -> None:
         self.targets: Sequence[Target] = ()
         """What to dial."""
-        self.known: frozenset[Destination] = frozenset()
+        self.known: frozenset[HostPort] = frozenset()
         """The same, without zones."""
         self._name = url.host if isinstance(url.host, str) else None
         self._port = url.port
@@ -69,4 +68,4 @@ class UpstreamAddresses:
             self.targets = [
                 Target(str(address), self._port, mark=self._mark, fast_open=self._fast_open) for address in addresses
             ]
-            self.known = frozenset(Destination(str(without_zone(address)), self._port) for address in addresses)
+            self.known = frozenset(HostPort(str(without_zone(address)), self._port) for address in addresses)

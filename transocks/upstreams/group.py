@@ -9,7 +9,6 @@ from typing import Any
 
 from transocks.config import DIRECT, FAILOVER, ROUND_ROBIN, STICKY, GroupConfig, HealthConfig
 from transocks.direct import Direct
-from transocks.original_dst import Destination
 from transocks.upstreams.health import Health
 from transocks.upstreams.probes import WAITING
 from transocks.upstreams.proxy_url import ProxyURL
@@ -19,6 +18,7 @@ from usocksd.errors import DialError, Error, ResolveError
 from usocksd.log.metrics import Metrics
 from usocksd.names.match import rendezvous
 from usocksd.names.resolver import Resolver
+from usocksd.net.address import HostPort
 from usocksd.net.dial import Dialer
 from usocksd.net.endpoint import Endpoint
 from usocksd.settings.types import Timeouts
@@ -192,11 +192,11 @@ class Upstreams:
         }
         self._all = tuple(found.values())
         self.health = Health(self._all, health, share, measured, clock=dialer.reactor.clock)
-        self._parts: list[frozenset[Destination]] = []
-        self._addresses: frozenset[Destination] = frozenset()
+        self._parts: list[frozenset[HostPort]] = []
+        self._addresses: frozenset[HostPort] = frozenset()
 
     @property
-    def addresses(self) -> frozenset[Destination]:
+    def addresses(self) -> frozenset[HostPort]:
         """The addresses of all upstreams, as they are known now."""
         parts = [upstream.addresses for upstream in self._all]
         if parts != self._parts:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
-from transocks.original_dst import Destination
 from transocks.upstreams.proxy_url import ProxyScheme
+from usocksd.net.address import HostPort
 from usocksd.net.dial import Target
 from usocksd.net.endpoint import Endpoint, PeerReset
 
@@ -14,9 +14,9 @@ from usocksd.net.endpoint import Endpoint, PeerReset
 class TunnelRequest(NamedTuple):
     """The destination that a client wants to reach, and its first bytes."""
 
-    client: Destination
+    client: HostPort
     """numeric address and port of the client"""
-    destination: Destination
+    destination: HostPort
     """where it was going: the original destination"""
     name: str | None = None
     """to be asked for instead of the address; canonical"""

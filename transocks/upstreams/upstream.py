@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 
 from transocks.http_connect import HttpConnect
-from transocks.original_dst import Destination
 from transocks.upstreams.addresses import UpstreamAddresses
 from transocks.upstreams.probes import WAITING, Prober
 from transocks.upstreams.proxy_url import ProxyScheme, ProxyURL
@@ -14,6 +13,7 @@ from transocks.upstreams.state import UpstreamState
 from usocksd.errors import DialError, Error, ResolveError, UpstreamError
 from usocksd.log.metrics import SECONDS, Metrics
 from usocksd.names.resolver import Resolver
+from usocksd.net.address import HostPort
 from usocksd.net.dial import Dialer
 from usocksd.net.endpoint import DeadlineExpired, Endpoint, PeerReset
 from usocksd.net.proxy_protocol import LOCAL_HEADER, header
@@ -93,7 +93,7 @@ class Upstream:
         )
 
     @property
-    def addresses(self) -> frozenset[Destination]:
+    def addresses(self) -> frozenset[HostPort]:
         """Its addresses as they are known now."""
         return self._addresses.known
 

@@ -7,7 +7,7 @@ import os
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from socket import SocketType, if_indextoname, if_nametoindex
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 IPAddress: TypeAlias = IPv4Address | IPv6Address
 IPNetwork: TypeAlias = IPv4Network | IPv6Network
@@ -45,6 +45,16 @@ def join_port(host: object, port: int) -> str:
     return f"[{text}]:{port}" if ":" in text else f"{text}:{port}"
 
 
+class HostPort(NamedTuple):
+    """A numeric address, a link-local one with its zone (fe80::1%eth0), and a port: one end of a connection."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return join_port(self.host, self.port)
+
+
 def socket_address(host: str, port: int) -> tuple[str, int] | tuple[str, int, int, int]:
     """A numeric address as bind(2) and connect(2) want it: the zone of a link-local one, the name of an interface, as
     a number. Raises OSError (ENODEV) where there is no such interface.
@@ -58,10 +68,10 @@ def socket_address(host: str, port: int) -> tuple[str, int] | tuple[str, int, in
         raise OSError(errno.ENODEV, os.strerror(errno.ENODEV)) from None
 
 
-def bound_to(sock: SocketType) -> tuple[str, int]:
-    """The numeric address and the port of our end: getsockname(2), a link-local address with its zone."""
+def bound_to(sock: SocketType) -> HostPort:
+    """Our end: getsockname(2), a link-local address with its zone."""
     host, port, *more = sock.getsockname()
-    return with_zone(host, more[1]) if more and more[1] else host, port
+    return HostPort(with_zone(host, more[1]) if more and more[1] else host, port)
 
 
 def with_zone(host: str, scope: int) -> str:

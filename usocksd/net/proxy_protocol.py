@@ -22,7 +22,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Final, NamedTuple, NoReturn
 
 from usocksd.errors import ProtocolError
-from usocksd.net.address import IPAddress
+from usocksd.net.address import HostPort, IPAddress
 
 SIGNATURE: Final = b"\r\n\r\n\x00\r\nQUIT\n"
 
@@ -45,18 +45,11 @@ class HeaderFault(ProtocolError):
         self.http = http
 
 
-class Address(NamedTuple):
-    """A numeric address and a port."""
-
-    host: str
-    port: int
-
-
 class Header(NamedTuple):
     """The addresses of the connection; both None if it is the sender's own (LOCAL)."""
 
-    source: Address | None
-    destination: Address | None
+    source: HostPort | None
+    destination: HostPort | None
 
 
 def header(source: tuple[str, int], destination: tuple[str, int]) -> bytes:
@@ -122,7 +115,7 @@ class Receiver:
         if command == _LOCAL or layout is None:
             return Header(None, None)
         source, destination, source_port, destination_port = layout.unpack_from(buffer, _HEAD.size)
-        return Header(Address(_text(source), source_port), Address(_text(destination), destination_port))
+        return Header(HostPort(_text(source), source_port), HostPort(_text(destination), destination_port))
 
 
 def _refuse(data: bytes) -> NoReturn:

@@ -10,7 +10,6 @@ from typing import Any
 
 import trio
 
-from usocksd.net.address import join_port
 from usocksd.net.listeners import ListenError, listen
 from usocksd.serve.channel import restore_socket
 from usocksd.serve.control import Control, ControlError, Handlers
@@ -114,7 +113,7 @@ class Doors:
         return Exporter(sockets, self._report.collect, lambda: self._report.health)
 
     def _open_metrics(self, address: MetricsAddress) -> Exporter:
-        if self._exporter is None or self._exporter.addresses[0][1] != address.port:
+        if self._exporter is None or self._exporter.addresses[0].port != address.port:
             # As in slots.py: with SO_REUSEPORT alone, another instance's port would be shared unnoticed.
             for host in address.hosts:
                 listen(host, address.port).close()
@@ -134,7 +133,7 @@ class Doors:
         self._exporter = exporter
         self._report.metrics_address = None
         if exporter is not None:
-            self._report.metrics_address = ", ".join(join_port(*address) for address in exporter.addresses)
+            self._report.metrics_address = ", ".join(map(str, exporter.addresses))
             self._nursery.start_soon(exporter.serve)
 
     def _serve_control(self, control: Control) -> None:

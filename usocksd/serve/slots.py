@@ -16,15 +16,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from usocksd.errors import Error
-from usocksd.net.address import bound_to, join_port
+from usocksd.net.address import HostPort, bound_to
 from usocksd.net.fast_open import accept_fast_open
 from usocksd.net.listeners import NO_SUCH_FAMILY, ListenError, is_transparent, listen, set_listener_options
 from usocksd.net.tcp_info import accept_queue
 from usocksd.serve.channel import restore_socket
 from usocksd.settings.types import ListenAddress
-
-Place = tuple[str, int]
-"""The address and port that a group was opened for; the port may be 0."""
 
 # asm-generic/socket.h; Python has no names for these.
 _SO_ATTACH_FILTER = 26
@@ -55,8 +52,9 @@ class Slots:
 
     def __init__(self, inherited: Sequence[socket.socket] = ()) -> None:
         self.inherited = list(inherited)
-        self._groups: dict[Place, list[socket.socket]] = {}
-        self._opened: list[tuple[Place, socket.socket]] = []
+        self._groups: dict[HostPort, list[socket.socket]] = {}
+        """By what they were opened for: the port may be 0."""
+        self._opened: list[tuple[HostPort, socket.socket]] = []
 
     def open(self, addresses: Iterable[ListenAddress], count: int) -> None:
         """Open what is missing for `count` sockets at each address; `restore` takes that back.
@@ -143,7 +141,7 @@ class Slots:
         first = self.inherited or [group[0] for group in groups if group]
         return sorted({sock.getsockname()[1] for sock in first})
 
-    def names(self, *, opened: bool = True) -> list[tuple[str, int]]:
+    def names(self, *, opened: bool = True) -> list[HostPort]:
         """Address and port of each group, with the port that the kernel chose; those of the last `open` if `opened`."""
         fresh = set() if opened else {sock for _, sock in self._opened}
         first = self.inherited or [group[0] for group in self._groups.values()]
@@ -151,7 +149,7 @@ class Slots:
 
     def listening(self, *, opened: bool = True) -> list[str]:
         """The same as ADDRESS:PORT"""
-        return [join_port(host, port) for host, port in self.names(opened=opened)]
+        return list(map(str, self.names(opened=opened)))
 
     def queues(self) -> tuple[int, int]:
         """How many connections wait to be accepted, and how many could, over all sockets."""
@@ -180,7 +178,9 @@ class Slots:
     def take_over(cls, state: dict[str, Any]) -> Slots:
         """The sockets of the program that this process was."""
         slots = cls([restore_socket(fd) for fd in state["inherited"]])
-        slots._groups = {(host, port): [restore_socket(fd) for fd in fds] for host, port, fds in state["groups"]}
+        slots._groups = {
+            HostPort(host, port): [restore_socket(fd) for fd in fds] for host, port, fds in state["groups"]
+        }
         return slots
 
     def _all(self) -> Iterator[socket.socket]:
@@ -194,7 +194,7 @@ class Slots:
         if group and is_transparent(group[0]) != address.transparent:
             # Workers that drain still take it for the other kind.
             raise Error(
-                f"{join_port(host, port)} is listened on already, {'without' if address.transparent else 'with'}"
+                f"{place} is listened on already, {'without' if address.transparent else 'with'}"
                 " IP_TRANSPARENT (listen_tproxy): expected another port, or a restart"
             )
         if group:
@@ -222,8 +222,8 @@ def check_inherited(sockets: Sequence[socket.socket]) -> None:
         accept_fast_open(sock)
 
 
-def _place(address: ListenAddress) -> Place:
-    return str(address.address), address.port
+def _place(address: ListenAddress) -> HostPort:
+    return HostPort(str(address.address), address.port)
 
 
 def _steer(member: socket.socket, count: int) -> None:

@@ -20,7 +20,6 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from transocks.config import Config
 from transocks.direct import Direct
-from transocks.original_dst import Destination
 from transocks.upstreams.group import Upstreams
 from transocks.upstreams.proxy_url import ProxyScheme
 from transocks.upstreams.request import Tunnel, TunnelRequest
@@ -29,6 +28,7 @@ from transocks.upstreams.upstream import UpstreamDown
 from usocksd.errors import Denied, DialError, Error, ResolveError, UpstreamError
 from usocksd.log.metrics import Metrics
 from usocksd.names.resolver import Resolver
+from usocksd.net.address import HostPort
 from usocksd.net.dial import Dialer, Target
 from usocksd.net.endpoint import Endpoint, PeerReset
 from usocksd.net.reactor import IN, Reactor
@@ -36,9 +36,9 @@ from usocksd.settings.loader import parse
 from usocksd.settings.types import SocketAddress, Timeouts
 from usocksd.socks import RequestRefused, UpstreamFault
 
-WEB = Destination("203.0.113.80", 443)
-WEB_V6 = Destination("2001:db8::80", 443)
-CLIENT = Destination("192.0.2.7", 40000)
+WEB = HostPort("203.0.113.80", 443)
+WEB_V6 = HostPort("2001:db8::80", 443)
+CLIENT = HostPort("192.0.2.7", 40000)
 HELLO = b"\x16\x03\x01 hello"
 ASK_WEB = daemons.request(*WEB)
 GRANTED = b"\x05\x00\x00" + daemons.address_bytes("0.0.0.0", 0)
@@ -388,7 +388,7 @@ async def test_when_all_are_down_it_may_go_directly(world: World, name: str | No
         dead = daemons.free_port()
         await world.configured(f"socks5://127.0.0.1:{dead}", more='when_all_down = "direct"')
         for tries in (2, 1):
-            session = await world.asked(TunnelRequest(CLIENT, Destination("127.0.0.1", web.port), name, b"hello"))
+            session = await world.asked(TunnelRequest(CLIENT, HostPort("127.0.0.1", web.port), name, b"hello"))
             assert (await session.tunnel()).unsent == b"hello"
             assert session.access.tries[-1] == ("direct", "direct")
             assert (len(session.access.tries), session.access.schemes[-1]) == (tries, None)
@@ -734,7 +734,7 @@ async def test_an_http_proxy_that_does_not_answer_probes(mock_clock: MockClock, 
     peer, second = await world.peers(script, socks())
     await world.configured(f"http://127.0.0.1:{peer.port}", second)
     await (await world.asked()).tunnel()
-    session = world.ask(TunnelRequest(CLIENT, Destination("203.0.113.81", 443)))
+    session = world.ask(TunnelRequest(CLIENT, HostPort("203.0.113.81", 443)))
     for _ in range(10):
         await world.pass_time(SUSPECT)
     assert world.state(peer).up
@@ -803,7 +803,7 @@ async def test_sticky(world: World) -> None:
 
     async def places() -> dict[tuple[str, str | None], str]:
         return {
-            (client, name): (await world.asked(TunnelRequest(Destination(client, 1), WEB, name))).through[-1]
+            (client, name): (await world.asked(TunnelRequest(HostPort(client, 1), WEB, name))).through[-1]
             for client in (f"192.0.2.{number}" for number in range(8))
             for name in (None, "a.example", "b.example")
         }
@@ -824,7 +824,7 @@ async def test_an_upstream_in_two_groups(world: World) -> None:
     # One state of each, whatever group it is in.
     world.state(two).failed("a test says so")
     assert (await world.asked(group="far")).access.tries == [("far", f"socks5://127.0.0.1:{one.port}")]
-    assert upstreams.addresses == {Destination("127.0.0.1", peer.port) for peer in (one, two)}
+    assert upstreams.addresses == {HostPort("127.0.0.1", peer.port) for peer in (one, two)}
     status: Any = upstreams.status()["far"]
     assert [(each["up"], each["why"]) for each in status["upstreams"]] == [(False, "a test says so"), (True, None)]
 
@@ -872,7 +872,7 @@ async def test_an_upstream_by_ipv6(world: World) -> None:
         world.metrics = Metrics("transocks")
         upstreams = await world.configured(f"socks5://{host}:{peer.port}")
         await (await world.asked()).tunnel()
-        assert Destination("::1", peer.port) in upstreams.addresses
+        assert HostPort("::1", peer.port) in upstreams.addresses
 
 
 async def test_the_name_of_an_upstream_is_resolved_again(mock_clock: MockClock, world: World) -> None:
@@ -887,7 +887,7 @@ async def test_the_name_of_an_upstream_is_resolved_again(mock_clock: MockClock, 
             await (await world.asked()).tunnel()
         world.clock.jump(61)  # its TTL is a minute
         await (await world.asked()).tunnel()
-        assert upstreams.addresses == {Destination("127.0.0.1", peer.port), Destination("::1", peer.port)}
+        assert upstreams.addresses == {HostPort("127.0.0.1", peer.port), HostPort("::1", peer.port)}
         # Nobody answers any more: what was known goes on.
         dns.names = dict.fromkeys(dns.names)
         world.clock.jump(61)

@@ -8,12 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from usocksd.net.address import numeric_address
+from usocksd.net.address import HostPort, numeric_address
 from usocksd.net.proxy_protocol import (
     LOCAL_HEADER,
     MAX_LENGTH,
     SIGNATURE,
-    Address,
     Header,
     HeaderFault,
     Receiver,
@@ -26,8 +25,8 @@ V4 = bytes.fromhex("0d0a0d0a000d0a515549540a 21 11 000c  c0000201 cb007150  d903
 V6 = bytes.fromhex(
     "0d0a0d0a000d0a515549540a 21 21 002420010db8000000000000000000000001 20010db8008000000000000000000080 0001 ffff"
 )
-FROM_V4, TO_V4 = Address("192.0.2.1", 55555), Address("203.0.113.80", 443)
-FROM_V6, TO_V6 = Address("2001:db8::1", 1), Address("2001:db8:80::80", 65535)
+FROM_V4, TO_V4 = HostPort("192.0.2.1", 55555), HostPort("203.0.113.80", 443)
+FROM_V6, TO_V6 = HostPort("2001:db8::1", 1), HostPort("2001:db8:80::80", 65535)
 
 
 def packet(command: int, family: int, body: bytes, length: int | None = None) -> bytes:
@@ -50,7 +49,7 @@ def one_by_one(data: bytes) -> tuple[Header | None, bytes]:
 
 
 @pytest.mark.parametrize(("wire", "source", "destination"), [(V4, FROM_V4, TO_V4), (V6, FROM_V6, TO_V6)])
-def test_the_bytes_of_the_specification(wire: bytes, source: Address, destination: Address) -> None:
+def test_the_bytes_of_the_specification(wire: bytes, source: HostPort, destination: HostPort) -> None:
     assert header(source, destination) == wire
     assert received(wire + b"\x05\x01\x00") == (Header(source, destination), b"\x05\x01\x00")
 
@@ -63,7 +62,7 @@ def test_mixed_families_are_ipv4_mapped_on_the_way() -> None:
 
 
 def test_zones_are_not_written() -> None:
-    assert received(header(("fe80::1%eth0", 1), TO_V6))[0] == Header(Address("fe80::1", 1), TO_V6)
+    assert received(header(("fe80::1%eth0", 1), TO_V6))[0] == Header(HostPort("fe80::1", 1), TO_V6)
 
 
 def test_only_addresses_are_written() -> None:
@@ -131,11 +130,13 @@ hosts = st.one_of(
     st.ip_addresses(v=4).map(str),
     st.ip_addresses(v=6).filter(lambda address: address.ipv4_mapped is None).map(str),
 )
-addresses = st.builds(Address, hosts, st.integers(0, 65535))
+addresses = st.builds(HostPort, hosts, st.integers(0, 65535))
 
 
 @given(addresses, addresses, st.binary(max_size=40), st.data())
-def test_a_written_header_can_be_read(source: Address, destination: Address, rest: bytes, data: st.DataObject) -> None:
+def test_a_written_header_can_be_read(
+    source: HostPort, destination: HostPort, rest: bytes, data: st.DataObject
+) -> None:
     wire = header(source, destination) + rest
     assert received(wire) == (Header(source, destination), rest)
     assert one_by_one(wire) == (Header(source, destination), rest)

@@ -1,6 +1,6 @@
 """The client's side of an HTTP CONNECT tunnel (RFC 9110 section 9.3.6), without I/O.
 
-It is a ClientRole like `usocksd.socks.Client`, so that one loop serves upstreams of either kind.
+It is a ClientRole like `usocksd.socks.SocksConnect`, so that one loop serves upstreams of either kind.
 
 Rules of this file: only the status of the response matters. Its head is bounded, interim responses included, and
 nothing behind it is consumed: that is the destination's. (RFC 9110 wants Content-Length and Transfer-Encoding of a

@@ -19,7 +19,7 @@ from usocksd.errors import CommandNotSupported, Denied, Error, ResolveError
 from usocksd.names.resolver import Resolver
 from usocksd.net.dial import Dialer, Target
 from usocksd.net.ending import Limits
-from usocksd.net.endpoint import DeadlineExpired, Endpoint, PeerReset, Unwatched
+from usocksd.net.endpoint import DeadlineExpired, Endpoint, OutOfWatches, PeerReset
 from usocksd.net.keepalive import KeepAlive
 from usocksd.net.pipes import PipePool
 from usocksd.net.relay import close_pair, relay
@@ -127,7 +127,7 @@ class Sessions:
             access.misspoke(fault, server, news=fault.kind is not Kind.TLS or self._is_news(client.host))
             await endpoint.finish(fault.reply, _LAST_WORD_WITHIN)
             return None
-        except Unwatched as error:
+        except OutOfWatches as error:
             access.client_gone(server, str(error))
             return None
         except Error as error:

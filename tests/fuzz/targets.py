@@ -31,8 +31,7 @@ from transocks.tracing.events import MESSAGE
 from transocks.tracing.events import parse as parse_trace
 from transocks.tracing.trace import trace_of
 from usocksd.acl import AccessRules, Rule
-from usocksd.clients import Client as WhoAsks
-from usocksd.clients import ClientRules
+from usocksd.clients import Client, ClientRules
 from usocksd.decision import Decision, Policy
 from usocksd.errors import ResolveError, UpstreamError
 from usocksd.explain import read_request
@@ -53,7 +52,6 @@ from usocksd.serve.exporter import BadRequest, parse_request
 from usocksd.serve.server import Peer
 from usocksd.socks import (
     NEED_DATA,
-    Client,
     ClientFault,
     ClientRole,
     Credentials,
@@ -63,6 +61,7 @@ from usocksd.socks import (
     Reply,
     Request,
     Server,
+    SocksConnect,
     Version,
 )
 from usocksd.socks.wire import MAX_INCOMPLETE
@@ -167,9 +166,9 @@ def socks_client(data: bytes) -> None:
 
     def make() -> ClientRole:
         if how % 5 == 4:
-            return Client("192.0.2.1", 80, version=Version.SOCKS4)
+            return SocksConnect("192.0.2.1", 80, version=Version.SOCKS4)
         user = "user" if how & 1 else None
-        return Client("www.example.com", 443, username=user, password=user, pipelined=bool(how & 2))
+        return SocksConnect("www.example.com", 443, username=user, password=user, pipelined=bool(how & 2))
 
     _client(make, data[1:], MAX_INCOMPLETE)
 
@@ -293,7 +292,7 @@ def judged(data: bytes) -> None:
         return
     if isinstance(request, Request):
         try:
-            decision = Decision(_RULES, WhoAsks.at("10.9.9.9"), request.host, request.port)
+            decision = Decision(_RULES, Client.at("10.9.9.9"), request.host, request.port)
         except ResolveError:
             return
         ruling = decision.ruling or decision.judge_name(decision.sent)

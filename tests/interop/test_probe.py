@@ -19,7 +19,7 @@ import pytest
 
 from transocks.upstreams.probes import ping
 from transocks.upstreams.proxy_url import parse_proxy_url
-from usocksd.socks import Client, Established, Probe, Probed
+from usocksd.socks import Established, Probe, Probed, SocksConnect
 
 DANTE_CONF = """\
 errorlog: /dev/null
@@ -118,7 +118,7 @@ def test_what_a_probe_with_credentials_finds_out(port: int) -> None:
 @pytest.mark.parametrize("port", ["danted", "pproxy"], indirect=True)
 def test_a_pipelined_client_gets_through_with_its_payload(port: int) -> None:
     with daemons.Served(daemons.loopback(), daemons.echo) as destination:
-        client = Client("127.0.0.1", destination.port, pipelined=True)
+        client = SocksConnect("127.0.0.1", destination.port, pipelined=True)
         with socket.create_connection(("127.0.0.1", port), daemons.PATIENCE) as sock:
             sock.sendall(client.data_to_send())
             while not isinstance(client.next_event(), Established):

@@ -25,7 +25,7 @@ from usocksd.net import dial as dial_module
 from usocksd.net.dial import Dialer, Target
 from usocksd.net.endpoint import DeadlineExpired
 from usocksd.net.reactor import Reactor
-from usocksd.socks import Client, Established
+from usocksd.socks import Established, SocksConnect
 
 USOCKSD = f"""
 workers = 1
@@ -122,7 +122,7 @@ def ask(dialer: Dialer, reactor: Reactor, web: dict[int, Served], link: DelayLin
         """`first`, with a mark at its end, goes to the web server, pipelined through usocksd; it says the same."""
         first += os.urandom(MARK)
         target = Target(PROXY[version], 1080, fast_open=fast)
-        handshake = Client(WEB[version], web[version].port, pipelined=True)
+        handshake = SocksConnect(WEB[version], web[version].port, pipelined=True)
         endpoint, _ = await dialer.dial([target], deadline=reactor.clock() + daemons.PATIENCE)
         unproven = endpoint.unproven
         endpoint.deadline = reactor.clock() + daemons.PATIENCE

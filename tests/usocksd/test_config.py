@@ -259,7 +259,7 @@ def test_every_fault_of_rules_and_pools() -> None:
         from = ["10.0.0.0/33", "ten"]  # 2
         user = ["", "a:b"]  # 2
         to = ["*.example.com", "file:/nonexistent/list.txt", "ok"]  # 2
-        ports = [65536, "9-8", "1-65536", "-5", true, "80"]  # 6
+        ports = [65536, "9-8", "1-65536", "-5", true, "http"]  # 6
         egress = "x y"  # 1
         [[rule]]
         action = "deny"

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import attrs
 
-from usocksd.names.conditions import keep_host_bits
+from usocksd.names.conditions import keep_host_bits, port_range
 from usocksd.names.match import parse_network
 from usocksd.net.address import IPNetwork
 from usocksd.settings.loader import Invalid, Parser, show
@@ -74,18 +74,6 @@ def _cgroup(value: str) -> str:
     return path
 
 
-def _ports(value: object) -> tuple[int, int]:
-    if type(value) is int:
-        low = high = value
-    elif type(value) is str and (match := re.fullmatch(r"([0-9]{1,5})(?:-([0-9]{1,5}))?", value)):
-        low, high = int(match[1]), int(match[2] or match[1])
-    else:
-        raise ValueError
-    if not 1 <= low <= high <= 65535:
-        raise ValueError
-    return low, high
-
-
 def _interface(value: object) -> str:
     name: str | None = Interface.__metadata__[0].parse(value)  # type: ignore[attr-defined]
     if name is None or re.search(r"[+*\"'\\,!]", name):  # wildcards, of either tool
@@ -104,7 +92,7 @@ Account = Annotated[int | str, Parser(_account, 'a name or a number, as in "back
 Cgroup = Annotated[str, text(_cgroup, 'the path of a cgroup (v2) below its root, as in "system.slice/NAME.service"')]
 InterfaceName = Annotated[str, Parser(_interface, 'the name of an interface, at most 15 characters, as in "eth0"')]
 Network = Annotated[IPNetwork, text(_network, 'a network or an IP address, as in "10.0.0.0/8" or "192.0.2.1"')]
-Ports = Annotated[tuple[int, int], Parser(_ports, 'a port or a range, as in 443 or "6000-6100", from 1 to 65535')]
+Ports = Annotated[tuple[int, int], port_range(1)]
 
 
 @attrs.frozen(kw_only=True)

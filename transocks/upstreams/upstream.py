@@ -18,7 +18,7 @@ from usocksd.net.dial import Dialer
 from usocksd.net.endpoint import DeadlineExpired, Endpoint, PeerReset
 from usocksd.net.proxy_protocol import LOCAL_HEADER, header
 from usocksd.settings.types import Timeouts
-from usocksd.socks import AuthenticationFailed, Client, ClientRole, Established, RequestRefused, Version
+from usocksd.socks import AuthenticationFailed, ClientRole, Established, RequestRefused, SocksConnect, Version
 
 # Errors that say that the host or its proxy is gone; other errors concern this connection or this host. (A time-out is
 # silence, which probes judge.)
@@ -207,8 +207,8 @@ class Upstream:
                 case ProxyScheme.HTTP:
                     return HttpConnect(host, port, username=url.username, password=url.secret)
                 case ProxyScheme.SOCKS4A:
-                    return Client(host, port, version=Version.SOCKS4, user_id=url.username or "")
+                    return SocksConnect(host, port, version=Version.SOCKS4, user_id=url.username or "")
                 case _:
-                    return Client(host, port, username=url.username, password=url.secret, pipelined=pipelined)
+                    return SocksConnect(host, port, username=url.username, password=url.secret, pipelined=pipelined)
         except ValueError as error:
             raise UpstreamError(str(error)) from None

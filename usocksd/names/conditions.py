@@ -99,20 +99,21 @@ def parse_keeping_host_bits(value: str) -> IPNetwork:
     return keep_host_bits(parse_network(value), value)
 
 
-def _ports(value: object) -> tuple[int, int]:
-    """First and last port."""
-    if isinstance(value, str):
-        match = re.fullmatch(r"([0-9]{1,5})-([0-9]{1,5})", value)
-        if match is None:
+def port_range(lowest: int) -> Parser:
+    """First and last port of a range, or one port twice; none is below `lowest`."""
+
+    def parse(value: object) -> tuple[int, int]:
+        if type(value) is int:
+            first = last = value
+        elif type(value) is str and (match := re.fullmatch(r"([0-9]{1,5})(?:-([0-9]{1,5}))?", value)):
+            first, last = int(match[1]), int(match[2] or match[1])
+        else:
             raise ValueError
-        first, last = int(match[1]), int(match[2])
-    elif type(value) is int:
-        first = last = value
-    else:
-        raise ValueError
-    if not 0 <= first <= last <= 65535:
-        raise ValueError
-    return first, last
+        if not lowest <= first <= last <= 65535:
+            raise ValueError
+        return first, last
+
+    return Parser(parse, f'a port or a range, as in 443 or "6000-6100", from {lowest} to 65535')
 
 
 Site = Annotated[str, text(_site, 'a host or a domain, as in "www.example.com" or ".example.com"')]
@@ -123,9 +124,7 @@ Destination = Annotated[
 Network = Annotated[
     IPNetwork, text(parse_keeping_host_bits, 'a network or an IP address, as in "10.0.0.0/8" or "192.0.2.1"')
 ]
-
-
-Ports = Annotated[tuple[int, int], Parser(_ports, 'a port or a range, as in 25 or "6000-6100", from 0 to 65535')]
+Ports = Annotated[tuple[int, int], port_range(0)]
 
 
 def rule_name(kind: str, built_in: str) -> Parser:

@@ -41,7 +41,7 @@ class PeerReset(Exception):
     """The client is gone (reset) while its session was busy elsewhere."""
 
 
-class Unwatched(Error):
+class OutOfWatches(Error):
     """The kernel refuses to tell of events of this socket (fs.epoll.max_user_watches, or memory)."""
 
 
@@ -109,7 +109,7 @@ class Endpoint:
     async def receive(self) -> bytes:
         """Up to 16 KiB as soon as there is any; b"" at the end of the stream.
 
-        Raises OSError as recv(2) does, DeadlineExpired, Unwatched, and whatever `interrupt` was given.
+        Raises OSError as recv(2) does, DeadlineExpired, OutOfWatches, and whatever `interrupt` was given.
         """
         while True:
             if not self.readable:
@@ -122,7 +122,7 @@ class Endpoint:
     def receive_now(self) -> bytes | None:
         """What `receive` would return without waiting, whatever epoll has said so far; None if there is nothing.
 
-        Raises OSError as recv(2) does, and Unwatched.
+        Raises OSError as recv(2) does, and OutOfWatches.
         """
         try:
             data = self.sock.recv(_RECEIVE_SIZE)
@@ -139,14 +139,14 @@ class Endpoint:
         """Events are wanted from now on. For an accepted connection that is later: most clients have sent something
         when their session begins, and to ask costs less than an event.
 
-        Raises Unwatched.
+        Raises OutOfWatches.
         """
         if not self._watched:
             self._watched = True
             try:
                 self.reactor.register(self.fd, self)
             except OSError as error:
-                raise Unwatched(f"no more sockets can be watched: {error.strerror} (epoll(7))") from None
+                raise OutOfWatches(f"no more sockets can be watched: {error.strerror} (epoll(7))") from None
 
     async def send_all(self, data: bytes) -> None:
         """Write all of `data`. Raises as `receive` does."""

@@ -2,8 +2,8 @@
 
 SOCKS4, SOCKS4a (the memos of Ying-Da Lee) and SOCKS5 (RFC 1928) with username/password (RFC 1929).
 
-`Server`, `Client` and `Probe`, a client that only asks who is there, are driven alike; whoever owns the socket writes
-the loop:
+`Server` is the server's role; `SocksConnect` and `Probe`, which only asks who is there, are the client's. All three are
+driven alike; whoever owns the socket writes the loop:
 
     peer.receive_data(received)        # b"" says that the peer has closed
     event = peer.next_event()          # NEED_DATA: send what there is to send, then receive more
@@ -15,7 +15,7 @@ and `AuthenticationFailed` (in the client role). Calling a machine out of turn i
 RuntimeError.
 """
 
-from usocksd.socks.client import Client
+from usocksd.socks.client import SocksConnect
 from usocksd.socks.errors import AuthenticationFailed, ClientFault, Kind, RequestRefused, UpstreamFault
 from usocksd.socks.events import INQUIRY, NEED_DATA, Credentials, Established, Inquiry, NeedData, Probed, Request
 from usocksd.socks.probe import Probe
@@ -29,7 +29,6 @@ __all__ = [
     "SOCKS4_PROBE",
     "AddressType",
     "AuthenticationFailed",
-    "Client",
     "ClientFault",
     "ClientRole",
     "Command",
@@ -46,6 +45,7 @@ __all__ = [
     "RequestRefused",
     "Server",
     "Socks4Reply",
+    "SocksConnect",
     "UpstreamFault",
     "Version",
 ]

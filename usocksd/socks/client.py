@@ -107,7 +107,7 @@ class Greeting(ClientRole):
         self._fail(lambda: UpstreamFault(Kind.MALFORMED, message))
 
 
-class Client(Greeting):
+class SocksConnect(Greeting):
     """The client's side of one handshake: asks the server to connect to `host`, port `port`.
 
     A numeric host is sent as an address, any other as a name for the server to resolve (SOCKS4: as 4a).
@@ -136,7 +136,7 @@ class Client(Greeting):
         pipelined: bool = False,
     ) -> None:
         if version is Version.SOCKS4:
-            ClientRole.__init__(self, _socks4_request(host, port, user_id), Client._socks4_reply)
+            ClientRole.__init__(self, _socks4_request(host, port, user_id), SocksConnect._socks4_reply)
             return
         request = _socks5_request(host, port)
         if username is None:
@@ -150,7 +150,7 @@ class Client(Greeting):
     def _authenticated(self) -> Event:
         if not self._pipelined:
             self._out += self._request
-        self._state = Client._socks5_reply
+        self._state = SocksConnect._socks5_reply
         return self._state(self)
 
     def _socks5_reply(self) -> Event:

@@ -19,14 +19,14 @@ _NOWHERE = bytes((5, Command.CONNECT, 0, AddressType.IPV4, 0, 0, 0, 0, 0, 0))
 class Probe(Greeting):
     """The client's side of a handshake that leads to no connection: `next_event` gives Probed.
 
-    It raises what Client's does. Credentials are sent to servers that want them and to every usocksd; wrong ones raise
-    AuthenticationFailed. (Without any, a usocksd does not say whether it wants some.)
+    It raises what SocksConnect's does. Credentials are sent to servers that want them and to every usocksd; wrong ones
+    raise AuthenticationFailed. (Without any, a usocksd does not say whether it wants some.)
 
     `pipelined` finds out whether other servers take pipelining: a request that can't be granted goes along with the
     greeting (and the credentials) in one segment. The first Probed, with `pipelines` None, says that the server lets us
     in. Call `next_event` again: a server that takes such a segment answers the request too, and the second Probed says
     True; it says False if the server closes instead. A server that drops what it did not expect is silent, so don't
-    wait for long, and take None for False. Like a pipelined Client it leaves no choice: a server that wants no
+    wait for long, and take None for False. Like a pipelined SocksConnect it leaves no choice: a server that wants no
     credentials may refuse them. Without `pipelined`, and with a usocksd, the first Probed is the last.
 
     ValueError for a user name or password of more than 255 bytes.

@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from usocksd.net import listeners as listeners_module
-from usocksd.net.endpoint import DeadlineExpired, Endpoint, Unwatched
+from usocksd.net.endpoint import DeadlineExpired, Endpoint, OutOfWatches
 from usocksd.net.listeners import Listener, ListenError, listen
 from usocksd.net.tcp_info import accept_queue
 
@@ -269,7 +269,7 @@ async def test_out_of_epoll_watches(lab: Any, serve: Callable[..., Server]) -> N
     (lost, *_), (kept, *_) = server.accepted
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with patch.object(lab.reactor, "register", Mock(side_effect=full)):
-        with pytest.raises(Unwatched, match="no more sockets can be watched: No space left on device"):
+        with pytest.raises(OutOfWatches, match="no more sockets can be watched: No space left on device"):
             await lost.receive()
     lost.close()
     assert client.recv(1) == b""

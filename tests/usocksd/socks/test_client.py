@@ -9,12 +9,12 @@ from usocksd.errors import ProtocolError
 from usocksd.socks import (
     NEED_DATA,
     AuthenticationFailed,
-    Client,
     Established,
     Kind,
     Reply,
     RequestRefused,
     Socks4Reply,
+    SocksConnect,
     UpstreamFault,
     Version,
 )
@@ -23,7 +23,7 @@ REPLY = b"\x05\x00\x00\x01\xc6\x33\x64\x09\x9c\x40"
 
 
 def test_ordinary_conversation() -> None:
-    client = Client("example.com", 443)
+    client = SocksConnect("example.com", 443)
     assert client.data_to_send() == b"\x05\x01\x00"
     assert client.next_event() is NEED_DATA
     client.receive_data(b"\x05\x00")
@@ -50,7 +50,7 @@ def test_ordinary_conversation() -> None:
 )
 def test_addresses(host: str, address: bytes) -> None:
     """A numeric host is sent as an address, any other as a name."""
-    client = after(Client(host, 80), b"\x05\x00")
+    client = after(SocksConnect(host, 80), b"\x05\x00")
     client.data_to_send()
     client.next_event()
     assert client.data_to_send() == b"\x05\x01\x00" + address + b"\x00\x50"
@@ -59,7 +59,7 @@ def test_addresses(host: str, address: bytes) -> None:
 @pytest.mark.parametrize("username", ["us\u00e9r", "", "u" * 255])
 def test_username_and_password(username: str) -> None:
     """RFC 1929, both fields in UTF-8; the request waits for the status."""
-    client = Client("192.0.2.7", 80, username=username, password="key")
+    client = SocksConnect("192.0.2.7", 80, username=username, password="key")
     assert client.data_to_send() == b"\x05\x02\x00\x02"
     client.receive_data(b"\x05\x02")
     assert client.next_event() is NEED_DATA
@@ -73,7 +73,7 @@ def test_username_and_password(username: str) -> None:
 
 
 def test_server_may_not_want_the_credentials() -> None:
-    client = after(Client("192.0.2.7", 80, username="me"), b"\x05\x00")
+    client = after(SocksConnect("192.0.2.7", 80, username="me"), b"\x05\x00")
     client.data_to_send()
     assert client.next_event() is NEED_DATA
     assert client.data_to_send().startswith(b"\x05\x01\x00\x01")
@@ -82,20 +82,20 @@ def test_server_may_not_want_the_credentials() -> None:
 @pytest.mark.parametrize("status", [b"\x01\x01", b"\x01\xff", b"\x05\x01"])
 def test_credentials_refused(status: bytes) -> None:
     """RFC 1929: any status but 0 is a refusal."""
-    client = after(Client("192.0.2.7", 80, username="me", password="key"), b"\x05\x02", status)
+    client = after(SocksConnect("192.0.2.7", 80, username="me", password="key"), b"\x05\x02", status)
     assert isinstance(error_of(client), AuthenticationFailed)
 
 
 @pytest.mark.parametrize("username", [None, "me"])
 def test_no_acceptable_method(username: str | None) -> None:
     """No acceptable method: `05 FF`."""
-    error = error_of(after(Client("192.0.2.7", 80, username=username), b"\x05\xff"))
+    error = error_of(after(SocksConnect("192.0.2.7", 80, username=username), b"\x05\xff"))
     assert isinstance(error, AuthenticationFailed)
 
 
 @pytest.mark.parametrize(("username", "method"), [(None, 2), (None, 1), ("me", 1), ("me", 0x80)])
 def test_method_that_was_not_offered(username: str | None, method: int) -> None:
-    error = error_of(after(Client("192.0.2.7", 80, username=username), bytes((5, method))))
+    error = error_of(after(SocksConnect("192.0.2.7", 80, username=username), bytes((5, method))))
     assert isinstance(error, UpstreamFault)
     assert isinstance(error, ProtocolError)
     assert error.kind is Kind.MALFORMED
@@ -115,7 +115,7 @@ def test_method_that_was_not_offered(username: str | None, method: int) -> None:
 def test_reply_of_any_address_type(reply: bytes, host: str, trickle: bool) -> None:
     """The reply may carry any ATYP; bytes behind it are payload and are handed to the relay."""
     pieces = [bytes((byte,)) for byte in reply[:-1]] if trickle else [reply[:-1]]
-    client = after(Client("192.0.2.7", 80), b"\x05\x00", *pieces, reply[-1:] + b"payload")
+    client = after(SocksConnect("192.0.2.7", 80), b"\x05\x00", *pieces, reply[-1:] + b"payload")
     assert client.next_event() == Established(host, 40000)
     assert client.trailing_data == b"payload"
     client.receive_data(b" and more")
@@ -126,14 +126,14 @@ def test_reply_of_any_address_type(reply: bytes, host: str, trickle: bool) -> No
 @pytest.mark.parametrize("rest", [b"", b"\x00\x01" + bytes(6), b"\x00\x09"])
 def test_refused(reply: Reply, rest: bytes) -> None:
     """A refusal counts even when it is cut short or odd behind its code."""
-    error = error_of(after(Client("192.0.2.7", 80), b"\x05\x00", bytes((5, reply)) + rest))
+    error = error_of(after(SocksConnect("192.0.2.7", 80), b"\x05\x00", bytes((5, reply)) + rest))
     assert isinstance(error, RequestRefused)
     assert error.reply is reply
     assert reply.name.lower().replace("_", " ") in str(error)
 
 
 def test_refused_with_an_unassigned_code() -> None:
-    error = error_of(after(Client("192.0.2.7", 80), b"\x05\x00\x05\xf0"))
+    error = error_of(after(SocksConnect("192.0.2.7", 80), b"\x05\x00\x05\xf0"))
     assert isinstance(error, RequestRefused)
     assert error.reply == 0xF0
 
@@ -148,14 +148,14 @@ def test_refused_with_an_unassigned_code() -> None:
     ],
 )
 def test_malformed_answers(received: list[bytes]) -> None:
-    error = error_of(after(Client("192.0.2.7", 80), *received))
+    error = error_of(after(SocksConnect("192.0.2.7", 80), *received))
     assert isinstance(error, UpstreamFault)
     assert error.kind is Kind.MALFORMED
 
 
 @pytest.mark.parametrize("received", [[], [b"\x05"], [b"\x05\x00"], [b"\x05\x00", REPLY[:-1]]])
 def test_closed_early(received: list[bytes]) -> None:
-    error = error_of(after(Client("192.0.2.7", 80), *received, b""))
+    error = error_of(after(SocksConnect("192.0.2.7", 80), *received, b""))
     assert isinstance(error, UpstreamFault)
     assert error.kind is Kind.EOF
 
@@ -172,7 +172,7 @@ def test_closed_early(received: list[bytes]) -> None:
 )
 def test_socks4(host: str, request_bytes: bytes) -> None:
     """0.0.0.x with x≠0 means 4a. Reply VN is 0."""
-    client = Client(host, 80, version=Version.SOCKS4, user_id="me")
+    client = SocksConnect(host, 80, version=Version.SOCKS4, user_id="me")
     assert client.data_to_send() == request_bytes
     after(client, b"\x00", b"\x5a\x9c\x40\xc6\x33\x64", b"\x09payload")
     assert client.next_event() == Established("198.51.100.9", 40000)
@@ -182,22 +182,24 @@ def test_socks4(host: str, request_bytes: bytes) -> None:
 
 @pytest.mark.parametrize("code", [91, 92, 93])
 def test_socks4_refused(code: int) -> None:
-    error = error_of(after(Client("192.0.2.7", 80, version=Version.SOCKS4), bytes((0, code))))
+    error = error_of(after(SocksConnect("192.0.2.7", 80, version=Version.SOCKS4), bytes((0, code))))
     assert isinstance(error, RequestRefused)
     assert error.reply is Socks4Reply(code)
 
 
 def test_socks4_with_its_version_in_the_reply() -> None:
     """Reply VN is 0, and 4 from some servers, which others' clients take."""
-    client = after(Client("192.0.2.7", 80, version=Version.SOCKS4), b"\x04", b"\x5a\x9c\x40\xc6\x33\x64\x09payload")
+    client = after(
+        SocksConnect("192.0.2.7", 80, version=Version.SOCKS4), b"\x04", b"\x5a\x9c\x40\xc6\x33\x64\x09payload"
+    )
     assert client.next_event() == Established("198.51.100.9", 40000)
     assert client.trailing_data == b"payload"
-    error = error_of(after(Client("192.0.2.7", 80, version=Version.SOCKS4), b"\x04\x5b"))
+    error = error_of(after(SocksConnect("192.0.2.7", 80, version=Version.SOCKS4), b"\x04\x5b"))
     assert isinstance(error, RequestRefused)
 
 
 def test_socks4_malformed_answer() -> None:
-    error = error_of(after(Client("192.0.2.7", 80, version=Version.SOCKS4), b"\x05\x00"))
+    error = error_of(after(SocksConnect("192.0.2.7", 80, version=Version.SOCKS4), b"\x05\x00"))
     assert isinstance(error, UpstreamFault)
 
 
@@ -208,28 +210,28 @@ def test_socks4_malformed_answer() -> None:
 @pytest.mark.parametrize("host", ["", "a\0b", "a\r\nb", "n" * 256, "ü" * 128, "\ud800"])
 def test_invalid_hosts(host: str, version: Version) -> None:
     with pytest.raises(ValueError, match=r"empty|control|bytes|surrogates"):
-        Client(host, 80, version=version)
+        SocksConnect(host, 80, version=version)
 
 
 def test_socks4_has_no_ipv6() -> None:
     """IPv4 only for SOCKS4 addresses."""
     with pytest.raises(ValueError, match="IPv6"):
-        Client("2001:db8::1", 80, version=Version.SOCKS4)
+        SocksConnect("2001:db8::1", 80, version=Version.SOCKS4)
 
 
 def test_socks4_addresses_that_would_mean_4a() -> None:
     """0.0.0.x with x≠0 means 4a, 0.0.0.0 does not."""
     with pytest.raises(ValueError, match="4a"):
-        Client("0.0.0.1", 80, version=Version.SOCKS4)
-    assert Client("0.0.0.0", 80, version=Version.SOCKS4).data_to_send() == b"\x04\x01\x00\x50" + bytes(5)
+        SocksConnect("0.0.0.1", 80, version=Version.SOCKS4)
+    assert SocksConnect("0.0.0.0", 80, version=Version.SOCKS4).data_to_send() == b"\x04\x01\x00\x50" + bytes(5)
 
 
 def test_fields_have_room_for_255_bytes() -> None:
     with pytest.raises(ValueError, match="256 bytes"):
-        Client("192.0.2.7", 80, username="u" * 256)
+        SocksConnect("192.0.2.7", 80, username="u" * 256)
     with pytest.raises(ValueError, match="256 bytes"):
-        Client("192.0.2.7", 80, username="u", password="ü" * 128)
+        SocksConnect("192.0.2.7", 80, username="u", password="ü" * 128)
     with pytest.raises(ValueError, match="256 bytes"):
-        Client("192.0.2.7", 80, version=Version.SOCKS4, user_id="u" * 256)
+        SocksConnect("192.0.2.7", 80, version=Version.SOCKS4, user_id="u" * 256)
     with pytest.raises(ValueError, match="NUL"):
-        Client("192.0.2.7", 80, version=Version.SOCKS4, user_id="u\0u")
+        SocksConnect("192.0.2.7", 80, version=Version.SOCKS4, user_id="u\0u")

@@ -10,7 +10,6 @@ from usocksd.socks import (
     NEED_DATA,
     SOCKS4_PROBE,
     AuthenticationFailed,
-    Client,
     ClientFault,
     Credentials,
     Established,
@@ -20,6 +19,7 @@ from usocksd.socks import (
     Probed,
     RequestRefused,
     Server,
+    SocksConnect,
     UpstreamFault,
     Version,
 )
@@ -35,7 +35,7 @@ REQUIRED = (Method.USERNAME_PASSWORD,)
 
 
 def test_everything_at_once() -> None:
-    client = Client("example.com", 443, pipelined=True)
+    client = SocksConnect("example.com", 443, pipelined=True)
     assert client.data_to_send() == b"\x05\x01\x00" + ASKS
     assert client.next_event() is NEED_DATA
     client.receive_data(b"\x05\x00")
@@ -47,7 +47,7 @@ def test_everything_at_once() -> None:
 
 
 def test_everything_at_once_with_credentials() -> None:
-    client = Client("example.com", 443, username="me", password="key", pipelined=True)
+    client = SocksConnect("example.com", 443, username="me", password="key", pipelined=True)
     assert client.data_to_send() == b"\x05\x01\x02" + CREDENTIALS + ASKS
     client.receive_data(b"\x05\x02\x01\x00" + REPLY)
     assert client.next_event() == Established("198.51.100.9", 40000)
@@ -55,19 +55,21 @@ def test_everything_at_once_with_credentials() -> None:
 
 
 def test_pipelined_credentials_refused() -> None:
-    client = after(Client("example.com", 443, username="me", pipelined=True), b"\x05\x02\x01\x01")
+    client = after(SocksConnect("example.com", 443, username="me", pipelined=True), b"\x05\x02\x01\x01")
     assert isinstance(error_of(client), AuthenticationFailed)
 
 
 @pytest.mark.parametrize(("username", "method"), [("me", 0), (None, 2)])
 def test_a_pipelined_client_leaves_no_choice(username: str | None, method: int) -> None:
     """The bytes behind the greeting would mean something else."""
-    error = error_of(after(Client("example.com", 443, username=username, pipelined=True), bytes((5, method))))
+    error = error_of(after(SocksConnect("example.com", 443, username=username, pipelined=True), bytes((5, method))))
     assert isinstance(error, UpstreamFault)
 
 
 def test_pipelining_changes_nothing_in_socks4() -> None:
-    said = [Client("a.example", 80, version=Version.SOCKS4, pipelined=each).data_to_send() for each in (False, True)]
+    said = [
+        SocksConnect("a.example", 80, version=Version.SOCKS4, pipelined=each).data_to_send() for each in (False, True)
+    ]
     assert said[0] == said[1] == b"\x04\x01\x00\x50\x00\x00\x00\x01\x00a.example\x00"
 
 
@@ -231,5 +233,5 @@ def test_a_client_that_offers_everything_is_no_probe() -> None:
 
 
 def test_a_refused_request_is_refused_when_pipelined() -> None:
-    client = after(Client("example.com", 443, pipelined=True), b"\x05\x00\x05\x02")
+    client = after(SocksConnect("example.com", 443, pipelined=True), b"\x05\x00\x05\x02")
     assert isinstance(error_of(client), RequestRefused)

@@ -15,7 +15,6 @@ from usocksd.socks import (
     NEED_DATA,
     AddressType,
     AuthenticationFailed,
-    Client,
     ClientFault,
     Command,
     Credentials,
@@ -29,6 +28,7 @@ from usocksd.socks import (
     RequestRefused,
     Server,
     Socks4Reply,
+    SocksConnect,
     Version,
 )
 from usocksd.socks.wire import MAX_INCOMPLETE
@@ -187,7 +187,7 @@ def test_garbage_to_the_client(
     """The same for the client role: an UpstreamError or a wait for more."""
 
     def outcome(pieces: list[bytes]) -> object:
-        client = Client("example.com", 80, version=version, username=username, pipelined=pipelined)
+        client = SocksConnect("example.com", 80, version=version, username=username, pipelined=pipelined)
         event: object = NEED_DATA
         try:
             for piece in [*pieces, b""] if eof else pieces:
@@ -257,7 +257,7 @@ def test_no_probe_leads_to_a_request(
 
 @dataclass
 class Told:
-    """The result of a conversation between a Client and a Server."""
+    """The result of a conversation between a SocksConnect and a Server."""
 
     credentials: Credentials | None = None
     request: Request | None = None
@@ -265,7 +265,7 @@ class Told:
 
 
 def converse(
-    client: Client,
+    client: SocksConnect,
     server: Server,
     *,
     accept: bool = True,
@@ -304,7 +304,7 @@ def test_addresses_and_bound_addresses_arrive(
     """Numeric requests and replies mean the same on both sides."""
     if version is Version.SOCKS4:
         assume(":" not in host and not 0 < int(ip_address(host)) < 256)
-    client = Client(host, port, version=version, user_id="me")
+    client = SocksConnect(host, port, version=version, user_id="me")
     told = converse(client, Server(), bound=bound)
     assert told.request is not None
     assert (told.request.version, told.request.command) == (version, Command.CONNECT)
@@ -330,7 +330,7 @@ def is_address(text: str) -> bool:
 def test_names_arrive(name: str, port: int, version: Version) -> None:
     """Names arrive as sent: ATYP 3, or 4a. (An address is no name, and any text may happen to be one.)"""
     assume(not is_address(name))
-    told = converse(Client(name, port, version=version, pipelined=port % 2 == 1), Server())
+    told = converse(SocksConnect(name, port, version=version, pipelined=port % 2 == 1), Server())
     assert told.request is not None
     assert (told.request.host, told.request.port) == (name, port)
     assert told.request.address_type is AddressType.NAME
@@ -340,7 +340,7 @@ def test_names_arrive(name: str, port: int, version: Version) -> None:
 @pytest.mark.parametrize("reply", [reply for reply in Reply if reply is not Reply.SUCCEEDED])
 def test_refusals_arrive(version: Version, reply: Reply) -> None:
     """Every failure reply is understood as one, in SOCKS4's words where these are spoken."""
-    told = converse(Client("example.com", 80, version=version), Server(), reply=reply)
+    told = converse(SocksConnect("example.com", 80, version=version), Server(), reply=reply)
     assert isinstance(told.answer, RequestRefused)
     assert told.answer.reply == (reply if version is Version.SOCKS5 else Socks4Reply.REJECTED)
 
@@ -348,7 +348,7 @@ def test_refusals_arrive(version: Version, reply: Reply) -> None:
 @given(st.none() | FIELDS, FIELDS, METHODS, st.booleans())
 def test_credentials_arrive(username: str | None, password: str, methods: tuple[Method, ...], accept: bool) -> None:
     """With and without users; the server's preference decides whether they are asked for."""
-    client = Client("example.com", 80, username=username, password=password)
+    client = SocksConnect("example.com", 80, username=username, password=password)
     told = converse(client, Server(methods=methods), accept=accept)
     if methods[0] is Method.USERNAME_PASSWORD and username is not None:
         assert told.credentials == Credentials(username, password)
@@ -362,6 +362,6 @@ def test_credentials_arrive(username: str | None, password: str, methods: tuple[
 def test_socks4_is_refused_where_users_are_required() -> None:
     """SOCKS4 can't authenticate, and the client hears so."""
     server = Server(methods=(Method.USERNAME_PASSWORD,))
-    told = converse(Client("example.com", 80, version=Version.SOCKS4), server)
+    told = converse(SocksConnect("example.com", 80, version=Version.SOCKS4), server)
     assert told.request is None
     assert isinstance(told.answer, RequestRefused)

@@ -56,17 +56,14 @@ from usocksd.net.pipes import PipePool
 from usocksd.net.relay import close_pair, relay
 from usocksd.serve.daemon import Application, Daemon, Parts, Remarks, run
 from usocksd.serve.timing import Timing
-from usocksd.settings.common import Common
+from usocksd.settings.common import CommonConfig
 from usocksd.settings.types import (
     LOCALHOST,
-    LimitsConfig,
     ListenAddress,
     ListenIPs,
     ListenPort,
-    LogConfig,
     ReadableFile,
     SocketPath,
-    Timeouts,
     Workers,
     text,
 )
@@ -75,39 +72,22 @@ log = logging.getLogger("usocksd.tiny")
 
 
 @attrs.frozen(kw_only=True)
-class Config:
-    log: LogConfig = attrs.field(factory=LogConfig)
-    timeouts: Timeouts = attrs.field(factory=Timeouts)
-    limits: LimitsConfig = attrs.field(factory=LimitsConfig)
+class Config(CommonConfig):
     workers: Workers | None = 1
     control: SocketPath = None
     addresses: ListenIPs = LOCALHOST[:1]
     optional: bool = False
     ports: tuple[ListenPort, ...] = (0,)
     metrics_port: ListenPort | None = None
-    metrics_default: ListenPort = 0
+    metrics_default: ListenPort = 0  # type: ignore[misc]
     metrics_address: ListenIPs = LOCALHOST[:1]
     warning: Annotated[str, text(str, "a text")] = ""
     file: ReadableFile | None = None
 
-    def common(self) -> Common:
+    @property
+    def listen_keys(self) -> tuple[tuple[str, ListenAddress], ...]:
         listen = [ListenAddress(at, port, self.optional) for at in self.addresses for port in self.ports]
-        return Common(
-            listen=tuple(("addresses", at) for at in listen),
-            metrics_prefix="",
-            metrics_port=self.metrics_port,
-            metrics_default=self.metrics_default,
-            metrics_addresses=self.metrics_address,
-            mark_key="mark",
-            mark=None,
-            log=self.log,
-            timeouts=self.timeouts,
-            limits=self.limits,
-            workers=self.workers,
-            control=self.control,
-            control_default=None,
-            more={},
-        )
+        return tuple(("addresses", at) for at in listen)
 
 
 def examine(config: Config, _: str | None) -> Remarks:

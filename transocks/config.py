@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import attrs
 
@@ -16,7 +16,7 @@ from transocks.upstreams.proxy_url import ProxyScheme, ProxyURL, ProxyURLs, pars
 from usocksd.names.conditions import as_table, check_references, table_name
 from usocksd.names.match import canonical_host
 from usocksd.net.address import IPAddress
-from usocksd.settings.common import Common, CommonConfig
+from usocksd.settings.common import CommonConfig
 from usocksd.settings.loader import Invalid, show
 from usocksd.settings.types import (
     ANY_ADDRESS,
@@ -119,7 +119,6 @@ class HealthConfig:
             raise Invalid(expected, shown=f"{self.suspect_timeout:g}", at="suspect_timeout")
 
 
-_CONTROL = "/run/transocks/control.sock"
 # A port of one's own choice, but not 0.
 _WHERE_RULES_SEND = {
     Mode.HOST: ("listen", '"localhost:1081"'),
@@ -131,6 +130,8 @@ _WHERE_RULES_SEND = {
 @attrs.frozen(kw_only=True)
 class Config(CommonConfig):
     """The whole of transocks.toml; only `proxy_url` is required."""
+
+    metrics_default: ClassVar[int] = 1083
 
     proxy_url: ProxyURLs
     policy: Policy = FAILOVER
@@ -151,7 +152,7 @@ class Config(CommonConfig):
     metrics_port: ListenPort | None = None
     """None: 1083 if nobody else has it; 0: no metrics endpoint"""
     metrics_address: ListenIPs = LOCALHOST[:1]
-    control: SocketPath = _CONTROL
+    control: SocketPath = "/run/transocks/control.sock"
     rules: RulesConfig | None = None
     """what `transocks rules` applies; the daemon itself has no use for it"""
 
@@ -200,25 +201,15 @@ class Config(CommonConfig):
         routes = [route.route(number, self.names) for number, route in enumerate(self.route, 1)]
         return Routes(routes, send_name=self.names.send == NAME)
 
-    def common(self) -> Common:
-        """The settings that usocksd has too."""
-        return self._common(
-            control_default=_CONTROL,
-            listen=(
-                *(("listen", listen) for listen in self.listen),
-                *(("listen_tproxy", listen) for listen in self.listen_tproxy),
-            ),
-            metrics_prefix="",
-            metrics_port=self.metrics_port,
-            metrics_default=1083,
-            metrics_addresses=self.metrics_address,
-            mark_key="mark",
-            mark=self.mark,
-            more={
-                "listen_tproxy": tuple(map(str, self.listen_tproxy)),
-                **{key: ", ".join(map(str, group.proxy_url)) for key, group in self.keyed_groups()},
-            },
-        )
+    @property
+    def listen_keys(self) -> tuple[tuple[str, ListenAddress], ...]:
+        keys = ("listen", self.listen), ("listen_tproxy", self.listen_tproxy)
+        return tuple((key, listen) for key, listens in keys for listen in listens)
+
+    @property
+    def shown(self) -> Mapping[str, object]:
+        proxies = {key: ", ".join(map(str, group.proxy_url)) for key, group in self.keyed_groups()}
+        return {"listen_tproxy": tuple(map(str, self.listen_tproxy)), **proxies}
 
 
 __all__ = ["DEFAULT", "DIRECT", "REJECT", "Config", "ProxyScheme", "ProxyURL", "parse_proxy_url"]

@@ -33,7 +33,7 @@ def lint(
     """
     host = host or HostFacts.here(HostAddresses().current)
     found = [
-        *lint_common(config.common(), host),
+        *lint_common(config, host),
         *(lint_servers(config.dns.servers) if config.dns.resolver == "dns" else ()),
         *_tproxy(config, host),
         *_groups(config, host, None if source is None or not readable_by_all(source) else source),

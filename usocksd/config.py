@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from ipaddress import IPv6Network
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import attrs
 
@@ -24,7 +24,7 @@ from usocksd.names.conditions import (
 )
 from usocksd.names.match import NAT64_LENGTHS, canonical_host, parse_network
 from usocksd.net.address import IPAddress, IPNetwork
-from usocksd.settings.common import Common, CommonConfig
+from usocksd.settings.common import CommonConfig
 from usocksd.settings.loader import Invalid, show
 from usocksd.settings.types import (
     ANY_ADDRESS,
@@ -93,9 +93,6 @@ EgressAddress = Annotated[
     text(_egress_address, 'an IP address or network, as in "192.0.2.1", "2001:db8::1" or "2001:db8:9::/64"'),
 ]
 Domain = Annotated[str, text(_domain, 'a domain, as in "dnsbl.example.org"')]
-
-
-_CONTROL = "/run/usocksd/control.sock"
 
 
 @attrs.frozen(kw_only=True)
@@ -230,12 +227,16 @@ class Auth:
 class Config(CommonConfig):
     """The whole of usocksd.toml; every table has defaults, so an empty file is a configuration."""
 
+    metrics_default: ClassVar[int] = 1082
+    metrics_table: ClassVar[str] = "incoming."
+    mark_key: ClassVar[str] = "outgoing.mark"
+
     incoming: Incoming = attrs.field(factory=Incoming)
     outgoing: Outgoing = attrs.field(factory=Outgoing)
     rule: tuple[RuleConfig, ...] = ()
     egress: Mapping[PoolName, PoolConfig] = attrs.field(factory=dict)
     auth: Auth = attrs.field(factory=Auth)
-    control: SocketPath = _CONTROL
+    control: SocketPath = "/run/usocksd/control.sock"
 
     @staticmethod
     def check_table(table: dict[str, Any]) -> Iterator[Invalid]:
@@ -284,27 +285,32 @@ class Config(CommonConfig):
         lists = rules_of_lists(outgoing.allow_sites, outgoing.deny_sites, outgoing.deny_ports)
         return AccessRules([*self.rules(), *lists], is_local, outgoing.nat64_prefixes)
 
-    def common(self) -> Common:
-        """The settings that transocks has too."""
+    @property
+    def listen_keys(self) -> tuple[tuple[str, ListenAddress], ...]:
+        return self.incoming.listen_keys
+
+    @property
+    def metrics_port(self) -> int | None:
+        return self.incoming.metrics_port
+
+    @property
+    def metrics_address(self) -> tuple[IPAddress, ...]:
+        return self.incoming.metrics_address
+
+    @property
+    def mark(self) -> int | None:
+        return self.outgoing.mark
+
+    @property
+    def shown(self) -> Mapping[str, object]:
         incoming = self.incoming
         proxied = incoming.proxy_protocol
-        trusted = () if proxied is None else tuple(map(str, proxied.trusted))
-        allow_from = DEFAULT_CLIENTS if incoming.allow_from is None else tuple(map(str, incoming.allow_from))
-        return self._common(
-            control_default=_CONTROL,
-            listen=incoming.listen_keys,
-            metrics_prefix="incoming.",
-            metrics_port=incoming.metrics_port,
-            metrics_default=1082,
-            metrics_addresses=incoming.metrics_address,
-            mark_key="outgoing.mark",
-            mark=self.outgoing.mark,
-            more={
-                "incoming.allow_from": allow_from,
-                "incoming.proxy_protocol.trusted": trusted,
-                "outgoing.addresses": tuple(map(str, self.outgoing.addresses)),
-                "rule": len(self.rule),
-                "egress": tuple(self.egress),
-                "auth.required": self.auth.required,
-            },
-        )
+        allow_from = DEFAULT_CLIENTS if incoming.allow_from is None else incoming.allow_from
+        return {
+            "incoming.allow_from": tuple(map(str, allow_from)),
+            "incoming.proxy_protocol.trusted": () if proxied is None else tuple(map(str, proxied.trusted)),
+            "outgoing.addresses": tuple(map(str, self.outgoing.addresses)),
+            "rule": len(self.rule),
+            "egress": tuple(self.egress),
+            "auth.required": self.auth.required,
+        }

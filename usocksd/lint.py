@@ -32,7 +32,7 @@ def lint(config: Config, host: HostFacts | None = None, resolv_conf: Path = RESO
     host = host or HostFacts.here(HostAddresses().current)
     outgoing = config.outgoing
     found = [
-        *lint_common(config.common(), host),
+        *lint_common(config, host),
         *(lint_servers(config.dns.servers, resolv_conf) if config.dns.resolver == "dns" else ()),
         *_open_proxy(config),
         *lint_networks("incoming.allow_from", config.incoming.allow_from),

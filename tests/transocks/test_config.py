@@ -89,9 +89,9 @@ def test_listen_tproxy_is_as_listen_is_and_transparent() -> None:
     assert [listen.optional for listen in config.listen_tproxy] == [True, True, False]
     assert all(listen.transparent for listen in config.listen_tproxy)
     assert not any(listen.transparent for listen in config.listen)
-    listened = config.common().listen
+    listened = config.listen_keys
     assert [key for key, _ in listened] == ["listen"] * 2 + ["listen_tproxy"] * 3
-    addresses = make_plan(config.common()).listen
+    addresses = make_plan(config).listen
     assert [address.transparent for address in addresses] == [False] * 2 + [True] * 3
 
 
@@ -272,7 +272,7 @@ def test_several_proxies_and_groups() -> None:
     )
     assert (default[1].policy, default[1].when_all_down) == ("round-robin", "refuse")
     assert (far[0], far[1].policy, far[1].when_all_down) == ("far", "failover", "direct")
-    assert dict(config.common().more) == {
+    assert dict(config.shown) == {
         "listen_tproxy": (),
         "proxy_url": "socks5://192.0.2.1:1080, http://192.0.2.2:3128",
         "upstream.far.proxy_url": "socks4a://192.0.2.3:1080",

@@ -89,7 +89,7 @@ def test_listen_addresses() -> None:
 
 
 def listened(toml: str) -> list[tuple[str, str]]:
-    return [(key, str(listen)) for key, listen in parse(Config, toml, "").common().listen]
+    return [(key, str(listen)) for key, listen in parse(Config, toml, "").listen_keys]
 
 
 def test_the_listener_for_proxies() -> None:

@@ -7,7 +7,7 @@ import pkgutil
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import attrs
 
@@ -15,7 +15,7 @@ from usocksd.errors import ConfigError, Fault
 from usocksd.net.keepalive import KeepAlive
 from usocksd.serve.timing import Timing
 from usocksd.settings import loader
-from usocksd.settings.common import Common
+from usocksd.settings.common import CommonConfig
 from usocksd.settings.files import read_file
 
 if TYPE_CHECKING:  # command lines of verbs do without: trio takes a tenth of a second to load
@@ -33,13 +33,7 @@ Request: TypeAlias = dict[str, Any]
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
-class Settings(Protocol):
-    """The settings of a daemon."""
-
-    def common(self) -> Common: ...
-
-
-C = TypeVar("C", bound=Settings)
+C = TypeVar("C", bound=CommonConfig)
 
 
 @attrs.frozen(kw_only=True)

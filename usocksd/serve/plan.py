@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import attrs
 
 from usocksd.host.cgroup import usable_cpus
-from usocksd.settings.common import Common
+from usocksd.settings.common import CommonConfig
 from usocksd.settings.files import NamedFiles
 from usocksd.settings.types import ListenAddress, LogConfig
 
@@ -74,20 +74,20 @@ class Plan:
         )
 
 
-def make_plan(common: Common, warnings: Sequence[str] = ()) -> Plan:
+def make_plan(config: CommonConfig, warnings: Sequence[str] = ()) -> Plan:
     """The plan of a configuration."""
-    port = common.metrics_default if common.metrics_port is None else common.metrics_port
-    hosts = tuple(map(str, common.metrics_addresses))
+    port = config.metrics_default if config.metrics_port is None else config.metrics_port
+    hosts = tuple(map(str, config.metrics_address))
     return Plan(
-        listen=tuple(at for _, at in common.listen),
-        workers=common.workers or usable_cpus(),
-        log=common.log,
-        metrics=MetricsAddress(hosts, port, required=common.metrics_port is not None) if port else None,
-        control=common.control_here,
-        drain=common.timeouts.drain,
-        stop=common.timeouts.stop,
-        connections=common.limits.connections,
-        per_client=common.limits.per_client,
+        listen=tuple(at for _, at in config.listen_keys),
+        workers=config.workers or usable_cpus(),
+        log=config.log,
+        metrics=MetricsAddress(hosts, port, required=config.metrics_port is not None) if port else None,
+        control=config.control_here,
+        drain=config.timeouts.drain,
+        stop=config.timeouts.stop,
+        connections=config.limits.connections,
+        per_client=config.limits.per_client,
         warnings=tuple(warnings),
     )
 

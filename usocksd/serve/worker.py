@@ -131,7 +131,7 @@ async def _configure(daemon: Daemon[Any], channel: Channel, order: Message, fds:
     if first:
         examined = daemon.call(daemon.examine, config, None)
         warnings = [fault.at(order["source"]) for fault in (*examined.warnings, *examined.notes)]
-        plan = make_plan(config.common(), warnings).as_json()
+        plan = make_plan(config, warnings).as_json()
         await channel.send({"type": "plan", "plan": plan, "files": files.places}, files.fds)
     return config, files
 

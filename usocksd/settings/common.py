@@ -1,9 +1,9 @@
-"""What the configurations of both daemons have in common, and in one form whatever their files call it."""
+"""What the configurations of both daemons have in common."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import ClassVar
 
 import attrs
 
@@ -15,39 +15,14 @@ from usocksd.settings.types import DnsConfig, LimitsConfig, ListenAddress, LogCo
 
 
 @attrs.frozen(kw_only=True)
-class Common:
-    """Settings of a daemon, and under which keys it has those that stand in different places."""
-
-    listen: tuple[tuple[str, ListenAddress], ...]
-    """with the key of each"""
-    metrics_prefix: str
-    """what stands before metrics_port and metrics_address: "" or a table with its dot"""
-    metrics_port: int | None
-    metrics_default: int
-    """the port if `metrics_port` is None"""
-    metrics_addresses: tuple[IPAddress, ...]
-    mark_key: str
-    mark: int | None
-    log: LogConfig
-    timeouts: Timeouts
-    limits: LimitsConfig
-    workers: int | None
-    control: str | None
-    control_default: str | None
-    more: Mapping[str, object]
-    """what else of this daemon's settings is worth showing, by key, without secrets"""
-
-    @property
-    def control_here(self) -> str | None:
-        """Where this user's daemon has its control socket; see control_path.py."""
-        if self.control is None or self.control_default is None:
-            return self.control
-        return control_path(self.control, self.control_default)
-
-
-@attrs.frozen(kw_only=True)
 class CommonConfig:
-    """The tables and keys that the files of both daemons have in the same place."""
+    """The tables and keys that both files have in the same place; and as properties, those that each has in its own."""
+
+    metrics_default: ClassVar[int]
+    """The port of the metrics endpoint if `metrics_port` is None"""
+    metrics_table: ClassVar[str] = ""
+    """Before metrics_port and metrics_address in the file: a table with its dot, or nothing"""
+    mark_key: ClassVar[str] = "mark"
 
     lines: Lines = attrs.field(init=False, eq=False, repr=False, factory=current_lines)
     """where in its text the keys are"""
@@ -60,7 +35,33 @@ class CommonConfig:
     control: SocketPath
     """None: no control socket"""
 
-    def _common(self, *, control_default: str, **own: Any) -> Common:
-        """With the settings that each daemon has in its own place."""
-        here = {key: getattr(self, key) for key in ("log", "timeouts", "limits", "workers", "control")}
-        return Common(**here, control_default=control_default, **own)
+    @property
+    def control_here(self) -> str | None:
+        """Where this user's daemon has its control socket; see control_path.py."""
+        if self.control is None:
+            return None
+        return control_path(self.control, attrs.fields_dict(type(self))["control"].default or "")
+
+    @property
+    def listen_keys(self) -> tuple[tuple[str, ListenAddress], ...]:
+        """The addresses to listen on, with the key of each."""
+        raise NotImplementedError
+
+    @property
+    def metrics_port(self) -> int | None:
+        """None: metrics_default if nobody else has it; 0: no metrics endpoint."""
+        raise NotImplementedError
+
+    @property
+    def metrics_address(self) -> tuple[IPAddress, ...]:
+        raise NotImplementedError
+
+    @property
+    def mark(self) -> int | None:
+        """SO_MARK of the connections that this daemon makes."""
+        raise NotImplementedError
+
+    @property
+    def shown(self) -> Mapping[str, object]:
+        """What `check` shows of this daemon's own settings, by key, without secrets."""
+        return {}

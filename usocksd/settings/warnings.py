@@ -21,7 +21,7 @@ from usocksd.log.words import counted
 from usocksd.net.address import IPAddress
 from usocksd.net.limits import most_connections
 from usocksd.net.listeners import may_be_transparent
-from usocksd.settings.common import Common
+from usocksd.settings.common import CommonConfig
 from usocksd.settings.control_path import NotPrivate, check_folder
 from usocksd.settings.loader import show
 from usocksd.settings.types import LOCALHOST
@@ -86,17 +86,17 @@ def _may_mark() -> bool:
     return True
 
 
-def lint_common(common: Common, host: HostFacts) -> Iterator[Fault]:
+def lint_common(config: CommonConfig, host: HostFacts) -> Iterator[Fault]:
     """Everything about the settings that both daemons have."""
-    for key, listen in common.listen:
+    for key, listen in config.listen_keys:
         if not listen.optional:
             yield from _address(key, listen.address, host)
-    yield from _metrics(common, host)
-    yield from lint_mark(common.mark_key, common.mark, host)
-    yield from _numbers(common, host)
-    if common.control is not None and common.control_here is not None:
-        yield from _path("control", common.control, lambda: _control_problem(Path(common.control_here or "")))
-    if (name := common.log.filename) is not None:
+    yield from _metrics(config, host)
+    yield from lint_mark(config.mark_key, config.mark, host)
+    yield from _numbers(config, host)
+    if config.control is not None and config.control_here is not None:
+        yield from _path("control", config.control, lambda: _control_problem(Path(config.control_here or "")))
+    if (name := config.log.filename) is not None:
         yield from _path("log.filename", name, lambda: _log_problem(Path(name)))
 
 
@@ -116,9 +116,9 @@ def _address(key: str, address: IPAddress, host: HostFacts) -> Iterator[Fault]:
     yield Fault(key, str(address), problem)
 
 
-def _metrics(common: Common, host: HostFacts) -> Iterator[Fault]:
-    port_key, key = f"{common.metrics_prefix}metrics_port", f"{common.metrics_prefix}metrics_address"
-    port, addresses = common.metrics_port, common.metrics_addresses
+def _metrics(config: CommonConfig, host: HostFacts) -> Iterator[Fault]:
+    port_key, key = f"{config.metrics_table}metrics_port", f"{config.metrics_table}metrics_address"
+    port, addresses = config.metrics_port, config.metrics_address
     if port == 0:
         if addresses != LOCALHOST[:1]:
             shown = ", ".join(map(str, addresses))
@@ -130,7 +130,7 @@ def _metrics(common: Common, host: HostFacts) -> Iterator[Fault]:
         if address.is_unspecified or (address.is_global and not getattr(address, "is_site_local", False)):
             reach = "everybody who reaches this host" if address.is_unspecified else "the Internet"
             yield Fault(key, str(address), f"lets {reach} read the metrics: expected loopback or a private address")
-        for other, listen in common.listen:
+        for other, listen in config.listen_keys:
             if listen.port == port and _overlap(address, listen.address):
                 yield Fault(port_key, str(port), f"is the port of {other} ({listen}) too: expected another")
                 break
@@ -147,13 +147,13 @@ def lint_mark(key: str, mark: int | None, host: HostFacts) -> Iterator[Fault]:
         yield Fault(key, f"{mark:#x}", missing)
 
 
-def _numbers(common: Common, host: HostFacts) -> Iterator[Fault]:
+def _numbers(config: CommonConfig, host: HostFacts) -> Iterator[Fault]:
     """Workers, limits and timeouts that contradict this host or each other."""
-    limits, timeouts, workers = common.limits, common.timeouts, common.workers or host.cpus
+    limits, timeouts, workers = config.limits, config.timeouts, config.workers or host.cpus
     if workers > host.cpus:
         few = f"more than the CPUs, so they only take memory: expected at most {host.cpus}"
         yield Fault("workers", str(workers), few)
-    if limits.connections > (most := connections_of_descriptors(common, host)):
+    if limits.connections > (most := connections_of_descriptors(config, host)):
         never = (
             f"never reached, since {workers} x {host.descriptors} file descriptors allow {most}: expected no more, or"
         )
@@ -174,9 +174,9 @@ def _numbers(common: Common, host: HostFacts) -> Iterator[Fault]:
         yield Fault("timeouts.drain", f"{timeouts.drain:g}", f"{sooner} which is {timeouts.stop:g}")
 
 
-def connections_of_descriptors(common: Common, host: HostFacts) -> int:
+def connections_of_descriptors(config: CommonConfig, host: HostFacts) -> int:
     """How many connections the limit on open files allows, all workers together."""
-    return (common.workers or host.cpus) * most_connections(host.descriptors)
+    return (config.workers or host.cpus) * most_connections(host.descriptors)
 
 
 def _path(key: str, shown: str, problem: Callable[[], str | None]) -> Iterator[Fault]:

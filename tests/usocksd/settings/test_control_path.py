@@ -51,7 +51,7 @@ def ask():
 
 async def main():
     path = control_path(default, default)
-    warned = [fault.expected for fault in lint_common(Config().common(), facts) if fault.path == "control"]
+    warned = [fault.expected for fault in lint_common(Config(), facts) if fault.path == "control"]
     said = {"path": path, "check": warned}
     try:
         sock = Control.open(path, "usocksd", {"name": name})

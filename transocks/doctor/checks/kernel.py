@@ -147,7 +147,7 @@ def port_range(host: Host) -> Iterator[Finding]:
         first, _, last = part.partition("-")
         reserved.update(range(int(first), int(last or first) + 1) if first else ())
     text = f"ip_local_port_range={low}-{high}"
-    taken = sorted({listen.port for _, listen in host.config.common().listen if low <= listen.port <= high} - reserved)
+    taken = sorted({listen.port for _, listen in host.config.listen_keys if low <= listen.port <= high} - reserved)
     if taken:
         ports = ",".join(map(str, taken))
         yield warning(

@@ -22,7 +22,7 @@ from usocksd.net.address import join_port
 from usocksd.serve.daemon import Daemon, Remarks, Subparsers
 from usocksd.serve.verbs.client import visible
 from usocksd.settings import loader as configuration
-from usocksd.settings.common import Common
+from usocksd.settings.common import CommonConfig
 
 _DESCRIPTION = """\
 Check a configuration on this host, as this user, and change nothing. Print every fault (the daemon would not start),
@@ -95,7 +95,7 @@ def _run(daemon: Daemon[Any], args: argparse.Namespace) -> int:
         found["note"] += _diagnostics(file, remarks.notes)
         if remarks.error is not None:
             raise remarks.error
-        settings = effective(config.common())
+        settings = effective(config)
     except ConfigError as error:
         found["fault"] += _diagnostics(error.source, error.faults)
     ok = not found["fault"] and not (args.strict and found["warning"])
@@ -124,26 +124,26 @@ def _locate(fault: Fault, file: str) -> Diagnostic:
     return Diagnostic(file, fault.line or 1, None, fault.key, fault.value, fault.expected)
 
 
-def effective(common: Common) -> dict[str, object]:
+def effective(config: CommonConfig) -> dict[str, object]:
     """The settings in force that matter, as JSON values, by the key path that the file would have"""
     # Not for the command lines of other verbs: this loads trio, which takes a tenth of a second.
     from usocksd.settings.warnings import HostFacts, connections_of_descriptors  # noqa: PLC0415
 
     host = HostFacts.here(())
-    port = common.metrics_default if common.metrics_port is None else common.metrics_port
+    port = config.metrics_default if config.metrics_port is None else config.metrics_port
     return {
-        "listen": [str(listen) for _, listen in common.listen],
-        "metrics": [join_port(address, port) for address in common.metrics_addresses] if port else None,
-        "metrics_if_port_is_free": common.metrics_port is None,
-        "control": common.control_here,
-        "workers": common.workers or host.cpus,
-        "limits.connections": common.limits.connections,
-        "limits.connections_by_descriptors": connections_of_descriptors(common, host),
-        "limits.per_client": common.limits.per_client,
-        **{f"timeouts.{name}": value for name, value in attrs.asdict(common.timeouts).items()},
-        "log.filename": common.log.filename,
-        common.mark_key: common.mark,
-        **common.more,
+        "listen": [str(listen) for _, listen in config.listen_keys],
+        "metrics": [join_port(address, port) for address in config.metrics_address] if port else None,
+        "metrics_if_port_is_free": config.metrics_port is None,
+        "control": config.control_here,
+        "workers": config.workers or host.cpus,
+        "limits.connections": config.limits.connections,
+        "limits.connections_by_descriptors": connections_of_descriptors(config, host),
+        "limits.per_client": config.limits.per_client,
+        **{f"timeouts.{name}": value for name, value in attrs.asdict(config.timeouts).items()},
+        "log.filename": config.log.filename,
+        config.mark_key: config.mark,
+        **config.shown,
     }
 
 

@@ -152,7 +152,7 @@ def _socket_owners() -> SocketOwners | None:
     except OSError as error:
         # A sandbox that forbids netlink: the other checks remain.
         fields = {"error": str(error)}
-        log.warning("connections of our own users are not told from others", extra={"fields": fields})
+        log.warning("can't recognise connections of our own users", extra={"fields": fields})
         return None
 
 

@@ -232,7 +232,7 @@ class Lookups:
         failures = [error for question, error in self._unanswered.items() if question.domain == domain]
         if failures and not failed:
             fields: dict[str, Any] = {"domain": domain, "error": failures[0]}
-            _logger.warning("DNSBL does not answer: what is known stays", extra={"fields": fields})
+            _logger.warning("DNSBL does not answer: its last answers stay in force", extra={"fields": fields})
         elif failed and not failures:
             _logger.info("DNSBL answers again", extra={"fields": {"domain": domain}})
         added = [str(each.address) for each in self._listed - before if each.domain == domain]

@@ -503,7 +503,7 @@ def test_what_a_block_list_said_outlives_its_keeper(host_net: lab.Net, tmp_path:
         os.kill(keeper, signal.SIGKILL)
         server.record("a worker was replaced")
         assert others - {keeper} < set(server.workers())
-        server.record("DNSBL does not answer: what is known stays")
+        server.record("DNSBL does not answer: its last answers stay in force")
         assert world.listed() == {"default": [], "strict": [THREE]}
         assert world.replies(81) == {NETWORK_UNREACHABLE}
         # Nor does a reload forget it.
@@ -511,7 +511,8 @@ def test_what_a_block_list_said_outlives_its_keeper(host_net: lab.Net, tmp_path:
         server.record("reloaded", generation=2)
         assert world.replies(81) == {NETWORK_UNREACHABLE}
         wait_until(
-            lambda: len(server.records("DNSBL does not answer: what is known stays")) == 2, "the new keeper asks"
+            lambda: len(server.records("DNSBL does not answer: its last answers stay in force")) == 2,
+            "the new keeper asks",
         )
         assert world.replies(81) == {NETWORK_UNREACHABLE}
         # A keeper that starts asks at once, and is heard.

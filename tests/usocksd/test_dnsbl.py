@@ -277,7 +277,7 @@ async def test_what_is_known_stays_while_there_is_no_answer(
     zone.put({TWO: "127.0.0.3"})
     await until(lambda: keeper.listed == {TWO})
     messages = [record.message for record in caplog.records]
-    assert messages[:2] == ["detect black-listed IP", "DNSBL does not answer: what is known stays"]
+    assert messages[:2] == ["detect black-listed IP", "DNSBL does not answer: its last answers stay in force"]
     await until(lambda: "DNSBL answers again" in [record.message for record in caplog.records])
 
 

@@ -132,7 +132,9 @@ class HostAddresses:
         if not self._complained:
             self._complained = True
             fields = {"error": str(error)}
-            _logger.error("addresses of this host are not watched: they stay what they were", extra={"fields": fields})
+            _logger.error(
+                "addresses of this host are not watched: the last known ones stay in use", extra={"fields": fields}
+            )
 
     async def _dump(self) -> None:
         """Ask for all addresses. Raises OSError."""

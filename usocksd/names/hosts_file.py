@@ -36,7 +36,7 @@ class WatchedFile:
         except OSError as error:
             if not self._unreadable:
                 fields = {"file": str(self.path), "error": str(error)}
-                _logger.error("file can't be read: what was read before stays", extra={"fields": fields})
+                _logger.error("file can't be read: its previous content stays in use", extra={"fields": fields})
             self._unreadable = True
             return None
         self._seen = now

@@ -158,8 +158,8 @@ class Doors:
                     with suppress(ListenError):
                         self._serve_metrics(self._open_metrics(metrics))
                         address = self._report.metrics_address
-                        log.info("metrics endpoint is there now", extra={"fields": {"address": address}})
+                        log.info("metrics endpoint is open now", extra={"fields": {"address": address}})
                 if control is not None:
                     with suppress(ControlError):
                         self._serve_control(Control.open(control, self._name, self._handlers))
-                        log.info("control socket is there now", extra={"fields": {"path": control}})
+                        log.info("control socket is open now", extra={"fields": {"path": control}})

@@ -289,7 +289,7 @@ class Master:
             return
         try:
             await self._settle()
-            log.info("becoming the version of the workers", extra={"fields": {"from": __version__, "to": newer}})
+            log.info("upgrading the master", extra={"fields": {"from": __version__, "to": newer}})
             crew_state, crew_fds = handover.crew_state(crew, self._metrics.snapshot())
             state = {
                 "started": report.started,
@@ -304,7 +304,7 @@ class Master:
                 handover.become(state, fds, self._notifier.environment(), _SIGNALS)
             except OSError as error:
                 self._log.reopen()
-                log.error("can't become the version of the workers", extra={"fields": {"error": str(error)}})
+                log.error("can't upgrade the master", extra={"fields": {"error": str(error)}})
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
@@ -327,4 +327,4 @@ class Master:
             self._log.current.set_level(parse_level(self._crew.level))
         self._doors.take_over(state["doors"], generation.plan)
         self._report.started, self._report.last_reload = state["started"], state["last_reload"]
-        log.info("this is the new version", extra={"fields": {"version": __version__}})
+        log.info("the master is upgraded", extra={"fields": {"version": __version__}})

@@ -135,7 +135,7 @@ class Reloads:
     async def end(self) -> None:
         """Reload no more. A reload that is under way changes nothing, unless it is coming into force already."""
         if self._trial is not None:
-            log.warning("stopping with a configuration that nobody has confirmed: the next start reads it again")
+            log.warning("stopping with an unconfirmed configuration: the next start reads it again")
         self._scope.cancel()
         await self._over.wait()
 
@@ -192,7 +192,7 @@ class Reloads:
         self._trial = self._report.confirm_by = None
 
     async def _go_back(self, trial: Trial) -> Error | None:
-        log.warning("nobody has confirmed the configuration: the one before comes back")
+        log.warning("configuration not confirmed in time: going back to the previous one")
         trial.returning = True
         failure = await self._reload(trial.before)
         if failure is None:

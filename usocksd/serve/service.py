@@ -144,7 +144,7 @@ class Service:
         with trio.move_on_after(within):
             await self._emptied()
         if self.live:
-            log.warning("ending what is still connected", extra={"fields": {"live": self.live}})
+            log.warning("ending the remaining connections", extra={"fields": {"live": self.live}})
             self._reactor.interrupt_all(Stopping)
             with trio.move_on_after(self._timing.session_ends):
                 await self._emptied()

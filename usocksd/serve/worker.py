@@ -239,7 +239,7 @@ class Worker:
                 try:
                     await self._follow(order, fds, orders)
                 except Exception:
-                    log.exception("an order of the master can't be followed", extra={"fields": {"type": order["type"]}})
+                    log.exception("an order from the master failed", extra={"fields": {"type": order["type"]}})
             # The master's end: nobody would tell us anything any more.
             log.warning("the master is gone, draining")
             await self._drain(self._order["stop"])
@@ -305,7 +305,7 @@ class Worker:
             try:
                 subscriber(self._shared)
             except Exception:
-                log.warning("what was shared can't be taken", exc_info=True)
+                log.warning("can't use the shared value", exc_info=True)
 
     async def _send_shared(self) -> None:
         while True:

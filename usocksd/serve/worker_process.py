@@ -262,7 +262,7 @@ class WorkerProcess:
         self._close_stderr()
         if not text:
             return cause
-        log.error("the last words of a worker", extra={"fields": {"pid": self.pid, "stderr": text}})
+        log.error("stderr of a worker that failed to start", extra={"fields": {"pid": self.pid, "stderr": text}})
         return f"{cause}: {text.splitlines()[-1]}"
 
     def _close_stderr(self) -> None:

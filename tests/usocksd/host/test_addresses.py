@@ -240,7 +240,7 @@ async def no_descriptors(addresses: HostAddresses, changes: Changes) -> None:
     many_changes_at_once()
     resource.setrlimit(resource.RLIMIT_NOFILE, (1, hard))
     changes.heard.clear()
-    while "addresses of this host are not watched: they stay what they were" not in changes.heard:
+    while "addresses of this host are not watched: the last known ones stay in use" not in changes.heard:
         await trio.sleep(0.01)
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     await changes.until(lambda now: len(now) >= 2999)

@@ -337,7 +337,7 @@ def test_a_shared_value_that_workers_can_t_take(tmp_path: Path) -> None:
     """They say so and serve without it, those that come later too."""
     (tmp_path / "keep").touch()
     (tmp_path / "choosy").touch()
-    message = "what was shared can't be taken"
+    message = "can't use the shared value"
     with Tiny(tmp_path, workers=2).ready() as tiny:
         tiny.expected |= {message, "a worker ended"}
         wait_until(lambda: len(tiny.records(message)) == 2, "both were told")

@@ -39,7 +39,7 @@ def install(folder: Path, version: str) -> None:
 
 def is_now(tiny: Tiny, version: str) -> None:
     """Wait until the master is of this version."""
-    wait_until(lambda: tiny.records("this is the new version", version=version), lambda: tiny.lines()[-10:])
+    wait_until(lambda: tiny.records("the master is upgraded", version=version), lambda: tiny.lines()[-10:])
 
 
 @pytest.fixture(autouse=True)
@@ -131,7 +131,7 @@ def test_listens_all_the_time(tmp_path: Path, installed: Path) -> None:
             install(installed, version)
             tiny.signal(signal.SIGHUP)
             seen = set()
-            while not tiny.records("this is the new version", version=version):
+            while not tiny.records("the master is upgraded", version=version):
                 _, by, sock = tiny.who()
                 seen.add(by)
                 assert lives(sock)
@@ -141,7 +141,7 @@ def test_listens_all_the_time(tmp_path: Path, installed: Path) -> None:
             tiny.signal(number)
         install(installed, "99.3")
         tiny.signal(signal.SIGHUP)
-        tiny.record("becoming the version of the workers", to="99.3")
+        tiny.record("upgrading the master", to="99.3")
         tiny.signal(signal.SIGTERM)
         assert tiny.ended() == 0
         assert tiny.records("stopped")
@@ -159,7 +159,7 @@ def test_told_to_stop_right_after_a_reload_into_a_new_version(tmp_path: Path, in
         assert lives(client)
         assert tiny.ended() == 0
         assert is_over(client)
-        assert tiny.records("ending what is still connected")
+        assert tiny.records("ending the remaining connections")
 
 
 def test_a_version_with_another_protocol(tmp_path: Path, installed: Path) -> None:
@@ -188,7 +188,7 @@ def test_what_another_protocol_has_passed_on(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_new_version_that_does_not_work(tmp_path: Path, installed: Path) -> None:
     with Tiny(tmp_path, root=installed).ready() as tiny:
         tiny.expected |= {"reload failed", "nothing has changed: the configuration in force stays"}
-        tiny.expected.add("the last words of a worker")
+        tiny.expected.add("stderr of a worker that failed to start")
         good = (installed / "usocksd" / "__init__.py").read_text()
         (installed / "usocksd" / "__init__.py").write_text("raise ImportError('half of it is missing')\n")
         assert "ImportError: half of it is missing" in tiny.ask("reload")["error"]
@@ -227,14 +227,14 @@ def test_an_interpreter_that_is_gone_when_the_master_follows(tmp_path: Path, ins
     """The workers run the new version; the master stays what it is."""
     python = make_interpreter(tmp_path / "environment")
     with Tiny(tmp_path, python=str(python), root=installed, metrics_port=free_port()).ready() as tiny:
-        tiny.expected.add("can't become the version of the workers")
+        tiny.expected.add("can't upgrade the master")
         install(installed, "99.1")
         tiny.flag("hold-build").touch()
         tiny.signal(signal.SIGHUP)
         tiny.held("build")
         python.unlink()
         tiny.flag("hold-build").unlink()
-        tiny.record("can't become the version of the workers")
+        tiny.record("can't upgrade the master")
         assert lives(tiny.client(b"echo"))
         assert tiny.ask("status")["version"] != "99.1"
         assert tiny.metrics(tiny.settings["metrics_port"])["tiny_config_generation"] == 2
@@ -253,8 +253,8 @@ def test_a_slot_without_a_worker_is_filled_by_the_new_version(tmp_path: Path, in
         wait_until(lambda: tiny.generation() == 2, "reloaded")
         os.kill(tiny.who()[0], signal.SIGKILL)
         tiny.record("a worker was replaced")
-        assert tiny.records("this is the new version")
+        assert tiny.records("the master is upgraded")
         messages = [record["message"] for record in tiny.records()]
-        assert messages.index("a worker ended") < messages.index("this is the new version")
-        assert messages.index("this is the new version") < messages.index("a worker was replaced")
+        assert messages.index("a worker ended") < messages.index("the master is upgraded")
+        assert messages.index("the master is upgraded") < messages.index("a worker was replaced")
         wait_until(lambda: len({tiny.who()[0] for _ in range(10)}) == 2, "both serve")

@@ -390,7 +390,7 @@ def test_connections_that_drain_too_long_are_ended(tmp_path: Path) -> None:
         tiny.reload()
         assert is_reset(relayed)
         assert is_reset(upstream)
-        tiny.record("ending what is still connected", live=1)
+        tiny.record("ending the remaining connections", live=1)
         assert tiny.record("tiny", ended="relay")["reason"] == "stopped"
         tiny.record("a worker has drained", generation=1)
 

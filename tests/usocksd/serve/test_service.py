@@ -36,7 +36,7 @@ def test_drains(tmp_path: Path, number: signal.Signals) -> None:
         assert len(tiny.records(closed=True)) == 2
         assert tiny.records("stopped")
         assert not (tmp_path / "control").exists()
-        assert not tiny.records("ending what is still connected")
+        assert not tiny.records("ending the remaining connections")
 
 
 def test_a_reload_during_a_stop(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_ends_and_records_what_does_not_finish_in_time(tmp_path: Path) -> None:
         tiny.record("tiny", word="busy")
         tiny.signal(signal.SIGTERM)
         assert tiny.ended() == 0
-        assert tiny.record("ending what is still connected")["live"] == 4
+        assert tiny.record("ending the remaining connections")["live"] == 4
         assert tiny.records(ended="relay", reason="stopped", up=0)
         assert tiny.records(ended="busy")
         assert is_reset(relayed)
@@ -130,7 +130,7 @@ def test_a_second_signal_ends_at_once_and_still_records(tmp_path: Path, second: 
         assert tiny.ended() == 0
         assert tiny.records(ended="relay", reason="stopped", up=0)
         assert tiny.records("told to stop again: ending at once")
-        assert tiny.record("ending what is still connected")["live"] == 3
+        assert tiny.record("ending the remaining connections")["live"] == 3
         assert is_reset(relayed)
         assert not tiny.records("session failed")
 

@@ -123,7 +123,7 @@ def test_a_metrics_port_that_is_taken(tmp_path: Path) -> None:
             assert tiny.record(f"{tiny.config}: odd")["severity"] == "warning"
             assert tiny.ask("status")["metrics"] is None
             taken.close()
-            assert tiny.record("metrics endpoint is there now")["address"] == f"127.0.0.1:{port}"
+            assert tiny.record("metrics endpoint is open now")["address"] == f"127.0.0.1:{port}"
             assert tiny.ask("status")["metrics"] == f"127.0.0.1:{port}"
 
 
@@ -150,7 +150,7 @@ def test_a_control_socket_that_is_taken(tmp_path: Path) -> None:
         assert first.ask("status")["pid"] == first.pid
         first.signal(signal.SIGTERM)
         assert first.ended() == 0
-        second.record("control socket is there now")
+        second.record("control socket is open now")
         assert second.ask("status")["pid"] == second.pid
 
 

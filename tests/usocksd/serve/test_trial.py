@@ -11,7 +11,7 @@ import pytest
 from daemons import free_port, lives, wait_until
 from tiny import Tiny
 
-NOBODY = "nobody has confirmed the configuration: the one before comes back"
+NOBODY = "configuration not confirmed in time: going back to the previous one"
 STILL = "nothing has changed: the configuration in force stays"
 
 
@@ -147,4 +147,4 @@ def test_a_stop_does_not_wait_for_it(tmp_path: Path, reloads: int) -> None:
         for _ in range(reloads):
             tiny.signal(signal.SIGHUP)
         tiny.end()
-        assert tiny.records("stopping with a configuration that nobody has confirmed: the next start reads it again")
+        assert tiny.records("stopping with an unconfirmed configuration: the next start reads it again")

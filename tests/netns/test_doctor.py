@@ -728,6 +728,20 @@ def test_without_bpf(gateway: Setup) -> None:
         assert "a client's packet can't be made here" in found.of("not checked", "rules")[0]
 
 
+@pytest.mark.skipif(not LEGACY_BESIDE, reason="there is no other variant beside iptables")
+def test_one_packet_that_gets_lost_by_no_rule(host: Setup) -> None:
+    """It is sent once more, since connection tracking drops one of two packets that want the same entry. Here
+    iptables-legacy, whose rules the kernel does not report, drops each first packet of two.
+    """
+    host.load()
+    first = "-m statistic --mode nth --every 2 --packet 0 -j DROP"
+    for version in ("", "6"):
+        host.run(f"ip{version}tables-legacy -t raw -A OUTPUT -p tcp --syn --dport 443 {first}")
+    found = host.doctor()
+    assert found.faults == {}
+    assert any(":443 gets to port 1081" in seen for seen in found.of("ok", "rules"))
+
+
 AGAIN = """
 import socket
 from transocks.tracing.tracer import Tracer

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import socket
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
@@ -37,7 +36,6 @@ EXAMPLES: dict[int, tuple[IPAddress, ...]] = {
 _PORTS = (443, 80)
 _DNS_PORTS = {53, 853}
 _MOST = 4  # users, groups, cgroups and clients, each
-_PATIENCE, _STEP = 0.5, 0.01  # seconds until the kernel has done what it does, and between two looks
 _NO_ROUTE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL, errno.EADDRNOTAVAIL}
 _IPPROTO_RAW, _IPV6_HDRINCL = 255, 36
 
@@ -82,6 +80,15 @@ class Result:
         return accepts and back is not None and (back.delivered or back.left)
 
     @property
+    def is_explained(self) -> bool:
+        """It is known where the packet ended, and where its answer did if it got to a listener."""
+        trace, back = self.trace, self.back
+        if trace is None or not trace.ended:
+            return False
+        unanswered = trace.delivered and trace.packet.protocol == TCP
+        return not unanswered or (back is not None and back.ended)
+
+    @property
     def no_route(self) -> bool:
         """It was not sent, since there is no route."""
         return isinstance(self.problem, OSError) and self.problem.errno in _NO_ROUTE
@@ -93,29 +100,28 @@ class Result:
 
 
 def try_out(tracer: Tracer, sample: Sample, *, protocol: int = TCP, flags: int = SYN) -> Result:
-    """Try a first segment, one from the middle of a connection (ACK), or an empty datagram of UDP."""
+    """Try a first segment, one from the middle of a connection (ACK), or an empty datagram of UDP.
+
+    A packet that no rule stopped is sent once more, from another port, and only the second loss counts: connection
+    tracking drops one of two packets that want the same entry.
+    """
+    result = _try_once(tracer, sample, protocol, flags)
+    return result if result.problem is not None or result.is_explained else _try_once(tracer, sample, protocol, flags)
+
+
+def _try_once(tracer: Tracer, sample: Sample, protocol: int, flags: int) -> Result:
     try:
         with _emitter(sample) as (source, emit), _free_port(sample.version, protocol) as port:
             packet = Packet(protocol, source, port, sample.destination, sample.port, flags if protocol == TCP else 0)
             with tracer.watching(protocol, port, keep=True):
-                emit(packet)
-                result = _wait(tracer, sample, protocol, port)
+                tracer.emit(lambda: emit(packet))
+                back = tracer.trace(protocol, port, back=True)
+                result = Result(sample=sample, trace=tracer.trace(protocol, port), back=back)
                 if result.answered:  # so that nobody waits for the rest
                     emit(attrs.evolve(packet, flags=RST))
             return result
     except (OSError, FirewallError) as error:
         return Result(sample=sample, problem=error)
-
-
-def _wait(tracer: Tracer, sample: Sample, protocol: int, port: int) -> Result:
-    deadline = time.monotonic() + _PATIENCE
-    while True:
-        trace, back = tracer.trace(protocol, port), tracer.trace(protocol, port, back=True)
-        silent = protocol != TCP or trace is None or not trace.delivered
-        over = trace is not None and trace.ended and (silent or (back is not None and back.ended))
-        if over or time.monotonic() > deadline:
-            return Result(sample=sample, trace=trace, back=back)
-        time.sleep(_STEP)
 
 
 @contextlib.contextmanager

@@ -10,10 +10,12 @@ belongs to this process, and is gone when the process is killed.
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cached_property
 
 from transocks.rules.guard import OwnTables
 from transocks.tools import FirewallError
@@ -26,6 +28,8 @@ _NAMES = {TCP: "tcp", UDP: "udp"}
 _NFNLGRP_NFTRACE = 9
 _RECEIVE_SIZE, _BUFFER = 1 << 16, 1 << 23
 _SO_RCVBUFFORCE = 33
+_FRAME = 0x88B5  # an EtherType for local experiments: IEEE 802
+_PATIENCE = 0.25  # seconds for the kernel to handle a packet, where nothing tells that it has
 _SOL_NETLINK, _NO_ENOBUFS = 270, 5
 _WATCH = " ".join(f"meta l4proto . th {end} @watched meta nftrace set 1;" for end in ("sport", "dport"))
 _KEEP = " ".join(f'meta l4proto . th {end} @kept oifname != "lo" drop;' for end in ("sport", "dport"))
@@ -80,6 +84,38 @@ class Tracer:
             yield
         finally:
             self._nft.load("".join(f"delete {element}" for element in elements))
+
+    def emit(self, send: Callable[[], None]) -> None:
+        """Send a packet, and return when the kernel has done all that it does with it and with its answer.
+
+        A CPU handles received packets in order, those of lo included. So a frame of our own is sent through lo from the
+        same CPU: when it is back, the packet has gone its way. A second one follows the answer. Raises what `send`
+        raises.
+        """
+        cpus = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, {min(cpus)})
+        try:
+            send()
+            try:
+                self._follow()
+                self._follow()
+            except OSError:  # lo is down, or somebody drops what it receives
+                time.sleep(_PATIENCE)
+        finally:
+            os.sched_setaffinity(0, cpus)
+
+    def _follow(self) -> None:
+        token = os.urandom(16)
+        self._lo.sendto(token, ("lo", _FRAME, 0, 0, bytes(6)))
+        while self._lo.recv(64) != token:
+            pass  # another process's
+
+    @cached_property
+    def _lo(self) -> socket.socket:
+        sock = self._stack.enter_context(socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(_FRAME)))
+        sock.bind(("lo", _FRAME))
+        sock.settimeout(_PATIENCE)
+        return sock
 
     def trace(self, protocol: int, port: int, *, back: bool = False) -> Trace | None:
         """The trace, as far as it was reported, of the first packet from this port; `back`: of the first to it."""

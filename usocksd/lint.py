@@ -14,13 +14,12 @@ from usocksd.config import Config, PoolConfig
 from usocksd.egress import covers
 from usocksd.errors import ConfigError, Fault
 from usocksd.host.addresses import HostAddresses
-from usocksd.log.words import counted
 from usocksd.names.lint import covering_rules, lint_networks, lint_sites, never_decides
 from usocksd.names.match import parse_network
 from usocksd.names.resolv_conf import RESOLV_CONF, lint_servers
 from usocksd.names.sites import SiteList
 from usocksd.net.address import IPNetwork
-from usocksd.settings.loader import show
+from usocksd.settings.loader import counted, show
 from usocksd.settings.warnings import HostFacts, lint_common, lint_mark, readable_by_all
 
 

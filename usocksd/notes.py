@@ -14,10 +14,9 @@ from pathlib import Path
 from usocksd.config import Config
 from usocksd.decision import Policy
 from usocksd.errors import ConfigError, Fault
-from usocksd.log.words import counted
 from usocksd.records import RecordedRequest, Skipped, lines_of, read_record
 from usocksd.replay import judge
-from usocksd.settings.loader import show
+from usocksd.settings.loader import counted, show
 
 _HTTPS = 443
 _TAIL = 1 << 21

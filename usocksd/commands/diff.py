@@ -19,12 +19,12 @@ from typing import IO, Any, Final
 
 from usocksd.config import Config
 from usocksd.errors import Error
-from usocksd.log.words import counted
 from usocksd.net.address import join_port
 from usocksd.records import AccessRecord, Skipped, lines_of
 from usocksd.replay import Change, Outcome, Replay
 from usocksd.serve.verbs.client import visible
 from usocksd.settings import loader as configuration
+from usocksd.settings.loader import counted
 
 Json = dict[str, Any]
 

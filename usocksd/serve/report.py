@@ -14,7 +14,6 @@ import trio
 from usocksd import __version__
 from usocksd.errors import Error
 from usocksd.log.metrics import Metrics, Snapshot, total
-from usocksd.log.words import counted
 from usocksd.serve.crew import Crew
 from usocksd.serve.master_log import MasterLog
 from usocksd.serve.plan import Generation
@@ -22,6 +21,7 @@ from usocksd.serve.slots import Slots
 from usocksd.serve.timing import Timing
 from usocksd.serve.vitals import LOG_FAILING
 from usocksd.serve.worker_process import WorkerAnswer, WorkerProcess, WorkerState
+from usocksd.settings.loader import counted
 
 _RATES = ("connections", "tx_bytes", "rx_bytes")
 _PAGE = os.sysconf("SC_PAGE_SIZE")

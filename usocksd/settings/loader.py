@@ -181,6 +181,11 @@ def structure(
     return config
 
 
+def counted(number: int, one: str, many: str = "") -> str:
+    """1 fault, 2 faults, 1,204 requests; `many` where an s does not make it so."""
+    return f"{number:,} {one if number == 1 else many or f'{one}s'}"
+
+
 def show(value: object) -> str:
     """A TOML value as a fault shows it: one line, bounded, without credentials."""
     match value:

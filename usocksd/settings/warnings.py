@@ -17,13 +17,12 @@ from pathlib import Path
 import attrs
 
 from usocksd.errors import Fault
-from usocksd.log.words import counted
 from usocksd.net.address import IPAddress
 from usocksd.net.limits import most_connections
 from usocksd.net.listeners import may_be_transparent
 from usocksd.settings.common import CommonConfig
 from usocksd.settings.control_path import NotPrivate, check_folder
-from usocksd.settings.loader import show
+from usocksd.settings.loader import counted, show
 from usocksd.settings.types import LOCALHOST
 
 

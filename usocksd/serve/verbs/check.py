@@ -17,12 +17,12 @@ from typing import Any
 import attrs
 
 from usocksd.errors import ConfigError, Fault
-from usocksd.log.words import counted
 from usocksd.net.address import join_port
 from usocksd.serve.daemon import Daemon, Remarks, Subparsers
 from usocksd.serve.verbs.client import visible
 from usocksd.settings import loader as configuration
 from usocksd.settings.common import CommonConfig
+from usocksd.settings.loader import counted
 
 _DESCRIPTION = """\
 Check a configuration on this host, as this user, and change nothing. Print every fault (the daemon would not start),

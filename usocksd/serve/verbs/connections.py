@@ -12,10 +12,10 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from usocksd.log.words import counted
 from usocksd.serve.verbs.client import ControlClient, print_json
 from usocksd.serve.verbs.selection import Connection, select
 from usocksd.serve.verbs.show import KEEP, Column, cell, duration, make_console, make_table, plain_table, rate, size
+from usocksd.settings.loader import counted
 
 SAMPLE = 0.5
 """Seconds over which rates are taken."""

@@ -9,9 +9,9 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from usocksd.log.words import counted
 from usocksd.serve.verbs.client import Answer, ControlClient, print_json
 from usocksd.serve.verbs.show import Column, cell, duration, make_console, make_table, put, rate, size
+from usocksd.settings.loader import counted
 
 # How many of the addresses or upstreams in trouble are named.
 _MOST_NAMED = 4

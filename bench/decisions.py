@@ -18,7 +18,7 @@ from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 
 from usocksd.clients import Client
-from usocksd.config import Config
+from usocksd.config import UsocksdConfig
 from usocksd.net.address import IPAddress
 from usocksd.settings.loader import load
 
@@ -118,7 +118,7 @@ def _peak(pid: str) -> float:
 
 def decide(file: Path) -> dict[str, float]:
     """Microseconds of CPU of a decision on a name, on an address behind a name, and on an address."""
-    rules = load(Config, file).access_rules(lambda _: False)
+    rules = load(UsocksdConfig, file).access_rules(lambda _: False)
     chance = random.Random(5)
     listed = [line.strip().lstrip(".") for line in (file.parent / "names.txt").read_text().splitlines()[:: RULES + 1]]
     requests = [

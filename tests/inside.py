@@ -93,7 +93,7 @@ class Proxy(daemons.Log):
 async def usocksd_inside(folder: Path, text: str = "", *, listener: Socket | None = None) -> AsyncIterator[Proxy]:
     """usocksd with this configuration; `listener` in place of one on loopback."""
     build = usocksd.commands.serve.build
-    async with _inside("usocksd", folder, usocksd.config.Config, text, build, listener=listener) as proxy:
+    async with _inside("usocksd", folder, usocksd.config.UsocksdConfig, text, build, listener=listener) as proxy:
         yield proxy
 
 
@@ -102,7 +102,7 @@ async def transocks_inside(
     folder: Path, text: str, *, connections: int = 1000, host: str = "127.0.0.1"
 ) -> AsyncIterator[Proxy]:
     """transocks with this configuration on this loopback address, with descriptors for so many connections."""
-    build, kind, listener = transocks.commands.serve.build, transocks.config.Config, listen(host, 0)
+    build, kind, listener = transocks.commands.serve.build, transocks.config.TransocksConfig, listen(host, 0)
     async with _inside("transocks", folder, kind, text, build, listener=listener, connections=connections) as proxy:
         yield proxy
 

@@ -10,8 +10,8 @@ from typing import Annotated, Any, get_args, get_origin
 import attrs
 import pytest
 
-from transocks.config import Config as TransocksConfig
-from usocksd.config import Config as UsocksdConfig
+from transocks.config import TransocksConfig
+from usocksd.config import UsocksdConfig
 from usocksd.errors import ConfigError
 from usocksd.settings import loader as config
 from usocksd.settings.loader import Parser

@@ -12,13 +12,12 @@ from typing import Any, get_args, get_origin
 import attrs
 import pytest
 
-from transocks.config import Config as TransocksConfig
-from transocks.config import parse_proxy_url
+from transocks.config import TransocksConfig, parse_proxy_url
 from transocks.rules.config import Mode
 from transocks.rules.redirection import Redirection
 from transocks.rules.render import excluded
 from usocksd.clients import DEFAULT_CLIENTS
-from usocksd.config import Config as UsocksdConfig
+from usocksd.config import UsocksdConfig
 from usocksd.settings.loader import load, parse
 
 DEPLOY = Path(__file__).parents[1] / "deploy"

@@ -72,7 +72,7 @@ log = logging.getLogger("usocksd.tiny")
 
 
 @attrs.frozen(kw_only=True)
-class Config(CommonConfig):
+class TinyConfig(CommonConfig):
     workers: Workers | None = 1
     control: SocketPath = None
     addresses: ListenIPs = LOCALHOST[:1]
@@ -90,7 +90,7 @@ class Config(CommonConfig):
         return tuple(("addresses", at) for at in listen)
 
 
-def examine(config: Config, _: str | None) -> Remarks:
+def examine(config: TinyConfig, _: str | None) -> Remarks:
     misbehave("plan")
     return Remarks([Fault("", "", config.warning)] if config.warning else [])
 
@@ -120,7 +120,7 @@ def keeping(parts: Parts) -> tuple[Callable[[], Awaitable[None]], ...]:
     return (keep,) if (FOLDER / "keep").exists() else ()
 
 
-def build(config: Config, parts: Parts) -> Application:
+def build(config: TinyConfig, parts: Parts) -> Application:
     misbehave("build")
     if config.file is not None:
         say(file=parts.read(config.file).decode())
@@ -186,7 +186,7 @@ def make(parts: Parts) -> Application:
 DAEMON: Daemon[Any] = Daemon(
     name="tiny",
     description="tiny",
-    config=Config,
+    config=TinyConfig,
     file="/nonexistent",
     file_required=True,
     control="/nonexistent",

@@ -79,7 +79,7 @@ class AccessLog(AccessRecords):
         self.by_route = {route: by_route.labels(route) for route in (DEFAULT, *routes)}
 
 
-class Access(ConnectionRecords):
+class RedirectedRecords(ConnectionRecords):
     """The records of one connection. The session tells it what it learns, and asks it nothing."""
 
     __slots__ = (

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from transocks.config import Config
+from transocks.config import TransocksConfig
 from usocksd.serve.daemon import Daemon, Subparsers, run
 
 TRANSOCKS = Daemon(
     name="transocks",
     description="A transparent proxy: carries redirected TCP connections to their destinations through a proxy.",
-    config=Config,
+    config=TransocksConfig,
     file="/etc/transocks.toml",
     file_required=True,
     control="/run/transocks/control.sock",

@@ -128,7 +128,7 @@ _WHERE_RULES_SEND = {
 
 
 @attrs.frozen(kw_only=True)
-class Config(CommonConfig):
+class TransocksConfig(CommonConfig):
     """The whole of transocks.toml; only `proxy_url` is required."""
 
     metrics_default: ClassVar[int] = 1083
@@ -212,4 +212,4 @@ class Config(CommonConfig):
         return {"listen_tproxy": tuple(map(str, self.listen_tproxy)), **proxies}
 
 
-__all__ = ["DEFAULT", "DIRECT", "REJECT", "Config", "ProxyScheme", "ProxyURL", "parse_proxy_url"]
+__all__ = ["DEFAULT", "DIRECT", "REJECT", "ProxyScheme", "ProxyURL", "TransocksConfig", "parse_proxy_url"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pwd
 from collections.abc import Iterator, Sequence
 
-from transocks.config import DEFAULT, DIRECT, FAILOVER, Config
+from transocks.config import DEFAULT, DIRECT, FAILOVER, TransocksConfig
 from transocks.original_dst import OWN_USERS
 from transocks.route_settings import NAME
 from transocks.rules.lint import lint_rules
@@ -20,7 +20,7 @@ from usocksd.settings.warnings import HostFacts, lint_common, readable_by_all
 
 
 def lint(
-    config: Config,
+    config: TransocksConfig,
     source: str | None = None,
     *,
     host: HostFacts | None = None,
@@ -45,7 +45,7 @@ def lint(
     return config.lines.locate(found)
 
 
-def _tproxy(config: Config, host: HostFacts) -> Iterator[Fault]:
+def _tproxy(config: TransocksConfig, host: HostFacts) -> Iterator[Fault]:
     """Whether this process could open the sockets."""
     for listen in config.listen_tproxy[:1]:
         if not host.may_be_transparent:
@@ -53,7 +53,7 @@ def _tproxy(config: Config, host: HostFacts) -> Iterator[Fault]:
             yield Fault("listen_tproxy", str(listen), f"{missing} CAP_NET_ADMIN")
 
 
-def _groups(config: Config, host: HostFacts, readable: str | None) -> Iterator[Fault]:
+def _groups(config: TransocksConfig, host: HostFacts, readable: str | None) -> Iterator[Fault]:
     """Proxies that are ourselves, or there twice, or whose password everybody may read in the file `readable`."""
     for key, group in config.keyed_groups():
         seen: set[ProxyURL] = set()
@@ -86,7 +86,7 @@ def _hears(listen: ListenAddress, proxy: ProxyURL, host: HostFacts) -> bool:
     return here and listen.port == proxy.port
 
 
-def _direct(config: Config, own_users: Sequence[str]) -> Iterator[Fault]:
+def _direct(config: TransocksConfig, own_users: Sequence[str]) -> Iterator[Fault]:
     """Connections past the proxies must not be redirected to us again."""
     if config.mark is not None or any(_exists(user) for user in own_users):
         return
@@ -108,7 +108,7 @@ def _exists(user: str) -> bool:
     return True
 
 
-def _routes(config: Config) -> Iterator[Fault]:
+def _routes(config: TransocksConfig) -> Iterator[Fault]:
     """Routes that never decide, or not by what they say; and groups to which none leads."""
     routes = [route.route(number, config.names) for number, route in enumerate(config.route, 1)]
     groups = config.groups()

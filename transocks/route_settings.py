@@ -65,7 +65,7 @@ class RouteConfig(ConditionsConfig):
     name: RouteName | None = None
     """None: "route N", counted from 1"""
     via: str
-    """a group of upstreams, DIRECT or REJECT; `Config.check_table` looks whether there is such a group"""
+    """a group of upstreams, DIRECT or REJECT; `TransocksConfig.check_table` looks whether there is such a group"""
     send: Send | None = None
     """None: as [names] has it"""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from transocks.access_log import Access, AccessLog
+from transocks.access_log import AccessLog, RedirectedRecords
 from transocks.direct import Direct
 from transocks.first_bytes import First, FirstBytes
 from transocks.original_dst import LoopGuard, original_destination, tproxy_destination
@@ -33,7 +33,7 @@ from usocksd.socks import Reply, RequestRefused
 _UNRESOLVED = frozenset({Reply.HOST_UNREACHABLE, 502, 503, 504})
 
 
-class Sessions:
+class RedirectedSessions:
     """Everything that a session needs, and `serve`, which is one session."""
 
     def __init__(
@@ -63,7 +63,7 @@ class Sessions:
 
     async def serve(self, client: Endpoint, host: str, port: int) -> None:
         """Serve one accepted connection to its end. `host` is the client's numeric address."""
-        access = client.about = Access(self._access_log, host, port)
+        access = client.about = RedirectedRecords(self._access_log, host, port)
         try:
             destination = (
                 tproxy_destination(client.sock, self._guard.is_ours)
@@ -82,7 +82,7 @@ class Sessions:
         finally:
             self._guard.leave(destination)
 
-    async def _carry(self, client: Endpoint, request: TunnelRequest, access: Access) -> None:
+    async def _carry(self, client: Endpoint, request: TunnelRequest, access: RedirectedRecords) -> None:
         """first bytes, name -> route -> upstream dial + handshake -> relay -> record"""
         tunnel = None
         try:
@@ -118,7 +118,7 @@ class Sessions:
         finally:
             upstream.close()
 
-    async def _reach(self, client: Endpoint, request: TunnelRequest, first: First, access: Access) -> Tunnel:
+    async def _reach(self, client: Endpoint, request: TunnelRequest, first: First, access: RedirectedRecords) -> Tunnel:
         """route -> upstream dial + handshake; again without the name if that leads nowhere.
 
         Raises Denied if a route rejects it, and what the upstream does.

@@ -114,7 +114,7 @@ class AccessLog(AccessRecords):
             self.denied.labels(rule)
 
 
-class Access(ConnectionRecords):
+class SocksRecords(ConnectionRecords):
     """The records of one connection. The session tells it what it learns, and asks it nothing."""
 
     __slots__ = (

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from usocksd.config import Config
+from usocksd.config import UsocksdConfig
 from usocksd.serve.daemon import Daemon, Subparsers, run
 
 USOCKSD = Daemon(
     name="usocksd",
     description="A SOCKS server (4, 4a, 5) with access control and a choice of egress address.",
-    config=Config,
+    config=UsocksdConfig,
     file="/etc/usocksd.toml",
     file_required=False,
     control="/run/usocksd/control.sock",

@@ -224,7 +224,7 @@ class Auth:
 
 
 @attrs.frozen(kw_only=True)
-class Config(CommonConfig):
+class UsocksdConfig(CommonConfig):
     """The whole of usocksd.toml; every table has defaults, so an empty file is a configuration."""
 
     metrics_default: ClassVar[int] = 1082

@@ -10,7 +10,7 @@ from pathlib import Path
 from usocksd.acl import Rule, rules_of_lists
 from usocksd.auth import Users
 from usocksd.clients import DEFAULT_CLIENTS
-from usocksd.config import Config, PoolConfig
+from usocksd.config import PoolConfig, UsocksdConfig
 from usocksd.egress import covers
 from usocksd.errors import ConfigError, Fault
 from usocksd.host.addresses import HostAddresses
@@ -23,7 +23,7 @@ from usocksd.settings.loader import counted, show
 from usocksd.settings.warnings import HostFacts, lint_common, lint_mark, readable_by_all
 
 
-def lint(config: Config, host: HostFacts | None = None, resolv_conf: Path = RESOLV_CONF) -> list[Fault]:
+def lint(config: UsocksdConfig, host: HostFacts | None = None, resolv_conf: Path = RESOLV_CONF) -> list[Fault]:
     """What to warn of, on this host and as this user: key, value, what is wrong with it and what would be right.
 
     Takes about a millisecond, with 100,000 sites a second, and changes nothing.
@@ -50,7 +50,7 @@ def lint(config: Config, host: HostFacts | None = None, resolv_conf: Path = RESO
 # [incoming]
 
 
-def _open_proxy(config: Config) -> Iterator[Fault]:
+def _open_proxy(config: UsocksdConfig) -> Iterator[Fault]:
     allowed = config.incoming.allow_from
     if config.auth.required or allowed is None:
         return
@@ -68,7 +68,7 @@ def _shown(values: Sequence[object]) -> str:
     return show(list(map(str, values)))
 
 
-def _trusted(config: Config) -> Iterator[Fault]:
+def _trusted(config: UsocksdConfig) -> Iterator[Fault]:
     if config.incoming.proxy_protocol is None:
         return
     key, trusted = "incoming.proxy_protocol.trusted", config.incoming.proxy_protocol.trusted
@@ -82,7 +82,7 @@ def _trusted(config: Config) -> Iterator[Fault]:
 # [[rule]]
 
 
-def _rules(config: Config) -> Iterator[Fault]:
+def _rules(config: UsocksdConfig) -> Iterator[Fault]:
     file, known = config.auth.users_file, None
     if file is not None:
         with contextlib.suppress(ConfigError):  # which is a fault of its own
@@ -113,7 +113,7 @@ def _rules(config: Config) -> Iterator[Fault]:
                 yield Fault(f"{key}.to[{index}]", show(entry.label), "has no entries: expected one a line")
 
 
-def _covered_rules(config: Config) -> Iterator[Fault]:
+def _covered_rules(config: UsocksdConfig) -> Iterator[Fault]:
     """Rules and lists that never decide, since a rule above has all that they have."""
     rules, lists = config.rules(), rules_of_lists((), config.outgoing.deny_sites, config.outgoing.deny_ports)
     # Behind a rule that denies everything there is nothing to look at: that is reported once.
@@ -147,7 +147,7 @@ def _leaves_nothing(above: Rule, rule: Rule) -> bool:
     return not (above.allow and above.to is None and lifts)
 
 
-def _denies_everything(config: Config, at: int, some_allowed: bool) -> Iterator[Fault]:
+def _denies_everything(config: UsocksdConfig, at: int, some_allowed: bool) -> Iterator[Fault]:
     value = show(config.rule[at].name) if config.rule[at].name else ""
     if not some_allowed:
         yield Fault(f"rule[{at}]", value, "denies every request: expected rules above that allow some")
@@ -165,7 +165,7 @@ _LISTS = ("allow_sites", "deny_sites", "deny_ports")
 # [outgoing] and [egress]
 
 
-def _pools(config: Config, host: HostFacts) -> Iterator[Fault]:
+def _pools(config: UsocksdConfig, host: HostFacts) -> Iterator[Fault]:
     used = {"default", *(rule.egress for rule in config.rule)}
     for name, pool in config.pools().items():
         key = f"egress.{name}"
@@ -214,7 +214,7 @@ def _repeated(key: str, values: Sequence[object]) -> Iterator[Fault]:
 # [auth]
 
 
-def _users(config: Config) -> Iterator[Fault]:
+def _users(config: UsocksdConfig) -> Iterator[Fault]:
     path = config.auth.users_file
     if path is None:
         return

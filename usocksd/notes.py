@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from usocksd.config import Config
+from usocksd.config import UsocksdConfig
 from usocksd.decision import Policy
 from usocksd.errors import ConfigError, Fault
 from usocksd.records import RecordedRequest, Skipped, lines_of, read_record
@@ -23,12 +23,12 @@ _TAIL = 1 << 21
 """Bytes that are read from the end of the log: 2,000 requests or so, in a tenth of a second."""
 
 
-def notes(config: Config, policy: Callable[[], Policy]) -> list[Fault]:
+def notes(config: UsocksdConfig, policy: Callable[[], Policy]) -> list[Fault]:
     """Key, value and what it does. `policy` makes the rules of the configuration; it is called if there is a log."""
     return config.lines.locate([*_clients(config), *_https(config), *_denied(config, policy)])
 
 
-def _clients(config: Config) -> Iterator[Fault]:
+def _clients(config: UsocksdConfig) -> Iterator[Fault]:
     incoming = config.incoming
     if incoming.allow_from is None or all(listen.address.is_loopback for listen in incoming.listen):
         return
@@ -43,7 +43,7 @@ def _clients(config: Config) -> Iterator[Fault]:
     yield Fault("incoming.allow_from", allowed, f"admits {admitted}: all others are turned away")
 
 
-def _https(config: Config) -> Iterator[Fault]:
+def _https(config: UsocksdConfig) -> Iterator[Fault]:
     denied = f"denies HTTPS (port {_HTTPS}) to everybody"
     for at, rule in enumerate(config.rule):
         if rule.action == "allow":  # the log tells for whom, and for what
@@ -57,7 +57,7 @@ def _https(config: Config) -> Iterator[Fault]:
         yield Fault(f"outgoing.deny_ports[{at}]", str(_HTTPS), denied)
 
 
-def _denied(config: Config, policy: Callable[[], Policy]) -> Iterator[Fault]:
+def _denied(config: UsocksdConfig, policy: Callable[[], Policy]) -> Iterator[Fault]:
     """How many requests the log has as allowed, and this configuration would deny."""
     path = config.log.filename
     lines = [] if path is None else _tail(Path(path))

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import attrs
 
-from usocksd.access_log import Access
+from usocksd.access_log import SocksRecords
 from usocksd.clients import Client, ClientRules
 from usocksd.net.address import numeric_address
 from usocksd.net.endpoint import Endpoint
@@ -38,7 +38,9 @@ class ProxiedListener:
         as well claim to be a client that is allowed."""
         return client.local or self.clients.admits(client.address)
 
-    async def learn_client(self, endpoint: Endpoint, peer: Client, server: Server, access: Access) -> Client | None:
+    async def learn_client(
+        self, endpoint: Endpoint, peer: Client, server: Server, access: SocksRecords
+    ) -> Client | None:
         """The client that `peer` names; `server` gets what follows the header.
 
         None if the peer is not trusted, or the client has too many connections: the connection is reset and logged.

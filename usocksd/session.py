@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from usocksd.access_log import Access, AccessLog
+from usocksd.access_log import AccessLog, SocksRecords
 from usocksd.auth import Users
 from usocksd.clients import ALLOW_FROM, Client
 from usocksd.decision import Decision, Policy
@@ -33,7 +33,7 @@ _LAST_WORD_WITHIN = 5.0
 _MOST_REMEMBERED = 1024
 
 
-class Sessions:
+class SocksSessions:
     """Everything that a session needs, and `serve`, which is one session."""
 
     def __init__(
@@ -74,7 +74,7 @@ class Sessions:
         """Serve one accepted connection to its end. `host` is the client's numeric address."""
         client = Client.at(host, port)
         local = endpoint.local_address()
-        access = endpoint.about = Access(self._access_log, client, local)
+        access = endpoint.about = SocksRecords(self._access_log, client, local)
         endpoint.deadline = endpoint.reactor.clock() + self._timeouts.handshake
         proxied = self._proxied.get(local[1])
         if proxied is None and not self._policy.clients.admits(client.address):
@@ -94,7 +94,7 @@ class Sessions:
             upstream.close()
 
     async def _connect(
-        self, endpoint: Endpoint, client: Client, proxied: ProxiedListener | None, access: Access
+        self, endpoint: Endpoint, client: Client, proxied: ProxiedListener | None, access: SocksRecords
     ) -> tuple[Endpoint, bytes] | None:
         """From the handshake to the reply. `proxied` is the listener for proxies if the connection came to that.
 
@@ -160,7 +160,7 @@ class Sessions:
         return upstream, server.trailing_data
 
     async def _handshake(
-        self, endpoint: Endpoint, client: Client, server: Server, access: Access
+        self, endpoint: Endpoint, client: Client, server: Server, access: SocksRecords
     ) -> tuple[Request | None, Client]:
         """The client's request, None if it was a probe; and the client with its user.
 
@@ -181,7 +181,7 @@ class Sessions:
                 return None, client
 
     async def _authenticate(
-        self, credentials: Credentials, endpoint: Endpoint, client: Client, server: Server, access: Access
+        self, credentials: Credentials, endpoint: Endpoint, client: Client, server: Server, access: SocksRecords
     ) -> Client:
         """The client with its user. Raises ClientFault, DeadlineExpired, PeerReset."""
         # If nobody has to authenticate, an empty password is no attempt to: Java sends the login name with one.

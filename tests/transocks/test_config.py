@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from marked import marked_faults
 
-from transocks.config import Config, ProxyScheme, ProxyURL, parse_proxy_url
+from transocks.config import ProxyScheme, ProxyURL, TransocksConfig, parse_proxy_url
 from transocks.routes import RouteDecision
 from transocks.upstreams.proxy_url import SecretStr
 from usocksd.errors import ConfigError
@@ -25,17 +25,17 @@ PROXY = 'proxy_url = "socks5://10.20.30.40:1080"\n'
 
 def faults(toml: str) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        parse(Config, toml, "transocks.toml")
+        parse(TransocksConfig, toml, "transocks.toml")
     return [str(fault) for fault in caught.value.faults]
 
 
 def listening(value: str) -> list[str]:
-    return [str(listen) for listen in parse(Config, f"{PROXY}listen = {value}", "transocks.toml").listen]
+    return [str(listen) for listen in parse(TransocksConfig, f"{PROXY}listen = {value}", "transocks.toml").listen]
 
 
 def test_the_configuration_of_the_original_readme() -> None:
     config = parse(
-        Config,
+        TransocksConfig,
         """
         listen = "localhost:1081"
         proxy_url = "socks5://10.20.30.40:1080"
@@ -48,7 +48,7 @@ def test_the_configuration_of_the_original_readme() -> None:
     )
     assert config.proxy_url == (ProxyURL(scheme=ProxyScheme.SOCKS5, host=ip_address("10.20.30.40"), port=1080),)
     assert config.log == LogConfig(filename="/path/to/file", level="info", format="json")
-    assert config.listen == parse(Config, PROXY, "transocks.toml").listen
+    assert config.listen == parse(TransocksConfig, PROXY, "transocks.toml").listen
 
 
 def test_only_the_proxy_is_required() -> None:
@@ -82,9 +82,9 @@ def test_listen(value: str, addresses: list[str]) -> None:
 
 
 def test_listen_tproxy_is_as_listen_is_and_transparent() -> None:
-    assert parse(Config, PROXY, "").listen_tproxy == ()
-    assert parse(Config, f"{PROXY}listen_tproxy = []", "").listen_tproxy == ()
-    config = parse(Config, f'{PROXY}listen_tproxy = [":1084", "192.0.2.1:1085"]', "")
+    assert parse(TransocksConfig, PROXY, "").listen_tproxy == ()
+    assert parse(TransocksConfig, f"{PROXY}listen_tproxy = []", "").listen_tproxy == ()
+    config = parse(TransocksConfig, f'{PROXY}listen_tproxy = [":1084", "192.0.2.1:1085"]', "")
     assert [str(listen) for listen in config.listen_tproxy] == ["0.0.0.0:1084", "[::]:1084", "192.0.2.1:1085"]
     assert [listen.optional for listen in config.listen_tproxy] == [True, True, False]
     assert all(listen.transparent for listen in config.listen_tproxy)
@@ -110,7 +110,7 @@ def test_faults_of_listen_tproxy(value: str, found: str) -> None:
 
 
 def test_ports_of_the_kernel_s_choice_are_not_the_same() -> None:
-    assert parse(Config, f'{PROXY}listen = ":0"\nlisten_tproxy = ":0"', "").listen_tproxy
+    assert parse(TransocksConfig, f'{PROXY}listen = ":0"\nlisten_tproxy = ":0"', "").listen_tproxy
 
 
 def test_a_name_to_listen_on_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +191,7 @@ def test_a_password_does_not_print() -> None:
 def test_a_proxy_url_prints_without_the_password() -> None:
     proxy = parse_proxy_url("http://me:s3cret@[::1]:3128")
     assert str(proxy) == "http://[::1]:3128"
-    assert "s3cret" not in repr(parse(Config, 'proxy_url = "http://me:s3cret@h:1"', ""))
+    assert "s3cret" not in repr(parse(TransocksConfig, 'proxy_url = "http://me:s3cret@h:1"', ""))
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_a_proxy_url_prints_without_the_password() -> None:
 )
 def test_faults_of_proxy_url_never_show_it(url: str, expected: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        parse(Config, f"proxy_url = '{url}'", "transocks.toml")
+        parse(TransocksConfig, f"proxy_url = '{url}'", "transocks.toml")
     (fault,) = caught.value.faults
     assert fault.path == "proxy_url"
     assert fault.expected.startswith(expected)
@@ -255,7 +255,7 @@ def test_any_text_is_a_proxy_url_or_invalid(text: str) -> None:
 
 def test_several_proxies_and_groups() -> None:
     config = parse(
-        Config,
+        TransocksConfig,
         """
         proxy_url = ["socks5://192.0.2.1", "http://me:s3cret@192.0.2.2:3128"]
         policy = "round-robin"
@@ -281,7 +281,7 @@ def test_several_proxies_and_groups() -> None:
 
 def test_faults_of_groups() -> None:
     found = marked_faults(
-        Config,
+        TransocksConfig,
         """
         proxy_url = ["socks5://192.0.2.1", 5, "socks6://me:s3cret@192.0.2.1", "socks5://me:s3cret"]  # 3
         policy = "random"  # 1
@@ -312,7 +312,7 @@ def test_faults_of_groups() -> None:
 
 def test_names_and_routes() -> None:
     config = parse(
-        Config,
+        TransocksConfig,
         PROXY
         + """
         [names]
@@ -344,7 +344,7 @@ def test_names_and_routes() -> None:
 
 def test_faults_of_names_and_routes() -> None:
     found = marked_faults(
-        Config,
+        TransocksConfig,
         PROXY
         + """
         [names]

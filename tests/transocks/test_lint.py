@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 import pytest
 
-from transocks.config import Config, parse_proxy_url
+from transocks.config import TransocksConfig, parse_proxy_url
 from transocks.lint import lint
 from usocksd.settings.loader import parse
 from usocksd.settings.warnings import HostFacts
@@ -17,11 +17,11 @@ PROXY = 'proxy_url = "socks5://192.0.2.1:1080"\n'
 
 
 def keys(toml: str, **facts: Any) -> list[str]:
-    return [fault.path for fault in lint(parse(Config, toml, "transocks.toml"), **facts)]
+    return [fault.path for fault in lint(parse(TransocksConfig, toml, "transocks.toml"), **facts)]
 
 
 def test_nothing_is_wrong_with_the_defaults() -> None:
-    assert lint(Config(proxy_url=(parse_proxy_url("socks5://127.0.0.1:1080"),))) == []
+    assert lint(TransocksConfig(proxy_url=(parse_proxy_url("socks5://127.0.0.1:1080"),))) == []
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_sockets_that_this_user_may_not_open(may: bool) -> None:
 
 def test_a_password_that_everybody_may_read(tmp_path: Path) -> None:
     file = tmp_path / "transocks.toml"
-    with_password = Config(proxy_url=(parse_proxy_url("http://me:s3cret@192.0.2.1:3128"),))
+    with_password = TransocksConfig(proxy_url=(parse_proxy_url("http://me:s3cret@192.0.2.1:3128"),))
     file.touch()
     file.chmod(0o644)
     assert list(map(str, lint(with_password, str(file)))) == [
@@ -68,7 +68,7 @@ def test_a_password_that_everybody_may_read(tmp_path: Path) -> None:
     ]
     assert lint(with_password) == []
     for url in ("http://192.0.2.1:3128", "http://me@192.0.2.1:3128"):
-        assert lint(Config(proxy_url=(parse_proxy_url(url),)), str(file)) == []
+        assert lint(TransocksConfig(proxy_url=(parse_proxy_url(url),)), str(file)) == []
     file.chmod(0o640)
     assert lint(with_password, str(file)) == []
 
@@ -91,7 +91,7 @@ def test_each_proxy_of_each_group_is_looked_at(tmp_path: Path) -> None:
         to = ["www.example.org"]
         via = "near"
     """
-    found = lint(parse(Config, toml, "transocks.toml"), str(file))
+    found = lint(parse(TransocksConfig, toml, "transocks.toml"), str(file))
     assert [fault.path for fault in found] == [
         "proxy_url[1]",
         "upstream.far.proxy_url[1]",
@@ -149,7 +149,7 @@ def test_routes_and_groups_without_effect() -> None:
         from = ["10.0.0.0/8"]
         via = "default"
     """
-    found = list(map(str, lint(parse(Config, PROXY + routes, ""))))
+    found = list(map(str, lint(parse(TransocksConfig, PROXY + routes, ""))))
     assert [warning.partition(", ")[0] for warning in found] == [
         "route 2: never decides",
         'route 4: send: "name": its proxies take addresses only: expected socks5h in used',

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from usocksd.acl import AccessRules, Rule, RuleAnswer, Ruling, rules_of_lists
 from usocksd.clients import Client, ClientRules
-from usocksd.config import Config
+from usocksd.config import UsocksdConfig
 from usocksd.names.match import PROTECTED, canonical_host, judged_addresses, parse_network
 from usocksd.names.sites import SiteList, parse_entry
 from usocksd.net.address import IPAddress, numeric_address
@@ -95,7 +95,7 @@ def test_protected_addresses_are_denied_however_they_are_reached(kind: str, text
 
 def test_what_is_behind_a_nat64_of_this_network_is_judged_as_the_ipv4_address() -> None:
     text = '[outgoing]\nnat64_prefixes = ["2001:db8:64::/96"]\ndeny_sites = ["10.0.0.0/8"]\n'
-    known = parse(Config, text, "usocksd.toml").access_rules(lambda _: False)
+    known = parse(UsocksdConfig, text, "usocksd.toml").access_rules(lambda _: False)
     assert asked(known, "2001:db8:64::10.0.0.1") == Ruling(False, 'deny_sites "10.0.0.0/8"')
     assert asked(known, "2001:db8:64::127.0.0.1") == Ruling(False, "built-in: loopback")
     assert asked(known, "2001:db8:64::192.0.2.1").allowed

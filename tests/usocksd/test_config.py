@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from marked import marked_faults
 
-from usocksd.config import Auth, Config, PoolConfig
+from usocksd.config import Auth, PoolConfig, UsocksdConfig
 from usocksd.errors import ConfigError
 from usocksd.settings.loader import Invalid, load, parse
 
@@ -17,12 +17,12 @@ DATA = Path(__file__).parent / "data"
 
 def faults(toml: str) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        parse(Config, toml, "usocksd.toml")
+        parse(UsocksdConfig, toml, "usocksd.toml")
     return [str(fault) for fault in caught.value.faults]
 
 
 def test_the_original_test_configuration() -> None:
-    config = load(Config, DATA / "original.toml")
+    config = load(UsocksdConfig, DATA / "original.toml")
     assert config.incoming.port == 1080
     assert config.incoming.addresses == (ip_address("127.0.0.1"),)
     assert config.incoming.allow_from == (ip_network("10.0.0.0/8"), ip_network("192.168.1.1/32"))
@@ -35,13 +35,13 @@ def test_the_original_test_configuration() -> None:
 
 def test_the_faulty_configurations_of_the_original_are_refused() -> None:
     with pytest.raises(ConfigError) as caught:
-        load(Config, DATA / "original-bad-key.toml")
+        load(UsocksdConfig, DATA / "original-bad-key.toml")
     assert [str(fault) for fault in caught.value.faults] == [
         "hoge: unknown key, expected one of log, dns, timeouts, limits, workers, incoming, outgoing, rule, egress, auth,"
         " control"
     ]
     with pytest.raises(ConfigError) as caught:
-        load(Config, DATA / "original-bad-type.toml")
+        load(UsocksdConfig, DATA / "original-bad-type.toml")
     assert [str(fault) for fault in caught.value.faults] == [
         'incoming.allow_from: "12.34.56.78": expected a list, as in ["12.34.56.78"]'
     ]
@@ -49,7 +49,7 @@ def test_the_faulty_configurations_of_the_original_are_refused() -> None:
 
 def test_allow_from() -> None:
     config = parse(
-        Config,
+        UsocksdConfig,
         '[incoming]\nallow_from = ["10.1.2.3/8", "192.0.2.1", "2001:db8::1", "::ffff:10.0.0.0/104"]',
         "usocksd.toml",
     )
@@ -63,7 +63,7 @@ def test_allow_from() -> None:
 
 def test_empty_lists_and_strings_are_as_none() -> None:
     config = parse(
-        Config,
+        UsocksdConfig,
         """
         [incoming]
         addresses = []
@@ -76,20 +76,20 @@ def test_empty_lists_and_strings_are_as_none() -> None:
         """,
         "usocksd.toml",
     )
-    assert config == Config()
+    assert config == UsocksdConfig()
 
 
 def test_listen_addresses() -> None:
-    everywhere = parse(Config, "[incoming]\nport = 1234", "").incoming.listen
+    everywhere = parse(UsocksdConfig, "[incoming]\nport = 1234", "").incoming.listen
     assert [str(listen) for listen in everywhere] == ["0.0.0.0:1234", "[::]:1234"]
     assert all(listen.optional for listen in everywhere)
-    chosen = parse(Config, '[incoming]\naddresses = ["127.0.0.1", "::1"]', "").incoming.listen
+    chosen = parse(UsocksdConfig, '[incoming]\naddresses = ["127.0.0.1", "::1"]', "").incoming.listen
     assert [str(listen) for listen in chosen] == ["127.0.0.1:1080", "[::1]:1080"]
     assert not any(listen.optional for listen in chosen)
 
 
 def listened(toml: str) -> list[tuple[str, str]]:
-    return [(key, str(listen)) for key, listen in parse(Config, toml, "").listen_keys]
+    return [(key, str(listen)) for key, listen in parse(UsocksdConfig, toml, "").listen_keys]
 
 
 def test_the_listener_for_proxies() -> None:
@@ -135,12 +135,12 @@ def test_faults_of_the_listener_for_proxies(table: str, found: list[str]) -> Non
 def test_sites_are_kept_as_written() -> None:
     sites = ("WWW.Example.COM.", ".bücher.example", "", "127.1", "192.0.2.0/24", "[2001:db8::1]")
     listed = ", ".join(f'"{site}"' for site in sites)
-    assert parse(Config, f"[outgoing]\ndeny_sites = [{listed}]", "").outgoing.deny_sites == sites
+    assert parse(UsocksdConfig, f"[outgoing]\ndeny_sites = [{listed}]", "").outgoing.deny_sites == sites
 
 
 def test_every_fault_of_the_tables() -> None:
     found = marked_faults(
-        Config,
+        UsocksdConfig,
         f"""
         workers = 65  # 1
         control = "/{"x" * 107}"  # 1
@@ -178,14 +178,16 @@ def test_every_fault_of_the_tables() -> None:
 def test_auth(tmp_path: Path) -> None:
     users = tmp_path / "users"
     users.touch()
-    assert parse(Config, f'[auth]\nusers_file = "{users}"', "").auth == Auth(users_file=users, required=True)
-    optional = parse(Config, f'[auth]\nusers_file = "{users}"\nrequired = false', "").auth
+    assert parse(UsocksdConfig, f'[auth]\nusers_file = "{users}"', "").auth == Auth(users_file=users, required=True)
+    optional = parse(UsocksdConfig, f'[auth]\nusers_file = "{users}"\nrequired = false', "").auth
     assert optional == Auth(users_file=users, required=False)
     assert faults("[auth]\nrequired = true") == [
         "auth.required: true: expected users_file to name the users who may authenticate"
     ]
     relative = '[auth]\nusers_file = "users"'
-    assert parse(Config, relative, str(users.parent / "usocksd.toml")).auth == Auth(users_file=users, required=True)
+    assert parse(UsocksdConfig, relative, str(users.parent / "usocksd.toml")).auth == Auth(
+        users_file=users, required=True
+    )
     assert faults('[auth]\nusers_file = "/nonexistent/users"') == [
         'auth.users_file: "/nonexistent/users": expected a file that exists'
     ]
@@ -198,7 +200,7 @@ def test_auth(tmp_path: Path) -> None:
 
 def test_a_rule_as_typed_values() -> None:
     config = parse(
-        Config,
+        UsocksdConfig,
         """
         [[rule]]
         name = "build hosts: no mail"
@@ -246,7 +248,7 @@ def test_a_rule_as_typed_values() -> None:
 
 def test_every_fault_of_rules_and_pools() -> None:
     found = marked_faults(
-        Config,
+        UsocksdConfig,
         """
         [[rule]]
         action = "permit"  # 1
@@ -320,19 +322,19 @@ def test_names_that_can_not_be_shown(name: str) -> None:
 
 def test_the_default_pool_is_the_one_of_outgoing() -> None:
     outgoing = '[outgoing]\naddresses = ["192.0.2.1"]\niface = "eth0"\nmark = 7\ndnsbl_domain = "dnsbl.example"\n'
-    assert parse(Config, outgoing, "").pools() == {
+    assert parse(UsocksdConfig, outgoing, "").pools() == {
         "default": PoolConfig(
             addresses=(ip_address("192.0.2.1"),), iface="eth0", mark=7, dnsbl_domains=("dnsbl.example",)
         )
     }
-    assert parse(Config, "", "").pools() == {"default": PoolConfig()}
-    own = parse(Config, '[egress.default]\nsticky = "client"\n[egress.other]\n', "").pools()
+    assert parse(UsocksdConfig, "", "").pools() == {"default": PoolConfig()}
+    own = parse(UsocksdConfig, '[egress.default]\nsticky = "client"\n[egress.other]\n', "").pools()
     assert own == {"default": PoolConfig(sticky="client"), "other": PoolConfig()}
 
 
 def test_a_network_to_leave_from() -> None:
     toml = '[egress.x]\naddresses = ["192.0.2.16/28", "2001:DB8:9::/64", "192.0.2.1/32"]\n'
-    assert list(map(str, parse(Config, toml, "").egress["x"].addresses)) == [
+    assert list(map(str, parse(UsocksdConfig, toml, "").egress["x"].addresses)) == [
         "192.0.2.16/28",
         "2001:db8:9::/64",
         "192.0.2.1",
@@ -343,4 +345,4 @@ def test_a_network_to_leave_from() -> None:
         ("192.0.2.0/33", "an IP address or network"),
     ):
         with pytest.raises(ConfigError, match=problem):
-            parse(Config, f'[egress.x]\naddresses = ["{text}"]\n', "")
+            parse(UsocksdConfig, f'[egress.x]\naddresses = ["{text}"]\n', "")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from usocksd.clients import ALLOW_FROM, TRUSTED, Client, ClientRules
-from usocksd.config import Config
+from usocksd.config import UsocksdConfig
 from usocksd.decision import REQUIRED, USERS, Decision, Policy
 from usocksd.egress import Source
 from usocksd.errors import NO_SUCH_NAME, Denied, Error, NoEgress, ResolveError
@@ -17,7 +17,7 @@ from usocksd.settings.loader import parse
 
 CLIENT = Client.at("10.1.2.3")
 RULES = parse(
-    Config,
+    UsocksdConfig,
     """
     [[rule]]
     name = "secret"

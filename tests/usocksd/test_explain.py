@@ -21,7 +21,7 @@ from daemons import Daemon, NameServer, Served, socks5
 
 from usocksd.cli import main
 from usocksd.commands.parts import make_egress, make_policy
-from usocksd.config import Config
+from usocksd.config import UsocksdConfig
 from usocksd.errors import Error
 from usocksd.explain import Explainer
 from usocksd.host.addresses import HostAddresses
@@ -254,7 +254,7 @@ async def test_names_that_search_domains_have_completed(dns: NameServer, tmp_pat
     resolv_conf = tmp_path / "resolv.conf"
     resolv_conf.write_text("search secret.test nowhere.test test\n")
     config = configuration.parse(
-        Config, '[[rule]]\nname = "secret"\naction = "deny"\nto = [".secret.test"]\nports = [22]', "test"
+        UsocksdConfig, '[[rule]]\nname = "secret"\naction = "deny"\nto = [".secret.test"]\nports = [22]', "test"
     )
     hosts, metrics = HostAddresses(), Metrics("test")
     server, _, port = dns.address.rpartition(":")

@@ -16,27 +16,27 @@ from hypothesis import strategies as st
 
 import usocksd.lint
 from usocksd.clients import Client
-from usocksd.config import Config
+from usocksd.config import UsocksdConfig
 from usocksd.errors import Fault
 from usocksd.names.site_index import SiteIndex
 from usocksd.settings.loader import parse, show, structure
 
 
-def lint(config: Config, resolv_conf: Path = Path("/nonexistent")) -> list[Fault]:
+def lint(config: UsocksdConfig, resolv_conf: Path = Path("/nonexistent")) -> list[Fault]:
     return usocksd.lint.lint(config, resolv_conf=resolv_conf)
 
 
 def found(toml: str, resolv_conf: Path = Path("/nonexistent")) -> list[tuple[str, str]]:
     """Key and value of each warning."""
-    return [(fault.path, fault.value) for fault in lint(parse(Config, toml, "usocksd.toml"), resolv_conf)]
+    return [(fault.path, fault.value) for fault in lint(parse(UsocksdConfig, toml, "usocksd.toml"), resolv_conf)]
 
 
 def text(toml: str) -> str:
-    return "\n".join(fault.at("usocksd.toml") for fault in lint(parse(Config, toml, "usocksd.toml")))
+    return "\n".join(fault.at("usocksd.toml") for fault in lint(parse(UsocksdConfig, toml, "usocksd.toml")))
 
 
 def test_nothing_is_wrong_with_the_defaults() -> None:
-    assert lint(Config()) == []
+    assert lint(UsocksdConfig()) == []
 
 
 def test_a_warning_is_one_line_with_place_key_value_and_what_to_do() -> None:
@@ -141,7 +141,7 @@ def test_who_may_read_the_users(users: Path) -> None:
 
 def sites(*entries: str, key: str = "deny_sites") -> list[str]:
     listed = ", ".join(f'"{entry}"' for entry in entries)
-    faults = lint(parse(Config, f"[outgoing]\n{key} = [{listed}]", ""))
+    faults = lint(parse(UsocksdConfig, f"[outgoing]\n{key} = [{listed}]", ""))
     return [fault.path.removeprefix(f"outgoing.{key}") + " " + fault.expected for fault in faults]
 
 
@@ -191,7 +191,7 @@ def test_what_check_tells_to_remove_changes_no_decision(
 ) -> None:
     toml = {"rule": rules, "outgoing": {"allow_sites": allow, "deny_sites": deny, "deny_ports": [25]}}
     before = decisions(toml)
-    for fault in lint(structure(Config, toml, "")):
+    for fault in lint(structure(UsocksdConfig, toml, "")):
         path = re.fullmatch(r"(?:rule\[(\d+)\]|outgoing)(?:\.(\w+))?(?:\[(\d+)\])?", fault.path)
         if path is None or "remove it" not in fault.expected:
             continue
@@ -207,7 +207,7 @@ def test_what_check_tells_to_remove_changes_no_decision(
 
 def decisions(toml: dict[str, Any]) -> list[bool]:
     """On every request for one of some hosts, and on every address that an allowed name may resolve to."""
-    rules = structure(Config, toml, "").access_rules(lambda _: False)
+    rules = structure(UsocksdConfig, toml, "").access_rules(lambda _: False)
     addresses = ["10.1.0.1", "10.2.0.1", "192.0.2.1", "127.0.0.1", "2001:db8::1", "::1", "64:ff9b::a01:1"]
     clients, users = ["10.9.0.1", "10.200.0.1", "2001:db8::5"], [None, "ci"]
     found = []
@@ -226,7 +226,7 @@ def covered(*rules: str, more: str = "") -> list[str]:
     toml = "".join(f"[[rule]]\n{rule}\n" for rule in rules) + more
     return [
         f"{fault.path.removeprefix('rule')} by {int(match[1]) - 1}"
-        for fault in lint(parse(Config, toml, ""))
+        for fault in lint(parse(UsocksdConfig, toml, ""))
         if (match := re.match(r"never decides, since rule (\d+) .*matches everything that it matches", fault.expected))
     ]
 
@@ -279,7 +279,7 @@ def test_lists_that_a_rule_above_covers() -> None:
     ],
 )
 def test_the_advice_for_a_rule_that_never_decides(above: str, rule: str, mend: str) -> None:
-    faults = lint(parse(Config, f'[[rule]]\nname = "top"\n{above}\n[[rule]]\n{rule}\n', "f"))
+    faults = lint(parse(UsocksdConfig, f'[[rule]]\nname = "top"\n{above}\n[[rule]]\n{rule}\n', "f"))
     assert (
         faults[-1].expected
         == f'never decides, since rule 1 "top" (line 1) above matches everything that it matches: {mend}'
@@ -299,14 +299,16 @@ def test_the_advice_for_a_rule_that_never_decides(above: str, rule: str, mend: s
 )
 def test_a_rule_that_denies_everything_gets_one_warning(rules: list[str], said: str) -> None:
     toml = "".join(f"[[rule]]\n{rule}\n" for rule in rules)
-    assert [str(fault) for fault in lint(parse(Config, toml, ""))] == [said]
+    assert [str(fault) for fault in lint(parse(UsocksdConfig, toml, ""))] == [said]
     # Where it belongs nothing is said of it.
     assert found("".join(f"[[rule]]\n{rule}\n" for rule in (ALLOW + 'to = ["a"]', DENY))) == []
 
 
 def test_lists_behind_a_rule_that_denies_everything() -> None:
     lists = '[outgoing]\nallow_sites = ["a"]\ndeny_ports = [25]\n'
-    faults = [str(fault) for fault in lint(parse(Config, f'[[rule]]\n{ALLOW}to = ["b"]\n[[rule]]\n{DENY}{lists}', ""))]
+    faults = [
+        str(fault) for fault in lint(parse(UsocksdConfig, f'[[rule]]\n{ALLOW}to = ["b"]\n[[rule]]\n{DENY}{lists}', ""))
+    ]
     never = "outgoing.allow_sites and outgoing.deny_ports behind it never decide"
     assert faults == [f"rule 2: denies everything, so {never}: move it down"]
 
@@ -335,7 +337,7 @@ def test_name_servers_that_can_be_none(tmp_path: Path) -> None:
     conf = tmp_path / "resolv.conf"
     conf.write_text("nameserver fe80::1\nnameserver ::1%nosuch0\nnameserver 0.0.0.0\nnameserver ::1%lo\nnameserver x\n")
     assert found("", conf) == [(str(conf), '"fe80::1"'), (str(conf), '"::1%nosuch0"')]
-    assert "fe80::1%eth0" in lint(Config(), conf)[0].expected
+    assert "fe80::1%eth0" in lint(UsocksdConfig(), conf)[0].expected
     # With others in the configuration nobody asks these, and the system's own resolver is the system's.
     for toml in ('[dns]\nservers = ["127.0.0.1"]', '[dns]\nresolver = "system"'):
         assert found(toml, conf) == []
@@ -396,7 +398,7 @@ def test_conditions_that_no_request_meets(tmp_path: Path, users: Path) -> None:
 )
 def test_entries_that_may_be_read_otherwise(entry: str, said: str) -> None:
     def warned(toml: str) -> list[str]:
-        return [fault.expected for fault in lint(parse(Config, toml, "")) if fault.expected == said]
+        return [fault.expected for fault in lint(parse(UsocksdConfig, toml, "")) if fault.expected == said]
 
     assert warned(f'[outgoing]\ndeny_sites = ["x.example", "{entry}"]\n') == [said]
     assert warned(f'[outgoing]\nallow_sites = ["{entry}"]\n') == [said]
@@ -421,7 +423,7 @@ def test_ports_that_are_listed_twice() -> None:
 def test_long_lists_are_looked_at_in_no_time_and_not_recited() -> None:
     names = tuple(f"host{number}.d{number % 100}.example" for number in range(10_000))
     networks = tuple(f"10.{number >> 8 & 255}.{number & 255}.0/24" for number in range(4_000))
-    config = Config()
+    config = UsocksdConfig()
     outgoing = attrs.evolve(config.outgoing, allow_sites=(*names, ".d7.example", *networks), deny_sites=names)
     said = lint(attrs.evolve(config, outgoing=outgoing))
     assert len(said) < 50

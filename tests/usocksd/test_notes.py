@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from usocksd.commands.parts import policy_of
-from usocksd.config import Config
+from usocksd.config import UsocksdConfig
 from usocksd.notes import notes
 from usocksd.settings.loader import parse
 
 
 def said(toml: str, folder: Path = Path()) -> list[str]:
-    config = parse(Config, toml, str(folder / "usocksd.toml"))
+    config = parse(UsocksdConfig, toml, str(folder / "usocksd.toml"))
     return [note.at("f") for note in notes(config, lambda: policy_of(config))]
 
 

@@ -24,7 +24,7 @@ from daemons import (
 )
 
 from usocksd.commands.parts import make_policy
-from usocksd.config import Config
+from usocksd.config import UsocksdConfig
 from usocksd.net.proxy_protocol import LOCAL_HEADER, SIGNATURE, header
 from usocksd.replay import Replay
 from usocksd.settings import loader as configuration
@@ -240,7 +240,7 @@ def granted_or_reset(sock: Socket) -> bool:
 
 def test_records_are_decided_alike_again(server: Daemon, port: int) -> None:
     """`usocksd diff` decides every record of the tests above as the daemon did."""
-    config = configuration.parse(Config, CONFIG.format(port=port), "test")
+    config = configuration.parse(UsocksdConfig, CONFIG.format(port=port), "test")
     policy = make_policy(config, None, lambda _: False)
     replay = Replay(policy, policy)
     replay.read(line.encode() for line in server.lines())

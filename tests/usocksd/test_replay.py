@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from usocksd.clients import TRUSTED, Client, ClientRules
-from usocksd.config import Config
+from usocksd.config import UsocksdConfig
 from usocksd.decision import Policy
 from usocksd.log.formats import FORMATS, Severity
 from usocksd.names.match import canonical_host
@@ -28,7 +28,7 @@ BOTH = ("203.0.113.5", "2001:db8::5")
 
 def policy(text: str = "", users: Sequence[str] | None = None, *, required: bool = False) -> Policy:
     """`text` is a configuration; this host has the address 198.51.100.1."""
-    config = configuration.parse(Config, text, "test")
+    config = configuration.parse(UsocksdConfig, text, "test")
     rules = config.access_rules(lambda ip: str(ip) == "198.51.100.1")
     clients = ClientRules(config.incoming.allow_from or ())
     in_front = config.incoming.proxy_protocol

@@ -9,7 +9,7 @@ import pytest
 
 from usocksd.acl import Ruling
 from usocksd.clients import Client
-from usocksd.config import Config
+from usocksd.config import UsocksdConfig
 from usocksd.decision import Decision
 from usocksd.net.address import numeric_address
 from usocksd.settings.loader import parse
@@ -42,7 +42,7 @@ def test_an_example(line: int, config: str, request_: str) -> None:
     assert asked is not None, f"{DOC}:{line}"
     host, port = split_port(asked["to"])
     assert port is not None
-    rules = parse(Config, config, str(DOC)).access_rules(lambda _: False)
+    rules = parse(UsocksdConfig, config, str(DOC)).access_rules(lambda _: False)
     decision = Decision(rules, Client.at(asked["client"], user=asked["user"]), host, port)
     ruling = decision.ruling or decision.judge_name(decision.sent)
     if asked["address"] is not None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from transocks.config import Config
+from transocks.config import TransocksConfig
 from transocks.lint import lint
 from usocksd.serve.daemon import Remarks
 
 
-def examine(config: Config, source: str | None) -> Remarks:
+def examine(config: TransocksConfig, source: str | None) -> Remarks:
     """Warnings; with `source`, its file, also about that."""
     return Remarks(lint(config, source))

@@ -7,7 +7,7 @@ import json
 import sys
 from ipaddress import ip_address
 
-from transocks.config import Config
+from transocks.config import TransocksConfig
 from usocksd.errors import ConfigError
 from usocksd.settings import loader as configuration
 
@@ -57,7 +57,7 @@ def _run(args: argparse.Namespace) -> int:
 
     file = args.f or _DEFAULT
     try:
-        config = configuration.load(Config, file)
+        config = configuration.load(TransocksConfig, file)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2

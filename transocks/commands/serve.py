@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from transocks.access_log import AccessLog
-from transocks.config import Config
+from transocks.config import TransocksConfig
 from transocks.direct import Direct
 from transocks.first_bytes import FirstBytes
 from transocks.original_dst import LoopGuard
 from transocks.routes import DIRECT
-from transocks.session import Sessions
+from transocks.session import RedirectedSessions
 from transocks.upstreams.group import Upstreams
 from usocksd.errors import Error
 from usocksd.host.addresses import HostAddresses
@@ -20,7 +20,7 @@ from usocksd.net.pipes import PipePool
 from usocksd.serve.daemon import Application, Parts
 
 
-def build(config: Config, parts: Parts) -> Application:
+def build(config: TransocksConfig, parts: Parts) -> Application:
     """Put transocks together. Raises Error when it can't serve."""
     check_mark(config.mark)
     if config.listen_tproxy and not parts.transparent:
@@ -54,7 +54,7 @@ def build(config: Config, parts: Parts) -> Application:
     routes = config.routes()
     first_bytes = FirstBytes(config.names)
     keepalive = KeepAlive(config.timeouts.keepalive)
-    sessions = Sessions(
+    sessions = RedirectedSessions(
         guard=guard,
         first_bytes=first_bytes,
         routes=routes,

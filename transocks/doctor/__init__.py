@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable
 
-from transocks.config import Config
+from transocks.config import TransocksConfig
 from transocks.doctor.checks import CHECKS, Check
 from transocks.doctor.finding import Finding, State, fault, unchecked
 from transocks.doctor.host import Host
@@ -24,7 +24,9 @@ WAIT_FOR_CLIENT = 60.0
 _SETTLE = 0.5  # seconds until the first packet of a connection has gone its way
 
 
-def examine(config: Config, *, client: IPAddress | None = None, say: Callable[[str], None] = print) -> list[Finding]:
+def examine(
+    config: TransocksConfig, *, client: IPAddress | None = None, say: Callable[[str], None] = print
+) -> list[Finding]:
     """Look at this host as this user, within seconds; or wait for the next connection of this client first."""
     if os.geteuid() != 0:
         return judge(Host(config=config, why="packets are traced for root only"))

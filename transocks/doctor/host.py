@@ -11,7 +11,7 @@ from pathlib import Path
 
 import attrs
 
-from transocks.config import Config
+from transocks.config import TransocksConfig
 from transocks.rules import live
 from transocks.rules.config import Mode, RulesConfig
 from transocks.rules.loops import Sender, sender_of
@@ -37,7 +37,7 @@ AS_ROOT = "run it as root"
 class Host:
     """Each fact is read, and each sample tried, once: when a check asks for it."""
 
-    config: Config
+    config: TransocksConfig
     tracer: Tracer | None = None
     """None: no packets can be traced, since this user is not root for example"""
     why: str = ""

@@ -18,7 +18,7 @@ from typing import Any
 
 import attrs
 
-from transocks.config import DIRECT, Config
+from transocks.config import DIRECT, TransocksConfig
 from transocks.rules.config import Mode
 from transocks.rules.redirection import MARK, Redirection
 from transocks.rules.render import excluded
@@ -70,7 +70,7 @@ def takes(redirection: Redirection, sender: Sender, destination: IPAddress, port
     return not redirection.ports or any(low <= port <= high for low, high in redirection.ports)
 
 
-def loops(config: Config, redirections: list[Redirection]) -> Iterator[str]:
+def loops(config: TransocksConfig, redirections: list[Redirection]) -> Iterator[str]:
     """Each loop in words, with what to do. Reads the sockets and processes of this host."""
     host = next((each for each in redirections if each.mode is Mode.HOST), None)
     if host is not None:
@@ -78,7 +78,7 @@ def loops(config: Config, redirections: list[Redirection]) -> Iterator[str]:
             yield from _loops(config, host, listeners())
 
 
-def _loops(config: Config, host: Redirection, there: tuple[ListeningSocket, ...]) -> Iterator[str]:
+def _loops(config: TransocksConfig, host: Redirection, there: tuple[ListeningSocket, ...]) -> Iterator[str]:
     own = next((sender_of(listener) for listener in there if listener.port == host.port), Sender())
     own = attrs.evolve(own, marks=frozenset({config.mark or 0}))
     mark, addresses = f"{config.mark or MARK:#x}", HostAddresses().current
@@ -110,13 +110,13 @@ def _loops(config: Config, host: Redirection, there: tuple[ListeningSocket, ...]
         yield f"a loop: the rules would send transocks's direct connections to transocks. {exempt}"
 
 
-def goes_direct(config: Config) -> bool:
+def goes_direct(config: TransocksConfig) -> bool:
     """Whether transocks may connect to destinations by itself."""
     groups = config.groups().values()
     return DIRECT in {*(route.via for route in config.route), *(group.when_all_down for group in groups)}
 
 
-def upstreams_of(config: Config, named: IPAddress) -> Iterator[tuple[IPAddress, int]]:
+def upstreams_of(config: TransocksConfig, named: IPAddress) -> Iterator[tuple[IPAddress, int]]:
     """Address and port of each upstream, without a name server: `named` stands for those that have a name."""
     for group in config.groups().values():
         for proxy in group.proxy_url:

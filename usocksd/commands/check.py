@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from usocksd.auth import Users
 from usocksd.commands.parts import policy_of
-from usocksd.config import Config
+from usocksd.config import UsocksdConfig
 from usocksd.errors import ConfigError
 from usocksd.lint import lint
 from usocksd.notes import notes
 from usocksd.serve.daemon import Remarks
 
 
-def examine(config: Config, source: str | None) -> Remarks:
+def examine(config: UsocksdConfig, source: str | None) -> Remarks:
     """Warnings and notes; with `source`, its file, also about that and about the file of users."""
     error = None
     if source is not None and config.auth.users_file is not None:

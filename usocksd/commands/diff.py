@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import IO, Any, Final
 
-from usocksd.config import Config
+from usocksd.config import UsocksdConfig
 from usocksd.errors import Error
 from usocksd.net.address import join_port
 from usocksd.records import AccessRecord, Skipped, lines_of
@@ -121,7 +121,7 @@ def _diff(args: argparse.Namespace) -> int:
     from usocksd.commands.parts import make_policy, make_users  # noqa: PLC0415
     from usocksd.host.addresses import HostAddresses  # noqa: PLC0415
 
-    old, new = (configuration.load(Config, path) for path in (args.old, args.new))
+    old, new = (configuration.load(UsocksdConfig, path) for path in (args.old, args.new))
     logs: list[str] = args.log or ([old.log.filename] if old.log.filename else [])
     if not logs:
         raise Error(
@@ -164,7 +164,7 @@ def _open(path: str) -> Iterator[IO[bytes]]:
 # ---- for programs
 
 
-def _summary(replay: Replay, old: Config, new: Config) -> Json:
+def _summary(replay: Replay, old: UsocksdConfig, new: UsocksdConfig) -> Json:
     unknown = replay.count(Change.UNKNOWN)
     lines = [
         {rule.name or f"rule {at + 1}": config.line_of_rule(at) for at, rule in enumerate(config.rule)}

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from usocksd.config import Config
+from usocksd.config import UsocksdConfig
 from usocksd.errors import Error
 from usocksd.net.address import join_port, numeric_address
 from usocksd.serve.daemon import Daemon
@@ -66,7 +66,7 @@ class _Parser(argparse.ArgumentParser):
             self._intermixing = False
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], daemon: Daemon[Config]) -> None:
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], daemon: Daemon[UsocksdConfig]) -> None:
     """Add this verb to a command line that has an option -f, the configuration."""
     parser = subparsers.add_parser(
         "explain",
@@ -115,7 +115,7 @@ def _parse_destination(text: str) -> tuple[str, int]:
     return host, port
 
 
-def _run(daemon: Daemon[Config], args: argparse.Namespace) -> int:
+def _run(daemon: Daemon[UsocksdConfig], args: argparse.Namespace) -> int:
     host, port = args.to
     request = {"client": args.client, "user": args.user, "host": host, "port": port}
     try:
@@ -133,27 +133,27 @@ def _run(daemon: Daemon[Config], args: argparse.Namespace) -> int:
     return _ALLOWED if answer["verdict"] == "allowed" else _REFUSED
 
 
-def _ask(daemon: Daemon[Config], args: argparse.Namespace, request: Json) -> Json:
+def _ask(daemon: Daemon[UsocksdConfig], args: argparse.Namespace, request: Json) -> Json:
     args.f = args.file or args.f
     client = ControlClient(daemon.name, find_control(daemon, args, "usocksd explain: "))
     with _saying(lambda: "waiting for the daemon, which asks its name servers"):
         return client.ask("explain", timeout=_ANSWER_WITHIN, **request)
 
 
-def _judge(daemon: Daemon[Config], args: argparse.Namespace, request: Json) -> Json:
+def _judge(daemon: Daemon[UsocksdConfig], args: argparse.Namespace, request: Json) -> Json:
     path: str | None = args.file or args.f
     if path is None and not Path(daemon.file).exists():
         _say(f"there is no {daemon.file}: judged by the defaults")
-        config = configuration.parse(Config, "", daemon.file)
+        config = configuration.parse(UsocksdConfig, "", daemon.file)
     else:
-        config = configuration.load(Config, path or daemon.file)
+        config = configuration.load(UsocksdConfig, path or daemon.file)
     # Not for the command lines of other verbs: trio and what it needs take a tenth of a second to load.
     import trio  # noqa: PLC0415
 
     return trio.run(_explain, config, request)
 
 
-async def _explain(config: Config, request: Json) -> Json:
+async def _explain(config: UsocksdConfig, request: Json) -> Json:
     """The answer, by all that a daemon with this configuration would have."""
     import trio  # noqa: PLC0415
 

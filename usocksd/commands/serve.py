@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from usocksd.access_log import AccessLog
 from usocksd.commands.parts import make_egress, make_policy, make_users
-from usocksd.config import Config
+from usocksd.config import UsocksdConfig
 from usocksd.dnsbl import Lookups
 from usocksd.explain import Explainer
 from usocksd.host.addresses import HostAddresses
@@ -15,10 +15,10 @@ from usocksd.net.limits import most_name_sockets, most_pipes, most_spare
 from usocksd.net.pipes import PipePool
 from usocksd.proxied import ProxiedListener
 from usocksd.serve.daemon import Application, Parts
-from usocksd.session import Sessions
+from usocksd.session import SocksSessions
 
 
-def build(config: Config, parts: Parts) -> Application:
+def build(config: UsocksdConfig, parts: Parts) -> Application:
     """Put usocksd together. Raises Error when it can't serve."""
     for pool in config.pools().values():
         check_mark(pool.mark)
@@ -33,7 +33,7 @@ def build(config: Config, parts: Parts) -> Application:
     if in_front is not None and policy.trusted is not None:
         proxied = ProxiedListener(in_front.port, policy.trusted, policy.clients, parts.count_as)
     keepalive = KeepAlive(config.timeouts.keepalive)
-    sessions = Sessions(
+    sessions = SocksSessions(
         policy=policy,
         users=users,
         resolver=resolver,

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from transocks.config import Config
+from transocks.config import TransocksConfig
 from transocks.doctor import State, judge
 from transocks.doctor.checks import kernel
 from transocks.doctor.finding import Finding, as_json, as_text, fault, fine, unchecked, warning
 from transocks.doctor.host import Host
 from transocks.upstreams.proxy_url import parse_proxy_url
 
-CONFIG = Config(proxy_url=(parse_proxy_url("socks5://192.0.2.1:1080"),))
+CONFIG = TransocksConfig(proxy_url=(parse_proxy_url("socks5://192.0.2.1:1080"),))
 
 
 @pytest.fixture

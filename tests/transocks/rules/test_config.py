@@ -6,7 +6,7 @@ from ipaddress import ip_network
 
 import pytest
 
-from transocks.config import Config
+from transocks.config import TransocksConfig
 from transocks.rules.config import Mode, Tool
 from usocksd.errors import ConfigError
 from usocksd.settings.loader import parse
@@ -16,13 +16,13 @@ PROXY = 'proxy_url = "socks5://10.20.30.40:1080"\n'
 
 def faults(toml: str) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        parse(Config, toml, "transocks.toml")
+        parse(TransocksConfig, toml, "transocks.toml")
     return [str(fault) for fault in caught.value.faults]
 
 
 def test_rules() -> None:
     config = parse(
-        Config,
+        TransocksConfig,
         PROXY
         + """
         listen = ":1081"
@@ -42,7 +42,7 @@ def test_rules() -> None:
     assert (rules.users, rules.cgroups) == (("backup", 0), ("system.slice/a.service",))
     assert rules.from_ == (ip_network("192.168.0.0/16"),)
     assert rules.ports == ((443, 443), (80, 80), (8000, 8100))
-    assert parse(Config, PROXY, "transocks.toml").rules is None
+    assert parse(TransocksConfig, PROXY, "transocks.toml").rules is None
 
 
 def test_faults_of_rules() -> None:

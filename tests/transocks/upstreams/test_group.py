@@ -18,7 +18,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from transocks.config import Config
+from transocks.config import TransocksConfig
 from transocks.direct import Direct
 from transocks.upstreams.group import Upstreams
 from transocks.upstreams.proxy_url import ProxyScheme
@@ -131,7 +131,7 @@ def slow(heard: bytes) -> bytes:
     return answer[:2]
 
 
-class Access:
+class FakeProgress:
     """What a session would note."""
 
     def __init__(self) -> None:
@@ -150,7 +150,7 @@ class Session:
     """One that asks for a tunnel."""
 
     def __init__(self) -> None:
-        self.access = Access()
+        self.access = FakeProgress()
         self.outcome: Tunnel | BaseException | None = None
         self.client: socket.socket | None = None
         self.done = trio.Event()
@@ -196,7 +196,7 @@ class World:
 
     async def configured(self, *urls: str | Peer, more: str = "") -> Upstreams:
         listed = [url if isinstance(url, str) else f"socks5://127.0.0.1:{url.port}" for url in urls]
-        config = parse(Config, f"proxy_url = {listed}\n{more}", "transocks.toml")
+        config = parse(TransocksConfig, f"proxy_url = {listed}\n{more}", "transocks.toml")
         host, _, port = self.dns.rpartition(":")
         resolver = Resolver((SocketAddress(ip_address(host), int(port)),), Metrics("dns"), clock=trio.current_time)
         await self.nursery.start(resolver.run)

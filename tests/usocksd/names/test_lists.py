@@ -12,7 +12,7 @@ import pytest
 from daemons import GREETING, Daemon, Served, echo, loopback, receive_exactly, receive_reply, request
 
 from usocksd.clients import Client
-from usocksd.config import Config
+from usocksd.config import UsocksdConfig
 from usocksd.errors import ConfigError
 from usocksd.names.conditions import parse_list
 from usocksd.settings.loader import load
@@ -54,7 +54,7 @@ def test_files_are_beside_the_configuration(tmp_path: Path, monkeypatch: pytest.
     )
     for folder, name in ((tmp_path, "etc/usocksd.toml"), (tmp_path / "etc", "usocksd.toml"), (Path("/"), str(file))):
         monkeypatch.chdir(folder)
-        config = load(Config, name)
+        config = load(UsocksdConfig, name)
         rules = config.access_rules(lambda _: False)
         client = Client.at("10.0.0.1")
         for asked, address in (("x.example", None), ("a.example.org", None), (None, ip_address("192.0.2.7"))):
@@ -73,7 +73,7 @@ def test_every_faulty_line_is_reported(tmp_path: Path, path: Path) -> None:
     names = ", ".join(f'"file:{name}"' for name in ("blocked.txt", "none", "", "fifo", "a\\u0000b"))
     file.write_text(f'[[rule]]\naction = "deny"\nto = ["a", {names}]\n')
     with pytest.raises(ConfigError) as caught:
-        load(Config, file)
+        load(UsocksdConfig, file)
     faults = [str(fault) for fault in caught.value.faults]
     expected = 'expected a host, ".domain", an address, a network or "" for requests without a name'
     assert [fault.removeprefix(f'rule 1: to[1]: "file:blocked.txt": {path}: ') for fault in faults[:5]] == [

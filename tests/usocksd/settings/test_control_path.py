@@ -24,7 +24,7 @@ IN_TMP = f"/tmp/usocksd-{NOBODY}/control.sock"
 _PROGRAM = """
 import argparse, attrs, json, os, subprocess, sys, trio
 from usocksd.cli import USOCKSD
-from usocksd.config import Config
+from usocksd.config import UsocksdConfig
 from usocksd.errors import Error
 from usocksd.settings.control_path import control_path
 from usocksd.serve.control import Control
@@ -51,7 +51,7 @@ def ask():
 
 async def main():
     path = control_path(default, default)
-    warned = [fault.expected for fault in lint_common(Config(), facts) if fault.path == "control"]
+    warned = [fault.expected for fault in lint_common(UsocksdConfig(), facts) if fault.path == "control"]
     said = {"path": path, "check": warned}
     try:
         sock = Control.open(path, "usocksd", {"name": name})

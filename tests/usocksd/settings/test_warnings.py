@@ -11,7 +11,7 @@ from typing import Any
 import attrs
 import pytest
 
-from usocksd.config import Config
+from usocksd.config import UsocksdConfig
 from usocksd.net.address import socket_address
 from usocksd.settings.loader import parse
 from usocksd.settings.warnings import HostFacts, connections_of_descriptors, lint_common
@@ -31,7 +31,7 @@ HOST = HostFacts(
 def warned(toml: str, host: HostFacts = HOST) -> list[str]:
     """Each warning, after its key."""
     toml = toml if toml.startswith("control") else f'control = ""\n{toml}'
-    faults = lint_common(parse(Config, toml, ""), host)
+    faults = lint_common(parse(UsocksdConfig, toml, ""), host)
     return [f"{fault.path} {fault.expected}" for fault in faults]
 
 
@@ -71,7 +71,7 @@ def test_the_defaults_do_on_any_host() -> None:
 
 
 def test_connections_for_which_there_are_no_descriptors() -> None:
-    most = connections_of_descriptors(Config(workers=2), HOST)
+    most = connections_of_descriptors(UsocksdConfig(workers=2), HOST)
     assert warned(f"workers = 2\n[limits]\nconnections = {most}") == []
     (line,) = warned(f"workers = 2\n[limits]\nconnections = {most + 1}")
     assert f"2 x 20000 file descriptors allow {most}" in line

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import attrs
 
-from transocks.config import DIRECT, Config
+from transocks.config import DIRECT, TransocksConfig
 from transocks.rules import change, live, routing
 from transocks.rules.config import Mode, RulesConfig, Tool, WhenDown
 from transocks.rules.loops import loops
@@ -34,7 +34,7 @@ _WELL = ("ready", "reloading")
 class Order:
     """The configuration, and what it means for the rules here."""
 
-    config: Config
+    config: TransocksConfig
     rules: RulesConfig
     redirections: list[Redirection]
     tool: Tool
@@ -43,7 +43,7 @@ class Order:
 def order_of(args: argparse.Namespace) -> Order:
     """Read the configuration. Raises ConfigError, or FirewallError."""
     path: str = args.f or DEFAULT
-    config = configuration.load(Config, path)
+    config = configuration.load(TransocksConfig, path)
     if config.rules is None:
         raise FirewallError(f'{path} says nothing of rules: expected [rules] with mode = "host", "gateway" or "tproxy"')
     tool = config.rules.tool or live.choose_tool()

@@ -45,7 +45,7 @@ class UpstreamAddresses:
         now = self._clock()
         if self._name is not None and now >= self._stale_until:
             within = min(deadline, now + _RESOLVE_WITHIN) if self.targets else deadline
-            await self._look_up(self._resolver.search_for(client, self._name, within))
+            await self._look_up(self._resolver.search(self._name, client, within))
 
     async def refresh(self, *, in_haste: bool) -> None:
         """Resolve the name; in haste only if there are no addresses, since slow name servers are not the upstream's

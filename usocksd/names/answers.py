@@ -44,7 +44,7 @@ UNANSWERED = Entry((), TIMED_OUT)
 SILENCE = Entry((), TIMED_OUT, _FAILURE_TTL)
 FAILURE = Entry((), SERVERS_FAILED, _FAILURE_TTL)
 STOPPED = Entry((), "resolver stopped")
-LOCALHOST = Entry((numeric_address("::1"), numeric_address("127.0.0.1")))
+LOCALHOST = (numeric_address("::1"), numeric_address("127.0.0.1"))
 
 
 def of_family(found: NameAnswer | ResolveError) -> Entry:

@@ -17,7 +17,8 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
+from math import inf
 from pathlib import Path
 from typing import NamedTuple
 
@@ -176,34 +177,32 @@ class Resolver:
         return (name, *others) if name.count(".") >= conf.ndots else (*others, name)
 
     def cached(self, name: str) -> tuple[IPAddress, ...] | None:
-        """The addresses of a name, in the order in which to try them, if they are known; None: call `resolve`.
+        """The addresses of a name, in the order in which to try them, if they are known without asking; else None.
 
-        Fastest with names as `canonical_host` gives them; takes literals too.
+        Fastest with names as `canonical_host` gives them; takes literals too. Raises ResolveError if the name is known
+        to have no address, or is no host name.
         """
-        entry = self._known(name)
-        return entry.addresses or None if entry is not None else None
-
-    def _known(self, name: str) -> Entry | None:
-        """What is known of a name without asking a server; also that it has no address."""
         now = self._clock()
         if now >= self._next_check:
             self._reread()
         entry = self._cache.get(name) or self._failures.get(name)
         if entry is not None and entry.expires > now:
             self._hits.value += 1
-            return entry
+            if not entry.addresses:
+                raise ResolveError(name, entry.cause)
+            return entry.addresses
         try:
             host = canonical_host(name)
         except ValueError:
-            return Entry((), "not a host name")
+            raise ResolveError(name, "not a host name") from None
         if not isinstance(host, str):
-            return Entry((host,))
+            return (host,)
         if host != name:
-            return self._known(host)
+            return self.cached(host)
         if _is_localhost(host):
             return answers.LOCALHOST  # RFC 6761 section 6.3: never asked, and both families whatever /etc/hosts has
         listed = self._hosts.addresses(host) if self._threads is None else ()
-        return Entry(answers.in_turn(listed)) if listed else None
+        return answers.in_turn(listed) or None
 
     async def resolve(self, name: str, client: str | None = None) -> tuple[IPAddress, ...]:
         """The addresses of a name, in the order in which to try them: the families in turn, IPv6 first.
@@ -213,25 +212,19 @@ class Resolver:
         name", "no address", "timed out", "servers failed", "too many names are asked for" (by this client, more than by
         others), or "not a host name".
         """
-        entry = self._known(name)
-        if entry is None:
+        found = self.cached(name)
+        if found is None:
             entry = await self._shared_query(str(canonical_host(name)), b"" if client is None else owner(client))
-        if not entry.addresses:
-            raise ResolveError(name, entry.cause)
-        return entry.addresses
+            if not entry.addresses:
+                raise ResolveError(name, entry.cause)
+            return entry.addresses
+        return found
 
-    async def search(self, text: str) -> tuple[IPAddress, ...]:
+    async def search(self, text: str, client: Endpoint | None = None, deadline: float = inf) -> tuple[IPAddress, ...]:
         """The addresses of the first of `full_names` that has any. For names that no rule judges.
 
-        Raises ResolveError as `resolve` does.
+        `client`: on behalf of its session, until `deadline`. Raises as `resolve` and `resolve_for` do.
         """
-        return await self._first(text, self.resolve)
-
-    async def search_for(self, client: Endpoint, text: str, deadline: float) -> tuple[IPAddress, ...]:
-        """`search`, on behalf of a session. Raises as `resolve_for` does."""
-        return await self._first(text, lambda name: self.resolve_for(client, None, name, deadline))
-
-    async def _first(self, text: str, ask: Callable[[str], Awaitable[tuple[IPAddress, ...]]]) -> tuple[IPAddress, ...]:
         try:
             names = self.full_names(text)
         except ValueError:
@@ -239,7 +232,7 @@ class Resolver:
         cause = NO_SUCH_NAME
         for name in names:
             try:
-                return await ask(name)
+                return await (self.resolve_for(client, None, name, deadline) if client else self.resolve(name))
             except ResolveError as error:
                 if not error.absent:
                     raise ResolveError(text, error.cause) from None
@@ -255,11 +248,9 @@ class Resolver:
 
         Raises ResolveError, also for a time-out, and PeerReset when `client` is gone meanwhile.
         """
-        entry = self._known(name)
-        if entry is not None:
-            if not entry.addresses:
-                raise ResolveError(name, entry.cause)
-            return entry.addresses
+        found = self.cached(name)
+        if found is not None:
+            return found
         try:
             return await client.meanwhile(deadline, lambda name: self.resolve(name, host), name)
         except DeadlineExpired:
@@ -281,7 +272,7 @@ class Resolver:
         finally:
             query.waiters -= 1
             if not query.waiters and not query.done.is_set():
-                self._forget(host, query)  # the next asker starts a new one
+                self._end(host, query)  # the next asker starts a new one
                 query.scope.cancel()
         return query.outcome
 
@@ -301,8 +292,7 @@ class Resolver:
             _logger.exception("resolver failed", extra={"fields": {"name": host}})
             self._settle(host, query, answers.FAILURE)
         finally:
-            self._forget(host, query)
-            query.done.set()
+            self._end(host, query)
 
     async def _ask_servers(self, host: str, query: _Query) -> None:
         heard: list[Entry] = []
@@ -342,12 +332,13 @@ class Resolver:
         if not query.done.is_set():
             self._seconds[entry.cause].observe(self._clock() - query.since)
             query.outcome = known
-            self._forget(host, query)
-            query.done.set()
+            self._end(host, query)
 
-    def _forget(self, host: str, query: _Query) -> None:
+    def _end(self, host: str, query: _Query) -> None:
+        """The askers go on with its outcome, and no others join it."""
         if self._queries.get(host) is query:
             del self._queries[host]
+        query.done.set()
 
     def _reread(self) -> None:
         self._next_check = self._clock() + _CHECK_FILES_EVERY

@@ -202,7 +202,7 @@ def test_runs_as_the_user_who_called_sudo(trial: Trial) -> None:
     assert "0" not in groups.split()
 
 
-HIERARCHIES = "from transocks.commands.exec import cgroups as c; real = c._hierarchies; c._hierarchies = lambda: {};"
+MOUNTED = "from transocks.commands.exec import cgroups as c; real = c.mounted; c.mounted = lambda: {};"
 
 
 @pytest.fixture(params=["cgroup2", "net_cls", "group"])
@@ -211,7 +211,7 @@ def hold(request: pytest.FixtureRequest, trial: Trial, tmp_path: Path) -> Iterat
     kind: str = request.param
     kept = {"cgroup2": "kind == 'cgroup2'", "net_cls": "kind != 'cgroup2'", "group": "kind is None"}[kind]
     kept = f"[each for each in real() if each[0].{kept}]"
-    trial.more = HIERARCHIES.format(kept)
+    trial.more = MOUNTED.format(kept)
     mount = tmp_path / "net_cls"
     if kind == "net_cls":
         mount.mkdir()

@@ -8,7 +8,7 @@ from contextlib import suppress
 from math import ceil, inf
 from pathlib import Path
 
-from usocksd.host.mounts import PROC, lines, mounts
+from usocksd.host.mounts import PROC, Mount, lines, mounts
 
 
 def usable_cpus(proc: Path = PROC) -> int:
@@ -55,17 +55,9 @@ def _value(file: Path, key: str) -> int | None:
 
 def _groups(controller: str, proc: Path) -> Iterator[Path]:
     """The folders of the groups that this process is in by `controller`, each before the one above it."""
-    try:
-        memberships, mounted = lines(proc / "self/cgroup"), list(mounts("cgroup", "cgroup2", proc=proc))
-    except OSError:
-        return
-    for line in memberships:
-        _, controllers, path = os.fsdecode(line).split(":", 2)
-        if controllers and controller not in controllers.split(","):
-            continue
-        for mount in mounted:
-            wanted = mount.kind == "cgroup" and controller in mount.options if controllers else mount.kind == "cgroup2"
-            if wanted:
+    with suppress(OSError):
+        for path, mounted in hierarchies(controller, proc):
+            for mount in mounted[:1]:
                 top = Path(mount.point)
                 # In a container the path may be the host's, and then the mount begins at it.
                 inside = Path(path).relative_to(mount.root) if Path(path).is_relative_to(mount.root) else Path()
@@ -74,4 +66,16 @@ def _groups(controller: str, proc: Path) -> Iterator[Path]:
                 while folder != top:
                     folder = folder.parent
                     yield folder
-                break
+
+
+def hierarchies(controller: str, proc: Path = PROC) -> Iterator[tuple[str, list[Mount]]]:
+    """The path of this process's group in the hierarchy of version 1 that has this controller, and in that of version
+    2, which may have it; and where each is mounted. Raises OSError.
+    """
+    mounted = list(mounts("cgroup", "cgroup2", proc=proc))
+    for line in lines(proc / "self/cgroup"):
+        _, controllers, path = os.fsdecode(line).split(":", 2)
+        if not controllers:
+            yield path, [mount for mount in mounted if mount.kind == "cgroup2"]
+        elif controller in controllers.split(","):
+            yield path, [mount for mount in mounted if mount.kind == "cgroup" and controller in mount.options]

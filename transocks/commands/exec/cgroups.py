@@ -18,7 +18,8 @@ from pathlib import Path
 import attrs
 
 from transocks.rules.redirection import CGROUPS, Redirection
-from usocksd.host.mounts import PROC, Mount, lines, mounts
+from usocksd.host.cgroup import hierarchies
+from usocksd.host.mounts import Mount
 
 _WITHIN, _EVERY = 5.0, 0.02  # seconds until all that was killed has ended
 _TRIAL = ("203.0.113.1", 9)  # nobody: a documentation address
@@ -106,7 +107,7 @@ def make(name: str, number: int) -> Iterator[Cgroup]:
     """Of each kind that there is here, one below that of this process: with its limits, and in its session for
     systemd. Version 2 comes first. number: for version 1, the class id.
     """
-    for mount, path in _hierarchies():
+    for mount, path in mounted():
         folder = os.path.normpath(f"{mount.point}/{os.path.relpath(path, mount.root)}/{name}")
         classid = None if mount.kind == "cgroup2" else number
         try:
@@ -118,17 +119,13 @@ def make(name: str, number: int) -> Iterator[Cgroup]:
         yield Cgroup(folder, f"{path}/{name}".strip("/"), mount.point, classid)
 
 
-def _hierarchies() -> list[tuple[Mount, str]]:
+def mounted() -> list[tuple[Mount, str]]:
     """Mounts of version 2 and of net_cls, and the cgroup there that this process is in."""
-    paths: dict[str, str] = {}
-    for line in lines(PROC / "self/cgroup"):
-        _, controllers, path = os.fsdecode(line).split(":", 2)
-        paths |= dict.fromkeys(controllers.split(","), path)
-    found = []
-    for mount in mounts("cgroup", "cgroup2"):
-        if mount.kind == "cgroup2" or "net_cls" in mount.options:
-            inside = paths.get("" if mount.kind == "cgroup2" else "net_cls")
-            if inside is not None and f"{inside}/".startswith(f"{mount.root.rstrip('/')}/"):
-                found.append((mount, inside))
+    found = [
+        (mount, path)
+        for path, there in hierarchies("net_cls")
+        for mount in there
+        if f"{path}/".startswith(f"{mount.root.rstrip('/')}/")
+    ]
     # Version 2 first, and where others look for it; there may be more mounts of it.
     return sorted(found, key=lambda each: (each[0].kind != "cgroup2", not each[0].point.startswith(CGROUPS)))

@@ -15,7 +15,7 @@ TRANSOCKS = Daemon(
     file_required=True,
     control="/run/transocks/control.sock",
     columns=("route", "upstream"),
-    examine="transocks.commands.check:examine",
+    examine="transocks.commands.serve:examine",
     build="transocks.commands.serve:build",
 )
 

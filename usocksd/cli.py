@@ -16,7 +16,7 @@ USOCKSD = Daemon(
     control="/run/usocksd/control.sock",
     columns=("peer", "user", "rule", "egress"),
     verbs=("explain",),
-    examine="usocksd.commands.check:examine",
+    examine="usocksd.commands.serve:examine",
     build="usocksd.commands.serve:build",
 )
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from usocksd.config import UsocksdConfig
 from usocksd.decision import Policy
-from usocksd.errors import ConfigError, Fault
+from usocksd.errors import Fault
 from usocksd.records import RecordedRequest, Skipped, lines_of, read_record
 from usocksd.replay import judge
 from usocksd.settings.loader import counted, show
@@ -23,8 +23,10 @@ _TAIL = 1 << 21
 """Bytes that are read from the end of the log: 2,000 requests or so, in a tenth of a second."""
 
 
-def notes(config: UsocksdConfig, policy: Callable[[], Policy]) -> list[Fault]:
-    """Key, value and what it does. `policy` makes the rules of the configuration; it is called if there is a log."""
+def notes(config: UsocksdConfig, policy: Callable[[], Policy] | None) -> list[Fault]:
+    """Key, value and what it does. `policy` makes the rules of the configuration, and is called if there is a log; None
+    if they can't be made.
+    """
     return config.lines.locate([*_clients(config), *_https(config), *_denied(config, policy)])
 
 
@@ -57,16 +59,12 @@ def _https(config: UsocksdConfig) -> Iterator[Fault]:
         yield Fault(f"outgoing.deny_ports[{at}]", str(_HTTPS), denied)
 
 
-def _denied(config: UsocksdConfig, policy: Callable[[], Policy]) -> Iterator[Fault]:
+def _denied(config: UsocksdConfig, policy: Callable[[], Policy] | None) -> Iterator[Fault]:
     """How many requests the log has as allowed, and this configuration would deny."""
     path = config.log.filename
-    lines = [] if path is None else _tail(Path(path))
-    if not lines:
+    if path is None or policy is None or not (lines := _tail(Path(path))):
         return
-    try:
-        rules = policy()
-    except ConfigError:  # a fault of its own
-        return
+    rules = policy()
     known: dict[RecordedRequest, str | None] = {}
     requests, denied = 0, Counter[str]()
     for line in lines:

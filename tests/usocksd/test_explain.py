@@ -20,7 +20,7 @@ import trio
 from daemons import Daemon, NameServer, Served, socks5
 
 from usocksd.cli import main
-from usocksd.commands.parts import make_egress, make_policy
+from usocksd.commands.serve import make_egress, make_policy
 from usocksd.config import UsocksdConfig
 from usocksd.errors import Error
 from usocksd.explain import Explainer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from copy import deepcopy
 from ipaddress import ip_address
 from itertools import product
@@ -16,14 +17,18 @@ from hypothesis import strategies as st
 
 import usocksd.lint
 from usocksd.clients import Client
+from usocksd.commands.serve import make_users
 from usocksd.config import UsocksdConfig
-from usocksd.errors import Fault
+from usocksd.errors import ConfigError, Fault
 from usocksd.names.site_index import SiteIndex
 from usocksd.settings.loader import parse, show, structure
 
 
 def lint(config: UsocksdConfig, resolv_conf: Path = Path("/nonexistent")) -> list[Fault]:
-    return usocksd.lint.lint(config, resolv_conf=resolv_conf)
+    users = None
+    with suppress(ConfigError):
+        users = make_users(config)
+    return usocksd.lint.lint(config, None if users is None else users.names, resolv_conf=resolv_conf)
 
 
 def found(toml: str, resolv_conf: Path = Path("/nonexistent")) -> list[tuple[str, str]]:

@@ -9,15 +9,14 @@ from typing import Any
 
 import pytest
 
-from usocksd.commands.parts import policy_of
+from usocksd.commands.serve import examine
 from usocksd.config import UsocksdConfig
-from usocksd.notes import notes
 from usocksd.settings.loader import parse
 
 
 def said(toml: str, folder: Path = Path()) -> list[str]:
     config = parse(UsocksdConfig, toml, str(folder / "usocksd.toml"))
-    return [note.at("f") for note in notes(config, lambda: policy_of(config))]
+    return [note.at("f") for note in examine(config, None).notes]
 
 
 ONLY = "f:2: incoming.allow_from: {}: admits {}: all others are turned away"

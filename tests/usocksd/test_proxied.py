@@ -23,7 +23,7 @@ from daemons import (
     socks5,
 )
 
-from usocksd.commands.parts import make_policy
+from usocksd.commands.serve import make_policy
 from usocksd.config import UsocksdConfig
 from usocksd.net.proxy_protocol import LOCAL_HEADER, SIGNATURE, header
 from usocksd.replay import Replay

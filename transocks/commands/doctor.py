@@ -9,6 +9,7 @@ from ipaddress import ip_address
 
 from transocks.config import TransocksConfig
 from usocksd.errors import ConfigError
+from usocksd.serve.verbs.client import add_config, add_verb
 from usocksd.settings import loader as configuration
 
 _DEFAULT = "/etc/transocks.toml"
@@ -26,14 +27,8 @@ Exit status: 0 if there are no faults, 1 if there are, 2 for a wrong command lin
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add this verb to the command line."""
-    parser = subparsers.add_parser(
-        "doctor",
-        help="look for what keeps redirected connections from working",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("-f", metavar="CONFIG", default=argparse.SUPPRESS, help=f"the configuration ({_DEFAULT})")
+    parser = add_verb(subparsers, "doctor", "look for what keeps redirected connections from working", _DESCRIPTION)
+    add_config(parser, f"the configuration ({_DEFAULT})")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object, including checks that found no fault"
     )

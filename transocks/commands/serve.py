@@ -1,4 +1,4 @@
-"""transocks without a verb: what the daemon is made of."""
+"""What transocks is made of, and what there is to say about its configuration."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from transocks.access_log import AccessLog
 from transocks.config import TransocksConfig
 from transocks.direct import Direct
 from transocks.first_bytes import FirstBytes
+from transocks.lint import lint
 from transocks.original_dst import LoopGuard
 from transocks.routes import DIRECT
 from transocks.session import RedirectedSessions
@@ -17,7 +18,12 @@ from usocksd.net.dial import Dialer, check_mark
 from usocksd.net.keepalive import KeepAlive
 from usocksd.net.limits import most_name_sockets, most_pipes, most_spare
 from usocksd.net.pipes import PipePool
-from usocksd.serve.daemon import Application, Parts
+from usocksd.serve.daemon import Application, Parts, Remarks
+
+
+def examine(config: Config, source: str | None) -> Remarks:
+    """Warnings; with `source`, its file, also about that."""
+    return Remarks(lint(config, source))
 
 
 def build(config: TransocksConfig, parts: Parts) -> Application:

@@ -6,7 +6,6 @@ import argparse
 import bz2
 import contextlib
 import gzip
-import json
 import lzma
 import os
 import re
@@ -22,13 +21,11 @@ from usocksd.errors import Error
 from usocksd.net.address import join_port
 from usocksd.records import AccessRecord, Skipped, lines_of
 from usocksd.replay import Change, Outcome, Replay
-from usocksd.serve.verbs.client import visible
+from usocksd.serve.verbs.client import add_verb, print_json, run_verb, visible
 from usocksd.settings import loader as configuration
 from usocksd.settings.loader import counted
 
 Json = dict[str, Any]
-
-_SAME, _DIFFERENT, _TROUBLE, _INTERRUPTED = 0, 1, 2, 130
 
 _DESCRIPTION = """\
 Tell which requests in an access log would be decided differently if NEW replaced OLD: denied or allowed, leaving from
@@ -54,13 +51,8 @@ _TITLES: Final = {
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add this verb to the command line."""
-    parser = subparsers.add_parser(
-        "diff",
-        help="tell what a change of the configuration would do to the requests in an access log",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    what = "tell what a change of the configuration would do to the requests in an access log"
+    parser = add_verb(subparsers, "diff", what, _DESCRIPTION)
     parser.add_argument("old", metavar="OLD", help="the configuration under which the log was written")
     parser.add_argument("new", metavar="NEW", help="the configuration that is to replace it")
     parser.add_argument(
@@ -84,7 +76,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="how many groups of each kind to show, the largest first (default 5; 0: all)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object, with all groups")
-    parser.set_defaults(run=_run)
+    parser.set_defaults(run=lambda args: run_verb("usocksd diff: ", lambda: _diff(args), failed=2))
 
 
 def _parse_since(text: str) -> str:
@@ -105,20 +97,9 @@ def _parse_limit(text: str) -> int | None:
     return int(text) or None
 
 
-def _run(args: argparse.Namespace) -> int:
-    try:
-        return _diff(args)
-    except Error as error:
-        for line in str(error).split("\n"):
-            print(f"usocksd diff: {visible(line)}", file=sys.stderr)
-        return _TROUBLE
-    except KeyboardInterrupt:
-        return _INTERRUPTED
-
-
 def _diff(args: argparse.Namespace) -> int:
     # Not for the command lines of other verbs: trio and what it needs take a tenth of a second to load.
-    from usocksd.commands.parts import make_policy, make_users  # noqa: PLC0415
+    from usocksd.commands.serve import make_policy, make_users  # noqa: PLC0415
     from usocksd.host.addresses import HostAddresses  # noqa: PLC0415
 
     old, new = (configuration.load(UsocksdConfig, path) for path in (args.old, args.new))
@@ -141,10 +122,10 @@ def _diff(args: argparse.Namespace) -> int:
         raise Error(f"no request is recorded in the log{since}{hint if replay.skipped[Skipped.UNREADABLE] else ''}")
     answer = {"old": args.old, "new": args.new, "logs": logs, **_summary(replay, old, new)}
     if args.json:
-        print(json.dumps(answer), flush=True)
+        print_json(answer)
     else:
         print("\n".join(map(visible, _as_text(answer, replay.disagreement, args.limit))), flush=True)
-    return _SAME if replay.same == replay.requests and not answer["pools_changed"] else _DIFFERENT
+    return 0 if replay.same == replay.requests and not answer["pools_changed"] else 1
 
 
 @contextlib.contextmanager

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import shutil
-import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -16,16 +14,24 @@ from pathlib import Path
 from typing import Any, Final
 
 from usocksd.config import UsocksdConfig
-from usocksd.errors import Error
 from usocksd.net.address import join_port, numeric_address
 from usocksd.serve.daemon import Daemon
-from usocksd.serve.verbs.client import ControlClient, find_control, visible
+from usocksd.serve.verbs.client import (
+    ControlClient,
+    add_file,
+    add_verb,
+    find_control,
+    print_json,
+    run_verb,
+    say,
+    visible,
+)
 from usocksd.settings import loader as configuration
 from usocksd.settings.types import split_port
 
 Json = dict[str, Any]
 
-_ALLOWED, _REFUSED, _TROUBLE, _INTERRUPTED = 0, 1, 2, 130
+_PREFIX: Final = "usocksd explain: "
 
 # Seconds for resolving, and for a daemon that does so.
 _RESOLVE_WITHIN, _ANSWER_WITHIN = 30.0, 60.0
@@ -68,15 +74,9 @@ class _Parser(argparse.ArgumentParser):
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], daemon: Daemon[UsocksdConfig]) -> None:
     """Add this verb to a command line that has an option -f, the configuration."""
-    parser = subparsers.add_parser(
-        "explain",
-        help="tell what would happen to a request, and why",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = add_verb(subparsers, "explain", "tell what would happen to a request, and why", _DESCRIPTION)
     parser.__class__ = _Parser  # subparsers has one class for all that it makes
-    parser.add_argument("-f", metavar="CONFIG", default=argparse.SUPPRESS, help="the same as FILE")
+    add_file(parser, daemon.file)
     parser.add_argument(
         "--from", dest="client", metavar="ADDRESS", required=True, type=_parse_client, help="the client's address"
     )
@@ -89,9 +89,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="show every rule, address and egress address")
     parser.add_argument("--json", action="store_true", help="print one JSON object, with everything")
-    parser.add_argument(
-        "file", nargs="?", metavar="FILE", help=f"the configuration (default: that of -f, or else {daemon.file})"
-    )
     parser.add_argument(
         "to", metavar="HOST:PORT", type=_parse_destination, help="the destination, as a client writes it; [IPv6]:PORT"
     )
@@ -118,24 +115,21 @@ def _parse_destination(text: str) -> tuple[str, int]:
 def _run(daemon: Daemon[UsocksdConfig], args: argparse.Namespace) -> int:
     host, port = args.to
     request = {"client": args.client, "user": args.user, "host": host, "port": port}
-    try:
+
+    def run() -> int:
         answer = _ask(daemon, args, request) if args.live else _judge(daemon, args, request)
         if args.json:
-            print(json.dumps(answer), flush=True)
+            print_json(answer)
         else:
             print("\n".join(map(visible, _as_text(answer, verbose=args.verbose))), flush=True)
-    except Error as error:
-        for line in str(error).split("\n"):
-            _say(line)
-        return _TROUBLE
-    except KeyboardInterrupt:
-        return _INTERRUPTED
-    return _ALLOWED if answer["verdict"] == "allowed" else _REFUSED
+        return 0 if answer["verdict"] == "allowed" else 1
+
+    return run_verb(_PREFIX, run, failed=2)
 
 
 def _ask(daemon: Daemon[UsocksdConfig], args: argparse.Namespace, request: Json) -> Json:
     args.f = args.file or args.f
-    client = ControlClient(daemon.name, find_control(daemon, args, "usocksd explain: "))
+    client = ControlClient(daemon.name, find_control(daemon, args, _PREFIX))
     with _saying(lambda: "waiting for the daemon, which asks its name servers"):
         return client.ask("explain", timeout=_ANSWER_WITHIN, **request)
 
@@ -143,7 +137,7 @@ def _ask(daemon: Daemon[UsocksdConfig], args: argparse.Namespace, request: Json)
 def _judge(daemon: Daemon[UsocksdConfig], args: argparse.Namespace, request: Json) -> Json:
     path: str | None = args.file or args.f
     if path is None and not Path(daemon.file).exists():
-        _say(f"there is no {daemon.file}: judged by the defaults")
+        say(_PREFIX, f"there is no {daemon.file}: judged by the defaults")
         config = configuration.parse(UsocksdConfig, "", daemon.file)
     else:
         config = configuration.load(UsocksdConfig, path or daemon.file)
@@ -157,7 +151,7 @@ async def _explain(config: UsocksdConfig, request: Json) -> Json:
     """The answer, by all that a daemon with this configuration would have."""
     import trio  # noqa: PLC0415
 
-    from usocksd.commands.parts import make_egress, make_policy, make_users  # noqa: PLC0415
+    from usocksd.commands.serve import make_egress, make_policy, make_users  # noqa: PLC0415
     from usocksd.dnsbl import Lookups  # noqa: PLC0415
     from usocksd.explain import Explainer  # noqa: PLC0415
     from usocksd.host.addresses import HostAddresses  # noqa: PLC0415
@@ -178,7 +172,7 @@ async def _explain(config: UsocksdConfig, request: Json) -> Json:
             answer = await explainer.explain(request)
             nursery.cancel_scope.cancel()
     if silent := [server for server, answers in resolver.servers.items() if not answers]:
-        _say(f"no answer from {', '.join(silent)}")
+        say(_PREFIX, f"no answer from {', '.join(silent)}")
     for each, why in unanswered.items():
         for pool in answer["pools"].values():
             if str(each.address) in pool["addresses"]:
@@ -189,17 +183,13 @@ async def _explain(config: UsocksdConfig, request: Json) -> Json:
 @contextmanager
 def _saying(what: Callable[[], str]) -> Iterator[None]:
     """Say on stderr what it waits for, if the block takes long."""
-    timer = threading.Timer(_SAY_AFTER, lambda: _say(what()))
+    timer = threading.Timer(_SAY_AFTER, lambda: say(_PREFIX, what()))
     timer.daemon = True
     timer.start()
     try:
         yield
     finally:
         timer.cancel()
-
-
-def _say(what: str) -> None:
-    print(f"usocksd explain: {visible(what)}", file=sys.stderr, flush=True)
 
 
 # ---- for people

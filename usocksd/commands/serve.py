@@ -1,21 +1,49 @@
-"""usocksd without a verb: what the daemon is made of."""
+"""What usocksd is made of, and what there is to say about its configuration."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 from usocksd.access_log import AccessLog
-from usocksd.commands.parts import make_egress, make_policy, make_users
+from usocksd.auth import Users
+from usocksd.clients import ClientRules
 from usocksd.config import UsocksdConfig
-from usocksd.dnsbl import Lookups
+from usocksd.decision import Policy
+from usocksd.dnsbl import Listings, Lookups
+from usocksd.egress import EgressPools, Pool
+from usocksd.errors import ConfigError
 from usocksd.explain import Explainer
 from usocksd.host.addresses import HostAddresses
+from usocksd.lint import lint
+from usocksd.log.metrics import Metrics
 from usocksd.names.resolver import make_resolver
+from usocksd.net.address import IPAddress
 from usocksd.net.dial import Dialer, check_mark
 from usocksd.net.keepalive import KeepAlive
 from usocksd.net.limits import most_name_sockets, most_pipes, most_spare
 from usocksd.net.pipes import PipePool
+from usocksd.notes import notes
 from usocksd.proxied import ProxiedListener
-from usocksd.serve.daemon import Application, Parts
+from usocksd.serve.daemon import Application, Parts, Remarks
 from usocksd.session import SocksSessions
+from usocksd.settings.files import read_file
+
+
+def examine(config: UsocksdConfig, source: str | None) -> Remarks:
+    """Warnings and notes; with `source`, its file, also about that and about the file of users."""
+    users, error = None, None
+    try:
+        users = make_users(config)
+    except ConfigError as raised:
+        error = raised
+
+    def policy() -> Policy:
+        return make_policy(config, users, HostAddresses().is_local)
+
+    names = None if users is None else users.names
+    found = notes(config, None if error else policy)
+    return Remarks(lint(config, names), found, None if source is None else error)
 
 
 def build(config: UsocksdConfig, parts: Parts) -> Application:
@@ -55,3 +83,32 @@ def build(config: UsocksdConfig, parts: Parts) -> Application:
         keepalive=keepalive,
         status=lambda: {"pools": listings.status()},
     )
+
+
+def make_users(config: UsocksdConfig, read: Callable[[Path], bytes] = read_file) -> Users | None:
+    """Who can authenticate; None: nobody is asked to. `read` reads the file. Raises ConfigError for a bad one."""
+    return Users(config.auth.users_file, read=read) if config.auth.users_file else None
+
+
+def make_policy(config: UsocksdConfig, users: Users | None, is_local: Callable[[IPAddress], bool]) -> Policy:
+    """All that decides about requests. `is_local` tells this host's addresses. A million entries take seconds."""
+    in_front = config.incoming.proxy_protocol
+    return Policy(
+        ClientRules(config.incoming.allow_from or ()),
+        config.access_rules(is_local),
+        None if users is None else users.names,
+        config.auth.required,
+        None if in_front is None else ClientRules(in_front.trusted),
+    )
+
+
+def make_egress(config: UsocksdConfig, hosts: HostAddresses, metrics: Metrics) -> tuple[EgressPools, Listings]:
+    """The pools, and what can be left from."""
+    configured = config.pools()
+    pools = {
+        name: Pool(pool.addresses, pool.iface, pool.mark, pool.sticky, pool.when_all_listed)
+        for name, pool in configured.items()
+    }
+    domains = {name: pool.dnsbl_domains for name, pool in configured.items()}
+    listings = Listings(pools, domains, hosts, metrics)
+    return EgressPools(pools, listings.usable), listings

@@ -19,10 +19,12 @@ import attrs
 from usocksd.errors import ConfigError, Fault
 from usocksd.net.address import join_port
 from usocksd.serve.daemon import Daemon, Remarks, Subparsers
-from usocksd.serve.verbs.client import visible
+from usocksd.serve.verbs.client import add_file, add_verb, visible
 from usocksd.settings import loader as configuration
 from usocksd.settings.common import CommonConfig
 from usocksd.settings.loader import counted
+
+Json = dict[str, Any]
 
 _DESCRIPTION = """\
 Check a configuration on this host, as this user, and change nothing. Print every fault (the daemon would not start),
@@ -41,41 +43,15 @@ with "file", "ok", "faults", "warnings" and "notes" (lists of "file", "line", "c
 Exit status: 0 if there are no faults, and with --strict no warnings; else 1; 2 for a wrong command line."""
 
 
-@attrs.frozen
-class Diagnostic:
-    """A fault or a warning, and where to go to mend it."""
-
-    file: str
-    line: int
-    column: int | None
-    key: str
-    value: str
-    expected: str
-
-    def __str__(self) -> str:
-        return ": ".join(filter(None, (self.key, self.value, self.expected)))
-
-    @property
-    def place(self) -> str:
-        return ":".join(str(part) for part in (self.file, self.line, self.column) if part is not None)
-
-
 def add_parser(subparsers: Subparsers, daemon: Daemon[Any]) -> None:
     """Add this verb to a command line that has an option -f, the configuration."""
-    parser = subparsers.add_parser(
-        "check",
-        help="look for faults of a configuration, and for what it can't do on this host",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    parser = add_verb(
+        subparsers, "check", "look for faults of a configuration, and for what it can't do on this host", _DESCRIPTION
     )
-    parser.add_argument("-f", metavar="CONFIG", default=argparse.SUPPRESS, help="the same as FILE")
+    add_file(parser, daemon.file)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--strict", action="store_true", help="warnings count as faults")
     parser.add_argument("-q", "--quiet", action="store_true", help="print faults and warnings only")
-    parser.add_argument(
-        "file", nargs="?", metavar="FILE", help=f"the configuration (default: that of -f, or else {daemon.file})"
-    )
     parser.set_defaults(run=partial(_run, daemon))
 
 
@@ -83,48 +59,49 @@ def _run(daemon: Daemon[Any], args: argparse.Namespace) -> int:
     """Run the verb; returns the exit status."""
     path: str | None = args.file or args.f
     source, file = daemon.source(path), path or daemon.file
-    found: dict[str, list[Diagnostic]] = {"fault": [], "warning": [], "note": []}
-    settings: dict[str, object] | None = None
+    found: dict[str, list[Json]] = {"faults": [], "warnings": [], "notes": []}
+    settings: Json | None = None
     if source is None:
-        found["warning"].append(Diagnostic(file, 1, None, "file", "", "there is none, so the defaults are judged"))
+        found["warnings"] += _locate(file, [Fault("file", "", "there is none, so the defaults are judged")])
     try:
         text, file = daemon.text(path)
         config = configuration.parse(daemon.config, text, file)
         remarks: Remarks = daemon.call(daemon.examine, config, source)
-        found["warning"] += _diagnostics(file, remarks.warnings)
-        found["note"] += _diagnostics(file, remarks.notes)
+        found["warnings"] += _locate(file, remarks.warnings)
+        found["notes"] += _locate(file, remarks.notes)
         if remarks.error is not None:
             raise remarks.error
         settings = effective(config)
     except ConfigError as error:
-        found["fault"] += _diagnostics(error.source, error.faults)
-    ok = not found["fault"] and not (args.strict and found["warning"])
+        found["faults"] += _locate(error.source, error.faults)
+    ok = not found["faults"] and not (args.strict and found["warnings"])
     if args.json:
-        lists = {f"{kind}s": [attrs.asdict(each) for each in some] for kind, some in found.items()}
-        print(json.dumps({"file": file, "ok": ok, **lists, "settings": settings}, indent=2))
+        print(json.dumps({"file": file, "ok": ok, **found, "settings": settings}, indent=2))
         return 0 if ok else 1
-    for kind, diagnostics in found.items():
-        for each in diagnostics:
-            print(f"{visible(each.place)}: {'error' if kind == 'fault' else kind}: {visible(each)}", file=sys.stderr)
+    for severity, kind in (("error", "faults"), ("warning", "warnings"), ("note", "notes")):
+        for each in found[kind]:
+            place = [str(each[key]) for key in ("file", "line", "column") if each[key] is not None]
+            text = ": ".join(filter(None, (severity, each["key"], each["value"], each["expected"])))
+            print(visible(f"{':'.join(place)}: {text}"), file=sys.stderr)
     if not args.quiet:
-        counts = [counted(len(found[kind]), kind) for kind in ("fault", "warning")]
+        counts = [counted(len(found[kind]), kind.removesuffix("s")) for kind in ("faults", "warnings")]
         _print_settings(f"{file}: {', '.join(counts)}", settings or {})
     return 0 if ok else 1
 
 
-def _diagnostics(file: str, faults: Iterable[Fault]) -> list[Diagnostic]:
-    return sorted((_locate(fault, file) for fault in faults), key=lambda diagnostic: diagnostic.line)
+def _locate(file: str, faults: Iterable[Fault]) -> list[Json]:
+    """With their places. Syntax errors, and those of files that are not TOML, have a place instead of a key."""
+    found = []
+    for fault in faults:
+        line, column, key = fault.line or 1, None, fault.key
+        if match := re.fullmatch(r"line (\d+)(?:, column (\d+))?", fault.path):
+            line, column, key = int(match[1]), match[2] and int(match[2]), ""
+        about = {"key": key, "value": fault.value, "expected": fault.expected}
+        found.append({"file": file, "line": line, "column": column, **about})
+    return sorted(found, key=lambda each: each["line"])
 
 
-def _locate(fault: Fault, file: str) -> Diagnostic:
-    """With its place. Syntax errors, and those of files that are not TOML, have a place instead of a key."""
-    if match := re.fullmatch(r"line (\d+)(?:, column (\d+))?", fault.path):
-        column = None if match[2] is None else int(match[2])
-        return Diagnostic(file, int(match[1]), column, "", fault.value, fault.expected)
-    return Diagnostic(file, fault.line or 1, None, fault.key, fault.value, fault.expected)
-
-
-def effective(config: CommonConfig) -> dict[str, object]:
+def effective(config: CommonConfig) -> Json:
     """The settings in force that matter, as JSON values, by the key path that the file would have"""
     # Not for the command lines of other verbs: this loads trio, which takes a tenth of a second.
     from usocksd.settings.warnings import HostFacts, connections_of_descriptors  # noqa: PLC0415

@@ -16,7 +16,7 @@ from typing import Any, Final, TypeAlias
 import attrs
 
 from usocksd.errors import Error
-from usocksd.serve.daemon import Daemon
+from usocksd.serve.daemon import Daemon, Subparsers
 from usocksd.settings.control_path import NotPrivate, check_folder, control_path
 
 Answer: TypeAlias = dict[str, Any]
@@ -24,7 +24,7 @@ Answer: TypeAlias = dict[str, Any]
 TIMEOUT: Final = 10.0
 """Seconds in which a daemon answers."""
 
-_FAILED, _INTERRUPTED = 1, 130
+_INTERRUPTED = 130
 
 
 class VerbError(Error):
@@ -93,22 +93,41 @@ class ControlClient:
         return bytes(data)
 
 
-def run_verb(
-    daemon: Daemon[Any], verb: str, run: Callable[[ControlClient, argparse.Namespace], None], args: argparse.Namespace
-) -> int:
-    """Run a verb, which asks and prints, or raises Error. Returns the exit status."""
-    prefix = f"{daemon.name} {verb}: "
+def add_verb(subparsers: Subparsers, verb: str, help: str, description: str) -> argparse.ArgumentParser:
+    """Add a verb to a command line. Its description is printed as it is."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    return subparsers.add_parser(
+        verb, help=help, description=description, formatter_class=formatter, allow_abbrev=False
+    )
+
+
+def add_config(parser: argparse.ArgumentParser, help: str) -> None:
+    """Add -f, which the command line has before the verb too: here it must not set a default over that one."""
+    parser.add_argument("-f", metavar="CONFIG", default=argparse.SUPPRESS, help=help)
+
+
+def add_file(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add FILE, and -f for the same."""
+    add_config(parser, "the same as FILE")
+    help = f"the configuration (default: that of -f, or else {default})"
+    parser.add_argument("file", nargs="?", metavar="FILE", help=help)
+
+
+def run_verb(prefix: str, run: Callable[[], int], failed: int = 1) -> int:
+    """Run a verb. Returns its exit status; `failed` if it raises Error, whose lines go to stderr after `prefix`."""
     try:
-        run(ControlClient(daemon.name, find_control(daemon, args, prefix)), args)
+        return run()
     except Error as error:
-        if args.json and isinstance(error, Refused):
-            print_json(error.answer)
         for line in str(error).split("\n"):
-            print(f"{prefix}{visible(line)}", file=sys.stderr)
-        return _FAILED
+            say(prefix, line)
+        return failed
     except KeyboardInterrupt:
         return _INTERRUPTED
-    return 0
+
+
+def say(prefix: str, text: object) -> None:
+    """A line on stderr."""
+    print(f"{prefix}{visible(text)}", file=sys.stderr, flush=True)
 
 
 def find_control(daemon: Daemon[Any], args: argparse.Namespace, prefix: str) -> str:
@@ -139,7 +158,7 @@ def find_control(daemon: Daemon[Any], args: argparse.Namespace, prefix: str) -> 
             raise VerbError(f"{config} says that there is no control socket")
         return _default(daemon) if control == daemon.control else control
     path = _default(daemon)
-    print(f"{prefix}{visible(config)}: {visible(fault)}; trying {path}", file=sys.stderr)
+    say(prefix, f"{config}: {fault}; trying {path}")
     return path
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from usocksd.log.log import LEVELS
 from usocksd.serve.daemon import Daemon, Subparsers
 from usocksd.serve.verbs import selection
-from usocksd.serve.verbs.client import run_verb
+from usocksd.serve.verbs.client import ControlClient, Refused, add_config, find_control, print_json, run_verb
 
 _DAY = 86400
 
@@ -19,7 +19,19 @@ def add_parsers(subparsers: Subparsers, daemon: Daemon[Any]) -> None:
 
     def add(verb: str, function: str, *, help: str, description: str) -> argparse.ArgumentParser:
         def run(args: argparse.Namespace) -> int:
-            return run_verb(daemon, verb, pkgutil.resolve_name(f"{__package__}.{function}"), args)
+            prefix = f"{daemon.name} {verb}: "
+
+            def ask() -> int:
+                client = ControlClient(daemon.name, find_control(daemon, args, prefix))
+                try:
+                    pkgutil.resolve_name(f"{__package__}.{function}")(client, args)
+                except Refused as error:
+                    if args.json:
+                        print_json(error.answer)
+                    raise
+                return 0
+
+            return run_verb(prefix, ask)
 
         parser = subparsers.add_parser(verb, help=help, description=description, allow_abbrev=False)
         parser.add_argument(
@@ -28,8 +40,7 @@ def add_parsers(subparsers: Subparsers, daemon: Daemon[Any]) -> None:
             help=f"control socket of the daemon (default: that of its configuration, or {daemon.control}; for users who"
             " can't write there, in $XDG_RUNTIME_DIR or /tmp)",
         )
-        # The same option as before the verb: here it must not set a default over that one.
-        parser.add_argument("-f", metavar="CONFIG", default=argparse.SUPPRESS, help="configuration file of the daemon")
+        add_config(parser, "configuration file of the daemon")
         parser.add_argument(
             "--json", action="store_true", help="print the daemon's answer: one JSON object on one line"
         )

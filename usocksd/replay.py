@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from enum import Enum
-from typing import Final, NamedTuple, TypeAlias
+from typing import Final, TypeAlias
 
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 
 from usocksd.acl import Ruling
 from usocksd.clients import Client
@@ -91,40 +91,30 @@ class Change(Enum):
     UNKNOWN = "unknown"
 
 
-class Difference(NamedTuple):
-    """How two outcomes of one request differ: the rules that make the difference, and the pools."""
-
-    change: Change
-    old: str
-    new: str
-    old_pool: str = ""
-    new_pool: str = ""
-
-
-def compare(old: Outcome, new: Outcome) -> Difference | None:
-    """The difference between two outcomes of one request; None if there is none."""
+def compare(old: Outcome, new: Outcome) -> tuple[Change, Outcome, Outcome] | None:
+    """How two outcomes of one request differ, with the rules and pools that make the difference; None if they don't."""
     if old.allowed is None or new.allowed is None:
-        return Difference(Change.UNKNOWN, old.rule, new.rule)
+        return Change.UNKNOWN, old, new
     if old.allowed != new.allowed:
-        return Difference(Change.ALLOWED if new.allowed else Change.DENIED, old.rule, new.rule)
+        return Change.ALLOWED if new.allowed else Change.DENIED, old, new
     if not old.allowed:
         return None
     moved = None
     for (_, before), (_, after) in zip(old.addresses, new.addresses, strict=False):
         if before.allowed != after.allowed:
-            return Difference(Change.ADDRESSES, before.rule, after.rule)
-        if before.allowed and before.pool != after.pool:
-            moved = moved or Difference(Change.POOL, before.rule, after.rule, before.pool, after.pool)
+            return Change.ADDRESSES, evolve(old, rule=before.rule), evolve(new, rule=after.rule)
+        if before.allowed and before.pool != after.pool and moved is None:
+            moved = evolve(old, rule=before.rule, pool=before.pool), evolve(new, rule=after.rule, pool=after.pool)
     if moved is None and old.pool != new.pool:
-        moved = Difference(Change.POOL, old.rule, new.rule, old.pool, new.pool)
-    return moved
+        moved = old, new
+    return None if moved is None else (Change.POOL, *moved)
 
 
 @define(eq=False)
 class Group:
     """Requests that change in the same way, by the same rules."""
 
-    difference: Difference
+    change: Change
     old: Outcome
     """Of the example, like `new`."""
     new: Outcome
@@ -156,7 +146,7 @@ class Replay:
     first: str = ""
     """When the earliest request was recorded."""
     last: str = ""
-    _groups: dict[tuple[Difference, str, str], Group] = field(factory=dict, init=False)
+    _groups: dict[tuple[object, ...], Group] = field(factory=dict, init=False)
     _known: dict[RecordedRequest, _Known] = field(factory=dict, init=False)
 
     def read(self, lines: Iterable[bytes], *, since: str = "") -> None:
@@ -194,19 +184,22 @@ class Replay:
         difference = compare(old, new)
         if difference is None:
             return None, old.allowed, new.pool
-        group = Group(difference, old, new, record)
-        key = difference, old.why, new.why
+        group = Group(*difference, record)
+        key = self._key(group)
         if key not in self._groups and len(self._groups) >= self.most_groups:
-            group.difference = Difference(difference.change, _OTHERS, _OTHERS)
             group.old, group.new = Outcome(old.allowed, _OTHERS), Outcome(new.allowed, _OTHERS)
-            key = group.difference, "", ""
+            key = self._key(group)
         return self._groups.setdefault(key, group), old.allowed, new.pool
+
+    def _key(self, group: Group) -> tuple[object, ...]:
+        pools = (group.old.pool, group.new.pool) if group.change is Change.POOL else ()
+        return group.change, group.old.rule, group.new.rule, group.old.why, group.new.why, *pools
 
     def groups(self, change: Change) -> list[Group]:
         """The groups of this change, the largest first."""
-        found = [group for group in self._groups.values() if group.difference.change is change]
+        found = [group for group in self._groups.values() if group.change is change]
         return sorted(found, key=lambda group: -group.count)
 
     def count(self, change: Change) -> int:
         """How many requests change in this way."""
-        return sum(group.count for group in self._groups.values() if group.difference.change is change)
+        return sum(group.count for group in self._groups.values() if group.change is change)

@@ -171,8 +171,8 @@ def _summary(replay: Replay, old: UsocksdConfig, new: UsocksdConfig) -> Json:
             {
                 "change": change.value,
                 "count": group.count,
-                "old": _outcome(group.old, group.difference.old, group.difference.old_pool, lines[0]),
-                "new": _outcome(group.new, group.difference.new, group.difference.new_pool, lines[1]),
+                "old": _outcome(group.old, lines[0]),
+                "new": _outcome(group.new, lines[1]),
                 "example": _record(group.example),
             }
             for change in Change
@@ -181,12 +181,12 @@ def _summary(replay: Replay, old: UsocksdConfig, new: UsocksdConfig) -> Json:
     }
 
 
-def _outcome(outcome: Outcome, rule: str, pool: str, lines: Mapping[str, int | None]) -> Json:
+def _outcome(outcome: Outcome, lines: Mapping[str, int | None]) -> Json:
     return {
         "allowed": outcome.allowed,
-        "rule": rule or None,
-        "line": lines.get(rule),
-        "pool": pool or outcome.pool or None,
+        "rule": outcome.rule or None,
+        "line": lines.get(outcome.rule),
+        "pool": outcome.pool or None,
         "addresses": list(outcome.reach),
         "unknown": outcome.why or None,
     }

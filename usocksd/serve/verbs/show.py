@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 from rich.cells import cell_len
 from rich.console import Console, RenderableType
@@ -69,11 +69,11 @@ def make_table(columns: Sequence[Column], rows: Iterable[Sequence[Text]], room: 
     table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="bold")
     for at, width in shown.items():
         column = columns[at]
-        table.add_column(
-            column.heading, justify="right" if column.number else "left", no_wrap=True, overflow="ellipsis", width=width
-        )
+        justify: Literal["left", "right"] = "right" if column.number else "left"
+        overflow: Literal["ellipsis", "fold"] = "ellipsis" if column.text else "fold"
+        table.add_column(column.heading, justify=justify, no_wrap=column.text, overflow=overflow, width=width)
     for cells in rows:
-        table.add_row(*(cells[at] if columns[at].text else _broken(cells[at], width) for at, width in shown.items()))
+        table.add_row(*(cells[at] for at in shown))
     return table
 
 
@@ -106,20 +106,6 @@ def fitting(columns: Sequence[Column], widths: Sequence[int], room: int) -> dict
         more -= grown - least[at]
         least[at] = grown
     return least
-
-
-def _broken(address: Text, width: int) -> Text:
-    """An address on as many lines as it needs, its port whole."""
-    text = address.plain
-    if len(text) <= width:
-        return address
-    host, colon, port = text.rpartition(":")
-    pieces = [host[at : at + width] for at in range(0, len(host), width)]
-    if len(pieces[-1] + colon + port) <= width:
-        pieces[-1] += colon + port
-    else:
-        pieces.append(colon + port)
-    return Text("\n".join(pieces), address.style)
 
 
 def plain_table(columns: Iterable[Column], rows: Iterable[Sequence[Text]]) -> Iterator[str]:

@@ -26,7 +26,7 @@ from usocksd.net.address import IPAddress, IPNetwork
 
 @frozen
 class Ruling:
-    """What the rules say to a name or an address."""
+    """What the rules decide about a name or an address."""
 
     allowed: bool
     rule: str
@@ -40,7 +40,7 @@ _DEFAULT = Ruling(True, "default")
 
 @frozen
 class RuleAnswer:
-    """What one rule says to a request: whether it decides, and why, in a short phrase."""
+    """Whether one rule matches a request, and why or why not, in a short phrase."""
 
     rule: str
     matched: bool
@@ -84,16 +84,16 @@ def rules_of_lists(allow_sites: Sequence[str], deny_sites: Sequence[str], deny_p
     if allow_sites:
         rules.append(Rule(name="allow_sites", allow=False, to=allowed, complement=True))
     if deny_sites:
-        rules.append(Rule(name="deny_sites", allow=False, to=denied, entry=_Written(deny_sites).entry))
+        rules.append(Rule(name="deny_sites", allow=False, to=denied, entry=_EntryTexts(deny_sites).entry))
     if deny_ports:
         ports = tuple((port, port) for port in deny_ports)
         rules.append(Rule(name="deny_ports", allow=False, ports=ports, entry=lambda _, __, port: str(port)))
     if allow_sites:
-        rules.append(Rule(name="allow_sites", allow=True, to=allowed, entry=_Written(allow_sites).entry))
+        rules.append(Rule(name="allow_sites", allow=True, to=allowed, entry=_EntryTexts(allow_sites).entry))
     return rules
 
 
-class _Written:
+class _EntryTexts:
     """The entries of a list of [outgoing] as the operator wrote them, which is how records name them."""
 
     def __init__(self, entries: Iterable[str]) -> None:
@@ -116,7 +116,7 @@ class _Written:
 
 
 class AccessRules:
-    """The rules on destinations, in order, and behind them the built-in protection. Cheap to ask.
+    """The rules on destinations, in order, and behind them the built-in protection. Asking is cheap.
 
     Each rule is a bit, the first one the lowest. For each property of a request there is a mask of the rules that match
     it. The lowest bit that all masks have in common is the rule that decides.
@@ -163,13 +163,13 @@ class AccessRules:
     def judge(
         self, client: Client, name: str | None, address: IPAddress | None, port: int, sent: str | None = None
     ) -> Ruling:
-        """What the rules say to a request. For a name alone that is half of the answer: judge its addresses too."""
+        """The decision on a request. For a name alone it is half of one: judge its addresses too."""
         return self._ruling(self._find(client, name, address, port, sent), name, address, port, sent)
 
     def trace(
         self, client: Client, name: str | None, address: IPAddress | None, port: int, sent: str | None = None
     ) -> list[RuleAnswer]:
-        """What each rule says to a request, up to the one that decides: the last answer, and the only one that matched.
+        """The answer of each rule up to the one that decides: the last answer, and the only one that matched.
 
         Slow: for `explain`.
         """
@@ -251,7 +251,7 @@ class AccessRules:
     def _ruling(
         self, found: tuple[int, str | None], name: str | None, address: IPAddress | None, port: int, sent: str | None
     ) -> Ruling:
-        """What `_find` has found, in words."""
+        """The ruling on what `_find` has found."""
         bit, kind = found
         if not bit:
             return _DEFAULT if kind is None else Ruling(False, f"built-in: {kind}")

@@ -1,7 +1,7 @@
 """Which egress addresses are on DNS block lists (RFC 5782), and which ones are usable.
 
-One worker, the keeper, runs `Lookups` and shares what it finds. Every worker has `Listings`, which takes that in and
-knows what is usable right now.
+One worker, the keeper, runs `Lookups` and shares the result. Every worker has `Listings`, which takes the result and
+tells which addresses are usable right now.
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ def _rules(config: UsocksdConfig, users: Collection[str] | None) -> Iterator[Fau
 def _covered_rules(config: UsocksdConfig) -> Iterator[Fault]:
     """Rules and lists that never decide, since a rule above has all that they have."""
     rules, lists = config.rules(), rules_of_lists((), config.outgoing.deny_sites, config.outgoing.deny_ports)
-    # Behind a rule that denies everything there is nothing to look at: that is reported once.
+    # Rules behind one that denies everything are reported once, together.
     end = next((at for at, rule in enumerate(rules) if not rule.allow and _takes_all(rule)), None)
     if end is not None:
         rules, lists = rules[: end + 1], []
@@ -129,10 +129,10 @@ def _covered_rules(config: UsocksdConfig) -> Iterator[Fault]:
         by = next((by for by in above if _leaves_nothing(every[by], rule)), None)
         if by is not None:
             name = config.rule[at].name if at < len(rules) else None
-            # A denial that comes too late is meant to deny. (And of IPv4 addresses it still denies those inside IPv6.)
+            # A denial that comes too late is meant to deny, and still denies IPv4 addresses inside IPv6 ones.
             mend = ["move it up"] if rules[by].allow and not rule.allow else []
-            said = never_decides("rule", by, config.rule[by].name, rules[by].line, *mend)
-            yield Fault(keys[at], show(name) if name else "", said)
+            expected = never_decides("rule", by, config.rule[by].name, rules[by].line, *mend)
+            yield Fault(keys[at], show(name) if name else "", expected)
 
 
 def _takes_all(rule: Rule) -> bool:

@@ -1,6 +1,6 @@
-"""Notes about what a configuration does to everybody, so that nobody locks everybody out by mistake.
+"""Notes about settings that lock clients out, so that nobody does that by mistake.
 
-It may be intended, so these are no warnings. If there is a log, its last requests tell how many would be denied.
+They may be intended, so these are no warnings. The last requests in the log tell how many would be denied.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from usocksd.net.pipes import PipePool
 from usocksd.serve.daemon import Application, Parts, Remarks
 
 
-def examine(config: Config, source: str | None) -> Remarks:
+def examine(config: TransocksConfig, source: str | None) -> Remarks:
     """Warnings; with `source`, its file, also about that."""
     return Remarks(lint(config, source))
 

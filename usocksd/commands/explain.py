@@ -47,7 +47,7 @@ its resolver and what it knows of its egress addresses.
 Exit status: 0 if it would be connected, 1 if not (a rule denies it, the name has no address, there is no egress
 address), 2 for trouble (a faulty file, a wrong command line, no daemon)."""
 
-# After so many seconds of waiting, stderr says what for.
+# After this many seconds of waiting, stderr says what for.
 _SAY_AFTER: Final = 1.0
 
 # How many rules are shown one by one without --verbose, how many names of rules in a group, addresses, and sources.
@@ -182,7 +182,7 @@ async def _explain(config: UsocksdConfig, request: Json) -> Json:
 
 @contextmanager
 def _saying(what: Callable[[], str]) -> Iterator[None]:
-    """Say on stderr what it waits for, if the block takes long."""
+    """If the block takes long, say on stderr what it waits for."""
     timer = threading.Timer(_SAY_AFTER, lambda: say(_PREFIX, what()))
     timer.daemon = True
     timer.start()

@@ -16,7 +16,7 @@ from usocksd.settings.types import DnsConfig, LimitsConfig, ListenAddress, LogCo
 
 @attrs.frozen(kw_only=True)
 class CommonConfig:
-    """The tables and keys that both files have in the same place; and as properties, those that each has in its own."""
+    """The keys that both files have in the same place, and properties for what stands in different places."""
 
     metrics_default: ClassVar[int]
     """The port of the metrics endpoint if `metrics_port` is None"""

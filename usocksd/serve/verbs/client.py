@@ -1,4 +1,4 @@
-"""What all verbs share: find the control socket, ask, and report errors."""
+"""What verbs share: parts of their command lines, the request to the daemon, and the report of errors."""
 
 from __future__ import annotations
 

@@ -193,11 +193,11 @@ class SocksSessions:
                 credentials.password,
             ):
                 access.tried_user = credentials.username
-                server.reject_credentials()
+                server.answer_credentials(accepted=False)
                 raise ClientFault(Kind.NO_METHOD, server.data_to_send(), "wrong user or password")
             client = client.authenticated(credentials.username)
         access.authenticated(client)
-        server.accept_credentials()
+        server.answer_credentials(accepted=True)
         return client
 
     async def _targets(self, decision: Decision, endpoint: Endpoint, host: str, deadline: float) -> list[Target]:

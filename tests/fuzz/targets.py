@@ -118,7 +118,7 @@ def _serve(methods: tuple[Method, ...], parts: Iterable[bytes]) -> tuple[list[ob
             while not over and (event := server.next_event()) is not NEED_DATA:
                 events.append(event)
                 if isinstance(event, Credentials):
-                    server.accept_credentials()
+                    server.answer_credentials(accepted=True)
                 elif isinstance(event, Inquiry):
                     over = True
                 elif isinstance(event, Request):

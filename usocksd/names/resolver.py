@@ -28,7 +28,6 @@ from attrs import Factory, define
 from usocksd.errors import NO_ADDRESS, NO_SUCH_NAME, ResolveError
 from usocksd.log.metrics import SECONDS, Metrics
 from usocksd.names import answers
-from usocksd.names.answers import Entry
 from usocksd.names.hosts_file import HostsFile
 from usocksd.names.match import canonical_host
 from usocksd.names.name_query import SERVERS_FAILED, TIMED_OUT, NameAnswer
@@ -76,9 +75,9 @@ class _Query:
     waiters: int = 0
     scope: trio.CancelScope = Factory(trio.CancelScope)
     done: trio.Event = Factory(trio.Event)
-    known: Entry = answers.SILENCE
+    known: answers.Entry = answers.SILENCE
     """So far"""
-    outcome: Entry = answers.STOPPED
+    outcome: answers.Entry = answers.STOPPED
 
 
 def make_resolver(dns: DnsConfig, metrics: Metrics, *, sockets: int = 1000) -> Resolver:
@@ -132,8 +131,8 @@ class Resolver:
         self._servers = NameServers(servers, resolv_conf, port=port, hostname=hostname, lifetime=lifetime, clock=clock)
         self._hosts = HostsFile(hosts)
         self._next_check = 0.0
-        self._cache: dict[str, Entry] = {}
-        self._failures: dict[str, Entry] = {}
+        self._cache: dict[str, answers.Entry] = {}
+        self._failures: dict[str, answers.Entry] = {}
         """The same, of names without an address."""
         self._queries: dict[str, _Query] = {}
         self._nursery: trio.Nursery | None = None
@@ -256,7 +255,7 @@ class Resolver:
         except DeadlineExpired:
             raise ResolveError(name, TIMED_OUT) from None
 
-    async def _shared_query(self, host: str, asker: bytes) -> Entry:
+    async def _shared_query(self, host: str, asker: bytes) -> answers.Entry:
         query = self._queries.get(host)
         if query is None:
             if self._nursery is None:
@@ -286,7 +285,7 @@ class Resolver:
                         async with self._turns.turn(query.ticket):
                             await ask(host, query)
                 except TooManyWaiting:
-                    query.known = Entry((), TOO_MANY)
+                    query.known = answers.Entry((), TOO_MANY)
                 self._settle(host, query, query.known)
         except Exception:  # a bug with one name does not harm others
             _logger.exception("resolver failed", extra={"fields": {"name": host}})
@@ -295,13 +294,12 @@ class Resolver:
             self._end(host, query)
 
     async def _ask_servers(self, host: str, query: _Query) -> None:
-        heard: list[Entry] = []
+        heard: list[answers.Entry] = []
 
         def on_answer(_: object, found: NameAnswer | ResolveError) -> None:
             heard.append(answers.of_family(found))
-            query.known = answers.combine(
-                heard if len(heard) == 2 else [*heard, answers.UNANSWERED], self._most.addresses
-            )
+            both = [*heard, answers.UNANSWERED][:2]
+            query.known = answers.combine(both, self._most.addresses)
             if len(heard) == 1 and query.known.addresses:
                 nursery.start_soon(settle_with_one)
 
@@ -320,8 +318,8 @@ class Resolver:
             answers.of_system, host, abandon_on_cancel=True, limiter=self._threads
         )
 
-    def _settle(self, host: str, query: _Query, entry: Entry) -> None:
-        known = Entry(entry.addresses, entry.cause, expires=self._clock() + entry.ttl)
+    def _settle(self, host: str, query: _Query, entry: answers.Entry) -> None:
+        known = answers.Entry(entry.addresses, entry.cause, expires=self._clock() + entry.ttl)
         self._cache.pop(host, None)
         self._failures.pop(host, None)
         kept, most = (self._cache, self._most.names) if entry.addresses else (self._failures, self._most.absent)

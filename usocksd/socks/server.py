@@ -66,8 +66,8 @@ class Server:
     """The server's side of one client's handshake.
 
     Give it what was received, ask for the next event, and send what `data_to_send` returns. It selects the
-    authentication method itself. After Credentials call `accept_credentials()` or `reject_credentials()`, after a
-    Request `reply()`. After Inquiry only send and close.
+    authentication method itself. After Credentials call `answer_credentials()`, after a Request `reply()`. After
+    Inquiry only send and close.
 
     `methods` are the authentication methods to choose from, in order of preference: NO_AUTHENTICATION and
     USERNAME_PASSWORD are the ones it can carry out. SOCKS4 can't authenticate and is refused unless
@@ -79,20 +79,15 @@ class Server:
 
     __slots__ = ("_buffer", "_eof", "_fault", "_methods", "_out", "_state", "method", "version")
 
-    version: Version | None
-    method: Method | None
-    _state: Callable[[Server], Event]
-    _fault: tuple[Kind, bytes, str] | None
-
     def __init__(self, *, methods: tuple[Method, ...] = (_NO_AUTHENTICATION,)) -> None:
-        self.version = None
-        self.method = None
+        self.version: Version | None = None
+        self.method: Method | None = None
         self._methods = methods
-        self._state = Server._version
+        self._state: Callable[[Server], Event] = Server._version
         self._buffer = b""
         self._out = b""
         self._eof = False
-        self._fault = None
+        self._fault: tuple[Kind, bytes, str] | None = None
 
     def receive_data(self, data: bytes) -> None:
         """Add what the client sent; b"" says that it has closed its side."""
@@ -120,14 +115,15 @@ class Server:
         """After a Request: what the client sent behind it, payload for the destination."""
         return self._buffer
 
-    def accept_credentials(self) -> None:
-        """Let the client go on to its request."""
-        probe = self.method is _PROBE
-        self._answer_credentials(AUTHENTICATION_SUCCESS, Server._probed if probe else Server._socks5_request)
-
-    def reject_credentials(self) -> None:
-        """Tell the client that its credentials won't do; then close, as RFC 1929 section 2 asks."""
-        self._answer_credentials(AUTHENTICATION_FAILURE, Server._over)
+    def answer_credentials(self, *, accepted: bool) -> None:
+        """Tell the client whether its credentials are right. If not, close then, as RFC 1929 section 2 asks."""
+        if self._state is not Server._owes_verdict:
+            raise RuntimeError("there are no credentials to judge")
+        self._out += AUTHENTICATION_SUCCESS if accepted else AUTHENTICATION_FAILURE
+        if accepted:
+            self._state = Server._probed if self.method is _PROBE else Server._socks5_request
+        else:
+            self._state = Server._over
 
     def reply(self, reply: Reply, bound: tuple[str, int] | None = None) -> None:
         """Answer the request, in the words of its version.
@@ -307,7 +303,7 @@ class Server:
         return Request(_SOCKS4, command, address_type, host, data[2] << 8 | data[3], user_id)
 
     def _owes_verdict(self) -> Event:
-        raise RuntimeError("the client waits for accept_credentials() or reject_credentials()")
+        raise RuntimeError("the client waits for answer_credentials()")
 
     def _owes_reply(self) -> Event:
         raise RuntimeError("the client waits for reply()")
@@ -349,9 +345,3 @@ class Server:
         if end < 0 and len(self._buffer) > start + MAX_FIELD:
             self._refuse(Kind.TOO_LONG, f"{what} of more than {MAX_FIELD} bytes")
         return end
-
-    def _answer_credentials(self, answer: bytes, state: Callable[[Server], Event]) -> None:
-        if self._state is not Server._owes_verdict:
-            raise RuntimeError("there are no credentials to judge")
-        self._out += answer
-        self._state = state

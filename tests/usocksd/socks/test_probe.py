@@ -173,12 +173,12 @@ def test_ours_judges_credentials(pipelined: bool, right: bool) -> None:
         server.receive_data(probe.data_to_send())
     assert server.next_event() == Credentials("me", "key")
     if right:
-        server.accept_credentials()
+        server.answer_credentials(accepted=True)
         assert server.next_event() is INQUIRY
         probe.receive_data(server.data_to_send())
         assert probe.next_event() == Probed(ours=True, pipelines=True)
     else:
-        server.reject_credentials()
+        server.answer_credentials(accepted=False)
         probe.receive_data(server.data_to_send())
         assert isinstance(error_of(probe), AuthenticationFailed)
 
@@ -204,7 +204,7 @@ def test_a_probe_never_becomes_a_connection(methods: tuple[Method, ...], behind:
     server.receive_data((b"\x05\x02\xf5\x02" if behind else b"\x05\x02\xf5\x00") + behind + ASKS)
     if behind:
         assert isinstance(server.next_event(), Credentials)
-        server.accept_credentials()
+        server.answer_credentials(accepted=True)
     assert server.next_event() is INQUIRY
     for more in (ASKS, b"\x05\x01\x00" + ASKS, b""):
         server.receive_data(more)
@@ -213,7 +213,7 @@ def test_a_probe_never_becomes_a_connection(methods: tuple[Method, ...], behind:
         with pytest.raises(RuntimeError):
             server.reply(0)  # type: ignore[arg-type]
         with pytest.raises(RuntimeError):
-            server.accept_credentials()
+            server.answer_credentials(accepted=True)
 
 
 def test_a_probe_that_offers_credentials_and_sends_none() -> None:

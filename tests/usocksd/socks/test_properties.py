@@ -77,7 +77,7 @@ def feed(pieces: list[bytes], methods: tuple[Method, ...], *, eof: bool = False)
             while not over and (event := server.next_event()) is not NEED_DATA:
                 heard.events.append(event)
                 if isinstance(event, Credentials):
-                    server.accept_credentials()
+                    server.answer_credentials(accepted=True)
                     continue
                 if isinstance(event, Request):
                     server.reply(Reply.NOT_ALLOWED)
@@ -279,10 +279,7 @@ def converse(
             event = server.next_event()
             if isinstance(event, Credentials):
                 told.credentials = event
-                if accept:
-                    server.accept_credentials()
-                else:
-                    server.reject_credentials()
+                server.answer_credentials(accepted=accept)
             elif isinstance(event, Request):
                 told.request = event
                 server.reply(reply, bound)

@@ -119,7 +119,7 @@ def test_everything_in_one_segment() -> None:
     payload = b"\x16\x03\x01 hello \x00\xff" * 1000
     server = server_after(b"\x05\x01\x02" + b"\x01\x02me\x03key" + CONNECT_NAME + payload, methods=PASSWORD_ONLY)
     assert server.next_event() == Credentials("me", "key")
-    server.accept_credentials()
+    server.answer_credentials(accepted=True)
     assert isinstance(server.next_event(), Request)
     assert server.trailing_data == payload
     assert server.data_to_send() == b"\x05\x02" + b"\x01\x00"
@@ -144,7 +144,7 @@ def test_credentials_accepted() -> None:
     server = server_after(b"\x05\x01\x02", b"\x01\x05us\xc3\xa9r\x03p\xc3\xa4", methods=PASSWORD_ONLY)
     assert server.data_to_send() == b"\x05\x02"
     assert server.next_event() == Credentials("us\u00e9r", "p\u00e4")
-    server.accept_credentials()
+    server.answer_credentials(accepted=True)
     assert server.data_to_send() == b"\x01\x00"
     assert server.next_event() is NEED_DATA
     server.receive_data(CONNECT_V4)
@@ -155,7 +155,7 @@ def test_credentials_rejected() -> None:
     """RFC 1929: reply VER is 01; status 0 or close. (The Go original answers 0xff.)"""
     server = server_after(b"\x05\x01\x02\x01\x01a\x01b", methods=PASSWORD_ONLY)
     server.next_event()
-    server.reject_credentials()
+    server.answer_credentials(accepted=False)
     assert server.data_to_send() == b"\x05\x02" + b"\x01\x01"
     with pytest.raises(RuntimeError):
         server.next_event()
@@ -304,7 +304,7 @@ def test_credentials(message: bytes, username: str, password: str) -> None:
     """RFC 1929, and empty user names and passwords."""
     server = server_after(b"\x05\x01\x02" + message, methods=PASSWORD_ONLY)
     assert server.next_event() == Credentials(username, password)
-    server.accept_credentials()
+    server.answer_credentials(accepted=True)
     assert server.data_to_send() == b"\x05\x02" + b"\x01\x00"
 
 
@@ -476,8 +476,8 @@ def test_input_behind_a_fault_is_dropped() -> None:
     "call",
     [
         lambda server: server.reply(Reply.SUCCEEDED),
-        lambda server: server.accept_credentials(),
-        lambda server: server.reject_credentials(),
+        lambda server: server.answer_credentials(accepted=True),
+        lambda server: server.answer_credentials(accepted=False),
     ],
 )
 def test_calls_out_of_turn(call: Callable[[Server], None]) -> None:

@@ -1,5 +1,7 @@
 """Counters of one process, cheap to add to; snapshots of them, and their sums over all processes.
 
+A class that counts something declares its metrics, with the `Metrics` that it is given.
+
 A snapshot is plain JSON. A worker sends its own to the master, which adds them to what ended workers have counted
 (`lasting`) and to its own, with `total`. exporter.py renders the sum.
 

@@ -24,7 +24,7 @@ PURE = (
     *(f"usocksd.{name}" for name in ("socks", "errors", "acl", "clients", "egress", "decision", "records", "replay")),
     *(f"usocksd.{name}" for name in ("replies", "net.address", "net.proxy_protocol")),
     *(f"usocksd.names.{name}" for name in ("match", "sites", "site_index")),
-    *(f"transocks.{name}" for name in ("sniff", "routes", "http_connect", "tracing.events", "tracing.trace")),
+    *(f"transocks.{name}" for name in ("sniff", "routes", "http_connect", "tracing.reports", "tracing.trace")),
     *(f"transocks.rules.{name}" for name in ("config", "loaded", "render")),
 )
 """Values in, values out: no I/O, no clock, no log."""

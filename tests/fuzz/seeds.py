@@ -11,8 +11,8 @@ import dns.flags
 import dns.message
 import dns.rrset
 
-from transocks.tracing.events import MESSAGE, Packet
 from transocks.tracing.packets import datagram
+from transocks.tracing.reports import MESSAGE, Packet
 from transocks.tracing.trace import TABLE
 from usocksd.host.netlink import HEADER
 from usocksd.log.formats import Logfmt, Plain, Severity

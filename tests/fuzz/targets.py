@@ -27,8 +27,8 @@ from transocks.http_connect import MAX_HEAD, HttpConnect
 from transocks.rules.live import CHAINS
 from transocks.rules.loaded import compare, parse_nft, parse_save, replacement, seconds_left, without_term
 from transocks.sniff import MOST, Sniffer
-from transocks.tracing.events import MESSAGE
-from transocks.tracing.events import parse as parse_trace
+from transocks.tracing.reports import MESSAGE
+from transocks.tracing.reports import parse as parse_trace
 from transocks.tracing.trace import trace_of
 from usocksd.acl import AccessRules, Rule
 from usocksd.clients import Client, ClientRules
@@ -433,14 +433,16 @@ def iptables_save(data: bytes) -> None:
 @target
 def trace(data: bytes) -> None:
     """The kernel's reports of packets, and the traces that they make."""
-    events = [event for kind, _, body in messages(data) if kind == MESSAGE and (event := parse_trace(body)) is not None]
-    packets = [event.packet for event in events if event.packet]
+    reports = [
+        report for kind, _, body in messages(data) if kind == MESSAGE and (report := parse_trace(body)) is not None
+    ]
+    packets = [report.packet for report in reports if report.packet]
     for protocol, port in {(packet.protocol, end) for packet in packets for end in (packet.sport, packet.dport)}:
         for back in (False, True):
-            found = trace_of(events, protocol, port, back=back)
+            found = trace_of(reports, protocol, port, back=back)
             if found is not None:
                 assert {found.packet.sport, found.packet.dport} >= {port}
-                assert len(found.marks) < len(found.events)
+                assert len(found.marks) < len(found.reports)
                 assert (found.stop is None) is (found.delivered or found.left)
 
 

@@ -17,10 +17,10 @@ from transocks.rules.config import Mode, RulesConfig
 from transocks.rules.loops import Sender, sender_of
 from transocks.rules.redirection import Redirection, reached, redirections_of
 from transocks.tools import FirewallError
-from transocks.tracing.events import TCP
-from transocks.tracing.fate import Fate, What, fate_of
+from transocks.tracing.fate import Fate, Reach, fate_of
 from transocks.tracing.links import Links, filtered_bridges, links
 from transocks.tracing.names import RuleNames
+from transocks.tracing.reports import TCP
 from transocks.tracing.samples import Result, Sample, samples, try_out
 from transocks.tracing.trace import Trace
 from transocks.tracing.tracer import Tracer
@@ -196,8 +196,8 @@ class Host:
             for result in self._results(redirection)
         ]
         # Rules that are loaded by hand need not be there for all modes that the listeners could be for.
-        behind = {What.ARRIVED, What.STOPPED}
-        modes = {f.redirection.mode for f in found if f.what in behind or (f.what is What.PASSED and f.text)}
+        behind = {Reach.ARRIVED, Reach.STOPPED}
+        modes = {f.redirection.mode for f in found if f.reach in behind or (f.reach is Reach.PASSED and f.text)}
         return tuple(f for f in found if self.stated or not modes or f.redirection.mode in modes)
 
     def _results(self, redirection: Redirection) -> list[Result]:
@@ -218,7 +218,7 @@ class Host:
         """Of each mode and family the first that got to where it should."""
         found: dict[str, Fate] = {}
         for fate in self.fates:
-            if fate.what is What.ARRIVED:
+            if fate.reach is Reach.ARRIVED:
                 found.setdefault(fate.name, fate)
         return tuple(found.values())
 

@@ -15,7 +15,7 @@ from itertools import chain
 from transocks.rules import live, routing
 from transocks.rules.config import Mode, Tool
 from transocks.rules.conntrack import enter
-from transocks.rules.live import CHAINS, GUARDS, TABLES, has
+from transocks.rules.live import CHAINS, GUARDS, TABLES
 from transocks.rules.loaded import (
     ACTIVE,
     HELD,
@@ -27,7 +27,7 @@ from transocks.rules.loaded import (
 )
 from transocks.rules.redirection import Redirection
 from transocks.rules.render import render_all_nft, render_iptables
-from transocks.tools import FirewallError, complaint, one_change, run
+from transocks.tools import FirewallError, complaint, one_change, run, which
 from usocksd.host.sockets import end_accepted
 
 KEEP = "transocks_nat"
@@ -121,7 +121,9 @@ def confirm() -> bool:
     late = FirewallError("too late: the time is over, and the rules are of no effect any more; apply them again")
     nft, now = live.loaded(), datetime.now(UTC)
     saved = {
-        version: live.saved(version, own=CHAINS) for version in live.versions() if has(f"{live.iptables(version)}-save")
+        version: live.saved(version, own=CHAINS)
+        for version in live.versions()
+        if which(f"{live.iptables(version)}-save")
     }
     terms = [seconds_left(table, now) for table in (*nft, *chain.from_iterable(saved.values()))]
     if not terms:

@@ -89,10 +89,12 @@ def _network(value: str) -> IPNetwork:
 
 Modes = Annotated[tuple[Mode, ...], Parser(_modes, _MODES)]
 Account = Annotated[int | str, Parser(_account, 'a name or a number, as in "backup" or 1000')]
-Cgroup = Annotated[str, text(_cgroup, 'the path of a cgroup (v2) below its root, as in "system.slice/NAME.service"')]
+CgroupPath = Annotated[
+    str, text(_cgroup, 'the path of a cgroup (v2) below its root, as in "system.slice/NAME.service"')
+]
 InterfaceName = Annotated[str, Parser(_interface, 'the name of an interface, at most 15 characters, as in "eth0"')]
-Network = Annotated[IPNetwork, text(_network, 'a network or an IP address, as in "10.0.0.0/8" or "192.0.2.1"')]
-Ports = Annotated[tuple[int, int], port_range(1)]
+RuleNetwork = Annotated[IPNetwork, text(_network, 'a network or an IP address, as in "10.0.0.0/8" or "192.0.2.1"')]
+RulePorts = Annotated[tuple[int, int], port_range(1)]
 
 
 @attrs.frozen(kw_only=True)
@@ -104,13 +106,13 @@ class RulesConfig:
     """None: nft where it is"""
     users: tuple[Account, ...] = ()
     groups: tuple[Account, ...] = ()
-    cgroups: tuple[Cgroup, ...] = ()
+    cgroups: tuple[CgroupPath, ...] = ()
     interfaces: tuple[InterfaceName, ...] = ()
     """where connections come in"""
-    from_: tuple[Network, ...] = ()
-    to: tuple[Network, ...] = ()
-    ports: tuple[Ports, ...] = ()
-    exclude: tuple[Network, ...] | None = None
+    from_: tuple[RuleNetwork, ...] = ()
+    to: tuple[RuleNetwork, ...] = ()
+    ports: tuple[RulePorts, ...] = ()
+    exclude: tuple[RuleNetwork, ...] | None = None
     """destinations to leave alone; None: those of the files in iptables/"""
     exempt_users: tuple[Account, ...] = ()
     reject_quic: bool = True

@@ -31,16 +31,11 @@ def routed_versions() -> tuple[int, ...]:
     return (4, 6) if 6 in versions() and Path("/proc/self/net/if_inet6").read_text("ascii") else (4,)
 
 
-def has(program: str) -> bool:
-    """Whether a program is installed."""
-    return which(program) is not None
-
-
 def choose_tool() -> Tool | None:
     """nft where it is (one transaction for both families), else iptables, else None."""
-    if has("nft"):
+    if which("nft"):
         return Tool.NFT
-    return Tool.IPTABLES if has("iptables-restore") else None
+    return Tool.IPTABLES if which("iptables-restore") else None
 
 
 # ---- nft
@@ -48,7 +43,7 @@ def choose_tool() -> Tool | None:
 
 def tables() -> list[str]:
     """The names of all tables of the inet family; none without nft. Raises FirewallError."""
-    return [line.split()[2] for line in run("nft", "list", "tables", "inet").splitlines()] if has("nft") else []
+    return [line.split()[2] for line in run("nft", "list", "tables", "inet").splitlines()] if which("nft") else []
 
 
 def loaded(names: Collection[str] = TABLES) -> list[Table]:

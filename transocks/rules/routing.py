@@ -7,9 +7,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import attrs
 
 from transocks.rules.config import Mode
-from transocks.rules.live import has, routed_versions, versions
+from transocks.rules.live import routed_versions, versions
 from transocks.rules.redirection import Redirection
-from transocks.tools import FirewallError, complaint, run, run_json
+from transocks.tools import FirewallError, complaint, run, run_json, which
 
 PREFERENCE = 7474
 """The preference of our rules in the routing policy: before those of VPNs, which are around 32764."""
@@ -105,7 +105,7 @@ def add(redirections: Sequence[Redirection]) -> Callable[[], object]:
 def remove(*, but: Collection[Routing] = ()) -> list[str]:
     """Remove what is of our shape, or made by us; returns complaints."""
     complaints = []
-    for version in versions() if has("ip") else ():  # without it, nobody has added any
+    for version in versions() if which("ip") else ():  # without it, nobody has added any
         try:
             there = current(version)
         except FirewallError as error:

@@ -11,13 +11,14 @@ from transocks.rules.live import CHAINS
 from transocks.rules.loaded import ACTIVE, HELD, Table, compare, seconds_left
 from transocks.rules.redirection import Redirection
 from transocks.rules.render import render_all_nft, render_iptables
+from transocks.tools import which
 from transocks.tracing.fate import shadows
 
 _ROLLED_BACK = (
     "rolled back: {} is loaded and of no effect, since nobody confirmed it in time, or it was removed but for its"
     " connections; new ones go directly. Apply or remove it"
 )
-Finding = tuple[str, bool]
+Remark = tuple[str, bool]
 """What is found, and whether it is a fault."""
 
 
@@ -42,7 +43,7 @@ def verify(redirections: Sequence[Redirection], tool: Tool, *, trying: bool = Tr
     return list(dict.fromkeys(faults)), list(dict.fromkeys(notes))
 
 
-def _check_nft(redirections: Sequence[Redirection], tables: Sequence[Table], now: datetime) -> Iterator[Finding]:
+def _check_nft(redirections: Sequence[Redirection], tables: Sequence[Table], now: datetime) -> Iterator[Remark]:
     there = {table.name: table for table in tables}
     for should in live.as_loaded(render_all_nft(redirections)):
         where, table = f"table {should.name}", there.get(should.name)
@@ -54,7 +55,7 @@ def _check_nft(redirections: Sequence[Redirection], tables: Sequence[Table], now
             yield from _check_term(where, where, table, now)
 
 
-def _check_iptables(redirections: Sequence[Redirection], now: datetime) -> Iterator[Finding]:
+def _check_iptables(redirections: Sequence[Redirection], now: datetime) -> Iterator[Remark]:
     for version in live.versions():
         there = {table.name: table for table in live.saved(version, own=CHAINS)}
         texts = [render_iptables(each, version=version) for each in redirections]
@@ -65,7 +66,7 @@ def _check_iptables(redirections: Sequence[Redirection], now: datetime) -> Itera
             yield from _check_term(f"IPv{version}", f"what is in the IPv{version} tables", table, now)
 
 
-def _check_term(where: str, what: str, table: Table, now: datetime) -> Iterator[Finding]:
+def _check_term(where: str, what: str, table: Table, now: datetime) -> Iterator[Remark]:
     left = seconds_left(table, now)
     if left == 0:
         yield _ROLLED_BACK.format(what), True
@@ -73,7 +74,7 @@ def _check_term(where: str, what: str, table: Table, now: datetime) -> Iterator[
         yield f"{where}: in force for {left:.0f} s more, unless confirmed", False
 
 
-def _leftovers(redirections: Sequence[Redirection], tool: Tool, tables: Sequence[Table]) -> Iterator[Finding]:
+def _leftovers(redirections: Sequence[Redirection], tool: Tool, tables: Sequence[Table]) -> Iterator[Remark]:
     """What is ours and not wanted: of another mode, of the other tool, or of the other variant of iptables."""
     needed = [f"inet {each.table}" for each in redirections] if tool is Tool.NFT else []
     for table in tables:
@@ -92,9 +93,9 @@ def _leftovers(redirections: Sequence[Redirection], tool: Tool, tables: Sequence
                 yield f"not wanted: {where} has {', '.join(name for name in table.chains if name in CHAINS)}", True
 
 
-def _check_routing(redirections: Sequence[Redirection]) -> Iterator[Finding]:
+def _check_routing(redirections: Sequence[Redirection]) -> Iterator[Remark]:
     should = routing.needed(redirections)
-    for version in live.versions() if should or live.has("ip") else ():
+    for version in live.versions() if should or which("ip") else ():
         now = routing.current(version)
         for each in [each for each in should if each.version == version]:
             for kind, there in (("rule", now.rules), ("route", now.routes)):

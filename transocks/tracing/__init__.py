@@ -2,7 +2,7 @@
 
 samples.py   first packets of connections that rules select: sent or received, and what became of them
 tracer.py    makes the kernel report some packets, and keeps ours on this host
-events.py    its reports, one message for each rule and chain                                  (pure)
+reports.py    its reports, one message for each rule and chain                                  (pure)
 trace.py     the trace of a packet, made of them: where it went, and what did that           (pure)
 fate.py      what that means for the rules of transocks; for verify, what takes connections before they do
 names.py     rules as their tools print them

@@ -12,9 +12,9 @@ from transocks.rules.config import Mode, Tool
 from transocks.rules.live import CHAINS, GUARDS, TABLES, has_legacy, iptables, routed_versions
 from transocks.rules.redirection import Redirection
 from transocks.tools import FirewallError
-from transocks.tracing.events import Event, Verdict
 from transocks.tracing.links import links
 from transocks.tracing.names import RuleNames
+from transocks.tracing.reports import Report, Verdict
 from transocks.tracing.samples import Result, Sample, samples, try_out
 from transocks.tracing.trace import Cause, Rewrite, Trace
 from transocks.tracing.tracer import Tracer
@@ -30,7 +30,7 @@ _UNKNOWN = "whether others take connections first can't be tried out"
 _ENDS = {Verdict.ACCEPT, Verdict.RETURN, Verdict.GOTO}
 
 
-class What(Enum):
+class Reach(Enum):
     """How far it got."""
 
     ARRIVED = auto()
@@ -51,7 +51,7 @@ class What(Enum):
     """the kernel did not take it: there is no route, for example"""
 
 
-_BEFORE_OURS = {What.DROPPED, What.TAKEN, What.UNMARKED, What.UNTRACKED}
+_BEFORE_OURS = {Reach.DROPPED, Reach.TAKEN, Reach.UNMARKED, Reach.UNTRACKED}
 
 
 @attrs.frozen
@@ -60,10 +60,10 @@ class Fate:
 
     redirection: Redirection
     result: Result
-    what: What
+    reach: Reach
     text: str = ""
     """what did it, or why; "" if no rule of ours was met"""
-    rule: Event | None = None
+    rule: Report | None = None
     """that did it, where nft knows of one"""
     by_ours: bool = False
     """that is a rule of ours"""
@@ -97,13 +97,13 @@ class Fate:
 def fate_of(result: Result, redirection: Redirection, names: RuleNames) -> Fate:
     """The fate of a sample of these rules."""
     if result.trace is None:
-        return Fate(redirection, result, What.NOWHERE, result.why or "nothing was reported of it")
-    what, text, cause = _follow(result.trace, redirection, names)
+        return Fate(redirection, result, Reach.NOWHERE, result.why or "nothing was reported of it")
+    reach, text, cause = _follow(result.trace, redirection, names)
     rule = cause.rule if cause is not None else None
-    return Fate(redirection, result, what, text, rule, rule is not None and _is_ours(rule, names, TABLES, CHAINS))
+    return Fate(redirection, result, reach, text, rule, rule is not None and _is_ours(rule, names, TABLES, CHAINS))
 
 
-_End = tuple[What, str, Cause | None]
+_End = tuple[Reach, str, Cause | None]
 
 
 def _follow(trace: Trace, redirection: Redirection, names: RuleNames) -> _End:
@@ -115,7 +115,7 @@ def _follow(trace: Trace, redirection: Redirection, names: RuleNames) -> _End:
         later = next((change for change in trace.marks if change.before == mark), None)
         if taken is not None and later is not None and not trace.delivered:
             text = f"{names.of(later.cause)} changes mark {mark:#x}, which routes it here, to {later.after:#x}"
-            return What.UNMARKED, text, later.cause
+            return Reach.UNMARKED, text, later.cause
         if taken is None and turn is not None and (trace.stop is None or trace.stop.rule is None):
             return _elsewhere(turn, names)
     else:
@@ -124,23 +124,23 @@ def _follow(trace: Trace, redirection: Redirection, names: RuleNames) -> _End:
             return _elsewhere(turn, names)
     if taken is not None:
         if trace.left:
-            return What.STOPPED, "it is routed out of this host", None
+            return Reach.STOPPED, "it is routed out of this host", None
         if trace.stop is not None:
-            return What.STOPPED, names.stop(trace.stop), trace.stop
-        return What.ARRIVED, names.of(taken.cause), taken.cause
+            return Reach.STOPPED, names.stop(trace.stop), trace.stop
+        return Reach.ARRIVED, names.of(taken.cause), taken.cause
     if trace.untracked and redirection.mode is not Mode.TPROXY:
         rule = next((rule for rule in trace.rules if "notrack" in names.text(rule).lower()), None)
         hook = "output" if redirection.mode is Mode.HOST else "prerouting"
         cause = Cause(rule, trace.packet.source.version, hook, "raw")
-        return What.UNTRACKED, names.of(cause), cause
+        return Reach.UNTRACKED, names.of(cause), cause
     if trace.stop is not None:
-        return What.DROPPED, names.stop(trace.stop), trace.stop
+        return Reach.DROPPED, names.stop(trace.stop), trace.stop
     return _untaken(trace, redirection, names)
 
 
 def _elsewhere(turn: Rewrite, names: RuleNames) -> _End:
     assert turn.to is not None
-    return What.TAKEN, f"{names.of(turn.cause)} sends it to port {turn.to[1]} of {turn.to[0]}", turn.cause
+    return Reach.TAKEN, f"{names.of(turn.cause)} sends it to port {turn.to[1]} of {turn.to[0]}", turn.cause
 
 
 def _untaken(trace: Trace, redirection: Redirection, names: RuleNames) -> _End:
@@ -150,12 +150,12 @@ def _untaken(trace: Trace, redirection: Redirection, names: RuleNames) -> _End:
     ours = [rule for rule in trace.rules if _is_ours(rule, names, (redirection.table,), (redirection.chain,))]
     theirs = (rule for rule in trace.rules if rule not in ours and rule.verdict in _ENDS)
     before = next((rule for rule in theirs if (rule.family, rule.table, rule.chain) in chains), None)
-    what, rule = (What.TAKEN, before) if before else (What.PASSED, ours[-1] if ours else None)
+    reach, rule = (Reach.TAKEN, before) if before else (Reach.PASSED, ours[-1] if ours else None)
     cause = Cause(rule, trace.packet.source.version, hook, table)
-    return what, names.of(cause) if rule is not None else "", cause
+    return reach, names.of(cause) if rule is not None else "", cause
 
 
-def _is_ours(rule: Event, names: RuleNames, tables: Container[str], chains: Collection[str]) -> bool:
+def _is_ours(rule: Report, names: RuleNames, tables: Container[str], chains: Collection[str]) -> bool:
     """Whether it is in one of these tables or chains, or leads there."""
     if rule.family == "inet" and rule.table in tables:
         return True
@@ -177,14 +177,14 @@ def shadows(redirections: Sequence[Redirection], tool: Tool, *, well: bool) -> I
                 fates = [fate_of(try_out(tracer, sample), redirection, names) for sample in tried]
                 for fate in fates:
                     to = f"connections to port {fate.sample.port}"
-                    if fate.what in _BEFORE_OURS and not fate.by_ours and not fate.by_guard:
+                    if fate.reach in _BEFORE_OURS and not fate.by_ours and not fate.by_guard:
                         yield f"{fate.text}: it has {to} before our rules do", True
-                    elif fate.what is What.PASSED and not fate.text and well and tool is Tool.IPTABLES:
+                    elif fate.reach is Reach.PASSED and not fate.text and well and tool is Tool.IPTABLES:
                         version = fate.sample.version
                         if has_legacy(iptables(version)):
                             cause = Cause(None, version, *_PLACE[redirection.mode])
                             yield f"{names.of(cause)}: {to} do not get to our rules", True
-                if fates and all(fate.what is What.NOWHERE for fate in fates):
+                if fates and all(fate.reach is Reach.NOWHERE for fate in fates):
                     yield f"{_UNKNOWN} ({redirection.mode.value}): {fates[0].text}", False
     except FirewallError as error:
         yield f"{_UNKNOWN}: {error}", False

@@ -7,7 +7,7 @@ from functools import cache, cached_property
 from transocks.rules import live
 from transocks.rules.loaded import Table, parse_nft, parse_save
 from transocks.tools import FirewallError, run
-from transocks.tracing.events import Event, Verdict
+from transocks.tracing.reports import Report, Verdict
 from transocks.tracing.trace import LO, ROUTING, Cause
 
 _IPTABLES = {"raw", "mangle", "nat", "filter", "security"}
@@ -41,7 +41,7 @@ class RuleNames:
         """What stopped a packet, and how."""
         return f"{self.of(cause)} {_STOPS.get(cause.rule.verdict, 'drops it') if cause.rule else 'drops it'}"
 
-    def text(self, rule: Event) -> str:
+    def text(self, rule: Report) -> str:
         """The rule as its tool prints it; "" if it can't be found."""
         table = next((table for table in self.tables if table.name == f"{rule.family} {rule.table}"), None)
         lines = [line.rpartition(" # handle ") for line in (table.chains.get(rule.chain, ()) if table else ())]
@@ -61,7 +61,7 @@ class RuleNames:
         except FirewallError:
             return []
 
-    def _rule(self, rule: Event) -> str:
+    def _rule(self, rule: Report) -> str:
         """A rule, or a chain with its policy."""
         iptables = _is_iptables(rule) and self._saved(rule.family)
         table = f"{_VERSIONS[rule.family]} table {rule.table}" if iptables else f"table {rule.family} {rule.table}"
@@ -72,7 +72,7 @@ class RuleNames:
         return f'{place}: "{text}"' if text else f"{place}, rule {rule.handle}"
 
 
-def _is_iptables(rule: Event) -> bool:
+def _is_iptables(rule: Report) -> bool:
     return rule.table in _IPTABLES and rule.family in _VERSIONS
 
 

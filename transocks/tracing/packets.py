@@ -15,7 +15,7 @@ import platform
 import socket
 import struct
 
-from transocks.tracing.events import RST, TCP, Packet
+from transocks.tracing.reports import RST, TCP, Packet
 
 _TTL = 64
 _IPV4, _IPV6 = 0x0800, 0x86DD

@@ -20,9 +20,9 @@ from transocks.rules.loops import Sender
 from transocks.rules.redirection import Redirection
 from transocks.rules.render import excluded
 from transocks.tools import FirewallError
-from transocks.tracing.events import ACK, RST, SYN, TCP, Packet
 from transocks.tracing.links import Links, lookup
 from transocks.tracing.packets import datagram, inject
+from transocks.tracing.reports import ACK, RST, SYN, TCP, Packet
 from transocks.tracing.sockets import NOBODY, socket_of
 from transocks.tracing.trace import Trace
 from transocks.tracing.tracer import Tracer

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import attrs
 
-from transocks.tracing.events import Event, Packet, Verdict
+from transocks.tracing.reports import Packet, Report, Verdict
 from usocksd.net.address import IPAddress
 
 TABLE = "transocks_trace"
@@ -31,7 +31,7 @@ _ENDS = {Verdict.DROP, Verdict.QUEUE, Verdict.STOLEN}
 class Cause:
     """What did something to a packet: a rule, or, if nft knows of none, something behind one of our chains."""
 
-    rule: Event | None
+    rule: Report | None
     version: int
     hook: str
     place: str
@@ -51,7 +51,7 @@ class Rewrite:
 class Trace:
     """The trace of the first packet in one direction."""
 
-    events: tuple[Event, ...]
+    reports: tuple[Report, ...]
     packet: Packet
     """as it was at first"""
     destination: tuple[IPAddress, int]
@@ -76,19 +76,19 @@ class Trace:
         return self.delivered or self.left or (self.stop is not None and self.stop.rule is not None)
 
     @property
-    def rules(self) -> tuple[Event, ...]:
+    def rules(self) -> tuple[Report, ...]:
         """The rules of others that matched."""
-        return tuple(event for event in self.events if event.table != TABLE and event.handle is not None)
+        return tuple(report for report in self.reports if report.table != TABLE and report.handle is not None)
 
     @property
     def untracked(self) -> bool:
         """Connection tracking passed it over, and so will NAT."""
-        return any(event.table == TABLE and event.verdict is Verdict.JUMP for event in self.events)
+        return any(report.table == TABLE and report.verdict is Verdict.JUMP for report in self.reports)
 
 
-def trace_of(events: Sequence[Event], protocol: int, port: int, *, back: bool = False) -> Trace | None:
+def trace_of(reports: Sequence[Report], protocol: int, port: int, *, back: bool = False) -> Trace | None:
     """The trace of the first packet from this port; `back`: of the first to it. None: nothing was reported of it."""
-    found = tuple(_of_first(events, protocol, port, back))
+    found = tuple(_of_first(reports, protocol, port, back))
     if not found or found[0].packet is None:
         return None
     packet = found[0].packet
@@ -96,56 +96,56 @@ def trace_of(events: Sequence[Event], protocol: int, port: int, *, back: bool = 
     hook, place, accept, turn = "ingress", FIRST, None, None
     marks: list[Rewrite] = []
 
-    def cause(rule: Event | None) -> Cause:
+    def cause(rule: Report | None) -> Cause:
         behind = LO if (hook, place) == ("postrouting", LAST) else PLACES.get(place, _OTHERS)
         return Cause(rule, packet.source.version, hook, behind)
 
-    for event in found:
-        here = place_of(event)
-        if event.mark != mark:
-            marks.append(Rewrite(cause(accept if event.table == TABLE else event), mark, event.mark))
-            mark = event.mark
-        if event.packet is not None:
-            oif = event.oif
-            now = event.packet.destination, event.packet.dport
+    for report in found:
+        here = place_of(report)
+        if report.mark != mark:
+            marks.append(Rewrite(cause(accept if report.table == TABLE else report), mark, report.mark))
+            mark = report.mark
+        if report.packet is not None:
+            oif = report.oif
+            now = report.packet.destination, report.packet.dport
             if turn is None and now != destination:
                 turn = Rewrite(cause(accept), to=now)
             destination = now
         if here is not None:
             (hook, place), accept = here, None
-        elif event.handle is not None and event.verdict is Verdict.ACCEPT:
-            accept = event
+        elif report.handle is not None and report.verdict is Verdict.ACCEPT:
+            accept = report
     last = found[-1]
     rule = last if last.verdict in _ENDS and last.table != TABLE else None
     delivered = rule is None and (hook, place) == ("input", LAST)
     left = rule is None and (hook, place) == ("postrouting", LAST) and oif != _LOOPBACK
     return Trace(
-        events=found, packet=packet, destination=destination, iif=found[0].iif, oif=oif, turn=turn, marks=tuple(marks),
+        reports=found, packet=packet, destination=destination, iif=found[0].iif, oif=oif, turn=turn, marks=tuple(marks),
         stop=None if delivered or left else cause(rule), delivered=delivered, left=left,
     )  # fmt: skip
 
 
-def _of_first(events: Sequence[Event], protocol: int, port: int, back: bool) -> Iterator[Event]:
-    """The events of that packet, up to where it ended or was sent again."""
+def _of_first(reports: Sequence[Report], protocol: int, port: int, back: bool) -> Iterator[Report]:
+    """The reports of that packet, up to where it ended or was sent again."""
     ours: dict[int, bool] = {}
     begun: set[str] = set()
-    for event in events:
-        packet = event.packet
+    for report in reports:
+        packet = report.packet
         if packet is not None:
-            ours[event.id] = packet.protocol == protocol and (packet.dport if back else packet.sport) == port
-        if not ours.get(event.id):
+            ours[report.id] = packet.protocol == protocol and (packet.dport if back else packet.sport) == port
+        if not ours.get(report.id):
             continue
-        hook, place = place_of(event) or ("", 0)
+        hook, place = place_of(report) or ("", 0)
         if place == FIRST and packet is not None:
             if hook in begun or (hook == "output" and begun):
                 return
             begun.add(hook)
-        yield event
-        if event.verdict in _ENDS:
+        yield report
+        if report.verdict in _ENDS:
             return
 
 
-def place_of(event: Event) -> tuple[str, int] | None:
+def place_of(report: Report) -> tuple[str, int] | None:
     """The hook and priority of a chain of the tracer's own; None if it is another's."""
-    found = re.fullmatch(r"([a-z]+)_([mp])(\d+)", event.chain) if event.table == TABLE else None
+    found = re.fullmatch(r"([a-z]+)_([mp])(\d+)", report.chain) if report.table == TABLE else None
     return None if found is None else (found[1], int(found[3]) * (-1 if found[2] == "m" else 1))

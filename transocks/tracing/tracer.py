@@ -19,14 +19,14 @@ from functools import cached_property
 
 from transocks.rules.guard import OwnTables
 from transocks.tools import FirewallError
-from transocks.tracing.events import MESSAGE, TCP, UDP, Event, parse
+from transocks.tracing.reports import MESSAGE, TCP, UDP, Report, parse
 from transocks.tracing.trace import FIRST, HOOKS, LAST, PLACES, TABLE, Trace, trace_of
-from usocksd.host.netlink import NETFILTER, connect, messages
+from usocksd.host.netlink import NETFILTER, RECEIVE_SIZE, connect, messages
 from usocksd.net.address import IPAddress
 
 _NAMES = {TCP: "tcp", UDP: "udp"}
 _NFNLGRP_NFTRACE = 9
-_RECEIVE_SIZE, _BUFFER = 1 << 16, 1 << 23
+_BUFFER = 1 << 23
 _SO_RCVBUFFORCE = 33
 _FRAME = 0x88B5  # an EtherType for local experiments: IEEE 802
 _PATIENCE = 0.25  # seconds for the kernel to handle a packet, where nothing tells that it has
@@ -40,7 +40,7 @@ class Tracer:
 
     def __init__(self, client: IPAddress | None = None) -> None:
         """`client`: its new connections are watched, besides ports."""
-        self._events: list[Event] = []
+        self._reports: list[Report] = []
         self._since: dict[tuple[int, int], int] = {}
         self._sets = [("inet", "watched")]
         self._stack = contextlib.ExitStack()
@@ -76,7 +76,7 @@ class Tracer:
     def watching(self, protocol: int, port: int, *, keep: bool) -> Iterator[None]:
         """Have packets from and to this port reported; `keep`: they don't leave this host."""
         self._read()
-        self._since[protocol, port] = len(self._events)  # earlier reports were of another socket with this port
+        self._since[protocol, port] = len(self._reports)  # earlier reports were of another socket with this port
         sets = [*self._sets, ("inet", "kept")] if keep else self._sets
         elements = [f"element {family} {TABLE} {name} {{ {_NAMES[protocol]} . {port} }}\n" for family, name in sets]
         self._nft.load("".join(f"add {element}" for element in elements))
@@ -120,7 +120,7 @@ class Tracer:
     def trace(self, protocol: int, port: int, *, back: bool = False) -> Trace | None:
         """The trace, as far as it was reported, of the first packet from this port; `back`: of the first to it."""
         self._read()
-        return trace_of(self._events[self._since.get((protocol, port), 0) :], protocol, port, back=back)
+        return trace_of(self._reports[self._since.get((protocol, port), 0) :], protocol, port, back=back)
 
     def wait_for(self, client: IPAddress, within: float, settle: float) -> int | None:
         """Wait for the next new connection of this client, and then for its first packet to get where it gets. Returns
@@ -140,15 +140,15 @@ class Tracer:
     def port_of(self, client: IPAddress) -> int | None:
         """The port of the first connection of this client that was reported."""
         self._read()
-        packets = (event.packet for event in self._events if event.packet is not None)
+        packets = (report.packet for report in self._reports if report.packet is not None)
         return next((packet.sport for packet in packets if packet.source == client), None)
 
     def _read(self) -> None:
         with contextlib.suppress(BlockingIOError):
             while True:
-                for kind, _, message in messages(self._socket.recv(_RECEIVE_SIZE)):
-                    if kind == MESSAGE and (event := parse(message)) is not None:
-                        self._events.append(event)
+                for kind, _, message in messages(self._socket.recv(RECEIVE_SIZE)):
+                    if kind == MESSAGE and (report := parse(message)) is not None:
+                        self._reports.append(report)
 
 
 def _table(client: IPAddress | None) -> str:

@@ -8,8 +8,8 @@ from ipaddress import ip_address
 import attrs
 import pytest
 
-from transocks.tracing.events import ACK, RST, SYN, TCP, UDP, Event, Packet, Verdict, parse
 from transocks.tracing.packets import datagram
+from transocks.tracing.reports import ACK, RST, SYN, TCP, UDP, Packet, Report, Verdict, parse
 from transocks.tracing.trace import FIRST, LAST, TABLE, Cause, Rewrite, trace_of
 
 PACKETS = [
@@ -38,7 +38,7 @@ def message(packet: Packet, *, verdict: int, handle: int = 7, mark: int = 0) -> 
 
 @both_families
 def test_a_rule_that_matched(packet: Packet) -> None:
-    assert parse(message(packet, verdict=-3, mark=5)) == Event(
+    assert parse(message(packet, verdict=-3, mark=5)) == Report(
         family="inet", table="transocks", chain="redirect_tcp", handle=7, verdict=Verdict.JUMP, mark=5, id=99,
         packet=packet, oif=3,
     )  # fmt: skip
@@ -73,10 +73,10 @@ def _sum(data: bytes) -> int:
 
 
 def report(chain: str | tuple[str, int], packet: Packet | None, *, table: str = TABLE, handle: int | None = None,
-           mark: int = 0, verdict: Verdict = Verdict.ACCEPT, oif: int = 0) -> Event:  # fmt: skip
+           mark: int = 0, verdict: Verdict = Verdict.ACCEPT, oif: int = 0) -> Report:  # fmt: skip
     if isinstance(chain, tuple):
         chain = f"{chain[0]}_{'m' if chain[1] < 0 else 'p'}{abs(chain[1])}"
-    return Event(
+    return Report(
         family="inet", table=table, chain=chain, handle=handle, verdict=verdict, mark=mark, id=1, packet=packet, oif=oif
     )
 
@@ -98,7 +98,7 @@ def test_a_path() -> None:
     again = [report("ingress", first), report(("output", FIRST), first)]
     trace = trace_of([*events, *again], TCP, 61000)
     assert trace is not None
-    assert trace.events == tuple(events)
+    assert trace.reports == tuple(events)
     assert (trace.packet, trace.destination) == (first, (ip_address("127.0.0.1"), 1081))
     assert trace.turn == Rewrite(Cause(events[5], 4, "output", "nat"), to=trace.destination)
     assert trace.marks == (Rewrite(Cause(None, 4, "output", "mangle"), 0, 5),)

@@ -45,7 +45,7 @@ FIRST_GID = 0x74000000
 
 
 @attrs.frozen
-class User:
+class Caller:
     """Who the command runs as."""
 
     uid: int
@@ -157,7 +157,7 @@ def _redirect(tool: Tool, gid: int, port: int, stack: contextlib.ExitStack) -> t
     raise AssertionError("the last one is tried without a cgroup")
 
 
-def _become(user: User, gid: int, cgroup: Cgroup | None) -> Callable[[], None]:
+def _become(user: Caller, gid: int, cgroup: Cgroup | None) -> Callable[[], None]:
     """For preexec_fn: turns the child into the command's user, group and cgroup."""
     arrange = die_with_parent()
 
@@ -189,7 +189,7 @@ def _say(text: str) -> None:
     print(f"transocks exec: {visible(text)}", file=sys.stderr, flush=True)
 
 
-def _calling_user() -> User:
+def _calling_user() -> Caller:
     """The user who called sudo, else root itself."""
     name = os.environ.get("SUDO_USER", "root")
     try:
@@ -200,7 +200,7 @@ def _calling_user() -> User:
     if "SUDO_USER" in os.environ:  # sudo has put root's there
         environment |= {"HOME": entry.pw_dir, "USER": name, "LOGNAME": name, "SHELL": entry.pw_shell}
     groups = os.getgrouplist(name, entry.pw_gid) if "SUDO_USER" in os.environ else [*os.getgroups(), os.getgid()]
-    return User(entry.pw_uid, tuple(dict.fromkeys(groups)), environment)
+    return Caller(entry.pw_uid, tuple(dict.fromkeys(groups)), environment)
 
 
 def _allowed_gid(gid: int) -> bool:

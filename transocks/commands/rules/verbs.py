@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import attrs
 
+from transocks.commands.rules import FAILED
 from transocks.config import DIRECT, TransocksConfig
 from transocks.rules import change, live, routing
 from transocks.rules.config import Mode, RulesConfig, Tool, WhenDown
@@ -23,8 +24,6 @@ from usocksd.serve.verbs.client import Answer, ControlClient, Refused, VerbError
 from usocksd.settings import loader as configuration
 
 DEFAULT = "/etc/transocks.toml"
-FAILED = 1
-
 ANSWER_WITHIN = 2.0  # seconds that a daemon may take to say how it is
 _LOOK_AGAIN_AFTER = 0.2
 _WELL = ("ready", "reloading")

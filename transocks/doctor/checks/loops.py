@@ -10,7 +10,7 @@ from transocks.doctor.finding import Finding, fault, fine, unchecked
 from transocks.doctor.host import AS_ROOT, Host
 from transocks.rules.config import Mode
 from transocks.rules.loops import goes_direct, upstreams_of
-from transocks.tracing.fate import What, fate_of
+from transocks.tracing.fate import Reach, fate_of
 from transocks.tracing.samples import EXAMPLES, try_out
 from usocksd.net.address import IPAddress
 
@@ -70,6 +70,6 @@ def _from_upstream_behind(host: Host, address: IPAddress) -> Iterator[Finding]:
             continue
         sample = attrs.evolve(fate.sample, source=address, iif=iif, device=host.links.port(iif))
         found = fate_of(try_out(host.tracer, sample), fate.redirection, host.names)
-        if found.what is What.ARRIVED:
+        if found.reach is Reach.ARRIVED:
             text = f"the upstream {address} is behind {iif}, and so redirected: {found.text}"
             yield fault("loops", text, f"leave out what comes from {address}")

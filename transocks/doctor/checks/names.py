@@ -12,7 +12,7 @@ from transocks.doctor.finding import Finding, fault, fine, unchecked, warning
 from transocks.doctor.host import AS_ROOT, Host
 from transocks.rules.loops import Sender
 from transocks.tools import FirewallError
-from transocks.tracing.events import UDP
+from transocks.tracing.reports import UDP
 from transocks.tracing.samples import EXAMPLES, Sample, try_out
 from transocks.tracing.sockets import NOBODY, socket_of
 from usocksd.names.resolv_conf import PORT, RESOLV_CONF, parse

@@ -11,8 +11,8 @@ from transocks.rules.config import Mode
 from transocks.rules.live import choose_tool
 from transocks.rules.verify import verify
 from transocks.tools import FirewallError
-from transocks.tracing.events import ACK, UDP
-from transocks.tracing.fate import Fate, What
+from transocks.tracing.fate import Fate, Reach
+from transocks.tracing.reports import ACK, UDP
 from transocks.tracing.samples import try_out
 from transocks.tracing.trace import LO, ROUTING
 from usocksd.net.address import join_port
@@ -28,8 +28,8 @@ def rules(host: Host) -> Iterator[Finding]:
     fates = host.fates
     if not fates:
         yield unchecked("rules", "nothing can be tried: no interface (ip link) or listener that rules could be for")
-    unmet = [fate for fate in fates if fate.what is What.PASSED and not fate.text]
-    nowhere = [fate for fate in fates if fate.what is What.NOWHERE]
+    unmet = [fate for fate in fates if fate.reach is Reach.PASSED and not fate.text]
+    nowhere = [fate for fate in fates if fate.reach is Reach.NOWHERE]
     if len(unmet) + len(nowhere) == len(fates):  # no rule was met
         # Rules that are loaded by hand may be for clients; they say nothing if no client's packet could be made.
         if unmet and (host.stated or all(fate.sample.iif is None for fate in nowhere)):
@@ -38,7 +38,7 @@ def rules(host: Host) -> Iterator[Finding]:
         return
     firsts: dict[object, Fate] = {}
     for fate in fates:
-        firsts.setdefault((fate.name, fate.what, fate.text), fate)
+        firsts.setdefault((fate.name, fate.reach, fate.text), fate)
     yield from dict.fromkeys(finding for fate in firsts.values() for finding in _findings(fate, host))
 
 
@@ -65,33 +65,33 @@ def _findings(fate: Fate, host: Host) -> Iterator[Finding]:
     arrived = {(other.redirection.mode, other.sample.version) for other in host.arrived}
     mode, version = fate.redirection.mode, fate.sample.version
     other_family = (mode, 10 - version) in arrived and (mode, version) not in arrived  # see `both_families`
-    match fate.what:
-        case What.ARRIVED:
+    match fate.reach:
+        case Reach.ARRIVED:
             to = join_port(fate.sample.destination, fate.sample.port)
             yield fine("rules", f"{name}: {to} gets to port {port}, by {text}")
-        case What.STOPPED:
+        case Reach.STOPPED:
             yield _stopped(fate, host)
-        case What.NOWHERE:
+        case Reach.NOWHERE:
             if fate.sample.iif is not None:
                 yield _nowhere(fate)
-        case What.PASSED:
+        case Reach.PASSED:
             # Rules that are loaded by hand need not be for all modes.
             if text or (host.stated and not {(mode, 4), (mode, 6)} & arrived):
                 yield _passed(fate, host)
-        case What.DROPPED:
+        case Reach.DROPPED:
             if host.stated or not other_family:
                 do = _APPLY if fate.by_guard else "accept it there, or remove that rule"
                 yield fault("rules", f"{name}: dropped on the way: {text}", do)
-        case What.UNTRACKED:
+        case Reach.UNTRACKED:
             do = "take such traffic out of that rule"
             yield fault("rules", f"{name}: not tracked, and so never redirected: {text}", do)
-        case What.UNMARKED:
+        case Reach.UNMARKED:
             do = f"take that rule out, or have it leave what has mark {fate.redirection.tproxy_mark:#x} alone"
             yield fault("rules", f"{name}: {text}", do)
-        case What.TAKEN if fate.by_ours:
+        case Reach.TAKEN if fate.by_ours:
             do = f"make that rule and {_setting(fate)} use the same port"
             yield fault("rules", f"{name}: {text}, and transocks has {port}", do)
-        case What.TAKEN:
+        case Reach.TAKEN:
             do = "remove that rule, or load ours at an earlier place (nft: a lower priority)"
             yield fault("rules", f"{name}: other rules take it before ours: {text}", do)
 
@@ -212,14 +212,14 @@ def both_families(host: Host) -> Iterator[Finding]:
         mode, other = fate.redirection.mode, 10 - fate.sample.version
         theirs = [f for f in host.fates if (f.redirection.mode, f.sample.version) == (mode, other)]
         name = f"{mode.value}: IPv{other}"
-        if not theirs or any(f.what is What.ARRIVED for f in theirs):
+        if not theirs or any(f.reach is Reach.ARRIVED for f in theirs):
             continue
         first, trace = theirs[0], theirs[0].result.trace
-        if first.what is What.NOWHERE and first.sample.iif is None:
+        if first.reach is Reach.NOWHERE and first.sample.iif is None:
             yield fine("families", f"{name} has no rules that are met, and no way out either")
-        elif first.what is What.DROPPED and not host.stated:
+        elif first.reach is Reach.DROPPED and not host.stated:
             yield fine("families", f"{name} has no rules, and is dropped: {first.text}")
-        elif first.what is What.PASSED and not first.text and trace is not None:
+        elif first.reach is Reach.PASSED and not first.text and trace is not None:
             text = f"{name} has no rules, and goes out by {device(trace.oif)}, past transocks"
             yield fault("families", text, f"load the rules for IPv{other} too, or take its default route away")
 

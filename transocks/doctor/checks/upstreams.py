@@ -23,8 +23,8 @@ from transocks.doctor.finding import Finding, State, fault, fine, unchecked
 from transocks.doctor.host import AS_ROOT, Host
 from transocks.http_connect import HttpConnect
 from transocks.tools import FirewallError
-from transocks.tracing.events import TCP
 from transocks.tracing.links import lookup, policy_against
+from transocks.tracing.reports import TCP
 from transocks.tracing.sockets import socket_of
 from transocks.upstreams.probes import ping
 from transocks.upstreams.proxy_url import ProxyScheme, ProxyURL

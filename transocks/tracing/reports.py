@@ -50,7 +50,7 @@ class Packet:
 
 
 @attrs.frozen(kw_only=True)
-class Event:
+class Report:
     """A rule that matched, or the end of a chain."""
 
     family: str
@@ -63,12 +63,12 @@ class Event:
     id: int
     """of the packet, as long as the kernel has it"""
     packet: Packet | None
-    """in the first event of each hooked chain"""
+    """in the first report of each hooked chain"""
     iif: int = 0
     oif: int = 0
 
 
-def parse(message: bytes) -> Event | None:
+def parse(message: bytes) -> Report | None:
     """Parse a message without its netlink header; None if it is not understood."""
     try:
         return _parse(message)
@@ -76,7 +76,7 @@ def parse(message: bytes) -> Event | None:
         return None
 
 
-def _parse(message: bytes) -> Event:
+def _parse(message: bytes) -> Report:
     family = _FAMILIES[message[0]]
     found = dict(attributes(message[4:]))
     code = found.get(_POLICY)
@@ -84,7 +84,7 @@ def _parse(message: bytes) -> Event:
         code = dict(attributes(found[_VERDICT]))[_VERDICT_CODE]
     verdict = Verdict.CONTINUE if code is None else Verdict(struct.unpack(">i", code)[0])
     rule = _number(found, _TYPE) == _TYPE_RULE
-    return Event(
+    return Report(
         family=family, table=_name(found[_TABLE]), chain=_name(found[_CHAIN]),
         handle=_number(found, _HANDLE) if rule and _HANDLE in found else None,
         verdict=verdict, mark=_number(found, _MARK), id=_number(found, _ID),

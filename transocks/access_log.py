@@ -45,7 +45,7 @@ _NO_UPSTREAM = "unknown"
 _NOT_REDIRECTED, _LOOP, _GONE = "not_redirected", "loop", "client_gone"
 _REJECTED = "rejected"
 _UNVERIFIED = "unverified"
-# What says that the proxy's rules deny it, of SOCKS5 and HTTP: nothing is wrong.
+# The replies of SOCKS5 and HTTP that mean a proxy's rules deny the request: nothing is wrong.
 _DENIED = frozenset({Reply.NOT_ALLOWED, 403})
 _GRANTED, _REFUSED, _UNREACHABLE = "granted", "upstream_refused", "upstream_unreachable"
 
@@ -128,7 +128,7 @@ class RedirectedRecords(ConnectionRecords):
         self._event(logging.INFO, "name leads nowhere", error=str(error))
 
     def trying(self, group: str, upstream: str, scheme: ProxyScheme | None) -> None:
-        """It is tried through this upstream of this group; scheme None: through none."""
+        """A try through this upstream of this group begins; scheme None: a direct connection."""
         self._group = group
         self._upstream = upstream
         self._version = _VERSIONS[scheme]
@@ -136,7 +136,7 @@ class RedirectedRecords(ConnectionRecords):
         self._source = self._proxy = None
 
     def connected(self, endpoint: Endpoint, proxy: Target) -> None:
-        """The proxy is connected, and will be asked. Both ends are named as in its own records."""
+        """The proxy is connected. Both addresses are as in the proxy's own records."""
         host, port = endpoint.sock.getsockname()[:2]
         self._source = pair_member(host, port)
         self._proxy = pair_member(proxy.host, proxy.port)
@@ -207,16 +207,16 @@ class RedirectedRecords(ConnectionRecords):
 
 
 class Repeats:
-    """Says when to write a record that repeats: every ten minutes, with how often it did. Knows the latest 1000."""
+    """Limits records that repeat to one in ten minutes, with their number. Remembers the latest 1000."""
 
     def __init__(self, *, every: float = 600.0, clock: Callable[[], float] = time.monotonic) -> None:
         self._every = every
         self._clock = clock
         self._known: dict[Hashable, tuple[float, int]] = {}
-        """When each was written, and how often it has happened since."""
+        """When each was last written, and how often it has happened since then."""
 
     def due(self, what: Hashable) -> int | None:
-        """It has happened: how often since it was last written, if that was long enough ago to write it again."""
+        """Count this. Returns how often it has happened since its last record if a new one is due, else None."""
         now = self._clock()
         written, count = self._known.pop(what, (-self._every, 0))
         if now - written < self._every:

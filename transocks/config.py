@@ -61,7 +61,7 @@ def _lookup(name: str) -> list[IPAddress]:
     except OSError as exc:
         raise Invalid(f"expected a name that resolves: {exc.strerror}") from None
     found = [str(info[4][0]) for info in infos]
-    # An address with a zone (link-local) can't be listened on without naming it, and it isn't meant either.
+    # Link-local addresses are left out: nobody can listen on one without its zone, and the name does not mean them.
     return list(dict.fromkeys(parse_address(address) for address in found if "%" not in address))
 
 
@@ -97,7 +97,7 @@ class GroupConfig:
     policy: Policy = FAILOVER
     when_all_down: WhenAllDown = "refuse"
     proxy_protocol: bool = False
-    """whether they are told, by a PROXY header in front of all else, whose connection it is"""
+    """whether a PROXY header before everything else names the client"""
 
 
 @attrs.frozen(kw_only=True)
@@ -109,9 +109,9 @@ class HealthConfig:
     timeout: Seconds = 5.0
     """for a probe, and so for an upstream to be found down that nobody uses"""
     suspect_after: Seconds = 0.3
-    """an upstream that is silent for this long, while a connection waits for it, is probed at once"""
+    """an upstream that keeps a connection waiting for this long is probed at once"""
     suspect_timeout: Seconds = 0.3
-    """for that probe to connect, and again to answer; or three round trips"""
+    """for that probe to connect, and again to answer; at least three round trips"""
 
     def __attrs_post_init__(self) -> None:
         if self.suspect_timeout > self.timeout:
@@ -119,7 +119,7 @@ class HealthConfig:
             raise Invalid(expected, shown=f"{self.suspect_timeout:g}", at="suspect_timeout")
 
 
-# A port of one's own choice, but not 0.
+# A port to connect to, so not 0.
 _WHERE_RULES_SEND = {
     Mode.HOST: ("listen", '"localhost:1081"'),
     Mode.GATEWAY: ("listen", '":1081"'),
@@ -140,13 +140,13 @@ class TransocksConfig(CommonConfig):
     upstream: Mapping[GroupName, GroupConfig] = attrs.field(factory=dict)
     health: HealthConfig = attrs.field(factory=HealthConfig)
     listen: Listen = tuple(ListenAddress(address, 1081, optional=True) for address in LOCALHOST)
-    """`localhost` is both 127.0.0.1 and ::1, whatever the resolver says: REDIRECT goes to either."""
+    """`localhost` is always both 127.0.0.1 and ::1, since REDIRECT goes to either."""
     listen_tproxy: ListenTproxy = ()
     """where TPROXY rules bring connections; their addresses are as in `listen`, their ports others"""
     mark: Mark | None = None
     """SO_MARK of the connections to the upstream, so that the firewall rules can exempt them"""
     fast_open: bool = True
-    """TCP Fast Open towards the upstream, where it takes part"""
+    """TCP Fast Open towards upstreams that support it"""
     names: NamesConfig = attrs.field(factory=NamesConfig)
     route: tuple[RouteConfig, ...] = ()
     metrics_port: ListenPort | None = None
@@ -154,7 +154,7 @@ class TransocksConfig(CommonConfig):
     metrics_address: ListenIPs = LOCALHOST[:1]
     control: SocketPath = "/run/transocks/control.sock"
     rules: RulesConfig | None = None
-    """what `transocks rules` applies; the daemon itself has no use for it"""
+    """what `transocks rules` applies; the daemon does not use it"""
 
     @staticmethod
     def check_table(table: dict[str, Any]) -> Iterator[Invalid]:
@@ -182,7 +182,7 @@ class TransocksConfig(CommonConfig):
                 raise Invalid(f"expected {key} = {example} beside it", shown=show(mode.value), at="rules.mode")
 
     def groups(self) -> dict[str, GroupConfig]:
-        """All upstream groups by name, that of the top as "default"."""
+        """All upstream groups by name; "default" is that of the top-level `proxy_url`."""
         top = GroupConfig(
             proxy_url=self.proxy_url,
             policy=self.policy,
@@ -197,7 +197,7 @@ class TransocksConfig(CommonConfig):
             yield "proxy_url" if name == DEFAULT else f"upstream.{name}.proxy_url", group
 
     def routes(self) -> Routes:
-        """[[route]], to be asked."""
+        """The routes of [[route]]."""
         routes = [route.route(number, self.names) for number, route in enumerate(self.route, 1)]
         return Routes(routes, send_name=self.names.send == NAME)
 

@@ -32,8 +32,9 @@ class Direct:
         self._is_local = is_local
 
     async def connect(self, request: TunnelRequest, client: Endpoint, timeouts: Timeouts, access: Progress) -> Tunnel:
-        """Reach what `request` is for, within `timeouts.connect`: the addresses of its name, if there is one, else the
-        original address. (The route matched the name, so the original address counts only if the name servers list it.)
+        """Connect to the destination of `request` within `timeouts.connect`: to the addresses of its name if it has
+        one, else to the original address. (The route matched the name, so the original address counts only if the name
+        servers list it.)
 
         Raises DialError, ResolveError, Denied (the name is one of this host), PeerReset (`client` is gone).
         """
@@ -60,8 +61,9 @@ class Direct:
         return hosts
 
     def _means_us(self, address: IPAddress) -> bool:
-        """Whether the address means this host or its surroundings: no name must lead a gateway's client into the
-        gateway, or to the service that gives the gateway its credentials."""
+        """Whether the address belongs to this host or is protected: no name may lead a gateway's client to the gateway
+        itself, or to the metadata service that has its credentials.
+        """
         return any(
             PROTECTED_NETWORKS.match(each) is not None or self._is_local(each) for each in judged_addresses(address)
         )

@@ -17,7 +17,7 @@ from usocksd.net.endpoint import DeadlineExpired, Endpoint, PeerReset
 
 
 class First(NamedTuple):
-    """What a client has sent so far, and what that is."""
+    """The bytes that a client has sent so far, and what they are."""
 
     data: bytes
     opening: Opening
@@ -114,7 +114,7 @@ class FirstBytes:
         wait = None
         is_long = False
         try:
-            # Mostly the bytes are there by now: then this is all.
+            # Usually the bytes have arrived by now, and this is all.
             piece = client.receive_now()
             while piece != b"":
                 if piece is not None:
@@ -129,7 +129,7 @@ class FirstBytes:
                         wait.client = None
                     is_long = bool(data) or port in self._client_first_ports
                     wait = (self._long if is_long else self._short).begin(client)
-                if wait.client is None:  # also if it ended between two pieces
+                if wait.client is None:  # also if the wait ended between two pieces
                     break
                 piece = await client.receive()
         except DeadlineExpired:
@@ -138,7 +138,7 @@ class FirstBytes:
             raise PeerReset from None
         finally:
             if wait is not None:
-                wait.client = None  # the wait stays in the queue for its time, but the socket need not
+                wait.client = None  # the queue keeps the wait until its time is over; it need not keep the socket
         return First(data, opening or sniffer.finish())
 
 

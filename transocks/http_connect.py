@@ -2,9 +2,9 @@
 
 It is a ClientRole like `usocksd.socks.SocksConnect`, so that one loop serves upstreams of either kind.
 
-Rules of this file: only the status of the response matters. Its head is bounded, interim responses included, and
-nothing behind it is consumed: that is the destination's. (RFC 9110 wants Content-Length and Transfer-Encoding of a
-success ignored.)
+Rules of this file: only the status of the response matters. The head is bounded, interim responses included. Bytes
+after it are the destination's, and are not consumed. (RFC 9110 wants Content-Length and Transfer-Encoding of a success
+ignored.)
 """
 
 from __future__ import annotations

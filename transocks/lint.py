@@ -1,4 +1,4 @@
-"""What a valid transocks.toml says that this host can't do, or that nobody can have meant."""
+"""Warnings about a valid transocks.toml: what this host can't do, and what is probably a mistake."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def lint(
     host: HostFacts | None = None,
     own_users: Sequence[str] = OWN_USERS,
 ) -> list[Fault]:
-    """What to warn of, on this host and as this user: key, value, what is wrong with it and what would be right.
+    """The warnings for this host and user: key, value, what is wrong and what would be right.
 
     `source` is the file of the configuration, whose mode is looked at; rules exempt `own_users`. Takes about a
     millisecond, and changes nothing.
@@ -54,7 +54,7 @@ def _tproxy(config: TransocksConfig, host: HostFacts) -> Iterator[Fault]:
 
 
 def _groups(config: TransocksConfig, host: HostFacts, readable: str | None) -> Iterator[Fault]:
-    """Proxies that are ourselves, or there twice, or whose password everybody may read in the file `readable`."""
+    """Proxies that are this daemon, or listed twice, or whose password everybody may read in the file `readable`."""
     for key, group in config.keyed_groups():
         seen: set[ProxyURL] = set()
         for index, proxy in enumerate(group.proxy_url):
@@ -77,7 +77,7 @@ def _groups(config: TransocksConfig, host: HostFacts, readable: str | None) -> I
 
 def _hears(listen: ListenAddress, proxy: ProxyURL, host: HostFacts) -> bool:
     """Whether connections to this proxy arrive at this listener."""
-    # Other names may be ours as well; asking a name server is not for a check.
+    # Other names may be this host's too, but a check asks no name server.
     addresses = LOCALHOST if proxy.host == "localhost" else () if isinstance(proxy.host, str) else (proxy.host,)
     if listen.address.is_unspecified:
         here = any(address.version == listen.address.version and host.has(address) for address in addresses)
@@ -109,7 +109,7 @@ def _exists(user: str) -> bool:
 
 
 def _routes(config: TransocksConfig) -> Iterator[Fault]:
-    """Routes that never decide, or not by what they say; and groups to which none leads."""
+    """Routes that can never match, or not by the name they list; and groups that no route uses."""
     routes = [route.route(number, config.names) for number, route in enumerate(config.route, 1)]
     groups = config.groups()
     covering = covering_rules(routes)

@@ -24,7 +24,7 @@ _NO_SCOPE = bytes(4)
 _SOCKADDR_IN = struct.Struct("!2xH4s8x")
 _SOCKADDR_IN6 = struct.Struct("!2xH4x16s4s")  # (the scope, alone, is in the order of this machine)
 
-# The accounts of the daemons, which nothing else uses: their connections are ours.
+# The daemons' own accounts, so connections of these users are the daemons'.
 OWN_USERS = ("transocks", "usocksd")
 
 
@@ -76,9 +76,8 @@ def tproxy_destination(sock: SocketType, is_ours: Callable[[HostPort], bool]) ->
 
 
 class LoopGuard:
-    """Refuses connections that would go in a circle, until no descriptors are left.
-
-    Without a rule that exempts the proxies' own traffic, a single connection does that.
+    """Refuses connections that would go in a circle: without a rule that exempts the proxies' own traffic, a single
+    connection loops until no descriptors are left.
     """
 
     def __init__(
@@ -110,7 +109,7 @@ class LoopGuard:
         self._check(client, original)
         count = self._open.get(original, 0)
         if count >= self._most:
-            # None of the checks knows this one: the upstream runs as root on this host, say.
+            # A loop that no check above recognises, for example because the upstream runs as root on this host.
             raise Loop(
                 f"{count} connections to it are open, as in a circle: exempt the proxies from the redirect rules"
             )

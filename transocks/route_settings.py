@@ -28,39 +28,39 @@ SERVER_FIRST = (
     (4190, 4190),  # ManageSieve (RFC 5804 section 1.7)
     (5900, 5909),  # VNC (RFC 6143 section 7.1.1), the first ten displays
 )
-"""Ports of protocols in which the server speaks first: a wait for the client would be in vain."""
+"""Ports of protocols in which the server speaks first, so waiting for the client would be useless."""
 
 CLIENT_FIRST = ((80, 80), (443, 443))
-"""Ports of protocols in which the client speaks first, HTTP and TLS: one that is silent there is only slow."""
+"""Ports of protocols in which the client speaks first, HTTP and TLS: a silent client there is only slow."""
 
-# What records and metrics say where no [[route]] decided, and what those without a name are called.
+# The names in records and metrics for "no [[route]] matched", and for routes without a name.
 RouteName = Annotated[str, rule_name("route", r"default|route \d+")]
 Send = Annotated[str, one_of((NAME, ADDRESS))]
 
 
 @attrs.frozen(kw_only=True)
 class NamesConfig:
-    """[names]: the names of connections whose client speaks first."""
+    """[names]: how the name of a connection is found in the client's first bytes."""
 
     sniff: bool = True
     wait: Annotated[float, seconds(zero=True)] = 0.3
-    """how long the client has to begin; 0: nobody is waited for"""
+    """how long the client has to begin; 0: no wait"""
     long_wait: Annotated[float, seconds()] = 5.0
     """how long it has on `client_first_ports`, and for the rest once it has begun"""
     size: Annotated[int, integer(1024, MOST)] = MOST
-    """bytes to be looked at, at most"""
+    """the most bytes to examine"""
     skip_ports: tuple[Ports, ...] = SERVER_FIRST
     client_first_ports: tuple[Ports, ...] = CLIENT_FIRST
     skip_networks: tuple[Network, ...] = ()
     send: Send = NAME
-    """what proxies that take names are asked for"""
+    """whether proxies that resolve names are asked for the name or the address"""
     when_unresolved: Annotated[str, one_of((ADDRESS, REFUSE))] = ADDRESS
     when_ech: Annotated[str, one_of((ADDRESS, NAME))] = ADDRESS
 
 
 @attrs.frozen(kw_only=True)
 class RouteConfig(ConditionsConfig):
-    """[[route]]: which way connections go."""
+    """[[route]]: which connections go where."""
 
     name: RouteName | None = None
     """None: "route N", counted from 1"""
@@ -75,7 +75,7 @@ class RouteConfig(ConditionsConfig):
             yield Invalid("expected only where via is a group of proxies", shown=show(self.send), at="send")
 
     def route(self, number: int, names: NamesConfig) -> Route:
-        """As the evaluator takes it; `number` is its place, from 1."""
+        """The route for the evaluator; `number` is its place, from 1."""
         return Route(
             name=self.name or f"route {number}",
             via=self.via,

@@ -1,4 +1,4 @@
-"""Which way a connection goes: ordered routes, the first that matches decides. Pure.
+"""Where a connection goes: ordered routes, and the first that matches decides. Pure.
 
 A route matches if the client, the port and the destination match; the destination if `to` has its address or its name.
 The name comes from the client, which may lie. So `direct` dials what the route matched: if that was the name, the
@@ -47,7 +47,7 @@ class RouteDecision:
 
 
 class Routes:
-    """The routes, in order, and behind them the group "default". Asked once a connection, so cheap."""
+    """The routes, in order, then the group "default". Asked once for each connection, so cheap."""
 
     def __init__(self, routes: Sequence[Route], *, send_name: bool) -> None:
         """`send_name` is for connections that no route matches."""
@@ -66,7 +66,7 @@ class Routes:
         return [route.name for route in self._routes]
 
     def decide(self, client: IPAddress, address: IPAddress, name: str | None, port: int) -> RouteDecision:
-        """The way of a connection from `client` to `address`, `port`. `name` is canonical; None if none is known or it
+        """Where a connection from `client` to `address`, `port` goes. `name` is canonical; None if none is known or it
         proves nothing. IPv4-mapped addresses come as IPv4.
         """
         if not self._routes:

@@ -28,8 +28,8 @@ from usocksd.net.relay import close_pair, relay
 from usocksd.settings.types import Timeouts
 from usocksd.socks import Reply, RequestRefused
 
-# The replies of SOCKS5 and HTTP that say that a name leads nowhere (RFC 9110 section 15.6: from 502 on it is not the
-# proxy that failed). SOCKS4 has one number for all refusals.
+# The replies of SOCKS5 and HTTP that say that a name leads nowhere (RFC 9110 section 15.6: from 502 on the fault is not
+# the proxy's). SOCKS4 has one number for all refusals.
 _UNRESOLVED = frozenset({Reply.HOST_UNREACHABLE, 502, 503, 504})
 
 
@@ -121,7 +121,7 @@ class RedirectedSessions:
     async def _reach(self, client: Endpoint, request: TunnelRequest, first: First, access: RedirectedRecords) -> Tunnel:
         """route -> upstream dial + handshake; again without the name if that leads nowhere.
 
-        Raises Denied if a route rejects it, and what the upstream does.
+        Raises Denied if a route rejects it, and the errors of `connect`.
         """
         opening = first.opening
         request = request._replace(first=first.data, repeatable=opening.repeatable)
@@ -134,7 +134,7 @@ class RedirectedSessions:
             if decision.via == REJECT:
                 raise Denied(decision.route)
             if decision.via != DIRECT and "%" in destination.host:
-                # To a proxy, the address would be another host, or none.
+                # At the proxy, this address would mean another host, or none.
                 raise Denied(f'{decision.route}: no proxy reaches a link-local address, only via = "direct" does')
             way = self._ways[decision.via]
             asked = request._replace(name=name) if decision.by_name else request
@@ -149,5 +149,7 @@ class RedirectedSessions:
 
 
 def _leads_nowhere(error: RequestRefused | ResolveError, name: str) -> bool:
-    """Whether there is no such host: not if it is forbidden, nor if a proxy's own name is unknown."""
+    """Whether the error means that the requested host does not exist (not that it is denied, nor that the proxy's own
+    name is unknown).
+    """
     return error.reply in _UNRESOLVED if isinstance(error, RequestRefused) else error.name == name

@@ -1,6 +1,6 @@
 """The name inside the first bytes of a connection: TLS SNI, HTTP/1 Host. Pure, no I/O.
 
-A `Sniffer` is fed as bytes come and tells what they are as soon as that is known. Rules of this file:
+A `Sniffer` is fed bytes as they arrive, and tells what they are as soon as that is known. Rules of this file:
 
 - No input raises anything, and no byte is looked at twice, however small the pieces are.
 - In doubt there is no name. A name always comes from `canonical_host`, and is never an address.
@@ -48,7 +48,7 @@ class Protocol(enum.Enum):
     TLS = "tls"
     HTTP = "http"
     OTHER = "other"
-    """anything else, HTTP/2 without TLS among it: there will be no name"""
+    """anything else, for example HTTP/2 without TLS: no name"""
 
 
 class Opening(NamedTuple):
@@ -111,7 +111,7 @@ class Sniffer:
     def _records(self) -> Opening | None:
         data, at = self._data, self._at
         size = len(data)
-        # The first bytes of a record and message show what is no hello, without the rest.
+        # The first bytes of the record and message are enough to see that this is no hello.
         if (size > 1 and data[1] != 3) or (size > 5 and data[5] != _CLIENT_HELLO):
             return OTHER
         while size - at >= _RECORD_HEADER:
@@ -169,7 +169,8 @@ class Sniffer:
         absolute = _ABSOLUTE.fullmatch(match[2])
         if absolute is None:
             return None
-        # It goes before Host (RFC 9112 section 3.2.2). Mostly it is meant for a proxy too, and the port differs.
+        # It takes precedence over Host (RFC 9112 section 3.2.2). Usually such a request is for a proxy, and the port
+        # differs.
         return self._named(absolute[2], _DEFAULT_PORTS[absolute[1].lower()])
 
     def _header(self, line: bytes) -> Opening | None:

@@ -17,15 +17,16 @@ from typing import IO, Any
 from usocksd.errors import Error
 
 SBIN = ("/usr/local/sbin", "/usr/sbin", "/sbin")
-"""Searched behind PATH, in which users of Debian have none of these."""
+"""Searched after PATH, which has none of these for ordinary users of Debian."""
 WITHIN, GRACE = 20.0, 3.0
-"""Seconds that a program may take (nft takes one for 50,000 rules), and once somebody has asked us to stop."""
+"""Seconds that a program may take (nft takes one for 50,000 rules), and that it may still take after a signal to stop.
+"""
 LOCK, LOCK_WITHIN = "/run/transocks-rules.lock", 30.0
-"""For root alone: whoever holds it keeps root from changing rules. Stays, as /run/xtables.lock does. And for how many
-seconds others may hold it.
+"""Only root may hold the lock, since it keeps others from changing rules. The file stays, as /run/xtables.lock does.
+Then the seconds for which others may hold it.
 """
 
-_LOOK_EVERY = 0.1  # seconds: whether somebody has asked us to stop, or the lock is free
+_LOOK_EVERY = 0.1  # seconds between two looks for a signal, or for a free lock
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_SYS_ADMIN": 21}  # linux/capability.h
 _PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -81,7 +82,7 @@ def run(*argv: str, stdin: str = "") -> str:
 
 
 def run_json(*argv: str) -> Any:
-    """The same of a program that answers in JSON; None if it says nothing."""
+    """As `run`, for a program that answers in JSON; None if there is no output."""
     answer = run(*argv)
     try:
         return json.loads(answer) if answer.strip() else None
@@ -90,7 +91,7 @@ def run_json(*argv: str) -> Any:
 
 
 def complaint(*argv: str, stdin: str = "") -> str | None:
-    """Run a program; returns what it complained of, None if it has succeeded."""
+    """Run a program; returns its error message, None if it has succeeded."""
     try:
         run(*argv, stdin=stdin)
     except FirewallError as error:
@@ -107,7 +108,7 @@ def _communicate(process: subprocess.Popen[str], command: str, stdin: str) -> tu
         try:
             return process.communicate(feed, timeout=max(0.0, min(_LOOK_EVERY, until - time.monotonic())))
         except subprocess.TimeoutExpired:
-            feed = None  # what was not taken yet is remembered
+            feed = None  # input that was not taken yet is remembered
         if time.monotonic() >= until and stop is None:
             raise FirewallError(
                 f"{command}: did not end within {WITHIN:g} s, and was killed: another program may keep the rules"
@@ -128,7 +129,7 @@ def _kill(process: subprocess.Popen[str]) -> None:
 
 
 def die_with_parent() -> Callable[[], None]:
-    """For preexec_fn: SIGKILL when this thread ends, however."""
+    """For preexec_fn: have the kernel kill the child when this thread ends."""
     prctl = ctypes.CDLL(None).prctl
     parent = os.getpid()
 
@@ -144,19 +145,18 @@ def die_with_parent() -> Callable[[], None]:
 
 
 class _Stop:
-    """When somebody has asked us to stop, during a change: signal handlers are of the whole process, too."""
+    """When a signal to stop came during a change. Global, as signal handlers are."""
 
     asked_at: float | None = None
 
 
 @contextlib.contextmanager
 def one_change() -> Iterator[None]:
-    """A change that others wait for, and that Ctrl-C and its like do not break off: they take effect when it is over.
-
-    Two changes at once would each take away what the other has just loaded. The lock ends with the process. Programs
+    """A change of the rules, one at a time on this host. Signals such as Ctrl-C take effect when it is over. Two
+    changes at once would each remove the rules that the other has just loaded. The lock ends with the process. Programs
     that run when a signal comes go on for GRACE seconds at most: then they are killed, and the FirewallError makes the
-    block undo what it has begun. By handlers and not by a mask, which programs would inherit. For the main thread.
-    Raises FirewallError if others hold the lock for too long.
+    block undo what it has begun. Signals are held back by handlers, not by a mask, which programs would inherit. Only
+    for the main thread. Raises FirewallError if others hold the lock for too long.
     """
     numbers: list[int] = []
 
@@ -197,8 +197,8 @@ def _open_lock() -> IO[bytes]:
         return os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW, 0o600)
 
     try:
-        # To read: where /run is read-only (in a service, say), it will do when the file is there.
+        # Opened for reading, which is enough if /run is read-only (in a service, for example) and the file exists.
         return open(LOCK, "rb", opener=for_root)
     except OSError:
-        # A read-only /run without it, or that of another user: the network namespace itself, which all can open.
+        # /run is read-only without the file, or another user's: lock the network namespace itself, which all can open.
         return open("/proc/self/ns/net", "rb")

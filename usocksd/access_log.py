@@ -30,7 +30,7 @@ _KEYS = (
     "rule",
     "pool",
 )
-# What `usocksd diff` decides by. Once a connection is enough, so "proxy ends" does without.
+# The keys that `usocksd diff` reads. Once per connection is enough, so "proxy ends" lacks them.
 _AT_START = ("dest_name", "candidates")
 _COMMANDS = {command: command.name.lower() for command in Command}
 _PROTOCOLS = {Version.SOCKS4: "SOCKS4/4a", Version.SOCKS5: "SOCKS5"}
@@ -136,14 +136,14 @@ class SocksRecords(ConnectionRecords):
         super().__init__(records, client.host, client.port)
         self._local = pair_member(local[0], local[1])
         self._peer: str | None = None
-        """The proxy that has named the client, which may be itself."""
+        """The proxy that has named the client; it may have named itself."""
         self._version: Version | None = None
-        """What the client speaks, once it has authenticated or need not."""
+        """The client's version of SOCKS, once it has authenticated or need not."""
         self._request: tuple[str, str, str, int] | tuple[None, None, None, None] = (None, None, None, None)
         self._destination: str | None = None
         self._user: str | None = None
         self.tried_user: str | None = None
-        """The user whose password the client does not know."""
+        """The user with whom the client failed to log in."""
         self.decision: Decision | None = None
         """What becomes of the request."""
         self._refusal: str | None = None
@@ -172,7 +172,7 @@ class SocksRecords(ConnectionRecords):
     # ---- the handshake
 
     def authenticated(self, client: Client) -> None:
-        """The user name and password of this client are accepted, perhaps unseen."""
+        """This client's user name and password are accepted, perhaps without a check."""
         self._user = client.user
         self._version = Version.SOCKS5
         self._records.authenticated[Method.USERNAME_PASSWORD, _SUCCESS].value += 1
@@ -188,14 +188,13 @@ class SocksRecords(ConnectionRecords):
             records.address_read[request.address_type, _SUCCESS].value += 1
 
     def probed(self) -> None:
-        """The client has only asked whether this is a usocksd. Nobody would look for that in a log."""
+        """The client has only asked whether this is a usocksd, which is logged at debug only."""
         self._records.probes.value += 1
         self._event(logging.DEBUG, "probed")
 
     def misspoke(self, fault: ClientFault, server: Server, *, news: bool = True) -> None:
-        """The client did not speak SOCKS, or not correctly. `server` is where its handshake has come to.
-
-        Without `news` that is only counted.
+        """The client did not speak SOCKS, or not correctly. `server` has the state of its handshake. Without `news` it
+        is only counted.
         """
         self._count_fault(fault.kind, server.version, server.method)
         if news:
@@ -209,7 +208,7 @@ class SocksRecords(ConnectionRecords):
         self._gave_up(server, _TIMED_OUT, "timed out")
 
     def client_gone(self, server: Server, cause: str = "client is gone") -> None:
-        """The client does not wait for its connection any more, or can't be served."""
+        """The client no longer waits for its connection, or can't be served."""
         self._gave_up(server, _GONE, cause)
 
     def _gave_up(self, server: Server, status: str, cause: str) -> None:
@@ -254,7 +253,7 @@ class SocksRecords(ConnectionRecords):
         return {"dest_name": decision.name, "candidates": _texts(decision.candidates)}
 
     def _rule_and_pool(self) -> tuple[str | None, str | None]:
-        """The rule that decides, and the egress pool that an allowed connection leaves from."""
+        """The rule that decides, and the egress pool of an allowed connection."""
         if self._refusal is not None:
             return self._refusal, None
         ruling = None if self.decision is None else self.decision.ruling

@@ -64,16 +64,15 @@ class Rule:
     pool: str = "default"
     """The egress pool of a rule that allows."""
     complement: bool = False
-    """The rule matches what `to` does not have."""
+    """The rule matches destinations that are not in `to`."""
     line: int | None = None
     """Where it begins in the configuration."""
     entry: Callable[[str | None, Sequence[IPAddress], int], str] | None = None
-    """For a list that stands for many rules, one for each entry: names the entry that has a name, an address or the
-    port."""
+    """For a list that stands for one rule per entry: names the entry that matches."""
 
 
 def rules_of_lists(allow_sites: Sequence[str], deny_sites: Sequence[str], deny_ports: Sequence[int]) -> list[Rule]:
-    """The lists of [outgoing] in the order of the original: if there is an allow_sites, what it does not have is
+    """The lists of [outgoing] as rules, in the order of the original: destinations outside allow_sites (if set) are
     denied; then deny_sites; then deny_ports; then allow_sites allows.
 
     Raises ValueError for an entry that has an `entry_fault`.
@@ -122,8 +121,8 @@ class AccessRules:
     it. The lowest bit that all masks have in common is the rule that decides.
 
     A request is `client`, `name`, `address`, `port` and `sent`: the canonical name before it is resolved, an address
-    behind it together with the name, or an address that was asked for with None for the name. `sent` is what the client
-    called the name if a search domain has completed it: a rule that has either of the two names matches.
+    behind it together with the name, or an address that was asked for with None for the name. `sent` is the name as the
+    client sent it, if a search domain has completed it: a rule matches if it has either name.
     """
 
     _MOST_REMEMBERED = 16384
@@ -196,7 +195,7 @@ class AccessRules:
     def _find(
         self, client: Client, name: str | None, address: IPAddress | None, port: int, sent: str | None
     ) -> tuple[int, str | None]:
-        """The bit of the rule that decides. If none does: 0, and what the address is protected as, if it is."""
+        """The bit of the rule that decides. If none does: 0, and the kind of protected address, if it is one."""
         mask = self._ports.match(port)
         if self._asks_who:
             mask &= self._who(client)
@@ -228,7 +227,7 @@ class AccessRules:
         return bit, None if bit else kind
 
     def _who(self, client: Client) -> int:
-        """The rules that this client and user match."""
+        """The rules that match this client and user."""
         key = client.host, client.user
         mask = self._remembered.get(key)
         if mask is None:
@@ -239,7 +238,7 @@ class AccessRules:
         return mask
 
     def _kind(self, judged: Iterable[IPAddress]) -> str | None:
-        """What one of these addresses is protected as."""
+        """The kind of protected address that one of these is, or None."""
         for address in judged:
             kind = PROTECTED_NETWORKS.match(address)
             if kind is not None:
@@ -307,7 +306,7 @@ def _mismatch(rule: Rule, client: Client, asked: str, entry: str | None, port: i
 
 
 def _to(rule: Rule) -> str:
-    """What to call the destinations of a rule: a list of [outgoing] has its own name."""
+    """The key of a rule's destinations: `to`, or the name of a list of [outgoing]."""
     return rule.name if rule.complement or rule.entry is not None else "to"
 
 

@@ -4,10 +4,10 @@ bcrypt is slow on purpose. Checks run in threads, a few at a time, and a success
 hash whose key never leaves the process. Equal questions at the same time share one check, so a client that opens fifty
 connections at once makes one attempt, not fifty.
 
-Guessing must not keep out users who know their password. So checks wait in four lines, served in this order: a user
+Guessing must not keep out users who know their password. So checks wait in four queues, served in this order: a user
 and password that were right before; an existing user, from a client with few recent failures; an existing user; anybody
-else. In each line the newest check is next: if there are more than time allows, the oldest are too late anyway, and are
-refused without a check.
+else. In each queue the newest check is next: if there are more than time allows, the oldest would be too late anyway,
+and are refused without a check.
 
 Nobody learns which users exist: every refusal takes the same time, which depends only on the number of attempts at the
 time of the question.
@@ -68,7 +68,7 @@ class _Failures:
 
 
 class Rank(IntEnum):
-    """The line in which a check waits, first served first."""
+    """The queue of a check; lower ones are served first."""
 
     WAS_RIGHT = 0
     """This user with this password was right before."""
@@ -80,9 +80,8 @@ class Rank(IntEnum):
 
 
 class _Turns:
-    """Some checks at a time: the lowest rank first, and within a rank the newest.
-
-    Ranks that may be guessing do not get the last free place.
+    """A limited number of checks at a time: the lowest rank first, within a rank the newest. Ranks that may be guesses
+    leave the last place free.
     """
 
     def __init__(self, places: int, most_waiting: int) -> None:
@@ -91,7 +90,7 @@ class _Turns:
 
     @asynccontextmanager
     async def turn(self, rank: Rank) -> AsyncIterator[None]:
-        """Wait for a place. If too many wait in a line, the oldest wait for ever."""
+        """Wait for a place. If too many wait in a rank, the oldest never get one."""
         if self._has_place(rank):
             self._free -= 1
         else:
@@ -141,17 +140,17 @@ class Users:
 
         A refusal comes `failure_takes` seconds after the question, or later if there are many attempts; by default two
         seconds, more if hashes have costs beyond 12. A check begins within `waits` seconds or not at all; by default in
-        time for the refusal. `most_waiting` may wait in each line.
-        Raises ConfigError with every other line: other hashes can't be checked, or not safely.
+        time for the refusal. `most_waiting` may wait in each rank.
+        Raises ConfigError with every line that has another hash, since those can't be checked, or not safely.
         """
         self._clock = clock
         self._hashes = _hashes_of(path, read)
-        # For a user who does not exist, the work is the same as for one who does, see `_nobodys_hash`. For each name,
-        # every worker has to choose the same, and so after a restart.
+        # For a user who does not exist, the work is the same as for one who does, see `_nobodys_hash`. Every worker
+        # must choose the same work for a name, also after a restart.
         self._costs = [hashed[4:6] for hashed in self._hashes.values()] or [b"10"]
         self._cost_key = blake2b(b"".join(self._hashes.values())).digest()
         self._key = token_bytes(32)
-        # When a success expires. An entry that has expired says only that this was right once.
+        # When a success expires. An expired entry only shows that the password was right once.
         self._remembered: dict[bytes, float] = {}
         self._checks: dict[bytes, _Check] = {}
         self._failures: dict[bytes, _Failures] = {}
@@ -160,10 +159,10 @@ class Users:
         self._check_takes = _COST_10 * 2.0 ** (max(map(int, self._costs)) - 10)
         slow = _SLACK * self._check_takes
         self.failure_takes = max(_FAILURE_TAKES, slow) if failure_takes is None else failure_takes
-        """Seconds; more in a crowd."""
+        """Seconds; more if many attempts wait."""
         self._waits = waits
         self._attempts = 0
-        """How many are yet to be answered."""
+        """How many attempts wait for an answer."""
 
     @property
     def names(self) -> frozenset[str]:
@@ -173,9 +172,9 @@ class Users:
     async def verify(self, username: str, password: str, client: str) -> bool:
         """Whether this is the password of this user. If not, the answer takes `failure_takes` seconds or more.
 
-        `client` is the numeric address that asks. After too many failures within a minute its attempts are refused
-        unseen, until the minute is over; but not what was right before, so a user is not locked out by others at the
-        same address.
+        `client` is the numeric address that asks. After too many failures within a minute, its attempts are refused
+        without a check until the minute is over. Passwords that were right before are still accepted, so others at the
+        same address can't lock a user out.
         """
         asked = trio.current_time()
         name, secret = username.encode(), password.encode()
@@ -215,7 +214,7 @@ class Users:
             rank = Rank.USER if failures.count < _SUSPECT_AFTER else Rank.SUSPECT
         else:
             rank = Rank.ANYBODY
-        failures.count += 1  # before the answer is known, or a thousand attempts at once would count as none
+        failures.count += 1  # before the answer is known, or many attempts at once would not count
         try:
             async with self._turns.turn(rank):
                 check.success = await trio.to_thread.run_sync(self._check, name, secret)
@@ -239,7 +238,7 @@ class Users:
     def _nobodys_hash(self, name: bytes) -> bytes:
         """What to check a password against for a user who does not exist.
 
-        Names have the costs of the file, as often as users have them, so the time of an attempt tells nothing.
+        Costs occur as often as in the file, so the time of an attempt does not tell whether the user exists.
         """
         choice = int.from_bytes(blake2b(name, key=self._cost_key, digest_size=8).digest())
         return b"$2b$" + self._costs[choice % len(self._costs)] + b"$" + b"." * 53
@@ -264,7 +263,7 @@ class Users:
         return failures
 
     def _make_room(self, remembered: dict[bytes, float] | dict[bytes, _Failures]) -> None:
-        """For one more entry: the oldest goes."""
+        """Make room for one more entry: drop the oldest."""
         if len(remembered) >= self._most_remembered:
             del remembered[next(iter(remembered))]
 

@@ -15,16 +15,15 @@ PRIVATE = ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "fc
 
 ALLOW_FROM: Final = "allow_from"
 TRUSTED: Final = "incoming.proxy_protocol.trusted"
-"""What records, metrics and verbs call the settings that keep clients and proxies out."""
+"""The names, in records, metrics and verbs, of the settings that keep clients and proxies out."""
 
 DEFAULT_CLIENTS = LOOPBACK + PRIVATE + LINK_LOCAL
 
 
 @frozen
 class Client:
-    """Whose connection it is, as far as that is known: rules, egress, limits and records all go by this value.
-
-    A PROXY header or a password tells more: then another Client takes its place.
+    """The client of a connection, as far as it is known. Rules, egress, limits and records use this value. When a PROXY
+    header or a password tells more, another Client replaces it.
     """
 
     host: str
@@ -33,7 +32,7 @@ class Client:
     address: IPAddress
     """The same address without a zone; IPv4-mapped ones are IPv4."""
     user: str | None = None
-    """The user whose password it has given."""
+    """The authenticated user."""
     proxy: IPAddress | None = None
     """The proxy that has named this client in a PROXY header. None: the client has connected itself."""
     local: bool = False

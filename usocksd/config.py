@@ -63,7 +63,7 @@ def _egress_address(value: str) -> IPAddress | IPNetwork:
 
 
 def _dnsbl_domain(value: str) -> str | None:
-    return _domain(value) if value else None  # "" is how the original's configuration says none
+    return _domain(value) if value else None  # "" means none in the original's configuration
 
 
 def _nat64(value: str) -> IPv6Network:
@@ -79,7 +79,7 @@ def _user(value: str) -> str:
     return value
 
 
-# What records and metrics say where no [[rule]] decided, and what those without a name are called.
+# The names in records and metrics for "no [[rule]] matched", and for rules without a name.
 _BUILT_IN = r"default|other|rule \d+|(?:allow_from|allow_sites|deny_sites|deny_ports|built-in|incoming\.)\b.*"
 
 RuleName = Annotated[str, rule_name("rule", _BUILT_IN)]
@@ -97,14 +97,14 @@ Domain = Annotated[str, text(_domain, 'a domain, as in "dnsbl.example.org"')]
 
 @attrs.frozen(kw_only=True)
 class ProxyProtocol:
-    """[incoming.proxy_protocol]: where proxies connect that say by a PROXY header whose connection it is."""
+    """[incoming.proxy_protocol]: the port for proxies that name their client in a PROXY header."""
 
     port: Port
-    """another than `incoming.port`"""
+    """not `incoming.port`"""
     addresses: ListenIPsOrNone | None = attrs.field(default=None, converter=none_if_empty)
     """None: those of `incoming`"""
     trusted: tuple[Network, ...]
-    """the proxies to believe: every rule takes their connections for those of the clients that they name"""
+    """the proxies whose headers are believed: their connections count as those of the clients that they name"""
 
     def __attrs_post_init__(self) -> None:
         if not self.trusted:
@@ -276,11 +276,11 @@ class UsocksdConfig(CommonConfig):
         ]
 
     def line_of_rule(self, at: int) -> int | None:
-        """Where in the file this of `rule` begins; None if it is from none."""
+        """The line where this element of `rule` begins; None without a file."""
         return self.lines.line_of(f"rule[{at}]") if self.lines.source else None
 
     def access_rules(self, is_local: Callable[[IPAddress], bool]) -> AccessRules:
-        """[[rule]] and the lists of [outgoing], to be asked. `is_local` tells the addresses of this host."""
+        """The rules of [[rule]] and of the lists of [outgoing]. `is_local` tells the addresses of this host."""
         outgoing = self.outgoing
         lists = rules_of_lists(outgoing.allow_sites, outgoing.deny_sites, outgoing.deny_ports)
         return AccessRules([*self.rules(), *lists], is_local, outgoing.nat64_prefixes)

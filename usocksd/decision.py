@@ -1,4 +1,4 @@
-"""What becomes of a request: one decision, which a session acts on, `explain` shows and `diff` compares. Pure.
+"""Decides a request: a session acts on the decision, `explain` shows it, and `diff` compares two. Pure.
 
     client admitted, user known? -> rules on each name that the host may stand for -> (the caller resolves it)
         -> rules on each of its addresses -> the egress address for each
@@ -39,16 +39,16 @@ Pick: TypeAlias = Callable[[str, Client, str, IPAddress], Source]
 
 @frozen
 class Policy:
-    """All of a configuration that decides whether a request is served."""
+    """Everything in a configuration that decides whether a request is served."""
 
     clients: ClientRules
     rules: AccessRules
     users: frozenset[str] | None = None
-    """Who can authenticate. None: nobody is asked to."""
+    """The users. None: no authentication."""
     required: bool = False
     """Whether every client has to authenticate."""
     trusted: ClientRules | None = None
-    """Which proxies may say whose connection it is. None: none."""
+    """Which proxies may name their clients. None: none."""
 
     def refusal(self, client: Client) -> str | None:
         """The setting that refuses this client before any rule is asked; None if it may come in."""
@@ -67,23 +67,23 @@ class Candidate:
 
     address: IPAddress
     host: str
-    """The same as text."""
+    """The address as text."""
     ruling: Ruling
     source: Source | None = None
-    """What a connection to it leaves from, once it is chosen."""
+    """The source of a connection to it, once it is chosen."""
     error: NoEgress | None = None
-    """Why it can't leave."""
+    """Why there is no source for it."""
 
 
 @lru_cache(maxsize=8192)
 def _canonical(host: str) -> tuple[IPAddress | None, str]:
-    """The address that a host is, and its canonical text."""
+    """The host as an address (None if it is a name), and its canonical text."""
     found = canonical_host(host)
     return (None, found) if isinstance(found, str) else (found, str(found))
 
 
 class Decision:
-    """One request put to the rules. It may come to a name first, and once that is resolved, to its addresses."""
+    """The decision on one request: on its name, if it has one, and after that is resolved, on its addresses."""
 
     __slots__ = ("_rules", "absent", "candidates", "client", "name", "port", "ruling", "sent")
 
@@ -135,7 +135,7 @@ class Decision:
         raise self.absent[0]
 
     def judge_name(self, name: str) -> Ruling:
-        """Put a name to the rules, which the host stands for."""
+        """Judge a name that the host stands for."""
         self.name = name
         ruling = self.ruling = self._rules.judge(self.client, name, None, self.port, self._other_name)
         return ruling
@@ -187,7 +187,7 @@ class Decision:
                 return
 
     def trace(self, candidate: Candidate | None = None) -> list[RuleAnswer]:
-        """What each rule says to the name, or to a candidate of it; to the address where one was asked for."""
+        """The answer of each rule to the name, or to one of its candidates; or to the requested address."""
         if candidate is None and self.name is None and self.candidates:
             candidate = self.candidates[0]
         address = None if candidate is None else candidate.address

@@ -27,12 +27,12 @@ from usocksd.settings.types import SocketAddress
 
 _logger = logging.getLogger("usocksd.dnsbl")
 
-# An answer in the first network is a listing. With one in the second, a list says that it does not answer (to those who
-# ask too much, or through an open resolver): https://www.spamhaus.org/faqs/dnsbl-usage/
+# An answer in the first network is a listing. With one in the second, a list refuses to answer (after too many queries,
+# or queries through an open resolver): https://www.spamhaus.org/faqs/dnsbl-usage/
 _LISTED = IPv4Network("127.0.0.0/8")
 _ERRORS = IPv4Network("127.255.255.0/24")
 
-# Seconds between two questions about one address, whatever the TTL says.
+# The least seconds between two queries for one address, whatever the TTL.
 _SHORTEST, _LONGEST = 5.0, 3600.0
 _NEGATIVE_WITHOUT_SOA = 300.0
 _AFTER_FAILURE = 30.0
@@ -48,7 +48,7 @@ class Listing(NamedTuple):
 
 
 def query_name(listing: Listing) -> dns.name.Name:
-    """The name to ask for: the octets or nibbles in reverse, then the domain (RFC 5782 sections 2.1, 2.4)."""
+    """The name to query: the octets or nibbles in reverse, then the domain (RFC 5782 sections 2.1, 2.4)."""
     origin = dns.name.from_text(listing.domain)
     return dns.reversename.from_address(str(listing.address), v4_origin=origin, v6_origin=origin)
 
@@ -65,7 +65,7 @@ def verdict(answers: Iterable[str]) -> bool | None:
 
 
 class Listings:
-    """What is usable of all pools, and what is listed, as far as is known."""
+    """The usable addresses of all pools, and the listed ones, as far as known."""
 
     def __init__(
         self,
@@ -82,11 +82,11 @@ class Listings:
             for name, pool in pools.items()
         }
         self.questions = frozenset(listing for asked in self._of_pool.values() for listing in asked)
-        """Everything to ask."""
+        """Every pair of address and list to query."""
         self.current: frozenset[Listing] = frozenset()
-        """Everything that is listed."""
+        """Every pair that is listed."""
         self._usable = Usable(hosts.current)
-        # The same in all workers: the smallest of them is the value of each.
+        # All workers have the same value, so show the smallest, not the sum.
         family = metrics.minimums("egress_listed", "Whether a DNSBL lists an egress address", "pool", "address")
         self._gauges = {
             (name, each.address): family.labels(name, str(each.address))
@@ -95,7 +95,7 @@ class Listings:
         }
 
     def take(self, found: Any) -> None:
-        """What the keeper shares, from `as_json`. Under another configuration perhaps: the rest is left out."""
+        """Take in what the keeper shares, made by `as_json`; pairs that are not in this configuration are left out."""
         self.current = self.questions & {Listing(numeric_address(address), domain) for address, domain in found}
         listed = {name: frozenset(self._listed(name)) for name in self._pools}
         self._usable = Usable(self._hosts.current, listed)
@@ -103,13 +103,15 @@ class Listings:
             gauge.value = int(address in listed[name])
 
     def usable(self) -> Usable:
-        """What pools may leave from right now: the same object while nothing has changed."""
+        """The addresses usable now: the same object while nothing has changed."""
         if self._usable.local is not self._hosts.current:
             self._usable = Usable(self._hosts.current, self._usable.listed)
         return self._usable
 
     def status(self) -> dict[str, Any]:
-        """The pools as JSON values: their addresses, which of them are on this host, and which lists have which."""
+        """The pools as JSON values: their addresses, which of them are on this host, and which are listed by which
+        list.
+        """
         local = self._hosts.current
         return {
             name: {
@@ -132,12 +134,12 @@ class Listings:
 
 
 def as_json(listings: Collection[Listing]) -> list[list[str]]:
-    """As `Listings.take` takes it."""
+    """The listings as JSON, for `Listings.take`."""
     return sorted([str(address), domain] for address, domain in listings)
 
 
 class Lookups:
-    """Asks the lists, again and again, and shares each change."""
+    """Queries the lists periodically, and shares each change."""
 
     def __init__(
         self,
@@ -174,15 +176,15 @@ class Lookups:
         }
 
     async def run(self) -> None:
-        """Until cancelled. What is known at the start stays known until an answer says otherwise."""
+        """Query until cancelled. Listings known at the start stay until an answer says otherwise."""
         self._listed = set(self._listings.current)
         async with trio.open_nursery() as nursery:
             for domain in self._due:
-                # Each at its own pace: a dead list does not delay others.
+                # Each list has its own schedule, so a dead one does not delay others.
                 nursery.start_soon(self._follow, domain)
 
     async def once(self) -> dict[Listing, str]:
-        """Ask everything once, and share it. Returns the questions without an answer, and why."""
+        """Query everything once, and share the result. Returns the queries without an answer, and why."""
         async with trio.open_nursery() as nursery:
             for domain in self._due:
                 nursery.start_soon(self._ask_list, domain)
@@ -228,7 +230,7 @@ class Lookups:
         self._due[question.domain][question] = self._clock() + min(max(ttl, self._shortest), _LONGEST)
 
     def _tell(self, domain: str, before: frozenset[Listing], *, failed: bool) -> None:
-        """Share and log what has changed since `before`; `failed`: some question had no answer before."""
+        """Share and log what has changed since `before`; `failed`: some query had no answer before."""
         failures = [error for question, error in self._unanswered.items() if question.domain == domain]
         if failures and not failed:
             fields: dict[str, Any] = {"domain": domain, "error": failures[0]}

@@ -20,7 +20,7 @@ from usocksd.names.match import rendezvous
 from usocksd.net.address import IPAddress, IPNetwork
 
 DEFAULT = "default"
-"""The pool that [outgoing] describes, for connections that no rule sends elsewhere."""
+"""The pool of [outgoing], for connections whose rule names no other."""
 
 # How many addresses of a network a client and site may use, in case one is out of ports.
 _ADDRESSES_OF_NETWORK = 3
@@ -31,8 +31,8 @@ _SITE = {4: 3, 6: 6}
 def sites_of(addresses: Iterable[IPAddress]) -> dict[int, str]:
     """The site of a destination with these addresses, by IP version: a client keeps its egress address towards a site.
 
-    It is the network of the lowest address, so a name and each of its addresses are mostly one site. FTP asks for the
-    name, and then for an address.
+    It is the network of the lowest address, so a name and each of its addresses are usually one site. (FTP requests the
+    name, and then an address.)
     """
     lowest: dict[int, IPAddress] = {}
     for address in addresses:
@@ -47,7 +47,7 @@ def _distinct(addresses: Iterable[IPAddress | IPNetwork]) -> tuple[IPAddress | I
 
 
 def covers(local: Container[IPAddress], entry: IPAddress | IPNetwork) -> bool:
-    """Whether all of an entry of a pool is on this host: an address, or a network that is routed to it."""
+    """Whether an entry of a pool is completely on this host: an address, or a network that is routed to it."""
     if isinstance(entry, IPv4Network | IPv6Network):
         return entry[0] in local and entry[-1] in local
     return entry in local
@@ -65,7 +65,7 @@ class Pool:
     iface: str | None = None
     mark: int | None = None
     sticky: str = "client+destination"
-    """What two connections must have in common to leave from the same address: that, or "client"."""
+    """What two connections must have in common to leave from the same address: client and site, or only "client"."""
     when_all_listed: str = "use"
     """What happens when all local addresses of a family are listed: "use" them, or "refuse" connections."""
 
@@ -76,7 +76,7 @@ class Pool:
 
 
 class Source(NamedTuple):
-    """What a dial binds to, in the order of `Target`; None leaves it to the kernel."""
+    """The source of a dial, with the fields of `Target`; None leaves the choice to the kernel."""
 
     address: str | None = None
     iface: str | None = None
@@ -89,12 +89,12 @@ class Source(NamedTuple):
 
 @frozen
 class Usable:
-    """What pools may leave from right now. Immutable: a change makes another one."""
+    """The addresses usable now. Immutable: a change makes a new object."""
 
     local: frozenset[IPAddress]
     """The addresses of the interfaces of this host. (`in` is also true for addresses that are routed to it.)"""
     listed: Mapping[str, frozenset[IPAddress]] = Factory(dict)
-    """By pool: those of its addresses that a DNSBL lists."""
+    """The listed addresses of each pool."""
 
 
 class EgressPools:
@@ -118,7 +118,7 @@ class EgressPools:
 
 
 class _RankedPool:
-    """One pool, and what was chosen from it while the same addresses were usable."""
+    """One pool, and its choices while the same addresses are usable."""
 
     def __init__(self, name: str, pool: Pool, most_remembered: int) -> None:
         self._name = name
@@ -129,7 +129,7 @@ class _RankedPool:
         self._entries: dict[int, tuple[IPAddress | IPNetwork, ...]] = {}
         """The usable entries, by IP version."""
         self._routed: set[int] = set()
-        """The IP versions of which an entry is on no interface."""
+        """The IP versions with an entry that is on no interface."""
         self._remembered: dict[tuple[str, str, int], Source] = {}
         self._most_remembered = most_remembered
 
@@ -190,7 +190,7 @@ def _packed(entry: IPAddress | IPNetwork) -> bytes:
 
 
 def _members(key: bytes, entry: IPAddress | IPNetwork) -> Iterator[IPAddress]:
-    """An address itself; of a network some addresses for this key, without its first and last if it has others."""
+    """An address itself; or some addresses of a network for this key, without its first and last if it has others."""
     if not isinstance(entry, IPv4Network | IPv6Network):
         yield entry
         return

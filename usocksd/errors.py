@@ -1,4 +1,4 @@
-"""Every error of the two daemons, by cause: one root, below it who or what is at fault.
+"""Every error of the two daemons: one root, and below it a class for each cause.
 
 Standard library only, so that `usocksd.socks` stays usable alone.
 """
@@ -19,7 +19,7 @@ class Error(Exception):
 
 
 class ProtocolError(Error):
-    """A peer broke the protocol it was to speak; subclasses say which peer and what reply it deserves."""
+    """A peer broke the protocol; subclasses say which peer, and which reply it gets."""
 
 
 class Denied(Error):
@@ -31,11 +31,11 @@ class Denied(Error):
 
 
 class CommandNotSupported(Error):
-    """The client asked for something else than CONNECT."""
+    """The client requested a command other than CONNECT."""
 
 
 class NoEgress(Error):
-    """There are egress addresses, and none is usable for the destination's family: nothing leaves instead."""
+    """The pool has addresses, but none is usable for the destination's family. No other address is used instead."""
 
 
 class DialError(Error):
@@ -50,7 +50,7 @@ class DialError(Error):
 
 
 class NeedsInterface(DialError):
-    """A link-local address of IPv6, which is another host on each link, and nothing says which link is meant."""
+    """A link-local IPv6 address without a link: it means another host on each."""
 
     def __init__(self, address: str) -> None:
         super().__init__(_errno.EINVAL, address)
@@ -60,7 +60,7 @@ class NeedsInterface(DialError):
 class OutOfPorts(DialError):
     """Every address to leave from has used up its ports towards this destination address and port (EADDRNOTAVAIL).
 
-    `sources` are those addresses, none for the kernel's choice; `time_wait` is how many connections of this host are
+    `sources` are those addresses, empty if the kernel chose; `time_wait` is how many connections of this host are
     over and keep their ports for a minute (TIME_WAIT), if that is known.
     """
 
@@ -97,7 +97,7 @@ class UpstreamError(Error):
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One thing that is wrong in a configuration: where, what stands there, and what would be right."""
+    """One fault of a configuration: where it is, the value, and what would be right."""
 
     path: str
     """as TOML has it: `rule[0].to[1]` is the second entry of the first rule"""

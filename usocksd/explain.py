@@ -1,6 +1,4 @@
-"""What a session would do with a request, and why: what `usocksd explain` shows. It makes the session's decision, and
-connects to nobody.
-"""
+"""Explains a request for `usocksd explain`: decides it as a session would, with the reasons, and connects to nobody."""
 
 from __future__ import annotations
 
@@ -21,7 +19,7 @@ from usocksd.net.address import IPAddress
 ALLOWED: Final = "allowed"
 DENIED: Final = "denied"
 UNREACHABLE: Final = "unreachable"
-"""The rules allow it, but there is no address to connect to, or none to leave from."""
+"""The rules allow it, but there is no address to connect to, or no source address."""
 
 NO_USERS: Final = "there are no users: with any password the client is let in, and is nobody to the rules"
 _REFUSALS: Final = {
@@ -117,7 +115,7 @@ class Explainer:
     def _pick(self, pool: str, client: Client, site: str, address: IPAddress) -> Source:
         source = self.egress.pick(pool, client, site, address)
         if source.iface is None and address.version == 6 and address.is_link_local:
-            raise NoEgress(f'it is link-local, and pool "{pool}" has no iface')  # which the kernel would tell a dial
+            raise NoEgress(f'it is link-local, and pool "{pool}" has no iface')  # an error that connect(2) would report
         return source
 
 
@@ -139,7 +137,7 @@ def _steps(decision: Decision, candidate: Candidate | None) -> list[Json]:
 
 
 def _address(decision: Decision, candidate: Candidate) -> Json:
-    """What is decided on an address, and what a connection to it would leave from."""
+    """The ruling on an address, and the source of a connection to it."""
     ruling, source = candidate.ruling, candidate.source
     return {
         "address": candidate.host,

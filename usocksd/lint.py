@@ -1,4 +1,4 @@
-"""What a valid usocksd.toml says that this host can't do, that has no effect, or that nobody can have meant."""
+"""Warnings about a valid usocksd.toml: what this host can't do, what has no effect, and what is probably a mistake."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def lint(
     host: HostFacts | None = None,
     resolv_conf: Path = RESOLV_CONF,
 ) -> list[Fault]:
-    """What to warn of, on this host and as this user: key, value, what is wrong with it and what would be right.
+    """The warnings for this host and user: key, value, what is wrong and what would be right.
 
     `users` are those of the file of users; None: there is none, or it is faulty, which is reported elsewhere.
     Takes about a millisecond, with 100,000 sites a second, and changes nothing.
@@ -115,7 +115,7 @@ def _rules(config: UsocksdConfig, users: Collection[str] | None) -> Iterator[Fau
 
 
 def _covered_rules(config: UsocksdConfig) -> Iterator[Fault]:
-    """Rules and lists that never decide, since a rule above has all that they have."""
+    """Rules and lists that never decide, since a rule above covers them."""
     rules, lists = config.rules(), rules_of_lists((), config.outgoing.deny_sites, config.outgoing.deny_ports)
     # Rules behind one that denies everything are reported once, together.
     end = next((at for at, rule in enumerate(rules) if not rule.allow and _takes_all(rule)), None)
@@ -140,7 +140,7 @@ def _takes_all(rule: Rule) -> bool:
 
 
 def _leaves_nothing(above: Rule, rule: Rule) -> bool:
-    """Whether a rule that has all clients, ports and destinations of one below it leaves nothing to that."""
+    """Whether a rule that covers one below it leaves it nothing to decide."""
     if above.users is not None and (rule.users is None or not rule.users <= above.users):
         return False
     # An entry with an address lifts the protection of addresses, and a rule without `to` does not.
@@ -187,7 +187,7 @@ def _pools(config: UsocksdConfig, host: HostFacts) -> Iterator[Fault]:
 def _pool(table: str, pool: PoolConfig, host: HostFacts) -> Iterator[Fault]:
     for index, address in enumerate(pool.addresses):
         key = f"{table}.addresses[{index}]"
-        # With ip_nonlocal_bind the kernel would take it, and no answer would ever come back.
+        # With ip_nonlocal_bind the kernel would accept it, but no answer would ever arrive.
         if isinstance(address, IPv4Network | IPv6Network):
             if not covers(host.addresses, address):
                 mend = f"ip route add local {address} dev lo"

@@ -46,7 +46,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def _run(args: argparse.Namespace) -> int:
     """Run the verb; returns the exit status."""
-    # Not for the command lines of other verbs: what this takes is loaded when it is run.
+    # Imported here, so that other verbs start without it.
     from transocks.doctor import State, examine  # noqa: PLC0415
     from transocks.doctor.finding import as_json, as_text  # noqa: PLC0415
 

@@ -1,4 +1,4 @@
-"""What transocks is made of, and what there is to say about its configuration."""
+"""Puts transocks together from its configuration, and collects the warnings about that."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def build(config: TransocksConfig, parts: Parts) -> Application:
         listen_ports=parts.ports,
         hosts=hosts,
         upstreams=lambda: upstreams.addresses,
-        # No destination takes it all: with none of the other checks in force, a loop ends at half the descriptors.
+        # No destination gets more than half: if no other check notices a loop, it ends at half the descriptors.
         most_per_destination=max(parts.connections // 2, 1),
     )
     routes = config.routes()

@@ -1,7 +1,7 @@
-"""What is wrong on this host, between the firewall and the upstream: `transocks doctor`.
+"""`transocks doctor`: finds what is wrong on this host, from the firewall to the upstream.
 
-`host.py` looks at the host, and has the kernel say what it does with packets that transocks should get
-(`transocks/tracing/`); `checks/` judge that. Nothing is changed, and only upstreams are connected to.
+`host.py` reads the state of the host, and has the kernel report what it does with sample packets
+(`transocks/tracing/`); `checks/` judge both. Nothing is changed, and only upstreams are connected to.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from usocksd.net.address import IPAddress
 log = logging.getLogger(__name__)
 
 WAIT_FOR_CLIENT = 60.0
-_SETTLE = 0.5  # seconds until the first packet of a connection has gone its way
+_SETTLE = 0.5  # seconds for the first packet of a connection to be traced
 
 
 def examine(
@@ -49,7 +49,7 @@ def judge(host: Host, checks: Iterable[Check] = CHECKS) -> list[Finding]:
     for check in checks:
         try:
             findings += check(host)
-        except Exception as error:  # one check's fault must not hide what the others have found
+        except Exception as error:  # a bug in one check must not hide the findings of the others
             log.debug("a check failed", exc_info=True)
             cause: BaseException = error
             while isinstance(cause, BaseExceptionGroup):  # of a nursery

@@ -40,7 +40,7 @@ unchecked = partial(Finding, state=State.UNCHECKED)
 
 
 def as_text(findings: Sequence[Finding], *, everything: bool = False) -> Iterator[str]:
-    """Faults first, then warnings, then what was not checked; what is well in a line, or with `everything` in full."""
+    """Faults, warnings, then what was not checked; passed checks in one line, or with `everything` in full."""
     ordered = sorted(findings, key=lambda finding: list(State).index(finding.state))
     for finding in ordered:
         if finding.state is not State.OK or everything:

@@ -1,4 +1,6 @@
-"""This host: what its kernel and the running daemon say, and what the kernel did with samples. Nothing is changed."""
+"""The facts that checks judge: from the kernel, from the running daemon, and from traces of samples. Nothing is
+changed.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,7 @@ AS_ROOT = "run it as root"
 
 @attrs.frozen(kw_only=True)
 class Host:
-    """Each fact is read, and each sample tried, once: when a check asks for it."""
+    """This host. Each fact is read, and each sample tried, when a check first asks for it."""
 
     config: TransocksConfig
     tracer: Tracer | None = None
@@ -43,11 +45,11 @@ class Host:
     why: str = ""
     """why there is no tracer"""
     client: IPAddress | None = None
-    """if given, its connection was waited for, and is judged instead of samples"""
+    """if given, its next connection is judged instead of samples"""
     names: RuleNames = attrs.field(factory=RuleNames)
     proc: Path = Path("/proc")
     counters: Mapping[str, int] = attrs.field(default=attrs.Factory(lambda self: self.counted(), takes_self=True))
-    """what the kernel had dropped until the look began"""
+    """how many packets the kernel had dropped before the checks began"""
 
     # ---- what the kernel says
 
@@ -85,7 +87,7 @@ class Host:
         return found
 
     def since(self, name: str) -> int:
-        """By how much such a counter has grown since the look began."""
+        """How much such a counter has grown since the checks began."""
         return self.counted().get(name, 0) - self.counters.get(name, 0)
 
     @cached_property
@@ -103,7 +105,7 @@ class Host:
 
     @cached_property
     def bridges(self) -> dict[tuple[str, int], str]:
-        """Those whose packets the rules see, by name and IP version: the setting that says so."""
+        """Bridges whose packets the rules see: by name and IP version, the setting that causes it."""
         return filtered_bridges()
 
     @cached_property
@@ -141,7 +143,7 @@ class Host:
 
     @cached_property
     def daemon(self) -> Sender:
-        """What rules tell the daemon's connections by; if it does not run, the user of its unit."""
+        """What identifies the daemon's connections to rules; if it does not run, the user of its unit."""
         sender = next((self.sender(each) for each in self.listeners or () if each.port in self.ports), Sender())
         if sender.uid is None:
             with contextlib.suppress(KeyError):
@@ -149,7 +151,7 @@ class Host:
         return attrs.evolve(sender, marks=frozenset({self.config.mark or 0}))
 
     def sender(self, listener: ListeningSocket) -> Sender:
-        """What rules tell the connections of a listening process by: its cgroup only if [rules] selects cgroups."""
+        """What identifies a listening process's connections to rules; its cgroup only if [rules] selects cgroups."""
         sender, rules = sender_of(listener, self.proc), self.config.rules
         return sender if rules is not None and rules.cgroups else attrs.evolve(sender, cgroup=None)
 
@@ -165,12 +167,12 @@ class Host:
 
     @property
     def stated(self) -> bool:
-        """Whether the configuration says which rules there should be."""
+        """Whether the configuration has [rules]."""
         return self.config.rules is not None
 
     @cached_property
     def redirections(self) -> tuple[Redirection, ...]:
-        """What [rules] redirects; without [rules], what each mode would that the listeners are for."""
+        """What [rules] redirects; without [rules], the redirections that the listeners could serve."""
         config, rules = self.config, self.config.rules
         if rules is None:
             modes = [
@@ -189,13 +191,13 @@ class Host:
 
     @cached_property
     def fates(self) -> tuple[Fate, ...]:
-        """Of all samples, in all modes."""
+        """The fates of all samples, in all modes."""
         found = [
             fate_of(result, redirection, self.names)
             for redirection in self.redirections
             for result in self._results(redirection)
         ]
-        # Rules that are loaded by hand need not be there for all modes that the listeners could be for.
+        # Rules loaded by hand need not cover all modes that the listeners could serve.
         behind = {Reach.ARRIVED, Reach.STOPPED}
         modes = {f.redirection.mode for f in found if f.reach in behind or (f.reach is Reach.PASSED and f.text)}
         return tuple(f for f in found if self.stated or not modes or f.redirection.mode in modes)
@@ -215,7 +217,7 @@ class Host:
 
     @cached_property
     def arrived(self) -> tuple[Fate, ...]:
-        """Of each mode and family the first that got to where it should."""
+        """The first sample of each mode and family that arrived."""
         found: dict[str, Fate] = {}
         for fate in self.fates:
             if fate.reach is Reach.ARRIVED:
@@ -223,7 +225,7 @@ class Host:
         return tuple(found.values())
 
     def open(self, who: Sender, address: IPAddress, port: int) -> Result:
-        """Try a connection of a process of this host."""
+        """Try a connection as this process would open it."""
         sample = Sample(destination=address, port=port, who=who)
         return Result(sample=sample) if self.tracer is None else try_out(self.tracer, sample)
 

@@ -1,8 +1,8 @@
 """Applies rules, confirms or prolongs them, and removes them, on this host.
 
-As much as the kernel can do at once is one step: with nft a transaction for all modes and both families, with iptables
-one for each table of each family. A change that fails half way is undone. What is ours is found by its name or shape
-and not by what the configuration says now, so what another configuration has left is found too.
+Each change is as atomic as the kernel allows: with nft one transaction for all modes and both families, with iptables
+one for each table of each family. A change that fails half way is undone. Our rules are found by name or shape, not by
+the present configuration, so those of an earlier configuration are found too.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from transocks.tools import FirewallError, complaint, one_change, run, which
 from usocksd.host.sockets import end_accepted
 
 KEEP = "transocks_nat"
-"""An nft table that does nothing but need connection tracking: see `remove`."""
+"""An nft table that only keeps connection tracking active: see `remove`."""
 
 _TPROXY = Redirection(mode=Mode.TPROXY, port=0).table
 _HOST = Redirection(mode=Mode.HOST, port=0)
@@ -44,9 +44,9 @@ _PORT = re.compile(r"redirect to :(\d+)|tproxy ip6? to \S+:(\d+)|--to-ports (\d+
 
 @one_change()
 def apply(redirections: Sequence[Redirection], tool: Tool, *, seconds: int | None = None) -> None:
-    """Make these rules the ones that are loaded, whatever was before. Raises FirewallError, and then that is as it was.
+    """Load these rules in place of any others of ours. Raises FirewallError, and then nothing has changed.
 
-    seconds: after which the rules are of no effect any more, unless `confirm` or `prolong` comes; None: never.
+    seconds: after which the rules have no effect, unless `confirm` or `prolong` is called; None: never.
     """
     track_others(redirections)
     undo = routing.add(redirections)
@@ -60,7 +60,7 @@ def apply(redirections: Sequence[Redirection], tool: Tool, *, seconds: int | Non
     except FirewallError:
         undo()
         raise
-    # What another configuration has left: the other tool's rules, a routing mark that is not needed any more.
+    # Remains of another configuration: the other tool's rules, a routing mark that is no longer needed.
     complaints = _remove_iptables() if tool is Tool.NFT else [*_remove_nft(keep=False), *_remove_iptables(others=True)]
     complaints += routing.remove(but=routing.needed(redirections))
     if complaints:
@@ -70,7 +70,7 @@ def apply(redirections: Sequence[Redirection], tool: Tool, *, seconds: int | Non
 def _apply_iptables(redirections: Sequence[Redirection], seconds: int | None) -> None:
     until = None
     if seconds is not None:
-        # In whole seconds, and not less than what was asked for.
+        # Whole seconds, rounded up.
         until = (datetime.now(UTC) + timedelta(seconds=seconds + 1)).strftime("%Y-%m-%dT%H:%M:%S")
     before = {version: live.saved(version, own=CHAINS) for version in live.versions()}
     try:
@@ -93,10 +93,8 @@ def _restore(variant: str, text: str) -> None:
 
 
 def track_others(redirections: Sequence[Redirection]) -> None:
-    """Before packets without a connection are refused for the first time: enter existing connections in connection
-    tracking.
-
-    Not if they are refused already: then an unknown connection may be a redirected one that was forgotten. Raises
+    """Enter existing connections in connection tracking, before packets without a connection are refused for the first
+    time. Not if they are refused already: then an unknown connection may be a forgotten redirected one. Raises
     FirewallError.
     """
     if any(each.closed and each.mode is Mode.HOST for each in redirections):
@@ -107,14 +105,14 @@ def track_others(redirections: Sequence[Redirection]) -> None:
 
 
 def _saved() -> list[Table]:
-    """Our part of the tables of all iptables. Raises FirewallError."""
+    """Our chains in the tables of all variants of iptables. Raises FirewallError."""
     found = [live.saved(version, each, CHAINS) for version in live.versions() for each in live.variants(version)]
     return list(chain.from_iterable(found))
 
 
 @one_change()
 def confirm() -> bool:
-    """Make what is in force for a time be in force for good; False if it was already.
+    """Keep rules on trial in force for good; False if they were already.
 
     Raises FirewallError when there are no rules, or when it is too late.
     """
@@ -135,7 +133,7 @@ def confirm() -> bool:
         for table in nft if any(terms)
         for verb in ("delete", "add")
     ]  # fmt: skip
-    # What has run out in between can't be deleted, and then nothing of this happens.
+    # An element that has expired meanwhile can't be deleted, and then nothing of this happens.
     if lines and complaint("nft", "-f", "-", stdin="".join(lines)):
         raise late
     for version, tables in saved.items():
@@ -159,9 +157,9 @@ def prolong(redirections: Sequence[Redirection], seconds: int) -> bool:
 
 
 def in_force(redirections: Sequence[Redirection]) -> bool:
-    """Whether these are loaded by nft, and in force; what somebody has changed inside of a chain is for verify."""
+    """Whether nft has these rules loaded and in force. Changes inside a chain are not noticed; `verify` finds those."""
     text = "".join(f"get element inet {each.table} {ACTIVE} {{ tcp, udp }}\n" for each in redirections)
-    # Not at the first failure: a change by others in between interrupts it.
+    # Three attempts, since a change by others at the same moment makes one fail.
     return any(complaint("nft", "-f", "-", stdin=text) is None for _ in range(3))
 
 
@@ -174,11 +172,11 @@ def is_held() -> bool:
 
 @one_change()
 def remove(*, keep: bool = False) -> list[str]:
-    """Remove everything that is ours, and reset the clients that it has redirected; returns complaints.
+    """Remove all our rules, and reset the clients that they have redirected; returns complaints.
 
-    keep: leave what connections need that nft's rules have redirected. With the last rule that needs connection
-    tracking the kernel ends that in a network namespace, and with it the translation of addresses: so a table stays
-    that does nothing else. TPROXY's stay connected by its own rules and routing, which then take no new ones.
+    keep: let connections that nft's rules have redirected go on. When the last rule that needs connection tracking
+    goes, the kernel ends connection tracking in the network namespace, and with it address translation; so an otherwise
+    empty table stays. TPROXY's connections need its rules and routing, which stay and take no new ones.
     """
     complaints = [] if keep else _reset_clients()
     complaints += _remove_nft(keep=keep) + _remove_iptables()
@@ -188,14 +186,13 @@ def remove(*, keep: bool = False) -> list[str]:
 
 
 def _reset_clients() -> list[str]:
-    """Reset all clients whose connections came to transocks by rules that are loaded: their next packets would leave in
-    clear. As `ss --kill` does: the kernel resets them while the translation still exists. nft's rules are of no effect
-    after this.
+    """Reset all clients that loaded rules have redirected, since their next packets would leave in clear. The kernel
+    does it, as for `ss --kill`, while the translation still exists. nft's rules have no effect after this.
     """
     try:
         nft = live.loaded()
         for table in nft:
-            complaint("nft", "flush", "set", *table.name.split(), ACTIVE)  # nobody else comes
+            complaint("nft", "flush", "set", *table.name.split(), ACTIVE)  # no new ones are redirected
         rules = [rule for table in (*nft, *_saved()) for rule in table.rules]
         end_accepted({int(port) for rule in rules for found in _PORT.findall(rule) for port in found if port})
     except FirewallError as error:
@@ -230,9 +227,8 @@ def _our_tables() -> list[str]:
 
 
 def _remove_iptables(*, others: bool = False) -> list[str]:
-    """Of each variant, since an iptables of legacy shows nothing of nft's, nor the other way round.
-
-    others: only those beside what goes by the name iptables itself.
+    """Remove our chains from each variant, since iptables-legacy and iptables-nft do not see each other's. others: only
+    from variants other than the one called iptables.
     """
     complaints = []
     for version in live.versions():
@@ -247,6 +243,6 @@ def _remove_iptables(*, others: bool = False) -> list[str]:
 
 def remove_chains(variant: str, tables: Sequence[Table], own: Collection[str]) -> list[str]:
     """Remove the chains `own` from these tables, and the jumps to them; returns complaints."""
-    # A table at a time, so that one that fails keeps nothing of the others.
+    # One table at a time, so that a failure in one does not affect the others.
     texts = [replacement([table], [], own) for table in tables]
     return [words for text in texts if (words := complaint(f"{variant}-restore", "--noflush", stdin=text))]

@@ -18,7 +18,7 @@ from usocksd.settings.types import Interface, Mark, integer, text
 
 
 class Mode(Enum):
-    """What is redirected, and how: each is a column of files in iptables/."""
+    """What is redirected, and how. iptables/ has files for each mode."""
 
     HOST = "host"
     """what this host sends: REDIRECT in OUTPUT"""
@@ -36,7 +36,7 @@ class Tool(Enum):
 
 
 class WhenDown(Enum):
-    """What becomes of selected connections while transocks does not accept."""
+    """What happens to selected connections while transocks does not accept."""
 
     OPEN = "open"
     CLOSED = "closed"
@@ -99,7 +99,7 @@ RulePorts = Annotated[tuple[int, int], port_range(1)]
 
 @attrs.frozen(kw_only=True)
 class RulesConfig:
-    """[rules]. Of users, groups and cgroups one has to match; all else that is given narrows that further."""
+    """[rules]. One of users, groups and cgroups must match; every other setting narrows the selection."""
 
     mode: Modes
     tool: Annotated[Tool | None, text(Tool, '"nft" or "iptables"')] = None
@@ -118,11 +118,11 @@ class RulesConfig:
     reject_quic: bool = True
     when_down: Annotated[WhenDown, text(WhenDown, '"open" or "closed"')] = WhenDown.OPEN
     tproxy_mark: Mark = 0x7474
-    """what TPROXY's policy routing goes by, and the number of its routing table"""
+    """the mark for TPROXY's policy routing, and the number of its routing table"""
 
     @staticmethod
     def check_table(table: Mapping[str, object]) -> Iterator[Invalid]:
-        """What settings mean to each other."""
+        """Settings that contradict each other."""
         try:
             modes = _modes(table.get("mode"))
         except ValueError:

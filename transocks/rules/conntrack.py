@@ -18,15 +18,13 @@ from usocksd.host.sockets import Connection, tcp_connections
 # linux/netfilter/nf_conntrack_common.h, nf_conntrack_tcp.h
 _SEEN_ASSURED_CONFIRMED = 2 | 4 | 8
 _ESTABLISHED = 3
-_LIBERAL = (8, 8)  # IP_CT_TCP_FLAG_BE_LIBERAL, and its mask: nobody has seen how large the windows are
+_LIBERAL = (8, 8)  # IP_CT_TCP_FLAG_BE_LIBERAL, and its mask: the windows of these connections are unknown
 _SECONDS = 432_000
 
 
 def enter(*, ports: Collection[int]) -> None:
-    """All TCP connections of this network namespace, but those of transocks's clients on this host: it listens on these
-    ports.
-
-    What is tracked already stays as it is. Raises FirewallError.
+    """Enter all TCP connections of this network namespace, except those of transocks's clients on this host, which are
+    connected to these ports. Connections that are tracked already stay as they are. Raises FirewallError.
     """
     # 0.1 s and 12 MB, which only this verb needs.
     from pyroute2 import NFCTSocket  # type: ignore[import-untyped] # noqa: PLC0415

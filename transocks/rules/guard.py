@@ -16,7 +16,7 @@ _DELTABLE = 10 << 8 | 2  # NFNL_SUBSYS_NFTABLES, NFT_MSG_DELTABLE
 
 
 class OwnTables:
-    """Takes nft's language, as `nft -f` does, through one socket that stays open. Raises FirewallError.
+    """Loads tables in nft's language, as `nft -f` does, through one socket that stays open. Raises FirewallError.
 
     Nobody else can change, delete or flush tables with `flags owner`, and they end with the socket that has made them
     (NFT_TABLE_F_OWNER, Linux 5.12). `nft` closes its own when it ends, so this asks the library that nft is made of.
@@ -30,7 +30,7 @@ class OwnTables:
         self._nft.nft_ctx_new.restype = ctypes.c_void_p
         self._nft.nft_ctx_get_error_buffer.restype = ctypes.c_char_p
         self._context: ctypes.c_void_p | None = ctypes.c_void_p(self._nft.nft_ctx_new(0))
-        self._nft.nft_ctx_buffer_error(self._context)  # else it writes to stderr itself
+        self._nft.nft_ctx_buffer_error(self._context)  # else the library writes to stderr
 
     def load(self, text: str) -> None:
         """Do this in one transaction. Raises FirewallError, and then nothing has changed."""
@@ -68,7 +68,7 @@ class TableWatch:
         return True
 
     def forget(self) -> bool:
-        """Forget what has happened until now; returns whether a table was deleted."""
+        """Forget all events so far; returns whether a table was deleted."""
         deleted = False
         while True:
             try:

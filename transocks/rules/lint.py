@@ -1,4 +1,4 @@
-"""What of a valid [rules] could not be applied on this host, or only to no effect."""
+"""Warnings about a valid [rules]: what could not be applied on this host, or would have no effect."""
 
 from __future__ import annotations
 

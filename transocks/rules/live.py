@@ -1,4 +1,4 @@
-"""What is loaded on this host, and what the tools make of rules that are not. Runs their commands; changes nothing."""
+"""The rules loaded on this host, and how the tools would print others. Runs their commands; changes nothing."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def versions() -> tuple[int, ...]:
 
 
 def routed_versions() -> tuple[int, ...]:
-    """Those in use: with disable_ipv6=1 no interface has an address, so there is nothing to listen on, nor a route."""
+    """The IP versions in use: with disable_ipv6=1 nothing can listen on IPv6 or be routed."""
     return (4, 6) if 6 in versions() and Path("/proc/self/net/if_inet6").read_text("ascii") else (4,)
 
 
 def choose_tool() -> Tool | None:
-    """nft where it is (one transaction for both families), else iptables, else None."""
+    """nft if it is installed (one transaction for both families), else iptables, else None."""
     if which("nft"):
         return Tool.NFT
     return Tool.IPTABLES if which("iptables-restore") else None
@@ -47,13 +47,13 @@ def tables() -> list[str]:
 
 
 def loaded(names: Collection[str] = TABLES) -> list[Table]:
-    """Those of these tables that are loaded, ours by default. Raises FirewallError."""
+    """The tables of these names that are loaded; by default ours. Raises FirewallError."""
     there = [name for name in tables() if name in names]
     return [table for name in there for table in parse_nft(run("nft", "list", "table", "inet", name))]
 
 
 def as_loaded(text: str) -> list[Table]:
-    """What nft would print of `text`, loaded in a network namespace of its own: takes CAP_SYS_ADMIN.
+    """`text` as nft would print it. It is loaded in a network namespace of its own, which takes CAP_SYS_ADMIN.
 
     Raises FirewallError.
     """
@@ -69,7 +69,7 @@ def iptables(version: int) -> str:
 
 
 def variants(version: int) -> list[str]:
-    """The installed iptables: first what goes by that name, then a variant that may have other rules, as in
+    """The installed variants of iptables that may have different rules: first iptables itself, then for example
     "iptables-legacy".
     """
     found: dict[str, str] = {}
@@ -81,7 +81,7 @@ def variants(version: int) -> list[str]:
 
 
 def is_nft(variant: str) -> bool:
-    """Whether this iptables is the one that stands on nft."""
+    """Whether this is iptables-nft."""
     return "legacy" not in os.path.basename(os.path.realpath(which(f"{variant}-save") or variant))
 
 
@@ -89,17 +89,17 @@ def has_legacy(name: str, net: Path = Path("/proc/self/net")) -> bool:
     """Whether there are tables of legacy iptables, or ip6tables: `name`. (To run the tool would create them.)"""
     try:
         return bool((net / f"{name.removesuffix('tables')}_tables_names").read_text("ascii").strip())
-    except OSError:  # there never were any
+    except OSError:  # no table was ever created
         return False
 
 
 def saved(version: int, variant: str | None = None, own: Collection[str] | None = None) -> list[Table]:
-    """What iptables-save prints, or that of another variant; see `parse_save`. Raises FirewallError."""
+    """The tables that iptables-save prints, or that of another variant; see `parse_save`. Raises FirewallError."""
     return parse_save(run(f"{variant or iptables(version)}-save"), own)
 
 
 def saved_as_loaded(texts: Iterable[str], version: int) -> list[Table]:
-    """What it would print of our chains in these texts: as `as_loaded`."""
+    """Our chains in these texts, as iptables-save would print them; see `as_loaded`."""
     script = f"{iptables(version)}-restore --noflush && {iptables(version)}-save"
     return parse_save("".join(run("unshare", "--net", "sh", "-c", script, stdin=text) for text in texts), CHAINS)
 
@@ -108,7 +108,9 @@ def saved_as_loaded(texts: Iterable[str], version: int) -> list[Table]:
 
 
 def unheard(redirection: Redirection) -> list[str]:
-    """Where the rules would send connections and nobody listens, as in "127.0.0.1:1081". Raises FirewallError."""
+    """Addresses to which the rules send connections and on which nobody listens, for example "127.0.0.1:1081". Raises
+    FirewallError.
+    """
     try:
         there = [listener.address for listener in listeners() if listener.port == redirection.port]
     except OSError as error:

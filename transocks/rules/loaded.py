@@ -1,7 +1,7 @@
-"""Rules as nft and iptables-save print them: one model of both, compared, and what iptables-restore takes. Pure.
+"""Loaded rules of nft and iptables-save in one model: parsed, compared, and as iptables-restore takes them. Pure.
 
-Rules are never compared as somebody wrote them: a tool writes the same rule in many ways. Both sides are what it prints
-of rules that a kernel has (live.py).
+A rule can be written in many ways, so only rules that a kernel has loaded are compared, as the tool prints them
+(live.py).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import attrs
 ACTIVE = "active"
 """The set in our nft tables with the protocols for which the rules are in force, and for how long."""
 HELD = "held"
-"""The comment at its elements while `transocks rules hold` prolongs them: they are no trial to be confirmed."""
+"""The comment of its elements while `transocks rules hold` prolongs them: so they are not on trial."""
 
 _TERM = re.compile(r"-m time --datestart (\S+)")
 _SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1, "ms": 0.001}
@@ -32,17 +32,17 @@ class Table:
     chains: Mapping[str, tuple[str, ...]]
     """the rules of each; with nft, the first line of a base chain is its place"""
     sets: Mapping[str, tuple[str, ...]] = {}
-    """the elements of each, sorted, and what else it says"""
+    """the elements of each, sorted, and its other lines"""
     dormant: bool = False
 
     @property
     def rules(self) -> list[str]:
-        """Those of all chains."""
+        """The rules of all chains."""
         return [rule for rules in self.chains.values() for rule in rules]
 
 
 def parse_nft(listing: str) -> list[Table]:
-    """What `nft list ruleset` prints, or `nft list table`."""
+    """Parse the output of `nft list ruleset` or `nft list table`."""
     found = []
     for name, body in re.findall(r"^table (\S+ \S+) \{[^\n]*\n(.*?)^\}", listing, re.MULTILINE | re.DOTALL):
         parts: dict[str, dict[str, tuple[str, ...]]] = {"chain": {}, "set": {}}
@@ -58,9 +58,9 @@ def parse_nft(listing: str) -> list[Table]:
 
 
 def parse_save(text: str, own: Collection[str] | None = None) -> list[Table]:
-    """What iptables-save prints or iptables-restore takes; of several tables of one name, one.
+    """Parse the output of iptables-save or the input of iptables-restore; tables of the same name are merged.
 
-    own: only these chains, and of others the rules that jump to them; tables with neither are left out.
+    own: only these chains, and from other chains the rules that jump to them; tables with neither are left out.
     """
     tables: dict[str, dict[str, list[str]]] = {}
     for name, body in re.findall(r"^\*(\S+)\n(.*?)^COMMIT", text, re.MULTILINE | re.DOTALL):
@@ -85,7 +85,8 @@ def _target(rule: str) -> str | None:
 
 
 def replacement(old: Iterable[Table], new: Iterable[Table], own: Collection[str]) -> str:
-    """For iptables-restore --noflush: the chains `own`, and the jumps to them, become those of `new`; others stay.
+    """Text for iptables-restore --noflush that replaces the chains `own`, and the jumps to them, by those of `new`;
+    others stay.
 
     Each table is one transaction. Jumps come first in the filter tables, and last in others.
     """
@@ -107,12 +108,12 @@ def replacement(old: Iterable[Table], new: Iterable[Table], own: Collection[str]
 
 
 def transaction(table: str, lines: Sequence[str]) -> str:
-    """What iptables-restore does to one table at once; "" for nothing."""
+    """One table as iptables-restore takes it; "" for no lines."""
     return "\n".join([f"*{table}", *lines, "COMMIT", ""]) if lines else ""
 
 
 def seconds_left(table: Table, now: datetime) -> float | None:
-    """How long the rules are in force; 0: they are not any more; None: for good."""
+    """The seconds for which the rules are still in force; 0: no longer in force; None: in force for good."""
     if ACTIVE in table.sets:
         element = next((element for element in table.sets[ACTIVE] if element.split()[0] == "tcp"), None)
         if element is None:
@@ -125,13 +126,13 @@ def seconds_left(table: Table, now: datetime) -> float | None:
 
 
 def without_term(table: Table) -> str:
-    """For iptables-restore: makes these rules stay in force for good."""
+    """Text for iptables-restore that keeps these rules in force for good."""
     rules = [f"-D {chain} {rule}" for chain in table.chains for rule in table.chains[chain] if _TERM.search(rule)]
     return transaction(table.name, rules)
 
 
 def compare(where: str, should: Table, live: Table | None) -> Iterator[str]:
-    """A line for each difference, but for how long the rules are in force."""
+    """A line for each difference, except in how long the rules are in force."""
     if live is None:
         yield f"missing: {where}: nothing of it is loaded"
         return

@@ -1,7 +1,7 @@
 """Would rules that are not applied yet send the proxies' own connections back to transocks?
 
-Loaded rules can be tried; these have to be read. They are our own, and simple enough for a few comparisons: who opens
-the connection, and to where.
+Loaded rules can be tried; these can only be read. They are our own, so a few comparisons are enough: who opens the
+connection, and to which address.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ _DNS = (53, 853)
 
 @attrs.frozen(kw_only=True)
 class Sender:
-    """By what the rules can recognise a process's connections; None if unknown: to see processes of other users takes
-    CAP_SYS_PTRACE.
+    """The properties by which rules recognise a process's connections. None if unknown: seeing processes of other users
+    takes CAP_SYS_PTRACE.
     """
 
     uid: int | None = None
     gid: int | None = None
     cgroup: str | None = None
     marks: frozenset[int] | None = frozenset({0})
-    """one of these, from connection to connection"""
+    """each connection has one of these"""
     usocksd: bool = False
 
     @property
     def user(self) -> str:
-        """In words."""
+        """The user, for messages."""
         if self.uid is None:
             return "its user"
         with contextlib.suppress(KeyError):
@@ -111,13 +111,13 @@ def _loops(config: TransocksConfig, host: Redirection, there: tuple[ListeningSoc
 
 
 def goes_direct(config: TransocksConfig) -> bool:
-    """Whether transocks may connect to destinations by itself."""
+    """Whether transocks may connect to destinations directly."""
     groups = config.groups().values()
     return DIRECT in {*(route.via for route in config.route), *(group.when_all_down for group in groups)}
 
 
 def upstreams_of(config: TransocksConfig, named: IPAddress) -> Iterator[tuple[IPAddress, int]]:
-    """Address and port of each upstream, without a name server: `named` stands for those that have a name."""
+    """Address and port of each upstream. No name server is asked: `named` stands for upstreams with a name."""
     for group in config.groups().values():
         for proxy in group.proxy_url:
             if proxy.host == "localhost":
@@ -169,19 +169,19 @@ def _marks_of(process: Path) -> tuple[frozenset[int] | None, bool]:
     try:
         words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
         if not any(os.path.basename(word) == "usocksd" for word in words):
-            return frozenset({0}), False  # as nearly all do
+            return frozenset({0}), False  # as nearly every process
         file = next((after for word, after in pairwise(words) if word == "-f"), None)
         file = file or next((word[3:] for word in words if word.startswith("-f=")), "/etc/usocksd.toml")
         path = os.path.join(os.readlink(process / "cwd"), file)
         return _marks(tomllib.loads((process / "root" / path.lstrip("/")).read_text("utf-8-sig"))), True
     except FileNotFoundError:
-        return frozenset({0}), True  # as a usocksd without a file has it
+        return frozenset({0}), True  # a usocksd without a configuration file
     except (OSError, ValueError, TypeError, AttributeError):
         return None, True
 
 
 def _marks(config: dict[str, Any]) -> frozenset[int]:
-    """Of each pool that connections may leave from."""
+    """The marks of all egress pools."""
     pools = config.get("egress", {})
     tables = [*pools.values(), *([] if "default" in pools else [config.get("outgoing", {})])]
     return frozenset(int(table.get("mark", 0)) for table in tables)

@@ -1,4 +1,4 @@
-"""What to redirect and where to, with everything looked up: the input of render.py."""
+"""What to redirect, and to where, with all names resolved: the input of render.py."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ MARK = 0x7473
 
 @attrs.frozen(kw_only=True)
 class Redirection:
-    """What the rules of one mode do, and to which traffic. Of users, groups, cgroups and class ids one has to match;
-    all else narrows that further.
+    """What the rules of one mode do, and to which traffic. One of users, groups, cgroups and class ids must match;
+    everything else narrows the selection.
     """
 
     mode: Mode
@@ -32,13 +32,13 @@ class Redirection:
     addresses: tuple[IPAddress, ...] = ()
     """TPROXY: where its listeners are, if not on all addresses; one for each family"""
     name: str | None = None
-    """what tells these rules from others on the host, [a-z0-9_], at most 20 characters; None: the files' own names"""
+    """the name of these rules, [a-z0-9_], at most 20 characters; None: the names in the files"""
     users: tuple[int, ...] = ()
     groups: tuple[int, ...] = ()
     cgroups: tuple[str, ...] = ()
     """paths in the hierarchy of version 2"""
     cgroups_at: str = "."
-    """where that is mounted, from /sys/fs/cgroup: "unified", where version 1 is there too"""
+    """the mount of that hierarchy, relative to /sys/fs/cgroup: "unified" beside version 1"""
     classids: tuple[int, ...] = ()
     """of cgroups of version 1, by net_cls"""
     interfaces: tuple[str, ...] = ()
@@ -46,7 +46,7 @@ class Redirection:
     to: tuple[IPNetwork, ...] = ()
     ports: tuple[tuple[int, int], ...] = ()
     mark: int | None = None
-    """of connections to leave alone; None: the files' own"""
+    """the mark of connections to leave alone; None: that of the files"""
     exempt_users: tuple[int, ...] = ()
     exclude: tuple[IPNetwork, ...] | None = None
     """destinations to leave alone; None: those of the files"""
@@ -108,11 +108,11 @@ def cgroups_at() -> str:
 
 
 def reached(mode: Mode, listen: Sequence[ListenAddress]) -> list[ListenAddress]:
-    """Of the listeners, those with the port that the rules of this mode send connections to, best first; may be none.
+    """The listeners on the port to which the rules of this mode send connections, best first; may be none.
 
     REDIRECT sends what this host sends itself to 127.0.0.1 and ::1, and what is routed through it to an address of the
-    interface that it came in by. TPROXY finds a listener on any address that it is told. One on a link-local address
-    is for that link, and rules are not for a link.
+    interface that it came in by. TPROXY reaches a listener on any address that its rule names. Listeners on link-local
+    addresses are left out, since they serve one link only.
     """
     fixed = [each for each in listen if each.port and getattr(each.address, "scope_id", None) is None]
     if mode is Mode.HOST:

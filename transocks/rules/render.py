@@ -1,7 +1,7 @@
-"""The rules for one purpose, as text for the tools, from the files in iptables/. Runs nothing.
+"""Renders the rules of a redirection as text for the tools, from the files in iptables/. Runs nothing.
 
-Rendering is substitution that insists (`_replace`): if a file does not have exactly as many places to replace as
-expected, there is an error and no rules. A selection becomes alternatives, each of which is a line.
+Rendering is strict substitution (`_replace`): if a file does not have exactly the expected number of places to replace,
+there is an error and no rules. A selection becomes alternatives, each of which is a line.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ def render_all_nft(redirections: Iterable[Redirection], *, seconds: int | None =
 
 
 def _redefining(text: str) -> str:
-    """nft takes a second definition in one text, or by one socket, for a mistake."""
+    """For nft, a second definition of a name in one text, or on one socket, is an error."""
     return re.sub(r"^define\b", "redefine", text, flags=re.MULTILINE)
 
 
 def render_nft(redirection: Redirection, *, seconds: int | None = None) -> str:
-    """What `nft -f` takes: one table, in the place of what was loaded under its name.
+    """Text for `nft -f`: one table, which replaces the loaded one of that name.
 
-    seconds: how long the rules are in force unless somebody prolongs it; None: for good.
+    seconds: how long the rules are in force unless prolonged; None: for good.
     """
     mode = redirection.mode
     text = _template(f"{mode.value}.nft")
@@ -73,7 +73,7 @@ def render_nft(redirection: Redirection, *, seconds: int | None = None) -> str:
 
 
 def _render_nft_tproxy(text: str, redirection: Redirection) -> str:
-    # In the commands at its head, too.
+    # Also in the commands at the top of the file.
     text = _replace(text, r"\b0x7474\b", f"{redirection.tproxy_mark:#x}", 6)
     text = _replace(text, r"\b29812\b", f"{redirection.tproxy_mark}", 9)
     for address in redirection.addresses:
@@ -87,15 +87,16 @@ def _render_nft_tproxy(text: str, redirection: Redirection) -> str:
 
 
 def render_guard(redirection: Redirection) -> str:
-    """For guard.py: a table that refuses what these rules select and is not redirected, for good.
+    """Text for guard.py: a permanent table that refuses connections that these rules select and that are not
+    redirected.
 
-    It filters, after the place where the rules redirect, and ignores what they or others have redirected or mapped. So
-    it does nothing while they are in force, and refuses when they are not. Meanwhile connections through transocks go
-    on: address translation stays, for TPROXY the mark.
+    It filters after the redirection, and ignores packets that any rules have redirected or mapped. So it refuses
+    nothing while the rules are in force. While they are missing, connections through transocks go on, since their
+    address translation stays (for TPROXY, their mark).
     """
     name = redirection.guard
     text = _redefining(render_nft(attrs.evolve(redirection, name=name, closed=True)))
-    # A table that has an owner can't be mentioned without.
+    # A table with an owner must be declared with its flags.
     text = _replace(text, rf"^table inet {name} .*\n(delete table .*)$", rf"table inet {name} {{ flags owner; }}\n\1")
     text = _replace(text, rf"^(table inet {name} \{{)$", r"\1\n\tflags owner")
     if redirection.mode is Mode.TPROXY:
@@ -111,7 +112,7 @@ def render_guard(redirection: Redirection) -> str:
 
 
 def render_iptables(redirection: Redirection, *, version: int, until: str | None = None) -> str:
-    """What iptables-restore takes, or ip6tables-restore for version 6: no comments, otherwise as the files are.
+    """Text for iptables-restore, or ip6tables-restore for version 6: the files without their comments.
 
     until: the time when the rules end by themselves, in UTC as in "2026-01-31T23:59:59"; None: never.
     """
@@ -139,7 +140,7 @@ def render_iptables(redirection: Redirection, *, version: int, until: str | None
         for address in [address for address in redirection.addresses if address.version == version]:
             text = _replace(text, r" --on-ip \S+ ", f" --on-ip {address} ")
     if until is not None:
-        # After the rules for connections that transocks has, before all others.
+        # After the rules for existing connections of transocks, before all others.
         first = f"-A {chain} -p tcp ! --syn -j RETURN" if mode is Mode.TPROXY else f"-N {chain}"
         for name, before in zip(chains, (first, *(f"-N {name}" for name in chains[1:])), strict=True):
             text = _replace(text, rf"^({before}\n)", rf"\1-A {name} -m time --datestart {until} -j RETURN\n")
@@ -167,7 +168,7 @@ def _file_names(redirection: Redirection) -> Redirection:
 
 
 def _refuses_quic(redirection: Redirection) -> bool:
-    """Where TCP port 443 is redirected."""
+    """Whether to refuse QUIC, so that browsers use TCP: if asked to, and if TCP port 443 is redirected."""
     ports = redirection.ports
     return redirection.reject_quic and (not ports or any(low <= 443 <= high for low, high in ports))
 
@@ -254,14 +255,14 @@ def _nft_set(elements: Iterable[object]) -> str:
 
 
 def _multiply(text: str, pattern: str, matches: Sequence[str]) -> str:
-    """The one line that fits (its start, its end), once for each of the matches, which come in between."""
+    """Repeat the one line with this start and end for each of the matches, which go in between."""
     found = re.search(pattern, text, re.MULTILINE)
     lines = [f"{found[1]}{match}{found[2]}\n" for match in matches] if found is not None else []
     return _replace(text, pattern.removesuffix("$") + r"\n", "".join(lines).replace("\\", r"\\"))
 
 
 def _replace(text: str, pattern: str, replacement: str, count: int = 1) -> str:
-    """re.sub that insists: rules that were not narrowed as asked must not be loaded."""
+    """Strict re.sub: rules that were not narrowed as asked must not be loaded."""
     text, found = re.subn(pattern, replacement, text, flags=re.MULTILINE)
     if found != count:
         raise AssertionError(f"the rule files have changed: {pattern} matches {found} times, not {count}")

@@ -25,7 +25,7 @@ class Routing:
     version: int
 
     def command(self, kind: str, action: str) -> tuple[str, ...]:
-        """ip(8) for the "rule" or "route": to "add" or "del", also one that others have made."""
+        """Arguments of ip(8) to "add" or "del" the "rule" or "route", also one that others have made."""
         words = {
             "rule": ("pref", str(PREFERENCE), "fwmark", f"{self.mark:#x}", "lookup", str(self.mark)),
             "route": ("local", "default", "dev", "lo", "table", str(self.mark)),
@@ -34,13 +34,13 @@ class Routing:
         return ("ip", f"-{self.version}", kind, action, *words, *made_by)
 
     def by_hand(self, kind: str) -> str:
-        """The same to type, to add it."""
+        """The command to add it, as an operator types it."""
         return " ".join(self.command(kind, "add"))
 
 
 @attrs.frozen
 class RoutingState:
-    """What is there of this shape in one IP version, for any mark."""
+    """The rules and routes of this shape in one IP version, for any mark."""
 
     rules: Sequence[Routing]
     routes: Sequence[Routing]
@@ -51,13 +51,13 @@ class RoutingState:
 
 
 def needed(redirections: Sequence[Redirection]) -> list[Routing]:
-    """What these rules need."""
+    """The routing that these redirections need."""
     marks = [each.tproxy_mark for each in redirections if each.mode is Mode.TPROXY]
     return [Routing(mark, version) for mark in marks for version in routed_versions()]
 
 
 def current(version: int) -> RoutingState:
-    """What is there now. Raises FirewallError."""
+    """The routing of this shape that exists now. Raises FirewallError."""
     ip = ("ip", "-N", "-json", f"-{version}")
     rules, routes, made = [], [], []
     others: dict[int, list[str]] = {}
@@ -65,7 +65,7 @@ def current(version: int) -> RoutingState:
         mark = int(str(rule.get("fwmark", "0")), 0)
         if mark and str(rule.get("table")) == str(mark):
             rules.append(Routing(mark, version))
-    # Of all tables, since asking for one that has never been is an error.
+    # All tables are listed, since ip(8) reports an error for one that does not exist.
     for route in run_json(*ip, "route", "show", "table", "all") or ():
         if (number := str(route.get("table"))).isdigit():
             local = route.get("type") in ("local", "2")  # RTN_LOCAL
@@ -78,7 +78,9 @@ def current(version: int) -> RoutingState:
 
 
 def add(redirections: Sequence[Redirection]) -> Callable[[], object]:
-    """Add what these rules need and is not there; returns how to undo that. Raises FirewallError, with that done."""
+    """Add missing routing that these redirections need; returns how to undo that. Raises FirewallError, and then it is
+    undone.
+    """
     added: list[tuple[str, ...]] = []
 
     def undo() -> list[str | None]:
@@ -103,7 +105,7 @@ def add(redirections: Sequence[Redirection]) -> Callable[[], object]:
 
 
 def remove(*, but: Collection[Routing] = ()) -> list[str]:
-    """Remove what is of our shape, or made by us; returns complaints."""
+    """Remove rules and routes that have our shape or that we made; returns complaints."""
     complaints = []
     for version in versions() if which("ip") else ():  # without it, nobody has added any
         try:

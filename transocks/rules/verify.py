@@ -1,4 +1,4 @@
-"""Looks at this host and says what is not as it should be: for `transocks rules verify`."""
+"""Compares the rules of this host with [rules]: for `transocks rules verify`."""
 
 from __future__ import annotations
 
@@ -19,14 +19,12 @@ _ROLLED_BACK = (
     " connections; new ones go directly. Apply or remove it"
 )
 Remark = tuple[str, bool]
-"""What is found, and whether it is a fault."""
+"""A finding, and whether it is a fault."""
 
 
 def verify(redirections: Sequence[Redirection], tool: Tool, *, trying: bool = True) -> tuple[list[str], list[str]]:
-    """Compare what is loaded with what should be: returns what is wrong, and what is worth knowing and not wrong.
-
-    trying: also try out whether connections get to the rules. Takes CAP_NET_ADMIN and CAP_SYS_ADMIN. Raises
-    FirewallError.
+    """Compare the loaded rules with these: returns faults, and notes. trying: also test with samples whether
+    connections reach the rules. Takes CAP_NET_ADMIN and CAP_SYS_ADMIN. Raises FirewallError.
     """
     tables, now = live.loaded(), datetime.now(UTC)
     found = list(_check_nft(redirections, tables, now) if tool is Tool.NFT else _check_iptables(redirections, now))
@@ -75,7 +73,7 @@ def _check_term(where: str, what: str, table: Table, now: datetime) -> Iterator[
 
 
 def _leftovers(redirections: Sequence[Redirection], tool: Tool, tables: Sequence[Table]) -> Iterator[Remark]:
-    """What is ours and not wanted: of another mode, of the other tool, or of the other variant of iptables."""
+    """Rules of ours that should not be there: of another mode, another tool, or another variant of iptables."""
     needed = [f"inet {each.table}" for each in redirections] if tool is Tool.NFT else []
     for table in tables:
         if table.name not in needed:

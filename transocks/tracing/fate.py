@@ -1,4 +1,4 @@
-"""What became of a connection that rules of transocks are for, in one word, and what did that."""
+"""What became of a sample that rules of transocks should redirect, in one word, and which rule or setting caused it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _ENDS = {Verdict.ACCEPT, Verdict.RETURN, Verdict.GOTO}
 
 
 class Reach(Enum):
-    """How far it got."""
+    """How far a sample got."""
 
     ARRIVED = auto()
     """at the port it is for, past all rules"""
@@ -56,31 +56,33 @@ _BEFORE_OURS = {Reach.DROPPED, Reach.TAKEN, Reach.UNMARKED, Reach.UNTRACKED}
 
 @attrs.frozen
 class Fate:
-    """Of one sample, as far as the rules of one mode are concerned."""
+    """The fate of one sample under the rules of one mode."""
 
     redirection: Redirection
     result: Result
     reach: Reach
     text: str = ""
-    """what did it, or why; "" if no rule of ours was met"""
+    """the cause, for messages; "" if the sample met no rule of ours"""
     rule: Report | None = None
-    """that did it, where nft knows of one"""
+    """the rule that caused it, if nft knows one"""
     by_ours: bool = False
-    """that is a rule of ours"""
+    """`rule` is one of ours"""
 
     @property
     def by_guard(self) -> bool:
-        """That rule belongs to `transocks rules hold`; it refuses what our other rules should have redirected."""
+        """`rule` belongs to the guard of `transocks rules hold`, which refuses connections that our other rules should
+        have redirected.
+        """
         return self.rule is not None and self.rule.family == "inet" and self.rule.table in GUARDS
 
     @property
     def sample(self) -> Sample:
-        """What was tried."""
+        """The sample that was tried."""
         return self.result.sample
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """Mode and family, for messages."""
         return f"{self.redirection.mode.value}, IPv{self.sample.version}"
 
     @property
@@ -107,7 +109,7 @@ _End = tuple[Reach, str, Cause | None]
 
 
 def _follow(trace: Trace, redirection: Redirection, names: RuleNames) -> _End:
-    """How far it got, that in words, and what did it."""
+    """How far it got, the same in words, and the cause."""
     turn = trace.turn
     if redirection.mode is Mode.TPROXY:
         mark = redirection.tproxy_mark
@@ -156,14 +158,14 @@ def _untaken(trace: Trace, redirection: Redirection, names: RuleNames) -> _End:
 
 
 def _is_ours(rule: Report, names: RuleNames, tables: Container[str], chains: Collection[str]) -> bool:
-    """Whether it is in one of these tables or chains, or leads there."""
+    """Whether the rule is in one of these tables or chains, or jumps there."""
     if rule.family == "inet" and rule.table in tables:
         return True
     return rule.chain in chains or any(f"-j {chain}" in names.text(rule).split('"')[-1] for chain in chains)
 
 
 def shadows(redirections: Sequence[Redirection], tool: Tool, *, well: bool) -> Iterator[tuple[str, bool]]:
-    """What takes connections before our rules do: a line for each, and whether it is a fault. `well`: there is no other
+    """What takes connections before our rules: a line for each, and whether it is a fault. `well`: there is no other
     fault that might explain what happens.
 
     Something that can't be tried is reported, but is no fault.

@@ -18,11 +18,11 @@ class Links:
     """All interfaces."""
 
     networks: Mapping[str, list[IPNetwork]] = {}
-    """those on each interface other than lo"""
+    """the networks on each interface other than lo"""
     uplinks: Mapping[int, str] = {}
     """the interface of the default route by IP version, where there is one"""
     bridges: Mapping[str, list[str]] = {}
-    """the ports of each that are up"""
+    """the ports of each bridge that are up"""
     lo_is_up: bool = True
 
     def port(self, name: str) -> str:
@@ -65,8 +65,8 @@ def _ip(*words: str) -> list[dict[str, Any]]:
 def filtered_bridges() -> dict[tuple[str, int], str]:
     """Each bridge and IP version whose packets the rules see on their way through it, with the setting that says so.
 
-    With these (br_netfilter, which Docker and Kubernetes load) TPROXY gets nothing: it gives a packet its socket too
-    early, and that is lost on the way up from the bridge.
+    With these (br_netfilter, which Docker and Kubernetes load) TPROXY does not work: it assigns the socket too early,
+    and the bridge loses it.
     """
     settings = {}
     for version, tool in ((4, "iptables"), (6, "ip6tables")):

@@ -17,13 +17,13 @@ _WIDTH = 160
 
 
 class RuleNames:
-    """Of this host, as it is when they are first asked for."""
+    """The rules of this host, read when first asked for."""
 
     def __init__(self) -> None:
         self._saved = cache(_saved)
 
     def of(self, cause: Cause) -> str:
-        """What did something to a packet."""
+        """The rule or kernel part that did something to a packet, for messages."""
         if cause.rule is not None:
             return self._rule(cause.rule)
         if cause.place == ROUTING:
@@ -55,7 +55,7 @@ class RuleNames:
 
     @cached_property
     def tables(self) -> list[Table]:
-        """All that nft shows, with handles; none if it does not."""
+        """The lines of nft's listing, with handles; none without nft."""
         try:
             return parse_nft(run("nft", "-a", "list", "ruleset"))
         except FirewallError:
@@ -77,7 +77,7 @@ def _is_iptables(rule: Report) -> bool:
 
 
 def _saved(family: str) -> list[Table]:
-    """What the iptables that stands on nft prints."""
+    """The rules that iptables-nft prints."""
     variant = next((v for v in live.variants(6 if family == "ip6" else 4) if live.is_nft(v)), None)
     try:
         return parse_save(run(f"{variant}-save")) if variant else []

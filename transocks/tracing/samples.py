@@ -1,7 +1,7 @@
 """First packets of connections, sent by this host or received by it, and what the kernel did with them.
 
 Nobody else sees them. Packets that would leave this host are dropped at the last moment. They are raw, so this host's
-TCP knows nothing of them, and resets what a listener answers: no listener gets a connection.
+TCP does not know them and resets a listener's answer: no listener gets a connection.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ EXAMPLES: dict[int, tuple[IPAddress, ...]] = {
 """Addresses of the documentation ranges, which rules like ours take for the Internet."""
 _PORTS = (443, 80)
 _DNS_PORTS = {53, 853}
-_MOST = 4  # users, groups, cgroups and clients, each
+_MOST = 4  # how many users, groups, cgroups and clients are tried, each
 _NO_ROUTE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL, errno.EADDRNOTAVAIL}
 _IPPROTO_RAW, _IPV6_HDRINCL = 255, 36
 
@@ -66,7 +66,7 @@ class Result:
 
     sample: Sample
     trace: Trace | None = None
-    """None: it was not sent, or nothing was reported of it"""
+    """None: it was not sent, or not reported"""
     back: Trace | None = None
     """of the answer"""
     problem: OSError | FirewallError | None = None
@@ -126,7 +126,7 @@ def _try_once(tracer: Tracer, sample: Sample, protocol: int, flags: int) -> Resu
 
 @contextlib.contextmanager
 def _emitter(sample: Sample) -> Iterator[tuple[IPAddress, Callable[[Packet], None]]]:
-    """The source address, and a function that emits a packet."""
+    """The source address, and a function that sends a packet."""
     if sample.iif is not None:
         assert sample.source is not None
         device, iif = sample.device or sample.iif, sample.iif
@@ -141,7 +141,7 @@ def _emitter(sample: Sample) -> Iterator[tuple[IPAddress, Callable[[Packet], Non
             raw.setsockopt(socket.IPPROTO_IPV6, _IPV6_HDRINCL, 1)
 
         def emit(packet: Packet) -> None:
-            with contextlib.suppress(PermissionError):  # the kernel tells the sender that a rule dropped it
+            with contextlib.suppress(PermissionError):  # a rule dropped it, and the kernel tells the sender
                 raw.sendto(datagram(packet), (there[0], 0, *there[2:]))
 
         yield source, emit

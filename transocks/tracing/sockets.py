@@ -1,4 +1,4 @@
-"""Sockets as others on this host would have them, with all that rules tell a process's connections by."""
+"""Opens sockets as other processes of this host would have them: with their user, group, cgroup and mark."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ NOBODY = Sender(uid=65534, gid=65534)
 
 
 def socket_of(who: Sender, family: int, kind: int = socket.SOCK_STREAM, protocol: int = 0) -> socket.socket:
-    """A socket that the rules see as one of theirs, as far as this user may make it so; what is not known of them is as
-    this process has it. Raises OSError, and FirewallError when there is no such cgroup.
+    """A socket that rules take for the sender's, as far as this user is allowed to imitate it. Unknown properties are
+    those of this process. Raises OSError, and FirewallError when there is no such cgroup.
     """
     make = _in_cgroup if who.cgroup is not None else _as_user
     sock = make(who, family, kind, protocol)

@@ -1,4 +1,4 @@
-"""The trace of one packet through the kernel's hooks, made from its reports: where it got, and what did that."""
+"""The trace of one packet through the kernel's hooks, made from the kernel's reports: where it went, and why."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ TABLE = "transocks_trace"
 """The tracer's own table. At each hook it has empty chains between those of others."""
 HOOKS = ("prerouting", "input", "forward", "output", "postrouting")
 FIRST, LAST = -2_000_000_000, 2_000_000_000
-"""Priorities before and behind all others that anybody sets."""
+"""Priorities before and after all those in use."""
 _OTHERS, ROUTING, LO = "other rules", "routing", "lo"
 PLACES = {
     FIRST: _OTHERS, -299: "raw", -201: "connection tracking", -199: "mangle", -151: "mangle", -149: _OTHERS,
     -101: "nat", -89: "nat", -1: "filter", 1: "security", 99: "nat", 101: _OTHERS, LAST: ROUTING,
 }  # fmt: skip
-"""The priorities of these chains, and what comes behind each: tables of iptables and the kernel's own parts. See
+"""The priorities of these chains, and what follows each: tables of iptables and parts of the kernel. See
 linux/netfilter_ipv4.h, enum nf_ip_hook_priorities."""
 
 _LOOPBACK = 1  # the number of the interface lo
@@ -29,7 +29,7 @@ _ENDS = {Verdict.DROP, Verdict.QUEUE, Verdict.STOLEN}
 
 @attrs.frozen
 class Cause:
-    """What did something to a packet: a rule, or, if nft knows of none, something behind one of our chains."""
+    """The cause of a change: a rule, or, if nft knows none, something that follows one of our chains."""
 
     rule: Report | None
     version: int
@@ -39,7 +39,7 @@ class Cause:
 
 @attrs.frozen
 class Rewrite:
-    """Another mark, or another destination, than before."""
+    """A change of the packet's mark or destination."""
 
     cause: Cause
     before: int = 0
@@ -53,26 +53,26 @@ class Trace:
 
     reports: tuple[Report, ...]
     packet: Packet
-    """as it was at first"""
+    """at the first hook"""
     destination: tuple[IPAddress, int]
-    """in the end"""
+    """the last one"""
     iif: int
     """the interface that it came in by; 0: none"""
     oif: int
     """the interface that it was last to leave by; 0: none"""
     turn: Rewrite | None
-    """the first time that it got another destination"""
+    """the first change of its destination"""
     marks: tuple[Rewrite, ...]
     stop: Cause | None
-    """what kept it from being delivered and from leaving"""
+    """what stopped it, so that it was neither delivered nor sent"""
     delivered: bool
-    """it got to where its socket is looked for"""
+    """it reached the socket lookup of this host"""
     left: bool
-    """it left this host, or would have if our table had let it"""
+    """it left this host, or would have left without our table"""
 
     @property
     def ended(self) -> bool:
-        """Nothing more can be reported of it."""
+        """No further report of it can come."""
         return self.delivered or self.left or (self.stop is not None and self.stop.rule is not None)
 
     @property
@@ -82,12 +82,12 @@ class Trace:
 
     @property
     def untracked(self) -> bool:
-        """Connection tracking passed it over, and so will NAT."""
+        """Connection tracking ignores it, and so does NAT."""
         return any(report.table == TABLE and report.verdict is Verdict.JUMP for report in self.reports)
 
 
 def trace_of(reports: Sequence[Report], protocol: int, port: int, *, back: bool = False) -> Trace | None:
-    """The trace of the first packet from this port; `back`: of the first to it. None: nothing was reported of it."""
+    """The trace of the first packet from this port, with `back` of the first to it; None if it was not reported."""
     found = tuple(_of_first(reports, protocol, port, back))
     if not found or found[0].packet is None:
         return None
@@ -146,6 +146,6 @@ def _of_first(reports: Sequence[Report], protocol: int, port: int, back: bool) -
 
 
 def place_of(report: Report) -> tuple[str, int] | None:
-    """The hook and priority of a chain of the tracer's own; None if it is another's."""
+    """The hook and priority of one of the tracer's own chains; None for other chains."""
     found = re.fullmatch(r"([a-z]+)_([mp])(\d+)", report.chain) if report.table == TABLE else None
     return None if found is None else (found[1], int(found[3]) * (-1 if found[2] == "m" else 1))

@@ -76,7 +76,7 @@ class Tracer:
     def watching(self, protocol: int, port: int, *, keep: bool) -> Iterator[None]:
         """Have packets from and to this port reported; `keep`: they don't leave this host."""
         self._read()
-        self._since[protocol, port] = len(self._reports)  # earlier reports were of another socket with this port
+        self._since[protocol, port] = len(self._reports)  # earlier reports belong to another socket with this port
         sets = [*self._sets, ("inet", "kept")] if keep else self._sets
         elements = [f"element {family} {TABLE} {name} {{ {_NAMES[protocol]} . {port} }}\n" for family, name in sets]
         self._nft.load("".join(f"add {element}" for element in elements))
@@ -118,12 +118,12 @@ class Tracer:
         return sock
 
     def trace(self, protocol: int, port: int, *, back: bool = False) -> Trace | None:
-        """The trace, as far as it was reported, of the first packet from this port; `back`: of the first to it."""
+        """The trace of the first packet from this port, as far as reported; with `back`, of the first to it."""
         self._read()
         return trace_of(self._reports[self._since.get((protocol, port), 0) :], protocol, port, back=back)
 
     def wait_for(self, client: IPAddress, within: float, settle: float) -> int | None:
-        """Wait for the next new connection of this client, and then for its first packet to get where it gets. Returns
+        """Wait for the next new connection of this client, and until its first packet has been traced. Returns
         its port, or None if there is no connection within so many seconds.
         """
         deadline = time.monotonic() + within
@@ -170,7 +170,7 @@ def _table(client: IPAddress | None) -> str:
 
 
 def _devices() -> str:
-    """What a device receives is marked before anybody has it: chains of devices may drop it, too."""
+    """Packets are marked as soon as a device receives them, since chains of devices may drop them."""
     names = ", ".join(f'"{name}"' for _, name in socket.if_nameindex())
     chain = f"chain ingress {{ type filter hook ingress devices = {{ {names} }} priority {FIRST}; {_WATCH} }}\n"
     return f"table netdev {TABLE} {{\nflags owner\nset watched {{ type inet_proto . inet_service; }}\n{chain}}}\n"

@@ -24,7 +24,7 @@ class UpstreamAddresses:
         self, url: ProxyURL, *, clock: Callable[[], float], resolver: Resolver, mark: int | None, fast_open: bool
     ) -> None:
         self.targets: Sequence[Target] = ()
-        """What to dial."""
+        """The addresses to dial."""
         self.known: frozenset[HostPort] = frozenset()
         """The same, without zones."""
         self._name = url.host if isinstance(url.host, str) else None

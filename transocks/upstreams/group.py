@@ -26,14 +26,14 @@ from usocksd.socks import AuthenticationFailed, Reply, RequestRefused, Socks4Rep
 
 # The table of refusals. After these replies of SOCKS no other proxy is tried: they are about the destination, where
 # another one would fail as well, or the proxy's policy, which another one must not be used to get around. Any other
-# code, assigned or not, is the proxy's own trouble. With HTTP these statuses are; squid uses 503 for a destination too,
-# and tinyproxy 500, but one more try does no harm.
+# code, assigned or not, is the proxy's own trouble. With HTTP, these statuses are the proxy's own trouble; squid uses
+# 503 for a destination too, and tinyproxy 500, but one more try does no harm.
 _FINAL: set[int] = {
     Reply.NOT_ALLOWED,
     Reply.HOST_UNREACHABLE,
     Reply.CONNECTION_REFUSED,
     Reply.TTL_EXPIRED,
-    Socks4Reply.REJECTED,  # SOCKS4 has no other word for any of it
+    Socks4Reply.REJECTED,  # SOCKS4 has only this code
 }
 _HTTP_OWN_TROUBLE = {405, 429, 500, 501, 503, 505}
 
@@ -82,11 +82,11 @@ class UpstreamGroup:
                 return await upstream.connect(request, client, timeouts, access, attempt=attempt, deadline=deadline)
             except Error as error:
                 if attempt.pipelined and isinstance(error, UpstreamFault):
-                    # It does not take pipelining any more: once more, step by step, unless bytes may not be sent twice.
+                    # It no longer accepts pipelining: try again step by step, unless that would send bytes twice.
                     upstream.state.forget()
                     untried.appendleft(upstream)
                 elif attempt.pipelined and is_late(error):
-                    # Perhaps it does not take pipelining any more, and drops the rest: step by step the next time.
+                    # Perhaps it no longer accepts pipelining, and drops the rest: next time step by step.
                     upstream.state.forget()
                 if not (untried or self._direct) or not goes_on(error, attempt) or reactor.clock() >= deadline:
                     raise
@@ -114,7 +114,9 @@ class UpstreamGroup:
         return deque((*up[first:], *up[:first], *(each for each in upstreams if each not in up)))
 
     def _next(self, untried: deque[Upstream]) -> Upstream | None:
-        """Take out the next one to try: the first that is well, or else up, or else the first; None: go directly."""
+        """Take out the next one to try: the first that is well, else the first that is up, else the first; None: go
+        directly.
+        """
         found = next((each for each in untried if each.state.well), None)
         if found is None:
             found = next((each for each in untried if each.state.up), None)
@@ -122,7 +124,7 @@ class UpstreamGroup:
             untried.remove(found)
             found.state.trial = False
             return found
-        # All are down. That may be out of date, so they are tried all the same.
+        # All are down: go directly if that is allowed, else try them, since they may have recovered.
         return None if self._direct is not None else untried.popleft()
 
 

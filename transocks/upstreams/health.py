@@ -6,7 +6,7 @@ Rules of this file, beside those of state.py:
    that was answered: in the worker that asked, and in all workers if that is the keeper.
 2. A slow destination is no fault of its upstream. So silence alone marks nothing down: it has the upstream probed, on
    a connection of its own, one at a time however many attempts wait.
-3. A time-out in a process that did not run proves nothing.
+3. A time-out proves nothing if this process did not run meanwhile.
 4. An upstream that answers late may have had a bad moment: it is probed once more. If it is late again it is slow, and
    is used when no other is well.
 5. Silence counts against an upstream that has answered probes before, or through which no tunnel has ever worked.
@@ -75,7 +75,7 @@ class Health:
                     self._recover_later(upstream)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """In every worker, until cancelled: look into silence, and probe upstreams that are down."""
+        """In every worker, until cancelled: probe upstreams that are silent or down."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             for upstream in self._upstreams:
@@ -90,7 +90,7 @@ class Health:
                 self._nursery = None
 
     async def keep(self) -> None:
-        """In one worker, until cancelled: probe upstreams that are up, and share what is known of all."""
+        """In one worker, until cancelled: probe upstreams that are up, and share all findings."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._share_news)
             for upstream in self._upstreams:
@@ -133,16 +133,16 @@ class Health:
         state, after, probed = upstream.state, self._config.suspect_after, 0.0
         while True:
             await state.occupied()
-            # The full time, whatever the attempt's age: most attempts are over by then.
+            # Wait for the full time, whatever the attempt's age: most attempts have ended by then.
             await trio.sleep(after)
             while state.waiting:
                 now = self._clock()
-                # (Not the attempts themselves: what this task keeps outlives them.)
+                # (No reference to the attempts: this task would keep them alive.)
                 oldest, youngest = next(iter(state.waiting)).since, next(reversed(state.waiting)).since
                 # An attempt that has waited long is probably waiting for a slow destination.
                 due = max(state.heard, probed, oldest) + max(after, (now - youngest) / 2)
                 if now < due:
-                    # In steps, since attempts that begin meanwhile are due earlier.
+                    # In short steps, since attempts that begin meanwhile are due earlier.
                     await trio.sleep(min(due - now, after))
                     continue
                 await self._suspect(upstream)
@@ -172,7 +172,7 @@ class Health:
             except Error as error:
                 self._unanswered(upstream, error, began, hasty=hasty)
             except Stopping:
-                pass  # this process ends all its connections, and then itself: that is no finding
+                pass  # this process is stopping, and ends its own connections: no finding
             else:
                 slow = found.latency - found.round_trip > self._haste(found.round_trip)
                 if slow and not (state.slow or hasty or asked_again):
@@ -196,7 +196,7 @@ class Health:
         self._counters[upstream.key][False].value += 1
         state = upstream.state
         if isinstance(error, ProbeTimedOut) and error.accepted and state.latency is None:
-            # It has never answered a probe. Perhaps it answers none, and only a client can tell.
+            # It has never answered a probe. Perhaps it answers none, and only a client's connection can tell.
             if not hasty:
                 state.trial = not state.up
             if state.worked or not hasty:

@@ -1,4 +1,4 @@
-"""Probes: whether an upstream answers, how fast, and how much it takes at once. Each has a connection of its own."""
+"""Probes: whether an upstream answers, how fast, and whether it accepts pipelining. Each uses its own connection."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from usocksd.net.endpoint import Endpoint
 from usocksd.socks import NEED_DATA, SOCKS4_PROBE, Kind, Probe, Probed, RequestRefused, UpstreamFault
 
 WAITING = "waiting for the answer of"
-"""The step of a DialError: the upstream was asked, and has not answered in time."""
+"""The step of a DialError: the upstream has not answered a request in time."""
 
 # What an HTTP proxy is asked to connect to: an address to which TCP connects nowhere, so that connect(2) fails at once,
-# and sends nothing. A proxy passes nothing of a CONNECT on, so a probe does no harm. Any other request can be taken for
-# one to the proxy itself: pproxy and older tinyproxy connect to the host in Host, or to port 80 of their host without
-# one, and pass the request on, to themselves if that is where they listen.
+# and sends nothing. A proxy forwards nothing of a CONNECT, so a probe does no harm. Other requests can: pproxy and
+# older tinyproxy connect to the host in Host, or without one to port 80 of their own host, where they may listen
+# themselves, and forward the request.
 _NOWHERE = ("255.255.255.255", 1)
-# A server that takes pipelining answers within a round trip, one that does not is silent. It has this many times the
-# seconds that its first answer took, and some more.
+# A server that accepts pipelining answers within a round trip; another is silent. It has this many times as long as its
+# first answer took, plus these seconds.
 _PIPELINING_TIMES, _PIPELINING_MORE = 2.0, 0.5
-# Seconds after which a server that did not answer is asked again whether it takes pipelining.
+# Seconds after which a server that did not answer is tested for pipelining again.
 _ASK_AGAIN_AFTER = 600.0
 # A timer that fires this many seconds late says that this process did not run, and nothing of the upstream.
 _LATE = 0.1
@@ -44,7 +44,7 @@ class ProbeTimedOut(DialError):
 
 
 def ping(url: ProxyURL) -> bytes:
-    """What an HTTP or SOCKS4 proxy is asked, which leads to no connection."""
+    """The request for an HTTP or SOCKS4 proxy, which leads to no connection."""
     return _connect_nowhere(url).data_to_send() if url.scheme is ProxyScheme.HTTP else SOCKS4_PROBE
 
 
@@ -141,8 +141,8 @@ class Prober:
         return self._url.scheme.is_socks5 and (known is None or again)
 
     async def _takes_pipelining(self, within: float) -> bool | None:
-        """Whether a SOCKS5 server takes greeting, credentials and request in one segment; None: it could not be asked
-        this time, for want of descriptors, say.
+        """Whether a SOCKS5 server takes greeting, credentials and request in one segment; None: this could not be
+        tested now, for example for want of descriptors.
         """
         probe = Probe(self._url.username, self._url.secret, pipelined=True)
         with trio.move_on_after(within):

@@ -1,4 +1,4 @@
-"""What a session asks of an upstream, one try at it, and the tunnel that comes of it."""
+"""The request of a session to an upstream, an attempt at it, and the resulting tunnel."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class TunnelRequest(NamedTuple):
     client: HostPort
     """numeric address and port of the client"""
     destination: HostPort
-    """where it was going: the original destination"""
+    """the original destination"""
     name: str | None = None
-    """to be asked for instead of the address; canonical"""
+    """the name to ask for instead of the address; canonical"""
     first: bytes = b""
-    """what the client has sent already: goes on unchanged, once"""
+    """the client's bytes so far, to be sent on unchanged and once"""
     repeatable: bool = False
     """`first` is a TLS hello: it may be sent to a second proxy if one fails"""
 
@@ -37,7 +37,7 @@ class Tunnel(NamedTuple):
 
 
 class Progress(Protocol):
-    """Takes notes of what becomes of a request: the session's access record."""
+    """Is told what becomes of a request: the session's access record."""
 
     def trying(self, group: str, upstream: str, scheme: ProxyScheme | None) -> None:
         """A try begins, with this upstream of this group; scheme None: without one, directly."""
@@ -62,14 +62,14 @@ class Attempt:
         self.pipelined = False
         """Everything was sent to the upstream at once, since it is known to take that."""
         self.left = False
-        """Given up: it ends as if the client were gone."""
+        """The attempt was given up: it ends as if the client were gone."""
         self._better = better
         self._client = client
         self._replaceable = replaceable
 
     def check(self) -> None:
-        """Raise PeerReset if it is `left`, or the client is gone. Ask after every wait: either may have happened when
-        the wait was over and its task not yet running, and nothing else tells of it then.
+        """Raise PeerReset if it is `left`, or the client is gone. Call it after every wait: either may have happened
+        between the end of the wait and the task's next step, and nothing else reports it.
         """
         if self.left:
             raise PeerReset

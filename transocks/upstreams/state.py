@@ -5,7 +5,7 @@ Rules of this file:
 - The newer finding counts. Each has the time at which it began to be true (on the reactor's clock, which all processes
   of a host share), and an upstream that has answered since then is not down.
 - A connection that succeeds is the best evidence, a probe the next best.
-- One bad sample decides nothing for long: docs/design.md lists the limit of everything that is remembered here.
+- No single bad sample has a lasting effect: docs/design.md lists the limit of everything that is remembered here.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Answer(NamedTuple):
     pipelines: bool | None = None
     """It takes greeting, credentials and request in one segment; None: not known."""
     round_trip: float = 0.0
-    """in seconds, as the kernel has measured it: however busy the program was"""
+    """the round trip in seconds as measured by the kernel, so independent of how busy the program was"""
     slow: bool = False
     """The answer took longer than a connection waits for an upstream that may hang."""
 
@@ -43,21 +43,23 @@ class UpstreamState:
     def __init__(self, name: str, clock: Callable[[], float]) -> None:
         self.name = name
         self.up = True
-        """Until something says otherwise."""
+        """Assumed until something shows otherwise."""
         self.why = ""
         """why it is down"""
         self.since: float | None = None
         """When it last went down or came up, in seconds since the epoch; None: not since the start."""
         self.latency: float | None = None
-        """Of the last probe, in seconds; None: no probe was answered since it was last gone."""
+        """How long the last probe took, in seconds; None: no probe was answered since it was last gone."""
         self.round_trip = 0.0
-        """The shorter one of the last two probes, in seconds."""
+        """The shorter round trip of the last two probes, in seconds."""
         self.slow = False
         """It answers, but takes longer than a connection waits for an upstream that may hang."""
         self.worked = False
         """There was a tunnel through it, since it was last gone."""
         self.trial = False
-        """It is down, and the next client may try it: it accepts connections, and may be one that answers no probes."""
+        """It is down and the next client may try it, since it accepts connections and may be one that never answers
+        probes.
+        """
         self.ours: bool | None = None
         self.pipelines: bool | None = None
         self.heard = 0.0
@@ -65,7 +67,7 @@ class UpstreamState:
         self.waiting: dict[Attempt, None] = {}
         """The attempts that have no answer yet, in the order of their start."""
         self.has_others = False
-        """Something else can be tried instead of it, so its silence is looked into."""
+        """Something else can be tried instead of it, so its silence is investigated."""
         self.gauges: list[Counter] = []
         """1 while it is up, in each of its groups."""
         self.changed: Callable[[UpstreamState], None] = lambda _: None
@@ -76,7 +78,7 @@ class UpstreamState:
         self._idle: trio.Event | None = None
 
     def enter(self, attempt: Attempt) -> None:
-        """This attempt waits for the upstream, until it is taken out of `waiting`."""
+        """The attempt waits for the upstream, until it is removed from `waiting`."""
         self.waiting[attempt] = None
         if self._idle is not None:
             self._idle.set()
@@ -94,7 +96,7 @@ class UpstreamState:
         return self.trial or (self.up and not self.slow)
 
     def worked_now(self) -> None:
-        """There is a tunnel through it: no probe says more."""
+        """A tunnel through it works, which is better evidence than a probe."""
         self.worked = True
         if not self.up:
             self.heard = now = self._clock()
@@ -103,7 +105,7 @@ class UpstreamState:
             self.changed(self)
 
     def failed(self, why: str, at: float | None = None, *, gone: bool = False) -> None:
-        """It does not answer, as something found that began `at` (None: now). Attempts that wait for it go elsewhere.
+        """It does not answer, by a finding that began `at` (None: now). Attempts that wait for it go elsewhere.
 
         `gone`: nothing is there any more, and another program may take its place.
         """
@@ -128,7 +130,7 @@ class UpstreamState:
         self.ours = self.pipelines = None
 
     def as_json(self) -> dict[str, Any]:
-        """For `take`, in another process."""
+        """The findings, for `take` in another process."""
         names = ("up", "why", "since", "latency", "ours", "pipelines", "round_trip", "slow")
         return {"at": self._at, **{name: getattr(self, name) for name in names}}
 
@@ -164,13 +166,13 @@ class UpstreamState:
     def _learn(self, answer: Answer) -> None:
         was_slow, self.slow = self.slow, answer.slow
         self.latency = answer.latency
-        # A long one may have waited in a queue on the way.
+        # A long round trip may include a queue on the way.
         self.round_trip = min(answer.round_trip, self._last_round_trip)
         self._last_round_trip = answer.round_trip
         if answer.pipelines is not None or answer.ours != self.ours:
             self.pipelines = answer.pipelines
         if self.ours and not answer.ours:
-            # Another program has its place. It may wait for more, although it was sent everything already.
+            # Another program has taken its place. It may be waiting for more, although everything was sent already.
             self._leave()
         elif self.slow and not was_slow:
             for attempt in list(self.waiting):

@@ -38,7 +38,7 @@ class UpstreamMetrics:
     """The metrics of all upstreams and groups."""
 
     def __init__(self, metrics: Metrics) -> None:
-        # The smallest of all workers: one worker that can't reach it is one too many.
+        # The minimum over all workers: it is down if one worker can't reach it.
         self.up = metrics.minimums("upstream_up", "Whether an upstream is up", "group", "upstream")
         self.failovers = metrics.counters(
             "upstream_failovers_total",
@@ -107,9 +107,9 @@ class Upstream:
         attempt: Attempt,
         deadline: float,
     ) -> Tunnel:
-        """Reach what `request` is for through the proxy. The proxy must be reached by `deadline`; its answer may take
-        `timeouts.connect`, since it has to connect in turn, and `timeouts.handshake` for its own part. `access` is told
-        of the connection to the proxy, also when nothing comes of it.
+        """Connect to the destination of `request` through the proxy. The proxy must be reached by `deadline`; its
+        answer may take `timeouts.connect`, since it has to connect in turn, and `timeouts.handshake` for its own part.
+        `access` is told of the connection to the proxy, also if that fails afterwards.
 
         Raises UpstreamError (it refused, or broke its protocol, or can't be asked this), UpstreamDown (see `attempt`),
         DialError (it can't be reached in time), ResolveError (its name is not known), PeerReset (`client` is gone).
@@ -175,8 +175,8 @@ class Upstream:
         if self._proxy_protocol:
             data = header(request.client, request.destination) + data
         if unsent and attempt.pipelined and state.ours:
-            # All in one segment. If this proxy fails, another one may be sent only what is safe to repeat. The same
-            # holds for this one, which gets twice what is on a SYN that got lost.
+            # All in one segment. If this proxy fails, only bytes that are safe to repeat may be sent to another one; or
+            # to this one, if they were on a SYN that got lost.
             if not request.repeatable:
                 if endpoint.unproven:
                     await endpoint.send_all(data)

@@ -80,7 +80,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _parse_since(text: str) -> str:
-    """As the log writes times."""
+    """A time as the log writes it."""
     if match := re.fullmatch(r"([0-9]{1,6})([mhdw])", text):
         moment = datetime.now(UTC) - timedelta(**{_UNITS[match[2]]: int(match[1])})
     else:
@@ -98,7 +98,7 @@ def _parse_limit(text: str) -> int | None:
 
 
 def _diff(args: argparse.Namespace) -> int:
-    # Not for the command lines of other verbs: trio and what it needs take a tenth of a second to load.
+    # Imported here: trio takes a tenth of a second to load, which other verbs do not need.
     from usocksd.commands.serve import make_policy, make_users  # noqa: PLC0415
     from usocksd.host.addresses import HostAddresses  # noqa: PLC0415
 
@@ -231,7 +231,7 @@ def _as_text(answer: Json, disagreement: AccessRecord | None, limit: int | None)
 
 
 def _rules(group: Json) -> str:
-    """The rules that make the difference."""
+    """The rules that differ."""
     old, new = group["old"], group["new"]
     match group["change"]:
         case Change.POOL.value:

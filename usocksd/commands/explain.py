@@ -33,7 +33,7 @@ Json = dict[str, Any]
 
 _PREFIX: Final = "usocksd explain: "
 
-# Seconds for resolving, and for a daemon that does so.
+# Seconds for resolving, and for the answer of a daemon that resolves.
 _RESOLVE_WITHIN, _ANSWER_WITHIN = 30.0, 60.0
 
 _DESCRIPTION = """\
@@ -50,7 +50,7 @@ address), 2 for trouble (a faulty file, a wrong command line, no daemon)."""
 # After this many seconds of waiting, stderr says what for.
 _SAY_AFTER: Final = 1.0
 
-# How many rules are shown one by one without --verbose, how many names of rules in a group, addresses, and sources.
+# How many are shown without --verbose: single rules, names in a group of rules, addresses, and sources.
 _FEW_STEPS: Final = 4
 _MOST_NAMES: Final = 12
 _MOST_ADDRESSES: Final = 10
@@ -75,7 +75,7 @@ class _Parser(argparse.ArgumentParser):
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], daemon: Daemon[UsocksdConfig]) -> None:
     """Add this verb to a command line that has an option -f, the configuration."""
     parser = add_verb(subparsers, "explain", "tell what would happen to a request, and why", _DESCRIPTION)
-    parser.__class__ = _Parser  # subparsers has one class for all that it makes
+    parser.__class__ = _Parser  # add_parser() would make another class
     add_file(parser, daemon.file)
     parser.add_argument(
         "--from", dest="client", metavar="ADDRESS", required=True, type=_parse_client, help="the client's address"
@@ -141,14 +141,14 @@ def _judge(daemon: Daemon[UsocksdConfig], args: argparse.Namespace, request: Jso
         config = configuration.parse(UsocksdConfig, "", daemon.file)
     else:
         config = configuration.load(UsocksdConfig, path or daemon.file)
-    # Not for the command lines of other verbs: trio and what it needs take a tenth of a second to load.
+    # Imported here: trio takes a tenth of a second to load, which other verbs do not need.
     import trio  # noqa: PLC0415
 
     return trio.run(_explain, config, request)
 
 
 async def _explain(config: UsocksdConfig, request: Json) -> Json:
-    """The answer, by all that a daemon with this configuration would have."""
+    """The answer of a daemon with this configuration, computed here."""
     import trio  # noqa: PLC0415
 
     from usocksd.commands.serve import make_egress, make_policy, make_users  # noqa: PLC0415

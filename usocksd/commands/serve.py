@@ -1,4 +1,4 @@
-"""What usocksd is made of, and what there is to say about its configuration."""
+"""Puts usocksd together from its configuration, and collects the warnings and notes about that."""
 
 from __future__ import annotations
 

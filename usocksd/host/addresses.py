@@ -1,4 +1,4 @@
-"""The addresses of this host: at once from netifaces, and as they change from rtnetlink(7), while `watch` runs."""
+"""The addresses of this host: a snapshot by netifaces, then changes from rtnetlink(7) while `watch` runs."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class HostAddresses:
     """The addresses that this host has right now."""
 
     def __init__(self, metrics: Metrics | None = None, *, look_every: float = _LOOK_AT_ROUTES_EVERY) -> None:
-        """Takes a snapshot, which stays until `watch` runs. `look_every`: seconds until a route to this host
+        """Takes a snapshot, which is valid until `watch` runs. `look_every`: seconds until a route to this host
         is noticed.
         """
         self.current: LocalAddresses = _snapshot()
@@ -62,7 +62,7 @@ class HostAddresses:
         name, help = "addresses_watched", "Whether changes of the addresses of this host are noticed"
         self._watched = Counter() if metrics is None else metrics.minimum(name, help)
         self._complained = False
-        # An address can be on several interfaces, and goes with the last of them.
+        # An address can be on several interfaces; it is gone when the last of them has lost it.
         self._assigned: set[tuple[IPAddress, int]] = set()
         self._networks = self.current.networks
 
@@ -77,8 +77,8 @@ class HostAddresses:
     async def watch(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep `current` up to date until cancelled; started when it is up to date for the first time.
 
-        `current` is replaced only when an address has come or gone. If the kernel can't be asked (a sandbox forbids
-        netlink, or no descriptor is left), a record and a metric say so, `current` stays, and watching is tried again.
+        `current` is replaced only when an address has come or gone. If netlink does not work (a sandbox forbids it, or
+        no descriptor is left), a record and a metric say so, `current` stays, and watching is tried again.
         """
         after = _FIRST_RETRY
         while True:

@@ -1,4 +1,4 @@
-"""The control groups of this process (cgroups(7), version 1 and 2): what CPU time they allow, how often they killed."""
+"""The control groups of this process (cgroups(7), version 1 and 2): their CPU quota, and their count of kills."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""netlink(7): requests to the kernel, and its messages taken apart."""
+"""netlink(7): requests to the kernel, and its messages parsed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROUTE, SOCK_DIAG, NETFILTER = 0, 4, 12
 ACK, DUMP = 0x4, 0x300
 """Flags of a request."""
 DUMP_INTR = 0x10
-"""A flag of messages: the list changed while it was told, and may lack anything."""
+"""A flag of messages: the list changed while it was dumped, so it may be incomplete."""
 DONE = 3
 RECEIVE_SIZE = 1 << 16
 """The kernel fills at most 32 KiB into one datagram of a dump."""
@@ -42,7 +42,7 @@ def connect(family: int) -> socket.socket:
 
 
 def request(kind: int, flags: int, body: bytes, sequence: int = 1) -> bytes:
-    """One message to the kernel."""
+    """A message to the kernel, with its header."""
     return HEADER.pack(HEADER.size + len(body), kind, _REQUEST | flags, sequence, 0) + body
 
 

@@ -1,4 +1,4 @@
-"""The TCP sockets of this network namespace: sock_diag(7). Needs no privilege, but to reset them."""
+"""The TCP sockets of this network namespace: sock_diag(7). Only resetting them needs privileges."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def listeners() -> tuple[ListeningSocket, ...]:
 
 
 def tcp_connections() -> Iterator[Connection]:
-    """Those that have both ends; IPv4 over a socket of IPv6 is IPv4. Raises OSError."""
+    """All connections; those of IPv4 over an IPv6 socket are given as IPv4. Raises OSError."""
     for family, message in _dump(_BOTH_ENDS):
         _, _, ports, local, peer, *_ = _ANSWER.unpack_from(message)
         size = 4 if family == socket.AF_INET else 16
@@ -80,7 +80,7 @@ def tcp_connections() -> Iterator[Connection]:
 
 
 def end_accepted(ports: Collection[int]) -> None:
-    """Reset the connections that were accepted on these ports, by listeners with IP_TRANSPARENT also those to others.
+    """Reset the connections accepted on these ports; for listeners with IP_TRANSPARENT also connections to other ports.
 
     Takes CAP_NET_ADMIN. Raises OSError, where the kernel can't (before 4.5, or built without) among others.
     """

@@ -1,1 +1,1 @@
-"""Records: what they say, how they are written, where they go."""
+"""Log records and metrics: their content, their formats, and where they are written."""

@@ -1,4 +1,4 @@
-"""What is reported of each connection: access records, metrics, and the answer to `connections`.
+"""What both daemons report about each connection: access records, metrics, and the answer to `connections`.
 
 Records: one when a relay starts, one when it ends, and one for each connection that got no relay.
 """
@@ -37,9 +37,8 @@ _NO_SOURCE, _NO_EGRESS, _UNRESOLVED = "no_source_address", "no_egress", "unresol
 
 
 class AccessRecords:
-    """The records of a daemon whose every record carries `keys`, their values given as one tuple; and its metrics.
-
-    Those of a relay's start carry the keys `at_start` too.
+    """Writes access records and counts connections. Every record has the daemon's own `keys`, whose values come as one
+    tuple; records of a relay's start have the keys `at_start` too.
     """
 
     def __init__(
@@ -85,7 +84,7 @@ class AccessRecords:
         to_upstream, to_client, reason, by, error, first, alone = result
         template, what = self._ends, None
         if reason is Reason.ERROR:
-            # Without an errno it was something in this program, and the log has its traceback.
+            # Without an errno it was a bug in this program, and the log has its traceback.
             template, what = self._ends_with_error, "internal error"
         if error:
             what = os.strerror(error)
@@ -145,7 +144,7 @@ class ConnectionRecords:
         self._records.ends(self._values(), result, time.monotonic() - self._since)
 
     def describe(self) -> dict[str, Any]:
-        """What is known of it, for `connections`; `age` is in seconds since its relay began, or else since accept."""
+        """Its row of `connections`; `age` is in seconds since its relay began, or else since accept."""
         return {
             "id": self._id,
             "client": self._client,
@@ -166,7 +165,7 @@ class ConnectionRecords:
         raise NotImplementedError
 
     def _details(self) -> dict[str, Any]:
-        """What `connections` shows of it beyond what all have."""
+        """The daemon's own columns of `connections`."""
         raise NotImplementedError
 
 
@@ -194,7 +193,7 @@ def pair_member(host: str, port: int) -> str:
 
 
 def _endings(metrics: Metrics) -> dict[tuple[Reason, Side], tuple[Counter, Histogram, Counter | None]]:
-    """What counts each way for a relay to end: its number, its duration, and what counts as an error of one side."""
+    """Counters for each way that a relay can end: their number, their duration, and errors by side."""
     ended = metrics.counters("relay_ended_total", "Relays that have ended: why, and by whom", "reason", "by")
     elapsed = metrics.histograms(
         "proxy_elapsed_seconds", "Duration of a relay; an error is a reset too", SECONDS, "result"

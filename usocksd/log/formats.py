@@ -179,7 +179,7 @@ FORMATS: Final[Mapping[str, type[Formatter]]] = {cls.name: cls for cls in (Plain
 
 
 class Template:
-    """A record that lacks only its time and the values of `keys`.
+    """A record template that lacks only the time and the values of `keys`.
 
     Raises ValueError for a key that is not allowed, or there twice.
     """
@@ -249,7 +249,7 @@ class Template:
 
 
 def _escape(text: str) -> str:
-    """`text` as it has to stand in a %-format."""
+    """`text` escaped for a %-format."""
     return text.replace("%", "%%")
 
 

@@ -64,7 +64,7 @@ class Log:
         self._handler = LogHandler(formatter, sink)
 
     def attach(self) -> None:
-        """The standard library's records come here from now on."""
+        """Receive the standard library's records from now on."""
         for name in _LOGGERS:
             logger = logging.getLogger(name)
             logger.addHandler(self._handler)

@@ -26,7 +26,7 @@ BYTES = tuple(float(4**power) for power in range(3, 18))
 """Bounds for sizes: 64 bytes to 16 GiB."""
 
 OTHER = "other"
-"""The label value of everything that is beyond a metric's number of children."""
+"""The label value for everything beyond a metric's maximum number of children."""
 
 
 class MetricKind(Enum):
@@ -81,8 +81,8 @@ M = TypeVar("M", Counter, Histogram)
 class Family(Generic[M]):
     """A metric with labels: one child for each combination of their values, made when it is first asked for.
 
-    Children that are known in advance are best asked for in advance: then they are there with 0, and rate() sees the
-    first event. With `most` children there, all other label values share one more child, OTHER.
+    Ask for known children in advance: they then start with 0, so that rate() sees the first event. With `most` children
+    there, all other label values share one more child, OTHER.
     """
 
     def __init__(self, make: Callable[[], M], most: int | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Where log records go: appended by the relay side in well under a microsecond, written by one thread.
+"""Writes log records: appending takes well under a microsecond, and one thread does the writing.
 
 Rules of this file:
 
@@ -35,7 +35,7 @@ STDERR: Final = 2
 _FLAGS: Final = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
 _MAX_BACKOFF: Final = 5.0
 _PATIENCE: Final = 0.1
-"""How many seconds the thread waits for a reader that does not read, before it looks at anything else."""
+"""How many seconds the thread waits for a reader that does not read before it handles other requests."""
 
 
 class Output:
@@ -57,8 +57,8 @@ class Output:
     def write(self, records: deque[bytes], patience: float) -> int | None:
         """One write(2) from the front of `records`, taking off what is written.
 
-        Returns how many bytes that is, or None when for `patience` seconds nobody read. Raises OSError; `records` then
-        still begins with the one to go on with.
+        Returns how many bytes that is, or None if nobody read for `patience` seconds. Raises OSError; `records` then
+        still begins with the next one to write.
         """
         if not self._regular and not self._poll.poll(patience * 1000):
             return None
@@ -146,7 +146,7 @@ class Sink:
         self._backlog: list[bytes] = []
         self._size = 0  # bytes in the backlog and in `_held`
         self._dropped = 0
-        self._untold = 0  # dropped, and not reported in a record yet
+        self._untold = 0  # dropped, but not yet reported in a record
         self._held: deque[bytes] = deque()  # the thread's: taken from the backlog, not written yet
         self._trouble: OSError | None = None
         self._failing: OSError | None = None

@@ -1,1 +1,1 @@
-"""Hosts as names, networks and addresses: what matches, and what resolves."""
+"""Hosts as names, networks and addresses: matching them, and resolving names."""

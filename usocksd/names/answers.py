@@ -12,7 +12,7 @@ from usocksd.errors import NO_ADDRESS, NO_SUCH_NAME, ResolveError
 from usocksd.names.name_query import SERVERS_FAILED, TIMED_OUT, NameAnswer
 from usocksd.net.address import IPAddress, numeric_address
 
-# Seconds. A TTL of 0 would mean a query per connection of a page; one of days outlives every change.
+# Seconds. Limits of a TTL: 0 would mean a query for each connection of a page, and days would outlive every change.
 _SHORTEST_TTL, _LONGEST_TTL = 5.0, 3600.0
 _LONGEST_NEGATIVE_TTL = 300.0
 _FAILURE_TTL = 1.0  # RFC 9520 section 3.2: failures are to be cached, for a second at least
@@ -63,18 +63,18 @@ def combine(answers: Sequence[Entry], most: int) -> Entry:
     ttl = min((answer.ttl for answer in answers if answer.ttl), default=0.0)
     addresses = in_turn(address for answer in answers for address in answer.addresses)[:most]
     if addresses:
-        # That the other family has none is kept as long as these are, even without a SOA.
+        # The absence of the other family is kept as long as these addresses, even without a SOA.
         longest = _PARTIAL_TTL if failures else _LONGEST_TTL if all(a.ttl for a in answers) else _LONGEST_NEGATIVE_TTL
         return Entry(addresses, "", min(ttl, longest))
     if failures:
         return SILENCE if TIMED_OUT in failures else FAILURE
     nothing = all(answer.cause == NO_SUCH_NAME for answer in answers)
-    # Without a SOA an absence is not to be kept (RFC 2308 section 5), or hardly.
+    # Without a SOA an absence must not be cached (RFC 2308 section 5), or only briefly.
     return Entry((), NO_SUCH_NAME if nothing else NO_ADDRESS, ttl or _SHORTEST_TTL)
 
 
 def of_system(host: str) -> Entry:
-    """What getaddrinfo(3) answers. Blocks for as long as the system's configuration lets it."""
+    """The answer of getaddrinfo(3). Blocks for as long as the system's configuration allows."""
     try:
         # As bytes: Python would put a str through a codec of its own.
         found = socket.getaddrinfo(host.encode("ascii"), None, type=socket.SOCK_STREAM)

@@ -1,4 +1,4 @@
-"""What rules and routes are written with: the types of their settings, and files of destinations."""
+"""Settings of rules and routes: their types, and files of destinations."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _destination(value: str) -> str | SiteList:
 
 
 def parse_list(content: bytes, label: str, path: str) -> SiteList:
-    """A list of destinations: an entry a line, comments behind "#". `label` is what it is called in `to`.
+    """A list of destinations: an entry a line, comments behind "#". `label` is its name in `to`.
 
     A million entries take two seconds. Raises a group of Invalid, for each line of `path` that is no entry, up to ten.
     """
@@ -80,13 +80,13 @@ class HostBits4(IPv4Network):
 
 
 class HostBits6(IPv6Network):
-    """The same of IPv6."""
+    """The same for IPv6."""
 
     written: str
 
 
 def keep_host_bits(network: IPNetwork, value: str) -> IPNetwork:
-    """The same network, which knows its text if that has an address of a host in it."""
+    """The same network, which remembers its text if that has the address of a host."""
     if numeric_address(value.partition("/")[0]) == numeric_address(str(network.network_address)):
         return network
     written = (HostBits4 if network.version == 4 else HostBits6)(str(network))
@@ -128,7 +128,7 @@ Ports = Annotated[tuple[int, int], port_range(0)]
 
 
 def rule_name(kind: str, built_in: str) -> Parser:
-    """The name of a rule or route (`kind`). Names that match the pattern `built_in` mean something else in records."""
+    """The name of a rule or route (`kind`). Names that match the pattern `built_in` have another meaning in records."""
 
     def parse(value: str) -> str:
         if not value.isprintable() or not 0 < len(value) <= 100 or value != value.strip():
@@ -141,7 +141,7 @@ def rule_name(kind: str, built_in: str) -> Parser:
 
 
 def table_name(taken: Mapping[str, str] = MappingProxyType({})) -> Parser:
-    """The name that an operator gives a table; `taken` are names with a meaning already, and that meaning."""
+    """The name that an operator gives a table; `taken` has the reserved names and their meanings."""
 
     def parse(value: str) -> str:
         if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", value) is None:
@@ -155,7 +155,7 @@ def table_name(taken: Mapping[str, str] = MappingProxyType({})) -> Parser:
 
 @attrs.frozen(kw_only=True)
 class ConditionsConfig:
-    """The conditions of a [[rule]] or [[route]]. What is None holds for all."""
+    """The conditions of a [[rule]] or [[route]]. None matches everything."""
 
     from_: tuple[Network, ...] | None = None
     to: tuple[Destination, ...] | None = None
@@ -163,7 +163,7 @@ class ConditionsConfig:
     """first and last of each range"""
 
     def faults(self) -> Iterator[Invalid]:
-        """Conditions that nothing can meet, and what the subclass adds."""
+        """Reject conditions that nothing can meet; the subclass adds others."""
         for name, what in (("from_", "client"), ("user", "user or none"), ("to", "destination"), ("ports", "port")):
             if getattr(self, name, None) == ():
                 expected = f"expected at least one, or no such key if the rule holds for any {what}"
@@ -189,8 +189,8 @@ def as_table(value: object) -> dict[str, Any]:
 def check_references(
     table: Mapping[str, object], kind: str, key: str, what: str, known: Collection[str]
 ) -> Iterator[Invalid]:
-    """The faults of the tables [[kind]] beside each other, as TOML has them: names that are there twice, and values of
-    `key` that are none of `known`, the names of each `what`.
+    """The faults of all tables [[kind]] together, as TOML has them: duplicate names, and values of `key` that are not
+    in `known`, the names of each `what`.
     """
     rules = table.get(kind)
     first: dict[str, int] = {}

@@ -67,7 +67,7 @@ class HostsFile:
         return True
 
     def addresses(self, name: str) -> list[IPAddress]:
-        """Those of a name as `canonical_host` gives it. A word that is no address is skipped, as the C library does."""
+        """The addresses of a canonical name. A word that is no address is skipped, as by the C library."""
         found: list[IPAddress] = []
         for text in self._texts.get(name, ()):
             with contextlib.suppress(ValueError):

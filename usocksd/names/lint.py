@@ -1,7 +1,6 @@
 """What `check` finds in lists of destinations and networks, and in rules and routes.
 
-Entries that may be read otherwise; entries and rules of which another one has everything. (What several have together
-is not found.)
+Ambiguous entries; entries and rules that another one covers. (Those that only several together cover are not found.)
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from usocksd.settings.warnings import first_few
 
 
 class Conditions(Protocol):
-    """What a rule or a route asks about a request; None takes all."""
+    """The conditions of a rule or route; None matches everything."""
 
     @property
     def clients(self) -> Sequence[IPNetwork] | None: ...
@@ -44,7 +43,7 @@ def lint_sites(key: str, entries: Sequence[str | SiteList] | None) -> Iterator[F
 
 
 def covering_rules(rules: Sequence[Conditions]) -> Iterator[list[int]]:
-    """For each rule, the indices of those above that have all its clients, ports and destinations."""
+    """For each rule, the indices of the rules above that cover its clients, ports and destinations."""
     lists = which_rules([rule.to for rule in rules])
     index = SiteIndex(list(lists.items()))
     anywhere = mask_of(rule.to is None for rule in rules)
@@ -69,7 +68,7 @@ def never_decides(
 
 
 def unclear_networks(key: str, networks: Iterable[IPNetwork]) -> Iterator[Fault]:
-    """Networks that read as if a part of them were meant."""
+    """Networks whose text suggests that only a part of them is meant."""
     for index, network in enumerate(networks):
         if isinstance(network, HostBits4 | HostBits6):
             written, address = network.written, network.written.partition("/")[0]
@@ -78,7 +77,7 @@ def unclear_networks(key: str, networks: Iterable[IPNetwork]) -> Iterator[Fault]
 
 
 def unclear_sites(key: str, entries: Iterable[object]) -> Iterator[Fault]:
-    """Entries of a site list that read as if a part of a network were meant, or the whole of another."""
+    """Entries of a site list whose text suggests only a part of the network, or another one."""
     for index, entry in enumerate(entries):
         if (
             not isinstance(entry, str)
@@ -98,7 +97,7 @@ def unclear_sites(key: str, entries: Iterable[object]) -> Iterator[Fault]:
 
 
 def covered_entries(key: str, entries: Iterable[str | IPNetwork | SiteList]) -> Iterator[Fault]:
-    """The entries of one list that another of its entries makes superfluous. (Files are not looked into.)"""
+    """The entries of a list that another of its entries covers. (Files are not looked into.)"""
     texts = {index: str(entry) for index, entry in enumerate(entries) if not isinstance(entry, SiteList)}
     parsed = {index: parse_entry(text) for index, text in texts.items()}
     first: dict[Entry, int] = {}
@@ -113,7 +112,7 @@ def covered_entries(key: str, entries: Iterable[str | IPNetwork | SiteList]) -> 
 
 
 def _wider(entry: Entry, lengths: Iterable[int]) -> Iterator[Entry]:
-    """This entry, and all that have everything of it: networks of these lengths, or domains."""
+    """This entry, and all that cover it: networks of these lengths, or domains."""
     if isinstance(entry, Prefix):
         bits = 32 if entry.version == 4 else 128
         for length in lengths:

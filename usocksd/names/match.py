@@ -1,4 +1,4 @@
-"""What rules are made of: canonical hosts, sets of networks, and rendezvous hashing. Pure.
+"""The tools of rules: canonical hosts, sets of networks, and rendezvous hashing. Pure.
 
 The rule of this file: what `canonical_host` returns is judged *and* resolved or dialled. No spelling may be an address
 to one stage and a name to another.
@@ -27,8 +27,7 @@ T = TypeVar("T")
 # RFC 1123 section 2.1 plus the underscore, which DNS has in use; hyphens anywhere, since real names have them
 # there.
 _NAME = re.compile(r"[a-z0-9_-]{1,63}(?:\.[a-z0-9_-]{1,63})*")
-# "The host ends in a number" of the URL standard: no such name exists in DNS, every such text is meant as an
-# address.
+# "The host ends in a number" of the URL standard: no such name exists in DNS, so the text is meant as an address.
 _ENDS_IN_NUMBER = re.compile(r"(?:.*\.)?(?:[0-9]+|0x[0-9a-f]*)")
 _ATON_PART = re.compile(r"0x[0-9a-f]+|[0-9]+")
 _LONGEST_NAME = 253
@@ -37,14 +36,13 @@ _LONGEST_TEXT = 255
 
 @lru_cache(maxsize=8192)
 def canonical_host(text: str) -> IPAddress | str:
-    """The one form of a host that everything behind the handshake sees.
+    """The one form of a host that everything after the handshake sees.
 
-    Returns an address for every notation that inet_aton(3) takes (127.1, 0x7f.1, 2130706433, 0177.0.0.1), for
-    IPv6 with or without brackets or zone (the zone is dropped) and with IPv4-mapped IPv6 as IPv4, since that
-    is what travels; otherwise the name in lower case, as A-labels (IDNA 2008 behind the mapping of UTS 46),
-    without the trailing dot. Raises ValueError for what can't be a host: empty labels, spaces, NUL,
-    characters outside letters, digits, '-' and '_', labels over 63 or names over 253 octets, and names that
-    end in a number but are no address.
+    Returns an address for every notation that inet_aton(3) takes (127.1, 0x7f.1, 2130706433, 0177.0.0.1), for IPv6 with
+    or without brackets or zone (the zone is dropped) and with IPv4-mapped IPv6 as IPv4, since the packets are IPv4;
+    otherwise the name in lower case, as A-labels (IDNA 2008 behind the mapping of UTS 46), without the trailing dot.
+    Raises ValueError for what can't be a host: empty labels, spaces, NUL, characters outside letters, digits, '-' and
+    '_', labels over 63 or names over 253 octets, and names that end in a number but are no address.
     """
     if len(text) > _LONGEST_TEXT:
         raise ValueError("host name longer than 255 characters")
@@ -172,7 +170,7 @@ def entries_of(name: str) -> Iterator[str]:
 
 
 class NetworkMap(Generic[T]):
-    """Networks and single addresses, and what each stands for; a lookup is one bisection, however many there are.
+    """A map from networks and single addresses to values; a lookup is one bisection, however many there are.
 
     Two networks either nest or are disjoint, so with the nested ones left out the rest is sorted and free of
     overlap, and each range still knows the entry that it came from.
@@ -192,7 +190,7 @@ class NetworkMap(Generic[T]):
         return len(self._v4[0]) + len(self._v6[0])
 
     def match(self, ip: IPAddress) -> T | None:
-        """What the widest of the networks that have this address stands for."""
+        """The value of the widest network that has this address."""
         firsts, lasts, values = self._v4 if isinstance(ip, IPv4Address) else self._v6
         if not firsts:
             return None
@@ -215,8 +213,8 @@ def _outermost(ranges: list[tuple[int, int, T]]) -> tuple[list[int], list[int], 
     return firsts, lasts, values
 
 
-# The networks that no name of others may lead to: this host by another address, its link, metadata services. usocksd
-# denies them unless a rule allows the address; transocks, where a route leads past the proxies by name.
+# Networks to which no foreign name may lead: this host by another address, its link, metadata services. usocksd denies
+# them unless a rule allows the address; transocks denies them on direct routes by name.
 LOOPBACK = ("127.0.0.0/8", "::1/128")
 LINK_LOCAL = ("169.254.0.0/16", "fe80::/10")
 
@@ -226,7 +224,7 @@ PROTECTED: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("link-local", LINK_LOCAL),
     ("multicast", ("224.0.0.0/4", "ff00::/8")),
     ("broadcast", ("255.255.255.255/32",)),
-    ("site-local", ("fec0::/10",)),  # deprecated by RFC 3879: what still has one is on a network of one's own
+    ("site-local", ("fec0::/10",)),  # deprecated by RFC 3879: any that remain are in private networks
     (
         "cloud metadata",
         (
@@ -241,7 +239,7 @@ PROTECTED: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 
 PROTECTED_NETWORKS = NetworkMap({parse_network(text): kind for kind, texts in PROTECTED for text in texts})
-"""What kind of protected address an address is."""
+"""The kind of protected address that this is, or None."""
 
 
 def rendezvous(key: bytes, candidates: Collection[T], identity: Callable[[T], bytes]) -> list[T]:

@@ -1,4 +1,4 @@
-"""One name, asked of DNS servers until all kinds of records are answered, or the caller cancels.
+"""Queries DNS servers for one name, until all kinds of records are answered or the caller cancels.
 
 Rules of this file:
 
@@ -40,9 +40,9 @@ SERVERS_FAILED = "servers failed"
 
 Kind: TypeAlias = dns.rdatatype.RdataType
 
-_EDNS_PAYLOAD = 1232  # what passes every path without fragments
+_EDNS_PAYLOAD = 1232  # passes every path without fragments
 _NO_EDNS = frozenset({dns.rcode.FORMERR, dns.rcode.NOTIMP, dns.rcode.BADVERS})  # RFC 6891 section 7
-# Answers with these codes may lack the question.
+# Responses with these codes may lack the question.
 _CURT = _NO_EDNS | {dns.rcode.SERVFAIL, dns.rcode.REFUSED}
 # RFC 1035 section 4.1.1, and RFC 6891 section 6.1.2
 _HEADER, _QUESTION, _OPT = struct.Struct("!6H"), struct.Struct("!2H"), struct.Struct("!B2HIH")
@@ -50,8 +50,8 @@ _RECEIVE_SIZE = 65535
 # Seconds until the next server is asked too; they double with each round.
 _ALONE = 1.0
 _TCP_WITHIN = 5.0
-# Seconds. A server that has left a query unanswered for _SILENT_AFTER, and has answered no other meanwhile, is asked
-# last for _BLAMED_FIRST, then for twice as long each time that it is tried again without an answer.
+# Seconds. A server that has not answered a query within _SILENT_AFTER, nor any other query meanwhile, is asked last for
+# _BLAMED_FIRST, then for twice as long each time that another try gets no answer.
 _SILENT_AFTER = 0.5
 _BLAMED_FIRST, _BLAMED_AT_MOST = 2.0, 30.0
 
@@ -80,7 +80,7 @@ class NameServer:
         self.port = port
         self.takes_edns = True
         self.silent_until = -inf
-        """until then, on the clock, it is asked last; -inf: it answers"""
+        """it is asked last until this time, on the clock; -inf: it answers"""
         self._clock = clock
         self._complained = False
         self._blamed_for = 0.0
@@ -112,7 +112,7 @@ class NameServer:
         self.silent_until = self._clock() + self._blamed_for
 
     def try_again(self) -> None:
-        """One query asks it first, to see whether it is back; other queries ask it last meanwhile."""
+        """Have one query ask it first, to see whether it is back; other queries ask it last meanwhile."""
         self.silent_until = self._clock() + max(self._blamed_for, _BLAMED_FIRST)
 
 
@@ -204,7 +204,7 @@ class NameQuery:
         elif kind in conversation.plain:
             server.takes_edns = False
         if message.flags & dns.flags.TC and not over_tcp:
-            # (Once: repeated queries get truncated answers too.)
+            # (Only once, since repeated queries get truncated answers too.)
             if kind not in conversation.over_tcp:
                 conversation.over_tcp.add(kind)
                 self._nursery.start_soon(self._ask_over_tcp, conversation, kind)
@@ -238,7 +238,7 @@ class NameQuery:
                 self._heard(conversation, kind, message, over_tcp=True)
 
     def _fail(self, conversation: _Conversation, *kinds: Kind) -> None:
-        """That server has no answer for these kinds: the next one is asked at once."""
+        """The server has failed for these kinds: the next one is asked at once."""
         conversation.failed.update(kinds)
         self._go_on.set()
         if len(self._asked) == len(self._servers):
@@ -254,7 +254,7 @@ class NameQuery:
 
 
 class _Conversation:
-    """What one server is asked about one name."""
+    """The queries to one server about one name."""
 
     def __init__(self, server: NameServer, name: dns.name.Name) -> None:
         self.server = server
@@ -277,7 +277,7 @@ class _Conversation:
             return False
         try:
             self.sock.send(self.query(kind))
-        except BlockingIOError:  # lost, as a packet may be
+        except BlockingIOError:  # treated like a lost packet
             pass
         except OSError:
             return False

@@ -30,7 +30,7 @@ FAMILIES = (dns.rdatatype.AAAA, dns.rdatatype.A)
 
 
 class NameServers:
-    """The servers. The search domains and options of resolv.conf hold for those of the configuration too."""
+    """The servers. Search domains and options of resolv.conf apply to servers of the configuration too."""
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class NameServers:
         servers = random.sample(self._servers, len(self._servers)) if self.conf.rotate else self._servers
         order = sorted(servers, key=lambda server: server.silent_until if server.silent_until > now else -inf)
         if order[0].silent_until > -inf:
-            # It is tried again (or no other is better).
+            # Try this one again (or no other is better).
             order[0].try_again()
         return order
 

@@ -17,13 +17,13 @@ from usocksd.settings.types import SocketAddress
 
 RESOLV_CONF = Path("/etc/resolv.conf")
 PORT = 53
-# These may pass; the first query will show.
+# Such errors may be temporary; the first query will show.
 _NO_WAY = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN}
 
 MOST_SERVERS = 3
-"""Further ones are not asked: MAXNS of resolv.conf(5)."""
+"""How many servers are used: MAXNS of resolv.conf(5)."""
 _MOST_NDOTS, _LONGEST_TIMEOUT, _MOST_ATTEMPTS = 15, 30, 5
-"""Higher values mean these."""
+"""Higher values count as these."""
 
 
 @frozen
@@ -77,7 +77,7 @@ def parse(text: str, *, hostname: str = "") -> ResolvConf:
         tuple(dict.fromkeys(servers))[:MOST_SERVERS],
         tuple(dict.fromkeys(search)),
         ndots=_number(options, "ndots", lambda number: min(number, _MOST_NDOTS), 1),
-        # The C library takes 0 for 1.
+        # The C library treats 0 as 1.
         timeout=_number(options, "timeout", lambda number: min(max(number, 1), _LONGEST_TIMEOUT), 5),
         attempts=_number(options, "attempts", lambda number: min(max(number, 1), _MOST_ATTEMPTS), 2),
         rotate="rotate" in options,

@@ -2,13 +2,13 @@
 
 Rules of this file:
 
-1. Only names that the rules have seen are asked for. `full_names` applies the search domains of resolv.conf;
-   everything else here takes a name for just itself.
-2. `cached` is plain dictionaries; only a name that they don't have costs a task switch.
+1. Only names that the rules have seen are asked for. `full_names` applies the search domains of resolv.conf; everything
+   else here takes names as complete.
+2. `cached` only looks into dictionaries; only names that are not there cost a task switch.
 3. Askers of one name share one query. It belongs to none of them: it goes on when one gives up, and ends when the last
    one has gone.
-4. A name without an answer costs its asker the deadline, and others nothing: few names are asked for at a time, those
-   that wait give way to clients with fewer of them, and when too many wait some are refused (turns.py).
+4. An unanswered name delays only its asker: a limited number of names is queried at a time, clients with fewer names go
+   first, and when too many wait some are refused (turns.py).
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ _logger = logging.getLogger("usocksd.names.resolver")
 _RESOLUTION_DELAY = 0.2
 _LONGEST_NAME = 253
 _CHECK_FILES_EVERY = 1.0
-_MOST_THREADS = 64  # that may wait in getaddrinfo at a time
+_MOST_THREADS = 64  # how many threads may wait in getaddrinfo at a time
 
 TOO_MANY = "too many names are asked for"
-# What IDNA takes for the dot at the end (RFC 3490 section 3.1).
+# The characters that IDNA accepts as a final dot (RFC 3490 section 3.1).
 _DOTS = (".", "\u3002", "\uff0e", "\uff61")
 
 
@@ -58,14 +58,14 @@ class Most(NamedTuple):
     names: int = 10_000
     """in the cache"""
     absent: int = 2000
-    """in the cache, of names without an address, which anybody can invent"""
+    """in the cache of names without an address, which anybody can invent"""
     addresses: int = 256
-    """of one name, whose owner decides their number: each is judged and recorded for every connection"""
+    """addresses of a name. Its owner decides their number, and each is judged and recorded for every connection"""
     at_once: int = 256
-    """names that are asked for at a time: name servers answer within milliseconds, and names that get no answer must
-    not take up this process"""
+    """names queried at a time: most are answered within milliseconds, and unanswered ones must not occupy this process
+    """
     waiting: int = 1024
-    """names that wait for that"""
+    """names that wait for a turn"""
 
 
 @define(eq=False)
@@ -123,7 +123,7 @@ class Resolver:
         """
         self._threads = trio.CapacityLimiter(_MOST_THREADS) if system else None
         self._most = most
-        # A name has a socket for each server, and one for TCP. The first is the one that its session does not use.
+        # A name needs a socket for each server, and one for TCP. Its session has one descriptor to spare for the first.
         extra = max(MOST_SERVERS if servers is None else len(servers), 2) - 1
         at_once = _MOST_THREADS if system else min(max(sockets // 2 // extra, 1), most.at_once)
         self._turns = Turns(at_once, waiting=most.waiting)
@@ -158,11 +158,11 @@ class Resolver:
         return {} if self._threads is not None else self._servers.status()
 
     def full_names(self, text: str) -> tuple[str, ...]:
-        """The names that a host name as a client sent it may stand for, canonical, in the order in which to ask.
+        """The names that a host name from a client may stand for, canonical, in the order in which to query them.
 
         Only itself, if it ends in a dot, is in /etc/hosts or is `localhost`. Otherwise the search domains of
-        resolv.conf(5) add names: before it if it has fewer dots than `ndots`, else behind it. The first with an address
-        is the one that is meant. Raises ValueError as `canonical_host` does.
+        resolv.conf(5) add names: before it if it has fewer dots than `ndots`, else behind it. The client means the
+        first that has an address. Raises ValueError as `canonical_host` does.
         """
         host = canonical_host(text)
         name = str(host)
@@ -199,7 +199,7 @@ class Resolver:
         if host != name:
             return self.cached(host)
         if _is_localhost(host):
-            return answers.LOCALHOST  # RFC 6761 section 6.3: never asked, and both families whatever /etc/hosts has
+            return answers.LOCALHOST  # RFC 6761 section 6.3: never queried; always both families
         listed = self._hosts.addresses(host) if self._threads is None else ()
         return answers.in_turn(listed) or None
 
@@ -287,7 +287,7 @@ class Resolver:
                 except TooManyWaiting:
                     query.known = answers.Entry((), TOO_MANY)
                 self._settle(host, query, query.known)
-        except Exception:  # a bug with one name does not harm others
+        except Exception:  # a bug that concerns one name must not harm others
             _logger.exception("resolver failed", extra={"fields": {"name": host}})
             self._settle(host, query, answers.FAILURE)
         finally:
@@ -305,7 +305,7 @@ class Resolver:
 
         async def settle_with_one() -> None:
             await trio.sleep(_RESOLUTION_DELAY)
-            # The askers go on with this; the other family may still come, for the next ones.
+            # The askers continue with this; the other family may still arrive, for later ones.
             self._settle(host, query, query.known)
 
         async with trio.open_nursery() as nursery:
@@ -313,7 +313,7 @@ class Resolver:
             nursery.cancel_scope.cancel()
 
     async def _ask_system(self, host: str, query: _Query) -> None:
-        # A thread in getaddrinfo can't be stopped: it is abandoned, and counts among the threads until it returns.
+        # A thread in getaddrinfo can't be stopped: it is abandoned, and counts towards the limit until it returns.
         query.known = await trio.to_thread.run_sync(
             answers.of_system, host, abandon_on_cancel=True, limiter=self._threads
         )
@@ -325,7 +325,7 @@ class Resolver:
         kept, most = (self._cache, self._most.names) if entry.addresses else (self._failures, self._most.absent)
         if entry.ttl:
             if len(kept) >= most:
-                del kept[next(iter(kept))]  # the one that has been there longest
+                del kept[next(iter(kept))]  # the oldest entry
             kept[host] = known
         if not query.done.is_set():
             self._seconds[entry.cause].observe(self._clock() - query.since)

@@ -1,9 +1,8 @@
-"""Which rules have a host, of many rules with long lists of destinations. Pure.
+"""Finds the rules that list a host, for many rules with long lists of destinations. Pure.
 
-A name is found with one hash a label, an address with one bisection, however many entries and rules there are. What is
-found is a bit mask, a bit for each rule, so that first match is the lowest bit: "bit vectors", after T. V. Lakshman
-and D. Stiliadis, High-speed policy-based packet forwarding using efficient multi-dimensional range matching, SIGCOMM
-1998.
+A name takes one hash for each label, an address one bisection, however many entries and rules there are. The result is
+a bit mask with a bit for each rule, so the first match is the lowest bit: "bit vectors", after T. V. Lakshman and D.
+Stiliadis, High-speed policy-based packet forwarding using efficient multi-dimensional range matching, SIGCOMM 1998.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ _NAMES_PER_BUCKET = 8
 
 
 class SiteIndex:
-    """Which lists have a name or an address: a bit mask, the union of the masks of those that do."""
+    """Finds the lists that have a name or an address; the result is the union of their masks."""
 
     __slots__ = ("_names", "_v4", "_v6", "nameless")
 
@@ -31,35 +30,35 @@ class SiteIndex:
         self._v4 = NetworkIndex(4, [(sites.prefixes(4), mask) for sites, mask in lists])
         self._v6 = NetworkIndex(6, [(sites.prefixes(6), mask) for sites, mask in lists])
         self.nameless = 0
-        """Of those that have requests for an address."""
+        """The mask of the lists that have requests for an address."""
         for sites, mask in lists:
             if sites.nameless:
                 self.nameless |= mask
 
     @classmethod
     def of_rules(cls, rules: Sequence[Sequence[SiteList] | None]) -> SiteIndex:
-        """The lists of each rule, of which the first is the lowest bit; None has nothing here."""
+        """An index of the lists of each rule; the first rule is the lowest bit, None has no list."""
         return cls(list(which_rules(rules).items()))
 
     @classmethod
     def of_networks(cls, rules: Sequence[Sequence[IPNetwork] | None]) -> SiteIndex:
-        """The networks of each rule, alike."""
+        """An index of the networks of each rule, likewise."""
         return cls.of_rules([None if rule is None else (SiteList(map(prefix_of, rule)),) for rule in rules])
 
     def of_name(self, name: str) -> int:
-        """Which have this canonical name, themselves or as one below a domain."""
+        """The mask of this canonical name: lists that have it, or a domain above it."""
         return self._names.match(name.encode("ascii"))
 
     def of_address(self, ip: IPAddress) -> int:
-        """Which have this address."""
+        """The mask of this address."""
         return (self._v4 if ip.version == 4 else self._v6).match(int(ip))
 
     def entry_of(self, name: str, mask: int) -> str | None:
-        """The entry by which one of these has the name: itself before the longest domain."""
+        """The entry of these lists that matches the name: the name itself, else the longest domain."""
         return next((entry for entry in entries_of(name) if self._names.get(entry.encode("ascii")) & mask), None)
 
     def covering_all(self, sites: SiteList, mask: int) -> int:
-        """Of the rules of this mask, those that have everything in this list."""
+        """The rules of this mask that cover everything in this list."""
         for entry in sites.entries():
             if not mask:
                 break
@@ -67,17 +66,17 @@ class SiteIndex:
         return mask
 
     def covering(self, entry: Entry) -> int:
-        """Which have everything that this entry stands for."""
+        """The mask of the lists that cover this entry."""
         if isinstance(entry, Prefix):
             return (self._v4 if entry.version == 4 else self._v6).covering(entry)
         if entry == "":
             return self.nameless
-        # What begins with a dot is looked up as such: domains only.
+        # An entry with a dot in front is looked up as it is: domains only.
         return self._names.match(entry.encode("ascii"))
 
 
 def has_ports(ranges: Sequence[tuple[int, int]] | None, wanted: Sequence[tuple[int, int]] | None) -> bool:
-    """Whether these ranges have all ports of those; None has all."""
+    """Whether these ranges cover those; None covers all ports."""
     if ranges is None:
         return True
     for port, last in ((0, 65535),) if wanted is None else wanted:
@@ -91,7 +90,7 @@ def has_ports(ranges: Sequence[tuple[int, int]] | None, wanted: Sequence[tuple[i
 
 
 def has_networks(networks: Sequence[IPNetwork] | None, wanted: Sequence[IPNetwork] | None) -> bool:
-    """Whether these networks have all of those; None has all."""
+    """Whether these networks cover those; None covers everything."""
     if networks is None or wanted is None:
         return networks is None
     index = SiteIndex.of_networks([networks])
@@ -99,7 +98,7 @@ def has_networks(networks: Sequence[IPNetwork] | None, wanted: Sequence[IPNetwor
 
 
 def which_rules(rules: Sequence[Sequence[SiteList] | None]) -> dict[SiteList, int]:
-    """Each list of these rules, once, and which of them have it. (A file may be in many, with a million entries.)"""
+    """Each list once, with the rules that have it. (A file with a million entries may be in many rules.)"""
     found: dict[SiteList, int] = {}
     for at, rule in enumerate(rules):
         for sites in rule or ():
@@ -108,19 +107,19 @@ def which_rules(rules: Sequence[Sequence[SiteList] | None]) -> dict[SiteList, in
 
 
 def mask_of(rules: Iterable[bool]) -> int:
-    """Which of these rules it is true for: a bit mask."""
+    """The bit mask of the rules for which this is true."""
     return sum(1 << at for at, bit in enumerate(rules) if bit)
 
 
 class PortIndex:
-    """Which rules have a port: a bit mask."""
+    """Finds the rules that have a port; the result is a bit mask."""
 
     __slots__ = ("_cuts", "_masks")
 
     def __init__(self, rules: Sequence[Sequence[tuple[int, int]] | None]) -> None:
-        """The ranges of each rule, first and last port; None has all. The first rule is the lowest bit."""
+        """The ranges of each rule, first and last port; None has all ports. The first rule is the lowest bit."""
         ranges = [range_ for ports in rules for range_ in ports or ()]
-        # Where ranges begin, or others have just ended, and the mask from there on.
+        # The ports at which a range begins or has ended, and the mask from there on.
         self._cuts = sorted({0, *(first for first, _ in ranges), *(last + 1 for _, last in ranges)})
         self._masks = [mask_of(has_port(ports, cut) for ports in rules) for cut in self._cuts]
 
@@ -130,7 +129,7 @@ class PortIndex:
 
 
 def has_port(ports: Sequence[tuple[int, int]] | None, port: int) -> bool:
-    """Whether one of these ranges has it; None has all."""
+    """Whether one of these ranges has the port; None has all."""
     return ports is None or any(first <= port <= last for first, last in ports)
 
 
@@ -165,7 +164,7 @@ class _NameIndex:
         return mask
 
     def get(self, key: bytes) -> int:
-        """Of those that have just this entry."""
+        """The mask of the lists that have exactly this entry."""
         bucket = self._buckets[hash(key) & self._modulo]
         at = bucket.find(b"\n" + key + b" ")
         mask = 0
@@ -178,7 +177,7 @@ class _NameIndex:
 
 
 class NetworkIndex:
-    """The address space of one IP version, cut where a network begins or ends: each part has one mask."""
+    """The address space of one IP version, divided where networks begin or end: each part has one mask."""
 
     __slots__ = ("_bits", "_high", "_low", "_masks", "_values")
 
@@ -197,7 +196,7 @@ class NetworkIndex:
         return self._masks[self._values[at]] if at >= 0 else 0
 
     def covering(self, prefix: Prefix) -> int:
-        """Of those that have all addresses of this network."""
+        """The mask of the lists that have all addresses of this network."""
         at = self._part(prefix.number)
         if at < 0:
             return 0
@@ -225,8 +224,8 @@ class NetworkIndex:
                 self._low.append(first & LOW_64)
                 self._values.append(value)
 
-        # Two networks nest or are disjoint. Those that the present place is in, the innermost last: where each ends,
-        # and the mask inside.
+        # Two networks nest or are disjoint. The networks around the present position, the innermost last: the end of
+        # each, and the mask inside.
         inside: list[tuple[int, int]] = []
 
         def leave(before: int) -> None:

@@ -21,7 +21,7 @@ from usocksd.net.address import IPAddress, IPNetwork
 
 LOW_64 = (1 << 64) - 1
 _LONGEST_NAME = 253
-# What `canonical_host` would give back as it is: most of a long list.
+# Names that `canonical_host` would return unchanged: most of a long list.
 _PLAIN_NAME = re.compile(r"(?:[a-z0-9_-]{1,63}\.)*[a-z][a-z0-9_-]{0,62}", re.ASCII)
 
 
@@ -34,14 +34,13 @@ class Prefix:
     length: int
 
     def __str__(self) -> str:
-        """As log records have it: a single address without a length."""
+        """As in log records: a single address has no length."""
         address = IPv4Address(self.number) if self.version == 4 else IPv6Address(self.number)
         return str(address) if self.length == address.max_prefixlen else f"{address}/{self.length}"
 
 
 Entry: TypeAlias = str | Prefix
-"""What an entry means: a canonical name, ".name" for all names below it, a network, or "" for requests for an
-address."""
+"""A parsed entry: a canonical name, ".name" for all names below it, a network, or "" for requests for an address."""
 
 
 def parse_entry(text: str) -> Entry:
@@ -54,7 +53,10 @@ def parse_entry(text: str) -> Entry:
     address, slash, length = text.partition("/")
     try:
         packed = inet_pton(AF_INET6 if ":" in address else AF_INET, address)
-    except (OSError, ValueError):  # another notation, a name, or a fault
+    except (
+        OSError,
+        ValueError,
+    ):  # not a plain IPv4 address: not a plain IPv4 address: another notation of an address, a name, or a fault
         return _parse_slowly(text)
     bits = 8 * len(packed)
     if not slash:
@@ -103,7 +105,7 @@ class Prefixes:
     __slots__ = ("_high", "_length", "_low", "bits", "version")
 
     def __init__(self, version: int, prefixes: list[int]) -> None:
-        """Each is the first address and, in the last 8 bits, the length. Sorts the list."""
+        """In each number, the last 8 bits are the length, and the others the first address. Sorts the list."""
         self.version = version
         self.bits = 32 if version == 4 else 128
         prefixes.sort()
@@ -124,7 +126,7 @@ class Prefixes:
         return zip(self._high, self._low, self._length, repeat(mask, len(self)), strict=True)
 
     def find(self, number: int) -> Prefix | None:
-        """The narrowest that has this address."""
+        """The narrowest network that has this address."""
         for length in range(self.bits, -1, -1):
             below = self.bits - length
             first = number >> below << below
@@ -140,7 +142,7 @@ class Prefixes:
 
 
 def array_types(version: int) -> tuple[str, str]:
-    """For arrays of the upper and the lower 64 bits of addresses: IPv4 has its 32 in the lower."""
+    """An address as its upper and lower 64 bits, for the arrays; IPv4 uses the lower ones."""
     return ("B", "I") if version == 4 else ("Q", "Q")
 
 
@@ -173,11 +175,11 @@ class SiteList:
 
     @property
     def name_count(self) -> int:
-        """How many names and domains."""
+        """The number of names and domains."""
         return self._names.count(b"\n")
 
     def names(self) -> Iterator[bytes]:
-        """Names, and domains with their dot."""
+        """The names, and the domains with their dot."""
         return (match[0] for match in re.finditer(rb"[^\n]+", self._names))
 
     def prefixes(self, version: int) -> Prefixes:
@@ -185,7 +187,7 @@ class SiteList:
         return self._v4 if version == 4 else self._v6
 
     def entries(self) -> Iterator[Entry]:
-        """All of them; the order is not that of the list."""
+        """All entries, in another order than in the list."""
         yield from (name.decode("ascii") for name in self.names())
         yield from self._v4
         yield from self._v6

@@ -1,4 +1,4 @@
-"""The order in which names are asked for, when more are wanted than may be asked for at a time.
+"""The order in which names are queried, if more are requested than may be queried at a time.
 
 Most names are answered quickly; names that pile up have no answer. So the next turn goes to the client with the fewest
 names, and to its newest one. After a second a name gives way to clients with fewer names. When too many wait, one is
@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 
 import trio
 
-# Seconds that a turn is guaranteed, and between two looks at the turns that may end.
+# Seconds for which a turn is guaranteed, and between two checks which turns should end.
 _SURE_OF = 1.0
 _LOOK_EVERY = 0.25
 
@@ -33,7 +33,7 @@ class Ticket:
 
 
 class Turns:
-    """At most so many at a time. `run` must be running, or unanswered names never give way."""
+    """Grants turns, a limited number at a time. `run` must be running: it ends the turns of unanswered names."""
 
     def __init__(self, most: int, *, waiting: int) -> None:
         """`most`: how many turns at a time; `waiting`: how many may wait."""
@@ -50,7 +50,7 @@ class Turns:
 
     @asynccontextmanager
     async def turn(self, ticket: Ticket) -> AsyncIterator[None]:
-        """Wait for a turn. When it has to give way to others, the block is cancelled, and nothing raised.
+        """Wait for a turn. If it must give way to others, the block is cancelled, and nothing is raised.
 
         Raises TooManyWaiting when too many names wait, and the owner of this one has the most.
         """
@@ -69,7 +69,7 @@ class Turns:
             self._call_next()
 
     def shared(self, ticket: Ticket, owner: bytes) -> None:
-        """Another client wants the same: it counts for the one with fewer names."""
+        """Another client asks for the same name: it counts for the client with fewer names."""
         if self._load(owner) >= self._load(ticket.owner):
             return
         if ticket in self._running:
@@ -82,7 +82,7 @@ class Turns:
             self._put_in(ticket)
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """End turns of unanswered names when others wait, until cancelled."""
         while True:
             if not self._wait:
                 self._pressure = trio.Event()
@@ -112,7 +112,7 @@ class Turns:
         try:
             await ticket.called.wait()
         except trio.Cancelled:
-            if ticket in self._running:  # it was given a turn in the same moment
+            if ticket in self._running:  # it got a turn at the same moment
                 del self._running[ticket]
                 self._count(ticket.owner, -1)
                 self._free += 1

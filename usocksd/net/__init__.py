@@ -1,1 +1,1 @@
-"""Connections: one epoll, endpoints, relays, dials and listeners, and how many there may be."""
+"""Connections: one epoll, endpoints, relays, dials and listeners, and limits of their number."""

@@ -1,4 +1,4 @@
-"""Addresses and ports: as values, as text, and as sockets want them."""
+"""Addresses and ports: as values, as text, and in the form that sockets need."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class HostPort(NamedTuple):
 
 
 def socket_address(host: str, port: int) -> tuple[str, int] | tuple[str, int, int, int]:
-    """A numeric address as bind(2) and connect(2) want it: the zone of a link-local one, the name of an interface, as
+    """A numeric address as bind(2) and connect(2) take it: the zone of a link-local one, the name of an interface, as
     a number. Raises OSError (ENODEV) where there is no such interface.
     """
     if "%" not in host:
@@ -69,7 +69,7 @@ def socket_address(host: str, port: int) -> tuple[str, int] | tuple[str, int, in
 
 
 def bound_to(sock: SocketType) -> HostPort:
-    """Our end: getsockname(2), a link-local address with its zone."""
+    """The socket's own address: getsockname(2), a link-local one with its zone."""
     host, port, *more = sock.getsockname()
     return HostPort(with_zone(host, more[1]) if more and more[1] else host, port)
 

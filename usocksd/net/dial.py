@@ -1,4 +1,4 @@
-"""Outgoing TCP connections: from which address, within which time, and with the errno of what went wrong."""
+"""Makes outgoing TCP connections: with a source address, within a deadline, and with the errno of a failure."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ E = TypeVar("E", bound=Endpoint)
 # ip(7), since Linux 4.2: choose the port at connect, not at bind. With it ports run out per destination address and
 # port; without it some 28,000 of them limit a source address over all destinations. Python 3.11 has no name for it.
 _IP_BIND_ADDRESS_NO_PORT = 24
-# linux/in6.h, since Linux 4.15: bind to what no interface has. (For IPv4 a local route is enough.)
+# linux/in6.h, since Linux 4.15: bind to an address that no interface has. (For IPv4 a local route is enough.)
 _IPV6_FREEBIND = 78
 _STREAM = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
-# How long, in seconds, a source without a free port for a destination is not the first to be tried again: the kernel
-# looks at each of the 28,000 ports before it says so, which takes 2 ms of this process.
+# For this many seconds, a source without a free port for a destination is not tried first again: the kernel examines
+# all 28,000 ports before it fails, which takes this process 2 ms.
 _SPENT_FOR = 1.0
 _MOST_SPENT = 4096
 
 
 class Target(NamedTuple):
-    """One address to connect to, and what to leave from. None leaves the choice to the kernel."""
+    """An address to connect to, and the source. None leaves the choice to the kernel."""
 
     host: str
     """A numeric address, with its zone (fe80::1%eth0) if it is link-local and `iface` does not say it."""
@@ -40,7 +40,7 @@ class Target(NamedTuple):
     iface: str | None = None
     mark: int | None = None
     spare: tuple[str, ...] = ()
-    """What to leave from when `source` has no port left for this destination, or is not on this host any more."""
+    """Other sources, if `source` has no port left for this destination, or is no longer on this host."""
     routed: bool = False
     """`source` may be an address that no interface has, of a network that is routed to this host (AnyIP)."""
     fast_open: bool = False
@@ -68,7 +68,7 @@ class Dialer:
         self.reactor = reactor
         self.pace = pace
         self.spare = spare
-        """How many more sockets may be open beside the two that each session counts for: races borrow them."""
+        """How many sockets may be open beside the two of each session: races borrow them."""
         self._lost_syns = LostSyns()
         self._spent: dict[tuple[str | None, str, int], float] = {}
         """When a source that had no port left for a destination may be tried again, on the reactor's clock."""
@@ -93,17 +93,15 @@ class Dialer:
         return await Race(self, targets, deadline).run(client)
 
     def start(self, target: Target, make: Callable[[SocketType, bool], E], *, fast_open: bool = False) -> E:
-        """Everything up to a connect(2) in progress, from the first source that can be used.
-
-        `make` gets the socket, and whether connect(2) has returned without an answer, which only `fast_open` allows.
-        Raises DialError.
+        """Begin a connect(2), from the first usable source. `make` gets the socket, and whether connect(2) has returned
+        without an answer, which only `fast_open` allows. Raises DialError.
         """
         failure: DialError | None = None
         for source in self._sources(target):
             try:
                 return self._start_from(target, source, make, fast_open=fast_open)
             except DialError as error:
-                # Out of ports, or not on this host any more. Any other error would meet other sources too.
+                # Out of ports, or no longer on this host. Other errors would occur with other sources too.
                 if error.errno != errno.EADDRNOTAVAIL:
                     raise
                 failure = error
@@ -154,7 +152,7 @@ class Dialer:
         return endpoint
 
     def _sources(self, target: Target) -> Sequence[str | None]:
-        """The sources to try, in order: those that have ports as far as is known, or else the preferred one."""
+        """The sources to try, in order: those not known to be out of ports, or else the preferred one."""
         if not target.spare:
             return (target.source,)
         sources = (target.source, *target.spare)

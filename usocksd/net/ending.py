@@ -41,9 +41,9 @@ class RelayResult(NamedTuple):
     by: Side
     errno: int = 0
     first: Side | None = None
-    """Who ended its side first, if one of them."""
+    """The side that ended first, if one of them did."""
     alone: float = 0.0
-    """Seconds for which the other went on after that."""
+    """Seconds for which the other side continued after that."""
 
 
 class Limits(NamedTuple):
@@ -54,4 +54,4 @@ class Limits(NamedTuple):
     """the same once one side has ended"""
     keepalive: KeepAlive = _KEEPALIVE
     deliver: float = 5.0
-    """after a reset: seconds that the other side may take to receive what was sent before it"""
+    """seconds that the other side may take after a reset to receive the bytes before it"""

@@ -18,7 +18,7 @@ from usocksd.net.reactor import BROKEN, MORE, OUT, Reactor
 
 T = TypeVar("T")
 
-# A handshake's worth. What is behind it in the socket stays there.
+# Enough for a handshake. Further bytes stay in the socket.
 _RECEIVE_SIZE = 16 * 1024
 # struct linger { on, 0 seconds }, see socket(7)
 _LINGER_ZERO = b"\x01\x00\x00\x00\x00\x00\x00\x00"
@@ -42,20 +42,20 @@ class PeerReset(Exception):
 
 
 class OutOfWatches(Error):
-    """The kernel refuses to tell of events of this socket (fs.epoll.max_user_watches, or memory)."""
+    """The kernel refuses to report events of this socket (fs.epoll.max_user_watches, or memory)."""
 
 
 class About(Protocol):
-    """What a session tells of its connection."""
+    """A session's description of its connection."""
 
     def describe(self) -> dict[str, Any]:
-        """As JSON values, now."""
+        """The present values, for JSON."""
 
 
 class Endpoint:
     """A connected (or connecting) non-blocking TCP socket of one session: its bytes before and after the relay.
 
-    At most one task waits on an endpoint at a time: its session. While none does, what epoll says is remembered.
+    At most one task waits on an endpoint at a time: its session. Events that arrive while none does are remembered.
     `deadline` (on the reactor's clock) bounds every wait; past it the wait raises DeadlineExpired.
     """
 
@@ -80,19 +80,19 @@ class Endpoint:
     )
 
     def __init__(self, reactor: Reactor, sock: SocketType, *, connecting: bool = False, watched: bool = True) -> None:
-        """`watched`: events are wanted from now on; else from the first `receive` or `watch` on."""
+        """`watched`: events are reported from now on; else from the first `receive` or `watch` on."""
         self.reactor = reactor
         self.sock = sock
         self.fd = sock.fileno()
         self.deadline = inf
         self.readable = not watched
         self.more = False
-        """An event told of an end, an error or urgent data: read until there is nothing more to learn."""
+        """An event reported an end, an error or urgent data: read on until recv(2) would block."""
         self.writable = not connecting
         self.bound: tuple[str, int] | None = None
         """Our end of an accepted connection, where its listener has but one address."""
         self.about: About | None = None
-        """The session's account of the connection, on a client's endpoint."""
+        """The session's description of the connection, on a client's endpoint."""
         self.on_reset: Callable[[], None] | None = None
         """Called when the peer is gone while no task waits here: the session is busy with something else."""
         self._task: trio.lowlevel.Task | None = None
@@ -120,7 +120,7 @@ class Endpoint:
                 return data
 
     def receive_now(self) -> bytes | None:
-        """What `receive` would return without waiting, whatever epoll has said so far; None if there is nothing.
+        """What `receive` would return without waiting, whatever events have come so far; None if there is nothing.
 
         Raises OSError as recv(2) does, and OutOfWatches.
         """
@@ -130,14 +130,14 @@ class Endpoint:
             self.readable = self.more = False
             self.watch()
             return None
-        # Not before recv: these bytes need no event any more.
+        # Not before recv: these bytes no longer need an event.
         self.watch()
         self.readable = self.more or len(data) == _RECEIVE_SIZE
         return data
 
     def watch(self) -> None:
-        """Events are wanted from now on. For an accepted connection that is later: most clients have sent something
-        when their session begins, and to ask costs less than an event.
+        """Have events reported from now on. Accepted connections begin without: most clients have sent something when
+        their session begins, and reading it directly costs less than an event.
 
         Raises OutOfWatches.
         """
@@ -180,7 +180,7 @@ class Endpoint:
         try:
             await self.send_all(data)
             self.sock.shutdown(socket.SHUT_WR)
-            # receive does not wait while the peer sends without a pause, so check the deadline and let others run.
+            # If the peer sends without a pause, receive never waits, so check the deadline and let others run.
             while self.reactor.clock() < self.deadline and await self.receive():
                 await trio.lowlevel.checkpoint()
         except (OSError, DeadlineExpired):
@@ -210,7 +210,9 @@ class Endpoint:
         raise PeerReset if gone else DeadlineExpired
 
     def check_peer(self) -> None:
-        """Raise PeerReset if the peer's reset came in one event with its last bytes: no other event tells of it."""
+        """Raise PeerReset if the peer's reset came in one event with its last bytes, since no other event will report
+        it.
+        """
         if self.more and self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             raise PeerReset
 
@@ -222,7 +224,7 @@ class Endpoint:
             self.sock.close()
 
     def reset(self) -> None:
-        """Close the socket with RST: what the peer was sent and has not acknowledged may be lost."""
+        """Close the socket with RST: data that the peer has not acknowledged may be lost."""
         if self.fd >= 0:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_ZERO)
             self.close()
@@ -260,7 +262,7 @@ class Endpoint:
         return sent
 
     def _wait(self) -> Awaitable[None]:
-        # (Not a coroutine itself: that would be one more for each wait.)
+        # (Not a coroutine, which would add one to each wait.)
         self._task = trio.lowlevel.current_task()
         return trio.lowlevel.wait_task_rescheduled(self._abort)  # noqa: ASYNC105  who calls this awaits it
 

@@ -1,6 +1,5 @@
-"""One direction of a relay: what one socket receives goes to the other.
-
-Its steps are called by the reactor, in the turn in which one of the two sockets is ready.
+"""One direction of a relay: sends to one socket what the other receives. The reactor calls its steps when one of the
+two sockets is ready.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _SPLICE_FLAGS = os.SPLICE_F_NONBLOCK | os.SPLICE_F_MOVE  # never MORE: it delays
 
 
 class Flow:
-    """One direction: what `source` receives goes to `sink`. Registered with the reactor as the source's handler."""
+    """One direction: sends to `sink` what `source` receives. Registered with the reactor as the source's handler."""
 
     __slots__ = (
         "blocked",
@@ -62,17 +61,17 @@ class Flow:
         self.readable = source.readable
         self.more = source.more
         self.blocked = False
-        """The sink takes no more until epoll says that it is writable."""
+        """The sink is full until epoll reports that it is writable."""
         self.tail: bytes = b""
-        """Received, and not yet taken by the sink."""
+        """Received, but not yet accepted by the sink."""
         self.pipe: Pipe | None = None
         self.bulk = False
         self.full = 0
-        """How many receives in a row filled the buffer; below zero after there was no pipe."""
+        """How many receives in a row filled the buffer; below zero after no pipe was available."""
         self.queued = False
-        """It goes on when the reactor has served all events of this turn, or in its next."""
+        """It continues when the reactor has served all events of this turn, or in its next turn."""
         self.finished = False
-        """Everything that the source will ever send was delivered, or can't be."""
+        """All data of the source has been delivered, or can't be."""
         self.error = 0
         """The errno with which the source broke."""
         self.count = 0
@@ -80,7 +79,7 @@ class Flow:
     def start(self) -> None:
         """Catch up with what came before there was a relay."""
         if self.more:
-            # That event may have told of a reset, and it is not repeated.
+            # An earlier event may have reported a reset, and is not repeated.
             self._look_for_error()
         if self.readable or self.tail:
             self.step()
@@ -134,7 +133,7 @@ class Flow:
     # The work
 
     def proceed(self) -> None:
-        """Move what can be moved: now, or after the events of all others if it is likely to be much."""
+        """Move what can be moved: now, or after all other events if it is probably much."""
         if self.bulk or self.full:
             self._queue()
         elif not self.queued:
@@ -185,7 +184,7 @@ class Flow:
             if size < BUFFER_SIZE:
                 self.full = 0
                 if not self.more:
-                    # A short read: the socket is dry, and epoll will tell of what comes. Not asking again saves a
+                    # A short read: the socket is empty, and epoll will report new data. Not asking again saves a
                     # quarter of a small round trip's CPU.
                     self.readable = False
                     return
@@ -252,21 +251,20 @@ class Flow:
             pair.active = pair.reactor.now
 
     def _ask_recv(self) -> None:
-        """splice(2) stops at an urgent mark, as if there were nothing or the end: recv(2) knows better.
-
-        Not at once, since that may lead to splice again.
+        """At an urgent mark splice(2) returns as if the socket were empty or ended, so ask recv(2). Not at once, since
+        that may lead to splice again.
         """
         self.bulk = False
         self._queue()
 
     def _queue(self) -> None:
-        """Go on when all events of this turn are served; once, however often this is called."""
+        """Continue when all events of this turn are served; once, however often this is called."""
         if not self.queued:
             self.queued = True
             self.pair.reactor.resume_later(self)
 
     def _flush_tail(self) -> bool:
-        """Send what an earlier step could not. True when nothing of it is left."""
+        """Send the rest of an earlier step. True when nothing of it is left."""
         try:
             sent = self.sink.sock.send(self.tail)
         except BlockingIOError:
@@ -297,7 +295,7 @@ class Flow:
             self.pair.pipes.give_back(pipe)
 
     def release(self) -> None:
-        """The pair has ended: nothing borrowed stays here, and no flow keeps the other alive."""
+        """The pair has ended: return what was borrowed, and drop the reference to the other flow."""
         self._give_pipe_back()
         self.source.readable, self.source.more = self.readable, self.more
         del self.reverse
@@ -330,7 +328,7 @@ class Flow:
         self._source_finished()
 
     def _sink_broke(self, error: int) -> None:
-        """Nothing more can be delivered; what the sink sent before it broke still goes the other way."""
+        """Nothing more can be delivered; data that the sink sent before it broke still goes the other way."""
         self.finished = True
         self.tail = b""
         self._give_pipe_back()

@@ -1,4 +1,4 @@
-"""When keepalive probes the peers of a relay: often enough that nothing on the way forgets the connection.
+"""Decides when keepalive probes the peers of a relay: often enough that nothing on the way forgets the connection.
 
 Connection tracking forgets silent connections, here and in every NAT on the way: an open one after days (or minutes), a
 half-closed one after a minute. A redirected connection that is forgotten is lost; worse, the next packets of its client
@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 KEEPALIVE = 180
-"""Seconds of silence after which a peer is asked. NATs and clouds forget after 240."""
+"""Seconds of silence after which a peer is probed. NATs and clouds forget connections after 240."""
 
 _FOLDER = Path("/proc/sys/net/netfilter")
 
@@ -36,7 +36,7 @@ net.netfilter.nf_conntrack_tcp_timeout_NAME (Documentation/networking/nf_conntra
 
 
 _OPEN, _HALF = ("established",), ("fin_wait", "close_wait")
-_TRIES = 4  # within the shortest timer, so that a probe may get lost
+_TRIES = 4  # probes within the shortest timer, so that one may get lost
 _GIVE_UP_AFTER = 60  # seconds without an answer; no less than six probes
 _LONGEST_AFTER = 60.0
 _HALF_AFTER = 1.0
@@ -96,9 +96,9 @@ class KeepAlive:
         )
         """Once one direction has ended."""
         self.after = min(_LONGEST_AFTER, float(self.open.idle))
-        """The age in seconds from which a relay is worth the system calls."""
+        """The age in seconds after which setting keepalive for a relay is worth the system calls."""
         self.half_after = min(_HALF_AFTER, float(self.half.idle))
-        """The same since one direction has ended: mostly the other one follows at once."""
+        """The same after one direction has ended: usually the other one ends at once."""
 
     def _timing(self, forgotten_after: int) -> KeepAliveTiming:
         idle = max(1, min(self._seconds, forgotten_after // _TRIES))
@@ -110,7 +110,7 @@ class KeepAlive:
 def keep_alive(sock: socket.SocketType, timing: KeepAliveTiming) -> None:
     """SO_KEEPALIVE with these times, from now on. A listening socket's are inherited by what it accepts.
 
-    Not TCP_USER_TIMEOUT: it would also end connections to a peer that lives and has closed its window.
+    Not TCP_USER_TIMEOUT: it would also end connections to a live peer that has closed its window.
     """
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, timing.idle)

@@ -10,16 +10,16 @@ from hashlib import blake2b
 from pathlib import Path
 from secrets import token_bytes
 
-# Kept back for other descriptors: log file, epoll, name and state files.
+# Reserved for other descriptors: log file, epoll, name and state files.
 _RESERVE = 48
 # A connection has two sockets.
 _PER_CONNECTION = 2
-# One descriptor in 16 is for pipes, which bulk streams borrow; a stream that finds none left does without.
+# One descriptor in 16 is for pipes, which bulk streams borrow; if none is left, a stream works without.
 _FOR_PIPES = 16
-# One in 16 is for queries to name servers. Only half of them are kept back, since a session that waits for a name does
+# One in 16 is for queries to name servers. Only half of them are reserved, since a session that waits for a name does
 # not use its second descriptor.
 _FOR_NAMES = 16
-# One in 16 is for addresses that are tried beside others.
+# One in 16 is for further attempts of races between addresses.
 _FOR_RACES = 16
 
 
@@ -62,7 +62,7 @@ def most_spare(descriptors: int) -> int:
 
 # Rows of the shared table: the first counts all connections, the others those of clients, by hash. Two clients that
 # share a row share the limit too; with so many rows that needs hundreds of clients at their limit at once. Behind the
-# rows is the key of the hash: without one, anybody could find addresses that share the row of a client.
+# rows is the key of the hash: without a key, anybody could find addresses that share the row of a client.
 _ROWS = 1 << 14
 COLUMNS = 256
 """One for each worker at a time: of the present generation, of two that drain, and of one to come."""
@@ -84,8 +84,8 @@ def make_table() -> int:
 
 
 def owner(client: str) -> bytes:
-    """What all addresses have in common that the client with this numeric address can use: an IPv4 address is one, of
-    IPv6 everybody has the 2**64 of a network (of a link, where the address has a zone).
+    """What identifies the client with this numeric address: an IPv4 address itself, or the /64 of an IPv6 address,
+    since everybody has the 2**64 addresses of a network (or of a link, if the address has a zone).
     """
     address, _, zone = client.partition("%")
     if ":" not in address:
@@ -100,7 +100,7 @@ def clear_column(fd: int, column: int) -> None:
     while end < _SIZE:
         try:
             start = os.lseek(fd, end, os.SEEK_DATA)
-        except OSError:  # ENXIO: nothing but holes from here on
+        except OSError:  # ENXIO: only holes from here on
             return
         end = min(os.lseek(fd, start, os.SEEK_HOLE), _SIZE)
         for at in range(start - start % _ROW + column * _CELL, end, _ROW):
@@ -109,7 +109,7 @@ def clear_column(fd: int, column: int) -> None:
 
 
 class Tally:
-    """Connections now, over all workers: each writes its own column, and sums up the row.
+    """The present connections of all workers: each worker writes its own column, and sums the row.
 
     Without limits nothing is counted. (Two workers may let one too many in when they look at the same moment.)
     """
@@ -125,13 +125,13 @@ class Tally:
             self._key = os.pread(fd, _KEY, _SIZE)
 
     def row(self, client: str) -> int:
-        """Where this client, by its numeric address, is counted."""
+        """The row of the client with this numeric address."""
         if not self._counts:
             return 0
         return 1 + int.from_bytes(blake2b(owner(client), key=self._key, digest_size=4).digest()) % (_ROWS - 1)
 
     def exceeded(self, row: int) -> str | None:
-        """The limit that forbids one more connection of this row, if one does: its name in [limits]."""
+        """The limit that forbids another connection of this row, by its name in [limits]; None if none does."""
         if not self._counts:
             return None
         if self._most and self._sum(0) >= self._most:
@@ -141,7 +141,7 @@ class Tally:
         return None
 
     def add(self, row: int, number: int) -> None:
-        """Count so many connections more."""
+        """Add this number of connections."""
         if self._counts:
             if row:
                 self._cells[row * COLUMNS + self._column] += number

@@ -1,4 +1,4 @@
-"""Listening sockets: opened with the options that accepted connections inherit, and accepted from in batches."""
+"""Listening sockets: opens them with the options that accepted connections inherit, and accepts in batches."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _CONNECTION_ERRNOS = frozenset(
     }
 )
 _PAUSE = 0.1
-# linux/in.h; Python has no name for it. The flag belongs to the socket, and this option is it for IPv6 too.
+# linux/in.h; Python has no name for it. This option sets the socket's flag for IPv6 too.
 _IP_TRANSPARENT = 19
 _RECORD_AGAIN_AFTER = 10.0
 _ANY = ("0.0.0.0", "::")
@@ -114,14 +114,14 @@ def may_be_transparent() -> bool:
 
 
 def is_transparent(sock: socket.SocketType) -> bool:
-    """Whether this socket has IP_TRANSPARENT; those accepted from it have it then, in both families."""
+    """Whether this socket has IP_TRANSPARENT; accepted sockets inherit it, in both families."""
     return bool(sock.getsockopt(socket.IPPROTO_IP, _IP_TRANSPARENT))
 
 
 def set_listener_options(sock: socket.SocketType) -> None:
-    """What the connections that it accepts inherit."""
+    """Set the options that accepted connections inherit."""
     set_options(sock)
-    keep_alive(sock, KeepAlive().open)  # a worker puts in what its configuration says
+    keep_alive(sock, KeepAlive().open)  # a worker sets the values of its configuration
 
 
 class Listener:

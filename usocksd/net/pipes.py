@@ -12,7 +12,7 @@ _KEEP = 16
 
 
 class Pipe:
-    """A non-blocking pipe of PIPE_SIZE bytes; `filled` of them are under way."""
+    """A non-blocking pipe of PIPE_SIZE bytes; `filled` of them are in use."""
 
     __slots__ = ("filled", "reader", "writer")
 
@@ -35,7 +35,9 @@ class PipePool:
         self.lent = 0
 
     def borrow(self) -> Pipe | None:
-        """An empty pipe; None if all, or the user's share of pipe pages (pipe(7)), are used up: then recv and send."""
+        """An empty pipe; None if all are lent, or the user's share of pipe pages (pipe(7)) is used up. Then use recv
+        and send.
+        """
         if self.lent >= self._most:
             return None
         if self._free:
@@ -49,14 +51,14 @@ class PipePool:
         try:
             fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
         except OSError:
-            # EPERM: without privileges, pages of pipes are rationed per user, and this one may hold 8 KiB only.
+            # EPERM: without privileges, pipe pages are limited per user, and this pipe may hold only 8 KiB.
             pipe.close()
             return None
         self.lent += 1
         return pipe
 
     def give_back(self, pipe: Pipe) -> None:
-        """Take `pipe` back. One with bytes in it is closed: they belong to nobody else."""
+        """Take `pipe` back. A pipe with bytes in it is closed, since nobody else may get them."""
         self.lent -= 1
         if pipe.filled or len(self._free) >= _KEEP:
             pipe.close()

@@ -19,12 +19,12 @@ from usocksd.net.reactor import Reactor
 if TYPE_CHECKING:
     from usocksd.net.dial import Dialer, Target
 
-# How many seconds an attempt has at most if the next one may not begin beside it: a lost SYN is sent again after one.
+# The most seconds of an attempt if the next one may not begin beside it. (A lost SYN is sent again after one.)
 _LONGEST_ALONE = 3.0
 
 
 class Pace(NamedTuple):
-    """How fast a race goes."""
+    """The times of a race."""
 
     delay: float = 0.25
     """RFC 8305, section 5: seconds until the next address is tried beside the one before."""
@@ -38,7 +38,7 @@ PACE = Pace()
 
 
 class RaceAttempt(Endpoint):
-    """One attempt of a race, which is told of everything that happens to it."""
+    """One attempt of a race, to which it reports every event."""
 
     __slots__ = ("race", "target")
 
@@ -135,7 +135,7 @@ class Race:
         """Whether it is time for another attempt, and room: the one that has waited longest gives way if it has to."""
         running = self._running
         if not running:
-            # Past the deadline each would begin only to end: with many targets, for a long time.
+            # After the deadline, each attempt would end as soon as it began; with many targets, that takes long.
             return not self._failed or self._reactor.clock() < self._deadline
         now = trio.current_time()
         if now < self._beside_at:
@@ -174,10 +174,10 @@ class Race:
         self.news = trio.Event()
         at, now = inf, trio.current_time()
         if self._untried:
-            # (Another race may give something back meanwhile.)
+            # (Another race may return a descriptor meanwhile.)
             at = self._beside_at if now < self._beside_at else min(self._instead_at, now + self._delay)
         with trio.move_on_at(at):
             await self.news.wait()
             return
-        # A process that was busy finds its timers and its events due in one turn: the events are looked at first.
+        # After the process was busy, timers and events may be due in the same turn: events come first.
         await trio.lowlevel.checkpoint()

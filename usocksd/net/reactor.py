@@ -8,7 +8,7 @@ The rules that this file, endpoint.py, flow.py and relay.py keep, each learned f
   no descriptor number changes hands within a batch.
 - A task is woken through exactly one place, which forgets it first. Cancelling does the same, so a task can't be
   rescheduled twice (trio would end the whole program).
-- What goes wrong in one session's step is delivered into that session, never raised in the reactor's task.
+- An exception in one session's step is raised in that session, never in the reactor's task.
 
 Why not trio's own sockets: two tasks and a wait per direction cost 1.5 times the CPU per echo and twice the memory.
 """
@@ -47,7 +47,7 @@ BUFFER_SIZE = 64 * 1024
 
 
 class Handler(Protocol):
-    """What stands behind a registered descriptor: an endpoint, one direction of a relay, or a listener."""
+    """The object behind a registered descriptor: an endpoint, one direction of a relay, or a listener."""
 
     deadline: float
 
@@ -58,21 +58,21 @@ class Handler(Protocol):
         """The clock has passed `deadline`."""
 
     def interrupt(self, reason: BaseException) -> None:
-        """End what waits here because the process wants it so: it stops, or needs the descriptor."""
+        """End the wait here, because the process stops or needs the descriptor."""
 
 
 class Resumable(Protocol):
-    """Work that goes on after the events of a turn."""
+    """Work that continues after the events of a turn."""
 
     def resume(self) -> None:
-        """Go on with it. Must neither block nor raise."""
+        """Continue. Must neither block nor raise."""
 
 
 class Reactor:
     """Waits for every registered socket of the process in one trio task, `run`.
 
-    `clock` gives seconds and never goes back; tests move it by hand. `sweep_every` is how often deadlines are looked
-    at, and so how late one may fire, in seconds.
+    `clock` gives seconds and never goes back; tests move it by hand. `sweep_every`: the seconds between two checks of
+    all deadlines, and so the most that one may be late.
     """
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic, sweep_every: float = 0.5) -> None:
@@ -136,7 +136,7 @@ class Reactor:
         self._resume.append(work)
 
     def sweep(self) -> None:
-        """Look at every deadline once."""
+        """Check every deadline once."""
         self.now = now = self.clock()
         late = [handler for handler in self.handlers.values() if handler.deadline <= now]
         for handler in late:

@@ -28,10 +28,10 @@ from usocksd.net.reactor import Reactor
 
 
 class Record(Protocol):
-    """Takes notes of how a relay ended."""
+    """Is told how a relay ended."""
 
     def ends(self, result: RelayResult) -> None:
-        """It has ended so. Called once."""
+        """The relay has ended. Called once."""
 
 
 async def relay(
@@ -47,16 +47,16 @@ async def relay(
 ) -> RelayResult:
     """Carry bytes between the two until the end; closes neither.
 
-    `to_upstream` and `to_client` are what the handshakes left over: they go first. `sent` is how many of the client's
-    bytes went to the upstream with a handshake; they count as relayed. `record` is told how it ended,
-    also when this raises: what went wrong in a step, or Cancelled. The session closes both endpoints afterwards by
+    `to_upstream` and `to_client` are bytes left over from the handshakes: they are sent first. `sent` is how many of
+    the client's bytes went to the upstream with a handshake; they count as relayed. `record` is told how it ended, also
+    when this raises: what went wrong in a step, or Cancelled. The session closes both endpoints afterwards by
     `close_pair`, which passes a reset on.
     """
     pair = Pair(client, upstream, pipes, limits)
     try:
         pair.up.count = sent
         pair.start(to_upstream, to_client)
-        del to_upstream, to_client  # the frame waits as long as the connection, and idle connections are many
+        del to_upstream, to_client  # this frame lives as long as the connection, and there may be many idle ones
         if pair.result is None:
             # Not in a method of its own: that would be one more coroutine for every idle connection.
             pair.task = trio.lowlevel.current_task()
@@ -131,7 +131,7 @@ class Pair:
         self.active = self.reactor.now
         """When the last byte was moved."""
         self.first: Side | None = None
-        """Who has ended its side, while the other goes on."""
+        """The side that has ended, while the other continues."""
         self.half_closed = 0.0
         """When it did."""
         self.result: RelayResult | None = None
@@ -145,7 +145,7 @@ class Pair:
         self.down.reverse = self.up
 
     def start(self, to_upstream: bytes, to_client: bytes) -> None:
-        """Take the endpoints over, deliver the leftovers, and move what is there already."""
+        """Take over the endpoints, send the leftovers, and move bytes that have already arrived."""
         self._client.watch()
         for flow, leftover in ((self.up, to_upstream), (self.down, to_client)):
             self.reactor.handlers[flow.source.fd] = flow
@@ -162,7 +162,7 @@ class Pair:
             self.fail(error)
 
     def outcome(self) -> RelayResult:
-        """How it ended; raises what went wrong in a step, if something did."""
+        """How it ended; raises the exception of a failed step."""
         if self._failure is not None:
             raise self._failure
         assert self.result is not None
@@ -205,7 +205,7 @@ class Pair:
         del self.up, self.down
 
     def abort(self, _: object) -> trio.lowlevel.Abort:
-        # Marked as ended before anything else: no step may wake the task a second time.
+        # Mark it as ended first: no step may wake the task a second time.
         self._end(Reason.STOPPED, Side.PROXY, 0)
         self.task = None
         return trio.lowlevel.Abort.SUCCEEDED

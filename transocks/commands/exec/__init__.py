@@ -2,9 +2,9 @@
 
     rules for a cgroup and a group id of its own -> daemons on free loopback ports -> the command in both -> all removed
 
-The command keeps its user (the one who called sudo), groups and terminal. What makes the rules see it is the cgroup
-that it is started in, and all that it starts with it (cgroups.py); where there is none that rules can match,
-its effective group alone, which no other process has.
+The command keeps its user (the one who called sudo), groups and terminal. Rules recognise it, and everything that it
+starts, by its cgroup (cgroups.py); if they can match no cgroup here, by its effective group alone, which no other
+process has.
 
 This ends when the last process that the command left behind has ended. If it is killed, the kernel kills the command
 and the daemons too; the process that holds the rules (holder.py) ends the rest of the cgroup before it removes
@@ -40,7 +40,7 @@ from usocksd.serve.verbs.client import visible
 
 FAILED, NOT_EXECUTABLE, NOT_FOUND = 125, 126, 127  # as env(1) and others that run a command
 SAY_AFTER, LOOK_EVERY = 1.0, 0.1  # seconds, while processes are left behind
-# Group ids up here are nobody's by convention; a process id, at most 22 bits (proc(5), pid_max), makes them unique.
+# By convention nobody uses group ids in this range. A process id (at most 22 bits, proc(5), pid_max) makes each unique.
 FIRST_GID = 0x74000000
 
 
@@ -113,7 +113,7 @@ def _exec(command: Sequence[str]) -> int:
                  " sudo, setpriv) connect directly")  # fmt: skip
         local = ["127.0.0.1", "[::1]"] if ipv6 else ["127.0.0.1"]
         listen = ", ".join(f'"{address}:{port}"' for address in local)
-        # They serve one command, and nobody watches them.
+        # Both daemons serve one command, and nobody reads their metrics.
         alone = 'workers = 1\ncontrol = ""\ntimeouts.stop = 0\n'
         usocksd = f'{alone}[incoming]\nport = {usocksd_port}\nmetrics_port = 0\naddresses = ["127.0.0.1"]\n'
         transocks = f'{alone}metrics_port = 0\nproxy_url = "socks5://127.0.0.1:{usocksd_port}"\nlisten = [{listen}]\n'
@@ -133,13 +133,13 @@ def _exec(command: Sequence[str]) -> int:
 
 
 def _redirect(tool: Tool, gid: int, port: int, stack: contextlib.ExitStack) -> tuple[str, Cgroup | None]:
-    """Load the rules until the stack is closed; returns a folder that is removed with them, and the cgroup that they
-    were seen to match. Raises FirewallError.
+    """Load the rules until the stack is closed; returns a folder that is removed with them, and the cgroup, if a test
+    connection has shown that they match it. Raises FirewallError.
     """
     name = f"transocks_exec_{os.getpid()}"
     for cgroup in chain(make(name, gid), [None]):
         folder = tempfile.mkdtemp(prefix="transocks-exec-")
-        # closed: what connection tracking has forgotten does not go directly.
+        # closed: connections that connection tracking has forgotten must not go out directly.
         redirection = Redirection(mode=Mode.HOST, name=name, port=port, groups=(gid,), closed=True)
         redirection = redirection if cgroup is None else cgroup.select(redirection)
         rules = TemporaryRules(tool, redirection, folder, "" if cgroup is None else cgroup.folder)
@@ -167,7 +167,7 @@ def _become(user: Caller, gid: int, cgroup: Cgroup | None) -> Callable[[], None]
         os.setgroups(user.groups)
         os.setregid(gid, gid)
         os.setreuid(user.uid, user.uid)
-        arrange()  # the change of user has forgotten it
+        arrange()  # the kernel clears this setting when the user changes
 
     return become
 

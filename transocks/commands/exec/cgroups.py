@@ -21,14 +21,14 @@ from transocks.rules.redirection import CGROUPS, Redirection
 from usocksd.host.cgroup import hierarchies
 from usocksd.host.mounts import Mount
 
-_WITHIN, _EVERY = 5.0, 0.02  # seconds until all that was killed has ended
+_WITHIN, _EVERY = 5.0, 0.02  # seconds for killed processes to end
 _TRIAL = ("203.0.113.1", 9)  # nobody: a documentation address
 _TRIAL_WITHIN = 1.0  # seconds, on this host
 
 
 @attrs.frozen
 class Cgroup:
-    """A cgroup that exists: of version 1, if it has a class id for net_cls."""
+    """An existing cgroup: of version 1 if it has a class id (net_cls), else of version 2."""
 
     folder: str
     path: str
@@ -37,7 +37,7 @@ class Cgroup:
     classid: int | None = None
 
     def select(self, redirection: Redirection) -> Redirection:
-        """The same for its connections, too."""
+        """The same redirection, for this cgroup's connections only."""
         if self.classid is not None:
             return attrs.evolve(redirection, classids=(self.classid,))
         return attrs.evolve(redirection, cgroups=(self.path,), cgroups_at=os.path.relpath(self.mount, CGROUPS))
@@ -97,15 +97,15 @@ def end(folder: str) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         for at, _, _ in os.walk(folder, topdown=False):
-            with contextlib.suppress(OSError):  # busy, while there is one in it that is about to end
+            with contextlib.suppress(OSError):  # busy while a process in it is about to end
                 os.rmdir(at)
         if os.path.exists(folder):
             time.sleep(_EVERY)
 
 
 def make(name: str, number: int) -> Iterator[Cgroup]:
-    """Of each kind that there is here, one below that of this process: with its limits, and in its session for
-    systemd. Version 2 comes first. number: for version 1, the class id.
+    """Make a cgroup of each version that this host has, version 2 first, below the cgroup of this process: so its
+    limits apply, and for systemd it belongs to the same session. number: the class id for version 1.
     """
     for mount, path in mounted():
         folder = os.path.normpath(f"{mount.point}/{os.path.relpath(path, mount.root)}/{name}")

@@ -44,7 +44,8 @@ def running(folder: str, configurations: dict[str, str], ports: dict[str, int]) 
         for name, text in configurations.items():
             path = Path(folder, f"{name}.toml")
             path.write_text(text, encoding="utf-8")
-            # It reports errors on our stderr, and has a session of its own: signals of the terminal are the command's.
+            # It reports errors on our stderr. It has a session of its own, so the terminal's signals reach only the
+            # command.
             daemons[name] = subprocess.Popen(
                 [sys.executable, "-m", name, "-f", str(path), "-loglevel", "error"],
                 stdin=subprocess.DEVNULL, stdout=2, start_new_session=True, preexec_fn=die_with_parent(),  # noqa: PLW1509
@@ -54,7 +55,7 @@ def running(folder: str, configurations: dict[str, str], ports: dict[str, int]) 
         yield
     finally:
         for daemon in daemons.values():
-            daemon.terminate()  # nobody waits for their connections any more: stop = 0
+            daemon.terminate()  # the command has ended, so there are no connections to wait for: stop = 0
         for daemon in daemons.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 daemon.wait(READY_WITHIN)
@@ -66,7 +67,7 @@ def _wait_until_ready(name: str, daemon: subprocess.Popen[bytes], port: int) -> 
     deadline = time.monotonic() + READY_WITHIN
     while True:
         with contextlib.suppress(OSError), socket.socket() as probe:
-            # Bound to the port it connects to, a probe could meet itself; a listener is what we look for.
+            # A probe might be bound to the very port that it connects to, and so meet itself. We look for a listener.
             probe.connect(("127.0.0.1", port))
             if probe.getsockname() != probe.getpeername():
                 return

@@ -25,14 +25,14 @@ _LOADED = b"loaded"
 
 @attrs.frozen
 class TemporaryRules:
-    """Rules for one command, with a name of their own, and what ends with them."""
+    """Rules for one command, and what is removed together with them."""
 
     tool: Tool
     redirection: Redirection
     folder: str
-    """is deleted"""
+    """deleted with the rules"""
     cgroup: str
-    """the folder of one, whose processes are killed; "": none"""
+    """the folder of the cgroup whose processes are killed first; "": none"""
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
@@ -57,13 +57,13 @@ class TemporaryRules:
             yield
         finally:
             ours.close()
-            if os.waitpid(pid, 0)[1] != 0:  # it was killed: then this is left to us
+            if os.waitpid(pid, 0)[1] != 0:  # the child was killed, so clean up here
                 self._end()
 
     def _hold(self, parent: socket.socket) -> None:
-        os.setsid()  # what the terminal sends is for the command
+        os.setsid()  # the terminal's signals are for the command
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
-            signal.signal(number, signal.SIG_IGN)  # only the end of its parent ends it, so that nothing is left behind
+            signal.signal(number, signal.SIG_IGN)  # end only when the parent ends, so that nothing is left behind
         null = os.open(os.devnull, os.O_RDWR)
         os.dup2(null, 0)
         os.dup2(null, 1)
@@ -88,7 +88,7 @@ class TemporaryRules:
 
     def _end(self) -> None:
         if self.cgroup:
-            cgroups.end(self.cgroup)  # first: without the rules it would connect directly
+            cgroups.end(self.cgroup)  # first, since without the rules these would connect directly
         if self.tool is Tool.NFT:
             complaint("nft", "delete", "table", "inet", self.redirection.table)
         else:

@@ -24,7 +24,7 @@ class Signals:
         self._kill = False
 
     def __enter__(self) -> Signals:
-        # Handlers, not SIG_IGN: that the command would inherit.
+        # Handlers, not SIG_IGN, which the command would inherit.
         self._before = {number: signal.signal(number, self._handle) for number in (*_TERMINAL, *_OTHERS)}
         return self
 
@@ -37,13 +37,15 @@ class Signals:
         self._early = []
 
     def forward_to(self, child: subprocess.Popen[bytes]) -> None:
-        """This is the command; it gets the signals that came while it started."""
+        """The command has started: pass it the signals that came meanwhile."""
         self._child = child
         for number in self._early or ():
             child.send_signal(number)
 
     def end(self, left_behind: Callable[[], Collection[int]]) -> None:
-        """The command has ended: from now on a signal ends what it has left behind, and the next one kills that."""
+        """The command has ended: from now on the first signal ends the processes that it left behind, and the next one
+        kills them.
+        """
         self._left_behind = left_behind
 
     def _handle(self, number: int, _: object) -> None:

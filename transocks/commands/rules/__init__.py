@@ -68,7 +68,7 @@ def _add(verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str) 
         print(f"transocks rules {name}: {visible(line)}", file=sys.stderr)
 
     def run(args: argparse.Namespace) -> int:
-        # Loaded here, since a daemon, which has the same command line, does not need it.
+        # Imported here: a daemon has the same command line, and does not need it.
         module = "hold" if name == "hold" else "verbs"
         verb: Callable[[argparse.Namespace], int] = pkgutil.resolve_name(f"{__name__}.{module}:{name}")
         for number in (signal.SIGTERM, signal.SIGHUP):
@@ -81,7 +81,7 @@ def _add(verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str) 
         except Error as error:
             for line in str(error).splitlines():
                 say(line)
-        except KeyboardInterrupt as interrupt:  # a change that was under way has been made, or undone
+        except KeyboardInterrupt as interrupt:  # a change under way has been completed or undone by now
             undone = interrupt.__context__
             say(f"interrupted: {undone}" if isinstance(undone, Error) else "interrupted")
             return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)

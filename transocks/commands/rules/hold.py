@@ -1,8 +1,8 @@
-"""`transocks rules hold`: the rules stay as [rules] says, whoever flushes them; see docs/firewall.md.
+"""`transocks rules hold`: loads the rules of [rules] again whenever somebody has flushed them; see docs/firewall.md.
 
 With when_down = "open" they are in force only while transocks accepts, for some seconds at a time: if this process
 dies, the kernel ends them. With "closed" they are in force for good, and a guard, which nobody else can flush, refuses
-what they are not there to redirect.
+connections that should be redirected while the rules are missing.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from transocks.tools import FirewallError
 from usocksd.serve.notify import Notifier
 from usocksd.serve.verbs.client import visible
 
-LOOK_EVERY, IN_FORCE = 1.0, 10  # seconds: how often it looks, and for how long at a time rules that end are in force
-_AT_ONCE = 3  # how often it loads rules again that are gone as soon: nftables.service, restarted, flushes twice
-_STOP_WITHIN = 60.0  # another change of the rules may be under way, which has half of that
+LOOK_EVERY, IN_FORCE = 1.0, 10  # seconds between two looks, and for which rules are prolonged each time
+_AT_ONCE = 3  # attempts, if rules are flushed at once again: a restart of nftables.service flushes twice
+_STOP_WITHIN = 60.0  # seconds; another change of the rules may be under way, and has half of that
 
 
 def hold(args: argparse.Namespace) -> int:
-    """Hold the rules until a signal comes. What it says goes to the service manager as well, if one has started it."""
+    """Hold the rules until a signal comes. Each change of state is printed, and told to the service manager if there is
+    one.
+    """
     order = order_of(args)
     if order.tool is not Tool.NFT:
         raise FirewallError("needs nft: rules of iptables have nothing that ends by itself and can be prolonged")
@@ -39,7 +41,7 @@ def hold(args: argparse.Namespace) -> int:
         while True:
             try:
                 state = keeper.look()
-            except FirewallError as error:  # as a cgroup that is not there yet: there may be one the next time
+            except FirewallError as error:  # for example a cgroup that does not exist yet: try again
                 state = f"fault: {_in_a_line(error)}"
             if before is None:
                 notifier.ready(state)
@@ -73,19 +75,19 @@ class _Keeper:
             try:
                 change.apply(self._order.redirections, self._order.tool, seconds=seconds)
             finally:
-                self._watch.forget()  # tables that this has deleted; and others' doing, so look
+                self._watch.forget()  # our own deletions, and perhaps those of others, so look
             if change.in_force(self._order.redirections):
                 break
         self._applied = True
 
 
 class _Open(_Keeper):
-    _in_force: bool | None = None  # None: what is there is of another configuration, say
+    _in_force: bool | None = None  # None: unknown, the loaded rules may be of another configuration
 
     def look(self) -> str:
-        """Put right what is not; returns how it is, in a line. Raises FirewallError."""
+        """Repair what has changed; returns the state in a line. Raises FirewallError."""
         if self._in_force:
-            self._keep()  # before the daemon is asked, which takes its time
+            self._keep()  # first, since asking the daemon may take long
         problem = not_accepting(self._order)
         if problem is not None:
             if self._in_force is not False:
@@ -100,11 +102,11 @@ class _Open(_Keeper):
     def _keep(self) -> None:
         if not self._applied or not change.prolong(self._order.redirections, IN_FORCE):
             self._apply(IN_FORCE)
-            change.prolong(self._order.redirections, IN_FORCE)  # so that they are known to be held, and not on trial
+            change.prolong(self._order.redirections, IN_FORCE)  # marks them as held, not on trial
 
     def end(self) -> str:
-        """Nobody looks any more; returns what that means, if there is something to say."""
-        return "; ".join(change.remove(keep=True))  # what transocks carries goes on, for as long as it lives
+        """End the watch; returns what an operator should know, or ""."""
+        return "; ".join(change.remove(keep=True))  # connections through transocks go on
 
 
 class _Closed(_Keeper):
@@ -112,7 +114,7 @@ class _Closed(_Keeper):
     _unguarded: str | None = ""
 
     def look(self) -> str:
-        """The same."""
+        """Repair what has changed; returns the state in a line. Raises FirewallError."""
         if self._unguarded is not None:
             self._load_guard()
         if not self._applied or not change.in_force(self._order.redirections):
@@ -127,11 +129,11 @@ class _Closed(_Keeper):
                 change.track_others(self._order.redirections)
                 self._guard = OwnTables()
             self._guard.load("".join(map(render_guard, self._order.redirections)))
-        except FirewallError as error:  # an old kernel, say, or another `hold`: the rules are there all the same
+        except FirewallError as error:  # an old kernel, for example, or another `hold`; the rules work without a guard
             self._unguarded = _in_a_line(error)
         else:
             self._unguarded = None
 
     def end(self) -> str:
-        """The same."""
+        """End the watch; returns what an operator should know."""
         return "closed: the rules stay; `transocks rules remove` removes them"

@@ -1,4 +1,4 @@
-"""What the verbs of `transocks rules` do, but `hold`. Each takes the arguments, and returns the exit status."""
+"""The verbs of `transocks rules` except `hold`. Each takes the arguments, and returns the exit status."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from usocksd.serve.verbs.client import Answer, ControlClient, Refused, VerbError
 from usocksd.settings import loader as configuration
 
 DEFAULT = "/etc/transocks.toml"
-ANSWER_WITHIN = 2.0  # seconds that a daemon may take to say how it is
+ANSWER_WITHIN = 2.0  # seconds for a daemon to answer
 _LOOK_AGAIN_AFTER = 0.2
 _WELL = ("ready", "reloading")
 
@@ -53,7 +53,7 @@ def order_of(args: argparse.Namespace) -> Order:
 
 
 def render(args: argparse.Namespace) -> int:
-    """Print what would be loaded."""
+    """Print the rules that `apply` would load."""
     order = order_of(args)
     if order.tool is Tool.NFT:
         print(render_all_nft(order.redirections), end="")
@@ -69,7 +69,7 @@ def render(args: argparse.Namespace) -> int:
 
 
 def apply(args: argparse.Namespace) -> int:
-    """Load it, and say what that means."""
+    """Load the rules, and say what that means."""
     order = order_of(args)
     problem, status = _ask(order) if args.force else _ask_patiently(order)
     all_down, some_down = _upstreams_down(status)
@@ -130,7 +130,7 @@ def not_accepting(order: Order) -> str | None:
 
 
 def _ask(order: Order) -> tuple[str | None, Answer]:
-    """The same, and what the daemon says of itself; empty where it can't be asked."""
+    """As `not_accepting`; and the daemon's answer to `health`, empty if it can't be asked."""
     missing = [where for redirection in order.redirections for where in live.unheard(redirection)]
     if missing:
         return f"transocks does not accept connections: nobody listens on {' and '.join(missing)}", {}
@@ -146,7 +146,7 @@ def _ask(order: Order) -> tuple[str | None, Answer]:
 
 
 def _ask_patiently(order: Order) -> tuple[str | None, Answer]:
-    """The same; while all upstreams of a group are down, once more for a moment: they may have started just now."""
+    """As `_ask`; asks again for a moment while all upstreams of a group are down, since they may have just started."""
     deadline = time.monotonic() + ANSWER_WITHIN
     while True:
         problem, status = _ask(order)
@@ -156,8 +156,8 @@ def _ask_patiently(order: Order) -> tuple[str | None, Answer]:
 
 
 def _upstreams_down(status: Answer) -> tuple[list[str], list[str]]:
-    """Groups of upstreams of which none answers, where that means a refusal; and those where some answer, or where
-    connections go directly.
+    """Two lists: groups without an upstream that answers, whose connections would be refused; and groups where some
+    upstreams answer, or whose connections then go directly.
     """
     refusing, others = [], []
     for name, group in (status.get("daemon") or {}).get("upstreams", {}).items():
@@ -173,15 +173,15 @@ def _upstreams_down(status: Answer) -> tuple[list[str], list[str]]:
 
 
 def confirm(args: argparse.Namespace) -> int:
-    """Let it stay."""
+    """Keep rules that are on trial."""
     print("confirmed: the rules stay" if change.confirm() else "nothing to confirm: no rules are on trial")
     return 0
 
 
 def verify(args: argparse.Namespace) -> int:
-    """Print what is not as it should be."""
+    """Print where the loaded rules differ from [rules]."""
     order = order_of(args)
-    with one_change():  # half of a change would read as faults
+    with one_change():  # a change under way would look like faults
         faults, notes = examine(order.redirections, order.tool)
     for fault in faults:
         print(visible(fault))
@@ -194,9 +194,9 @@ def verify(args: argparse.Namespace) -> int:
 
 
 def remove(args: argparse.Namespace) -> int:
-    """Leave nothing of it."""
+    """Remove all rules."""
     held = False
-    with contextlib.suppress(FirewallError):  # removing it is more important
+    with contextlib.suppress(FirewallError):  # removing the rules matters more
         held = change.is_held()
     complaints = change.remove(keep=args.keep_connections)
     if held:

@@ -18,4 +18,4 @@ CHECKS: tuple[Check, ...] = (
     kernel.conntrack_timers, kernel.tools, kernel.descriptors, kernel.ports_in_time_wait, kernel.port_range,
     kernel.fast_open, kernel.nonlocal_bind,
 )  # fmt: skip
-"""In the order in which they are told, if they are equally bad."""
+"""Findings of equal severity are shown in this order."""

@@ -1,4 +1,4 @@
-"""Limits and settings of the kernel that show under load or at the next start, and the tools that load rules."""
+"""Kernel limits and settings that cause faults only under load or after a restart, and the tools that load rules."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def conntrack(host: Host) -> Iterator[Finding]:
     share = count / most if most else 0.0
     text = f"{count} of {most} entries ({share:.0%})" if most else f"{count} entries, no limit"
     do = f"sysctl net.netfilter.nf_conntrack_max={max(2 * most, 4 * count)} (of the host: containers can't set it)"
-    # However empty the table, two packets of one new connection may race for its entry, and the kernel counts a drop.
+    # Even with an empty table, two packets of one new connection may race for its entry, and the kernel counts a drop.
     if share >= _TABLE_FULL or (share >= _TABLE_FILLING and host.since("drop")):
         yield fault("conntrack", f"{text}: the table is full, new connections are dropped", do)
     elif share >= _TABLE_FILLING or host.since("early_drop"):
@@ -61,7 +61,7 @@ def conntrack_timers(host: Host) -> Iterator[Finding]:
 
 
 def tools(host: Host) -> Iterator[Finding]:
-    """What loads rules here, and whether two kinds of iptables work beside each other."""
+    """Which tool loads rules here, and whether both kinds of iptables have rules."""
     names = ["nft"] if which("nft") else []
     if path := which("iptables"):
         name = os.path.basename(os.path.realpath(path))
@@ -78,7 +78,7 @@ def tools(host: Host) -> Iterator[Finding]:
 
 
 def _hides_legacy() -> bool:
-    """Whether iptables-legacy has rules, and another goes by the name iptables. Its tables stay, empty, until the next
+    """Whether iptables-legacy has rules while `iptables` is another variant. Its tables stay, empty, until the next
     boot.
     """
     beside = ((version, each) for version in (4, 6) for each in live.variants(version) if each.endswith("-legacy"))
@@ -109,7 +109,7 @@ def descriptors(host: Host) -> Iterator[Finding]:
 
 
 def ports_in_time_wait(host: Host) -> Iterator[Finding]:
-    """Local ports towards one upstream are few; one in TIME_WAIT is free again sooner with tcp_tw_reuse=1."""
+    """Whether local ports towards an upstream run out; with tcp_tw_reuse=1 those in TIME_WAIT are free sooner."""
     low, high = _port_range(host)
     reuse, ports = host.number("net.ipv4.tcp_tw_reuse"), high - low + 1
     address, count = _most_waiting(host)
@@ -123,7 +123,7 @@ def ports_in_time_wait(host: Host) -> Iterator[Finding]:
 
 
 def _most_waiting(host: Host) -> tuple[IPAddress | None, int]:
-    """Of the addresses behind ports of upstreams the one with the most sockets in TIME_WAIT."""
+    """The address of an upstream with the most sockets in TIME_WAIT, and their number."""
     ports = {f"{proxy.port:04X}" for proxy in host.proxies}
     counts: Counter[str] = Counter()
     for table in ("net/tcp", "net/tcp6"):

@@ -18,14 +18,14 @@ _EXEMPT = "exempt it in the rules by its user, or by a mark that its configurati
 
 
 def loops(host: Host) -> Iterator[Finding]:
-    """What transocks sends to its upstream, and what an upstream on this host, or behind it, sends on."""
+    """Connections of transocks to its upstream, and of an upstream on this host, or behind it, to destinations."""
     if host.tracer is None:
         yield unchecked("loops", host.why, AS_ROOT)
         return
     if goes_direct(host.config):
         for version in host.versions:
             yield _own(host, EXAMPLES[version][0], 443, "direct connections")
-    # By name it is somewhere else: any address that the rules take for the Internet stands for it.
+    # An upstream with a name is on another host; an Internet address stands for it.
     for address, port in dict.fromkeys(upstreams_of(host.config, EXAMPLES[4][0])):
         if address.version in host.versions:
             yield _own(host, address, port, "connections to its upstream")

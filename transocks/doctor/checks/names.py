@@ -1,4 +1,4 @@
-"""Do questions to name servers get there? By UDP as applications ask, and by TCP as transocks may have to."""
+"""Do queries reach the name servers: by UDP, as applications ask, and by TCP, as transocks may have to?"""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _PATIENCE = 1.5  # seconds
 
 
 def resolver(host: Host) -> Iterator[Finding]:
-    """Long answers come over TCP: if that is redirected, resolving the name of an upstream takes the upstream."""
+    """Long answers come over TCP: if that is redirected, resolving an upstream's name needs the upstream itself."""
     if host.tracer is None:
         yield unchecked("resolver", host.why, AS_ROOT)
     if host.tracer is None or host.client is not None:
         return
     own = [server.address for server in host.config.dns.servers or ()]
-    daemon = attrs.evolve(host.daemon, marks=None)  # name servers are asked by sockets without the mark
+    daemon = attrs.evolve(host.daemon, marks=None)  # sockets to name servers do not have the mark
     named = [proxy.host for proxy in host.proxies if isinstance(proxy.host, str) and proxy.host != "localhost"]
     for server, who in _over_tcp(host, own or _listed(RESOLV_CONF), daemon):
         if (rule := host.comes_back(host.open(who, server, PORT))) is not None:
@@ -61,7 +61,7 @@ def _over_tcp(host: Host, servers: list[IPAddress], daemon: Sender) -> Iterator[
 
 
 def _stopped(host: Host, server: IPAddress, who: Sender) -> str | None:
-    """What keeps a query from this server, or sends it elsewhere."""
+    """What stops a query to this server, or sends it elsewhere."""
     assert host.tracer is not None
     trace = try_out(host.tracer, Sample(destination=server, port=PORT, who=who), protocol=UDP).trace
     if trace is not None and trace.stop is None and trace.turn is not None and trace.turn.to is not None:

@@ -1,4 +1,4 @@
-"""Routes, and settings of the kernel and of interfaces by which packets get lost, with or without rules."""
+"""Routes, and settings of the kernel and of interfaces that lose packets, with or without rules."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ def bridges(host: Host) -> Iterator[Finding]:
 
 
 def reverse_path(host: Host) -> Iterator[Finding]:
-    """A strict filter drops clients to whom another interface leads; the rules have counted their packets by then."""
+    """A strict reverse path filter drops clients whose route leads out of another interface, after the rules have
+    counted them.
+    """
     dropped = host.since("IPReversePathFilter")
     inside = {fate.sample.iif for fate in host.fates if fate.redirection.mode in _INSIDE and fate.sample.iif}
     strict = sorted(iif for iif in inside if _setting(host, iif, "rp_filter") == 1)
@@ -58,7 +60,7 @@ def _name(interface: str, name: str) -> str:
 
 
 def forwarding(host: Host) -> Iterator[Finding]:
-    """A gateway that does not forward lets nothing through but the TCP that is redirected: no DNS, no ICMP."""
+    """A gateway without forwarding passes nothing but redirected TCP: no DNS, no ICMP."""
     for version, name in ((4, "net.ipv4.ip_forward"), (6, "net.ipv6.conf.all.forwarding")):
         if any(fate.redirection.mode in _INSIDE and fate.sample.version == version for fate in host.arrived):
             if host.number(name) == 0:
@@ -69,7 +71,7 @@ def forwarding(host: Host) -> Iterator[Finding]:
 
 
 def route_localnet(host: Host) -> Iterator[Finding]:
-    """DNAT to 127.0.0.1 needs route_localnet=1, with which neighbours reach what listens on loopback."""
+    """DNAT to 127.0.0.1 needs route_localnet=1, which lets neighbours reach services that listen on loopback."""
     for fate in host.arrived:
         if fate.redirection.mode is Mode.GATEWAY and fate.end[0].is_loopback:
             do = f'use REDIRECT and listen = ":{fate.redirection.port}", and set it to 0'
@@ -90,7 +92,7 @@ def way_out(host: Host) -> Iterator[Finding]:
             text = f"no route to {fate.sample.destination}, so no rule is asked ({fate.result.why})"
             missing[fate.sample.version] = text
     versions = {fate.sample.version for fate in mine}
-    if missing and (4 in missing or set(missing) == versions):  # without IPv6 applications take IPv4
+    if missing and (4 in missing or set(missing) == versions):  # without IPv6, applications use IPv4
         version = min(missing)
         say = fault if set(missing) == versions else warning
         do = f"ip -{version} route add default dev {devices[version]}: what is redirected does not go there"
@@ -100,7 +102,7 @@ def way_out(host: Host) -> Iterator[Finding]:
 
 
 def routing(fate: Fate, host: Host) -> Finding:
-    """Why the kernel's routing dropped what our rule has for us, or sent it away."""
+    """Why routing dropped a packet that our rule selected, or sent it elsewhere."""
     trace, iif, mode = fate.result.trace, fate.sample.iif or "", fate.redirection.mode
     assert trace is not None
     if mode is Mode.GATEWAY and trace.destination[0].is_loopback:

@@ -1,4 +1,4 @@
-"""Do the rules bring connections to transocks, and does nothing go past it? By what the kernel did with samples."""
+"""Do the rules bring connections to transocks, and does nothing bypass it? Judged by the traces of samples."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _APPLY = "transocks rules apply"
 
 
 def rules(host: Host) -> Iterator[Finding]:
-    """Whether the connections that the rules are for get to our ports."""
+    """Whether connections that the rules select reach our ports."""
     if host.tracer is None:
         yield unchecked("rules", host.why, AS_ROOT)
         return
@@ -31,7 +31,7 @@ def rules(host: Host) -> Iterator[Finding]:
     unmet = [fate for fate in fates if fate.reach is Reach.PASSED and not fate.text]
     nowhere = [fate for fate in fates if fate.reach is Reach.NOWHERE]
     if len(unmet) + len(nowhere) == len(fates):  # no rule was met
-        # Rules that are loaded by hand may be for clients; they say nothing if no client's packet could be made.
+        # Rules loaded by hand may be for clients; without a client's packet nothing can be said about them.
         if unmet and (host.stated or all(fate.sample.iif is None for fate in nowhere)):
             yield _missing(host)
         yield from dict.fromkeys(map(_nowhere, nowhere))
@@ -75,7 +75,7 @@ def _findings(fate: Fate, host: Host) -> Iterator[Finding]:
             if fate.sample.iif is not None:
                 yield _nowhere(fate)
         case Reach.PASSED:
-            # Rules that are loaded by hand need not be for all modes.
+            # Rules loaded by hand need not cover all modes.
             if text or (host.stated and not {(mode, 4), (mode, 6)} & arrived):
                 yield _passed(fate, host)
         case Reach.DROPPED:
@@ -97,7 +97,7 @@ def _findings(fate: Fate, host: Host) -> Iterator[Finding]:
 
 
 def _passed(fate: Fate, host: Host) -> Finding:
-    """Our rules were met, and none redirected it; or there are no rules."""
+    """The sample met our rules and none redirected it; or there are no rules."""
     tproxy = fate.redirection.mode is Mode.TPROXY
     if tproxy and (found := _no_listener(fate, host)) is not None:
         return found
@@ -105,7 +105,7 @@ def _passed(fate: Fate, host: Host) -> Finding:
         return _missing(host)
     to = join_port(fate.sample.destination, fate.sample.port)
     text = f"{fate.name}: {to} is not redirected; the last of our rules that it matches is {fate.text}"
-    if tproxy:  # without a socket that is transparent it goes on to the next rule
+    if tproxy:  # without a transparent socket, the packet goes on to the next rule
         do = f"put the port of the TPROXY rule and listen_tproxy ({fate.redirection.port}) together, or {_APPLY}"
         return fault("rules", f"{text}; TPROXY takes only what a transparent socket listens for", do)
     return fault("rules", text, _APPLY)
@@ -116,7 +116,7 @@ def _setting(fate: Fate) -> str:
 
 
 def _no_listener(fate: Fate, host: Host) -> Finding | None:
-    """What is wrong with the listener that it is for; None if nothing is."""
+    """What is wrong with the listener behind the rule, or None."""
     tproxy = fate.redirection.mode is Mode.TPROXY
     address, port = fate.end
     listener = host.listener(address, port)
@@ -147,7 +147,7 @@ def _stopped(fate: Fate, host: Host) -> Finding:
 
 
 def applied(host: Host) -> Iterator[Finding]:
-    """`transocks rules verify`, where the configuration has [rules]."""
+    """The faults of `transocks rules verify`, if the configuration has [rules]."""
     check, config = "applied rules", host.config
     if config.rules is None:
         return
@@ -162,7 +162,7 @@ def applied(host: Host) -> Iterator[Finding]:
     except FirewallError as error:
         yield unchecked(check, str(error))
         return
-    # `listeners` tells of those, for rules by hand too.
+    # `listeners` reports those, also for rules loaded by hand.
     faults = [line for line in faults if not line.startswith("nobody listens on ")]
     for line in faults:
         yield fault(check, line, f"{_APPLY} (and `verify` tells the same)")
@@ -173,8 +173,8 @@ def applied(host: Host) -> Iterator[Finding]:
 
 
 def listeners(host: Host) -> Iterator[Finding]:
-    """Whether a listener accepts connections that arrive, and its answer gets back; if none arrives, whether there is
-    one where the configuration says.
+    """Whether a listener accepts the connections that arrive, and its answer gets back; if none arrives, whether there
+    is a listener where the configuration says.
     """
     if host.listeners is None:
         yield unchecked("listeners", "the kernel does not tell which sockets listen (sock_diag)")
@@ -207,7 +207,7 @@ def _answer(fate: Fate, host: Host) -> Iterator[Finding]:
 
 
 def both_families(host: Host) -> Iterator[Finding]:
-    """Rules for one family only let the other pass by, if this host has it."""
+    """Rules for one family let the other bypass transocks, if this host has both."""
     for fate in host.arrived:
         mode, other = fate.redirection.mode, 10 - fate.sample.version
         theirs = [f for f in host.fates if (f.redirection.mode, f.sample.version) == (mode, other)]
@@ -225,7 +225,7 @@ def both_families(host: Host) -> Iterator[Finding]:
 
 
 def old_connections(host: Host) -> Iterator[Finding]:
-    """Rules must not take packets from the middle of a connection that they have not seen begin."""
+    """Rules must not redirect packets of a connection that began before they were loaded."""
     if host.tracer is None or host.client is not None:
         return
     for fate in host.arrived:

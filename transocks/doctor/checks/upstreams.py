@@ -1,6 +1,6 @@
 """Do the upstreams answer, do they speak what the configuration says, and do large packets reach them?
 
-They are connected to and greeted as the daemon would, traced where that can be done. No destination is asked for.
+Each is connected and greeted as by the daemon, and traced if possible. No destination is requested.
 """
 
 from __future__ import annotations
@@ -36,21 +36,23 @@ from usocksd.net.proxy_protocol import LOCAL_HEADER
 from usocksd.socks import NEED_DATA, Probe, Probed, RequestRefused
 
 PATIENCE = 3.0
-"""Seconds for its name, and again for its answer."""
+"""Seconds to resolve its name, and again to get its answer."""
 
 T = TypeVar("T")
 R = TypeVar("R")
 _CHECK = "upstream"
-_NOT_HTTP = re.compile(r"\bnot (an )?HTTP", re.IGNORECASE)  # how a usocksd says so, and Tor
+_NOT_HTTP = re.compile(r"\bnot (an )?HTTP", re.IGNORECASE)  # the replies of a usocksd and of Tor that say so
 _MOST = 8  # addresses of a name
 _LARGE_WITHIN = 2.5  # seconds
 _HEADERS = {4: 40, 6: 60}
 _MTUS = (1492, 1460, 1440, 1420, 1400, 1360, 1320, 1280, 1200, 1000)
-"""Of PPPoE, and of tunnels one in another."""
+"""The MTU of PPPoE, and of nested tunnels."""
 
 
 def upstreams(host: Host) -> Iterator[Finding]:
-    """Greet all at once. No answer is a fault, or a warning if another address of the same upstream answers."""
+    """Greet all upstreams at the same time. No answer is a fault, or a warning if another address of the same upstream
+    answers.
+    """
     yield from trio.run(_greet_all, host)
 
 
@@ -85,7 +87,7 @@ class _Greeting:
         self._header = LOCAL_HEADER if any(group.proxy_protocol for group in groups) else b""
 
     async def run(self, resolver: Resolver) -> list[Finding]:
-        """What is wrong with it, or that nothing is."""
+        """What is wrong with it, if anything."""
         addresses: tuple[IPAddress, ...] = ()
         problem = "its name was not resolved in time"
         if not isinstance(self._proxy.host, str):
@@ -112,7 +114,7 @@ class _Greeting:
         """What is wrong with it at this address, and whether it answers there."""
         host, proxy = self._host, self._proxy
         shown = str(proxy) if address == proxy.host else f"{proxy} at {join_port(address, proxy.port)}"
-        # First a sample: if the rules redirected a real connection, transocks would connect to itself.
+        # A sample first: if the rules redirect it, a real connection would make transocks connect to itself.
         if host.comes_back(host.open(host.daemon, address, proxy.port)) is not None:
             return unchecked(_CHECK, f"{shown}: connections to it are redirected to transocks"), False
         since, problem, doubt = time.monotonic(), "", ""
@@ -141,7 +143,7 @@ class _Greeting:
         return fine(_CHECK, f"{shown} answers, in {seconds * 1000:.0f} ms"), True
 
     def _socket(self, address: IPAddress) -> trio.socket.SocketType:
-        """One as the daemon's, with a port of its own."""
+        """A socket like the daemon's, bound to a port."""
         family = socket.AF_INET if address.version == 4 else socket.AF_INET6
         daemon = self._host.daemon
         try:
@@ -154,7 +156,7 @@ class _Greeting:
     # ---- does it answer?
 
     async def _greet(self, stream: trio.SocketStream) -> str:
-        """Returns why its answer says little, if so. Raises UpstreamError, BrokenResourceError."""
+        """Returns why its answer proves little, if that is so. Raises UpstreamError, BrokenResourceError."""
         proxy = self._proxy
         if proxy.scheme.is_socks5:
             before = self._header
@@ -166,7 +168,7 @@ class _Greeting:
                 probe.receive_data(await stream.receive_some(1024))
             return ""
         await stream.send_all(self._header + ping(proxy))
-        answer = HttpConnect(str(proxy.host), proxy.port)  # reads what a CONNECT would be answered with, too
+        answer = HttpConnect(str(proxy.host), proxy.port)  # also reads an answer to CONNECT
         while data := await stream.receive_some(1024):
             if proxy.scheme is not ProxyScheme.HTTP:
                 if data[:1] != b"\0":
@@ -183,7 +185,7 @@ class _Greeting:
         return "it closes without an answer to what asks for no connection; is it a proxy of this kind?"
 
     def _obstacle(self, port: int, address: IPAddress) -> str | None:
-        """What on this host is in the way of the connection from this port: a rule, or the routing policy."""
+        """What on this host stops the connection from this port: a rule, or the routing policy."""
         host = self._host
         if host.tracer is not None:
             if (why := host.stop(host.tracer.trace(TCP, port))) is not None:
@@ -213,7 +215,7 @@ class _Greeting:
         if "SOCKS" in problem or "HTTP" in problem:
             return f"look what listens there: {self._proxy} is to be a proxy of this kind"
         if "closed within" in problem or "reset by peer" in problem:
-            # It is there, and will have none of this.
+            # It answers, and refuses us.
             doubt = "whether it admits this host's address (its `allow_from`), or expects a PROXY header on this port"
             if self._header:
                 doubt = "whether it expects a PROXY header on this port, and trusts this host's address (its `trusted`)"
@@ -223,9 +225,8 @@ class _Greeting:
     # ---- does a large packet reach it?
 
     async def _takes_large(self, address: IPAddress, mtu: int | None = None) -> bool:
-        """Whether a segment of full size reaches it if small ones do; on a connection of its own.
-
-        What is asked leads to no connection (a SOCKS server may say so in its log); zeros behind it fill the segment.
+        """Whether a segment of full size reaches it if small ones do; on a connection of its own. The request leads to
+        no connection (a SOCKS server may log that); zeros fill the segment.
         """
         with trio.move_on_after(_LARGE_WITHIN), contextlib.suppress(OSError):
             with self._socket(address) as sock:

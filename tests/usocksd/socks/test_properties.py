@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from itertools import pairwise
 
-import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -25,9 +24,7 @@ from usocksd.socks import (
     Probed,
     Reply,
     Request,
-    RequestRefused,
     Server,
-    Socks4Reply,
     SocksConnect,
     Version,
 )
@@ -269,7 +266,6 @@ def converse(
     server: Server,
     *,
     accept: bool = True,
-    reply: Reply = Reply.SUCCEEDED,
     bound: tuple[str, int] | None = None,
 ) -> Told:
     told = Told()
@@ -282,7 +278,7 @@ def converse(
                 server.answer_credentials(accepted=accept)
             elif isinstance(event, Request):
                 told.request = event
-                server.reply(reply, bound)
+                server.reply(Reply.SUCCEEDED, bound)
             client.receive_data(server.data_to_send() + (b"payload" if told.request else b""))
         except ClientFault as fault:
             client.receive_data(fault.reply)
@@ -333,15 +329,6 @@ def test_names_arrive(name: str, port: int, version: Version) -> None:
     assert told.request.address_type is AddressType.NAME
 
 
-@pytest.mark.parametrize("version", list(Version))
-@pytest.mark.parametrize("reply", [reply for reply in Reply if reply is not Reply.SUCCEEDED])
-def test_refusals_arrive(version: Version, reply: Reply) -> None:
-    """Every failure reply is understood as one, in SOCKS4's words where these are spoken."""
-    told = converse(SocksConnect("example.com", 80, version=version), Server(), reply=reply)
-    assert isinstance(told.answer, RequestRefused)
-    assert told.answer.reply == (reply if version is Version.SOCKS5 else Socks4Reply.REJECTED)
-
-
 @given(st.none() | FIELDS, FIELDS, METHODS, st.booleans())
 def test_credentials_arrive(username: str | None, password: str, methods: tuple[Method, ...], accept: bool) -> None:
     """With and without users; the server's preference decides whether they are asked for."""
@@ -354,11 +341,3 @@ def test_credentials_arrive(username: str | None, password: str, methods: tuple[
         assert told.credentials is None
         possible = Method.NO_AUTHENTICATION in methods
         assert isinstance(told.answer, Established if possible else AuthenticationFailed)
-
-
-def test_socks4_is_refused_where_users_are_required() -> None:
-    """SOCKS4 can't authenticate, and the client hears so."""
-    server = Server(methods=(Method.USERNAME_PASSWORD,))
-    told = converse(SocksConnect("example.com", 80, version=Version.SOCKS4), server)
-    assert told.request is None
-    assert isinstance(told.answer, RequestRefused)

@@ -98,19 +98,6 @@ def test_clients_greetings(greeting: bytes, methods: tuple[Method, ...], chosen:
     assert server.data_to_send() == bytes((5, chosen))
 
 
-@pytest.mark.parametrize("methods", [(Method.NO_AUTHENTICATION,), PASSWORD_ONLY, ()])
-def test_java_never_sees_another_version(methods: tuple[Method, ...]) -> None:
-    """Java: `05 02 00 02`, and on an answer that is not version 5 falls back to SOCKS4."""
-    server = server_after(b"\x05\x02\x00\x02", methods=methods)
-    try:
-        server.next_event()
-        answer = server.data_to_send()
-    except ClientFault as fault:
-        answer = fault.reply
-    assert len(answer) == 2
-    assert answer[0] == 5
-
-
 # SOCKS5: input in pieces
 
 
@@ -137,18 +124,6 @@ def test_optimistic_client() -> None:
 
 
 # SOCKS5: credentials (RFC 1929)
-
-
-def test_credentials_accepted() -> None:
-    """RFC 1929: reply VER is 01, status 0."""
-    server = server_after(b"\x05\x01\x02", b"\x01\x05us\xc3\xa9r\x03p\xc3\xa4", methods=PASSWORD_ONLY)
-    assert server.data_to_send() == b"\x05\x02"
-    assert server.next_event() == Credentials("us\u00e9r", "p\u00e4")
-    server.answer_credentials(accepted=True)
-    assert server.data_to_send() == b"\x01\x00"
-    assert server.next_event() is NEED_DATA
-    server.receive_data(CONNECT_V4)
-    assert isinstance(server.next_event(), Request)
 
 
 def test_credentials_rejected() -> None:
@@ -186,9 +161,6 @@ def test_commands_are_parsed(command: Command) -> None:
     event = server.next_event()
     assert isinstance(event, Request)
     assert event.command is command
-    server.data_to_send()
-    server.reply(Reply.COMMAND_NOT_SUPPORTED)
-    assert server.data_to_send() == b"\x05\x07\x00\x01\x00\x00\x00\x00\x00\x00"
 
 
 @pytest.mark.parametrize("request_bytes", [GREETING + CONNECT_V4, SOCKS4_CONNECT])
@@ -203,26 +175,23 @@ def test_bound_address_is_never_a_name(request_bytes: bytes) -> None:
 # SOCKS4 and 4a
 
 
-def test_socks4() -> None:
-    """Reply VN is 0."""
-    server = server_after(SOCKS4_CONNECT + b"payload")
-    event = server.next_event()
-    assert event == Request(Version.SOCKS4, Command.CONNECT, AddressType.IPV4, "192.0.2.7", 80, "me")
-    assert isinstance(event, Request)
+@pytest.mark.parametrize(
+    ("message", "host", "port", "bound", "reply"),
+    [
+        (SOCKS4_CONNECT, "192.0.2.7", 80, "198.51.100.9", b"\x00\x5a\x9c\x40\xc6\x33\x64\x09"),
+        # A 4a name may resolve to IPv6, for which the reply has no room.
+        (SOCKS4A_CONNECT, "example.com", 443, "2001:db8::1", b"\x00\x5a" + bytes(6)),
+    ],
+)
+def test_socks4(message: bytes, host: str, port: int, bound: str, reply: bytes) -> None:
+    """0.0.0.x with x≠0 means 4a. Reply VN is 0."""
+    server = server_after(message + b"payload")
+    kind = AddressType.NAME if message is SOCKS4A_CONNECT else AddressType.IPV4
+    assert server.next_event() == Request(Version.SOCKS4, Command.CONNECT, kind, host, port, "me")
     assert server.version is Version.SOCKS4
     assert server.trailing_data == b"payload"
-    server.reply(Reply.SUCCEEDED, ("198.51.100.9", 40000))
-    assert server.data_to_send() == b"\x00\x5a\x9c\x40\xc6\x33\x64\x09"
-
-
-def test_socks4a() -> None:
-    """0.0.0.x with x≠0 means 4a. A 4a name may resolve to IPv6 (for which the reply has no room)."""
-    server = server_after(SOCKS4A_CONNECT + b"payload")
-    event = server.next_event()
-    assert event == Request(Version.SOCKS4, Command.CONNECT, AddressType.NAME, "example.com", 443, "me")
-    assert server.trailing_data == b"payload"
-    server.reply(Reply.SUCCEEDED, ("2001:db8::1", 40000))
-    assert server.data_to_send() == b"\x00\x5a\x00\x00\x00\x00\x00\x00"
+    server.reply(Reply.SUCCEEDED, (bound, 40000))
+    assert server.data_to_send() == reply
 
 
 @pytest.mark.parametrize(
@@ -293,6 +262,7 @@ def test_socks4_commands_and_user_ids() -> None:
 @pytest.mark.parametrize(
     ("message", "username", "password"),
     [
+        (b"\x01\x05us\xc3\xa9r\x03p\xc3\xa4", "us\u00e9r", "p\u00e4"),
         (b"\x01\x00\x00", "", ""),
         (b"\x01\x01u\x00", "u", ""),
         (b"\x01\x00\x01p", "", "p"),
@@ -301,11 +271,15 @@ def test_socks4_commands_and_user_ids() -> None:
     ],
 )
 def test_credentials(message: bytes, username: str, password: str) -> None:
-    """RFC 1929, and empty user names and passwords."""
-    server = server_after(b"\x05\x01\x02" + message, methods=PASSWORD_ONLY)
+    """RFC 1929: reply VER is 01, status 0; and empty user names and passwords."""
+    server = server_after(b"\x05\x01\x02", message, methods=PASSWORD_ONLY)
+    assert server.data_to_send() == b"\x05\x02"
     assert server.next_event() == Credentials(username, password)
     server.answer_credentials(accepted=True)
-    assert server.data_to_send() == b"\x05\x02" + b"\x01\x00"
+    assert server.data_to_send() == b"\x01\x00"
+    assert server.next_event() is NEED_DATA
+    server.receive_data(CONNECT_V4)
+    assert isinstance(server.next_event(), Request)
 
 
 # Replies
@@ -343,8 +317,8 @@ def test_success_replies(bound: tuple[str, int] | None, answer: bytes) -> None:
 
 # Faults
 
-_COMMAND_UNKNOWN = b"\x05\x07\x00\x01" + bytes(6)
-_ADDRESS_TYPE_UNKNOWN = b"\x05\x08\x00\x01" + bytes(6)
+_COMMAND_UNKNOWN = b"\x05\x00" + b"\x05\x07\x00\x01" + bytes(6)
+_TYPE_UNKNOWN = b"\x05\x00" + b"\x05\x08\x00\x01" + bytes(6)
 _BAD_NAMES = [b"", b"a\nb", b"\x7f", b"\xc2\x85", b"\xff\xfe", b"\xed\xa0\x80"]
 _NO_AUTHENTICATION = (Method.NO_AUTHENTICATION,)
 
@@ -356,7 +330,7 @@ def named(name: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("received", "methods", "kind", "reply"),
     [
-        # GSSAPI (01) is declined by not choosing it.
+        # GSSAPI (01) is declined by not choosing it. (Java takes an answer that is not version 5 for SOCKS4.)
         (b"\x05\x01\x01", _NO_AUTHENTICATION, Kind.NO_METHOD, b"\x05\xff"),
         (b"\x05\x02\x01\x02", _NO_AUTHENTICATION, Kind.NO_METHOD, b"\x05\xff"),
         (b"\x05\x00", _NO_AUTHENTICATION, Kind.NO_METHOD, b"\x05\xff"),
@@ -381,23 +355,13 @@ def named(name: bytes) -> bytes:
             for message in (b"\x02\x01u\x01p", b"\x01\x01\xff\x01p", b"\x01\x01u\x02\xc3\x28")
         ),
         *(
-            (
-                GREETING + bytes((5, n)) + CONNECT_V4[2:],
-                _NO_AUTHENTICATION,
-                Kind.BAD_COMMAND,
-                b"\x05\x00" + _COMMAND_UNKNOWN,
-            )
+            (GREETING + bytes((5, n)) + CONNECT_V4[2:], _NO_AUTHENTICATION, Kind.BAD_COMMAND, _COMMAND_UNKNOWN)
             for n in (0, 4, 9, 0xF0)
         ),
         # UDP ASSOCIATE is none of SOCKS4's.
         *((bytes((4, n)) + SOCKS4_CONNECT[2:], _NO_AUTHENTICATION, Kind.BAD_COMMAND, REJECTED) for n in (0, 3, 0xF0)),
         *(
-            (
-                GREETING + bytes((5, 1, 0, n)) + bytes(6),
-                _NO_AUTHENTICATION,
-                Kind.BAD_ADDRESS_TYPE,
-                b"\x05\x00" + _ADDRESS_TYPE_UNKNOWN,
-            )
+            (GREETING + bytes((5, 1, 0, n)) + bytes(6), _NO_AUTHENTICATION, Kind.BAD_ADDRESS_TYPE, _TYPE_UNKNOWN)
             for n in (0, 2, 5, 255)
         ),
         # Names that are empty, undecodable, or have control characters.

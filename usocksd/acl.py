@@ -178,14 +178,14 @@ class AccessRules:
         answers: list[RuleAnswer] = []
         for at, rule in enumerate(self._rules):
             entry = self._entry(at, name, judged) or (sent and self._entry(at, sent, ()))
-            if bit == 1 << at:
-                why = ", ".join(_reasons(rule, client, entry, port)) or "it has no conditions"
-                return [*answers, RuleAnswer(ruling.rule, True, why, rule.line)]
             asked = " or ".join(str(each) for each in (sent, name, address) if each is not None)
+            conditions = list(_conditions(rule, client, asked, entry, port))
+            if bit == 1 << at:
+                why = ", ".join(text for _, text in conditions) or "it has no conditions"
+                return [*answers, RuleAnswer(ruling.rule, True, why, rule.line)]
             protected = f"{address} is protected ({self._kind(judged)}), which only an entry with the address lifts"
-            answers.append(
-                RuleAnswer(rule.name, False, _mismatch(rule, client, asked, entry, port) or protected, rule.line)
-            )
+            why = next((text for met, text in conditions if not met), protected)
+            answers.append(RuleAnswer(rule.name, False, why, rule.line))
         if kind is not None:
             return [*answers, RuleAnswer(ruling.rule, True, f"{address} is protected ({kind})")]
         if address is not None:
@@ -278,36 +278,20 @@ class AccessRules:
         return None if entry is None else _show_entry(entry, next(sites for sites in lists if sites.has(entry)))
 
 
-def _reasons(rule: Rule, client: Client, entry: str | None, port: int) -> Iterator[str]:
-    """Why a rule matches: each of its conditions."""
+def _conditions(rule: Rule, client: Client, asked: str, entry: str | None, port: int) -> Iterator[tuple[bool, str]]:
+    """Whether each condition of a rule is met, and how to say that."""
     if rule.clients is not None:
-        yield f"from lists {client.address}"
+        met = any(client.address in network for network in rule.clients)
+        yield met, f"from {'lists' if met else 'does not list'} {client.address}"
     if rule.users is not None:
-        yield f"user is {client.user}"
+        yield client.user in rule.users, f"user is {client.user or 'nobody'}"
     if rule.to is not None:
-        yield f"{_to(rule)} lists {entry}" if entry else f"{_to(rule)} does not list it"
+        # A list of [outgoing] has its own name.
+        to = rule.name if rule.complement or rule.entry is not None else "to"
+        yield (entry is None) is rule.complement, f"{to} lists {entry}" if entry else f"{to} does not list {asked}"
     if rule.ports is not None:
-        yield f"port is {port}"
-
-
-def _mismatch(rule: Rule, client: Client, asked: str, entry: str | None, port: int) -> str | None:
-    """The first condition of a rule that does not match; None if all do."""
-    if rule.clients is not None and not any(client.address in network for network in rule.clients):
-        return f"from does not list {client.address}"
-    if rule.users is not None and client.user not in rule.users:
-        return f"user is {client.user or 'nobody'}"
-    if not has_port(rule.ports, port):
-        return f"port {port} not in {_show_ports(rule.ports or ())}"
-    if rule.complement:
-        return f"{_to(rule)} lists {entry}"
-    if rule.to is not None and entry is None:
-        return f"{_to(rule)} does not list {asked}"
-    return None
-
-
-def _to(rule: Rule) -> str:
-    """The key of a rule's destinations: `to`, or the name of a list of [outgoing]."""
-    return rule.name if rule.complement or rule.entry is not None else "to"
+        met = has_port(rule.ports, port)
+        yield met, f"port is {port}" if met else f"port {port} not in {_show_ports(rule.ports)}"
 
 
 def _show_ports(ports: Sequence[tuple[int, int]], most: int = 6) -> str:

@@ -170,7 +170,7 @@ def test_the_lists_say_why_not() -> None:
     assert access.trace(CLIENT, "bad.example.com", None, 443)[-1] == RuleAnswer(
         'deny_sites "BAD.example.com"', True, 'deny_sites lists "bad.example.com"'
     )
-    assert access.trace(CLIENT, "x", None, 443) == [RuleAnswer("allow_sites", True, "allow_sites does not list it")]
+    assert access.trace(CLIENT, "x", None, 443) == [RuleAnswer("allow_sites", True, "allow_sites does not list x")]
     assert access.trace(CLIENT, None, IPv4Address("203.0.113.1"), 25)[-1] == RuleAnswer(
         "deny_ports 25", True, "port is 25"
     )

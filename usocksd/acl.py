@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from ipaddress import IPv6Network
+from typing import TypeAlias
 
 from attrs import frozen
 
@@ -49,6 +50,10 @@ class RuleAnswer:
     """The line of the configuration where the rule begins."""
 
 
+EntryFinder: TypeAlias = Callable[[str | None, Sequence[IPAddress], int], str]
+"""Names the entry of a list that has a name, an address or the port."""
+
+
 @frozen(kw_only=True)
 class Rule:
     """One rule. A condition that is None matches everything."""
@@ -67,8 +72,8 @@ class Rule:
     """The rule matches destinations that are not in `to`."""
     line: int | None = None
     """Where it begins in the configuration."""
-    entry: Callable[[str | None, Sequence[IPAddress], int], str] | None = None
-    """For a list that stands for one rule per entry: names the entry that matches."""
+    entry: EntryFinder | None = None
+    """For a list of [outgoing], of which records name the entry."""
 
 
 def rules_of_lists(allow_sites: Sequence[str], deny_sites: Sequence[str], deny_ports: Sequence[int]) -> list[Rule]:
@@ -83,35 +88,36 @@ def rules_of_lists(allow_sites: Sequence[str], deny_sites: Sequence[str], deny_p
     if allow_sites:
         rules.append(Rule(name="allow_sites", allow=False, to=allowed, complement=True))
     if deny_sites:
-        rules.append(Rule(name="deny_sites", allow=False, to=denied, entry=_EntryTexts(deny_sites).entry))
+        rules.append(Rule(name="deny_sites", allow=False, to=denied, entry=_entry_finder(deny_sites)))
     if deny_ports:
         ports = tuple((port, port) for port in deny_ports)
         rules.append(Rule(name="deny_ports", allow=False, ports=ports, entry=lambda _, __, port: str(port)))
     if allow_sites:
-        rules.append(Rule(name="allow_sites", allow=True, to=allowed, entry=_EntryTexts(allow_sites).entry))
+        rules.append(Rule(name="allow_sites", allow=True, to=allowed, entry=_entry_finder(allow_sites)))
     return rules
 
 
-class _EntryTexts:
-    """The entries of a list of [outgoing] as the operator wrote them, which is how records name them."""
+def _entry_finder(entries: Iterable[str]) -> EntryFinder:
+    """Finds the entry that has an address or the name, as the operator wrote it; else "", which has all requests for an
+    address.
+    """
+    names: dict[str, str] = {}
+    networks: dict[IPNetwork, str] = {}
+    for text in entries:
+        entry = parse_entry(text)
+        if isinstance(entry, Prefix):
+            networks[parse_network(str(entry))] = str(entry)
+        elif entry:
+            names.setdefault(entry, text)
+    addresses = NetworkMap(networks)
 
-    def __init__(self, entries: Iterable[str]) -> None:
-        self._names: dict[str, str] = {}
-        networks: dict[IPNetwork, str] = {}
-        for text in entries:
-            entry = parse_entry(text)
-            if isinstance(entry, Prefix):
-                networks[parse_network(str(entry))] = str(entry)
-            elif entry:
-                self._names.setdefault(entry, text)
-        self._networks = NetworkMap(networks)
-
-    def entry(self, name: str | None, judged: Iterable[IPAddress], _port: int) -> str:
-        """The entry that has an address or the name; else "", which has all requests for an address."""
-        found = next(filter(None, map(self._networks.match, judged)), None)
+    def find(name: str | None, judged: Sequence[IPAddress], _port: int) -> str:
+        found = next(filter(None, map(addresses.match, judged)), None)
         if found is None and name is not None:
-            found = next(filter(None, map(self._names.get, entries_of(name))), None)
+            found = next(filter(None, map(names.get, entries_of(name))), None)
         return f'"{found or ""}"'
+
+    return find
 
 
 class AccessRules:

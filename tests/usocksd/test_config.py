@@ -79,37 +79,37 @@ def test_empty_lists_and_strings_are_as_none() -> None:
     assert config == UsocksdConfig()
 
 
-def test_listen_addresses() -> None:
-    everywhere = parse(UsocksdConfig, "[incoming]\nport = 1234", "").incoming.listen
-    assert [str(listen) for listen in everywhere] == ["0.0.0.0:1234", "[::]:1234"]
-    assert all(listen.optional for listen in everywhere)
-    chosen = parse(UsocksdConfig, '[incoming]\naddresses = ["127.0.0.1", "::1"]', "").incoming.listen
-    assert [str(listen) for listen in chosen] == ["127.0.0.1:1080", "[::1]:1080"]
-    assert not any(listen.optional for listen in chosen)
+PROXIED = '[incoming.proxy_protocol]\nport = 1090\ntrusted = ["192.0.2.1"]\n'
+OWN = '[incoming]\naddresses = ["127.0.0.1"]\n'
 
 
-def listened(toml: str) -> list[tuple[str, str]]:
-    return [(key, str(listen)) for key, listen in parse(UsocksdConfig, toml, "").listen_keys]
-
-
-def test_the_listener_for_proxies() -> None:
-    """On the addresses of the other one, unless it has its own."""
-    table = '[incoming.proxy_protocol]\nport = 1090\ntrusted = ["192.0.2.1"]\n'
-    assert listened(table) == [
-        ("incoming.port", "0.0.0.0:1080"),
-        ("incoming.port", "[::]:1080"),
-        ("incoming.proxy_protocol.port", "0.0.0.0:1090"),
-        ("incoming.proxy_protocol.port", "[::]:1090"),
-    ]
-    own = '[incoming]\naddresses = ["127.0.0.1"]\n'
-    assert listened(own + table) == [
-        ("incoming.addresses[0]", "127.0.0.1:1080"),
-        ("incoming.addresses[0]", "127.0.0.1:1090"),
-    ]
-    assert listened(own + table + 'addresses = ["::1"]\n') == [
-        ("incoming.addresses[0]", "127.0.0.1:1080"),
-        ("incoming.proxy_protocol.addresses[0]", "[::1]:1090"),
-    ]
+@pytest.mark.parametrize(
+    ("toml", "listening"),
+    [
+        ("[incoming]\nport = 1234", ["port 0.0.0.0:1234", "port [::]:1234"]),
+        ('[incoming]\naddresses = ["127.0.0.1", "::1"]', ["addresses[0] 127.0.0.1:1080", "addresses[1] [::1]:1080"]),
+        # The listener for proxies is on the addresses of the other one, unless it has its own.
+        (
+            PROXIED,
+            [
+                "port 0.0.0.0:1080",
+                "port [::]:1080",
+                "proxy_protocol.port 0.0.0.0:1090",
+                "proxy_protocol.port [::]:1090",
+            ],
+        ),
+        (OWN + PROXIED, ["addresses[0] 127.0.0.1:1080", "addresses[0] 127.0.0.1:1090"]),
+        (
+            f'{OWN}{PROXIED}addresses = ["::1"]\n',
+            ["addresses[0] 127.0.0.1:1080", "proxy_protocol.addresses[0] [::1]:1090"],
+        ),
+    ],
+)
+def test_listening(toml: str, listening: list[str]) -> None:
+    found = parse(UsocksdConfig, toml, "").listen_keys
+    assert [f"{key.removeprefix('incoming.')} {listen}" for key, listen in found] == listening
+    # Both families of the wildcard, of which a host may have one only.
+    assert all(listen.optional == listen.address.is_unspecified for _, listen in found)
 
 
 @pytest.mark.parametrize(

@@ -74,76 +74,80 @@ def test_status(bench: Bench) -> None:
     assert bench.json("status") == {"ok": True, **STATUS}
 
 
-def test_status_of_a_daemon_in_trouble(bench: Bench) -> None:
-    config = STATUS["config"] | {  # type: ignore[operator]
-        "file": None,
-        "last_reload": {"at": "2026-11-23T12:05:00Z", "ok": False, "faults": ["port: 0: expected\x1b[2J more", "x: y"]},
-    }
-    limits = {"live": 12, "total": 3456, "limit": 100, "per_client": 5, "shed": 1, "turned_away": 2}
-    bench.start(
-        status=STATUS
-        | {"state": "broken", "config": config, "connections": limits, "listening": [], "metrics": None, "waiting": 7}
-        | {"generations": []}
-    )
+REFUSED = {"at": "2026-11-23T12:05:00Z", "ok": False, "faults": ["port: 0: expected\x1b[2J more", "x: y"]}
+LIMITS = {"live": 12, "total": 3456, "limit": 100, "per_client": 5, "shed": 1, "turned_away": 2}
+WELL = {"upstream": "socks5://192.0.2.1:1080", "up": True, "why": None}
+DOWN = {"upstream": "http://192.0.2.2:3128", "up": False, "why": "connect 192.0.2.2:3128: Connection refused"}
+SLOW = {"upstream": "socks5://192.0.2.3:1080", "up": True, "why": None, "slow": True, "latency": 2.01}
+GROUPS = {
+    "default": {"policy": "failover", "upstreams": [WELL]},
+    "far": {"policy": "sticky", "upstreams": [DOWN, WELL]},
+    "slow": {"policy": "sticky", "upstreams": [SLOW, WELL]},
+}
+SIX = [f"198.51.100.{number}" for number in range(10, 16)]
+POOLS = {
+    "default": {"addresses": [], "local": [], "listed": {}},
+    "well": {"addresses": SIX[:1], "local": SIX[:1], "listed": {}},
+    "partners": {"addresses": SIX, "local": SIX[5:], "listed": {SIX[5]: ["bl.example", "other.example"]}},
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "shown"),
+    [
+        ({"state": "broken"}, ["usocksd         broken, version 1.0, pid 4711, up 1h 02m"]),
+        (
+            {"config": {"file": None, "generation": 3, "since": "2026-11-23T12:00:00Z", "last_reload": REFUSED}},
+            [
+                "configuration   no file, generation 3 since 2026-11-23T12:00:00Z",
+                "last reload     2026-11-23T12:05:00Z, refused:",
+                r"                port: 0: expected\x1b[2J more",
+                "                x: y",
+            ],
+        ),
+        (
+            {"listening": [], "metrics": None, "connections": LIMITS, "waiting": 7},
+            [
+                "listening       nowhere",
+                "metrics         nowhere",
+                "log             level info, 0 records dropped",
+                "connections     12 live, 3456 in all, limit 100, limit per client 5",
+                "under pressure  1 shed, 2 turned away",
+                "waiting         7 to be accepted",
+            ],
+        ),
+        (
+            {"log": {"level": "info", "dropped": 1, "failing": "No space left on device"}},
+            ["log             level info, 1 record dropped; can't be written: No space left on device"],
+        ),
+        (
+            {"partial": [4712, 4713]},
+            ["rates           1.5 connections/s, tx 1000 B/s, rx 20 KiB/s; without 2 workers too busy to answer"],
+        ),
+        (
+            {"daemon": {"upstreams": GROUPS}},
+            [
+                "upstreams default  1 of 1 up",
+                "upstreams far      1 of 2 up; sticky; down: http://192.0.2.2:3128 (connect 192.0.2.2:3128: Connection"
+                " refused)",
+                "upstreams slow     2 of 2 up; sticky; slow: socks5://192.0.2.3:1080 (2.0 s)",
+            ],
+        ),
+        (
+            {"daemon": {"pools": POOLS}, "generations": []},
+            [
+                "egress well      1 address",
+                "egress partners  6 addresses; not on this host: 198.51.100.10, 198.51.100.11, 198.51.100.12,"
+                " 198.51.100.13, 1 more; listed: 198.51.100.15 (bl.example, other.example)",
+            ],
+        ),
+    ],
+)
+def test_status_in_trouble(bench: Bench, changes: dict[str, Any], shown: list[str]) -> None:
+    bench.start(status=STATUS | changes)
     lines = bench.lines("status")
-    assert lines[:1] == ["usocksd         broken, version 1.0, pid 4711, up 1h 02m"]
-    assert "configuration   no file, generation 3 since 2026-11-23T12:00:00Z" in lines
-    at = lines.index("last reload     2026-11-23T12:05:00Z, refused:")
-    assert lines[at + 1 : at + 3] == [r"                port: 0: expected\x1b[2J more", "                x: y"]
-    assert "connections     12 live, 3456 in all, limit 100, limit per client 5" in lines
-    assert "under pressure  1 shed, 2 turned away" in lines
-    assert "waiting         7 to be accepted" in lines
-
-
-def test_status_of_upstreams(bench: Bench) -> None:
-    well = {"upstream": "socks5://192.0.2.1:1080", "up": True, "why": None}
-    down = {"upstream": "http://192.0.2.2:3128", "up": False, "why": "connect 192.0.2.2:3128: Connection refused"}
-    slow = {"upstream": "socks5://192.0.2.3:1080", "up": True, "why": None, "slow": True, "latency": 2.01}
-    groups = {
-        "default": {"policy": "failover", "upstreams": [well]},
-        "far": {"policy": "sticky", "upstreams": [down, well]},
-        "slow": {"policy": "sticky", "upstreams": [slow, well]},
-    }
-    bench.start(status=STATUS | {"daemon": {"upstreams": groups}})
-    lines = bench.lines("status")
-    at = next(index for index, line in enumerate(lines) if line.startswith("rates"))
-    assert lines[at + 1 : at + 4] == [
-        "upstreams default  1 of 1 up",
-        "upstreams far      1 of 2 up; sticky; down: http://192.0.2.2:3128 (connect 192.0.2.2:3128: Connection refused)",
-        "upstreams slow     2 of 2 up; sticky; slow: socks5://192.0.2.3:1080 (2.0 s)",
-    ]
-
-
-def test_status_while_the_log_can_t_be_written(bench: Bench) -> None:
-    bench.start(status=STATUS | {"log": {"level": "info", "dropped": 0, "failing": "No space left on device"}})
-    assert "log             level info, 0 records dropped; can't be written: No space left on device" in (
-        bench.lines("status")
-    )
-
-
-def test_status_without_a_busy_worker(bench: Bench) -> None:
-    bench.start(status=STATUS | {"partial": [4712, 4713]})
-    assert "rates           1.5 connections/s, tx 1000 B/s, rx 20 KiB/s; without 2 workers too busy to answer" in (
-        bench.lines("status")
-    )
-
-
-def test_status_of_egress_pools(bench: Bench) -> None:
-    six = [f"198.51.100.{number}" for number in range(10, 16)]
-    pools = {
-        "default": {"addresses": [], "local": [], "listed": {}},
-        "well": {"addresses": six[:1], "local": six[:1], "listed": {}},
-        "partners": {"addresses": six, "local": six[5:], "listed": {six[5]: ["bl.example", "other.example"]}},
-    }
-    bench.start(status=STATUS | {"daemon": {"pools": pools}})
-    lines = bench.lines("status")
-    at = next(index for index, line in enumerate(lines) if line.startswith("rates"))
-    assert lines[at + 1 : at + 4] == [
-        "egress well      1 address",
-        "egress partners  6 addresses; not on this host: 198.51.100.10, 198.51.100.11, 198.51.100.12, 198.51.100.13, "
-        "1 more; listed: 198.51.100.15 (bl.example, other.example)",
-        "",
-    ]
+    at = lines.index(shown[0])
+    assert lines[at : at + len(shown)] == shown
 
 
 def test_reload(bench: Bench) -> None:

@@ -54,15 +54,18 @@ def test_the_bytes_of_the_specification(wire: bytes, source: HostPort, destinati
     assert received(wire + b"\x05\x01\x00") == (Header(source, destination), b"\x05\x01\x00")
 
 
-def test_mixed_families_are_ipv4_mapped_on_the_way() -> None:
-    wire = header(FROM_V4, TO_V6)
+@pytest.mark.parametrize(
+    ("source", "read"),
+    [
+        (FROM_V4, FROM_V4),
+        (("::ffff:192.0.2.1", 55555), FROM_V4),
+        (("fe80::1%eth0", 1), HostPort("fe80::1", 1)),
+    ],
+)
+def test_mixed_families_are_mapped_on_the_way_and_zones_not_written(source: tuple[str, int], read: HostPort) -> None:
+    wire = header(source, TO_V6)
     assert wire[13] == 0x21
-    assert received(wire)[0] == Header(FROM_V4, TO_V6)
-    assert received(header(("::ffff:192.0.2.1", 55555), TO_V6))[0] == Header(FROM_V4, TO_V6)
-
-
-def test_zones_are_not_written() -> None:
-    assert received(header(("fe80::1%eth0", 1), TO_V6))[0] == Header(HostPort("fe80::1", 1), TO_V6)
+    assert received(wire)[0] == Header(read, TO_V6)
 
 
 def test_only_addresses_are_written() -> None:
@@ -147,11 +150,6 @@ def test_a_written_header_can_be_read(
     assert receiver.trailing_data == rest
 
 
-def same_outcome(data: bytes) -> None:
-    """However it is cut, it is the same header, the same fault, or the same wait; no other exception."""
-    assert outcome(one_by_one, data) == outcome(received, data)
-
-
 def outcome(receive: Callable[[bytes], object], data: bytes) -> object:
     try:
         return receive(data)
@@ -159,19 +157,18 @@ def outcome(receive: Callable[[bytes], object], data: bytes) -> object:
         return str(fault)
 
 
-@given(st.binary(max_size=80))
+def with_one_byte(wire: bytes, at: int, value: int) -> bytes:
+    return wire[: at % len(wire)] + bytes((value,)) + wire[at % len(wire) + 1 :]
+
+
+@given(
+    st.binary(max_size=80)
+    | st.binary(min_size=4, max_size=84).map(SIGNATURE.__add__)
+    | st.builds(with_one_byte, st.sampled_from([V4, V6]), st.integers(0, 51), st.integers(0, 255))
+)
 def test_garbage(data: bytes) -> None:
-    same_outcome(data)
-
-
-@given(st.binary(min_size=4, max_size=4), st.binary(max_size=80))
-def test_garbage_behind_the_signature(head: bytes, body: bytes) -> None:
-    same_outcome(SIGNATURE + head + body)
-
-
-@given(st.sampled_from([V4, V6]), st.integers(0, 51), st.integers(0, 255))
-def test_one_byte_is_wrong(wire: bytes, at: int, value: int) -> None:
-    same_outcome(wire[: at % len(wire)] + bytes((value,)) + wire[at % len(wire) + 1 :])
+    """However it is cut, it is the same header, the same fault, or the same wait; no other exception."""
+    assert outcome(one_by_one, data) == outcome(received, data)
 
 
 @pytest.mark.parametrize(

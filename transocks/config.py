@@ -11,7 +11,7 @@ import attrs
 from transocks.route_settings import NAME, NamesConfig, RouteConfig
 from transocks.routes import DEFAULT, DIRECT, REJECT, Routes
 from transocks.rules.config import Mode, RulesConfig
-from transocks.rules.redirection import MARK, reached
+from transocks.rules.redirection import MARK, eligible
 from transocks.upstreams.proxy_url import ProxyScheme, ProxyURL, ProxyURLs, parse_proxy_url
 from usocksd.names.conditions import as_table, check_references, table_name
 from usocksd.names.match import canonical_host
@@ -177,7 +177,7 @@ class TransocksConfig(CommonConfig):
             expected = "expected another than that of connections to leave alone, `mark`"
             raise Invalid(expected, shown=f"{rules.tproxy_mark:#x}", at="rules.tproxy_mark")
         for mode in rules.mode:
-            if not reached(mode, self.listen_tproxy if mode is Mode.TPROXY else self.listen):
+            if not eligible(mode, self.listen_tproxy if mode is Mode.TPROXY else self.listen):
                 key, example = _WHERE_RULES_SEND[mode]
                 raise Invalid(f"expected {key} = {example} beside it", shown=show(mode.value), at="rules.mode")
 

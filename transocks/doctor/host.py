@@ -17,7 +17,7 @@ from transocks.config import TransocksConfig
 from transocks.rules import live
 from transocks.rules.config import Mode, RulesConfig
 from transocks.rules.loops import Sender, sender_of
-from transocks.rules.redirection import Redirection, reached, redirections_of
+from transocks.rules.redirection import Redirection, eligible, redirections_of
 from transocks.tools import FirewallError
 from transocks.tracing.fate import Fate, Reach, fate_of
 from transocks.tracing.links import Links, filtered_bridges, links
@@ -176,7 +176,7 @@ class Host:
         config, rules = self.config, self.config.rules
         if rules is None:
             modes = [
-                mode for mode in Mode if reached(mode, config.listen_tproxy if mode is Mode.TPROXY else config.listen)
+                mode for mode in Mode if eligible(mode, config.listen_tproxy if mode is Mode.TPROXY else config.listen)
             ]
             everywhere = all(listen.address.is_unspecified for listen in config.listen)
             if Mode.TPROXY in modes and Mode.GATEWAY in modes and not everywhere:

@@ -107,7 +107,7 @@ def saved_as_loaded(texts: Iterable[str], version: int) -> list[Table]:
 # ---- listeners
 
 
-def unheard(redirection: Redirection) -> list[str]:
+def missing_listeners(redirection: Redirection) -> list[str]:
     """Addresses to which the rules send connections and on which nobody listens, for example "127.0.0.1:1081". Raises
     FirewallError.
     """

@@ -87,7 +87,7 @@ def redirections_of(
     exempt_users = _ids(rules.exempt_users, "exempt_users", _uid)
     found = []
     for mode in rules.mode:
-        listeners, host = reached(mode, listen_tproxy if mode is Mode.TPROXY else listen), mode is Mode.HOST
+        listeners, host = eligible(mode, listen_tproxy if mode is Mode.TPROXY else listen), mode is Mode.HOST
         found.append(
             Redirection(
                 mode=mode, port=listeners[0].port, addresses=_specific(listeners) if mode is Mode.TPROXY else (),
@@ -107,7 +107,7 @@ def cgroups_at() -> str:
     return os.path.relpath(points[0], CGROUPS) if points and CGROUPS not in points else "."
 
 
-def reached(mode: Mode, listen: Sequence[ListenAddress]) -> list[ListenAddress]:
+def eligible(mode: Mode, listen: Sequence[ListenAddress]) -> list[ListenAddress]:
     """The listeners on the port to which the rules of this mode send connections, best first; may be none.
 
     REDIRECT sends what this host sends itself to 127.0.0.1 and ::1, and what is routed through it to an address of the

@@ -197,7 +197,7 @@ def _nft_matches(redirection: Redirection, protocol: str) -> Iterator[str]:
     ]
     who += [f"meta cgroup {classid} " for classid in redirection.classids]
     names = [f'"{name}"' for name in redirection.interfaces]
-    ports = [_range(low, high, "-") for low, high in merged(redirection.ports)]
+    ports = [_range(low, high, "-") for low, high in merge_ranges(redirection.ports)]
     for someone, (version, sources, destinations) in product(who or [""], _families(redirection)):
         ip = "ip" if version == 4 else "ip6"
         also: dict[str, Sequence[object]] = {
@@ -216,7 +216,7 @@ def _iptables_matches(redirection: Redirection, version: int) -> Iterator[str]:
     who += [f'-m cgroup --path "{path}" ' for path in redirection.cgroups]
     who += [f"-m cgroup --cgroup {classid} " for classid in redirection.classids]
     inside = [f"-i {name} " for name in redirection.interfaces]
-    where = [f"-m tcp --dport {_range(low, high, ':')} " for low, high in merged(redirection.ports)]
+    where = [f"-m tcp --dport {_range(low, high, ':')} " for low, high in merge_ranges(redirection.ports)]
     for found, sources, destinations in _families(redirection):
         if found in (None, version):
             source = [f"-s {network} " for network in sources]
@@ -225,7 +225,7 @@ def _iptables_matches(redirection: Redirection, version: int) -> Iterator[str]:
                 yield "".join(words)
 
 
-def merged(ports: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+def merge_ranges(ports: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     """The same ports as ranges that neither overlap nor touch, in order."""
     found: list[tuple[int, int]] = []
     for low, high in sorted(ports):

@@ -30,7 +30,7 @@ def verify(redirections: Sequence[Redirection], tool: Tool, *, trying: bool = Tr
     found = list(_check_nft(redirections, tables, now) if tool is Tool.NFT else _check_iptables(redirections, now))
     found += [*_leftovers(redirections, tool, tables), *_check_routing(redirections)]
     for each in redirections:
-        for where in live.unheard(each):
+        for where in live.missing_listeners(each):
             found.append((f"nobody listens on {where}, where {each.mode.value} rules send connections", True))
     if trying:
         well = not any(is_fault for _, is_fault in found)

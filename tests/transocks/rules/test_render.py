@@ -15,7 +15,7 @@ import pytest
 from transocks.rules import render as rendering
 from transocks.rules.config import Mode
 from transocks.rules.redirection import Redirection
-from transocks.rules.render import excluded, merged, render_guard, render_iptables, render_nft
+from transocks.rules.render import excluded, merge_ranges, render_guard, render_iptables, render_nft
 
 HOST = Redirection(mode=Mode.HOST, port=2081)
 IN_4, IN_6 = ip_network("192.0.2.0/24"), ip_network("2001:db8::/32")
@@ -161,4 +161,4 @@ def test_insists(old: str, new: str, wishes: dict[str, object], monkeypatch: pyt
 
 
 def test_merged_ports() -> None:
-    assert merged([(80, 80), (81, 90), (85, 87), (100, 200), (95, 98)]) == [(80, 90), (95, 98), (100, 200)]
+    assert merge_ranges([(80, 80), (81, 90), (85, 87), (100, 200), (95, 98)]) == [(80, 90), (95, 98), (100, 200)]

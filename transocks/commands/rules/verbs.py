@@ -131,7 +131,7 @@ def not_accepting(order: Order) -> str | None:
 
 def _ask(order: Order) -> tuple[str | None, Answer]:
     """As `not_accepting`; and the daemon's answer to `health`, empty if it can't be asked."""
-    missing = [where for redirection in order.redirections for where in live.unheard(redirection)]
+    missing = [where for redirection in order.redirections for where in live.missing_listeners(redirection)]
     if missing:
         return f"transocks does not accept connections: nobody listens on {' and '.join(missing)}", {}
     path = order.config.control

@@ -48,7 +48,7 @@ def _clients(config: UsocksdConfig) -> Iterator[Fault]:
 def _https(config: UsocksdConfig) -> Iterator[Fault]:
     denied = f"denies HTTPS (port {_HTTPS}) to everybody"
     for at, rule in enumerate(config.rule):
-        if rule.action == "allow":  # the log tells for whom, and for what
+        if rule.action == "allow":  # the log shows for whom, and for what
             return
         has = rule.ports is not None and any(first <= _HTTPS <= last for first, last in rule.ports)
         if has and rule.from_ is None and rule.user is None and rule.to is None:
@@ -60,7 +60,7 @@ def _https(config: UsocksdConfig) -> Iterator[Fault]:
 
 
 def _denied(config: UsocksdConfig, policy: Callable[[], Policy] | None) -> Iterator[Fault]:
-    """How many requests the log has as allowed, and this configuration would deny."""
+    """How many requests were allowed, by the log, and would be denied by this configuration."""
     path = config.log.filename
     if path is None or policy is None or not (lines := _tail(Path(path))):
         return
@@ -93,7 +93,7 @@ def _tail(path: Path) -> list[bytes]:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 return []
-            file.seek(max(status.st_size - _TAIL, 0))  # in a line, perhaps, whose rest is no record
+            file.seek(max(status.st_size - _TAIL, 0))  # perhaps in the middle of a line, whose rest is no record
             return list(lines_of(file.readline))
     except OSError:
         return []

@@ -2,8 +2,8 @@
 
     peer trusted? -> PROXY header -> client allowed? -> counted as that client's
 
-From then on it is a connection like any other, of the client in the header. A client that is not allowed gets the
-answer to its request: after a reset, the proxy would take this server for broken and ask another.
+From then on it counts as a connection of the client in the header. A client that is not allowed gets the
+answer to its request: after a reset, the proxy would consider this server broken and ask another.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from usocksd.socks.wire import HTTP_ERROR
 
 @attrs.frozen
 class ProxiedListener:
-    """What decides about the connections of one port."""
+    """The listener for proxies: which proxies it trusts, and which clients they may name."""
 
     port: int
     trusted: ClientRules
@@ -34,14 +34,15 @@ class ProxiedListener:
     """See `usocksd.serve.daemon.Parts`."""
 
     def admits(self, client: Client) -> bool:
-        """Whether a client that a trusted proxy has named may use this server. The proxy itself may (LOCAL): it could
-        as well claim to be a client that is allowed."""
+        """Whether a client that a trusted proxy has named may use this server. The proxy itself may (LOCAL), since it
+        could claim to be an allowed client anyway.
+        """
         return client.local or self.clients.admits(client.address)
 
     async def learn_client(
         self, endpoint: Endpoint, peer: Client, server: Server, access: SocksRecords
     ) -> Client | None:
-        """The client that `peer` names; `server` gets what follows the header.
+        """The client that `peer` names; `server` gets the bytes after the header.
 
         None if the peer is not trusted, or the client has too many connections: the connection is reset and logged.
         Raises ClientFault, DeadlineExpired, OSError.

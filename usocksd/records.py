@@ -1,4 +1,4 @@
-"""Access records, read back from the log in its three formats: what a client asked for, and what became of it. Pure.
+"""Reads access records back from a log in any of the three formats: what a client requested, and the result. Pure.
 
 access_log.py and log/formats.py write them; docs/explain.md says what `usocksd diff` goes by.
 """
@@ -18,12 +18,12 @@ from usocksd.net.address import numeric_address
 
 @frozen
 class RecordedRequest:
-    """A request as it was recorded: texts, so that equal requests are quickly found to be equal."""
+    """A recorded request, as text, so that equal requests compare quickly."""
 
     client: str
     user: str | None
     host: str | None
-    """As the client wrote it; None if it was not let in."""
+    """As the client wrote it; None if the client was not admitted."""
     port: int
     name: str | None
     """The name that was judged, if it was recorded: canonical, perhaps with a search domain."""
@@ -39,7 +39,7 @@ class RecordedRequest:
 
 @frozen
 class AccessRecord:
-    """A line of the log that says what became of a request."""
+    """A line of the log that has the result of a request."""
 
     at: str
     """RFC 3339 in UTC, as the log has it."""
@@ -65,7 +65,7 @@ _CANDIDATE = re.compile(r"(?:^| )([0-9a-f.:]+(?:%\S+)?) (?:allowed|denied) ")
 
 def read_record(line: bytes) -> AccessRecord | Skipped:
     """What a line of the log says about a request. The first record of each connection counts."""
-    # Half of a busy log, not worth parsing. (Inside a string the quotes would be escaped.)
+    # These records are half of a busy log, and need no parsing. (Inside a string, the quotes would be escaped.)
     if any(mark in line for mark in _ENDS) or not line.strip():
         return Skipped.OTHER
     try:
@@ -149,7 +149,7 @@ _CONSTANTS = {"null": None, "true": True, "false": False}
 
 def _fields_of(line: bytes) -> Mapping[str, Any]:
     """The fields of a record in JSON, logfmt or plain, "logged_at" and "message" among them. Raises ValueError if it is
-    no record. A list in plain stays the text that it is there.
+    no record. A list in plain is left as text.
     """
     if line.startswith(b"{"):
         try:

@@ -1,7 +1,6 @@
-"""Recorded requests decided again, by the rules of two configurations: what `usocksd diff` is made of. Pure.
-
-A record says who asked for what, and which addresses the name had. Rules look at nothing else, so the same request can
-be put to any rules. Where a record does not say enough, the outcome is unknown: nothing is guessed.
+"""Decides recorded requests again by the rules of two configurations, for `usocksd diff`. Pure. A record has the
+client, the request and the addresses of the name. Rules depend on nothing else, so other rules can judge the same
+request. If a record lacks something, the outcome is unknown, never guessed.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _OTHERS: Final = "other rules"
 
 @frozen
 class Outcome:
-    """What becomes of a recorded request under a policy."""
+    """The outcome of a recorded request under a policy."""
 
     allowed: bool | None
     """None: unknown."""
@@ -44,7 +43,7 @@ class Outcome:
 
     @property
     def reach(self) -> tuple[str, ...]:
-        """The addresses of its name that may be dialled."""
+        """The allowed addresses of its name."""
         return tuple(address for address, ruling in self.addresses if ruling.allowed)
 
 
@@ -64,7 +63,7 @@ def judge(policy: Policy, request: RecordedRequest) -> Outcome:
         decision = Decision(policy.rules, client, request.host, request.port)
         name = str(canonical_host(request.name)) if request.name else decision.sent
     except (ResolveError, ValueError):
-        return Outcome(True, "")  # no rule is asked, and it can't be connected
+        return Outcome(True, "")  # no rule applies, and it can't be connected
     ruling = decision.ruling or decision.judge_name(name)
     if not ruling.allowed:
         return Outcome(False, ruling.rule)
@@ -82,7 +81,7 @@ def judge(policy: Policy, request: RecordedRequest) -> Outcome:
 
 
 class Change(Enum):
-    """How a request would be decided differently."""
+    """How the decision on a request differs."""
 
     DENIED = "denied"
     ALLOWED = "allowed"
@@ -139,7 +138,7 @@ class Replay:
     disagreeing: int = 0
     """Requests that `old` decides differently from the record."""
     disagreement: AccessRecord | None = None
-    """The first of them."""
+    """The first of these requests."""
     leaving: dict[str, int] = field(factory=dict)
     """Requests that `new` allows, by the pool that they leave from."""
     skipped: dict[Skipped, int] = field(factory=lambda: dict.fromkeys(Skipped, 0))

@@ -14,7 +14,7 @@ _BY_ERRNO = {
     errno.EHOSTDOWN: Reply.HOST_UNREACHABLE,
     errno.ECONNREFUSED: Reply.CONNECTION_REFUSED,
     errno.ECONNRESET: Reply.CONNECTION_REFUSED,
-    errno.ETIMEDOUT: Reply.TTL_EXPIRED,  # the nearest that RFC 1928 section 6 has; our own timeout too
+    errno.ETIMEDOUT: Reply.TTL_EXPIRED,  # the nearest reply of RFC 1928 section 6; also for our own timeout
 }
 
 

@@ -54,7 +54,7 @@ class SocksSessions:
         self._proxied = {} if proxied is None else {proxied.port: proxied}
         self._users = users
         if users is None:
-            # A client that insists on sending a password is let through like any other.
+            # A client that insists on sending a password is accepted like any other.
             self._methods: tuple[Method, ...] = (Method.NO_AUTHENTICATION, Method.USERNAME_PASSWORD)
         elif policy.required:
             self._methods = (Method.USERNAME_PASSWORD,)
@@ -97,9 +97,8 @@ class SocksSessions:
         self, endpoint: Endpoint, client: Client, proxied: ProxiedListener | None, access: SocksRecords
     ) -> tuple[Endpoint, bytes] | None:
         """From the handshake to the reply. `proxied` is the listener for proxies if the connection came to that.
-
-        Returns the connection to the destination, and what the client has sent for it already. None if there is no
-        connection; the client knows, and so does the log.
+        Returns the connection to the destination, and the client's bytes for it so far. None if there is no connection:
+        the client has been told, and it is logged.
         """
         clock = endpoint.reactor.clock
         server = Server(methods=self._methods)
@@ -154,7 +153,7 @@ class SocksSessions:
         except BaseException:
             upstream.close()
             raise
-        # Not before the client has the reply: every "starts" has its "ends".
+        # Not before the reply is sent, so that every "starts" has its "ends".
         decision.connected(target.host)
         access.starts(target, bound)
         return upstream, server.trailing_data
@@ -184,11 +183,11 @@ class SocksSessions:
         self, credentials: Credentials, endpoint: Endpoint, client: Client, server: Server, access: SocksRecords
     ) -> Client:
         """The client with its user. Raises ClientFault, DeadlineExpired, PeerReset."""
-        # If nobody has to authenticate, an empty password is no attempt to: Java sends the login name with one.
+        # If authentication is optional, an empty password counts as none: Java sends one with the login name.
         anonymous = not self._policy.required and not credentials.password
         if self._users is not None and not anonymous:
             if not await endpoint.meanwhile(
-                endpoint.deadline + self._users.failure_takes,  # a client that is wrong at the last moment is told so
+                endpoint.deadline + self._users.failure_takes,  # a client that fails at the last moment is told so
                 partial(self._users.verify, credentials.username, client=client.host),
                 credentials.password,
             ):
@@ -216,7 +215,7 @@ class SocksSessions:
         return [Target(address, port, *source) for address, source in decision.choose_egress(self._egress.pick)]
 
     def _is_news(self, host: str) -> bool:
-        """Whether this client speaks TLS to us for the first time: logged once, not at every try."""
+        """Whether this client speaks TLS for the first time: only that is logged, not every attempt."""
         if host in self._tls_clients:
             return False
         if len(self._tls_clients) >= _MOST_REMEMBERED:

@@ -1,1 +1,1 @@
-"""Master and workers, and what operators ask them."""
+"""Master and workers, and the verbs by which operators query and control them."""

@@ -15,7 +15,7 @@ from usocksd.serve.worker_process import WorkerProcess
 
 
 class Adoption:
-    """Keeps every slot of the plan in force served, and empties sockets that no plan wants any more.
+    """Keeps every slot of the plan in force served, and empties sockets that no plan needs any more.
 
     `serving` returns the workers that accept connections, as far as is known.
     """
@@ -29,12 +29,12 @@ class Adoption:
         self._covering = trio.Lock()
 
     def begin(self, plan: Plan) -> None:
-        """Go by this plan from now on. Adopters so far were workers of the one before."""
+        """Follow this plan from now on. Present adopters belong to the previous one."""
         self._plan = plan
         self._adopters.clear()
 
     async def cover(self) -> None:
-        """Have every slot served: by its own worker, or until that is there by another one."""
+        """Have every slot served: by its own worker, or by another one until that is ready."""
         async with self._covering:
             plan = self._plan
             if plan is None or self._slots.inherited:
@@ -69,7 +69,7 @@ class Adoption:
         for adopter in adopters:
             for sock in surplus:
                 await adopter.send({"type": "release", "id": -sock.fileno()})
-            # An answer says that it has. Until then its duplicates keep the sockets in their groups.
+            # The answer confirms it. Until then, the worker's duplicates keep the sockets in their groups.
             await adopter.ask("measure", within=self._timing.send_within)
         for sock in surplus:
             sock.close()

@@ -32,7 +32,7 @@ def restore_socket(fd: int) -> socket.socket:
 
 
 class Channel:
-    """One end. Both sides are this program, so what arrives is well-formed, and the end is an end.
+    """One end of the channel. Both sides are this program, so messages are well-formed.
 
     Sending waits for room, one message at a time; receiving is for one task.
     """
@@ -65,7 +65,7 @@ class Channel:
                 raise
 
     async def receive(self) -> tuple[Message, list[int]] | None:
-        """The next message and its descriptors, which are the caller's to close; None when one of the sides is gone."""
+        """The next message and its descriptors, which are the caller's to close; None when a side is closed."""
         while self._sock.fileno() >= 0:
             if len(self._buffer) >= _HEAD.size:
                 size, fds = _HEAD.unpack_from(self._buffer)
@@ -74,7 +74,7 @@ class Channel:
                     try:
                         message: Message = json.loads(self._buffer[_HEAD.size : end])
                     except (ValueError, RecursionError):
-                        return None  # torn: it ended in the middle of a message
+                        return None  # the other side ended in the middle of a message
                     del self._buffer[:end]
                     return message, [self._fds.popleft() for _ in range(fds)]
             try:
@@ -96,12 +96,12 @@ class Channel:
         return self._sock.fileno()
 
     def unread(self) -> bytes:
-        """What has arrived of a message that is not complete."""
+        """The received part of an incomplete message."""
         return bytes(self._buffer)
 
     @property
     def sending(self) -> bool:
-        """Whether a part of a message is yet to be sent."""
+        """Whether a part of a message has not been sent yet."""
         return self._sending.locked()
 
     def close(self) -> None:

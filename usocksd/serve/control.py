@@ -1,7 +1,7 @@
 """The control socket, where the operator's verbs reach a running daemon: one line of JSON in, one out.
 
-Only the daemon's own user and root may ask. The permissions of the socket's file allow no others, and in case somebody
-changes them the credentials of each connection are looked at too.
+Only the daemon's own user and root may ask. The permissions of the socket's file exclude others; in case somebody
+changes them, the credentials of each connection are checked too.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Control(BoundedServer):
     faults of a ConfigError. Handlers run at the same time.
     """
 
-    finishes = True  # so that the verb that ends the daemon has its answer
+    finishes = True  # so that the verb that ends the daemon gets its answer
 
     def __init__(
         self, path: str, sock: socket.socket, inode: tuple[int, int], handlers: Handlers, limits: ServerLimits = LIMITS
@@ -91,7 +91,7 @@ class Control(BoundedServer):
         return cls(path, sock, (found.st_dev, found.st_ino), handlers)
 
     def close(self) -> None:
-        """Accept no more, and remove the socket's file if that is still this one. What has been asked is answered."""
+        """Accept no more, and remove the socket's file if it is still ours. Complete requests are answered."""
         with suppress(OSError):
             found = os.lstat(self.path)
             if (found.st_dev, found.st_ino) == self.inode:
@@ -157,10 +157,10 @@ def _encode(answer: Message) -> bytes:
 
 @contextmanager
 def _locked(folder: str) -> Iterator[None]:
-    """Keep other processes from replacing what is there at the same time. Raises OSError."""
+    """Keep other processes from replacing the socket at the same time. Raises OSError."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        # Without waiting: whoever can read the folder can lock it for good. doors.py tries again.
+        # Without waiting, since anybody who can read the folder can lock it for ever. doors.py tries again.
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
@@ -168,7 +168,7 @@ def _locked(folder: str) -> Iterator[None]:
 
 
 def _remove_stale(path: str, name: str) -> None:
-    """Remove a socket's file that nobody listens on. Raises ControlError if somebody does, or it is no socket."""
+    """Remove a socket's file if nobody listens on it. Raises ControlError if somebody does, or if it is no socket."""
     try:
         found = os.lstat(path)
     except FileNotFoundError:
@@ -183,7 +183,7 @@ def _remove_stale(path: str, name: str) -> None:
             os.unlink(path)
             return
         except BlockingIOError:
-            pass  # many wait to be answered, so somebody listens
+            pass  # its queue is full, so somebody listens
         except OSError as error:
             if error.errno != errno.ENOENT:
                 raise

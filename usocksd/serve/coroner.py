@@ -1,4 +1,4 @@
-"""What ended a process, in words: from its exit status, and from the kernel's count of those killed for memory."""
+"""Says what ended a process: by its exit status, and by the kernel's count of processes killed for memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 from usocksd.host.cgroup import oom_kills
 
-# A killed process is gone within these seconds; a kill that was counted earlier was another process.
+# A killed process is gone within this many seconds; a kill counted earlier belongs to another process.
 _GONE_WITHIN = 5.0
 
 
@@ -31,7 +31,7 @@ class Coroner:
     def __init__(self, oom_kills: Callable[[], int | None] = oom_kills) -> None:
         self._oom_kills = oom_kills
         self._told = self._seen = oom_kills() or 0
-        """How many kills are accounted for, and how many there were at `_seen_at`"""
+        """How many kills are explained, and how many there were at `_seen_at`"""
         self._seen_at = 0.0
 
     def forget(self, now: float) -> None:
@@ -54,6 +54,6 @@ class Coroner:
         if now is None:
             return "killed by signal 9: out of memory?"
         if now > self._told:
-            self._told += 1  # one each: several workers may have been killed
+            self._told += 1  # each explains one: several workers may have been killed
             return "killed by signal 9: out of memory, as the kernel has counted"
         return "killed by signal 9, and not by the kernel: by an administrator, systemd-oomd or the like"

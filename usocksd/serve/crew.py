@@ -36,16 +36,16 @@ _MOST_ADDRESSES = 200
 
 
 class Crew:
-    """Every worker there is, in the order in which they were started."""
+    """All workers, in the order in which they were started."""
 
     def __init__(
         self, nursery: trio.Nursery, slots: Slots, metrics: Metrics, timing: Timing, table: int | None = None
     ) -> None:
         self.workers: list[WorkerProcess] = []
         self.generation: Generation | None = None
-        """The one in force"""
+        """The generation in force"""
         self.retired: Snapshot = {}
-        """What ended workers counted"""
+        """The counts of ended workers"""
         self.table = make_table() if table is None else table
         self.stopping = False
         self.level: str | None = None
@@ -53,7 +53,7 @@ class Crew:
         self.shared: Any = None
         """The latest value that the keeper has shared with all workers, as JSON; None if there is none"""
         self.changed = trio.lowlevel.ParkingLot()
-        """Tasks wait here until a worker has ended, or `emptying` is over."""
+        """Signalled when a worker has ended, or `emptying` is over."""
         self.emptying = False
         """Surplus sockets are still open, since connections may wait in them."""
         self._nursery = nursery
@@ -66,22 +66,22 @@ class Crew:
         for cause in ("exit", "signal", "hung"):
             self._restarts.labels(cause)
 
-    # A generation comes, and its predecessors go
+    # Generations: started, and drained
 
     async def prepare(
         self, number: int, text: str, source: str, log_of: Callable[[LogConfig], LogConfig], kept: NamedFiles | None
     ) -> Generation:
         """Start the workers of a new configuration; returns when all are ready. They accept no connections yet.
 
-        `log_of` opens the log that the configuration wants, and returns where it is. Files that are `kept` are not read
-        again. Raises ConfigError with every fault, or Error; then nothing has changed.
+        `log_of` opens the log that the configuration wants, and returns where it is. Files in `kept` are not read
+        again. Raises ConfigError with every fault, or Error, and then nothing has changed.
         """
         workers: list[WorkerProcess] = []
         with ExitStack() as undo:
             undo.callback(self._give_up, workers)
             try:
                 with trio.fail_after(self._timing.ready_within):
-                    # Surplus sockets are still in their groups, where nothing can be opened in their place.
+                    # Wait: surplus sockets are still in their groups, and nothing can be opened in their place.
                     while self.emptying:
                         await self.changed.park()
                     workers.append(self._start(number, 0))
@@ -99,7 +99,7 @@ class Crew:
         return generation
 
     def dismiss(self, generation: Generation) -> None:
-        """End a generation that was prepared and does not come into force."""
+        """End a prepared generation that does not come into force."""
         generation.files.close()
         self._give_up(self.of(generation.number))
 
@@ -142,7 +142,7 @@ class Crew:
         )
 
     async def drain(self, workers: Sequence[WorkerProcess], within: float) -> None:
-        """Have these accept no more, and end what is left after `within` seconds."""
+        """Have these workers accept no more, and end remaining connections after `within` seconds."""
         for worker in workers:
             if worker.coming:
                 worker.kill()
@@ -151,14 +151,16 @@ class Crew:
         await self.tell({"type": "drain", "within": within}, [worker for worker in workers if not worker.coming])
 
     async def tell(self, message: Message, workers: Sequence[WorkerProcess] | None = None) -> None:
-        """Tell these, or all that know how to serve, at the same time: one that hangs does not hold up the others."""
+        """Tell these workers, or all that are configured, at the same time, so that one that hangs does not delay the
+        others.
+        """
         everybody = [worker for worker in self.workers if worker.ordered]
         async with trio.open_nursery() as nursery:
             for worker in everybody if workers is None else workers:
                 nursery.start_soon(worker.send, message)
 
     async def stop(self, within: float) -> None:
-        """End all workers; returns when they have ended, or are killed."""
+        """End all workers; returns when they have ended or been killed."""
         self.stopping = True
         with trio.move_on_after(within + self._timing.last_words):
             await self.drain(self.workers, within)
@@ -185,13 +187,15 @@ class Crew:
 
     @property
     def settled(self) -> bool:
-        """Whether no worker is coming or going, and no message is half sent: all there is can be passed on."""
+        """Whether no worker is starting or ending, and no message is half sent, so that the whole state can be passed
+        on.
+        """
         return not self.emptying and not any(
             worker.coming or worker.channel.sending or worker.exit_status is not None for worker in self.workers
         )
 
     def go_on(self, generation: Generation, workers: Sequence[WorkerProcess]) -> None:
-        """Go on with what an earlier version of this process has started."""
+        """Continue with the workers that an earlier version of this process has started."""
         self.generation = generation
         self._adoption.begin(generation.plan)
         self.workers += workers
@@ -218,7 +222,7 @@ class Crew:
             last, before = trio.current_time(), last
             self._coroner.forget(last)
             if last - before > self._timing.suspect_after:
-                continue  # it was this process that hung
+                continue  # this process itself hung
             for worker in self.workers:
                 silent = last - worker.seen
                 if worker.coming or silent < self._timing.suspect_after:
@@ -242,7 +246,7 @@ class Crew:
         return worker
 
     async def _serve_all(self, generation: Generation, workers: Sequence[WorkerProcess]) -> None:
-        """Have all get ready; the first is configured already. Raises the first error of any."""
+        """Have all workers get ready; the first is configured already. Raises the first error."""
         failure = None
         try:
             async with trio.open_nursery() as nursery:
@@ -270,7 +274,7 @@ class Crew:
         await worker.serve(order, [*self._slots.of(worker.slot, plan.listen), self.table])
 
     async def _watch(self, worker: WorkerProcess) -> None:
-        """Listen to a worker until it ends, and replace it if it should not have."""
+        """Listen to a worker until it ends, and replace it if it ended unexpectedly."""
         async for message in worker.listen():
             if worker.state is WorkerState.SUSPECTED:
                 worker.state = WorkerState.SERVING
@@ -318,7 +322,7 @@ class Crew:
         self.changed.unpark_all()
 
     async def _replace(self, generation: Generation, slot: int) -> None:
-        """Start a worker in place of one that has ended, again and again until one gets ready."""
+        """Start a worker in place of one that has ended, repeatedly until one gets ready."""
         await self._adoption.cover()
         backoff = self._timing.backoff
         while True:
@@ -349,5 +353,5 @@ class Crew:
         await self._adoption.cover()
 
     def _wants(self, generation: Generation) -> bool:
-        """Whether workers of this generation are still to be started."""
+        """Whether workers of this generation are still started."""
         return not self.stopping and self.generation is generation

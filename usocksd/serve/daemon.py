@@ -18,7 +18,7 @@ from usocksd.settings import loader
 from usocksd.settings.common import CommonConfig
 from usocksd.settings.files import read_file
 
-if TYPE_CHECKING:  # command lines of verbs do without: trio takes a tenth of a second to load
+if TYPE_CHECKING:  # verbs do not need trio, which takes a tenth of a second to load
     import argparse
 
     from usocksd.log.log import Log
@@ -43,18 +43,18 @@ class Daemon(Generic[C]):
     name: str
     description: str
     config: type[C]
-    """What its configuration is read as"""
+    """The type of its configuration"""
     file: str
     """The configuration file that is read by default"""
     file_required: bool
     control: str
     """The control socket by default"""
     columns: tuple[str, ...] = ()
-    """What its connections have besides what all have: see verbs/selection.py"""
+    """The columns of its connections beside the common ones: see verbs/selection.py"""
     verbs: tuple[str, ...] = ()
-    """What its workers answer on the control socket; see `Application.verbs`"""
+    """The verbs that its workers answer on the control socket; see `Application.verbs`"""
     examine: str
-    """(config, file or None) -> Remarks. None: the file itself, and other files, are not looked at."""
+    """(config, file or None) -> Remarks. None: neither the file itself nor other files are examined."""
     build: str
     """(config, parts) -> Application. Raises Error if the daemon can't be put together."""
     timing: Timing = attrs.field(factory=Timing)
@@ -76,17 +76,17 @@ class Daemon(Generic[C]):
 
 
 class Remarks(NamedTuple):
-    """What there is to say about a valid configuration."""
+    """Remarks about a valid configuration."""
 
     warnings: Sequence[Fault]
     notes: Sequence[Fault] = ()
-    """What it does to everybody, which may be intended"""
+    """Effects on all clients, which may be intended"""
     error: ConfigError | None = None
-    """Faults of other files that belong to it"""
+    """Faults of files that it names"""
 
 
 class Parts(NamedTuple):
-    """What a worker gives to the daemon that it runs."""
+    """The services of a worker for the daemon that it runs."""
 
     log: Log
     reactor: Reactor
@@ -120,23 +120,24 @@ class Application(NamedTuple):
     background: tuple[Callable[..., Awaitable[object]], ...] = ()
     """Tasks started before the first connection is accepted; they say `task_status.started()`."""
     close: Callable[[], None] = lambda: None
-    """Called at the end."""
+    """Called at the end, to release resources."""
     keeping: tuple[Callable[[], Awaitable[object]], ...] = ()
     """Tasks that one worker, the keeper, does for all: from when it accepts connections until it drains or dies; then
-    they begin in another one. What they find out they `Parts.share`."""
+    they begin in another one. They share results by `Parts.share`."""
     verbs: Mapping[str, Callable[[Request], Awaitable[dict[str, Any]]]] = MappingProxyType({})
-    """Answers to `Daemon.verbs`: each gets the whole request and returns the answer, or raises Error. One worker is
-    asked, so it is for what all of them know."""
+    """Answers to `Daemon.verbs`: each gets the whole request and returns the answer, or raises Error. Only one worker
+    is asked, so it must be something that all know.
+    """
     proxied: Collection[int] = ()
-    """Ports whose connections a proxy makes for its clients: they count for nobody until `Parts.count_as`."""
+    """Ports whose connections a proxy makes for its clients: they count for no client until `Parts.count_as`."""
     keepalive: KeepAlive = KeepAlive()
-    """What the relays of `session` use. The worker adapts it when the timers of this host change."""
+    """The keepalive of relays. The worker adapts it when the timers of this host change."""
     status: Callable[[], dict[str, Any]] = dict
-    """What the answer to `status` has under "daemon": JSON values that are the same in all workers."""
+    """The value of "daemon" in the answer to `status`: JSON values that are the same in all workers."""
 
 
 def run(daemon: Daemon[Any], add_verbs: Callable[[Subparsers], None], argv: Sequence[str] | None = None) -> int:
-    """Be what this process was started as: a worker of the daemon, its master, or a verb. Returns the exit status."""
+    """Run the daemon's worker, its master, or a verb, as this process was started. Returns the exit status."""
     if CHANNEL in os.environ:
         from usocksd.serve import worker  # noqa: PLC0415  (the command line with its verbs takes several MB)
 

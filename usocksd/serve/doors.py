@@ -1,4 +1,4 @@
-"""The two doors by which operators come in: the metrics endpoint and the control socket."""
+"""The two ways in for operators, the metrics endpoint and the control socket: opened, moved and closed."""
 
 from __future__ import annotations
 
@@ -22,10 +22,8 @@ log = logging.getLogger(__name__)
 
 
 class Doors:
-    """Open and closed as the configuration in force says.
-
-    An address or path that another process has, an earlier daemon that still drains for example, is taken over once it
-    is free.
+    """Opens and closes both as the configuration in force says. If another process has the address or path, for example
+    an earlier daemon that still drains, it is taken over once it is free.
     """
 
     def __init__(self, name: str, nursery: trio.Nursery, report: Reporter, handlers: Handlers, timing: Timing) -> None:
@@ -41,7 +39,7 @@ class Doors:
         self._trying = trio.CancelScope()
 
     def prepare(self, address: MetricsAddress | None) -> Exporter | None:
-        """The metrics endpoint for a configuration to come: the present one if it is at the same place.
+        """The metrics endpoint for a new configuration: the present one if its addresses are the same.
 
         Raises ListenError if the port is required and can't be had.
         """
@@ -70,7 +68,7 @@ class Doors:
             self._serve_metrics(exporter)
             self.drop(old)
         if self._control is not None and self._control.path != plan.control:
-            self._control.close()  # whoever has asked for this reload there is answered
+            self._control.close()  # the request for this reload may have come by it, and is still answered
             self._control = None
         if self._control is None and plan.control is not None:
             try:
@@ -92,7 +90,7 @@ class Doors:
         return [fd for server in (self._control, self._exporter) if server is not None for fd in server.filenos()]
 
     def hand_over(self) -> dict[str, Any]:
-        """What `take_over` needs in the program that this process is about to become; as JSON values."""
+        """The state for `take_over` in this process's next program, as JSON values."""
         control = self._control
         return {
             "metrics": None if self._exporter is None else self._exporter.filenos(),
@@ -100,7 +98,7 @@ class Doors:
         }
 
     def take_over(self, state: dict[str, Any], plan: Plan) -> None:
-        """Go on with the doors of the program that this process was; `plan` is in force."""
+        """Continue with the doors of this process's previous program; `plan` is in force."""
         self._plan = plan
         if state["metrics"] is not None:
             self._serve_metrics(self._export([restore_socket(fd) for fd in state["metrics"]]))
@@ -142,14 +140,14 @@ class Doors:
 
     @property
     def _missing(self) -> tuple[MetricsAddress | None, str | None]:
-        """Where the metrics endpoint and the control socket should be, if they are not."""
+        """The addresses at which the metrics endpoint and the control socket should be and are not."""
         plan = self._plan
         if plan is None:
             return None, None
         return plan.metrics if self._exporter is None else None, plan.control if self._control is None else None
 
     async def _open_missing(self) -> None:
-        """Try again until both doors are open."""
+        """Try again until both are open."""
         with trio.CancelScope() as self._trying:
             while any(self._missing):
                 await trio.sleep(self._timing.open_again)

@@ -37,7 +37,7 @@ _TEXT = "text/plain"
 
 
 class BadRequest(Exception):
-    """What came is no request of ours: the answer's status."""
+    """The request is not acceptable; has the status of the answer."""
 
     def __init__(self, status: HTTPStatus) -> None:
         super().__init__(status.phrase)
@@ -45,10 +45,10 @@ class BadRequest(Exception):
 
 
 class HttpRequest(NamedTuple):
-    """What a client wants."""
+    """A client's request."""
 
     head: bool
-    """The answer's head without its body"""
+    """Only the head of the answer (HEAD)"""
     path: str
     accept: str
 
@@ -70,8 +70,8 @@ def parse_request(data: bytes) -> HttpRequest:
 
 
 class Exporter(BoundedServer):
-    """Serves /metrics and /healthz over HTTP. `collect` returns the sum of all processes; `health` is one word, and
-    everything but READY is an HTTP error (503), so that a load balancer looks elsewhere.
+    """Serves /metrics and /healthz over HTTP. `collect` returns the sum of all processes; `health` is one word;
+    everything but READY is an HTTP error (503), so that a load balancer avoids this host.
     """
 
     def __init__(
@@ -132,12 +132,12 @@ class Exporter(BoundedServer):
                 return HTTPStatus.NOT_FOUND, _TEXT, b"/metrics and /healthz are here\n"
 
     async def _render(self, accept: str) -> tuple[str, bytes]:
-        """All metrics, and their content type. Scrapes that wait for each other share a snapshot, so that many cost
-        little more than one.
+        """All metrics, and their content type. Scrapes that wait at the same time share a snapshot, so many cost little
+        more than one.
         """
         try:
             encode, kind = choose_encoder(accept)
-        except Exception:  # the library trips over versions that are none
+        except Exception:  # the library fails on malformed versions
             encode, kind = choose_encoder("")
         asked = self._snapshots
         async with self._rendering:
@@ -147,7 +147,7 @@ class Exporter(BoundedServer):
             if kind not in self._bodies:
                 registry = CollectorRegistry()
                 registry.register(_Collected(self._snapshot))
-                # In a thread: thousands of values take longer than the master can be away.
+                # In a thread, since thousands of values would block the master too long.
                 self._bodies[kind] = await trio.to_thread.run_sync(partial(encode, registry))
             return kind, self._bodies[kind]
 

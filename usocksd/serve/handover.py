@@ -1,7 +1,5 @@
-"""A master becomes the new version of itself that its workers already are: the same process, another program.
-
-It passes on its descriptors, and in a memory file (memfd_create(2)) what they are and what it knows. Its workers stay
-its children and notice nothing.
+"""Turns a master into the new version that its workers already run: the same process execs the new program. It passes
+on its descriptors, and its state in a memory file (memfd_create(2)). Its workers stay its children and notice nothing.
 """
 
 from __future__ import annotations
@@ -29,8 +27,8 @@ _VARIABLE = "TRANSOCKS_HANDOVER"
 
 
 def received() -> dict[str, Any] | None:
-    """What the program that this process was has passed on, if it was one. Raises Error if that had another protocol:
-    then still another version was installed in between.
+    """The state that this process's previous program has passed on, or None. Raises Error if that program had another
+    protocol, since yet another version was installed meanwhile.
     """
     number = os.environ.pop(_VARIABLE, None)
     if number is None:
@@ -58,7 +56,7 @@ def become(
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         variables = {**os.environ, **environment, _VARIABLE: str(memory)}
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], variables)
-    finally:  # there is no such program any more
+    finally:  # the program is no longer there
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         for fd in fds:
             os.set_inheritable(fd, False)
@@ -66,7 +64,7 @@ def become(
 
 
 def crew_state(crew: Crew, own: Snapshot) -> tuple[dict[str, Any], list[int]]:
-    """What `restore_crew` needs, as JSON values, and the descriptors in it. `own` is what the master has counted."""
+    """What `restore_crew` needs, as JSON values, and the descriptors in it. `own` are the master's own counts."""
     generation = crew.generation
     assert generation is not None
     state = {
@@ -81,7 +79,7 @@ def crew_state(crew: Crew, own: Snapshot) -> tuple[dict[str, Any], list[int]]:
 
 
 def restore_crew(crew: Crew, state: Mapping[str, Any], timing: Timing) -> Generation:
-    """Have a new crew go on with the workers of the program that this process was. Returns the generation in force."""
+    """Have a new crew continue with the workers of this process's previous program. Returns the generation in force."""
     generation = Generation.from_json(state["generation"])
     for fd in (crew.table, *generation.files.fds):
         os.set_inheritable(fd, False)
@@ -106,7 +104,7 @@ def worker_state(worker: WorkerProcess) -> dict[str, Any]:
 
 
 def restore_worker(state: Mapping[str, Any], timing: Timing) -> WorkerProcess:
-    """A worker of the program that this process was."""
+    """A worker of this process's previous program."""
     sock = trio.socket.from_stdlib_socket(restore_socket(state["channel"]))
     channel = Channel(sock, base64.b64decode(state["unread"]))
     worker = WorkerProcess(state["generation"], state["slot"], state["column"], state["pid"], channel, timing=timing)

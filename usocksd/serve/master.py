@@ -1,4 +1,4 @@
-"""The master: owns what must outlive a worker or be one truth for all, and carries no traffic.
+"""The master: owns everything that must outlive a worker or be the same for all, and carries no traffic.
 
 It starts a generation of workers for each configuration, and lets the old one drain when, and only when, the new one is
 ready to serve (reloads.py). When the workers turn out to be of a newer version than itself, it becomes that version
@@ -39,11 +39,11 @@ MOST_SECONDS = 86400
 """The longest trial of a configuration: a day"""
 
 _STOP_DELAY = "CANCELLATION_DELAY_SECONDS"
-# How long a stop waits for the workers to accept what is in the accept queues.
+# How long a stop waits for the workers to empty the accept queues.
 _EMPTY_WITHIN = 1.0
-# What the service manager is told that a stop may take besides its limits.
+# The time that the service manager grants a stop beyond the limits.
 _MARGIN = 10.0
-# How long signals that came before they were blocked take to be heard.
+# How long signals that came before they were blocked take to be delivered.
 _HEARD_AFTER = 0.05
 
 _SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD}
@@ -68,8 +68,8 @@ def main(daemon: Daemon[Any], read: Read, flags: LogConfig) -> int:
     """The master process. `flags` of the command line win over [log] of the configuration that `read` reads. Returns
     the exit status.
     """
-    # Signals wait until somebody listens. Afterwards, when the process is told to stop once more while it ends, they do
-    # nothing: this handler is what trio puts back.
+    # Signals wait until trio listens. When trio ends it restores this handler, so a further signal to stop does
+    # nothing.
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     for number in _SIGNALS:
         signal.signal(number, lambda *_: None)
@@ -80,7 +80,7 @@ def main(daemon: Daemon[Any], read: Read, flags: LogConfig) -> int:
         log.critical("internal error", exc_info=True)
         return 1
     finally:
-        for number in _SIGNALS:  # else the interpreter puts back the default handlers when it ends
+        for number in _SIGNALS:  # else the interpreter restores the default handlers at its end
             signal.signal(number, signal.SIG_IGN)
         own_log.current.close()
 
@@ -168,7 +168,7 @@ class Master:
             self._nursery.start_soon(self._reloads.run)
             self._nursery.start_soon(self._tell_manager)
             await self._stop_wanted.wait()
-        if self._crew.generation is not None:  # else it was told to stop before it had begun
+        if self._crew.generation is not None:  # else it was told to stop before the start was complete
             await self._stop(self._crew.generation)
 
     async def _obey(self, signals: AsyncIterator[int]) -> None:
@@ -206,7 +206,7 @@ class Master:
             await trio.sleep(self._stop_delay)
             refused = self._slots.refuse()
             nursery.start_soon(crew.stop, generation.plan.stop)
-            # The workers accept what is waiting, and close their duplicates.
+            # The workers accept waiting connections, and close their duplicates.
             with trio.move_on_after(_EMPTY_WITHIN if refused else _EMPTY_WITHIN / 10):
                 while not self._slots.inherited and self._slots.queues()[0]:  # noqa: ASYNC110 - the kernel's queue
                     await trio.sleep(0.01)
@@ -282,7 +282,7 @@ class Master:
     # A new version
 
     async def _become_newer(self) -> None:
-        """Become the version of the workers, which is the one that is installed now, if it is another one."""
+        """Become the version of the workers, which is the installed one, if it differs from this one."""
         crew, report = self._crew, self._report
         newer = next((worker.version for worker in crew.serving if worker.version != __version__), None)
         if newer is None:
@@ -313,14 +313,14 @@ class Master:
         while True:
             await trio.sleep(self._timing.answered_after)
             signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS - {signal.SIGCHLD})
-            # Those that came before are heard now. One may say to stop, which cancels this.
+            # Signals that came before are delivered now. If one says to stop, this is cancelled.
             await trio.sleep(_HEARD_AFTER)
             if self._crew.settled:
                 return
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
     def _take_over(self, state: dict[str, Any]) -> None:
-        """Go on where the earlier version of this process has stopped."""
+        """Continue where the earlier version of this process stopped."""
         generation = handover.restore_crew(self._crew, state["crew"], self._timing)
         self._log.prepare(generation.plan.log)
         if self._crew.level is not None:

@@ -15,7 +15,7 @@ class MasterLog:
     def __init__(self, name: str, flags: LogConfig) -> None:
         self._name = name
         self._flags = flags
-        # Until there is a configured one, problems are told on stderr, in the format of the flags.
+        # Until a configured log is open, problems go to stderr, in the format of the flags.
         self.current = setup(name, None, flags.level, flags.format)
         self._config: LogConfig | None = None
         self._coming: tuple[Log, LogConfig] | None = None
@@ -35,7 +35,7 @@ class MasterLog:
         return config
 
     def commit(self) -> Log | None:
-        """The prepared log is in force. Returns the one before, for the caller to close, which may take a second."""
+        """Put the prepared log in force. Returns the previous one for the caller to close, which may take a second."""
         old = None
         if self._coming is not None:
             old = self.current

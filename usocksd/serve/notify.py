@@ -12,7 +12,7 @@ _DATAGRAM = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
 
 
 class Notifier:
-    """Tells the state to the service manager that has started this process, if there is one."""
+    """Reports the state to the service manager that has started this process, if there is one."""
 
     def __init__(self) -> None:
         address = os.environ.pop("NOTIFY_SOCKET", "")
@@ -20,7 +20,7 @@ class Notifier:
         watchdog = os.environ.pop("WATCHDOG_USEC", "")
         ours = os.environ.pop("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         self.watchdog: float | None = int(watchdog) / 1e6 if watchdog.isdigit() and ours else None
-        """Seconds within which the manager expects a sign of life, if it does"""
+        """Seconds within which the manager expects a sign of life; None if it expects none"""
 
     def ready(self, status: str) -> None:
         self._send("READY=1", f"STATUS={status}")
@@ -40,7 +40,7 @@ class Notifier:
             self._send("WATCHDOG=1")
 
     def environment(self) -> dict[str, str]:
-        """The environment with which a new version of this process goes on"""
+        """The environment for a new version of this process"""
         found = {}
         if self._address:
             found["NOTIFY_SOCKET"] = "@" + self._address[1:] if self._address[0] == "\0" else self._address

@@ -1,7 +1,7 @@
-"""What a master knows of a configuration, and what its workers are told of it.
+"""A plan: the part of a configuration that the master needs. A generation: a configuration that is or was in force.
 
-A master never reads a configuration: its workers do, and the first of them sends this. So the master needs nothing of
-what a daemon is made of.
+A master never reads a configuration: its workers do, and the first of them sends this. So the master loads none of a
+daemon's modules.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from usocksd.settings.files import NamedFiles
 from usocksd.settings.types import ListenAddress, LogConfig
 
 PROTOCOL = 1
-"""The version of what processes of this program tell each other: orders, answers, plans, and what a master passes on
-when it becomes a new version. Increment it with every change of those: a reload into a version with another number is
-refused.
+"""The version of all messages between processes of this program: orders, answers, plans, and the state that a master
+passes on when it becomes a new version. Increment it with every change of those: a reload into a version with another
+number is refused.
 """
 
 
 class MetricsAddress(NamedTuple):
-    """Where the metrics endpoint is."""
+    """The addresses of the metrics endpoint."""
 
     hosts: tuple[str, ...]
     port: int
@@ -52,10 +52,10 @@ class Plan:
     per_client: int
     """The most connections of one client address; 0: no limit"""
     warnings: tuple[str, ...] = ()
-    """What is no fault, and yet not what an operator would want"""
+    """The warnings about the configuration"""
 
     def as_json(self) -> dict[str, Any]:
-        """As a message carries it."""
+        """As JSON values, for a message."""
         listen = [[str(at.address), at.port, at.optional, at.transparent] for at in self.listen]
         return attrs.asdict(self, recurse=False) | {"listen": listen, "log": attrs.asdict(self.log)}
 
@@ -94,7 +94,7 @@ def make_plan(config: CommonConfig, warnings: Sequence[str] = ()) -> Plan:
 
 @attrs.frozen
 class Generation:
-    """A configuration that is or was in force. The next one has the next number."""
+    """A configuration that is or was in force. Each has the next number."""
 
     number: int
     text: str
@@ -109,13 +109,13 @@ class Generation:
     """The files that it names; closed when no more workers of this generation will be started"""
 
     def as_json(self) -> dict[str, Any]:
-        """For the program that this process is about to become; its files' descriptors stay open."""
+        """For this process's next program; its files' descriptors stay open."""
         values = attrs.asdict(self, recurse=False) | {"log": attrs.asdict(self.log), "plan": self.plan.as_json()}
         return values | {"files": [self.files.places, self.files.fds]}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Generation:
-        """From the program that this process was."""
+        """From this process's previous program."""
         plan, log, files = (
             Plan.from_json(values["plan"]),
             LogConfig(**values["log"]),

@@ -1,4 +1,4 @@
-"""The command line of a daemon: the master without a verb, else the verb; and an exit status that tells."""
+"""Runs the command line of a daemon: the master if there is no verb, else the verb. Exit statuses tell what failed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from usocksd.log.log import LEVELS
 from usocksd.serve.daemon import Daemon, Subparsers
 from usocksd.settings.types import LogConfig
 
-# Errors of writing alone: with verbs, of writing to standard output.
+# Errors of writing only: in verbs, of writing to standard output.
 _NOT_WRITTEN = {errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 _TROUBLE = 2
 
@@ -31,7 +31,7 @@ def main(daemon: Daemon[Any], add_verbs: Callable[[Subparsers], None], argv: Seq
 
 
 def _make_parser(daemon: Daemon[Any]) -> argparse.ArgumentParser:
-    # Flags of the originals have one dash; two are taken as well.
+    # Flags of the originals have one dash; two are accepted too.
     parser = argparse.ArgumentParser(daemon.name, description=daemon.description, allow_abbrev=False)
     need = "required" if daemon.file_required else "optional"
     parser.add_argument("-f", metavar="CONFIG", help=f"configuration file (default {daemon.file}, which is {need})")

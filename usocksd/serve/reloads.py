@@ -1,10 +1,10 @@
-"""A configuration comes into force, at the start and at each reload; or nothing changes, and the log says why.
+"""Brings configurations into force, at the start and at each reload; or nothing changes, and the log says why.
 
 Reloads that are requested while one is under way are combined into one. At most two older generations drain at a time.
 
-A reload may be on trial: unless somebody confirms it in time, the configuration before comes back. Other reloads
-neither confirm a trial nor change its deadline, unless they are on trial themselves: a timer that reloads is no proof
-that all is well.
+A reload may be on trial: unless somebody confirms it in time, the previous configuration comes back. Other reloads
+neither confirm a trial nor change its deadline, unless they are on trial themselves: a reload by a timer proves
+nothing.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def complain(level: int, message: str, error: Error) -> None:
 
 @attrs.define
 class ReloadRequest:
-    """A reload that is to come. Everybody who asks before it begins gets its result."""
+    """A reload that has not begun. All who ask before it begins share its result."""
 
     on_trial_for: int | None = None
     """Seconds"""
@@ -62,12 +62,12 @@ class Trial:
     """A configuration is on trial. `deadline` is by trio's clock, which setting the time does not move."""
 
     before: Generation
-    """What comes back, with files of its own"""
+    """The previous configuration, with its files"""
     seconds: int
     """What was asked for"""
     deadline: float
     returning: bool = False
-    """The deadline has passed, and the configuration before is coming back."""
+    """The deadline has passed, and the previous configuration is being restored."""
 
 
 class Reloads:
@@ -98,7 +98,7 @@ class Reloads:
         self._request: ReloadRequest | None = None
         self._news = trio.Event()
         self._trial: Trial | None = None
-        # Of the task that reloads: whoever stops the daemon cancels it, and waits until it is over.
+        # The scope of the reload under way: a stop cancels it, and waits until it is over.
         self._scope = trio.CancelScope()
         self._over = trio.Event()
 
@@ -119,7 +119,9 @@ class Reloads:
             raise request.failure
 
     def confirm(self) -> bool:
-        """Keep what is in force; False if it was not on trial. Raises Error if it is too late, or too early."""
+        """End the trial: keep the configuration in force. False if it was not on trial. Raises Error if it is too late,
+        or too early.
+        """
         trial = self._trial
         if trial is None:
             return False
@@ -140,7 +142,7 @@ class Reloads:
         await self._over.wait()
 
     async def run(self) -> None:
-        """Reload whenever somebody has asked, and go back when a trial is over, until told to end."""
+        """Reload on request, and go back when a trial is over, until told to end."""
         with self._scope:
             while True:
                 with trio.move_on_at(inf if self._trial is None else self._trial.deadline):
@@ -152,7 +154,7 @@ class Reloads:
                     self._news = trio.Event()
                     if self._request is not None:
                         failure = await self._reload_for(self._request)
-                # A newer version of this process would know nothing of a trial.
+                # A trial is not passed on to a newer version of this process.
                 if failure is None and self._trial is None:
                     await self._done()
         if self._request is not None:
@@ -178,7 +180,9 @@ class Reloads:
         return request.failure
 
     def _begin_trial(self, before: Generation | None, seconds: int) -> None:
-        """Or, if there is one, give it a new deadline; it goes back to what was before the first."""
+        """If a trial is under way, only set a new deadline: it still goes back to the configuration before the first
+        one.
+        """
         deadline = trio.current_time() + seconds
         if before is not None:
             self._trial = Trial(before, seconds, deadline)
@@ -206,7 +210,7 @@ class Reloads:
         return failure
 
     async def _reload(self, before: Generation | None = None) -> Error | None:
-        """Bring the file, or `before`, into force. Returns what went wrong; then everything is as it was."""
+        """Bring the file, or `before`, into force. Returns an error, and then nothing has changed; or None."""
         generation, report = self._crew.generation, self._report
         assert generation is not None
         failure = None
@@ -247,14 +251,14 @@ class Reloads:
             undo.callback(self._crew.dismiss, generation)
             exporter = self._doors.prepare(generation.plan.metrics)
             undo.callback(self._doors.drop, exporter)
-            # An admin who goes back may be locked out, and does not wait.
+            # Going back does not wait, since the admin may be locked out.
             await self._let_drain(_MOST_DRAINING if before is None else _MOST_DRAINING + 1)
             undo.pop_all()
         with trio.CancelScope(shield=True):
             await self._commit(generation, exporter)
 
     async def _let_drain(self, most: int) -> None:
-        """Wait until one more generation may drain; in the end, end the oldest."""
+        """Wait until one more generation may drain; after the time limit, end the oldest."""
         crew = self._crew
         if len(crew.draining) < most:
             return

@@ -1,4 +1,4 @@
-"""What the daemon says of itself: the answers to `status` and `health`, all metrics, and a line for systemd."""
+"""Reports on the daemon: the answers to `status`, `health` and `connections`, all metrics, and a line for systemd."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class Reporter:
-    """Gathers what there is to tell."""
+    """Collects the state of master and workers."""
 
     def __init__(
         self, name: str, crew: Crew, slots: Slots, metrics: Metrics, *, log: MasterLog, timing: Timing
@@ -36,7 +36,7 @@ class Reporter:
         self.name = name
         self.started = now()
         self.draining = False
-        """The daemon stops."""
+        """The daemon is stopping."""
         self.reloading = False
         self.last_reload: dict[str, Any] | None = None
         self.confirm_by: float | None = None
@@ -78,7 +78,7 @@ class Reporter:
         return sum(worker.live for worker in self._crew.workers)
 
     async def live_now(self) -> int:
-        """The same, up to date for workers that answer: `live` may be half a second old."""
+        """The same, asked from the workers: `live` may be half a second old."""
         asked = await self._measure()
         return sum(int(asked.get(worker.pid, {"live": worker.live})["live"]) for worker in self._crew.workers)
 
@@ -91,7 +91,7 @@ class Reporter:
 
     @property
     def state(self) -> str:
-        """The same, or reloading"""
+        """The same, or "reloading" during a reload"""
         return "reloading" if self.reloading else self.health
 
     @property
@@ -171,7 +171,7 @@ class Reporter:
 
     @property
     def _log_failing(self) -> str | None:
-        """Why one of the processes can't write its log at present, if so"""
+        """Why one of the processes can't write its log at present, or None"""
         failing = [self._log.current.failing, *(worker.alive.get("log_failing") for worker in self._crew.workers)]
         return next((error for error in failing if error is not None), None)
 
@@ -207,7 +207,7 @@ class Reporter:
         return [worker for worker in self._crew.workers if not worker.coming]
 
     async def _measure(self) -> dict[int, dict[str, float]]:
-        """What each worker has carried, by process id; those that are late or gone are left out."""
+        """The traffic of each worker so far, by process id; workers that are late or gone are left out."""
         answers = await self._ask("measure", self._timing.answer_within)
         return {worker.pid: row for worker, answer in answers.items() for row in answer.rows}
 
@@ -234,7 +234,7 @@ def now() -> float:
 
 
 def _rates(before: Mapping[int, Mapping[str, float]], after: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
-    """Per second, of the workers that have answered both times."""
+    """Rates per second, of the workers that have answered both times."""
     pairs = [(before[pid], after[pid]) for pid in before.keys() & after.keys()]
     return {key: sum(max(new[key] - old[key], 0) / (new["at"] - old["at"]) for old, new in pairs) for key in _RATES}
 

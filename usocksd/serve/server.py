@@ -1,4 +1,4 @@
-"""A server for operators: one request and one answer for each connection, and no client in the way of another.
+"""A server for operators: one request and one answer for each connection. No client can block another.
 
 The control socket (control.py) and the metrics endpoint (exporter.py) are such servers. A client has a limited time to
 send its request, and to take the answer. When there are too many connections, the client that has the most of them
@@ -22,7 +22,7 @@ _PAUSE = 0.2
 
 @attrs.frozen(kw_only=True)
 class ServerLimits:
-    """What clients may take. Times are in seconds."""
+    """Limits for clients. Times are in seconds."""
 
     clients: int
     """The most at a time"""
@@ -39,22 +39,22 @@ class Peer:
     owner: Hashable
     pid: int = 0
     refusal: bytes = b""
-    """What it is told at once, if it may not ask"""
+    """The answer to a client that may not ask; b"": it may"""
 
 
 @attrs.define(eq=False)
 class _Client:
     owner: Hashable
     wait: trio.CancelScope | None = None
-    """What it may be cut off from, to make room for others"""
+    """The wait for its request, cancelled to make room for others"""
     asked: bool = False
 
 
 class BoundedServer(ABC):
-    """Serves connections to listening sockets, which are its own from now on, until it is closed."""
+    """Serves connections to listening sockets, which it owns from now on, until it is closed."""
 
     finishes = False
-    """A whole request is answered, even if `serve` is cancelled and however many clients come meanwhile."""
+    """A complete request is answered, even if `serve` is cancelled or many more clients connect."""
 
     def __init__(self, sockets: Sequence[socket.socket], limits: ServerLimits) -> None:
         self.sockets = list(sockets)
@@ -65,7 +65,7 @@ class BoundedServer(ABC):
 
     @abstractmethod
     def identify(self, sock: trio.socket.SocketType) -> Peer:
-        """Who has connected. Raises OSError if they are gone."""
+        """Identify the client. Raises OSError if it is gone."""
 
     @abstractmethod
     def is_whole(self, data: bytes) -> bool:
@@ -73,10 +73,10 @@ class BoundedServer(ABC):
 
     @abstractmethod
     async def answer(self, request: bytes, peer: Peer) -> bytes:
-        """The answer to a request; it is cut off at the limit of its bytes, or where the client has ended it."""
+        """The answer to a request, which may be cut off at the limit of bytes, or where the client ended it."""
 
     def too_late(self) -> bytes:
-        """The answer to a client that was not waited for any longer."""
+        """The answer to a client whose request took too long."""
         return b""
 
     def busy(self) -> bytes:
@@ -88,7 +88,7 @@ class BoundedServer(ABC):
         return [sock.fileno() for sock in self.sockets]
 
     def close(self) -> None:
-        """Accept no more. What has been asked is answered."""
+        """Accept no more. Complete requests are answered."""
         self._accepting.cancel()
         for sock in self.sockets:
             sock.close()
@@ -97,7 +97,7 @@ class BoundedServer(ABC):
                 client.wait.cancel()
 
     async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Answer requests until closed, and then those that have come; or until cancelled."""
+        """Answer requests until cancelled or closed; after a close, finish those that have arrived."""
         async with trio.open_nursery() as clients:
             with self._accepting:
                 async with trio.open_nursery() as accepting:
@@ -139,7 +139,7 @@ class BoundedServer(ABC):
                     self._clients.pop(client, None)
 
     def _make_room(self) -> bool:
-        """Wait no longer for the oldest connection of the client that has the most. False if none is waited for."""
+        """Drop the oldest waiting connection of the client that has the most. False if none waits."""
         waiting = [client for client in self._clients if client.wait is not None]
         if not waiting:
             return False

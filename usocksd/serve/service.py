@@ -1,4 +1,4 @@
-"""The connections of one worker: accepted, served, counted, and ended when it is time."""
+"""The connections of one worker: accepts, serves, counts and ends them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from usocksd.serve.timing import Timing
 
 log = logging.getLogger(__name__)
 
-# A connection makes no cycles, so there is little for the collector to find and much to look through.
+# Connections make no cycles, so the collector would search much and find little.
 _COLLECT_AFTER = 50_000
 _SAY_AGAIN_AFTER = 10.0
 _LOOK_AT_TIMERS_EVERY = 2.0
@@ -43,7 +43,7 @@ class Service:
 
     `most` is how many connections the process has descriptors for. When there are as many, new ones wait in the
     kernel's queue, unless idle ones can make room. `proxied` are ports whose connections a proxy makes for its clients:
-    they count for nobody until `count_as`.
+    they count for no client until `count_as`.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Service:
         return listeners
 
     async def keep_alive(self) -> NoReturn:
-        """Have every connection outlive the timers of this host's connection tracking, also when they change."""
+        """Adapt keepalive to the timers of this host's connection tracking, also when they change."""
         while True:
             if self._keepalive.look():
                 for listener in self._listeners:
@@ -155,7 +155,7 @@ class Service:
         CLOCK_MONOTONIC.
         """
         handlers = self._reactor.handlers
-        # By descriptor: one that has been closed meanwhile belongs to another connection by now, or to nothing.
+        # By descriptor: if it has been closed meanwhile, it belongs to another connection by now, or to none.
         for fd in list(handlers):
             row = _describe(handlers.get(fd), self._reactor.clock())
             if row is not None:
@@ -180,7 +180,7 @@ class Service:
         if self.live < self.most:
             return True
         self._make_room()
-        return False  # those that make room need a moment to end
+        return False  # connections that make room need a moment to end
 
     def _make_room(self) -> None:
         before = self._reactor.now - self._timing.shed_after
@@ -213,13 +213,13 @@ class Service:
         turned_away = self._turned_away.labels(limit)
         turned_away.value += 1
         now = self._reactor.now
-        if now - self._said > _SAY_AGAIN_AFTER:  # a flood of connections shall not become one of records
+        if now - self._said > _SAY_AGAIN_AFTER:  # a flood of connections must not become a flood of records
             self._said = now
             fields = {"client_addr": join_port(host, port), "limit": limit, "turned_away": int(turned_away.value)}
             log.warning("too many connections", extra={"fields": fields})
 
     async def _serve_each(self, connection: tuple[Endpoint, str, int, int]) -> None:
-        """Serve it, and then others: beginning and ending a task takes 4 us, which is more than waiting."""
+        """Serve it, and then others: starting and ending a task takes 4 us, more than waiting."""
         task = trio.lowlevel.current_task()
         idle, most = self._idle, self._timing.idle_tasks
 
@@ -241,7 +241,7 @@ class Service:
         except (OSError, DeadlineExpired, PeerReset, Stopping) as error:
             log.debug("session ends", extra={"fields": {"error": str(error) or type(error).__name__}})
         except Exception:
-            # A fault of ours in one session is no reason to end the others.
+            # A bug in one session must not end the others.
             log.exception("session failed", extra={"fields": {"client_addr": join_port(host, port)}})
         finally:
             endpoint.close()
@@ -254,7 +254,7 @@ class Service:
 
 
 def settle_memory() -> None:
-    """Tell the collector that what is there now stays, and to look seldom."""
+    """Exempt all present objects from garbage collection, and make it run seldom."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(_COLLECT_AFTER)

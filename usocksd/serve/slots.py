@@ -1,7 +1,7 @@
 """The listening sockets that the master owns: for each address a SO_REUSEPORT group, with a socket for each worker.
 
-The master keeps every socket open and hands duplicates to workers, so that a connection waiting in an accept queue
-outlives the worker that was to accept it. Closing a socket resets what waits in it (unless tcp_migrate_req is 1,
+The master keeps every socket open and hands duplicates to workers, so that a connection in an accept queue outlives the
+worker that should accept it. Closing a socket resets the connections that wait in it (unless tcp_migrate_req is 1,
 ip-sysctl), and in a socket without a worker connections wait. So while a group grows or shrinks, a small program in the
 kernel sends new connections to the first n of its sockets only, in the order in which they were opened.
 """
@@ -46,14 +46,14 @@ _REFUSE_SYN = b"".join(
 
 
 class Slots:
-    """The sockets by address and slot; or those that systemd passed on, which all workers share: REUSEPORT groups want
+    """The sockets by address and slot; or those that systemd passed on, which all workers share: REUSEPORT groups need
     one owner, and systemd's sockets are root's.
     """
 
     def __init__(self, inherited: Sequence[socket.socket] = ()) -> None:
         self.inherited = list(inherited)
         self._groups: dict[HostPort, list[socket.socket]] = {}
-        """By what they were opened for: the port may be 0."""
+        """By configured address, whose port may be 0."""
         self._opened: list[tuple[HostPort, socket.socket]] = []
 
     def open(self, addresses: Iterable[ListenAddress], count: int) -> None:
@@ -83,7 +83,7 @@ class Slots:
             raise
 
     def restore(self) -> None:
-        """As before the last `open`."""
+        """Undo the last `open`."""
         for place, sock in reversed(self._opened):
             group = self._groups[place]
             group.remove(sock)
@@ -128,9 +128,8 @@ class Slots:
             _let_go(group[0])
 
     def refuse(self) -> bool:
-        """Let handshakes under way end and no new ones begin: the daemon stops. False if the kernel does not allow it.
-
-        What waits in inherited sockets stays there for the next start.
+        """For a stop: let handshakes under way complete, and no new ones begin. False if the kernel does not allow it.
+        Connections in inherited sockets wait there for the next start.
         """
         refused = [_refuse(sock) for group in self._groups.values() for sock in group]
         return all(refused)
@@ -157,7 +156,7 @@ class Slots:
         return sum(length for length, _ in lengths), sum(limit for _, limit in lengths)
 
     def close(self) -> None:
-        """Close all. Whoever opened inherited ones still has them."""
+        """Close all sockets. The service manager still has the inherited ones."""
         for sock in self._all():
             sock.close()
         self._groups.clear()
@@ -168,7 +167,7 @@ class Slots:
         return [sock.fileno() for sock in self._all()]
 
     def hand_over(self) -> dict[str, Any]:
-        """What `take_over` needs in the program that this process is about to become; as JSON values."""
+        """The state for `take_over` in this process's next program, as JSON values."""
         return {
             "inherited": [sock.fileno() for sock in self.inherited],
             "groups": [[*place, [sock.fileno() for sock in group]] for place, group in self._groups.items()],
@@ -176,7 +175,7 @@ class Slots:
 
     @classmethod
     def take_over(cls, state: dict[str, Any]) -> Slots:
-        """The sockets of the program that this process was."""
+        """The sockets of this process's previous program."""
         slots = cls([restore_socket(fd) for fd in state["inherited"]])
         slots._groups = {
             HostPort(host, port): [restore_socket(fd) for fd in fds] for host, port, fds in state["groups"]
@@ -192,13 +191,13 @@ class Slots:
         host, port = place = _place(address)
         group = self._groups.get(place, [])
         if group and is_transparent(group[0]) != address.transparent:
-            # Workers that drain still take it for the other kind.
+            # Draining workers still treat it as the other kind.
             raise Error(
                 f"{place} is listened on already, {'without' if address.transparent else 'with'}"
                 " IP_TRANSPARENT (listen_tproxy): expected another port, or a restart"
             )
         if group:
-            port = group[0].getsockname()[1]  # the first decides where the kernel may choose
+            port = group[0].getsockname()[1]  # if the kernel chooses the port, it chooses for the first
             if len(group) < count:
                 _steer(group[0], len(group))
         elif port and all(ours != port for _, ours in self._groups):

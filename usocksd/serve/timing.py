@@ -1,4 +1,4 @@
-"""How long a daemon waits for what, and a few numbers: one value, so that a test can choose others."""
+"""All time limits of master and workers, and a few numbers: one value, so that tests can choose others."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import attrs
 
 @attrs.frozen(kw_only=True)
 class Timing:
-    """In seconds, if not said otherwise."""
+    """Times are in seconds."""
 
     ready_within: float = 60.0
     """A generation gets ready within this time, with a cold cache and a million rules."""
@@ -22,17 +22,17 @@ class Timing:
     backoff: tuple[float, ...] = (0.0, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0)
     """Before a worker that has died is replaced: the first time, the second, and so on"""
     backoff_alone: float = 0.5
-    """The most of that while no worker serves"""
+    """The most of that pause while no worker serves"""
     steady_after: float = 5.0
     """A worker that has lived for this long has not failed."""
     last_words: float = 5.0
     """A worker that has been told to end, or has closed its channel, is killed after this time."""
     send_within: float = 2.0
-    """A worker that reads nothing for this long is not waited for."""
+    """A worker that reads nothing for this long is skipped."""
     quiet: float = 2.0
     """A surplus socket is closed when nobody has waited in it for this long, which is longer than a handshake takes."""
     answer_within: float = 1.0
-    """A worker answers a question, or is left out."""
+    """A worker that has not answered a question by then is left out."""
     list_within: float = 5.0
     """The same for a list of its connections: 20,000 take a busy worker seconds."""
     verb_within: float = 60.0
@@ -46,7 +46,7 @@ class Timing:
     return_again: float = 5.0
     """Until the configuration before a trial is tried again"""
     answered_after: float = 0.5
-    """A verb that has asked for a reload has its answer, and the master may become a new version."""
+    """Between a reload and the master's upgrade, so that the verb that has asked for the reload gets its answer."""
     open_again: float = 1.0
     """Until an endpoint that could not be opened is tried again"""
     session_ends: float = 0.5

@@ -1,4 +1,4 @@
-"""What a worker reports about itself: whether it is well, what it uses, and what it has carried."""
+"""What a worker reports about itself: signs of life, its use of resources, and its traffic."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Vitals:
                 counter.value = value
             try:
                 self._descriptors.value = len(os.listdir("/proc/self/fd"))
-            except OSError:  # looking takes one more
+            except OSError:  # listing them takes one more
                 self._descriptors.value = self._limit
             self._headroom.value = 1 - self._descriptors.value / self._limit
         self._beats += 1

@@ -1,8 +1,8 @@
 """A worker: reads the configuration that its master sends, serves the sockets that it hands over, and reports.
 
-configure -> plan;  serve -> ready;  accept;  then `alive` twice a second, until `drain` or the end of the master.
-Instead of a plan or ready there may be `faults`. Only the first worker of a generation sends a plan.
-What the keeper finds out for all goes to the master as `share`, and comes back to every worker as `shared`.
+Messages: configure -> plan; serve -> ready; accept; then `alive` twice a second, until `drain` or the end of the
+master. Instead of a plan or ready there may be `faults`. Only the first worker of a generation sends a plan. The keeper
+sends its findings to the master as `share`; the master sends them to every worker as `shared`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main(daemon: Daemon[Any], fd: int) -> int:
 
 
 def _take_stderr() -> None:
-    """Replace the file that has been stderr so far, for the master to read should this process die, by the real one."""
+    """Replace stderr, until now a file that the master reads if this process dies, by the real one."""
     number = os.environ.pop(STDERR, None)
     if number is None:
         return
@@ -76,7 +76,7 @@ async def _run(daemon: Daemon[Any], fd: int) -> int:
         except Error as error:
             await _answer_faults(channel, error)
         except Exception as error:
-            # First, since the master ends us when it has the answer.
+            # First, since the master ends this process when it has the answer.
             traceback.print_exc()
             await _answer_faults(channel, Error(f"internal error: {_brief(error)}"))
             return 1
@@ -84,7 +84,7 @@ async def _run(daemon: Daemon[Any], fd: int) -> int:
 
 
 async def _work(daemon: Daemon[Any], channel: Channel) -> None:
-    """From the configuration to the last connection. What is raised before it is ready keeps it from starting."""
+    """From the configuration to the last connection. An exception before it is ready means that it can't start."""
     received = await channel.receive()
     if received is None:
         return
@@ -93,7 +93,7 @@ async def _work(daemon: Daemon[Any], channel: Channel) -> None:
     if received is None:
         return
     order, fds = received
-    # The log is open before anything can go wrong that is worth a record.
+    # Open the log first, so that failures can be recorded.
     try:
         sink = setup(daemon.name, **order["log"])
     except OSError as error:
@@ -204,7 +204,7 @@ class Worker:
                     await _answer_faults(self._channel, error)
                     base.cancel_scope.cancel()
                     return
-                # Lives while there is something to serve: `drain` ends it.
+                # Runs until `drain`.
                 async with trio.open_nursery() as sessions:
                     self._service = Service(
                         self._reactor,
@@ -227,12 +227,12 @@ class Worker:
                 base.cancel_scope.cancel()
 
     async def report_end(self) -> None:
-        """Send the last figures: the log has been closed, and knows what could not be written."""
+        """Send the last figures: the log is closed, and knows how many records were lost."""
         if self._vitals is not None:
             await self._send(self._vitals.alive(last=True) | {"type": "ended"})
 
     async def _obey(self) -> None:
-        """Do what the master says. A fault of ours in one order does not end the connections."""
+        """Follow the master's orders. A bug in one order does not end the connections."""
         async with trio.open_nursery() as orders:
             while (received := await self._channel.receive()) is not None:
                 order, fds = received
@@ -240,7 +240,7 @@ class Worker:
                     await self._follow(order, fds, orders)
                 except Exception:
                     log.exception("an order from the master failed", extra={"fields": {"type": order["type"]}})
-            # The master's end: nobody would tell us anything any more.
+            # The master is gone, so no order will come.
             log.warning("the master is gone, draining")
             await self._drain(self._order["stop"])
 
@@ -250,7 +250,7 @@ class Worker:
                 self._service.listen(self._sockets)
                 if self._order["keeper"]:
                     orders.start_soon(self._keep)
-            case "drain":  # told again with less time, that counts
+            case "drain":  # a later order with less time counts
                 orders.start_soon(self._drain, order["within"])
             case "adopt":
                 self._adopt(order["id"], fds)
@@ -272,7 +272,7 @@ class Worker:
         await self._service.drain(within)
 
     def _adopt(self, number: int, fds: Sequence[int]) -> None:
-        """Accept from these too, until told to release them."""
+        """Accept from these sockets too, until told to release them."""
         # A new version of the master may not know that it has asked for this already.
         self._service.close(self._adopted.pop(number, []))
         sockets = list(map(restore_socket, fds))
@@ -300,7 +300,9 @@ class Worker:
         self._deliver([subscriber])
 
     def _deliver(self, subscribers: Sequence[Callable[[Any], None]]) -> None:
-        """Give these what is shared. One that can't take it, of another configuration say, does without."""
+        """Give the shared value to these receivers. One that can't use it, for example under another configuration,
+        works without.
+        """
         for subscriber in subscribers if self._shared is not None else ():
             try:
                 subscriber(self._shared)
@@ -330,7 +332,7 @@ class Worker:
                 await self._send(answer | {"rows": part})
         except Error as raised:
             part, error = [], str(raised)
-        except Exception:  # whoever asks does not wait in vain
+        except Exception:  # so that the asker does not wait for a timeout
             log.exception("internal error", extra={"fields": {"verb": verb}})
             part, error = [], "internal error"
         await self._send(answer | {"rows": part, "last": True, "error": error})

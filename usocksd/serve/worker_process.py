@@ -1,4 +1,4 @@
-"""One worker as the master sees it: started, told, listened to."""
+"""The master's side of one worker: starts it, sends it orders, and receives its messages."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class WorkerState(Enum):
 
     STARTING = "starting"
     READY = "ready"
-    """It could serve, and is not told to."""
+    """It is ready to serve, but has not been told to."""
     SERVING = "serving"
     SUSPECTED = "suspected"
     """It is silent, and another worker serves its slot as well."""
@@ -53,17 +53,19 @@ class WorkerEnded(Error):
 
 @attrs.define
 class WorkerAnswer:
-    """What a worker has answered to a question."""
+    """A worker's answer to a question."""
 
     rows: list[Any] = attrs.Factory(list)
     error: str | None = None
     whole: bool = False
-    """All rows are there. If not, the worker is late or gone."""
+    """The answer is complete. If not, the worker is late or gone."""
     over: trio.Event = attrs.Factory(trio.Event)
 
 
 class WorkerProcess:
-    """The master's side of one worker. `slot` says which listening sockets are its own, `column` where it counts."""
+    """The master's side of one worker. `slot`: which listening sockets are its own; `column`: where it counts
+    connections.
+    """
 
     def __init__(self, generation: int, slot: int, column: int, pid: int, channel: Channel, *, timing: Timing) -> None:
         self.generation = generation
@@ -75,19 +77,19 @@ class WorkerProcess:
         self.born = trio.current_time()
         self.state = WorkerState.STARTING
         self.ordered = False
-        """It knows how to serve: what it is told from now on, it does once it is ready."""
+        """It has its order to serve: orders from now on are followed once it is ready."""
         self.version = ""
         self.alive: Message = {}
         """Its last sign of life"""
         self.seen = trio.current_time()
-        """When that came"""
+        """When that arrived"""
         self.exit_status: int | None = None
         """As subprocess.Popen.returncode"""
         self.cause = ""
         """How it ended, in words"""
         self.exited = trio.Event()
         self.killed = False
-        """By this process"""
+        """This process has killed it."""
         self.hung = False
         """It was killed for its silence."""
         self._stderr: int | None = None
@@ -132,7 +134,7 @@ class WorkerProcess:
 
     @property
     def coming(self) -> bool:
-        """Whether it has not been told to accept connections; until then nobody listens to its reports."""
+        """Whether it has not yet been told to accept connections; until then its reports are not read."""
         return self.state in (WorkerState.STARTING, WorkerState.READY)
 
     @property
@@ -142,13 +144,13 @@ class WorkerProcess:
 
     @property
     def metrics(self) -> Snapshot:
-        """What it last counted"""
+        """Its latest counts"""
         snapshot: Snapshot = self.alive.get("metrics", {})
         return snapshot
 
     async def plan(self, text: str, source: str, kept: NamedFiles | None) -> tuple[Plan, NamedFiles]:
-        """Have it read a configuration. Returns its plan and the files that it names, which the caller closes. Files
-        that are `kept` are not read again.
+        """Have it read a configuration. Returns its plan and the files that it names, which the caller closes. Files in
+        `kept` are not read again.
 
         Raises ConfigError with every fault, WorkerEnded, or Error if it is of a version that this one can't talk to.
         """
@@ -162,7 +164,7 @@ class WorkerProcess:
         await self._order(order | {"first": first, "files": files.places}, files.fds)
 
     async def serve(self, order: dict[str, Any], fds: Sequence[int]) -> None:
-        """Have it get ready to serve what it was configured for; returns when it is. Raises as `plan` does."""
+        """Have it get ready to serve its configuration; returns when it is ready. Raises as `plan` does."""
         self.ordered = True
         await self._order({"type": "serve", **order, "column": self.column}, fds)
         ready, _ = await self._expect("ready")
@@ -196,7 +198,7 @@ class WorkerProcess:
         return answer
 
     async def listen(self) -> AsyncIterator[Message]:
-        """Take note of what it says until its end; yields its signs of life, and what it shares."""
+        """Receive its messages until its end; yields its signs of life, and the values that it shares."""
         while (received := await self.channel.receive()) is not None:
             message, _ = received
             self.seen = trio.current_time()
@@ -223,7 +225,7 @@ class WorkerProcess:
         self.exited.set()
 
     def close(self) -> None:
-        """Listen to it no more."""
+        """Stop listening to it."""
         self.channel.close()
         self._close_stderr()
 
@@ -236,7 +238,7 @@ class WorkerProcess:
                 answer.over.set()
 
     async def _order(self, message: Message, fds: Sequence[int] = ()) -> None:
-        """Send without a limit of time: it may be long, and a worker does not read before it has started."""
+        """Send without a time limit: the message may be long, and a worker does not read before it has started."""
         with contextlib.suppress(OSError):
             await self.channel.send(message, fds)
 
@@ -250,13 +252,13 @@ class WorkerProcess:
                 if message["source"]:
                     raise ConfigError(message["source"], faults)
                 raise Error(faults[0].expected)
-        # Killed now, it could not say why it ends.
+        # If it were killed now, it could not report why it ends.
         with trio.move_on_after(self.timing.last_words):
             await self.exited.wait()
         raise WorkerEnded(f"a worker (pid {self.pid}) ended before it was ready: {self._last_words()}")
 
     def _last_words(self) -> str:
-        """How it ended, with the last line of its stderr. All of that goes to the log."""
+        """How it ended, with the last line of its stderr. The log gets all of it."""
         cause = self.cause or "it has closed its channel"
         text = "" if self._stderr is None else os.pread(self._stderr, _MOST_STDERR, 0).decode(errors="replace").strip()
         self._close_stderr()

@@ -1,4 +1,4 @@
-"""What the configurations of both daemons have in common."""
+"""The tables and settings that the configurations of both daemons have in common."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class CommonConfig:
     metrics_default: ClassVar[int]
     """The port of the metrics endpoint if `metrics_port` is None"""
     metrics_table: ClassVar[str] = ""
-    """Before metrics_port and metrics_address in the file: a table with its dot, or nothing"""
+    """The prefix of metrics_port and metrics_address in the file: a table with its dot, or nothing"""
     mark_key: ClassVar[str] = "mark"
 
     lines: Lines = attrs.field(init=False, eq=False, repr=False, factory=current_lines)
-    """where in its text the keys are"""
+    """the places of the keys in the file"""
     log: LogConfig = attrs.field(factory=LogConfig)
     dns: DnsConfig = attrs.field(factory=DnsConfig)
     timeouts: Timeouts = attrs.field(factory=Timeouts)

@@ -1,7 +1,6 @@
-"""Where a daemon's control socket is: one answer for the daemon and for the verbs that ask it.
-
-The default is in /run/NAME, which systemd makes for a service, and a daemon of root for itself. Other users can make
-nothing there: their default is in $XDG_RUNTIME_DIR (systemd's /run/user/UID) or, if that is not set, in /tmp.
+"""The path of a daemon's control socket, for the daemon and for the verbs that ask it. The default is in /run/NAME,
+which systemd makes for a service, and a daemon of root for itself. Other users can't create anything there: their
+default is in $XDG_RUNTIME_DIR (systemd's /run/user/UID) or, if that is not set, in /tmp.
 """
 
 from __future__ import annotations

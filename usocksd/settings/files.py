@@ -14,7 +14,7 @@ import attrs
 
 
 class NotRegular(OSError):
-    """A pipe, which may block, a device, which may never end, or a directory."""
+    """Not a regular file: a pipe may block, a device may never end, a directory can't be read."""
 
 
 def read_file(path: Path) -> bytes:
@@ -26,9 +26,8 @@ def read_file(path: Path) -> bytes:
 
 @attrs.define
 class NamedFiles:
-    """Their contents, one after the other, in memory that can be passed on: `fd`, of memfd_create(2).
-
-    `places` has where each begins, and its size. `fd` is None until a file is kept.
+    """Contents of files, one after the other, in memory that can be passed on: `fd`, of memfd_create(2). `places` has
+    the offset and size of each. `fd` is None until a file is kept.
     """
 
     fd: int | None = None
@@ -65,7 +64,7 @@ class NamedFiles:
 
     @classmethod
     def received(cls, places: dict[str, list[int]], fds: list[int]) -> NamedFiles:
-        """From what was passed on."""
+        """The files that another process has passed on."""
         return cls(fds[0] if fds else None, {path: (start, size) for path, (start, size) in places.items()})
 
     def copy(self) -> NamedFiles:

@@ -2,7 +2,7 @@
 
 The rules that this file keeps:
 
-1. A type says itself how it is read: `Port = Annotated[int, integer(1, 65535)]`. types.py has the common ones.
+1. Each type has its own parser: `Port = Annotated[int, integer(1, 65535)]`. types.py has the common ones.
 2. A fault is found while a value is read, not in attrs validators: they run when the object is made, and the first to
    raise hides the faults of its neighbours. What concerns several keys of one table stands in `__attrs_post_init__`,
    which may raise `Invalid` with `at` naming the key; or in the class's `check_table`, which sees the table as TOML
@@ -40,10 +40,8 @@ _SHOWN_MAX: Final = 80  # characters of a value that a fault shows
 
 
 class Invalid(ValueError):
-    """A value that is not right.
-
-    `expected`: what would be right; `shown`: the value as the operator may see it (None: the loader shows it); `at`:
-    where below the value's own key path, as "[2]" or "port".
+    """A value is invalid. `expected`: what would be right; `shown`: the value as the operator may see it (None: the
+    loader shows it); `at`: where below the value's own key path, as "[2]" or "port".
     """
 
     def __init__(self, expected: str, *, shown: str | None = None, at: str = "") -> None:
@@ -55,10 +53,10 @@ class Invalid(ValueError):
 
 @attrs.frozen
 class Parser:
-    """How a TOML value becomes a typed one: metadata of an Annotated type.
+    """Parses a TOML value into a typed one: metadata of an Annotated type.
 
-    `parse` raises ValueError for what is not `expected`, `Invalid` to say it better, or a group of `Invalid`.
-    The values of a `secret` parser are never shown.
+    `parse` raises ValueError for a value that is not as `expected`, `Invalid` for a more precise fault, or a group of
+    `Invalid`. The values of a `secret` parser are never shown.
     """
 
     parse: Callable[[Any], object]
@@ -77,7 +75,7 @@ class Parser:
 
 
 class Faults:
-    """Collects what is wrong with the parts of a value, so that all of it is reported at once."""
+    """Collects the faults in the parts of a value, so that all are reported at once."""
 
     def __init__(self, found: Iterable[Invalid] = ()) -> None:
         self.found = list(found)
@@ -91,7 +89,7 @@ class Faults:
             return None
 
     def check(self) -> None:
-        """Raise what has been collected, if anything."""
+        """Raise the collected faults, if any."""
         if self.found:
             raise ExceptionGroup("parts of a value", self.found)
 
@@ -109,24 +107,24 @@ def _each(error: Exception, at: str) -> Iterator[Invalid]:
 
 @attrs.frozen
 class Load:
-    """What a parser may have to know of the load that it is part of."""
+    """The context of a load, for parsers."""
 
     folder: Path
-    """of the configuration: what paths in it are relative to"""
+    """the folder of the configuration, to which its paths are relative"""
     files: dict[str, Any]
-    """what parsers have made of other files, by name: a file that is named twice is parsed once"""
+    """the results of parsers for other files, by name, so that a file that is named twice is parsed once"""
     read: Callable[[Path], bytes]
     """reads them, as `read_file` does"""
     lines: Lines
 
 
 def current_load() -> Load:
-    """The load that is going on."""
+    """The load under way."""
     return _current.get()
 
 
 def current_lines() -> Lines:
-    """Where the keys are in the text that is being loaded; nowhere if none is."""
+    """The places of the keys in the text that is being loaded, if one is."""
     load = _current.get(None)
     return _NOWHERE if load is None else load.lines
 
@@ -168,7 +166,7 @@ def parse(cls: type[T], text: str, source: str, read: Callable[[Path], bytes] = 
 def structure(
     cls: type[T], table: object, source: str, read: Callable[[Path], bytes] = read_file, lines: Lines = _NOWHERE
 ) -> T:
-    """What `tomllib` has made of the text of the file `source`, as a `cls`. Raises ConfigError."""
+    """The table that `tomllib` has read from the file `source`, as a `cls`. Raises ConfigError."""
     token = _current.set(Load(Path(source).parent, {}, read, lines))
     try:
         faults = Faults()
@@ -258,7 +256,7 @@ def _list_reader(item_type: Any) -> Callable[[Any], Any]:
 
 
 def _as_list(value: object, read: Callable[[Any], object]) -> str:
-    """The list that an operator may have meant by a value that is none, if there is one that loads."""
+    """The list that an operator probably meant by a value that is not a list, if it loads."""
     words = re.split(r"[\s,]+", value.strip()) if isinstance(value, str) else []
     numbers = [int(word) for word in words if re.fullmatch(r"[0-9]{1,9}", word)]
     for items in ([value], words, numbers if len(numbers) == len(words) else []):
@@ -332,7 +330,7 @@ def _quoted(key: str) -> str:
 
 
 def _syntax_fault(message: str, text: str) -> Fault:
-    """tomllib tells the place in its message only, and not even there when the text ends too early."""
+    """tomllib reports the place only in its message, and not even there if the text ends too early."""
     if match := re.fullmatch(r"(.*) \(at line (\d+), column (\d+)\)", message, re.DOTALL):
         message, line, column = match[1], int(match[2]), int(match[3])
     else:

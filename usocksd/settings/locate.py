@@ -35,9 +35,9 @@ class Lines:
 
     @cached_property
     def _ends(self) -> dict[str, int]:
-        """Where each key's "=" and each table's "]" is, by key path."""
+        """The position of each key's "=" and each table's "]", by key path."""
         ends: dict[str, int] = {}
-        # The number of the last table of each array: a key path through an array means that one.
+        # The number of the last table of each array: a key path through an array refers to that one.
         numbers: dict[str, int] = {}
         table = ""
         for place in _PLACE.finditer(self._text):
@@ -78,7 +78,7 @@ class Lines:
         ]
 
     def _items_of(self, key: str) -> list[int]:
-        """Where the items of the list with this key are."""
+        """The positions of the items of the list with this key."""
         if key not in self._items:
             found = self._items[key] = []
             for token in _ITEM.finditer(self._text, self._ends[key]):

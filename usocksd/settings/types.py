@@ -22,14 +22,14 @@ from usocksd.settings.loader import Faults, Invalid, Parser, current_load
 T = TypeVar("T")
 
 MOST_WORKERS = 64
-_PATH_MAX, _SOCKET_PATH_MAX = 4095, 107  # of open(2), and sun_path of unix(7), less the final zero
+_PATH_MAX, _SOCKET_PATH_MAX = 4095, 107  # the limits of open(2), and of sun_path in unix(7) without the final zero
 
 
 # Single settings.
 
 
 def integer(low: int, high: int) -> Parser:
-    """An integer from `low` to `high`: no boolean, and no float however round."""
+    """An integer from `low` to `high`; not a boolean, and not a float, even if it is whole."""
 
     def parse(value: object) -> int:
         if type(value) is not int or not low <= value <= high:
@@ -40,7 +40,7 @@ def integer(low: int, high: int) -> Parser:
 
 
 def text(parse: Callable[[str], object], expected: str, *, secret: bool = False) -> Parser:
-    """A string that `parse` (raises ValueError, or Invalid to say more) turns into what it means."""
+    """A string, as the value that `parse` makes of it (which raises ValueError, or Invalid to say more)."""
 
     def parse_text(value: object) -> object:
         if type(value) is not str:
@@ -58,9 +58,8 @@ def one_or_more(
     empty: bool = False,
     secret: bool = False,
 ) -> Parser:
-    """A string or a list of them, each of which `parse`, as in `text`, turns into values: one tuple of them all.
-
-    `distinct(value, earlier)` raises Invalid if a value clashes with earlier ones; `empty`: an empty list is taken too.
+    """A string or a list of strings, each of which `parse`, as in `text`, turns into values: one tuple of all.
+    `distinct(value, earlier)` raises Invalid if a value clashes with earlier ones; `empty`: an empty list is allowed.
     """
 
     def parse_all(value: object) -> tuple[T, ...]:
@@ -100,7 +99,7 @@ def seconds(*, zero: bool = False) -> Parser:
 
 
 def parse_address(value: str) -> IPAddress:
-    """One IP address. An IPv4-mapped one is the IPv4 address it maps. Zones (fe80::1%eth0) are not taken."""
+    """One IP address. An IPv4-mapped one becomes the IPv4 address. Zones (fe80::1%eth0) are not accepted."""
     address = ip_address(value)
     if isinstance(address, IPv6Address):
         if address.scope_id is not None:
@@ -111,7 +110,7 @@ def parse_address(value: str) -> IPAddress:
 
 def parse_zoned_address(value: str) -> IPAddress:
     """One IP address to listen on or to connect to: a link-local one of IPv6 has its interface as the zone (RFC 4007
-    section 11), since it is another host, or none, on each. By name: numbers change from one boot to the next.
+    section 11), since it means another host, or none, on each link. By name: numbers change from one boot to the next.
 
     Raises ValueError, Invalid.
     """
@@ -214,7 +213,7 @@ def _dns_server(value: str) -> SocketAddress:
 
 
 def _interface(value: str) -> str | None:
-    if value == "":  # how the original's configuration says none
+    if value == "":  # means none in the original's configuration
         return None
     if not _is_interface(value):
         raise ValueError
@@ -233,7 +232,7 @@ def _path(value: str, most: int = _PATH_MAX) -> str | None:
 
 
 def read_named(value: str) -> tuple[Path, bytes]:
-    """The file that a configuration names so, relative to its folder, and its content. Raises Invalid."""
+    """The path of a file that a configuration names, relative to its folder, and the file's content. Raises Invalid."""
     load = current_load()
     path = load.folder / value
     try:
@@ -251,7 +250,7 @@ def _readable_file(value: str) -> Path:
 
 
 def none_if_empty(values: tuple[T, ...] | None) -> tuple[T, ...] | None:
-    """attrs converter: an empty list says what an absent one says, as in the originals."""
+    """attrs converter: an empty list means the same as an absent one, as in the originals."""
     return values or None
 
 
@@ -265,7 +264,7 @@ SecondsOrZero = Annotated[float, seconds(zero=True)]
 KeepAliveSeconds = Annotated[int, integer(1, 32767)]
 """what TCP_KEEPIDLE takes, tcp(7)"""
 Mark = Annotated[int, integer(1, 2**32 - 1)]
-"""SO_MARK of socket(7); not 0, which everybody's have: rules that exempt it would exempt everything."""
+"""SO_MARK of socket(7); not 0, the mark of all other sockets: rules that exempt it would exempt everything."""
 _LISTEN_IP = 'an IP address, as in "127.0.0.1" or "::1", or a list of them'
 _listen_ips = partial(one_or_more, _listen_ip, _LISTEN_IP, distinct=check_distinct_address)
 ListenIPs = Annotated[tuple[IPAddress, ...], _listen_ips()]
@@ -334,7 +333,7 @@ class Timeouts:
     half_closed: Seconds = 300.0
     """the same once one direction has ended"""
     keepalive: KeepAliveSeconds = KEEPALIVE
-    """until a silent peer is asked for a sign of life; sooner where connection tracking forgets sooner"""
+    """until a silent peer is probed; sooner if connection tracking forgets sooner"""
     stop: SecondsOrZero = 30.0
     """how long a graceful stop waits for connections to end"""
     drain: SecondsOrZero = 600.0

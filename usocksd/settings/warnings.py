@@ -1,4 +1,4 @@
-"""Warnings about settings that are valid, and do not work on this host or beside each other: those of both daemons.
+"""Warnings of both daemons about settings that are valid, but do not work on this host or together.
 
 Each check is a function that yields faults: the key, the value, and what would be right. None opens a file, binds a
 socket or asks another host.
@@ -28,7 +28,7 @@ from usocksd.settings.types import LOCALHOST
 
 @attrs.frozen(kw_only=True)
 class HostFacts:
-    """What checks ask about this host, and about what this process may do on it."""
+    """The facts about this host, and this process's permissions, that checks use."""
 
     addresses: Collection[IPAddress]
     interfaces: Collection[str]
@@ -86,7 +86,7 @@ def _may_mark() -> bool:
 
 
 def lint_common(config: CommonConfig, host: HostFacts) -> Iterator[Fault]:
-    """Everything about the settings that both daemons have."""
+    """All warnings about the settings that both daemons have."""
     for key, listen in config.listen_keys:
         if not listen.optional:
             yield from _address(key, listen.address, host)
@@ -125,7 +125,7 @@ def _metrics(config: CommonConfig, host: HostFacts) -> Iterator[Fault]:
         return
     for address in addresses:
         yield from _address(key, address, host)
-        # A monitoring network of one's own is what the setting is for.
+        # A private monitoring network is the purpose of the setting.
         if address.is_unspecified or (address.is_global and not getattr(address, "is_site_local", False)):
             reach = "everybody who reaches this host" if address.is_unspecified else "the Internet"
             yield Fault(key, str(address), f"lets {reach} read the metrics: expected loopback or a private address")
@@ -179,7 +179,7 @@ def connections_of_descriptors(config: CommonConfig, host: HostFacts) -> int:
 
 
 def _path(key: str, shown: str, problem: Callable[[], str | None]) -> Iterator[Fault]:
-    """What `problem` finds about a path; that it can't be looked at is one, too."""
+    """The result of `problem` for a path; a path that can't be examined is a problem too."""
     try:
         found = problem()
     except OSError as error:
@@ -195,7 +195,7 @@ def _control_problem(path: Path) -> str | None:
     folder = path.parent
     check_folder(str(path))
     if not folder.exists():
-        # The daemon makes the folder, where that is all that is missing.
+        # The daemon makes the folder, if only that is missing.
         missing = f"{folder} does not exist: create it (RuntimeDirectory= of the unit does)"
         return None if _may_create_in(folder.parent) else missing
     mode = folder.stat().st_mode
@@ -235,7 +235,7 @@ def readable_by_all(path: str | os.PathLike[str]) -> bool:
 
 
 def first_few(faults: Iterable[Fault], most: int = 10) -> Iterator[Fault]:
-    """The first of the faults that one list of 100,000 entries may have, and how many more there are."""
+    """The first faults of each list (one of 100,000 entries may have many), and the number of the others."""
     found = list(faults)
     yield from found[:most]
     if more := found[most:]:

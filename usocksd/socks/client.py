@@ -1,4 +1,4 @@
-"""The client role: what to send to a SOCKS server, and what its answers mean.
+"""The client role: makes the messages to a SOCKS server, and parses its answers.
 
 Rules of this file: as in server.py, a state is the method that reads the next message, nothing is consumed
 before it is complete, and no message is longer than 262 bytes. The messages to send are built apart from the
@@ -118,8 +118,8 @@ class SocksConnect(Greeting):
     payload. Only for a server that is known to take that (`Probe` finds out). It leaves the server no choice: it must
     want credentials if there are any, and none otherwise.
 
-    ValueError for what this version can't ask for: IPv6 or 0.0.0.x over SOCKS4, text of more than 255 bytes, a name
-    that is empty or has control characters.
+    ValueError for requests that this version can't express: IPv6 or 0.0.0.x over SOCKS4, text of more than 255 bytes, a
+    name that is empty or has control characters.
     """
 
     __slots__ = ()
@@ -158,7 +158,7 @@ class SocksConnect(Greeting):
         data = self._buffer
         self._check_version(data, 5)
         if len(data) >= 2 and data[1] != Reply.SUCCEEDED:
-            self._refused(data[1], Reply)  # at once: a proxy may cut it short, and the rest is not needed
+            self._refused(data[1], Reply)  # at once, since a proxy may truncate the rest, which is not needed
         if len(data) < 5:
             return self._need_data()
         match data[3]:

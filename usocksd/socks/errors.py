@@ -1,4 +1,4 @@
-"""What can go wrong in a handshake, by whose fault it is.
+"""The errors of a handshake, by the side at fault.
 
 The server role raises
 
@@ -41,7 +41,7 @@ class ClientFault(ProtocolError):
 
 
 class UpstreamFault(ProtocolError, UpstreamError):
-    """The proxy we are a client of broke the protocol. There is nothing to send, only to close."""
+    """The proxy broke the protocol. Send nothing, just close."""
 
     def __init__(self, kind: Kind, message: str) -> None:
         super().__init__(message)
@@ -51,7 +51,7 @@ class UpstreamFault(ProtocolError, UpstreamError):
 class RequestRefused(UpstreamError):
     """The proxy answered, and the answer is no. `reply` is its number.
 
-    That is a Reply, a Socks4Reply, an HTTP status, or a bare int where the code is nobody's.
+    A Reply, a Socks4Reply, an HTTP status, or a plain int if the code is unassigned.
     """
 
     def __init__(self, reply: int, message: str) -> None:

@@ -16,7 +16,7 @@ class NeedData(Enum):
 
 
 NEED_DATA: Final = NeedData.NEED_DATA
-"""There is no event until the peer says more (and perhaps not before it got `data_to_send()`)."""
+"""There is no event until the peer sends more (perhaps only after it has got `data_to_send()`)."""
 
 
 class Inquiry(Enum):
@@ -39,7 +39,7 @@ class Credentials:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a client wants. The server owes it a reply.
+    """A client's request. The server owes it a reply.
 
     `host` is numeric (as inet_ntop(3) writes it) for the IP address types. For NAME it is as sent, UTF-8, not
     empty and free of control characters, but otherwise unchecked: it may well be an address. `user_id` is
@@ -56,9 +56,8 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Established:
-    """The proxy has connected: what follows is the destination's. The address is the one it connects from.
-
-    Many proxies don't tell, and HTTP has no place for it: 0.0.0.0 port 0.
+    """The proxy has connected: following bytes are the destination's. The address is the one that it connects from;
+    0.0.0.0 port 0 if it does not tell (as many proxies), or can't (HTTP).
     """
 
     bound_host: str = "0.0.0.0"
@@ -67,7 +66,7 @@ class Established:
 
 @dataclass(frozen=True, slots=True)
 class Probed:
-    """The proxy answers, and has nothing against us so far. `ours`: it is a usocksd.
+    """The proxy answers, and has accepted everything so far. `ours`: it is a usocksd.
 
     `pipelines`: it takes greeting, credentials and request in one segment; None while that is not known.
     """

@@ -1,4 +1,4 @@
-"""A client that requests nothing: whether a SOCKS5 server answers, would let us in, is a usocksd, takes pipelining.
+"""The probe of a SOCKS5 server: whether it answers, admits us, is a usocksd, and accepts pipelining. Requests nothing.
 
 _method, _authentication_status (client.py) ──Probed──> _over
                                             ──Probed──> _reply ──Probed──> _over    (pipelined, not ours)
@@ -11,8 +11,8 @@ from usocksd.socks.events import Probed
 from usocksd.socks.role import Event
 from usocksd.socks.wire import AddressType, Command, Method
 
-# CONNECT to 0.0.0.0 port 0, where nobody can listen. It is well formed: dante and pproxy close at an unassigned
-# command, which would not show that they had read it.
+# CONNECT to 0.0.0.0 port 0, where nobody can listen. It is well-formed: dante and pproxy close at an unassigned
+# command, so it would not show whether they had read it.
 _NOWHERE = bytes((5, Command.CONNECT, 0, AddressType.IPV4, 0, 0, 0, 0, 0, 0))
 
 
@@ -24,10 +24,10 @@ class Probe(Greeting):
 
     `pipelined` finds out whether other servers take pipelining: a request that can't be granted goes along with the
     greeting (and the credentials) in one segment. The first Probed, with `pipelines` None, says that the server lets us
-    in. Call `next_event` again: a server that takes such a segment answers the request too, and the second Probed says
-    True; it says False if the server closes instead. A server that drops what it did not expect is silent, so don't
-    wait for long, and take None for False. Like a pipelined SocksConnect it leaves no choice: a server that wants no
-    credentials may refuse them. Without `pipelined`, and with a usocksd, the first Probed is the last.
+    in. Call `next_event` again: if the server accepts such a segment, it answers the request too, and the second Probed
+    has True; if it closes instead, False. A server that drops unexpected bytes stays silent, so wait only briefly, and
+    treat None as False. Like a pipelined SocksConnect it leaves no choice: a server that wants no credentials may
+    refuse them. Without `pipelined`, and with a usocksd, the first Probed is the last.
 
     ValueError for a user name or password of more than 255 bytes.
     """

@@ -1,4 +1,4 @@
-"""What all clients of a proxy have in common, whatever its protocol: bytes in, bytes out, and at last a connection.
+"""The base of all clients of a proxy, whatever its protocol: bytes in, bytes out, and finally a connection.
 
 The subclass has the states: methods that return an event, hand over to the next state, or call `_fail`. HTTP CONNECT
 (in transocks) is such a subclass too, so one loop drives them all.
@@ -22,10 +22,10 @@ class ClientRole:
     __slots__ = ("_buffer", "_eof", "_error", "_out", "_state")
 
     PEER: ClassVar[str]
-    """What errors call the other side."""
+    """The name of the other side in errors."""
 
     def __init__(self, out: bytes, state: Callable[[Any], Event]) -> None:
-        """`out` is what to say first, `state` (the plain function) what to make of the answer."""
+        """`out` are the first bytes to send, `state` (the plain function) reads the answer."""
         self._out = out
         self._state = state
         self._buffer = bytearray()
@@ -55,7 +55,7 @@ class ClientRole:
 
     @property
     def trailing_data(self) -> bytes:
-        """After Established: what came behind the proxy's answer, the destination's first bytes."""
+        """After Established: bytes that followed the proxy's answer, the first of the destination."""
         return bytes(self._buffer)
 
     # For the states.
@@ -70,7 +70,8 @@ class ClientRole:
         return NEED_DATA
 
     def _fail(self, error: Callable[[], UpstreamError]) -> NoReturn:
-        # A function that makes the error anew: a kept error would hold its traceback, whose frames hold us.
+        # A function that makes a new error each time: a kept one would hold its traceback, whose frames refer to this
+        # object.
         self._error = error
         self._state = ClientRole._failed
         self._buffer.clear()

@@ -2,11 +2,11 @@
 
 Rules of this file:
 
-- A state is a method that reads the next message: `_state` holds it (the plain function: a bound method would
-  be a reference cycle, garbage for every connection). It returns an event, or hands over to the next state.
+- A state is a method that reads the next message: `_state` holds it (the plain function: a bound method would make a
+  reference cycle for every connection). It returns an event, or passes on to the next state.
 - No message is consumed before it is complete, and none can be long: see MAX_INCOMPLETE.
 - A Server is made for each connection, so the usual handshake takes a short path. No loop over bytes.
-- A fault is raised once the whole message is there, where its length can be known: closing a socket with
+- A fault is raised only when the whole message has arrived, if its length can be known: closing a socket with
   unread bytes makes the kernel send RST, which may take the reply with it.
 
     _version ──05──> _greeting ──00──> (_unasked_credentials, if 02 was offered) ──> _socks5_request ──> _owes_reply
@@ -97,10 +97,8 @@ class Server:
             self._buffer = self._buffer + data if self._buffer else data
 
     def next_event(self) -> Event:
-        """What the client said next, or NEED_DATA.
-
-        ClientFault: it broke the protocol; the error has what is still to be sent, and every further call raises the
-        same. RuntimeError: an answer of ours is due before the client can go on.
+        """The client's next message, or NEED_DATA. ClientFault: it broke the protocol; the error has the bytes still to
+        be sent, and every further call raises the same. RuntimeError: the client is still waiting for our answer.
         """
         return self._state(self)
 
@@ -112,7 +110,7 @@ class Server:
 
     @property
     def trailing_data(self) -> bytes:
-        """After a Request: what the client sent behind it, payload for the destination."""
+        """After a Request: the bytes after it, payload for the destination."""
         return self._buffer
 
     def answer_credentials(self, *, accepted: bool) -> None:
@@ -126,7 +124,7 @@ class Server:
             self._state = Server._over
 
     def reply(self, reply: Reply, bound: tuple[str, int] | None = None) -> None:
-        """Answer the request, in the words of its version.
+        """Answer the request, in its version's format.
 
         `bound` is where the outgoing socket is bound, as getsockname(2) tells; it goes along with success
         only. ValueError when it is not numeric: several clients reject a reply with a name.
@@ -170,7 +168,7 @@ class Server:
         if len(data) < 2 or len(data) < (end := 2 + data[1]):
             return self._need_data("inside its greeting")
         offered = data[2:end]
-        if offered.startswith(b"\xf5"):  # (first: a client that offers everything is no probe)
+        if offered.startswith(b"\xf5"):  # (first: a client that offers every method is no probe)
             return self._probe(offered, data[end:])
         for method in self._methods:
             if method in offered:
@@ -190,7 +188,7 @@ class Server:
 
     def _unasked_credentials(self) -> Event:
         # A client that does not wait for the method selection may have sent its credentials, and waits for an answer
-        # to them. They are not judged.
+        # to them. They are not checked.
         data = self._buffer
         if not data:
             return self._need_data("after its greeting")
@@ -222,7 +220,7 @@ class Server:
         return event
 
     def _probe(self, offered: bytes, rest: bytes) -> Event:
-        # No state behind this one reads a request: one that the probe sent is for other servers.
+        # No later state reads a request: if the probe has sent one, it is for other servers.
         self.method = _PROBE
         self._out += METHOD_SELECTION[_PROBE]
         self._buffer = rest
@@ -312,7 +310,7 @@ class Server:
         raise RuntimeError("the handshake is over")
 
     def _faulty(self) -> NoReturn:
-        # A new exception each time: a kept one would hold its traceback, whose frames hold us, a cycle.
+        # A new exception each time: a kept one would hold its traceback, whose frames refer to this object, a cycle.
         assert self._fault is not None
         raise ClientFault(*self._fault)
 

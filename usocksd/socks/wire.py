@@ -1,4 +1,4 @@
-"""The numbers of the SOCKS wire formats, their limits, how addresses and names are written, and a server's messages."""
+"""The SOCKS wire formats: numbers, limits, encoding of addresses and names, and the messages of a server."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ class Method(IntEnum):
     GSSAPI = 1
     USERNAME_PASSWORD = 2
     PROBE = 0xF5
-    """Offered, first, by a client that asks whether it speaks to a usocksd, and chosen by a usocksd alone.
+    """Offered first by a client that asks whether the server is a usocksd; only a usocksd chooses it.
 
     A usocksd takes greeting, credentials, request and payload in one segment. The number is of the private range of
-    section 3 (0x80 to 0xFE); servers that don't know it ignore it. No request can follow, so it gives nobody access.
+    section 3 (0x80 to 0xFE); servers that don't know it ignore it. No request can follow, so the method gives nobody
+    access.
     """
     NO_ACCEPTABLE = 0xFF
 
@@ -172,4 +173,4 @@ def success(version: Version | None, bound: tuple[str, int] | None) -> bytes:
         return (b"\x05\x00\x00\x01" if len(ip) == 4 else b"\x05\x00\x00\x04") + ip + port
     if len(ip) == 4:
         return _SOCKS4_GRANTED[:2] + port + ip
-    return _SOCKS4_GRANTED  # a 4a name may have led to IPv6, which SOCKS4 has no room for
+    return _SOCKS4_GRANTED  # a 4a name may have led to IPv6, which SOCKS4 can't express

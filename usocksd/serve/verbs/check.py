@@ -102,7 +102,7 @@ def _locate(file: str, faults: Iterable[Fault]) -> list[Json]:
 
 
 def effective(config: CommonConfig) -> Json:
-    """The settings in force that matter, as JSON values, by the key path that the file would have"""
+    """The important settings in force, as JSON values, by their key path in a file"""
     # Not for the command lines of other verbs: this loads trio, which takes a tenth of a second.
     from usocksd.settings.warnings import HostFacts, connections_of_descriptors  # noqa: PLC0415
 

@@ -138,7 +138,7 @@ def find_control(daemon: Daemon[Any], args: argparse.Namespace, prefix: str) -> 
     """
     if args.control is not None:
         return str(args.control)
-    # Only this setting is read: an operator may ask for the status because the file is bad.
+    # Only this setting is read, since an operator may ask for the status because the file is bad.
     config: str = args.f or daemon.file
     try:
         with open(config, "rb") as file:

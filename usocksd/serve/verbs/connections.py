@@ -50,7 +50,7 @@ def run(client: ControlClient, args: argparse.Namespace) -> None:
     if args.watch is None:
         _print(next(samples), args, console)
         return
-    with contextlib.suppress(KeyboardInterrupt):  # the way to end this
+    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is the way to end this
         if args.json or not console.is_terminal:
             for answer in samples:
                 _print(answer, args, console)
@@ -79,7 +79,7 @@ def _add_rates(answer: dict[str, Any], before: dict[str, Any]) -> None:
         then = earlier.get((connection["worker"], connection["id"]))
         if then is not None:
             seconds = connection["at"] - then["at"]
-        else:  # a new one has moved all its bytes since it came
+        else:  # all bytes of a new connection are since the answer before
             then = {"tx_bytes": 0, "rx_bytes": 0}
             seconds = 0.0 if connection["worker"] in before["partial"] else max(connection["age"], SAMPLE)
         for way in ("tx", "rx"):

@@ -1,4 +1,4 @@
-"""Which of the live connections to list, and in which order."""
+"""Selects and sorts the live connections to list."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Connection: TypeAlias = dict[str, Any]
 Filter: TypeAlias = Callable[[Connection], bool]
 
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
-# What is sorted by, and whether the largest come first.
+# The sort keys, and whether the largest come first.
 _SORTS: dict[str, tuple[Callable[[Connection], Any], bool]] = {
     "age": (lambda connection: connection["age"], True),
     "idle": (lambda connection: connection["idle"], True),

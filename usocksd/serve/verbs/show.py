@@ -22,11 +22,11 @@ class Column(NamedTuple):
 
     heading: str
     number: bool = False
-    """It has numbers, which are aligned to the right."""
+    """It has numbers, so it is aligned to the right."""
     keep: int = 0
     """On a narrow terminal, columns with the least of this are left out first."""
     text: bool = False
-    """It has texts that are still useful if they are cut off, unlike numbers, addresses and ports."""
+    """Its texts may be cut off, unlike numbers, addresses and ports."""
 
 
 # The width of a pipe or a file: wider than any table, so nothing is cut.

@@ -1,4 +1,4 @@
-"""NAME status: what the daemon does, and the state of its workers."""
+"""NAME status: the state of the daemon and its workers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from usocksd.serve.verbs.client import Answer, ControlClient, print_json
 from usocksd.serve.verbs.show import Column, cell, duration, make_console, make_table, put, rate, size
 from usocksd.settings.loader import counted
 
-# How many of the addresses or upstreams in trouble are named.
+# How many of the addresses or upstreams with problems are named.
 _MOST_NAMED = 4
 _HEALTHY = {"ready", "reloading"}
 _COLUMNS = (

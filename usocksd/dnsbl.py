@@ -22,8 +22,7 @@ from usocksd.errors import ResolveError
 from usocksd.host.addresses import HostAddresses
 from usocksd.log.metrics import Metrics
 from usocksd.names.name_servers import NameServers
-from usocksd.net.address import IPAddress, numeric_address
-from usocksd.settings.types import SocketAddress
+from usocksd.net.address import HostPort, IPAddress, numeric_address
 
 _logger = logging.getLogger("usocksd.dnsbl")
 
@@ -145,7 +144,7 @@ class Lookups:
         self,
         listings: Listings,
         share: Callable[[Any], None],
-        servers: Sequence[SocketAddress] | None,
+        servers: Sequence[HostPort] | None,
         metrics: Metrics,
         *,
         resolv_conf: Path = Path("/etc/resolv.conf"),

@@ -24,8 +24,7 @@ from usocksd.dnsbl import Listing, Listings, Lookups, as_json, query_name, verdi
 from usocksd.egress import Pool
 from usocksd.host.addresses import HostAddresses
 from usocksd.log.metrics import Metrics
-from usocksd.net.address import IPAddress
-from usocksd.settings.types import SocketAddress
+from usocksd.net.address import HostPort, IPAddress
 
 ONE, TWO, SIX = map(ip_address, ("198.51.100.10", "198.51.100.11", "2001:db8::10"))
 DOMAIN = "bl.example"
@@ -45,7 +44,7 @@ class Zone:
             self.start()
             if self._process.poll() is not None:  # somebody has this port for TCP
                 self.port = 0
-        self.address = SocketAddress(ip_address("127.0.0.1"), self.port)
+        self.address = HostPort("127.0.0.1", self.port)
 
     def start(self) -> None:
         self._process = subprocess.Popen(
@@ -91,7 +90,7 @@ class Keeper:
     def __init__(
         self,
         nursery: trio.Nursery,
-        server: SocketAddress | None,
+        server: HostPort | None,
         *addresses: IPAddress,
         domains: Sequence[str] = (DOMAIN,),
         known: Sequence[Listing] = (),
@@ -300,7 +299,7 @@ async def test_a_dead_list_does_not_delay_others(tasks: trio.Nursery) -> None:
     dead = {query_name(Listing(each, "dead.example")).to_text(omit_final_dot=True): None for each in pool}
     with NameServer({**dead, listed: ["127.0.0.2"]}) as server:
         host, _, port = server.address.rpartition(":")
-        where = SocketAddress(ip_address(host), int(port))
+        where = HostPort(host, int(port))
         keeper = Keeper(tasks, where, *pool, domains=["dead.example", DOMAIN], lifetime=60)
         await until(lambda: keeper.listed == {pool[-1]})
         assert keeper.lookups("failed") == 0

@@ -27,9 +27,8 @@ from usocksd.explain import Explainer
 from usocksd.host.addresses import HostAddresses
 from usocksd.log.metrics import Metrics
 from usocksd.names.resolver import Resolver
-from usocksd.net.address import numeric_address
+from usocksd.net.address import HostPort
 from usocksd.settings import loader as configuration
-from usocksd.settings.types import SocketAddress
 
 NAMES = {
     "open.test": ["127.0.0.1"],
@@ -258,7 +257,7 @@ async def test_names_that_search_domains_have_completed(dns: NameServer, tmp_pat
     )
     hosts, metrics = HostAddresses(), Metrics("test")
     server, _, port = dns.address.rpartition(":")
-    resolver = Resolver([SocketAddress(numeric_address(server), int(port))], metrics, resolv_conf=resolv_conf)
+    resolver = Resolver([HostPort(server, int(port))], metrics, resolv_conf=resolv_conf)
     explainer = Explainer(
         make_policy(config, None, hosts.is_local),
         resolver,

@@ -21,8 +21,7 @@ from usocksd.errors import ResolveError
 from usocksd.names.hosts_file import WatchedFile
 from usocksd.names.name_query import SERVERS_FAILED, TIMED_OUT, Kind, NameAnswer, NameQuery, NameServer, OnAnswer
 from usocksd.names.resolv_conf import PORT, ResolvConf, parse
-from usocksd.net.address import join_port
-from usocksd.settings.types import SocketAddress
+from usocksd.net.address import HostPort, join_port
 
 _logger = logging.getLogger("usocksd.names.resolver")
 
@@ -34,7 +33,7 @@ class NameServers:
 
     def __init__(
         self,
-        servers: Sequence[SocketAddress] | None,
+        servers: Sequence[HostPort] | None,
         resolv_conf: Path,
         *,
         clock: Callable[[], float],
@@ -113,8 +112,8 @@ class NameServers:
             fields = {"file": str(self._file.path), "line": line, "error": error}
             _logger.error("resolver configuration ignored", extra={"fields": fields})
         if self._given is not None:
-            addresses = [(str(server.address), server.port) for server in self._given]
+            addresses = self._given
         else:
             # resolv.conf(5): without any it is the one on this host.
-            addresses = [(server, self._port) for server in self.conf.servers or ("127.0.0.1",)]
+            addresses = [HostPort(server, self._port) for server in self.conf.servers or ("127.0.0.1",)]
         self._servers = [NameServer(host, port, self._clock) for host, port in addresses]

@@ -12,8 +12,7 @@ from attrs import frozen
 
 from usocksd.errors import Fault
 from usocksd.names.match import canonical_host
-from usocksd.net.address import numeric_address, socket_address
-from usocksd.settings.types import SocketAddress
+from usocksd.net.address import HostPort, numeric_address, socket_address
 
 RESOLV_CONF = Path("/etc/resolv.conf")
 PORT = 53
@@ -107,14 +106,14 @@ def open_socket(host: str, port: int, kind: int) -> socket.socket:
     return sock
 
 
-def lint_servers(given: Sequence[SocketAddress] | None, resolv_conf: Path = RESOLV_CONF) -> list[Fault]:
+def lint_servers(given: Sequence[HostPort] | None, resolv_conf: Path = RESOLV_CONF) -> list[Fault]:
     """The name servers (`given`, or those of `resolv_conf`) to which this host can open no socket, and why."""
-    hosts = [(str(server.address), server.port) for server in given or ()]
+    servers = given or ()
     if given is None:
         with contextlib.suppress(OSError):
-            hosts = [(host, PORT) for host in parse(resolv_conf.read_text("utf-8", "replace")).servers]
+            servers = [HostPort(host, PORT) for host in parse(resolv_conf.read_text("utf-8", "replace")).servers]
     faults = []
-    for host, port in hosts:
+    for host, port in servers:
         try:
             open_socket(host, port, socket.SOCK_DGRAM).close()
         except OSError as error:

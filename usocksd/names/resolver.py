@@ -34,10 +34,10 @@ from usocksd.names.name_query import SERVERS_FAILED, TIMED_OUT, NameAnswer
 from usocksd.names.name_servers import FAMILIES, NameServers
 from usocksd.names.resolv_conf import MOST_SERVERS, PORT, RESOLV_CONF
 from usocksd.names.turns import Ticket, TooManyWaiting, Turns
-from usocksd.net.address import IPAddress
+from usocksd.net.address import HostPort, IPAddress
 from usocksd.net.endpoint import DeadlineExpired, Endpoint
 from usocksd.net.limits import owner
-from usocksd.settings.types import DnsConfig, SocketAddress
+from usocksd.settings.types import DnsConfig
 
 _logger = logging.getLogger("usocksd.names.resolver")
 
@@ -98,7 +98,7 @@ class Resolver:
 
     def __init__(
         self,
-        servers: Sequence[SocketAddress] | None,
+        servers: Sequence[HostPort] | None,
         metrics: Metrics,
         *,
         system: bool = False,

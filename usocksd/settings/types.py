@@ -14,7 +14,7 @@ import attrs
 
 from usocksd.log.formats import FORMATS
 from usocksd.log.log import LEVELS
-from usocksd.net.address import IPAddress, join_port
+from usocksd.net.address import HostPort, IPAddress, join_port
 from usocksd.net.keepalive import KEEPALIVE
 from usocksd.settings.files import NotRegular
 from usocksd.settings.loader import Faults, Invalid, Parser, current_load
@@ -145,26 +145,20 @@ def split_port(value: str) -> tuple[str, int | None]:
 
 
 @attrs.frozen
-class SocketAddress:
-    """An address and a port. str() gives "ip:port" or "[ip]:port"."""
-
-    address: IPAddress
-    port: int
-
-    def __str__(self) -> str:
-        return join_port(self.address, self.port)
-
-
-@attrs.frozen
-class ListenAddress(SocketAddress):
-    """An address to listen on; port 0 is one of the kernel's choice.
+class ListenAddress:
+    """An address to listen on; port 0 is one of the kernel's choice. str() gives "ip:port" or "[ip]:port".
 
     `optional`: it stands for one family of a pair (localhost, all interfaces), and a host may lack that family.
     `transparent`: with IP_TRANSPARENT, for connections that TPROXY rules bring.
     """
 
+    address: IPAddress
+    port: int
     optional: bool = False
     transparent: bool = False
+
+    def __str__(self) -> str:
+        return join_port(self.address, self.port)
 
 
 ANY_ADDRESS: tuple[IPAddress, IPAddress] = (IPv4Address("0.0.0.0"), IPv6Address("::"))
@@ -205,11 +199,11 @@ def _one_host(address: IPAddress) -> IPAddress:
     return address
 
 
-def _dns_server(value: str) -> SocketAddress:
+def _dns_server(value: str) -> HostPort:
     host, port = split_port(value)
     if port == 0:
         raise Invalid("expected a port from 1 to 65535 behind the colon")
-    return SocketAddress(_one_host(parse_zoned_address(host)), 53 if port is None else port)
+    return HostPort(str(_one_host(parse_zoned_address(host))), 53 if port is None else port)
 
 
 def _interface(value: str) -> str | None:
@@ -271,7 +265,7 @@ ListenIPs = Annotated[tuple[IPAddress, ...], _listen_ips()]
 ListenIPsOrNone = Annotated[tuple[IPAddress, ...], _listen_ips(empty=True)]
 """may be an empty list"""
 DnsServer = Annotated[
-    SocketAddress,
+    HostPort,
     text(_dns_server, 'the IP address of a name server, as in "192.0.2.53", "192.0.2.53:53" or "[::1]:53"'),
 ]
 Interface = Annotated[str | None, text(_interface, 'the name of an interface, at most 15 characters, as in "eth0"')]

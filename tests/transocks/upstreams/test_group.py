@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
-from ipaddress import ip_address
 from typing import Any
 
 import daemons
@@ -33,7 +32,7 @@ from usocksd.net.dial import Dialer, Target
 from usocksd.net.endpoint import Endpoint, PeerReset
 from usocksd.net.reactor import IN, Reactor
 from usocksd.settings.loader import parse
-from usocksd.settings.types import SocketAddress, Timeouts
+from usocksd.settings.types import Timeouts
 from usocksd.socks import RequestRefused, UpstreamFault
 
 WEB = HostPort("203.0.113.80", 443)
@@ -198,7 +197,7 @@ class World:
         listed = [url if isinstance(url, str) else f"socks5://127.0.0.1:{url.port}" for url in urls]
         config = parse(TransocksConfig, f"proxy_url = {listed}\n{more}", "transocks.toml")
         host, _, port = self.dns.rpartition(":")
-        resolver = Resolver((SocketAddress(ip_address(host), int(port)),), Metrics("dns"), clock=trio.current_time)
+        resolver = Resolver((HostPort(host, int(port)),), Metrics("dns"), clock=trio.current_time)
         await self.nursery.start(resolver.run)
         dialer = Dialer(self.reactor)
         self.upstreams = Upstreams(

@@ -8,7 +8,6 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
-from ipaddress import ip_address
 from pathlib import Path
 
 import dns.exception
@@ -21,7 +20,7 @@ from daemons import wait_until
 from usocksd.errors import ResolveError
 from usocksd.log.metrics import Metrics
 from usocksd.names.resolver import Resolver
-from usocksd.settings.types import SocketAddress
+from usocksd.net.address import HostPort
 
 PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
 MANY = 300
@@ -109,7 +108,7 @@ SERVERS = {
 
 
 @pytest.fixture(params=SERVERS)
-def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SocketAddress]:
+def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[HostPort]:
     config, options, package = SERVERS[request.param]
     program = shutil.which(request.param, path=PATH)
     if program is None:
@@ -124,7 +123,7 @@ def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SocketAdd
             try:
                 wait_until(lambda: process.poll() is not None or answers(port), f"{request.param} answers")
                 if process.poll() is None:
-                    yield SocketAddress(ip_address("127.0.0.1"), port)
+                    yield HostPort("127.0.0.1", port)
                     return
             finally:
                 process.kill()
@@ -151,7 +150,7 @@ FOUND = {
 }
 
 
-async def test_servers_that_people_run(server: SocketAddress, tmp_path: Path) -> None:
+async def test_servers_that_people_run(server: HostPort, tmp_path: Path) -> None:
     resolver = Resolver([server], Metrics("test"), hosts=tmp_path / "none", resolv_conf=tmp_path / "none")
     async with trio.open_nursery() as nursery:
         await nursery.start(resolver.run)

@@ -24,8 +24,7 @@ from usocksd.errors import ResolveError
 from usocksd.log.metrics import Metrics
 from usocksd.names.resolv_conf import parse
 from usocksd.names.resolver import Most, Resolver
-from usocksd.net.address import IPAddress
-from usocksd.settings.types import SocketAddress
+from usocksd.net.address import HostPort, IPAddress
 
 
 def addresses(*texts: str) -> tuple[IPAddress, ...]:
@@ -53,7 +52,7 @@ class Place:
         await self.nursery.start(server.serve)
         return server
 
-    async def resolver(self, *servers: SocketAddress, lifetime: float | None = 5.0, **more: Any) -> Resolver:
+    async def resolver(self, *servers: HostPort, lifetime: float | None = 5.0, **more: Any) -> Resolver:
         """One that asks these servers, or else those of resolv.conf."""
         resolver = Resolver(
             servers or None,
@@ -135,8 +134,8 @@ class Server:
             await self._udp.sendto(reply, client)  # type: ignore[arg-type]
 
     @property
-    def endpoint(self) -> SocketAddress:
-        return SocketAddress(ip_address("127.0.0.1"), self._udp.getsockname()[1])
+    def endpoint(self) -> HostPort:
+        return HostPort("127.0.0.1", self._udp.getsockname()[1])
 
     def _replies(self, wire: bytes) -> list[bytes]:
         query = dns.message.from_wire(wire)
@@ -641,7 +640,7 @@ async def test_how_a_name_server_may_be_written(place: Place, host: str) -> None
 
 async def test_an_impossible_server_is_recorded_once(place: Place, caplog: pytest.LogCaptureFixture) -> None:
     good = await place.server(records({"www.test": ["192.0.2.1"], "web.test": ["192.0.2.1"]}))
-    resolver = await place.resolver(SocketAddress(ip_address("fe80::1"), 53), good.endpoint)
+    resolver = await place.resolver(HostPort("fe80::1", 53), good.endpoint)
     for name in ("www.test", "web.test"):
         assert await resolver.resolve(name) == addresses("192.0.2.1")
     assert [record.message for record in caplog.records] == ["name server can't be used"]
@@ -688,7 +687,7 @@ async def test_where_no_server_listens_the_next_is_asked_at_once(place: Place) -
     good = await place.server(records({"www.test": ["192.0.2.1"]}))
     with socket.socket(type=socket.SOCK_DGRAM) as closed:
         closed.bind(("127.0.0.1", 0))
-        nobody = SocketAddress(ip_address("127.0.0.1"), closed.getsockname()[1])
+        nobody = HostPort("127.0.0.1", closed.getsockname()[1])
     with trio.fail_after(0.9):
         resolver = await place.resolver(nobody, good.endpoint)
         assert await resolver.resolve("www.test") == addresses("192.0.2.1")

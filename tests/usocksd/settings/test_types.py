@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from ipaddress import ip_address
 from typing import Any
 
 import attrs
 import pytest
 
 from usocksd.errors import ConfigError
+from usocksd.net.address import HostPort
 from usocksd.settings.loader import parse
-from usocksd.settings.types import DnsConfig, Interface, LogConfig, SocketAddress, Timeouts, split_port
+from usocksd.settings.types import DnsConfig, Interface, LogConfig, Timeouts, split_port
 
 
 def faults(toml: str, cls: type[Any]) -> list[str]:
@@ -43,7 +43,7 @@ def test_dns_servers() -> None:
     listed = '["192.0.2.53", "192.0.2.53:5353", "[2001:db8::53]:53", "2001:db8::54", "[::1]"]'
     servers = parse(DnsConfig, f"servers = {listed}", "").servers
     assert servers is not None
-    assert servers[0] == SocketAddress(ip_address("192.0.2.53"), 53)
+    assert servers[0] == HostPort("192.0.2.53", 53)
     assert [str(server) for server in servers[1:]] == [
         "192.0.2.53:5353",
         "[2001:db8::53]:53",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from ipaddress import ip_address
 from pathlib import Path
 
 import attrs
@@ -30,7 +31,7 @@ def resolver(host: Host) -> Iterator[Finding]:
         yield unchecked("resolver", host.why, AS_ROOT)
     if host.tracer is None or host.client is not None:
         return
-    own = [server.address for server in host.config.dns.servers or ()]
+    own = [ip_address(server.host) for server in host.config.dns.servers or ()]
     daemon = attrs.evolve(host.daemon, marks=None)  # sockets to name servers do not have the mark
     named = [proxy.host for proxy in host.proxies if isinstance(proxy.host, str) and proxy.host != "localhost"]
     for server, who in _over_tcp(host, own or _listed(RESOLV_CONF), daemon):

@@ -17,19 +17,11 @@ from pathlib import Path
 import daemons
 import pytest
 
+from bench.contenders import DANTE_CONF
 from transocks.upstreams.probes import ping
 from transocks.upstreams.proxy_url import parse_proxy_url
 from usocksd.socks import Established, Probe, Probed, SocksConnect
 
-DANTE_CONF = """\
-errorlog: /dev/null
-internal: 127.0.0.1 port = {port}
-external: 127.0.0.1
-clientmethod: none
-socksmethod: none
-client pass {{ from: 127.0.0.0/8 to: 0.0.0.0/0 }}
-socks pass {{ from: 127.0.0.0/8 to: 0.0.0.0/0 }}
-"""
 PATH = os.environ.get("PATH", "") + ":/usr/sbin"
 
 

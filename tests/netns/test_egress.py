@@ -11,7 +11,6 @@ import signal
 import socket
 import struct
 import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -25,6 +24,8 @@ import daemons
 import lab
 import pytest
 from daemons import GRANTED, Daemon, Served, socks5, wait_until
+
+from usocksd.serve.verbs.client import ControlClient
 
 WEB = {4: lab.WEB_V4, 6: lab.WEB_V6}
 POOL = {4: lab.PROXY_V4, 6: lab.PROXY_V6}
@@ -453,8 +454,7 @@ class Listed(contextlib.AbstractContextManager["Listed"]):
         return {reply for reply, _ in self.sources(port)}
 
     def status(self) -> Any:
-        command = [sys.executable, "-m", "usocksd", "-f", str(self._folder / "usocksd.toml"), "status", "--json"]
-        return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        return ControlClient("usocksd", str(self._folder / "control.sock")).ask("status")
 
     def listed(self) -> dict[str, list[str]]:
         """What `status` says is listed, by pool."""

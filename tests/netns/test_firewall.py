@@ -16,7 +16,7 @@ from pathlib import Path
 
 import lab
 import pytest
-from daemons import Daemon, wait_until
+from daemons import Daemon
 from scene import (
     BACKENDS,
     BEYOND,
@@ -368,10 +368,9 @@ CLIENT = """
 {mark}
 control = "{control}"
 listen = "localhost:1081"
-proxy_url = ["socks5://{upstream}"{more}]
+proxy_url = {upstreams}
 [rules]
 mode = "host"
-{rules}
 """
 
 
@@ -382,11 +381,9 @@ def test_apply_refuses_loops_and_upstreams_that_are_down(scene: Scene, tmp_path:
     before, popen = scene.dump(), scene.net.proxy.popen
 
     @contextlib.contextmanager
-    def client(
-        *, upstream: str = "127.0.0.1:1080", more: str = "", mark: str = "mark = 0x7473", rules: str = ""
-    ) -> Iterator[Daemon]:
-        control = tmp_path / "control.sock"
-        config = CLIENT.format(control=control, upstream=upstream, more=more, mark=mark, rules=rules)
+    def client(*upstreams: str, mark: str = "mark = 0x7473") -> Iterator[Daemon]:
+        urls = [f"socks5://{upstream}" for upstream in upstreams]
+        config = CLIENT.format(control=tmp_path / "control.sock", upstreams=urls, mark=mark)
         scene.config = Path(tempfile.mkdtemp(dir=tmp_path), "transocks.toml")
         with Daemon("transocks", config, scene.config.parent, popen=popen) as daemon:
             yield daemon
@@ -402,17 +399,18 @@ def test_apply_refuses_loops_and_upstreams_that_are_down(scene: Scene, tmp_path:
 
     (tmp_path / "unmarked").mkdir()
     with Daemon("usocksd", USOCKSD.replace("mark = 0x7473", ""), tmp_path / "unmarked", popen=popen):
-        with client():
+        with client("127.0.0.1:1080"):
             out = said(1)
             assert "a loop: the rules would send to transocks what the upstream 127.0.0.1:1080 on this host" in out
             assert "It is a usocksd without the mark 0x7473: set mark = 0x7473 in both" in out
             assert "warning: a loop: " in said(0, "--force")
-        for rules in ('exempt_users = ["root"]', 'users = ["nobody"]'):
-            with client(rules=rules):
+            config = scene.config.read_text()
+            for rules in ('exempt_users = ["root"]', 'users = ["nobody"]'):
+                scene.config.write_text(f"{config}{rules}\n")
                 said(0)
     with Daemon("usocksd", USOCKSD, tmp_path, popen=popen):
-        with client(more=', "socks5://127.0.0.1:9"') as daemon:
-            wait_until(lambda: daemon.records("upstream is down"), lambda: "it is down")
+        with client("127.0.0.1:1080", "127.0.0.1:9") as daemon:
+            daemon.record("upstream is down")
             out = said(0)
             assert "warning: 1 of 2 upstreams of default do not answer: socks5://127.0.0.1:9" in out
             assert "a loop" not in out
@@ -425,12 +423,12 @@ def test_apply_refuses_loops_and_upstreams_that_are_down(scene: Scene, tmp_path:
                 assert "transocks does not answer" in said(1)
             finally:
                 os.kill(daemon.pid, signal.SIGCONT)
-    with client(upstream="127.0.0.1:9") as daemon:
-        wait_until(lambda: daemon.records("upstream is down"), lambda: "it is down")
-        assert "no upstream of default answers, so every connection would be reset" in said(1)
+    with client("203.0.113.99:1080", mark="") as daemon:
+        daemon.record("upstream is down")
+        out = said(1)
+        assert "no upstream of default answers, so every connection would be reset" in out
+        assert "the rules would send transocks's own connections to its upstream 203.0.113.99:1080" in out
         assert "warning: no upstream of default answers" in said(0, "--force")
-    with client(upstream="203.0.113.99:1080", mark=""):
-        assert "the rules would send transocks's own connections to its upstream 203.0.113.99:1080" in said(1)
 
 
 def _goes_through_the_proxy(scene: Scene) -> None:

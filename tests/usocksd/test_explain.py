@@ -379,28 +379,21 @@ def test_fifty_rules_fit_on_a_screen(fifty: Path, tmp_path: Path) -> None:
     assert "  48 rules do not match:" in lines
 
     log = tmp_path / "access.log"
-    with log.open("w") as file:
-        for number in range(3000):
-            record = {
-                "logged_at": f"2026-11-23T09:{number // 60:02}:{number % 60:02}.000000Z",
-                "message": "proxy starts",
-                "type": "access",
-                "client_addr": f"192.168.{number % 50}.7:4000",
-                "dest_host": f"www.department-{number % 47}.example",
-                "dest_port": 1000 + number % 60,
-                "candidates": ["203.0.113.5 allowed default"],
-            }
-            file.write(json.dumps(record) + "\n")
+    record = {
+        "logged_at": "2026-11-23T09:00:00.000000Z",
+        "message": "proxy starts",
+        "type": "access",
+        "client_addr": "203.0.113.1:4000",
+        "dest_port": 443,
+        "candidates": ["203.0.113.5 allowed default"],
+    }
+    hosts = [f"www.department-{number}.example" for number in range(50)]
+    log.write_text("".join(json.dumps(record | {"dest_host": host}) + "\n" for host in hosts))
     empty = tmp_path / "empty.toml"
     empty.write_text('[incoming]\nallow_from = ["0.0.0.0/0"]\n')
-    text = run("diff", str(empty), str(fifty), "--log", str(log), status=1)
-    lines = text.splitlines()
+    lines = run("diff", str(empty), str(fifty), "--log", str(log), status=1).splitlines()
     assert len(lines) <= 24
-    # The same, worked out from the rules as they are written above: the first that matches.
-    denied = 0
-    for number in range(3000):
-        subnet, department, port = number % 50, number % 47, 1000 + number % 60
-        matching = [rule for rule in range(50) if (department == rule, subnet == rule, port == 1000 + rule)[rule % 3]]
-        denied += bool(matching) and not matching[0] % 2
-    assert f"{denied:,} would be denied" in lines
-    assert f"{3000 - denied:,} decided the same, {denied:,} differently, 0 unknown" in lines
+    # Every third rule has hosts, and every second of these denies them.
+    assert lines[2] == "41 decided the same, 9 differently, 0 unknown"
+    assert "9 would be denied" in lines
+    assert lines[-1] == "         4  in 4 more groups (--limit 0 shows all)"

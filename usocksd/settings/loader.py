@@ -256,14 +256,11 @@ def _list_reader(item_type: Any) -> Callable[[Any], Any]:
 
 
 def _as_list(value: object, read: Callable[[Any], object]) -> str:
-    """The list that an operator probably meant by a value that is not a list, if it loads."""
-    words = re.split(r"[\s,]+", value.strip()) if isinstance(value, str) else []
-    numbers = [int(word) for word in words if re.fullmatch(r"[0-9]{1,9}", word)]
-    for items in ([value], words, numbers if len(numbers) == len(words) else []):
-        text = show(items)
-        with contextlib.suppress(ExceptionGroup, Invalid, tomllib.TOMLDecodeError):
-            if items and read(items) and tomllib.loads(f"list = {text}") == {"list": items}:
-                return f", as in {text}"
+    """The list of this one value, if that loads."""
+    text = show([value])
+    with contextlib.suppress(ExceptionGroup, Invalid, tomllib.TOMLDecodeError):
+        if read([value]) and tomllib.loads(f"list = {text}") == {"list": [value]}:
+            return f", as in {text}"
     return ""
 
 

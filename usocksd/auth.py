@@ -132,7 +132,6 @@ class Users:
         clock: Callable[[], float] = time.monotonic,
         failure_takes: float | None = None,
         waits: float | None = None,
-        threads: int = _THREADS,
         most_waiting: int = 256,
         most_remembered: int = 10_000,
     ) -> None:
@@ -155,7 +154,7 @@ class Users:
         self._checks: dict[bytes, _Check] = {}
         self._failures: dict[bytes, _Failures] = {}
         self._most_remembered = most_remembered
-        self._turns = _Turns(threads, most_waiting)
+        self._turns = _Turns(_THREADS, most_waiting)
         self._check_takes = _COST_10 * 2.0 ** (max(map(int, self._costs)) - 10)
         slow = _SLACK * self._check_takes
         self.failure_takes = max(_FAILURE_TAKES, slow) if failure_takes is None else failure_takes

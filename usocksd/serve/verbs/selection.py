@@ -89,13 +89,6 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _network(text: str) -> IPNetwork:
-    network = _network_or_none(text)
-    if network is None:
-        raise argparse.ArgumentTypeError(f"expected an address or a network, not {text!r}")
-    return network
-
-
 def _network_or_none(text: str) -> IPNetwork | None:
     try:
         return ip_network(text.removeprefix("[").removesuffix("]"), strict=False)
@@ -103,7 +96,7 @@ def _network_or_none(text: str) -> IPNetwork | None:
         return None
 
 
-def _has(network: IPNetwork, address: IPAddress | None) -> bool:
+def _inside(address: IPAddress | None, network: IPNetwork) -> bool:
     return address is not None and address in network
 
 
@@ -113,8 +106,10 @@ def _at_least(key: str, text: str) -> Filter:
 
 
 def _within(key: str, text: str) -> Filter:
-    network = _network(text)
-    return lambda connection: _has(network, _split(connection.get(key))[0])
+    network = _network_or_none(text)
+    if network is None:
+        raise argparse.ArgumentTypeError(f"expected an address or a network, not {text!r}")
+    return lambda connection: _inside(_split(connection.get(key))[0], network)
 
 
 def _to(text: str) -> Filter:
@@ -133,7 +128,7 @@ def _to(text: str) -> Filter:
         if port is not None and number != port:
             return False
         if network is not None:
-            return _has(network, address)
+            return _inside(address, network)
         asked = (connection["name"] or "").lower().rstrip(".")
         return not name or asked == name or asked.endswith(f".{name}")
 

@@ -32,6 +32,7 @@ from attrs import frozen
 
 from usocksd.errors import ResolveError
 from usocksd.names.resolv_conf import open_socket
+from usocksd.net.address import HostPort
 
 _logger = logging.getLogger("usocksd.names.resolver")
 
@@ -74,10 +75,8 @@ OnAnswer: TypeAlias = Callable[[Kind, NameAnswer | ResolveError], None]
 class NameServer:
     """One name server, and whether it answers."""
 
-    def __init__(self, host: str, port: int, clock: Callable[[], float]) -> None:
-        """`host` as `open_socket` takes it."""
-        self.host = host
-        self.port = port
+    def __init__(self, address: HostPort, clock: Callable[[], float]) -> None:
+        self.address = address
         self.takes_edns = True
         self.silent_until = -inf
         """it is asked last until this time, on the clock; -inf: it answers"""
@@ -89,11 +88,11 @@ class NameServer:
     def connect(self, kind: int) -> socket.socket:
         """A socket of this kind, connecting to it. Raises OSError, and records the first one."""
         try:
-            return open_socket(self.host, self.port, kind)
+            return open_socket(self.address, kind)
         except OSError as error:
             if not self._complained:
                 self._complained = True
-                fields = {"server": self.host, "error": error.strerror or str(error)}
+                fields = {"server": self.address.host, "error": error.strerror or str(error)}
                 _logger.warning("name server can't be used", extra={"fields": fields})
             raise
 

@@ -21,7 +21,7 @@ from usocksd.errors import ResolveError
 from usocksd.names.hosts_file import WatchedFile
 from usocksd.names.name_query import SERVERS_FAILED, TIMED_OUT, Kind, NameAnswer, NameQuery, NameServer, OnAnswer
 from usocksd.names.resolv_conf import PORT, ResolvConf, parse
-from usocksd.net.address import HostPort, join_port
+from usocksd.net.address import HostPort
 
 _logger = logging.getLogger("usocksd.names.resolver")
 
@@ -62,7 +62,7 @@ class NameServers:
     def status(self) -> dict[str, bool]:
         """Each server, as address and port, and whether it is not known to be silent."""
         now = self._clock()
-        return {join_port(server.host, server.port): server.silent_until <= now for server in self._servers}
+        return {str(server.address): server.silent_until <= now for server in self._servers}
 
     def reread(self) -> bool:
         """Read resolv.conf if it has changed; tells whether it had."""
@@ -111,9 +111,6 @@ class NameServers:
         for line, error in self.conf.faults:
             fields = {"file": str(self._file.path), "line": line, "error": error}
             _logger.error("resolver configuration ignored", extra={"fields": fields})
-        if self._given is not None:
-            addresses = self._given
-        else:
-            # resolv.conf(5): without any it is the one on this host.
-            addresses = [HostPort(server, self._port) for server in self.conf.servers or ("127.0.0.1",)]
-        self._servers = [NameServer(host, port, self._clock) for host, port in addresses]
+        # resolv.conf(5): without any it is the one on this host.
+        addresses = self._given or [HostPort(server, self._port) for server in self.conf.servers or ("127.0.0.1",)]
+        self._servers = [NameServer(address, self._clock) for address in addresses]

@@ -91,15 +91,15 @@ def _domain(text: str) -> str:
     return host
 
 
-def open_socket(host: str, port: int, kind: int) -> socket.socket:
-    """A socket of this kind, connected (or connecting) to a numeric address, with a %zone if it has one.
+def open_socket(server: HostPort, kind: int) -> socket.socket:
+    """A socket of this kind, connected (or connecting) to this server.
 
     The unspecified address means this host, as to the C library. Raises OSError.
     """
-    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, kind | socket.SOCK_NONBLOCK)
+    sock = socket.socket(socket.AF_INET6 if ":" in server.host else socket.AF_INET, kind | socket.SOCK_NONBLOCK)
     try:
         with contextlib.suppress(BlockingIOError):
-            sock.connect(socket_address(host, port))
+            sock.connect(socket_address(*server))
     except OSError:
         sock.close()
         raise
@@ -113,9 +113,10 @@ def lint_servers(given: Sequence[HostPort] | None, resolv_conf: Path = RESOLV_CO
         with contextlib.suppress(OSError):
             servers = [HostPort(host, PORT) for host in parse(resolv_conf.read_text("utf-8", "replace")).servers]
     faults = []
-    for host, port in servers:
+    for server in servers:
+        host = server.host
         try:
-            open_socket(host, port, socket.SOCK_DGRAM).close()
+            open_socket(server, socket.SOCK_DGRAM).close()
         except OSError as error:
             if error.errno not in _NO_WAY:
                 link_local = host.lower().startswith("fe80:") and "%" not in host

@@ -14,14 +14,14 @@ from rich.text import Text
 
 from usocksd.serve.verbs.client import ControlClient, print_json
 from usocksd.serve.verbs.selection import Connection, select
-from usocksd.serve.verbs.show import KEEP, Column, cell, duration, make_console, make_table, plain_table, rate, size
+from usocksd.serve.verbs.show import Column, cell, duration, make_console, make_table, plain_table, rate, size
 from usocksd.settings.loader import counted
 
 SAMPLE = 0.5
 """Seconds over which rates are taken."""
 
 # Between these columns are optional ones: the requested name, and what only one of the daemons has.
-_FIRST = (Column("client", keep=KEEP + 3), Column("destination", keep=KEEP + 2))
+_FIRST = (Column("client", keep=13), Column("destination", keep=12))
 _OPTIONAL = {
     "peer": Column("peer", keep=1),
     "name": Column("name", keep=9, text=True),
@@ -37,8 +37,8 @@ _LAST = (
     Column("idle", number=True, keep=7),
     Column("tx", number=True, keep=5),
     Column("rx", number=True, keep=6),
-    Column("tx/s", number=True, keep=KEEP),
-    Column("rx/s", number=True, keep=KEEP + 1),
+    Column("tx/s", number=True, keep=10),
+    Column("rx/s", number=True, keep=11),
     Column("worker", number=True, keep=0),
 )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Final, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from rich.cells import cell_len
 from rich.console import Console, RenderableType
@@ -12,9 +12,6 @@ from rich.table import Table
 from rich.text import Text
 
 from usocksd.serve.verbs.client import visible
-
-KEEP: Final = 10
-"""Columns with at least this much `keep` stay, even if addresses then need several lines."""
 
 
 class Column(NamedTuple):
@@ -80,32 +77,21 @@ def make_table(columns: Sequence[Column], rows: Iterable[Sequence[Text]], room: 
 def fitting(columns: Sequence[Column], widths: Sequence[int], room: int) -> dict[int, int]:
     """The indexes of the columns that fit, and the width of each; `widths` is what they need.
 
-    Numbers keep their width, texts are cut, and addresses take several lines if no less important column is left.
+    Numbers keep their width, texts are cut, and addresses take several lines.
     """
-    least = {
-        at: min(width, max(_SHORTEST, len(column.heading))) if column.text else width
-        for at, (column, width) in enumerate(zip(columns, widths, strict=True))
-    }
+    shown = {}
+    for at, (column, width) in enumerate(zip(columns, widths, strict=True)):
+        least = width if column.number else _SHORTEST if column.text else _UNBROKEN
+        shown[at] = min(width, max(least, len(column.heading)))
 
     def left() -> int:
-        return room - sum(least.values()) - _GAP * (len(least) - 1)
+        return room - sum(shown.values()) - _GAP * (len(shown) - 1)
 
-    def drop(below: int) -> None:
-        while left() < 0 and (candidates := [at for at in least if columns[at].keep < below]):
-            del least[min(candidates, key=lambda at: columns[at].keep)]
-
-    drop(below=KEEP)
-    if left() < 0:
-        for at, width in least.items():
-            if not (columns[at].number or columns[at].text):
-                least[at] = min(width, max(_UNBROKEN, len(columns[at].heading)))
-        drop(below=max(column.keep for column in columns))
-    more = left()
-    for at in sorted(least, key=lambda at: -columns[at].keep):
-        grown = min(least[at] + max(more, 0), widths[at])
-        more -= grown - least[at]
-        least[at] = grown
-    return least
+    while left() < 0 and len(shown) > 1:
+        del shown[min(shown, key=lambda at: columns[at].keep)]
+    for at in sorted(shown, key=lambda at: -columns[at].keep):
+        shown[at] += max(min(widths[at] - shown[at], left()), 0)
+    return shown
 
 
 def plain_table(columns: Iterable[Column], rows: Iterable[Sequence[Text]]) -> Iterator[str]:

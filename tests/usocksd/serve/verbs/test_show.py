@@ -7,13 +7,13 @@ import io
 import pytest
 from rich.console import Console
 
-from usocksd.serve.verbs.show import KEEP, Column, cell, fitting, make_table
+from usocksd.serve.verbs.show import Column, cell, fitting, make_table
 
 COLUMNS = (
-    Column("client", keep=KEEP + 2),
+    Column("client", keep=5),
     Column("name", keep=3, text=True),
     Column("age", number=True, keep=2),
-    Column("rx/s", number=True, keep=KEEP),
+    Column("rx/s", number=True, keep=4),
     Column("worker", number=True, keep=1),
 )
 ROWS = {

@@ -15,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from usocksd.errors import ConfigError, Fault
-from usocksd.net.address import IPAddress
 from usocksd.settings.loader import Invalid, current_load, load, parse, show, structure
 from usocksd.settings.types import (
     Interface,
@@ -25,7 +24,6 @@ from usocksd.settings.types import (
     ReadableFile,
     Seconds,
     SecondsOrZero,
-    host_ip,
     text,
 )
 
@@ -53,7 +51,6 @@ class Outer:
     ports: tuple[Port, ...] = ()
     entries: tuple[Inner, ...] = ()
     addresses: ListenIPsOrNone = ()
-    host: Annotated[IPAddress | None, text(host_ip, 'an IP address, as in "192.0.2.1" or "2001:db8::1"')] = None
     iface: Interface = None
     mark: Mark | None = None
     file: ReadableFile | None = None
@@ -73,7 +70,6 @@ def test_values_are_typed() -> None:
         """
         ports = [1, 65535]
         addresses = ["127.0.0.1", "::ffff:192.0.2.1", "::"]
-        host = "2001:db8::1"
         iface = "eth0"
         mark = 0xffffffff
         drain = 0
@@ -85,7 +81,6 @@ def test_values_are_typed() -> None:
     )
     assert config.ports == (1, 65535)
     assert config.addresses == (ip_address("127.0.0.1"), ip_address("192.0.2.1"), ip_address("::"))
-    assert config.host == ip_address("2001:db8::1")
     assert config.iface == "eth0"
     assert config.mark == 0xFFFFFFFF
     assert config.drain == 0.0
@@ -170,8 +165,7 @@ def test_every_fault_of_a_text_is_reported_at_once() -> None:
             'addresses[2]: "127.0.0.1": is there already, expected every address once',
             "mark: 0: expected an integer from 1 to 4294967295",
             'iface: "averylonginterface": expected the name of an interface, at most 15 characters, as in "eth0"',
-            "colour: unknown key, expected one of inner, ports, entries, addresses, host, iface, mark, file, "
-            "drain, secret",
+            "colour: unknown key, expected one of inner, ports, entries, addresses, iface, mark, file, drain, secret",
         ]
     )
 
@@ -189,13 +183,6 @@ def test_every_fault_of_a_text_is_reported_at_once() -> None:
         ("ports = [[1]]", "ports[0]: [1]: expected an integer from 1 to 65535"),
         ("drain = true", "drain: true: expected seconds, 0 or more and at most 31536000 (a year)"),
         ("drain = -0.5", "drain: -0.5: expected seconds, 0 or more and at most 31536000 (a year)"),
-        ('host = "::"', 'host: "::": is the unspecified address, expected the address of one host'),
-        ('host = "224.0.0.1"', 'host: "224.0.0.1": is multicast, expected the address of one host'),
-        ('host = "fe80::1%eth0"', 'host: "fe80::1%eth0": expected an IP address without a zone'),
-        (
-            'host = "010.0.0.1"',
-            'host: "010.0.0.1": expected an IP address, as in "192.0.2.1" or "2001:db8::1"',
-        ),
         (
             'addresses = ["::1", "::"]',
             'addresses[1]: "::": clashes with ::1, expected :: alone since it covers the others',
@@ -314,12 +301,6 @@ def test_a_secret_is_in_no_fault_and_in_no_traceback(toml: str) -> None:
 )
 def test_show(value: object, shown: str) -> None:
     assert show(value) == shown
-
-
-@given(st.text(st.sampled_from('abc=[]{}"\n.,#1: @\\'), max_size=60))
-def test_garbage_is_a_configuration_or_a_config_error(toml: str) -> None:
-    with contextlib.suppress(ConfigError):
-        parse(Outer, toml, "test.toml")
 
 
 VALUES = st.recursive(

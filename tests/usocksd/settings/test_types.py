@@ -10,7 +10,7 @@ import pytest
 from usocksd.errors import ConfigError
 from usocksd.net.address import HostPort
 from usocksd.settings.loader import parse
-from usocksd.settings.types import DnsConfig, Interface, LogConfig, Timeouts, split_port
+from usocksd.settings.types import DnsConfig, Interface, LogConfig, Timeouts
 
 
 def faults(toml: str, cls: type[Any]) -> list[str]:
@@ -63,7 +63,19 @@ def test_the_resolver() -> None:
 
 @pytest.mark.parametrize(
     "server",
-    ["", "dns.example", "192.0.2.53:", "192.0.2.53:0", "192.0.2.53:65536", "[::1", "0.0.0.0", "::1]:53"],
+    [
+        "",
+        "dns.example",
+        "192.0.2.53:",
+        "192.0.2.53:0",
+        "192.0.2.53:65536",
+        "[::1",
+        "0.0.0.0",
+        "::1]:53",
+        "[::1]1",
+        "[1.2.3.4]:1",
+        "[::1]:٣",
+    ],
 )
 def test_faults_of_dns_servers(server: str) -> None:
     (fault,) = faults(f'servers = ["{server}"]', DnsConfig)
@@ -73,24 +85,3 @@ def test_faults_of_dns_servers(server: str) -> None:
 def test_timeouts() -> None:
     assert parse(Timeouts, "handshake = 0.5\nidle = 60\nstop = 0", "") == Timeouts(handshake=0.5, idle=60.0, stop=0.0)
     assert len(faults("handshake = 0\nconnect = 0\nidle = 0\nhalf_closed = 0\nstop = -1\nkeepalive = 0", Timeouts)) == 6
-
-
-@pytest.mark.parametrize(
-    ("value", "parts"),
-    [
-        ("a:1", ("a", 1)),
-        ("a", ("a", None)),
-        (":1", ("", 1)),
-        ("[::1]:1", ("::1", 1)),
-        ("[::1]", ("::1", None)),
-        ("::1", ("::1", None)),
-    ],
-)
-def test_split_port(value: str, parts: tuple[str, int | None]) -> None:
-    assert split_port(value) == parts
-
-
-@pytest.mark.parametrize("value", ["a:b", "a:", "a:123456", "a:65536", "[a]:1", "[::1", "[::1]1", "a]:1", "a:٣"])
-def test_split_port_refuses(value: str) -> None:
-    with pytest.raises(ValueError):  # noqa: PT011, any
-        split_port(value)

@@ -5,14 +5,14 @@ from pathlib import Path
 
 from hypothesis import settings
 
-# What several test folders share is imported from here (tests/daemons.py).
+# Makes tests/daemons.py and others importable from all test folders.
 sys.path.append(str(Path(__file__).parent))
 
 # pytest-xdist's workers ignore SIGINT, and what they start would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# A shared machine is slow at times, which is no fault of an example. What CI finds, it must find again.
+# No deadline, since a shared machine may be slow at times. In CI, examples are the same in each run.
 settings.register_profile("default", deadline=None, print_blob=True)
 settings.register_profile("ci", deadline=None, print_blob=True, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")

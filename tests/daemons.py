@@ -103,9 +103,8 @@ class Log:
 
 
 def settings(name: str, config: str) -> str:
-    """The configuration with what many daemons on one machine need: one worker, no metrics port, no control socket.
-
-    What it sets itself stays.
+    """The configuration with defaults for many daemons on one machine: one worker, no metrics port, no control socket.
+    Its own settings win.
     """
     for key, value in (("workers", "1"), ("control", '""'), ("metrics_port", "0")):
         if re.search(rf"^{key}\b", config, re.MULTILINE):
@@ -205,7 +204,7 @@ class Process(Log):
         return self.process.wait(PATIENCE)
 
     def stderr(self) -> str:
-        """What it said there."""
+        """Its output there."""
         return self._errors.read_text(encoding="utf-8")
 
     def workers(self) -> list[int]:
@@ -220,7 +219,7 @@ class Process(Log):
         return pid
 
     def descriptors(self, pid: int | None = None) -> list[str]:
-        """What the master, or another process, has open."""
+        """The open files of the master, or of another process."""
         found = []
         folder = f"/proc/{pid or self.pid}/fd"
         for fd in os.listdir(folder):
@@ -230,7 +229,7 @@ class Process(Log):
 
     @property
     def ports(self) -> list[int]:
-        """What it listens on, or has listened on, in the order of the log."""
+        """The addresses that it listens on, or has listened on, in the order of the log."""
         return [int(record["address"].rpartition(":")[2]) for record in self.records("listening")]
 
     @property

@@ -1,6 +1,6 @@
 """A daemon inside the test's own process: its sessions on a real listener, reactor and log, with no master around.
 
-It is put together by its own `build`. What a worker would give to it is given here.
+It is put together by its own `build`, and gets here what a worker would give to it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Proxy(daemons.Log):
         self.live = 0
         """Sessions."""
         self.failures: list[Exception] = []
-        """What they have raised."""
+        """The exceptions of the sessions."""
         self.scopes: list[trio.CancelScope] = []
         """Of every session."""
 
@@ -76,7 +76,7 @@ class Proxy(daemons.Log):
         return float(metric["values"][0][1][-1])
 
     def connections(self) -> list[dict[str, Any]]:
-        """What the sessions say of the live ones."""
+        """The sessions' descriptions of the live connections."""
         found = []
         for handler in self.reactor.handlers.values():
             about = handler.source.about if isinstance(handler, Flow) else getattr(handler, "about", None)

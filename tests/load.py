@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import daemons
 import trio
 
-# What is sent is a part of this, from an offset that tells one transfer from the other.
+# Transfers send parts of this, each from its own offset, so that they differ.
 _BLOCK = random.Random(1080).randbytes(1 << 20)
 _PIECE = 1 << 18
 _HELLO = struct.Struct("!IQQ")
@@ -53,7 +53,7 @@ class Transfer(NamedTuple):
     """The client's own address, as records have it."""
     error: str | None
     refused: bool
-    """Nobody listened there: connect(2) said ECONNREFUSED."""
+    """Nobody listens there: connect(2) failed with ECONNREFUSED."""
 
 
 class Load(contextlib.AbstractContextManager["Load"]):
@@ -133,7 +133,7 @@ class Load(contextlib.AbstractContextManager["Load"]):
         return [transfer for transfer in self.transfers() if transfer.error and not transfer.refused]
 
     def go_on(self, transfers: int = 100) -> None:
-        """Wait until so many more have begun and come to a good end."""
+        """Wait until this many more have begun and succeeded."""
         now = time.monotonic()
         daemons.wait_until(
             lambda: sum(1 for t in self.transfers() if t.began > now and not t.error) >= transfers,
@@ -189,7 +189,7 @@ async def _receive_exactly(stream: trio.SocketStream, size: int) -> bytes:
 
 
 async def _exchange(stream: trio.SocketStream, sent: tuple[int, int], expected: tuple[int, int]) -> bool:
-    """Send and receive at the same time: (number, size) each. Whether what came was right."""
+    """Send and receive at the same time: (number, size) each. Returns whether the received bytes are right."""
     if sent[1] <= _FITS:
         await _send(stream, *sent)
         return await _receive(stream, *expected)
@@ -216,7 +216,7 @@ async def _serve(fd: int) -> None:
 
 
 async def _answer(stream: trio.SocketStream) -> None:
-    # What goes wrong here goes wrong for the client too, who tells.
+    # A failure here is a failure of the client too, which reports it.
     with contextlib.suppress(*_FAILURES):
         async with stream:
             number, out, back = _HELLO.unpack(await _receive_exactly(stream, _HELLO.size))

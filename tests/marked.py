@@ -1,4 +1,4 @@
-"""Configurations with faults, where a comment "# 2" says how many a line has."""
+"""Configurations with faults; a comment "# 2" at the end of a line says how many faults the line has."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from usocksd.settings.loader import parse
 
 
 def marked_faults(cls: type[object], toml: str) -> list[str]:
-    """The faults of this text, in the lines that are marked and no others."""
+    """Check that exactly the marked lines have faults; returns these."""
     marks = {at: re.search(r"# (\d+)$", line) for at, line in enumerate(toml.splitlines(), 1)}
     with pytest.raises(ConfigError) as caught:
         parse(cls, toml, "marked.toml")

@@ -1,4 +1,4 @@
-"""What can be seen of the daemons from outside: /proc, their metrics, and what they tell a service manager."""
+"""Observes daemons from outside: /proc, their metrics, and their messages to a service manager."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ class Counters:
 
 
 def sd_messages(manager: socket.socket, last: str) -> list[str]:
-    """What the daemon tells the service manager, line by line, until a message that has the line `last`."""
+    """The daemon's messages to the service manager, line by line, until one that has the line `last`."""
     said: list[str] = []
     while last not in said:
         said += manager.recv(4096).decode().split("\n")

@@ -223,7 +223,7 @@ def test_no_output_has_the_password(
 
 @given(st.text(st.characters(codec="utf-8"), max_size=200))
 def test_any_text_is_checked(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
-    """What a file says comes out on one line a fault, whatever it is, and is no bug of ours."""
+    """Any file gives one line for each fault, and never a traceback."""
     file = tmp_path_factory.getbasetemp() / "any.toml"
     file.write_text(f"[incoming]\nport = {text}", encoding="utf-8")
     for line in check("usocksd", "check", "-q", file).stderr.splitlines():

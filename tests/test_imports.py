@@ -18,7 +18,7 @@ SHARED = tuple(f"usocksd.{room}" for room in ("socks", "net", "log", "host", "se
 """The rooms that both daemons live in. Each may import those before it; net is the exception: it knows no SOCKS."""
 
 COMMON = ("usocksd.errors", "usocksd.__version__")
-"""What everybody may import."""
+"""The modules that everybody may import."""
 
 PURE = (
     *(f"usocksd.{name}" for name in ("socks", "errors", "acl", "clients", "egress", "decision", "records", "replay")),
@@ -61,7 +61,7 @@ MODULES = modules()
 
 
 def taken(place: str) -> set[tuple[str, str]]:
-    """Who in this place imports what, as (module, imported name)."""
+    """The imports in this place, as (module, imported name)."""
     return {(module, name) for module, names in MODULES.items() if within(module, place) for name in names}
 
 

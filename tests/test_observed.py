@@ -1,6 +1,6 @@
-"""What the daemons say of a connection: records that join, counters, and the answer to `connections`.
+"""Reports about a connection: records that join, counters, and the answer to `connections`.
 
-Both run in this process, over loopback. Where a redirected connection was going is put into the kernel's mouth.
+Both run in this process, over loopback. The original destination is faked, as if the kernel had told it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a fault of a configuration proposes is no fault itself: every setting of both configurations."""
+"""The proposal in each fault of a configuration is valid itself: for every setting of both configurations."""
 
 from __future__ import annotations
 

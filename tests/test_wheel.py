@@ -1,4 +1,4 @@
-"""What `./test` tests is the wheel: what users install, with all that belongs into it."""
+"""`./test` tests the wheel, which users install, with everything that belongs into it."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ class Tiny(Process):
         return self.folder / name
 
     def held(self, where: str, count: int = 1) -> list[int]:
-        """Wait until so many workers hold where they were told to; their process ids."""
+        """Wait until this many workers have stopped at the given point; returns their process ids."""
         names = wait_until(
             lambda: len(found := list(self.folder.glob(f"held-{where}-*"))) >= count and found, f"{count} held"
         )
@@ -145,7 +145,7 @@ class Tiny(Process):
         return [row for generation in self.ask("status")["generations"] for row in generation["workers"]]
 
     def metrics(self, port: int, host: str = "127.0.0.1") -> dict[str, float]:
-        """What the metrics endpoint says."""
+        """The answer of the metrics endpoint."""
         with urllib.request.urlopen(f"http://{host}:{port}/metrics", timeout=PATIENCE) as answer:
             lines = answer.read().decode().splitlines()
         return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
@@ -163,7 +163,7 @@ class Tiny(Process):
         return sock
 
     def who(self, sock: Socket | None = None) -> tuple[int, str, Socket]:
-        """A connection that stays, and who serves it: process and version."""
+        """A connection that stays open, and the process and version that serve it."""
         sock = sock or self.client()
         sock.sendall(b"who")
         line = b""

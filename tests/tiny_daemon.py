@@ -1,15 +1,14 @@
-"""A daemon that is as small as one can be, on the real master and workers: what the tests of the process model run.
-
-What a client sends first is what becomes of its connection: "echo", "who" (tells process and version, then echoes),
-"crash", "late" (a deadline passes), "busy" (waits for something that is no socket of ours), or "relay" and the port of
-what to relay to. The log tells of it.
+"""A daemon that is as small as one can be, on the real master and workers: for the tests of the process model. The
+first word of a client decides about its connection: "echo", "who" (tells process and version, then echoes), "crash",
+"late" (a deadline passes), "busy" (waits for something that is no socket of ours), or "relay" and the port of what to
+relay to. The log tells of it.
 
 The environment tells what else: TINY_TIMING is a JSON object of fields of `Timing` and their values, and files in the
 folder TINY_FOLDER make workers misbehave: {hold,die,bug}-{import,plan,build}, fail-build, fail-task, choosy (takes nothing that is shared). With the file "keep"
 there one worker finds out something for all: its own process number.
 """
 
-# ruff: noqa: E402 - who is to die at its import does so before it imports much
+# ruff: noqa: E402 - a process that should die at import does so before it imports much
 from __future__ import annotations
 
 import json
@@ -100,7 +99,7 @@ def say(**fields: object) -> None:
 
 
 def keeping(parts: Parts) -> tuple[Callable[[], Awaitable[None]], ...]:
-    """What one worker does for all, if there is to be anything."""
+    """The task of the keeper, if the test wants one."""
     known: list[Any] = []
 
     def learn(value: Any) -> None:
@@ -110,7 +109,7 @@ def keeping(parts: Parts) -> tuple[Callable[[], Awaitable[None]], ...]:
         say(known=value)
 
     async def keep() -> None:
-        """Finds out who has found it out, unless somebody has."""
+        """Shares which worker has found it out, unless one has already."""
         if not known:
             parts.share(os.getpid())
         say(keeps=True)

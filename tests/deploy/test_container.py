@@ -20,7 +20,7 @@ def instructions() -> list[tuple[str, str]]:
     return [(words[0], words[1]) for words in (line.split(None, 1) for line in text.splitlines()) if words]
 
 
-def test_what_is_copied_into_the_image_is_all_that_a_wheel_needs(tmp_path: Path) -> None:
+def test_the_image_copies_everything_that_a_wheel_needs(tmp_path: Path) -> None:
     for name, words in instructions():
         if name == "COPY" and not words.startswith("--from="):
             *sources, target = words.split()
@@ -51,7 +51,7 @@ def test_the_daemons_run_as_users_of_their_own_without_a_shell_around_them() -> 
     assert last["USER"] == "usocksd"
     users = dict(re.findall(r"useradd --uid (\d+) .*?(\w+)(?=\s+(?:&&|$))", last_run()))
     assert users == {"51080": "usocksd", "51081": "transocks"}
-    # What has the numbers in it has the same ones.
+    # Other files that contain these numbers have the same ones.
     compose, running = (FOLDER / "compose.yaml").read_text(), (ROOT / "docs" / "running.md").read_text()
     for number, name in users.items():
         assert f"/run/{name}:uid={number},gid={number}," in compose

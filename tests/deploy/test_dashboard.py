@@ -21,12 +21,12 @@ from prometheus_client.parser import text_string_to_metric_families
 DEPLOY = Path(__file__).parents[2] / "deploy"
 DAEMONS = ("usocksd", "transocks")
 CONFIGS = {
-    # (Nobody answers there: what is exported of DNSBLs is there all the same.)
+    # (Nobody answers there; metrics of DNSBLs are exported nevertheless.)
     "usocksd": '[incoming]\nport = 0\naddresses = ["127.0.0.1"]\nmetrics_port = {metrics}\n'
     '[outgoing]\naddresses = ["127.0.0.1"]\ndnsbl_domain = "bl.test"\n[dns]\nservers = ["127.0.0.1:1"]\n',
     "transocks": 'listen = "127.0.0.1:0"\nproxy_url = "socks5://127.0.0.1:1080"\nmetrics_port = {metrics}\n',
 }
-# What Prometheus itself adds to every target.
+# Metrics that Prometheus adds to every target.
 OF_PROMETHEUS = {"up": {}}
 TARGET = {"instance", "job"}
 
@@ -216,7 +216,7 @@ def test_rules_say_what_to_do() -> None:
 
 
 def test_rules_are_the_same_for_both_daemons() -> None:
-    """What both export is watched in both."""
+    """Metrics that both daemons export have alerts for both."""
     names = {name: {r["alert"].removeprefix(name.capitalize()) for r in rules()} for name in DAEMONS}
     own = {"NoEgress", "EgressListed", "LoginsFail"}
     own |= {"UpstreamFails", "UpstreamSlow", "UpstreamDown", "AllUpstreamsDown", "Loop"}

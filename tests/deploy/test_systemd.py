@@ -169,7 +169,7 @@ def rules(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Rules]:
     file = tmp_path / "rules.nft"
     shutil.copy(ROOT / "iptables" / f"{request.param}.nft", file)
     with make() as net:  # type: ignore[attr-defined]
-        # What others have loaded must come through untouched.
+        # Rules loaded by others must stay unchanged.
         net.proxy.run(
             "nft", "table inet foreign { chain c { type filter hook output priority 0; tcp dport 9 drop; }; }"
         )

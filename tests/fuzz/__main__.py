@@ -47,7 +47,7 @@ def main() -> int:
     corpus.mkdir(parents=True, exist_ok=True)
     for number, seed in enumerate(seeds):
         (corpus / f"seed-{number}").write_bytes(seed)
-    # More than 5 s for one input is a finding, and so is more than 1 GiB. What they leave lies beside the corpus.
+    # An input that takes more than 5 s or 1 GiB is a finding. Findings are written beside the corpus.
     bounds = [f"-runs={args.runs}", f"-max_total_time={args.seconds}", f"-max_len={args.longest}"]
     limits = ["-timeout=5", "-rss_limit_mb=1024", f"-artifact_prefix={corpus}-", "-print_final_stats=1"]
     atheris.Setup([sys.argv[0], *bounds, *limits, str(corpus)], target)

@@ -1,4 +1,4 @@
-"""What the fuzzers begin with: one good example or more of all that a target reads."""
+"""The seeds of the fuzzers: at least one valid example of everything that a target reads."""
 
 from __future__ import annotations
 

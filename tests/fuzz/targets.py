@@ -1,6 +1,6 @@
 """Every parser that meets strangers' bytes, one small function each: bytes in, nothing out, and no exception but a bug.
 
-What a parser may raise is caught here, by its documented class, so that anything else is a finding. Where it takes
+The documented exceptions of a parser are caught here, so that any other is a finding. Where it takes
 pieces, it has to make the same of them as of the whole.
 """
 
@@ -79,7 +79,7 @@ def target(function: Target) -> Target:
 
 
 def pieces(data: bytes) -> Iterator[bytes]:
-    """Cut up, in a way that the first byte chooses: always the same for the same bytes."""
+    """Cut into pieces, in a way that depends only on the first byte."""
     step = data[0] % 7 + 1 if data else 1
     at = 0
     while at < len(data):
@@ -100,7 +100,7 @@ _METHODS = (
 
 @target
 def socks_server(data: bytes) -> None:
-    """What clients of usocksd say. The first byte is how it is set up."""
+    """Bytes of clients of usocksd. The first byte selects its configuration."""
     methods, rest = _METHODS[data[0] % 4] if data else _METHODS[0], data[1:]
     whole, cut = (_serve(methods, parts) for parts in ([rest], pieces(rest)))
     assert whole == cut, (whole, cut)
@@ -161,7 +161,7 @@ def _ask(machine: ClientRole, parts: Iterable[bytes], most: int) -> tuple[list[o
 
 @target
 def socks_client(data: bytes) -> None:
-    """What the upstreams of transocks answer."""
+    """Answers of transocks's upstreams."""
     how = data[0] if data else 0
 
     def make() -> ClientRole:
@@ -183,13 +183,13 @@ def socks_probe(data: bytes) -> None:
 
 @target
 def http_connect(data: bytes) -> None:
-    """What HTTP proxies answer."""
+    """Answers of HTTP proxies."""
     _client(lambda: HttpConnect("www.example.com", 443), data, MAX_HEAD)
 
 
 @target
 def proxy_header(data: bytes) -> None:
-    """What stands in front of a proxied connection."""
+    """PROXY headers."""
     found = []
     for parts in ([data], pieces(data)):
         receiver, header, behind = Receiver(), None, b""
@@ -212,7 +212,7 @@ def proxy_header(data: bytes) -> None:
 
 @target
 def sniff(data: bytes) -> None:
-    """What clients of redirected connections say first: TLS, HTTP, or anything."""
+    """First bytes of clients of redirected connections: TLS, HTTP, or anything."""
     port = (443, 80, 8080, 0)[data[0] % 4] if data else 0
     found = []
     for parts in ([data[1:]], pieces(data[1:])):
@@ -308,7 +308,7 @@ _QUERY = name_query.NameQuery([], dns.name.from_text("www.example.com."), [dns.r
 
 @target
 def dns_answer(data: bytes) -> None:
-    """What name servers answer."""
+    """Answers of name servers."""
     message = _QUERY._read(data, dns.rdatatype.A)
     if message is not None:
         with contextlib.suppress(dns.exception.DNSException):
@@ -374,7 +374,7 @@ _HANDLERS = {"explain": _explain, "status": _explain}
 
 @target
 def control_request(data: bytes) -> None:
-    """What is said on the control socket."""
+    """Requests on the control socket."""
     answer = _drive(answer_line(_HANDLERS, data.partition(b"\n")[0], Peer(0)))
     values = json.loads(answer)
     assert answer.endswith(b"\n")
@@ -392,7 +392,7 @@ def _drive(coroutine: Any) -> Any:
 
 @target
 def metrics_request(data: bytes) -> None:
-    """What is said on the metrics port."""
+    """Requests on the metrics port."""
     with contextlib.suppress(BadRequest):
         parse_request(data)
 
@@ -461,7 +461,7 @@ async def _received(parts: list[bytes]) -> list[object]:
     found = list[object]()
 
     async def send() -> None:
-        with theirs, contextlib.suppress(OSError):  # who has heard enough closes
+        with theirs, contextlib.suppress(OSError):  # a client that has enough closes
             for part in filter(None, parts):
                 await theirs.send(part)
 

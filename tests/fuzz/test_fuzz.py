@@ -30,8 +30,8 @@ def test_nothing_raises(name: str) -> None:
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_long_inputs_take_time_by_their_length(name: str) -> None:
-    """16 times the bytes may take 16 times as long, and some more, but not 256 times. Of what takes no time to speak
-    of, nothing is said.
+    """16 times the bytes may take some more than 16 times as long, but not 256 times. Very short times are not
+    compared.
     """
     target = TARGETS[name]
     for seed in SEEDS[name][:6]:

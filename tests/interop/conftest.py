@@ -15,7 +15,7 @@ import world
 
 @pytest.fixture(scope="session")
 def far() -> Iterator[world.FarEnd]:
-    """What clients want to reach."""
+    """The destination of clients."""
     far = world.FarEnd()
     yield far
     far.close()

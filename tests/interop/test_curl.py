@@ -74,7 +74,7 @@ def curl(clients: Clients, far: FarEnd) -> Curl:
 
 
 def why(answer: Answer) -> str:
-    """What curl says about an answer it did not get because of the proxy."""
+    """curl's error if it gets no answer because of the proxy."""
     assert answer.returncode == BAD_PROXY, answer.stderr.decode()
     return answer.stderr.decode()
 
@@ -111,7 +111,7 @@ def test_an_ipv6_address(
 def test_localhost(
     curl: Curl, far: FarEnd, daemon: Daemon, option: str, scheme: str, protocol: str, resolves: bool
 ) -> None:
-    """A name that client and daemon both know: who resolves it is what tells the options apart."""
+    """A name that client and daemon both know; the options differ in who resolves it."""
     peer = curl.peer(curl("localhost", option, daemon.address))
     record = daemon.relayed(far, peer, protocol=protocol)
     assert record["dest_host"] in ({"localhost"} if resolves else {"127.0.0.1", "::1"})
@@ -145,7 +145,7 @@ def test_a_name_with_an_ipv6_address_only(
 def test_an_international_name(
     curl: Curl, far: FarEnd, daemon: Daemon, names: str, option: str, scheme: str, protocol: str, resolves: bool
 ) -> None:
-    """What curl makes of it depends on its build; the daemon takes it as it comes."""
+    """Which bytes curl sends depends on its build; the daemon accepts all of them."""
     peer = curl.peer(curl("Bücher.TEST", option, daemon.address))
     record = daemon.relayed(far, peer, protocol=protocol)
     assert record["dest_host"].lower() in {"bücher.test", "xn--bcher-kva.test"}
@@ -217,7 +217,7 @@ def test_no_user_where_none_is_needed(
 
 
 def test_a_user_without_a_password_where_none_is_needed(curl: Curl, far: FarEnd, lenient: Daemon) -> None:
-    """Is nobody in particular; the same user's wrong password is refused."""
+    """Such a client is anonymous; a wrong password of the same user is refused."""
     peer = curl.peer(curl("127.0.0.1", "--socks5", lenient.address, "--proxy-user", f"{USER}:"))
     lenient.relayed(far, peer, protocol="SOCKS5", user=None)
 
@@ -361,7 +361,7 @@ def test_connect_at_the_socks_port(curl: Curl, daemon: Daemon) -> None:
 
 
 def test_tls_at_the_socks_port(curl: Curl, daemon: Daemon) -> None:
-    """Closed at once; said once a client, so the second try leaves no record."""
+    """Closed at once; logged once per client, so the second try leaves no record."""
     for _ in range(2):
         answer = curl("127.0.0.1", "--proxy", f"https://{daemon.address}")
         assert answer.returncode == BAD_TLS

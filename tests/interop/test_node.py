@@ -59,7 +59,7 @@ def node(package: Path, clients: Clients) -> Node:
 def test_an_ipv4_address(node: Node, far: FarEnd, daemon: Daemon, version: int, protocol: str) -> None:
     answer = node(daemon, version, "127.0.0.1", far.echo)
     peer = node.peer(answer)
-    if version == 5:  # of SOCKS4's reply it does not tell
+    if version == 5:  # it does not report the address in SOCKS4's reply
         bound = answer["bound"]
         assert f"{bound['host']}:{bound['port']}" == peer
     daemon.relayed(far, peer, protocol=protocol, dest_host="127.0.0.1", user=None)

@@ -85,7 +85,7 @@ class Ssh:
 
     @property
     def log(self) -> str:
-        """What sshd said."""
+        """The output of sshd."""
         return (self._folder / "sshd.log").read_text()
 
     def close(self) -> None:
@@ -111,7 +111,7 @@ def ssh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ssh]:
             prison.rmdir()
 
 
-# Says who connected, as nc does below, and then what it hears.
+# Sends the address of the client, as nc does below, then echoes.
 ECHO = 'set -- $SSH_CONNECTION; echo "$1:$2"; cat'
 
 
@@ -150,11 +150,11 @@ def test_a_denied_host(clients: Clients, daemon: Daemon, ssh: Ssh, version: str,
     daemon.expect("ruleset mismatch", protocol=protocol, dest_host=DENIED, dest_port=ssh.port, rule="allow_sites")
 
 
-# netcat by itself: the far end's echo says who connected.
+# netcat without a proxy: the far end's echo sends the address of its client.
 
 
 class Netcat:
-    """nc through a daemon, to the far end's echo if not told otherwise; ends its direction when it has said all."""
+    """nc through a daemon, by default to the far end's echo; it ends its direction when all is sent."""
 
     def __init__(self, clients: Clients, far: FarEnd) -> None:
         self._path = netcat()
@@ -168,7 +168,7 @@ class Netcat:
         return self._clients.run(*command, stdin=SOME)
 
     def peer(self, done: subprocess.CompletedProcess[bytes]) -> str:
-        """Who connected, if all that was said came back."""
+        """The address of the client, if everything came back."""
         assert (done.returncode, done.stderr) == (0, b"")
         peer, _, echoed = done.stdout.partition(b"\n")
         assert echoed == SOME
@@ -187,7 +187,7 @@ def complaint(done: subprocess.CompletedProcess[bytes]) -> str:
 
 @versions
 def test_nc_to_an_ipv4_address(nc: Netcat, far: FarEnd, daemon: Daemon, version: str, protocol: str) -> None:
-    """It ends its direction first: the echo of what it said must come back all the same."""
+    """It ends its direction first, and must still get the echo."""
     peer = nc.peer(nc(daemon, version, "127.0.0.1"))
     daemon.relayed(far, peer, protocol=protocol, dest_host="127.0.0.1", dest_port=far.echo)
 

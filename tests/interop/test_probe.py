@@ -1,5 +1,5 @@
-"""What other proxies make of a probe, where they are installed: that it does no harm, and whether SOCKS servers take
-greeting and request at once.
+"""Probes of other proxies, if installed: they do no harm, and tell whether SOCKS servers take greeting and request at
+once.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def answers(port: int) -> bool:
 
 
 def learned(port: int, probe: Probe, silence: float) -> list[Probed]:
-    """All that the probe finds out until the server closes, or is silent for so many seconds."""
+    """The findings of a probe until the server closes, or is silent for this many seconds."""
     found = []
     with socket.create_connection(("127.0.0.1", port), daemons.PATIENCE) as sock:
         sock.sendall(probe.data_to_send())

@@ -47,7 +47,7 @@ def proxy(version: str, daemon: Daemon, *user: str) -> str:
 
 
 def complaint(done: subprocess.CompletedProcess[bytes]) -> str:
-    """What proxychains says about an attempt that failed."""
+    """proxychains's message about a failed attempt."""
     assert done.returncode == COULD_NOT_CONNECT, done.stderr.decode()
     return next(line for line in done.stderr.decode().splitlines() if "Strict chain" in line)
 

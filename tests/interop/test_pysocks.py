@@ -111,7 +111,7 @@ def test_a_user_nobody_asked_for(far: FarEnd, daemon: Daemon, version: int, prot
 
 
 def refusal(daemon: Daemon, version: int, to: tuple[str, int], **how: Any) -> Any:
-    """What ends an attempt to connect. PySocks wraps even its own exceptions, as they are OSErrors."""
+    """The error of a failed attempt to connect. PySocks wraps even its own exceptions, since they are OSErrors."""
     with pytest.raises(socks.GeneralProxyError) as caught, connected(daemon, version, to, **how):
         pass
     return caught.value.socket_err

@@ -1,4 +1,4 @@
-"""Both ends and the middle of every test here: usocksd as a process, what its clients want to reach, and names.
+"""The fixtures of every test here: usocksd as a process, destinations, and names.
 
     client (curl, ssh, ...) ---> Daemon ---> FarEnd        all of it on loopback, every port the kernel's choice
 
@@ -138,7 +138,7 @@ class Daemon(daemons.Daemon):
         return end
 
     def end(self) -> None:
-        """What it said that no test asked for is a failure."""
+        """Output that no test expects is a failure."""
         super().end()
         assert self.stderr() == ""
         assert {record["message"] for record in self.records()} <= _KNOWN
@@ -197,7 +197,7 @@ class _Conversation(socketserver.StreamRequestHandler):
 
 
 class _Web(_Conversation):
-    """Answers a GET with a page that says who asked for what, a POST with what it brought."""
+    """Answers a GET with a page that names the client and the path, a POST with its body."""
 
     def talk(self) -> None:
         request, length = self.heard(self.rfile.readline()), 0
@@ -211,7 +211,7 @@ class _Web(_Conversation):
 
 
 class _Echo(_Conversation):
-    """Says who connected, on a line, and then whatever it hears."""
+    """Sends a line with the client's address, then echoes."""
 
     def talk(self) -> None:
         self.say(f"{self.peer}\n".encode())
@@ -220,7 +220,7 @@ class _Echo(_Conversation):
 
 
 class FarEnd:
-    """What clients want to reach: a web page and an echo, on 127.0.0.1 and ::1, and a port where nobody listens."""
+    """The destinations: a web page and an echo, on 127.0.0.1 and ::1, and a port on which nobody listens."""
 
     def __init__(self) -> None:
         self._traffic: dict[str, tuple[int, int]] = {}
@@ -254,7 +254,7 @@ class FarEnd:
         return f"You asked for {path}, here it is.\n"
 
     def note(self, peer: str, received: int, sent: int) -> None:
-        """What a connection has carried by its end."""
+        """The bytes of a connection by its end."""
         with self._noted:
             self._traffic[peer] = (received, sent)
             self._noted.notify_all()
@@ -306,7 +306,7 @@ def dnsmasq(command: str) -> Iterator[str]:
                 if "started" in said[-1]:
                     yield f"127.0.0.1:{port}"
                     return
-                # Else somebody took the port since: the next one.
+                # Otherwise another process has taken the port: try the next one.
                 assert "Address already in use" in "".join(said), said
             finally:
                 process.terminate()
@@ -314,7 +314,7 @@ def dnsmasq(command: str) -> Iterator[str]:
 
 
 def until(last: Callable[[str], bool], lines: Iterator[str] | Any) -> Iterator[str]:
-    """Lines up to the one that is the last, or all there are."""
+    """Lines up to and including the first that is `last`, or all lines."""
     for line in lines:
         yield line
         if last(line):
@@ -322,14 +322,16 @@ def until(last: Callable[[str], bool], lines: Iterator[str] | Any) -> Iterator[s
 
 
 def split_page(answer: bytes) -> tuple[str, str]:
-    """An HTTP answer of the far end as (who asked, in its eyes; body)."""
+    """An HTTP answer of the far end, as (client that it saw, body)."""
     head, _, body = answer.decode().partition("\r\n\r\n")
     peer = next(line.removeprefix("Peer: ") for line in head.splitlines() if line.startswith("Peer: "))
     return peer, body
 
 
 def talk(sock: socket.socket, data: bytes) -> str:
-    """Says this to the far end's echo, ends its own direction, and checks what comes back; returns who it was there."""
+    """Sends this to the far end's echo, ends its own direction, and checks the echo; returns the client that the far
+    end saw.
+    """
     writer = threading.Thread(target=lambda: (sock.sendall(data), sock.shutdown(socket.SHUT_WR)))
     writer.start()
     heard = b""

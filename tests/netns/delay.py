@@ -49,13 +49,13 @@ class Carried(NamedTuple):
 
 
 class DelayLine:
-    """Carries until `close`, which also closes the devices. `here` is the end of who connects."""
+    """Carries packets until `close`, which also closes the devices. `here` is the client's end."""
 
     def __init__(self, here: FileIO, there: FileIO, delay: float) -> None:
         self.delay = delay
         self.loses: Callable[[bytes], bool] = lambda packet: False
         self.received: list[tuple[int, bytes]] = []
-        """What arrived here: flight and packet."""
+        """Packets that arrived here, with their flight."""
         self._here = here.fileno()
         self._ends = {here.fileno(): there.fileno(), there.fileno(): here.fileno()}
         self._devices = (here, there)

@@ -60,7 +60,7 @@ class LabUnavailable(Exception):
 
 def _unshare() -> list[str]:
     user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
-    # What is mounted inside must not show outside, which the agent sees to (_make_mounts_private).
+    # Mounts inside must not show outside; the agent ensures that (_make_mounts_private).
     return ["unshare", *user, "--mount", "--propagation=unchanged", "--net", "--"]
 
 
@@ -365,7 +365,7 @@ def _uplink(lab: Lab, proxy: Host, outside: Host, *, delay: float | None = None)
         f"route add default via {NEXT_V4} src {PROXY_V4[0]}",
         f"route add ::/0 via {NEXT_V6} src {PROXY_V6[0]}",
     )
-    # What is nowhere is answered so at once, instead of a client waiting out its timeout.
+    # Unknown destinations are answered at once, so that clients do not wait for a timeout.
     outside.sysctl("net.ipv4.ip_forward", 1)
     outside.sysctl("net.ipv6.conf.all.forwarding", 1)
     lab.ip(outside, "route add unreachable default", "route add unreachable ::/0")

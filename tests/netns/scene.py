@@ -1,4 +1,4 @@
-"""What the tests of `transocks rules` are played on: a host or gateway with one of the tools, a stand-in, a web server."""
+"""The scene of the tests of `transocks rules`: a host or gateway with one of the tools, a stand-in, a web server."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ONLY_PATH = "import sys; from transocks import cli, tools; tools.SBIN = (); {mor
 REDIRECTED, DIRECT, REFUSED, NOTHING = "redirected", "direct", "refused", "no answer"
 
 
-# What others have on their hosts, after the real ones: Docker with a published port, kube-proxy with a service and a
+# Rules that other hosts have, modelled on real ones: Docker with a published port, kube-proxy with a service and a
 # node port, firewalld with its own priorities and chains.
 
 DOCKER_KUBE = """\
@@ -162,7 +162,7 @@ class Scene:
         return ["env", f"PATH={self.bin}", *python, *(["-f", str(self.config)])]
 
     def rules(self, *words: str, status: int = 0) -> str:
-        """Run the verb; returns what it said."""
+        """Run the verb; returns its output."""
         was, out, err = self._cli.run("rules", *words, "-f", str(self.config))
         assert was == status, out + err
         return out + err
@@ -225,7 +225,7 @@ class Scene:
     def connected(
         self, address: str, port: int = 80, *, timeout: float = 5, mark: int = 0
     ) -> Iterator[tuple[socket.socket, str]]:
-        """A connection of the client, and what became of it."""
+        """A connection of the client, and its result."""
         with self.net.client.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as client:
             if mark:
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
@@ -288,7 +288,7 @@ def backends(*which: int) -> pytest.MarkDecorator:
 
 
 def goes_on(connection: socket.socket) -> None:
-    """Check that the stand-in, or who is there instead, still answers."""
+    """Check that the stand-in, or its replacement, still answers."""
     connection.sendall(b"hello")
     assert connection.recv(10) == b"hello"
 

@@ -36,7 +36,7 @@ IP_TRANSPARENT, IPV6_TRANSPARENT = 19, 75  # <linux/in.h>, <linux/in6.h>
 
 
 class Verdict:
-    """What doctor said."""
+    """doctor's output."""
 
     def __init__(self, status: int, answer: dict[str, Any]) -> None:
         self.findings = answer["findings"]
@@ -45,7 +45,7 @@ class Verdict:
         assert not [f for f in self.of("not checked") if "the check itself failed" in f]
 
     def remedy(self, check: str) -> str:
-        """What is to be typed for the first fault of this check."""
+        """The command that this check's first fault proposes."""
         do = next(f["do"] for f in self.findings if f["state"] == "fault" and f["check"] == check)
         found = re.match(r"(?:sysctl|ip|nft|transocks) .*?(?=, or |, with |; or|; and|: what| \(|$)", do)
         assert found is not None, do
@@ -246,7 +246,7 @@ FOLLOW = "as doctor says"
 
 
 class Case(NamedTuple):
-    """What breaks a healthy setup, which checks say so, how the last of them does, and what mends it."""
+    """What breaks a healthy setup, which checks report it, the last one's message, and the repair."""
 
     mode: str
     breaks: str
@@ -284,7 +284,7 @@ TIMERS = [f"net.netfilter.nf_conntrack_tcp_timeout_{name}=5" for name in ("estab
 # Another name for the interface, as of a VLAN, whose dot is none of sysctl's.
 RENAME = f"""ip link set lan0 down; ip link set lan0 name lan.0; ip link set lan.0 up
 ip addr add {lab.LAN_GATEWAY_V6}/64 dev lan.0 nodad"""
-# So that the table of iptables is asked at the same place as ours, and our chain first.
+# At the same priority as iptables's table, with our chain first.
 EARLIER = """ours=$(nft list table inet transocks_tproxy | sed 's/priority mangle/priority -160/')
 nft delete table inet transocks_tproxy; echo "$ours" | nft -f -"""
 INPUT = """iptables -A INPUT -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT; iptables -A INPUT -i lo -j ACCEPT
@@ -520,7 +520,7 @@ def test_resolver_is_redirected(host: Setup) -> None:
 
 
 def test_what_upstreams_answer(host: Setup) -> None:
-    """One look at all of them: what each answers to what asks for no connection, and what is said of that."""
+    """All upstreams in one run: the answer of each to a probe, and the finding about it."""
     answers: list[tuple[str, bytes | None, str, str, str]] = [
         ("http://{}", b"HTTP/1.1 400 Bad Request\r\n\r\n", "ok", "answers", ""),
         ("http://{}", HTTP_ERROR, "fault", "501 SOCKS proxy, not HTTP", "a proxy of this kind"),
@@ -659,7 +659,7 @@ def test_a_client_that_is_waited_for(gateway: Setup) -> None:
 
 
 def waiting_for(setup: Setup, client: str) -> Verdict:
-    """What doctor says of a connection of this client, which is opened when it asks for one."""
+    """doctor's output about a connection of this client, opened when doctor waits for it."""
     words = [sys.executable, "-m", "transocks", "doctor", "-f", str(setup.config), "--json", "--client", client]
     process = setup.proxy.popen(*words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
@@ -711,7 +711,7 @@ def test_loopback_is_down(host: Setup) -> None:
 
 @pytest.mark.parametrize("without", ["all", "net_raw"])
 def test_without_root(host: Setup, without: str) -> None:
-    """What can't be seen is said to be so, and nothing is made up."""
+    """Facts that can't be seen are reported as such, not invented."""
     host.load()
     found = host.doctor("setpriv", f"--bounding-set=-{without}", "--inh-caps=-all")
     assert found.faults == {}
@@ -758,7 +758,7 @@ with Tracer() as tracer:
 
 
 def test_a_port_that_is_used_again(host: Setup) -> None:
-    """What was reported of one connection is not taken for the next one that has its port."""
+    """Reports about one connection are not used for the next one with the same port."""
     host.load()
     for listener in host.listeners:  # so that the first is reset, and its port free
         listener.close()

@@ -140,7 +140,7 @@ class Sniffer(contextlib.AbstractContextManager["Sniffer"]):
 
 
 class Connection(NamedTuple):
-    """What came of one, and when it was begun and over."""
+    """The result of one, and when it began and ended."""
 
     began: float
     ended: float
@@ -245,7 +245,7 @@ ROUTED = {4: ("192.0.2.16/28", "192.0.2.19"), 6: ("2001:db8:9::/64", "2001:db8:9
 def test_an_address_of_a_network_that_is_routed_here(
     host_net: lab.Net, tmp_path: Path, version: int, whole: bool
 ) -> None:
-    """No interface has it (AnyIP): the kernel takes it for this host's own all the same."""
+    """No interface has the address (AnyIP), but the kernel accepts it as this host's."""
     net, (network, address) = host_net, ROUTED[version]
     net.proxy.run("ip", "route", "add", "local", network, "dev", "lo")
     net.outside.run("ip", "route", "add", network, "via", POOL[version][0])
@@ -274,7 +274,7 @@ def test_the_same_address_from_every_worker_and_after_a_restart(host_net: lab.Ne
     net, clients = host_net, [f"127.0.0.{number}" for number in range(1, 13)]
 
     def sources() -> dict[str, set[str]]:
-        """Where each client leaves from, over so many connections that all workers have some."""
+        """The egress address of each client, over enough connections for all workers to have some."""
         return {client: {ask(net, client, WEB[4], 80)[1] for _ in range(8)} for client in clients}
 
     with Served(net.outside.listen(WEB[4], 80), daemons.echo):
@@ -302,7 +302,7 @@ def queue(net: lab.Net) -> Iterator[Socket]:
 
 
 def peers(listener: Socket, count: int) -> Counter[str]:
-    """Who is in its queue; takes them out and ends them."""
+    """The clients in its queue; takes them out and ends them."""
     found: Counter[str] = Counter()
     for _ in range(count):
         sock, (host, _) = listener.accept()
@@ -362,7 +362,7 @@ def test_reconnecting_says_that_time_wait_has_the_ports(host_net: lab.Net, tmp_p
         count, _, words = rest.partition(" ")
         assert words == "connections of this host are in TIME_WAIT"
         assert int(count) >= 1000
-        # What the operator's guide says to do about it. (A port is reused when it has been idle for a second.)
+        # The remedy of the operator's guide. (A port is reused when it has been idle for a second.)
         net.proxy.sysctl("net.ipv4.tcp_tw_reuse", 1)
         numbers = iter(range(100_000))
         wait_until(lambda: reconnect(next(numbers) % 5000) == GRANTED, "ports in TIME_WAIT serve again")
@@ -388,7 +388,7 @@ class Zone:
         )  # fmt: skip
 
     def put(self, *listed: str) -> None:
-        """What is listed from now on."""
+        """The listed addresses from now on."""
         names = [IPv4Address(address).reverse_pointer.removesuffix("in-addr.arpa") for address in listed]
         self._hosts.write_text("".join(f"127.0.0.2 {name}bl.example\n" for name in names))
 
@@ -457,7 +457,7 @@ class Listed(contextlib.AbstractContextManager["Listed"]):
         return ControlClient("usocksd", str(self._folder / "control.sock")).ask("status")
 
     def listed(self) -> dict[str, list[str]]:
-        """What `status` says is listed, by pool."""
+        """The listed addresses by pool, as `status` shows them."""
         return {name: sorted(pool["listed"]) for name, pool in self.status()["daemon"]["pools"].items()}
 
     def keeper(self) -> int:

@@ -116,7 +116,7 @@ def trial(request: pytest.FixtureRequest, host_net: lab.Net, tmp_path: Path) -> 
         server.close()
 
 
-# What does not depend on the tool that holds the rules.
+# Tests that do not depend on the tool that holds the rules.
 one_tool = pytest.mark.parametrize("trial", ["nft"], indirect=True)
 
 
@@ -207,7 +207,7 @@ MOUNTED = "from transocks.commands.exec import cgroups as c; real = c.mounted; c
 
 @pytest.fixture(params=["cgroup2", "net_cls", "group"])
 def hold(request: pytest.FixtureRequest, trial: Trial, tmp_path: Path) -> Iterator[str]:
-    """What of this host tells the command's connections from others: nothing else is there."""
+    """Only this identifies the command's connections on this host."""
     kind: str = request.param
     kept = {"cgroup2": "kind == 'cgroup2'", "net_cls": "kind != 'cgroup2'", "group": "kind is None"}[kind]
     kept = f"[each for each in real() if each[0].{kept}]"

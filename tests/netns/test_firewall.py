@@ -277,7 +277,7 @@ def test_tproxy_without_transocks(scene: Scene) -> None:
     with scene.connected(lab.WEB_V4) as (early, became):
         assert became == REDIRECTED
         scene.until(DIRECT)
-        # What transocks has goes on when a trial is over.
+        # Connections through transocks go on when a trial is over.
         goes_on(early)
     scene.rules("apply")
     scene.stop()
@@ -377,7 +377,7 @@ mode = "host"
 @one_mode("host")
 @backends(0)
 def test_apply_refuses_loops_and_upstreams_that_are_down(scene: Scene, tmp_path: Path) -> None:
-    """With real daemons on one host. What would be refused is not begun."""
+    """With real daemons on one host. A change that would be refused is not begun."""
     before, popen = scene.dump(), scene.net.proxy.popen
 
     @contextlib.contextmanager

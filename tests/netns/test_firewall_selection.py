@@ -60,7 +60,7 @@ def test_selected_by_user_group_and_cgroup(scene: Scene) -> None:
     connect = f"exec 3<>/dev/tcp/{lab.WEB_V4}/80; read -r -t 0.5 line <&3; echo ${{line%% *}}"
 
     def became(*run: str) -> str:
-        # Who is not redirected gets no line, and is still in the queue of the web server.
+        # A client that is not redirected gets no line, and is still in the queue of the web server.
         return scene.net.proxy.run(*run, "bash", "-c", connect, check=False).stdout.strip()
 
     scene.configure(users=["nobody", 2], groups=["daemon"], exempt_users=["bin"])

@@ -94,7 +94,7 @@ def test_comments_of_others_need_not_be_utf_8(scene: Scene) -> None:
     assert "applied" in scene.rules("apply")
     assert "as they should be" in scene.rules("verify")
     scene.rules("apply")
-    if scene.backend != "nft":  # a jump to ours is ours to remove, whatever is said of it
+    if scene.backend != "nft":  # a jump to our chain is removed, whatever its comment
         jump = '*nat\\n-A OUTPUT -p tcp -m comment --comment "\\377\\376" -j TRANSOCKS\\nCOMMIT\\n'
         scene.sh(f"printf '{jump}' | iptables-restore --noflush")
     scene.rules("remove")

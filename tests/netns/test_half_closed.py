@@ -85,7 +85,7 @@ class Wire:
 
 
 Kind = Callable[[Socket, Socket], Iterator[None]]
-"""What two ends do: until the silence, and after it."""
+"""The actions of both ends: before the silence, and after it."""
 
 
 def server_ends(client: Socket, server: Socket) -> Iterator[None]:
@@ -183,7 +183,7 @@ class Played(scenes.Scene):
         return client, server
 
     def pairs(self) -> list[tuple[Socket, Socket]]:
-        """New connections that have said something, one for each family."""
+        """New connections that have sent something, one for each family."""
         made = [self.open(address) for address in FAMILIES]
         for client, server in made:
             client.sendall(SECRET)
@@ -199,7 +199,7 @@ class Played(scenes.Scene):
                 self.made += 1
 
     def finish(self) -> list[str]:
-        """What became of them, if not what should."""
+        """The results that differ from what is expected."""
         lost = []
         for name, steps in self.begun:
             try:
@@ -246,7 +246,7 @@ def scenes_of_mode(request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
     if (reason := lab.unavailable()) is not None:
         pytest.skip(f"no network namespaces here: {reason}")
     folder = tmp_path_factory.mktemp(request.param)
-    # What "open" adds is rendered, once for nft and once for iptables.
+    # Only the rules that "open" adds, once for nft and once for iptables.
     cases = [("closed", way) for way in WAYS] + [("open", way) for way in (WAYS if SECONDS else WAYS[::3])]
     stacks = [contextlib.ExitStack() for _ in cases]
 

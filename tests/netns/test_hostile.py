@@ -1,4 +1,6 @@
-"""What breaks proxies: impatient, slow and silent clients, no descriptors left, dead DNS, a log nobody takes."""
+"""Situations that break proxies: impatient, slow and silent clients, no descriptors left, dead DNS, a log that nobody
+reads.
+"""
 
 from __future__ import annotations
 
@@ -207,7 +209,7 @@ def test_the_descriptor_limit(tmp_path: Path, destination: Served) -> None:
             paused = server.record("accepting is paused")
             assert "descriptors" in paused["error"]
             assert server.fds() <= limit
-            # What it has goes on.
+            # Existing connections go on.
             established.sendall(b"alive")
             assert receive_exactly(established, 5) == b"alive"
             kept = waiting
@@ -216,7 +218,7 @@ def test_the_descriptor_limit(tmp_path: Path, destination: Served) -> None:
         with carried(server, destination.port) as sock:
             sock.sendall(b"recovered")
             assert receive_exactly(sock, 9) == b"recovered"
-        assert len(server.records("accepting is paused")) == 1  # said once, not for every connection
+        assert len(server.records("accepting is paused")) == 1  # logged once, not for every connection
 
 
 def test_those_that_waited_for_a_descriptor_are_served(tmp_path: Path, destination: Served) -> None:
@@ -313,7 +315,7 @@ def test_a_pipe_that_nobody_reads_does_not_stall_the_relay(tmp_path: Path, desti
 
 
 def carry(times: int, port: int, destination: Served) -> None:
-    """So many connections through the server on `port`, one after the other."""
+    """This many connections through the server on `port`, one after the other."""
     for _ in range(times):
         with socket.create_connection(("127.0.0.1", port), daemons.PATIENCE) as sock:
             assert socks5(sock, "127.0.0.1", destination.port)[0] == daemons.GRANTED

@@ -127,7 +127,7 @@ TPROXY = """chain p {{
 @pytest.mark.parametrize("chain", [REDIRECT, TPROXY], ids=["redirect", "tproxy"])
 @pytest.mark.parametrize("direct", [True, False])
 def test_a_destination_on_the_link(gateway_net: lab.Net, tmp_path: Path, chain: str, direct: bool) -> None:
-    """Rules that leave link-local addresses alone are the usual ones: these don't. What arrives is for the gateway."""
+    """Unlike the usual rules, these redirect link-local addresses too. Such connections are for the gateway."""
     net = gateway_net
     near = link(net.proxy, "lan0", NEAR)
     route = f'[[route]]\nto = ["{NEAR}"]\nvia = "direct"\n' if direct else ""

@@ -105,7 +105,7 @@ class BadServer(contextlib.AbstractContextManager["BadServer"]):
         self.other.bind((lab.OTHER_V4, 53))
         self._tcp = Served(net.outside.listen(lab.NEXT_V4, 53), self._serve_tcp)
         self.client: tuple[str, int] = ("", 0)
-        """Who asked last, over UDP."""
+        """The last client that asked over UDP."""
         self._thread = threading.Thread(target=self._serve_udp)
         self._thread.start()
 
@@ -257,7 +257,7 @@ def test_rules_see_what_search_domains_make_of_a_name(host_net: lab.Net, tmp_pat
                 reply, record = ask(host_net, server, "www", web.port)
                 assert (reply, record["dest_host"], record["dest_name"]) == (GRANTED, "www", "www.corp.test")
                 assert ask(host_net, server, "a.b", web.port)[0] == GRANTED
-                # Denied with one domain, it is what it is with the next.
+                # Denied with one search domain, the name is tried with the next.
                 reply, record = ask(host_net, server, "secret", web.port)
                 assert (reply, record["dest_addr"]) == (GRANTED, f"{lab.OTHER_V4}:{web.port}")
                 for name in ("secret.corp.test", "SECRET.corp.test.", "short", "Short"):
@@ -332,14 +332,16 @@ def test_the_system_s_resolver(host_net: lab.Net, tmp_path: Path) -> None:
             else:
                 assert (reply, record["error"].replace(".corp.test", "")) == (HOST_UNREACHABLE, error)
         assert "secret.corp.test" not in dns.asked
-        # What it says is judged.
+        # Its address is judged.
         host_net.lab.etc("hosts", "127.0.0.1 home.test\n")
         reply, record = ask(host_net, server, "home.test", web.port)
         assert (reply, record["rule"]) == (NOT_ALLOWED, "built-in: loopback")
 
 
 def test_the_system_s_resolver_with_dead_servers(host_net: lab.Net, tmp_path: Path) -> None:
-    """A client has its deadline; so many threads and no more; what needs no name goes on, also while it stops."""
+    """A client has its deadline; the number of threads is limited; connections without a name go on, also during a
+    stop.
+    """
     resolv_conf(host_net, lab.NEXT_V4, more="options timeout:30 attempts:1\n")
     more = '[dns]\nresolver = "system"\n'
     with contextlib.ExitStack() as stack:

@@ -326,7 +326,7 @@ def test_dnat(gateway_net: lab.Net, tmp_path: Path) -> None:
 
 
 def test_a_loop_is_refused(host_net: lab.Net, tmp_path: Path) -> None:
-    """No rule exempts the proxies. What they send comes back, and is not carried round and round."""
+    """No rule exempts the proxies. Their connections come back, and are refused instead of looping."""
     config = USOCKSD.replace('["127.0.0.1"]', f'["{lab.PROXY_V4[0]}"]').replace("mark = 0x7473\n", "")
     url = f"socks5://{lab.PROXY_V4[0]}:1080"
     with usocksd(host_net, tmp_path, config), transocks(host_net, tmp_path, url) as client:

@@ -1,6 +1,5 @@
-"""How often a connection through usocksd waits for the link, which has a delay here; and TCP Fast Open over it.
-
-What is counted is round trips from connect to the answer, for a client that speaks first.
+"""Counts the round trips of connections through usocksd, from connect to the answer, for a client that speaks first,
+over a link with a delay; and TCP Fast Open.
 """
 
 from __future__ import annotations
@@ -119,7 +118,7 @@ def web(net: lab.Net) -> Iterator[dict[int, Served]]:
 @pytest.fixture
 def ask(dialer: Dialer, reactor: Reactor, web: dict[int, Served], link: DelayLine) -> Ask:
     async def ask(first: bytes, *, fast: bool, repeatable: bool = True, version: int = 4) -> Answer:
-        """`first`, with a mark at its end, goes to the web server, pipelined through usocksd; it says the same."""
+        """`first`, with a mark at its end, goes to the web server, pipelined through usocksd; the same comes back."""
         first += os.urandom(MARK)
         target = Target(PROXY[version], 1080, fast_open=fast)
         handshake = SocksConnect(WEB[version], web[version].port, pipelined=True)
@@ -145,8 +144,9 @@ def ask(dialer: Dialer, reactor: Reactor, web: dict[int, Served], link: DelayLin
 
 
 async def fewest(round_trips: int, ask: Callable[[], Awaitable[Answer]]) -> Answer:
-    """An answer after so many round trips, never after fewer. A busy machine may send apart what belongs together: the
-    best of some."""
+    """An answer after this many round trips, never fewer. A busy machine may split what belongs together, so the best
+    of several counts.
+    """
     for _ in range(5):
         answer = await ask()
         assert answer.round_trips >= round_trips

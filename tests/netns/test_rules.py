@@ -79,7 +79,7 @@ def test_from_loading_to_removal(files: Files) -> None:
     own = (lab.PROXY_V4[0], lab.PROXY_V6[1], *(("127.0.0.1", "::1") if scene.mode == "host" else ()))
     assert became(scene, own, 9999) == {DIRECT}
     loaded = scene.dump()
-    files.header("load", check=False)  # refused by iptables-restore and ip, the same again by nft
+    files.header("load", check=False)  # refused by iptables-restore and ip, then by nft
     assert scene.dump() == loaded
     files.header("reload")
     assert scene.dump() == loaded

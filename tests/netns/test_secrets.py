@@ -85,7 +85,7 @@ def test_nobody_else_learns_a_password(host_net: lab.Net, tmp_path: Path, pair: 
 
 
 def _checked(folder: Path) -> str:
-    """What `check` prints of both configurations."""
+    """The output of `check` for both configurations."""
     said = ""
     for name in ("transocks", "usocksd"):
         command = [sys.executable, "-m", name, "check", str(folder / f"{name}.toml")]

@@ -47,7 +47,7 @@ proxy_url = "socks5://127.0.0.1:1080"
 mark = 0x7473
 metrics_port = 1083
 """
-# What a worker that hangs may take from its silence until another one is in its place.
+# The time from the silence of a hanging worker until another one has replaced it.
 HANG_PATIENCE = 40.0
 
 
@@ -308,7 +308,7 @@ def queued(daemon: Daemon, port: int, destination: Served) -> Iterator[None]:
 
 
 def test_port_and_number_of_workers_change_under_load(tmp_path: Path) -> None:
-    """Workers 1 -> 3 with another port, then 3 -> 2. Nothing is reset: who comes late is refused by the old port."""
+    """Workers 1 -> 3 with another port, then 3 -> 2. Nothing is reset: late clients are refused by the old port."""
     old, new = daemons.free_port(), daemons.free_port()
     with contextlib.ExitStack() as stack:
         destination = stack.enter_context(Served(daemons.loopback(), daemons.echo))

@@ -34,7 +34,7 @@ WARM_UP = max(min(SECONDS / 6, 300.0), 5.0)
 ODD_CLIENTS = 10  # of each kind
 SILENCE = min(SECONDS / 10, 60.0)
 ROTATE_EVERY = max(SECONDS / 30, 5.0)
-# What memory may grow by between the first and the last third after the warm-up, in bytes.
+# How much memory may grow between the first and the last third after the warm-up, in bytes.
 GROWTH = 4 << 20
 # The same for descriptors: pipes are borrowed and kept as the load happens to be.
 MORE_DESCRIPTORS = 16

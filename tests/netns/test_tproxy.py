@@ -1,4 +1,4 @@
-"""TPROXY on a gateway between a client and the Internet: no address is changed, and one listener has them all.
+"""TPROXY on a gateway between a client and the Internet: no address is changed, and one listener gets all connections.
 
 The rules are the kernel's own, written here by hand; the last test has those of `transocks rules`. What comes in by
 lan0 and is not for this host is given to the listener, and marked, and the mark's routing table says that every address
@@ -76,7 +76,7 @@ connect = 5
 """
 PLAIN = TRANSOCKS.replace('listen_tproxy = ":1084"', "")
 
-# What most tests share. By the port of the destination, connections have another way.
+# Shared by most tests. The port of the destination selects the route.
 GATEWAY_USOCKSD = """
 [incoming]
 port = 1080
@@ -297,7 +297,7 @@ def test_the_client_is_known_to_usocksd(
 
 
 def test_the_header_is_in_the_segment_of_the_handshake(shared: tuple[lab.Net, Daemon, Daemon]) -> None:
-    """What an upstream gets from us at first, in one piece: client and original destination, then SOCKS."""
+    """The first segment to an upstream: PROXY header with client and original destination, then SOCKS."""
     net, _, _ = shared
     said: list[bytes] = []
 
@@ -313,7 +313,7 @@ def test_the_header_is_in_the_segment_of_the_handshake(shared: tuple[lab.Net, Da
 
 
 def test_forged_headers(shared: tuple[lab.Net, Daemon, Daemon]) -> None:
-    """From a client of the gateway, who can reach the port and is not trusted: reset, whatever it says or not."""
+    """A client of the gateway can reach the port and is not trusted: it is reset, whatever it sends."""
     net, _, server = shared
     for said in (b"", header(("192.168.77.1", 1), ("192.0.2.1", 1)) + daemons.GREETING):
         with from_address(net, CLIENT[4]) as sock:
@@ -341,7 +341,7 @@ def answer(sock: Socket) -> None:
 
 
 def test_a_gateway_by_the_rules_of_transocks(shared: tuple[lab.Net, Daemon, Daemon]) -> None:
-    """What an operator sets up, with curl behind it: `transocks rules apply`, mode tproxy, and proxy_protocol.
+    """The setup of an operator, tested with curl: `transocks rules apply`, mode tproxy, and proxy_protocol.
 
     The original destination is exact, usocksd sees the client's own address, and its rule decides by that.
     """
@@ -405,8 +405,8 @@ def test_reloads_lose_nothing(gateway_net: lab.Net, tmp_path: Path) -> None:
 
 
 def test_the_listener_comes_and_goes(gateway_net: lab.Net, tmp_path: Path) -> None:
-    """By reload. What waits in it when it goes is still carried where it was going. It does not change its kind: what
-    is with the old workers and the new ones can't be both.
+    """By reload. Connections that wait in a removed listener still reach their destination. A listener can't change its
+    kind, since old and new workers share it.
     """
     net = gateway_net
     with contextlib.ExitStack() as stack:
@@ -448,7 +448,7 @@ def activated(sockets: Sequence[Socket], *words: str) -> dict[str, Any]:
 
 def test_sockets_of_systemd(gateway_net: lab.Net, tmp_path: Path) -> None:
     """Transparent=yes in a .socket unit: nothing is configured, and no capability needed. One socket has both families,
-    as `ListenStream=1084` makes it, and IPv4 is IPv4 all the same.
+    as `ListenStream=1084` makes it, and IPv4 clients have IPv4 addresses.
     """
     net = gateway_net
     with contextlib.ExitStack() as stack:

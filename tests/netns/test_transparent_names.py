@@ -22,7 +22,7 @@ from test_redirect import WEB, connect, load, usocksd
 OTHER = {4: lab.OTHER_V4, 6: lab.OTHER_V6}
 ALLOWED, DENIED = "www.allowed.test", "www.denied.test"
 
-# Who may go where by name; what has none, or another one, may not.
+# Rules by name; connections with no name or another name are denied.
 BY_NAME = f"""
 [incoming]
 port = 1080
@@ -81,7 +81,7 @@ class Site(Served):
                     tls.recv(65536)
                     head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(name)}\r\nConnection: close\r\n\r\n"
                     tls.sendall(head.encode() + name.encode())
-            except OSError:  # who does not like the certificate goes
+            except OSError:  # a client that rejects the certificate closes
                 pass
 
         super().__init__(net.outside.listen(address, port), serve)
@@ -143,7 +143,7 @@ def test_rules_by_name(host_net: lab.Net, tmp_path: Path, certificates: Path) ->
             words = ["s_client", "-connect", f"{OTHER[4]}:443", "-CAfile", str(certificates / "ca.pem"), *more]
             return host_net.client.run("openssl", *words, check=False).stdout
 
-        # What is allowed. Over IPv6 the name is asked for too, and has an IPv4 address only.
+        # Allowed. Over IPv6 the name is requested too, and has only an IPv4 address.
         for count, (version, address) in enumerate(((4, f"{WEB[4]}:443"), (6, f"[{WEB[6]}]:443")), 1):
             done = curl(host_net, certificates, ALLOWED, WEB[version])
             assert (done.stdout, done.stderr) == (ALLOWED, "")
@@ -153,7 +153,7 @@ def test_rules_by_name(host_net: lab.Net, tmp_path: Path, certificates: Path) ->
             assert (theirs["dest_host"], theirs["dest_addr"], theirs["rule"]) == (ALLOWED, f"{WEB[4]}:443", "allowed")
             assert (len(allowed.peers), allowed_6.peers) == (count, [])
         assert curl_http(ALLOWED, OTHER[4], ALLOWED).stdout == f"Host: {ALLOWED}"
-        # What is not, honestly or by a forged Host.
+        # Denied, honestly or by a forged Host.
         done = curl(host_net, certificates, DENIED, OTHER[4])
         assert done.returncode in (35, 56)  # a reset in the handshake
         assert server.record("ruleset mismatch")["dest_host"] == DENIED
@@ -296,7 +296,7 @@ def test_a_browser(
     chromium: Callable[[str], subprocess.CompletedProcess[str]],
     when_ech: str,
 ) -> None:
-    """Each of its hellos looks like ECH: rules by name see it where the operator has said so."""
+    """Each of its hellos looks like ECH: rules by name match it only if the operator has set that."""
     host_net.lab.etc("hosts", f"{WEB[4]} {ALLOWED}\n{OTHER[4]} {DENIED}\n")
     more = f"[names]\nwhen_ech = '{when_ech}'\n"
     with internet(host_net, certificates) as (_, denied), both(host_net, tmp_path, more=more) as (client, server):

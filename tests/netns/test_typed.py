@@ -1,6 +1,7 @@
 """README.md and docs/running.md, typed: every command in them, in their order, into a shell on a host of a lab.
 
-The shell has an /etc, /opt, /usr/local and /var of its own. What can't be typed there is in NOT_TYPED, with the reason.
+The shell has an /etc, /opt, /usr/local and /var of its own. Commands that can't run there are in NOT_TYPED, with the
+reason.
 """
 
 from __future__ import annotations
@@ -42,14 +43,14 @@ NOT_TYPED = {
     "systemctl": "there is no systemd here; that the units exist is looked at, and test_systemd.py has the rest",
     "docker": "there is no docker here; that the files exist is looked at, and test_container.py has the rest",
 }
-# What ends otherwise than with 0: the statuses it may have, and why.
+# Commands with another exit status than 0: the allowed ones, and why.
 STATUS = {
     "transocks doctor": {0, 1},  # no service runs, and it says so
 }
 
 
 def commands(document: str) -> Iterator[tuple[str, str]]:
-    """What a reader types, in order: ("type", command), and ("write PATH", text) for a configuration that is shown."""
+    """The input of a reader, in order: ("type", command), and ("write PATH", text) for a configuration that is shown."""
     text = (ROOT / document).read_text()
     path = ""
     for match in re.finditer(r"`(/etc/\w+\.toml)`:|^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
@@ -80,7 +81,7 @@ class Shell:
         self.typed: list[str] = []
 
     def type(self, command: str) -> tuple[int, str]:
-        """The exit status, and what it said; of what stays in the background, nothing."""
+        """The exit status and the output; of background processes, nothing."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         if command.endswith("&"):
@@ -221,7 +222,7 @@ def follow(shell: Shell, document: str) -> None:
 
 
 def before(shell: Shell, command: str) -> None:
-    """What has happened meanwhile where the reader is."""
+    """Events on the reader's host meanwhile."""
     for start, name in (("transocks rules apply", "transocks"), ("curl", "usocksd")):
         if command.startswith(start):
             wait_for(shell, PORTS[name])
@@ -240,12 +241,12 @@ def wait_for(shell: Shell, port: int) -> None:
 
 
 def during(command: str) -> str:
-    """What goes on until Ctrl-C ends when nobody reads it."""
+    """Commands that run until Ctrl-C end when nobody reads their output."""
     return f"{command} | head -n 3" if "--watch" in command else command
 
 
 def look_at(command: str) -> None:
-    """What is named in a command that is not typed exists."""
+    """Files named in commands that are not typed exist."""
     words = shlex.split(command)
     if words[0] == "systemctl" and "daemon-reload" not in words:
         units = [word for word in words[2:] if not word.startswith("-")]

@@ -46,7 +46,7 @@ timeout = {timeout}
 
 
 def hello() -> bytes:
-    """What a TLS client says first."""
+    """The first bytes of a TLS client."""
     context, said = ssl.create_default_context(), ssl.MemoryBIO()
     context.check_hostname = False
     with contextlib.suppress(ssl.SSLWantReadError):
@@ -123,7 +123,7 @@ class Try(NamedTuple):
 
 
 class Trouble(NamedTuple):
-    """What was done to a proxy between two moments, no telling when."""
+    """A fault of a proxy at an unknown moment between two times."""
 
     since: float
     until: float
@@ -146,7 +146,7 @@ class Clients(contextlib.AbstractContextManager["Clients"]):
             thread.start()
 
     def more(self, count: int) -> None:
-        """Wait until so many more have begun and ended."""
+        """Wait until this many more have begun and ended."""
         now = time.monotonic()
         wait_until(lambda: sum(each.began > now for each in self.tries) >= count, f"{count} more: {self.tries[-3:]}")
 
@@ -239,7 +239,7 @@ def transocks(
 
 
 def assert_unnoticed(clients: Clients, daemon: Daemon, troubles: Sequence[Trouble]) -> None:
-    """All went well, and soon. What had its tunnel already when that tunnel's proxy got into trouble is lost."""
+    """All succeeded, and fast. Only connections whose tunnel went through the proxy when it failed are lost."""
     tunnels = {record["client_addr"]: record["upstream"] for record in daemon.records("proxy starts")}
     lost = {
         each
@@ -278,7 +278,7 @@ def test_each_is_killed_hung_and_blackholed_in_turn(host_net: lab.Net, tmp_path:
 
 
 def test_one_that_accepts_and_never_answers(host_net: lab.Net, tmp_path: Path) -> None:
-    """Neither to those who ask it for a destination, nor to a probe; not even the first client waits for long."""
+    """It answers neither requests nor probes; not even the first client waits for long."""
     with (
         Served(host_net.proxy.listen("127.0.0.1"), lambda sock: sock.recv(1 << 16) and sock.recv(1)) as mute,
         proxies(host_net, tmp_path, 1) as (well,),
@@ -337,7 +337,7 @@ def test_all_are_gone(host_net: lab.Net, tmp_path: Path) -> None:
 
 
 def test_an_http_proxy_that_answers_no_probe_is_not_gone_past(host_net: lab.Net, tmp_path: Path) -> None:
-    """What gets through it says that it is up; and it is tried again when it has been away."""
+    """A tunnel through it marks it up; and it is tried again after it was down."""
     probes: list[bytes] = []
 
     def serve(sock: Socket) -> None:

@@ -1,4 +1,4 @@
-"""What transocks warns of, beside what both daemons do."""
+"""Warnings of transocks, beside those of both daemons."""
 
 from __future__ import annotations
 

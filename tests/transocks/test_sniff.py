@@ -93,7 +93,7 @@ def test_over_several_records(size: int) -> None:
         (hello(server_name(b"www.example.com"), (ECH, b"\0\0\x01\0\x01")), TLS._replace(encrypted=True)),
         (hello((ECH, b""), server_name(b"www.example.com")), TLS._replace(encrypted=True)),
         (hello((ECH, b"")), Opening(Protocol.TLS, encrypted=True, repeatable=True)),
-        # What is behind the hello may be early data, which a server acts on.
+        # Bytes after the hello may be early data, which a server acts on.
         (NAMED + b"\x17\x03\x03\0\x01x", TLS._replace(repeatable=False)),
         (records(message(server_name(b"www.example.com")) + b"\x0b"), TLS._replace(repeatable=False)),
     ],

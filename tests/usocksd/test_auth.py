@@ -1,4 +1,4 @@
-"""Users and passwords: who is let in, how long a refusal takes, and whose check comes first."""
+"""Users and passwords: who may log in, how long a refusal takes, and whose check comes first."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ async def test_unknown_users_cost_what_known_ones_do(tmp_path: Path, clock: Cloc
 
 
 async def test_guesses_do_not_keep_out_users_who_know_their_password(users: Users, checks: Checks) -> None:
-    """First those who were right before, then users from clients with few failures; and the last first."""
+    """First users who have logged in before, then users from clients with few failures; the newest first."""
     order: list[str] = []
 
     async def ask(user: str, password: str, client: str) -> None:
@@ -294,7 +294,7 @@ async def test_too_many_failures_of_a_client_are_not_looked_at(
     assert checks.count == 21
     assert caplog.text.count("too many failed logins") == 1
     assert await users.verify("alice", "secret", "10.0.0.2")  # other clients are not locked out
-    assert await users.verify("alice", "secret", "10.0.0.1")  # nor a user who was right before
+    assert await users.verify("alice", "secret", "10.0.0.1")  # nor a user who has logged in before
     assert await users.verify("bob", "hunter2", "10.0.0.1")
     clock.now += 61
     assert await users.verify("carol", "pass:word", "10.0.0.1")

@@ -69,7 +69,7 @@ class Zone:
         return None
 
     def put(self, listed: Mapping[IPAddress, str]) -> None:
-        """What is listed from now on, and the answer to that."""
+        """The listed addresses from now on, and the answer for them."""
         names = {query_name(Listing(ip, DOMAIN)).to_text(omit_final_dot=True): code for ip, code in listed.items()}
         self._hosts.write_text("".join(f"{code} {name}\n" for name, code in names.items()))
         self._process.send_signal(signal.SIGHUP)

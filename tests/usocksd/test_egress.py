@@ -41,7 +41,7 @@ def pools(addresses: Iterable[IPAddress | IPNetwork] = (), **more: Any) -> Pools
 
 
 def here(*addresses: IPAddress, listed: Sequence[IPAddress] = ()) -> Usable:
-    """What is usable on a host with these addresses, some of them listed for the default pool."""
+    """The usable addresses on a host with these, some of them listed for the default pool."""
     return Usable(frozenset(addresses), {"default": frozenset(listed)} if listed else {})
 
 

@@ -22,7 +22,7 @@ addresses = ["127.0.0.1"]
 servers = ["{dns}"]
 """
 FORBIDDEN = '"forbidden.test", ".below.test", "bücher.test", "127.0.0.66", "127.0.66.0/24", "2001:db8:66::/48"'
-# What is not denied is allowed, so whatever gets around a rule arrives.
+# Everything else is allowed, so a request that evades a rule arrives.
 CONFIGS = {
     "deny_sites": f"""
 [outgoing]

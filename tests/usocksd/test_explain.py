@@ -130,7 +130,7 @@ def requests(server: Daemon, destination: Served) -> list[dict[str, Any]]:
 
 
 def run(*words: str, status: int = 0) -> str:
-    """What the verb prints: its answer, or what is wrong."""
+    """The output of the verb: its answer, or the error."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:

@@ -1,4 +1,4 @@
-"""What usocksd warns of: settings that are valid and won't do."""
+"""Warnings of usocksd: settings that are valid but do not work."""
 
 from __future__ import annotations
 
@@ -227,7 +227,7 @@ def decisions(toml: dict[str, Any]) -> list[bool]:
 
 
 def covered(*rules: str, more: str = "") -> list[str]:
-    """Which rule each rule is said to be covered by, as "2 by 0" """
+    """The reported covering of rules, as "2 by 0" """
     toml = "".join(f"[[rule]]\n{rule}\n" for rule in rules) + more
     return [
         f"{fault.path.removeprefix('rule')} by {int(match[1]) - 1}"

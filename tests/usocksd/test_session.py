@@ -139,7 +139,7 @@ def test_a_denied_address_of_a_name_is_left_out(server: Daemon, client: Socket, 
 def test_records_of_names_that_are_not_connected(server: Daemon, client: Socket) -> None:
     assert socks5(client, "partly.test", daemons.free_port())[0] == 5
     record = server.record("dial to destination failed", client_addr=name_of(client))
-    # What was decided on the address that was tried: the rule for the name may be another, with another pool.
+    # The ruling on the address that was tried: the name's may be by another rule, with another pool.
     assert (record["rule"], record["pool"]) == ('allow_sites "127.0.0.0/8"', "default")
     with connected(server) as denied:
         assert socks5(denied, "Metadata.test", 80)[0] == 2

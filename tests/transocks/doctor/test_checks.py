@@ -73,7 +73,7 @@ def test_port_range(host: Host, ports: str, reserved: str, state: State) -> None
     ],
 )
 def test_conntrack(host: Host, count: str, most: str, before: int, now: int, state: State) -> None:
-    """What counts is what is dropped while somebody looks, not since the boot."""
+    """Only packets dropped during the check count, not those since the boot."""
     write(host, sys__net__netfilter__nf_conntrack_count=count, sys__net__netfilter__nf_conntrack_max=most)
     write(host, net__stat__nf_conntrack=f"entries drop early_drop\n0 {before:08x} 0\n0 00000000 0\n")
     host = Host(config=CONFIG, proc=host.proc)

@@ -1,4 +1,4 @@
-"""What nft and iptables-save print: read, compared, and replaced."""
+"""Output of nft and iptables-save: parsed, compared, and replaced."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class Peer:
         self.script = script
         """Makes the whole answer from all that a connection has sent; None closes it."""
         self.heard: list[bytes] = []
-        """What each connection has sent."""
+        """The bytes that each connection has sent."""
         self.pieces: list[list[bytes]] = []
         """As it was received."""
         self.streams: list[trio.SocketStream] = []
@@ -131,7 +131,7 @@ def slow(heard: bytes) -> bytes:
 
 
 class FakeProgress:
-    """What a session would note."""
+    """Records what a session would be told."""
 
     def __init__(self) -> None:
         self.tries: list[tuple[str, str]] = []
@@ -567,7 +567,7 @@ async def test_the_only_upstream_has_all_the_time(mock_clock: MockClock, world: 
 
 
 async def test_an_attempt_given_up_while_an_answer_comes_ends(world: World) -> None:
-    """The event of that answer has woken its task, which another event of the same moment can't do again."""
+    """The event of that answer has woken the task; another event at the same moment can't wake it again."""
     first, second = await world.upstreams_of(silent, socks())
     session = world.ask()
     await wait_all_tasks_blocked(0.005)
@@ -687,7 +687,7 @@ async def test_an_upstream_on_trial_gets_one_client(world: World, policy: str) -
 
 
 async def test_a_tunnel_marks_its_proxy_up(world: World) -> None:
-    """All are down, so they are asked all the same, and the one that serves is up again at once."""
+    """All are down, so they are tried, and the one that serves is up again at once."""
     first, second = await world.upstreams_of(closing, socks())
     for peer in (first, second):
         world.state(peer).failed("a test says so")

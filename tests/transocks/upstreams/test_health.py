@@ -114,7 +114,7 @@ def test_findings_of_the_keeper(state: UpstreamState, clock: Clock) -> None:
     keeper.failed("no answer")
     state.take(keeper.as_json())
     assert (state.up, state.why, state.since) == (False, "no answer", keeper.since)
-    assert told == []  # the keeper has said it
+    assert told == []  # the keeper has shared it
 
 
 def test_an_upstream_that_has_answered_since_is_not_down(state: UpstreamState, clock: Clock) -> None:
@@ -143,7 +143,7 @@ class Upstream:
         self.prober = self
         self.answer: Answer | Exception = Answer(0.01)
         self.once: list[Answer | Exception] = []
-        """What it answers before that, one after the other."""
+        """Its answers before that, in order."""
         self.probes: list[tuple[float, bool]] = []
         """When, and whether in order to learn."""
 

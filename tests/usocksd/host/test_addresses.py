@@ -91,7 +91,7 @@ async def comes_and_goes(addresses: HostAddresses, changes: Changes) -> None:
     await changes.until(lambda now: six in now)
     with socket.socket(socket.AF_INET6) as sock:
         sock.bind((str(six), 0))
-    # the same address on another interface: it stays until the last one has gone
+    # the same address on another interface: it stays until the last interface has lost it
     await ip("addr", "add", "198.51.100.7/32", "dev", "d1")
     await ip("addr", "del", "198.51.100.7/24", "dev", "d0")
     await ip("addr", "add", "198.51.100.8/24", "dev", "d0")
@@ -213,7 +213,7 @@ async def test_while_they_cannot_be_watched_the_addresses_stay(
 
 
 async def routed_here(addresses: HostAddresses, changes: Changes) -> None:
-    """No interface has them, and they are this host's all the same."""
+    """No interface has them, but they belong to this host."""
     four, six = IPv4Address("198.51.100.3"), IPv6Address("2001:db8:9::1234")
     await ip("link", "set", "lo", "up")
     await ip("route", "add", "local", "198.51.100.0/28", "dev", "lo")

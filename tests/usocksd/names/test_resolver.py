@@ -380,7 +380,7 @@ async def test_search_domains(place: Place) -> None:
         with pytest.raises(ResolveError) as caught:
             await resolver.search(text)
         assert (caught.value.name, caught.value.cause) == (text, cause)
-    # What is asked for by its name is asked for by no other.
+    # A name is queried only as given, without search domains.
     server.asked.clear()
     assert await cause_of_failure(resolver, "www") == "no such name"
     assert set(server.asked) == {("www", "A"), ("www", "AAAA")}
@@ -598,7 +598,7 @@ async def test_one_bad_moment_does_not_count_for_long(place: Place, autojump_clo
 
 @pytest.mark.parametrize("options", ["", "options timeout:1 attempts:5", "options timeout:5 attempts:1"])
 async def test_a_server_that_takes_its_time(place: Place, autojump_clock: MockClock, options: str) -> None:
-    """Whether it is the only one, or the next one has been asked meanwhile, and says nothing."""
+    """Whether it is the only server, or the next one has been asked meanwhile and is silent."""
     place.resolv_conf.write_text(options)
 
     async def think(*_: object) -> None:

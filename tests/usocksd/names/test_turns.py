@@ -1,4 +1,4 @@
-"""Who goes next: the clock is trio's own, and moves when nobody has anything to do."""
+"""The order of turns, on trio's mock clock, which moves when all tasks wait."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def black_hole(open_sockets: ExitStack) -> Target:
 
 
 async def failure(attempt: Awaitable[Any]) -> DialError:
-    """What a dial raises."""
+    """The error of a dial."""
     with pytest.raises(DialError) as caught:
         await attempt
     return caught.value
@@ -399,7 +399,7 @@ async def test_an_answer_in_time_wins_in_a_busy_process(lab: Any, dial: Dial, op
 async def test_races_borrow_what_they_open(
     lab: Any, black_hole: Target, answering: Callable[..., Target], spare: int
 ) -> None:
-    """With nothing to borrow, attempts take turns, and the last address is reached all the same."""
+    """With no descriptor to borrow, attempts take turns, and still reach the last address."""
     dialer = Dialer(lab.reactor, spare=spare)
     most = 0
     target = answering()

@@ -73,7 +73,7 @@ async def test_keepalive_of_half_closed_pairs(lab: Any, first: str) -> None:
 def test_the_keepalive_setting() -> None:
     assert KeepAlive(30).open == KeepAliveTiming(30, 10, 6)
     assert KeepAlive(5).half == KeepAliveTiming(5, 5, 12, longest=30)
-    # What lies behind this host has the kernel's defaults, perhaps.
+    # Hosts behind this one may have the kernel's defaults.
     patient = KeepAlive(timers=lambda _: {"established": 432_000, "fin_wait": 3600, "close_wait": 3600})
     patient.look()
     assert patient.half == KeepAlive().half

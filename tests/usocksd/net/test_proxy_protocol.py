@@ -167,7 +167,7 @@ def with_one_byte(wire: bytes, at: int, value: int) -> bytes:
     | st.builds(with_one_byte, st.sampled_from([V4, V6]), st.integers(0, 51), st.integers(0, 255))
 )
 def test_garbage(data: bytes) -> None:
-    """However it is cut, it is the same header, the same fault, or the same wait; no other exception."""
+    """However the bytes are cut, the result is the same header, fault or wait; no other exception."""
     assert outcome(one_by_one, data) == outcome(received, data)
 
 

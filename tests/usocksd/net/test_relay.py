@@ -510,7 +510,7 @@ async def test_a_survivor_that_goes_away_too_is_not_waited_for(lab: Any, sides: 
     rig = lab.relay()
     name, breaking, other = sides(rig)
     await lab.settle()
-    # The kernel has taken all of it, and the reader none.
+    # The kernel has accepted all of it, and the reader has read nothing.
     far = rig.far if name == "client" else rig.near
     other.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     await breaking.send(noise(60_000))

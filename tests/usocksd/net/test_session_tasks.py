@@ -106,7 +106,7 @@ async def test_a_fault_in_one_connection_ends_no_other(lab: Any, served: Served)
 
 
 class Numbered:
-    """What a session says of its connection."""
+    """A session's description of its connection."""
 
     def __init__(self, number: int) -> None:
         self.number = number

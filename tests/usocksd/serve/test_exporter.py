@@ -226,7 +226,7 @@ def test_garbage_and_impatient_clients_are_no_news(
 
 @pytest.mark.parametrize("said", [b"", b"GET /metrics HTTP/1.1\r\n", b"GET /metrics HTTP/1.1\r\n\r\n"])
 def test_many_slow_clients_keep_nobody_out(served: Served, said: bytes) -> None:
-    """Silent ones, those in the middle of their request, and those who don't take the answer."""
+    """Silent clients, clients in the middle of their request, and clients that don't read the answer."""
     large(served)
     slow = [served.connect() for _ in range(2 * LIMITS.clients)]
     try:

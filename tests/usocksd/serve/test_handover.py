@@ -1,4 +1,4 @@
-"""A running daemon becomes a new version of the program: the same process, and everything goes on."""
+"""A running daemon becomes a new version of the program: in the same process, and connections go on."""
 
 import json
 import os

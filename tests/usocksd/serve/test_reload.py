@@ -258,7 +258,7 @@ def test_log_metrics_and_control_move(tmp_path: Path) -> None:
         wait_until(lambda: not any(running(row["pid"]) for row in workers), "the old ones are gone")
         assert old
         assert '"severity":"debug"' not in log.read_text()
-        # Neither port nor socket moves when nothing has changed, or only who asked for it.
+        # Neither port nor socket moves if nothing has changed, or only the origin of the setting.
         tiny.write(metrics_default=second, metrics_port=None)
         assert tiny.ask("reload")["ok"]
         assert tiny.metrics(second)["tiny_config_generation"] == 3
@@ -273,7 +273,7 @@ def test_log_metrics_and_control_move(tmp_path: Path) -> None:
 
 
 def test_metrics_at_another_address(tmp_path: Path) -> None:
-    """The old endpoint on the same port is no obstacle, there and back."""
+    """The old endpoint on the same port is no obstacle, in either direction."""
     port = free_port()
     with Tiny(tmp_path, metrics_port=port).ready() as tiny:
         for number, address in enumerate(("0.0.0.0", "127.0.0.1"), 2):

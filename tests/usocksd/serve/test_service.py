@@ -14,7 +14,7 @@ from tiny import Tiny
 from usocksd.errors import Error
 from usocksd.serve.master import stop_delay
 
-# What is busy with something else has this long for its last words, in seconds.
+# Seconds for a worker that is busy to report before it ends.
 HASTE = {"session_ends": 0.3}
 LINGER_ZERO = b"\x01\0\0\0\0\0\0\0"
 

@@ -16,7 +16,7 @@ STILL = "nothing has changed: the configuration in force stays"
 
 
 def files(tiny: Tiny) -> list[str]:
-    """What the workers of each generation have found in the file that their configuration names."""
+    """The content, as each generation's workers read it, of the file that their configuration names."""
     return [record["file"] for record in tiny.records("tiny") if "file" in record]
 
 
@@ -59,7 +59,7 @@ def test_it_goes_by_itself(tmp_path: Path) -> None:
         assert lives(client)
         assert lives(tiny.client(b"echo", port=first))
         assert not tiny.ask("confirm")["confirmed"]
-        # The file says what it said: that is for the admin to mend.
+        # The file is unchanged: correcting it is the admin's task.
         assert tiny.ask("reload")["generation"] == 4
         assert tiny.ask("status")["listening"] == [f"127.0.0.1:{second}"]
 

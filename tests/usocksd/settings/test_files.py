@@ -23,7 +23,7 @@ def test_kept_files_outlive_changes(tmp_path: Path) -> None:
     passed_on = NamedFiles.received({path: list(place) for path, place in first.places.items()}, first.fds)
     for path, content in paths.items():
         assert (first.keep(path), passed_on.read(path)) == (content, content)
-    # What nobody has kept is read from where it lies.
+    # Files that were not kept are read from disk.
     (tmp_path / "three").write_bytes(b"3")
     assert passed_on.read(tmp_path / "three") == b"3"
     first.close()

@@ -1,4 +1,4 @@
-"""Probes, and pipelined handshakes: what is said in which segment, and that a probe gets nowhere."""
+"""Probes, and pipelined handshakes: which segment has what, and that a probe opens no connection."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What holds for every input: splits don't matter, garbage does no harm, the roles understand each other."""
+"""Properties of every input: splits don't matter, garbage does no harm, the roles understand each other."""
 
 from __future__ import annotations
 

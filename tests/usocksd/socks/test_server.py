@@ -220,7 +220,7 @@ def test_socks4_caps(prefix: bytes, suffix: bytes, trickle: bool) -> None:
 
 
 def request(message: bytes, *, version: Version = Version.SOCKS5) -> Request:
-    """What a server makes of a request, behind a greeting in SOCKS5."""
+    """The server's result for a request, after a greeting in SOCKS5."""
     event = server_after(*([GREETING] if version is Version.SOCKS5 else []), message).next_event()
     assert isinstance(event, Request)
     assert event.version is version

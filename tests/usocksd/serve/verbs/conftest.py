@@ -116,7 +116,7 @@ class Bench:
         return subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())
 
     def lines(self, *words: str, env: dict[str, str] | None = None) -> list[str]:
-        """What a verb prints, which must go well and without complaint; with `env`, as a process."""
+        """The output of a verb, which must succeed without complaint; with `env`, as a process."""
         if env is None:
             result = self.run(*words)
         else:
@@ -125,7 +125,7 @@ class Bench:
         return result.stdout.splitlines()
 
     def json(self, *words: str) -> Any:
-        """What a verb prints with --json: one line."""
+        """The output of a verb with --json: one line."""
         (line,) = self.lines(*words, "--json")
         return json.loads(line)
 

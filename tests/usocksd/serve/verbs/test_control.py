@@ -91,7 +91,7 @@ async def connect(path: str) -> trio.SocketStream:
 
 async def receive_all(stream: trio.SocketStream) -> bytes:
     data = b""
-    # What we have sent and it did not read makes the end a reset; the answer comes before that.
+    # Unread bytes of ours make the end a reset; the answer comes before that.
     with trio.fail_after(PATIENCE), suppress(trio.BrokenResourceError):
         async for more in stream:
             data += more
@@ -327,7 +327,7 @@ def test_the_socket_of_a_living_daemon_is_not_taken(path: str, other: subprocess
     os.kill(other.pid, signal.SIGSTOP)
     with pytest.raises(ControlError, match="another usocksd runs"):
         Control.open(path, "usocksd", {})
-    # Neither when so many wait that connecting fails.
+    # Nor when its queue is so full that connecting fails.
     waiting = []
     with suppress(BlockingIOError):
         while True:
@@ -341,7 +341,7 @@ def test_the_socket_of_a_living_daemon_is_not_taken(path: str, other: subprocess
 
 
 def test_of_many_that_start_at_once_one_has_the_socket(path: str, other: subprocess.Popen[bytes]) -> None:
-    """A killed daemon has left its file, which two could replace at the same time."""
+    """A killed daemon has left its file, and two daemons might replace it at the same time."""
     other.send_signal(signal.SIGKILL)
     other.wait()
     command = [sys.executable, "-c", HOLD, path]
@@ -358,7 +358,7 @@ def test_of_many_that_start_at_once_one_has_the_socket(path: str, other: subproc
 
 
 def test_a_folder_that_somebody_has_locked_is_not_waited_for(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every user who can read it can lock it."""
+    """Every user who can read the folder can lock it."""
 
     def never(_: float) -> None:
         raise AssertionError("it waits")

@@ -1,4 +1,4 @@
-"""What each verb prints, and its exit status."""
+"""The output and exit status of each verb."""
 
 import json
 import os

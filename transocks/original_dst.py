@@ -127,8 +127,8 @@ class LoopGuard:
         if self.is_ours(original):
             raise Loop("its destination is this proxy's own port")
         upstreams = self._upstreams()
-        host, _, zone = original.host.partition("%")
-        if ((host, original.port) if zone else original) in upstreams:
+        zoned = "%" in original.host
+        if ((original.host.partition("%")[0], original.port) if zoned else original) in upstreams:
             raise Loop("its destination is the upstream: exempt the upstream from the redirect rules")
         ours = self._hosts.is_local(numeric_address(client.host))
         if not ours and any(client.host == upstream.host for upstream in upstreams):

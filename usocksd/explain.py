@@ -21,7 +21,7 @@ DENIED: Final = "denied"
 UNREACHABLE: Final = "unreachable"
 """The rules allow it, but there is no address to connect to, or no source address."""
 
-NO_USERS: Final = "there are no users: with any password the client is let in, and is nobody to the rules"
+NO_USERS: Final = "there are no users: any password lets the client in, and the rules see no user"
 _REFUSALS: Final = {
     ALLOW_FROM: "clients of this address are not admitted",
     USERS: "there is no such user",

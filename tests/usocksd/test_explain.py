@@ -204,7 +204,7 @@ def test_a_user_where_there_are_none(server: Daemon, destination: Served) -> Non
     text = run("explain", file_of(server), "--from", "127.0.0.1", "--user", "ci", f"open.test:{destination.port}")
     first, second, *_ = text.splitlines()
     assert first.startswith(f"127.0.0.1 (ci) to open.test:{destination.port}: allowed by this host (line 34)")
-    assert second == "there are no users: with any password the client is let in, and is nobody to the rules"
+    assert second == "there are no users: any password lets the client in, and the rules see no user"
     assert "user is nobody" in text
 
 

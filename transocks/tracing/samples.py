@@ -23,7 +23,7 @@ from transocks.tools import FirewallError
 from transocks.tracing.links import Links, lookup
 from transocks.tracing.packets import datagram, inject
 from transocks.tracing.reports import ACK, RST, SYN, TCP, Packet
-from transocks.tracing.sockets import NOBODY, socket_of
+from transocks.tracing.sockets import FAMILIES, NOBODY, socket_of
 from transocks.tracing.trace import Trace
 from transocks.tracing.tracer import Tracer
 from usocksd.net.address import IPAddress, IPNetwork, socket_address
@@ -132,12 +132,12 @@ def _emitter(sample: Sample) -> Iterator[tuple[IPAddress, Callable[[Packet], Non
         device, iif = sample.device or sample.iif, sample.iif
         yield sample.source, lambda packet: inject(device, packet, iif)
         return
-    family, there = _family(sample.version), socket_address(str(sample.destination), sample.port)
-    with socket_of(sample.who, family, socket.SOCK_DGRAM) as sock:
+    there = socket_address(str(sample.destination), sample.port)
+    with socket_of(sample.who, sample.version, socket.SOCK_DGRAM) as sock:
         sock.connect(there)  # sends nothing, and fails without a route
         source = ip_address(sock.getsockname()[0])
-    with socket_of(sample.who, family, socket.SOCK_RAW, _IPPROTO_RAW) as raw:
-        if family == socket.AF_INET6:
+    with socket_of(sample.who, sample.version, socket.SOCK_RAW, _IPPROTO_RAW) as raw:
+        if sample.version == 6:
             raw.setsockopt(socket.IPPROTO_IPV6, _IPV6_HDRINCL, 1)
 
         def emit(packet: Packet) -> None:
@@ -151,13 +151,9 @@ def _emitter(sample: Sample) -> Iterator[tuple[IPAddress, Callable[[Packet], Non
 def _free_port(version: int, protocol: int) -> Iterator[int]:
     """A port that no connection of this host has meanwhile."""
     kind = socket.SOCK_STREAM if protocol == TCP else socket.SOCK_DGRAM
-    with socket.socket(_family(version), kind) as sock:
+    with socket.socket(FAMILIES[version], kind) as sock:
         sock.bind(("", 0))
         yield sock.getsockname()[1]
-
-
-def _family(version: int) -> int:
-    return socket.AF_INET if version == 4 else socket.AF_INET6
 
 
 def samples(redirection: Redirection, here: Links, versions: tuple[int, ...]) -> Iterator[Sample]:

@@ -11,16 +11,17 @@ from transocks.rules.loops import Sender
 from transocks.rules.redirection import CGROUPS
 from transocks.tools import FirewallError
 
+FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
 NOBODY = Sender(uid=65534, gid=65534)
 """An application that no rule names."""
 
 
-def socket_of(who: Sender, family: int, kind: int = socket.SOCK_STREAM, protocol: int = 0) -> socket.socket:
+def socket_of(who: Sender, version: int, kind: int = socket.SOCK_STREAM, protocol: int = 0) -> socket.socket:
     """A socket that rules take for the sender's, as far as this user is allowed to imitate it. Unknown properties are
     those of this process. Raises OSError, and FirewallError when there is no such cgroup.
     """
     make = _in_cgroup if who.cgroup is not None else _as_user
-    sock = make(who, family, kind, protocol)
+    sock = make(who, FAMILIES[version], kind, protocol)
     for mark in who.marks or ():
         with contextlib.suppress(OSError):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)

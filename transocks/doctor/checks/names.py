@@ -72,9 +72,8 @@ def _stopped(host: Host, server: IPAddress, who: Sender) -> str | None:
 
 def _answers(server: IPAddress, who: Sender) -> bool:
     """Whether a real query is answered: it may be redirected on purpose."""
-    family = socket.AF_INET if server.version == 4 else socket.AF_INET6
     try:
-        with socket_of(who, family, socket.SOCK_DGRAM) as sock:
+        with socket_of(who, server.version, socket.SOCK_DGRAM) as sock:
             sock.settimeout(_PATIENCE)
             sock.connect(socket_address(str(server), PORT))
             sock.send(_QUESTION)

@@ -144,12 +144,11 @@ class _Greeting:
 
     def _socket(self, address: IPAddress) -> trio.socket.SocketType:
         """A socket like the daemon's, bound to a port."""
-        family = socket.AF_INET if address.version == 4 else socket.AF_INET6
         daemon = self._host.daemon
         try:
-            sock = socket_of(daemon, family)
+            sock = socket_of(daemon, address.version)
         except FirewallError:  # its cgroup takes no other process
-            sock = socket_of(attrs.evolve(daemon, cgroup=None), family)
+            sock = socket_of(attrs.evolve(daemon, cgroup=None), address.version)
         sock.bind(("", 0))
         return trio.socket.from_stdlib_socket(sock)
 

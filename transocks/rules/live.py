@@ -11,6 +11,7 @@ from transocks.rules.loaded import Table, parse_nft, parse_save
 from transocks.rules.redirection import Redirection
 from transocks.tools import FirewallError, run, which
 from usocksd.host.sockets import listeners
+from usocksd.net.address import join_port
 
 _MODES = tuple(Redirection(mode=mode, port=0) for mode in Mode)
 TABLES = tuple(each.table for each in _MODES)
@@ -112,17 +113,16 @@ def missing_listeners(redirection: Redirection) -> list[str]:
     FirewallError.
     """
     try:
-        there = [listener.address for listener in listeners() if listener.port == redirection.port]
+        there = [listener for listener in listeners() if listener.port == redirection.port]
     except OSError as error:
         raise FirewallError(f"the kernel does not tell who listens: {error.strerror}") from None
     missing = []
     for version in routed_versions():
-        loopback, anywhere = ("127.0.0.1", "0.0.0.0") if version == 4 else ("::1", "::")
-        mine = {str(address) for address in there if address.version == version}
-        expected = [str(address) for address in redirection.addresses if address.version == version] or [loopback]
-        if redirection.mode is Mode.GATEWAY:
-            expected = [address for address in mine if address != loopback] or [anywhere]
-        if not mine.intersection([anywhere, *expected]):
-            host = f"[{expected[0]}]" if version == 6 else expected[0]
-            missing.append(f"{host}:{redirection.port}")
+        address = redirection.destination(version)
+        # A gateway's connections come in by any interface: there may be a listener for the one that is meant.
+        others = redirection.mode is Mode.GATEWAY and any(
+            listener.address.version == version and not listener.address.is_loopback for listener in there
+        )
+        if not others and not any(listener.accepts(address, redirection.port) for listener in there):
+            missing.append(join_port(address, redirection.port))
     return missing

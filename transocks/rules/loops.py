@@ -20,14 +20,13 @@ import attrs
 
 from transocks.config import DIRECT, TransocksConfig
 from transocks.rules.config import Mode
-from transocks.rules.redirection import MARK, Redirection
+from transocks.rules.redirection import LOOPBACK, MARK, Redirection
 from transocks.rules.render import excluded
 from usocksd.host.addresses import HostAddresses
 from usocksd.host.sockets import ListeningSocket, listeners
 from usocksd.net.address import IPAddress, join_port, without_zone
 
 _PUBLIC: tuple[IPAddress, ...] = (IPv4Address("9.9.9.9"), IPv6Address("2620:fe::fe"))
-_LOOPBACK: tuple[IPAddress, ...] = (IPv4Address("127.0.0.1"), IPv6Address("::1"))
 _DNS = (53, 853)
 
 
@@ -121,7 +120,7 @@ def upstreams_of(config: TransocksConfig, named: IPAddress) -> Iterator[tuple[IP
     for group in config.groups().values():
         for proxy in group.proxy_url:
             if proxy.host == "localhost":
-                yield from ((address, proxy.port) for address in _LOOPBACK)
+                yield from ((address, proxy.port) for address in LOOPBACK.values())
             else:
                 yield named if isinstance(proxy.host, str) else proxy.host, proxy.port
 

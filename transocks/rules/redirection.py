@@ -6,6 +6,7 @@ import grp
 import os
 import pwd
 from collections.abc import Callable, Sequence
+from ipaddress import IPv4Address, IPv6Address
 
 import attrs
 
@@ -18,6 +19,8 @@ from usocksd.settings.types import ListenAddress
 CGROUPS = "/sys/fs/cgroup"
 MARK = 0x7473
 """The mark that the files in iptables/ leave alone."""
+LOOPBACK: dict[int, IPAddress] = {4: IPv4Address("127.0.0.1"), 6: IPv6Address("::1")}
+_ANY: dict[int, IPAddress] = {4: IPv4Address("0.0.0.0"), 6: IPv6Address("::")}
 
 
 @attrs.frozen(kw_only=True)
@@ -55,6 +58,12 @@ class Redirection:
     """refuse forgotten connections; TPROXY: also new ones while transocks does not listen"""
     tproxy_mark: int = 0x7474
     """TPROXY: also the number of the routing table"""
+
+    def destination(self, version: int) -> IPAddress:
+        """The local address to which connections of this IP version are sent; unspecified: any address but loopback."""
+        if self.mode is Mode.GATEWAY:
+            return _ANY[version]
+        return next((address for address in self.addresses if address.version == version), LOOPBACK[version])
 
     @property
     def table(self) -> str:

@@ -22,23 +22,23 @@ Remark = tuple[str, bool]
 """A finding, and whether it is a fault."""
 
 
-def verify(redirections: Sequence[Redirection], tool: Tool, *, trying: bool = True) -> tuple[list[str], list[str]]:
-    """Compare the loaded rules with these: returns faults, and notes. trying: also test with samples whether
-    connections reach the rules. Takes CAP_NET_ADMIN and CAP_SYS_ADMIN. Raises FirewallError.
-    """
-    tables, now = live.loaded(), datetime.now(UTC)
-    found = list(_check_nft(redirections, tables, now) if tool is Tool.NFT else _check_iptables(redirections, now))
-    found += [*_leftovers(redirections, tool, tables), *_check_routing(redirections)]
+def verify(redirections: Sequence[Redirection], tool: Tool) -> list[Remark]:
+    """See `differences`; also test who listens, and with samples whether connections reach the rules."""
+    found = differences(redirections, tool)
     for each in redirections:
         for where in live.missing_listeners(each):
             found.append((f"nobody listens on {where}, where {each.mode.value} rules send connections", True))
-    if trying:
-        well = not any(is_fault for _, is_fault in found)
-        found += [
-            (f"shadowed: {text}" if fault else text, fault) for text, fault in shadows(redirections, tool, well=well)
-        ]
-    faults, notes = ([text for text, is_fault in found if is_fault is which] for which in (True, False))
-    return list(dict.fromkeys(faults)), list(dict.fromkeys(notes))
+    well = not any(is_fault for _, is_fault in found)
+    for text, is_fault in shadows(redirections, tool, well=well):
+        found.append((f"shadowed: {text}" if is_fault else text, is_fault))
+    return list(dict.fromkeys(found))
+
+
+def differences(redirections: Sequence[Redirection], tool: Tool) -> list[Remark]:
+    """Compare the loaded rules and routing with these. Takes CAP_NET_ADMIN and CAP_SYS_ADMIN. Raises FirewallError."""
+    tables, now = live.loaded(), datetime.now(UTC)
+    found = _check_nft(redirections, tables, now) if tool is Tool.NFT else _check_iptables(redirections, now)
+    return list(dict.fromkeys([*found, *_leftovers(redirections, tool, tables), *_check_routing(redirections)]))
 
 
 def _check_nft(redirections: Sequence[Redirection], tables: Sequence[Table], now: datetime) -> Iterator[Remark]:

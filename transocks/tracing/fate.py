@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Container, Iterator, Sequence
 from enum import Enum, auto
-from ipaddress import ip_address
 
 import attrs
 
@@ -89,9 +88,7 @@ class Fate:
     def end(self) -> tuple[IPAddress, int]:
         """Where it is sent; TPROXY leaves the destination as it is."""
         if self.redirection.mode is Mode.TPROXY:
-            own = [address for address in self.redirection.addresses if address.version == self.sample.version]
-            loopback = ip_address("127.0.0.1" if self.sample.version == 4 else "::1")
-            return own[0] if own else loopback, self.redirection.port
+            return self.redirection.destination(self.sample.version), self.redirection.port
         assert self.result.trace is not None
         return self.result.trace.destination
 

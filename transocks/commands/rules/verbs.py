@@ -182,15 +182,14 @@ def verify(args: argparse.Namespace) -> int:
     """Print where the loaded rules differ from [rules]."""
     order = order_of(args)
     with one_change():  # a change under way would look like faults
-        faults, notes = examine(order.redirections, order.tool)
-    for fault in faults:
-        print(visible(fault))
-    for note in notes:
-        print(f"note: {visible(note)}")
-    if not faults:
+        found = examine(order.redirections, order.tool)
+    for text, is_fault in sorted(found, key=lambda remark: not remark[1]):
+        print(visible(text) if is_fault else f"note: {visible(text)}")
+    faulty = any(is_fault for _, is_fault in found)
+    if not faulty:
         modes = ", ".join(redirection.mode.value for redirection in order.redirections)
         print(f"as they should be: {modes}, by {order.tool.value}")
-    return FAILED if faults else 0
+    return FAILED if faulty else 0
 
 
 def remove(args: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ from transocks.doctor.finding import Finding, fault, fine, unchecked, warning
 from transocks.doctor.host import AS_ROOT, Host, device
 from transocks.rules.config import Mode
 from transocks.rules.live import choose_tool
-from transocks.rules.verify import verify
+from transocks.rules.verify import differences
 from transocks.tools import FirewallError
 from transocks.tracing.fate import Fate, Reach
 from transocks.tracing.reports import ACK, UDP
@@ -158,17 +158,16 @@ def applied(host: Host) -> Iterator[Finding]:
     if tool is None:
         return
     try:
-        faults, notes = verify(host.redirections, tool, trying=False)
+        found = differences(host.redirections, tool)
     except FirewallError as error:
         yield unchecked(check, str(error))
         return
-    # `listeners` reports those, also for rules loaded by hand.
-    faults = [line for line in faults if not line.startswith("nobody listens on ")]
-    for line in faults:
-        yield fault(check, line, f"{_APPLY} (and `verify` tells the same)")
-    for line in notes:
-        yield warning(check, line, "see transocks rules verify")
-    if not faults:
+    for line, is_fault in found:
+        if is_fault:
+            yield fault(check, line, f"{_APPLY} (and `verify` tells the same)")
+        else:
+            yield warning(check, line, "see transocks rules verify")
+    if not any(is_fault for _, is_fault in found):
         yield fine(check, f"as [rules] says ({tool.value})")
 
 

@@ -75,7 +75,7 @@ def say(text: str) -> None:
 
 
 def present(contenders: Sequence[Contender], only: Sequence[str] | None) -> list[Contender]:
-    """Those that were asked for and can be measured here; says which are left out and why."""
+    """The requested contenders that can be measured here; prints which are left out, and why."""
     chosen = []
     for contender in contenders:
         if only is not None and contender.name not in only:

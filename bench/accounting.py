@@ -1,4 +1,4 @@
-"""What a proxy used: CPU time and memory of all its processes.
+"""CPU time and memory of a proxy, over all its processes.
 
 Every proxy is started as leader of a session of its own, so its processes, forked ones too, are those of that
 session.

@@ -1,4 +1,4 @@
-"""Who is compared: how each proxy is started, with which settings, and why it is left out where it can't be.
+"""The contenders: how each proxy is started, with which settings, and why it is left out if it can't be.
 
 Settings are those an operator would choose for many connections, and the least logging that a proxy has
 (microsocks has no switch for it: a line a connection). Ours writes its access log, in JSON, to a file.
@@ -26,7 +26,7 @@ from .places import REDIRECT_PORT, Loopback, find_program
 
 @dataclass(frozen=True)
 class Site:
-    """What a proxy gets to know: where to listen, a directory for its files, and the SOCKS port behind it."""
+    """The parameters of a proxy: where to listen, a directory for its files, and the SOCKS port behind it."""
 
     directory: Path
     port: int

@@ -1,4 +1,4 @@
-"""What rules cost: 50 of them with a million entries in files. `python -m bench.decisions`
+"""Measures the cost of rules: 50 of them, with a million entries in files. `python -m bench.decisions`
 
 Start of the real daemon until it answers, the memory of its workers, and the CPU time of a decision.
 """

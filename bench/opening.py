@@ -19,7 +19,7 @@ STALLED = 10.0  # seconds without a single event: give up
 
 @dataclass(frozen=True)
 class Plan:
-    """What the load generator does. Without `proxy` it connects to the target, straight or redirected.
+    """The task of the load generator. Without `proxy` it connects to the target, straight or redirected.
 
     `target` and `proxy` are IPv4 addresses with ports; `mark` is the socket mark that is redirected.
     """

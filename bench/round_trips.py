@@ -32,7 +32,7 @@ SETTLE = 1.0
 
 
 def hello() -> bytes:
-    """What a TLS client says first, without a name."""
+    """The first bytes of a TLS client, without a name."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     said = ssl.MemoryBIO()
@@ -41,7 +41,7 @@ def hello() -> bytes:
     return said.read()
 
 
-# A TLS hello fits into a SYN and may be said twice; a request may not.
+# A TLS hello fits into a SYN and may be sent twice; a request may not.
 FIRST = {"TLS hello": hello(), "HTTP request": f"GET / HTTP/1.1\r\nHost: {lab.WEB_V4}\r\n\r\n".encode()}
 
 REDIRECT = f"""
@@ -192,7 +192,7 @@ def measure(way: Way, net: lab.Net, port: int, tries: int, round_trip: float) ->
 
 @contextlib.contextmanager
 def echoing(net: lab.Net) -> Iterator[int]:
-    """A web server that says what it hears; gives its port."""
+    """A server that records what it receives; yields its port."""
     listener = net.outside.listen(lab.WEB_V4)
 
     def echo(sock: socket.socket) -> None:

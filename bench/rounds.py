@@ -1,4 +1,4 @@
-"""What is measured, and the rounds that measure it: every contender in turn, again and again."""
+"""The measures, and the rounds that take them: all contenders in turn, repeatedly."""
 
 import json
 import select

@@ -402,7 +402,7 @@ class Served(contextlib.AbstractContextManager["Served"]):
         self.handle = handle
         self.address: tuple[str, int] = listener.getsockname()[:2]
         self.peers: list[tuple[str, int]] = []
-        """Who connected."""
+        """The address of the client."""
         self._open: set[Socket] = set()
         self._threads: list[threading.Thread] = []
         self._acceptor = threading.Thread(target=self._accept)

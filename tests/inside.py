@@ -101,7 +101,7 @@ async def usocksd_inside(folder: Path, text: str = "", *, listener: Socket | Non
 async def transocks_inside(
     folder: Path, text: str, *, connections: int = 1000, host: str = "127.0.0.1"
 ) -> AsyncIterator[Proxy]:
-    """transocks with this configuration on this loopback address, with descriptors for so many connections."""
+    """transocks with this configuration on this loopback address, with descriptors for this many connections."""
     build, kind, listener = transocks.commands.serve.build, transocks.config.TransocksConfig, listen(host, 0)
     async with _inside("transocks", folder, kind, text, build, listener=listener, connections=connections) as proxy:
         yield proxy

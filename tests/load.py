@@ -1,6 +1,6 @@
 """Load for the daemons: many clients, each with one transfer after the other, that verify every byte of them.
 
-Two processes of their own (so that what a test does meanwhile is not in their way): this file is their program too.
+Two separate processes (so that the test does not disturb them): this file is their program too.
 
     python load.py serve FD                                     accepts from an inherited listening socket
     python load.py hammer CLIENTS LARGEST PAUSE TO PLACE ...    connects to the places until stdin ends
@@ -118,7 +118,7 @@ class Load(contextlib.AbstractContextManager["Load"]):
         return self.transfers()
 
     def transfers(self) -> list[Transfer]:
-        """Those that are over."""
+        """The transfers that have ended."""
         with self._lines.open("rb") as file:
             file.seek(self._at)
             for line in file:
@@ -129,7 +129,7 @@ class Load(contextlib.AbstractContextManager["Load"]):
         return self._read
 
     def failures(self) -> list[Transfer]:
-        """Those that were neither right nor refused."""
+        """The transfers that were neither right nor refused."""
         return [transfer for transfer in self.transfers() if transfer.error and not transfer.refused]
 
     def go_on(self, transfers: int = 100) -> None:

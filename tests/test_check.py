@@ -235,7 +235,7 @@ def test_any_text_is_checked(tmp_path_factory: pytest.TempPathFactory, text: str
 def test_output_that_can_not_be_written_is_status_2(
     file: Path, verb: list[str], output: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Neither "faults" nor "denied", which are 1. (And nobody wants to hear of a pipe into `head`.)"""
+    """Not 1, which means "faults" or "denied". (And a pipe into `head` is no error.)"""
     file.write_text("")
     arguments = [*verb, str(file), *(["192.0.2.1:80"] if verb[0] == "explain" else [])]
     with contextlib.ExitStack() as stack:

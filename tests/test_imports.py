@@ -1,4 +1,4 @@
-"""Who may import whom: the rules of docs/design.md ("The house"), held against the code itself."""
+"""Checks the code against docs/design.md, "The house": who may import whom."""
 
 from __future__ import annotations
 

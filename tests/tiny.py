@@ -111,7 +111,7 @@ class Tiny(Process):
         return [int(name.name.rpartition("-")[2]) for name in names or ()]
 
     def refused(self) -> list[Record]:
-        """Wait for a start that fails; what stderr says, as records."""
+        """Wait for a start that fails; returns the records on stderr."""
         assert self.ended() == 1, self.stderr()
         self._stack.close()
         found = [*self.stderr().splitlines(), *self.lines()]

@@ -112,7 +112,7 @@ class RedirectedRecords(ConnectionRecords):
         self._proxy: str | None = None
 
     def sniffed(self, opening: Opening) -> None:
-        """What its first bytes are."""
+        """The first bytes, and what they are."""
         if opening.name is not None:
             self._name = opening.name
             self._name_from = _UNVERIFIED if opening.encrypted else opening.protocol.value

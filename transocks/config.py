@@ -85,7 +85,8 @@ FAILOVER, ROUND_ROBIN, STICKY = "failover", "round-robin", "sticky"
 _WAY = "a way without a proxy"
 GroupName = Annotated[str, table_name({DEFAULT: "the group of proxy_url at the top", DIRECT: _WAY, REJECT: _WAY})]
 Policy = Annotated[str, one_of((FAILOVER, ROUND_ROBIN, STICKY))]
-"""In which order the proxies of a group are tried: as listed, in turn, or by rendezvous on client and destination."""
+"""The order in which the proxies of a group are tried: as listed, in turn, or by rendezvous on client and destination.
+"""
 WhenAllDown = Annotated[str, one_of(("refuse", DIRECT))]
 
 
@@ -172,7 +173,7 @@ class TransocksConfig(CommonConfig):
             self._check_rules(self.rules)
 
     def _check_rules(self, rules: RulesConfig) -> None:
-        """What [rules] needs of the rest."""
+        """Settings elsewhere that [rules] needs."""
         if Mode.TPROXY in rules.mode and rules.tproxy_mark == (MARK if self.mark is None else self.mark):
             expected = "expected another than that of connections to leave alone, `mark`"
             raise Invalid(expected, shown=f"{rules.tproxy_mark:#x}", at="rules.tproxy_mark")

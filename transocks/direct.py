@@ -14,7 +14,7 @@ from usocksd.net.endpoint import Endpoint
 from usocksd.settings.types import Timeouts
 
 NAME = "direct"
-"""What it is called in records and configuration."""
+"""Its name in records and configuration."""
 
 
 class Direct:

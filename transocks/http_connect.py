@@ -64,7 +64,7 @@ class HttpConnect(ClientRole):
                 return self._established(Established())
         return self._need_data()
 
-    # What the states share.
+    # Shared by the states.
 
     def _take_head(self) -> bytes | None:
         """The next complete response head, taken out of the buffer."""

@@ -19,7 +19,7 @@ from usocksd.net.address import IPAddress, IPNetwork
 DEFAULT = "default"
 """The group of `proxy_url`, and in records the route of connections that no route matches."""
 DIRECT, REJECT = "direct", "reject"
-"""What a route may have instead of a group."""
+"""Targets of routes other than groups."""
 
 
 @frozen(kw_only=True)

@@ -52,7 +52,7 @@ class Protocol(enum.Enum):
 
 
 class Opening(NamedTuple):
-    """What the first bytes are. `name` is canonical; None: there is none."""
+    """The result: what the first bytes are. `name` is canonical; None: there is none."""
 
     protocol: Protocol
     name: str | None = None
@@ -100,7 +100,7 @@ class Sniffer:
         return self._lines()
 
     def finish(self) -> Opening:
-        """What the bytes are, if no more come."""
+        """The result if no more bytes come."""
         if self._protocol is Protocol.TLS:
             # A server does not act on an incomplete hello.
             return Opening(Protocol.TLS, repeatable=True)

@@ -145,7 +145,7 @@ class SocksRecords(ConnectionRecords):
         self.tried_user: str | None = None
         """The user with whom the client failed to log in."""
         self.decision: Decision | None = None
-        """What becomes of the request."""
+        """The decision on the request."""
         self._refusal: str | None = None
         """The rule or setting that has denied it."""
 

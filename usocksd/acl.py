@@ -27,7 +27,7 @@ from usocksd.net.address import IPAddress, IPNetwork
 
 @frozen
 class Ruling:
-    """What the rules decide about a name or an address."""
+    """The rules' decision on a name or an address."""
 
     allowed: bool
     rule: str

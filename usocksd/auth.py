@@ -144,7 +144,7 @@ class Users:
         """
         self._clock = clock
         self._hashes = _hashes_of(path, read)
-        # For a user who does not exist, the work is the same as for one who does, see `_nobodys_hash`. Every worker
+        # The work is the same for users who exist and who do not, see `_nobodys_hash`. Every worker
         # must choose the same work for a name, also after a restart.
         self._costs = [hashed[4:6] for hashed in self._hashes.values()] or [b"10"]
         self._cost_key = blake2b(b"".join(self._hashes.values())).digest()
@@ -235,7 +235,7 @@ class Users:
         return matches and hashed is not None and b"\0" not in secret
 
     def _nobodys_hash(self, name: bytes) -> bytes:
-        """What to check a password against for a user who does not exist.
+        """The hash against which to check the password of a user who does not exist.
 
         Costs occur as often as in the file, so the time of an attempt does not tell whether the user exists.
         """

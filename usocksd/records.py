@@ -64,7 +64,7 @@ _CANDIDATE = re.compile(r"(?:^| )([0-9a-f.:]+(?:%\S+)?) (?:allowed|denied) ")
 
 
 def read_record(line: bytes) -> AccessRecord | Skipped:
-    """What a line of the log says about a request. The first record of each connection counts."""
+    """Parse a line of the log, for what it says about a request. The first record of each connection counts."""
     # These records are half of a busy log, and need no parsing. (Inside a string, the quotes would be escaped.)
     if any(mark in line for mark in _ENDS) or not line.strip():
         return Skipped.OTHER

@@ -19,7 +19,7 @@ from bench.attacks.harness import USOCKSD, Attack, begin, by_address, by_name, e
 ECHO, DNS = 7000, 5300
 CLIENTS = 40
 DEAD = [f"192.0.2.{number}" for number in range(1, 17)]
-# What is sent there goes to nobody's Ethernet address.
+# Packets to it go to an Ethernet address that nobody has.
 WIRE = """
 link add dead0 type veth peer name dead1
 link set dead0 up

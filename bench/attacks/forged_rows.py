@@ -26,7 +26,7 @@ def servers() -> Iterator[None]:
 
 
 def _row(client: str) -> int:
-    """As it was when anybody could compute it."""
+    """The hash without a key, which anybody can compute."""
     return int.from_bytes(blake2b(client.encode(), digest_size=4).digest()) % ((1 << 14) - 1)
 
 

@@ -25,14 +25,14 @@ _next_user = count()
 
 
 def log_in(user: str, password: str) -> bytes:
-    """What a client says up to its password (RFC 1929)."""
+    """The bytes of a client up to its password (RFC 1929)."""
     name, secret = user.encode(), password.encode()
     return b"\x05\x01\x02\x01" + bytes((len(name),)) + name + bytes((len(secret),)) + secret
 
 
 @contextlib.contextmanager
 def users() -> Iterator[None]:
-    """An echo server, and 400 users of the same password: each good client is another one, whom nobody remembers."""
+    """An echo server, and 400 users of the same password: each good client is a new one, without a remembered login."""
     hashed = bcrypt.hashpw(b"secret", bcrypt.gensalt(8)).decode()
     USERS.write_text("".join(f"user{number}:{hashed}\n" for number in range(400)))
     with echo_server(port=ECHO):

@@ -1,4 +1,4 @@
-"""What every attack has in common: a daemon in a network namespace, a good client beside the attacker, and the figures.
+"""Shared by all attacks: a daemon in a network namespace, a good client beside the attacker, and the figures.
 
 An attack is a module with a `main` that describes itself to `run`. What it sees is one process tree of the daemon; what
 it reports is how a client fares that has nothing to do with the attack, and what the daemon keeps of it afterwards.
@@ -64,7 +64,7 @@ class Attack:
     descriptors: int = 4096
     """Soft and hard limit of the daemon's open files."""
     setup: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
-    """What has to be there inside the namespace: servers, addresses."""
+    """Set up the namespace: servers, addresses."""
     seconds: float = 15.0
 
 
@@ -76,7 +76,7 @@ class Phase:
     took: list[float] = field(default_factory=list)
     failed: int = 0
     descriptors: int = 0
-    """Of the process that had most open."""
+    """The most open descriptors of a process."""
     memory: float = 0.0
     """MB, all processes (PSS)."""
 

@@ -1,4 +1,4 @@
-"""The attacks can be made, and what the budget of descriptors says holds; latencies are for a quiet machine."""
+"""The attacks run, and the budget of descriptors holds; latencies need a quiet machine."""
 
 import json
 import shutil

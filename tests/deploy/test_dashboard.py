@@ -59,7 +59,7 @@ def scrape(port: int) -> list[Metric]:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Exported]:
-    """By name, what both daemons export when they have just started."""
+    """The metrics that both daemons export just after the start, by name."""
     found = {name: Exported("gauge", {}) for name in OF_PROMETHEUS}
     for name in DAEMONS:
         port = free_port()

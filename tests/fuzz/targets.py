@@ -154,7 +154,7 @@ def _ask(machine: ClientRole, parts: Iterable[bytes], most: int) -> tuple[list[o
             else:
                 events.append(event)
                 left = machine.trailing_data
-    except UpstreamError as error:  # (what it would have said before, nobody asks for any more)
+    except UpstreamError as error:  # (the earlier answers are no longer needed)
         return [type(error), str(error)[:20]], b""
     return [*events, left], said
 
@@ -175,7 +175,7 @@ def socks_client(data: bytes) -> None:
 
 @target
 def socks_probe(data: bytes) -> None:
-    """The same to a probe."""
+    """The same bytes, for a probe."""
     how = data[0] if data else 0
     user = "user" if how & 1 else None
     _client(lambda: Probe(user, user, pipelined=bool(how & 2)), data[1:], MAX_INCOMPLETE)
@@ -399,7 +399,7 @@ def metrics_request(data: bytes) -> None:
 
 @target
 def netlink(data: bytes) -> None:
-    """Messages of the kernel: from nobody else, and yet read with care."""
+    """Messages of the kernel: trusted, but parsed with care."""
     assert sum(len(body) for _, _, body in messages(data)) <= len(data)
 
 
@@ -417,7 +417,7 @@ def nft_rules(data: bytes) -> None:
 
 @target
 def iptables_save(data: bytes) -> None:
-    """What iptables-save prints; what is written of it reads back the same."""
+    """Output of iptables-save; parsing our text of it gives the same tables."""
     text = data.decode("utf-8", "replace")
     parse_save(text)
     ours = parse_save(text, CHAINS)

@@ -45,7 +45,7 @@ def test_long_inputs_take_time_by_their_length(name: str) -> None:
 
 
 def _cost(target: Callable[[bytes], None], data: bytes) -> float:
-    """Of the processor, in seconds: the least of a few tries."""
+    """CPU time in seconds: the least of a few attempts."""
     costs = []
     for _ in range(3):
         began = time.process_time()
@@ -56,7 +56,7 @@ def _cost(target: Callable[[bytes], None], data: bytes) -> float:
 
 @pytest.mark.parametrize("name", ["sniff", "dns_answer"])
 def test_guided_by_coverage(name: str, tmp_path: Path) -> None:
-    """That the real fuzzer runs; what it finds takes longer than a moment."""
+    """Only tests that the real fuzzer runs; findings take longer."""
     if importlib.util.find_spec("atheris") is None:
         pytest.skip("atheris is not installed: it has no wheel for this Python or machine")
     command = [sys.executable, str(Path(__file__).parent), name, "--runs", "1000", "--corpus", str(tmp_path / "corpus")]

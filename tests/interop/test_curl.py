@@ -61,7 +61,7 @@ class Curl:
         return self._clients.run(*command, environment=environment)
 
     def peer(self, answer: Answer) -> str:
-        """Where the page says that the request came from, if it is the page."""
+        """The client that the page names, if the answer is the page."""
         assert answer.returncode == 0, answer.stderr.decode()
         peer, body = split_page(answer.stdout)
         assert body == self._far.page("/a/page")

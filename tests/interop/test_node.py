@@ -42,7 +42,7 @@ class Node:
         return answer
 
     def peer(self, answer: dict[str, Any]) -> str:
-        """Who connected, if it was answered."""
+        """The address of the client, if it got an answer."""
         assert "error" not in answer, answer
         heard: str = answer["heard"]
         peer, _, echoed = heard.partition("\n")

@@ -97,7 +97,7 @@ class Ssh:
 
 @pytest.fixture(scope="module")
 def ssh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ssh]:
-    # Where sshd, if it is root, puts itself while it trusts nobody; Debian's service makes it.
+    # The directory for sshd's privilege separation, if it is root; Debian's service makes it.
     prison = Path("/run/sshd")
     made = os.geteuid() == 0 and not prison.exists()
     if made:

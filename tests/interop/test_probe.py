@@ -34,7 +34,7 @@ def port(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[int]:
 
 @contextlib.contextmanager
 def started(name: str, tmp_path: Path) -> Iterator[int]:
-    """That one at work: its port."""
+    """The port of a running one."""
     port = daemons.free_port()
     if name.startswith("pproxy"):
         if importlib.util.find_spec("pproxy") is None:

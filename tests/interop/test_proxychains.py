@@ -29,7 +29,7 @@ class Proxychains:
         return self._clients.run(*self._command, "-q", "-g", "-sSi", f"http://{to}:{port or self._far.web}/page")
 
     def peer(self, done: subprocess.CompletedProcess[bytes]) -> str:
-        """Where the page says that the request came from, if it is the page."""
+        """The client that the page names, if the answer is the page."""
         assert done.returncode == 0, done.stderr.decode()
         peer, body = split_page(done.stdout)
         assert body == self._far.page("/page")

@@ -77,7 +77,7 @@ def test_a_name_for_the_daemon_to_resolve(far: FarEnd, daemon: Daemon, names: st
 @ipv6
 @versions
 def test_a_name_with_an_ipv6_address_only(far: FarEnd, daemon: Daemon, names: str, version: int, protocol: str) -> None:
-    """To a SOCKS4 client the daemon can't say where it is bound, and says 0.0.0.0:0."""
+    """The daemon can't tell a SOCKS4 client its IPv6 address, and sends 0.0.0.0:0."""
     with connected(daemon, version, ("six.test", far.echo)) as sock:
         bound = endpoint(sock.get_proxy_sockname())
         peer = talk(sock, SOME)

@@ -27,7 +27,7 @@ def host_net() -> Iterator[lab.Net]:
 
 @pytest.fixture
 def delayed_net() -> Iterator[tuple[lab.Net, DelayLine]]:
-    """As host_net, and there and back takes ROUND_TRIP seconds."""
+    """As host_net, with a round trip of ROUND_TRIP seconds."""
     try:
         yield from _built(lambda: lab.delayed_net(ROUND_TRIP))
     except (PermissionError, FileNotFoundError) as error:

@@ -78,7 +78,7 @@ def _serve(requests: socket.socket) -> None:
         with socket.socket(fileno=ends[0]) as end:
             child = os.fork()
             if child == 0:
-                if os.fork() == 0:  # so that nobody has to wait for it
+                if os.fork() == 0:  # so that no parent has to wait for it
                     requests.close()
                     _enter(*json.loads(raw))
                     _take(end)

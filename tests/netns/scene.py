@@ -110,7 +110,9 @@ table ip kube-proxy {
 
 @functools.cache
 def clients_packets() -> bool:
-    """Whether an interface can be made to receive what nobody has sent: takes CAP_BPF of the host itself."""
+    """Whether an interface can be made to receive a packet that nobody has sent, which takes CAP_BPF of the host
+    itself.
+    """
     words = ["unshare", *(["--user", "--map-root-user"] if os.geteuid() else []), "--net", sys.executable, "-c"]
     script = "from ipaddress import ip_address as a; from transocks.tracing.packets import Packet, inject; inject('lo', Packet(17, a('127.0.0.1'), 9, a('127.0.0.1'), 9))"
     return subprocess.run([*words, script], capture_output=True, check=False).returncode == 0

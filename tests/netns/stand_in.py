@@ -1,4 +1,4 @@
-"""In the place of transocks: says to each connection where it was going, and keeps it, saying back what it says.
+"""Stands in for transocks: sends each connection its original destination, then echoes.
 
     stand_in.py redirect|tproxy PORT ADDRESS ...
 

@@ -129,7 +129,7 @@ class Setup(contextlib.ExitStack):
         return Verdict(status, json.loads(out))
 
     def follow(self, found: Verdict, check: str) -> None:
-        """Type what doctor says."""
+        """Type the command that doctor proposes."""
         words = found.remedy(check)
         self.run(f"TRANSOCKS {words[10:]} --force -f CONFIG" if words.startswith("transocks rules apply") else words)
 
@@ -174,7 +174,7 @@ def setup(request: pytest.FixtureRequest, mode: str) -> Setup:
 
 # ---- setups that are well
 
-# As ufw has it, cut down to one of each kind.
+# The rules of ufw, reduced to one of each kind.
 UFW = """*filter
 :INPUT DROP [0:0]
 :FORWARD DROP [0:0]
@@ -453,7 +453,7 @@ def test_rules_for_one_family(host: Setup, kind: str, missing: int) -> None:
 
 
 def test_rules_for_one_family_without_a_way_out_for_the_other(host: Setup) -> None:
-    """It may be in a routing table of its own, as a VPN's is."""
+    """The route may be in a separate routing table, like a VPN's."""
     host.load("v4")
     host.run("ip -6 route del default")
     found = host.doctor()
@@ -478,7 +478,7 @@ def test_no_exemption_for_the_server_behind(host: Setup) -> None:
 
 
 def test_an_upstream_behind_the_gateway(gateway: Setup) -> None:
-    """What it sends on comes through the gateway, and back to transocks."""
+    """Its own connections come through the gateway, and back to transocks."""
     gateway.configure(f"socks5://{lab.LAN_CLIENT_V4}:1080")
     gateway.load()
     with Served(gateway.net.client.listen(lab.LAN_CLIENT_V4, 1080), socks):
@@ -559,7 +559,7 @@ def test_what_upstreams_answer(host: Setup) -> None:
 
 
 def test_an_mtu_blackhole_towards_the_upstream(host: Setup) -> None:
-    """Behind the next hop, large packets get lost, and nothing says so."""
+    """Behind the next hop, large packets are lost without an ICMP message."""
     host.load()
     drop = "type filter hook prerouting priority 0; meta length > 1420 drop;"
     host.net.outside.run("nft", f"table inet narrow {{ chain in {{ {drop} }}; }}")
@@ -633,7 +633,7 @@ def test_tproxy_without_a_routing_rule(tproxy: Setup) -> None:
 
 @pytest.mark.parametrize("setting", ["all", "lan0"])
 def test_tproxy_and_a_strict_reverse_path_filter(tproxy: Setup, setting: str) -> None:
-    """It drops nobody whose way back is by the interface that he came in by."""
+    """It drops no client whose route leads out of the interface by which it came in."""
     tproxy.load()
     tproxy.proxy.sysctl(f"net.ipv4.conf.{setting}.rp_filter", 1)
     assert tproxy.is_well()
@@ -650,7 +650,7 @@ def test_tproxy_and_a_strict_reverse_path_filter(tproxy: Setup, setting: str) ->
 
 
 def test_a_client_that_is_waited_for(gateway: Setup) -> None:
-    """Its real connection is looked at."""
+    """doctor examines the client's real connection."""
     gateway.load()
     for client in (lab.LAN_CLIENT_V4, lab.LAN_CLIENT_V6):
         found = waiting_for(gateway, client)
@@ -720,7 +720,7 @@ def test_without_root(host: Setup, without: str) -> None:
 
 
 def test_without_bpf(gateway: Setup) -> None:
-    """As in an unprivileged container: what clients' packets would meet can't be tried, which is no fault."""
+    """As in an unprivileged container: the path of clients' packets can't be tried, which is no fault."""
     for load in (lambda: None, gateway.load):
         load()
         found = gateway.doctor("setpriv", "--bounding-set=-bpf,-sys_admin")

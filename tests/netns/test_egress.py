@@ -262,7 +262,7 @@ def test_an_address_of_a_network_that_is_routed_here(
             assert all(ip_address(each) in ip_network(network) for each in used)
         else:
             assert used == {address}
-        # Nor is it a way into this host.
+        # Nor does it lead into this host.
         assert ask(net, "127.0.0.1", address, 80)[0] == 2
         net.proxy.run("ip", "route", "del", "local", network, "dev", "lo")
         server.record("addresses of this host changed", removed=[network])
@@ -286,7 +286,7 @@ def test_the_same_address_from_every_worker_and_after_a_restart(host_net: lab.Ne
             server.record("reloaded")
             assert sources() == first
         server.log.unlink()
-        # The order in which they are configured says nothing.
+        # The configured order has no influence.
         with usocksd(net, tmp_path, *reversed(lab.PROXY_V4), top="workers = 2") as server:
             assert sources() == first
 
@@ -372,7 +372,7 @@ def test_reconnecting_says_that_time_wait_has_the_ports(host_net: lab.Net, tmp_p
 
 
 class Zone:
-    """dnsmasq on the outside host: a block list, which says when it has changed what it knows."""
+    """dnsmasq on the outside host: a block list; tells when its data has changed."""
 
     def __init__(self, net: lab.Net, folder: Path) -> None:
         self._net = net

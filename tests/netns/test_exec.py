@@ -35,7 +35,7 @@ for address in sys.argv[1:]:
 """
 
 SECRET = b"secret " * 10
-# The same, and sends something when it is told to.
+# The same, and sends something on request.
 GOING_ON = f"""
 import socket, sys
 made = [socket.create_connection((address, 80), 10) for address in sys.argv[1:]]

@@ -24,7 +24,7 @@ def _hanging(scene: Scene, more: str) -> Iterator[tuple[subprocess.Popen[str], i
 /bin/grep SigBlk /proc/self/status > {scene.folder}/mask
 echo $$ > {says}
 exec /bin/sleep 1000"""
-    # Whoever runs these tests by nohup has them inherit a SIGHUP that is ignored.
+    # Under nohup, these tests inherit an ignored SIGHUP.
     argv = scene.argv("apply", "--force", more=f"import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL); {more}")
     with (
         scene.instead_of("nft" if scene.backend == "nft" else "ip6tables-restore", script),

@@ -73,7 +73,7 @@ main(["rules", "hold", "-f", sys.argv[1]])
 
 @contextlib.contextmanager
 def _hold(scene: Scene) -> Iterator[tuple[subprocess.Popen[str], Callable[[], str], Callable[[], str]]]:
-    """`hold`, what it says next, and what it tells the service manager next."""
+    """`hold`, its next line of output, and its next message to the service manager."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(f"{scene.folder}/notify{time.monotonic_ns()}")
         manager.settimeout(10)
@@ -156,7 +156,7 @@ def test_held_closed_no_connection_goes_directly(scene: Scene) -> None:
         assert [scene.connect(a) for a in BEYOND] == [REDIRECTED] * 2
         with scene.connected(lab.WEB_V4) as (early, became):
             assert became == REDIRECTED
-            # Nobody puts the rules back now, and still: what is flushed is not let out.
+            # Nobody loads the rules again now, and still no connection goes out after a flush.
             os.kill(holder.pid, signal.SIGSTOP)
             scene.net.proxy.run("nft", "flush", "ruleset")
             assert [scene.connect(a) for a in (*BEYOND, *PRIVATE)] == [REFUSED, REFUSED, DIRECT, DIRECT]

@@ -30,7 +30,7 @@ PATIENCE = 40 if SECONDS else 15
 SILENCE = 1.5 * _SHORT  # more than each of them
 SECRET, ANSWER, OPEN = b"SECRET of a client", b"answer", b"from before"
 WAYS = [("nft", "apply"), ("nft", "hold"), ("iptables-nft", "apply"), ("iptables-legacy", "apply")]
-PORT = 7000  # where nobody waits for what a client says first
+PORT = 7000  # where transocks does not wait for first bytes
 FAMILIES = {lab.WEB_V4: socket.AF_INET, lab.WEB_V6: socket.AF_INET6}
 
 TRACK_NFT = """nft 'table inet t { chain f { type filter hook forward priority 0; ct state new; }; }'"""

@@ -137,7 +137,7 @@ def test_an_impatient_upstream(host_net: lab.Net, tmp_path: Path, scheme: str) -
         how(sock)
 
     with Served(host_net.proxy.listen("127.0.0.1"), leave) as upstream:
-        # The clients say nothing, and nobody shall wait for that.
+        # The clients send nothing, so there must be no wait for first bytes.
         more = "[names]\nsniff = false\n"
         url = f"{scheme}://127.0.0.1:{upstream.port}"
         with test_redirect.transocks(host_net, tmp_path, url, more=more) as client:

@@ -43,7 +43,7 @@ def uplink(host: lab.Host) -> str:
 
 
 def test_listened_on_and_left_to(host_net: lab.Net, tmp_path: Path) -> None:
-    """usocksd at the end of a link: a client of the link, a destination there, and a pool that says which it is."""
+    """usocksd at the end of a link: a client and a destination on the link, and a pool with its interface."""
     outside = host_net.outside
     near, far = uplink(host_net.proxy), uplink(outside)
     link(host_net.proxy, near, NEAR)
@@ -72,7 +72,7 @@ def test_listened_on_and_left_to(host_net: lab.Net, tmp_path: Path) -> None:
         proxy = f"socks5h://[{NEAR}%25{far}]:1080"
         assert curl(outside, "-x", proxy, WEB) == "it works"
         assert web.peers[0][0] in lab.PROXY_V4
-        # The zone that a client says is one of its own: the pool's interface counts.
+        # The zone in a request means an interface of the client's host: the pool's interface counts.
         assert curl(outside, "-x", proxy, f"http://[{FAR}%25{far}]:8080/") == "it works"
         assert curl(outside, "-x", proxy, f"http://[{FAR}]:8081/") == ""
         assert "nothing says by which interface" in server.record("dial to destination failed")["error"]

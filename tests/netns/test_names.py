@@ -97,7 +97,7 @@ class BadServer(contextlib.AbstractContextManager["BadServer"]):
         """`answer` gets the query, and whether it came over TCP."""
         self.answer = answer
         self.asked: list[bool] = []
-        """Of each query, whether it came over TCP."""
+        """For each query, whether it came over TCP."""
         self._udp = net.outside.socket(kind=socket.SOCK_DGRAM)
         self._udp.bind((lab.NEXT_V4, 53))
         self.other = net.outside.socket(kind=socket.SOCK_DGRAM)
@@ -180,7 +180,7 @@ def test_a_dead_first_server_costs_one_name_a_second(host_net: lab.Net, tmp_path
                 assert ask(host_net, server, name, web.port)[0] == GRANTED
                 times.append(time.monotonic() - begin)
             assert times[0] > 0.9
-            # It is let be for two seconds then; a busy machine may need longer for all of this.
+            # It is then left alone for two seconds; a busy machine may need longer for all of this.
             assert len(dns.asked) in ({2} if sum(times) < 2.5 else {2, 4, 6})
 
 
@@ -304,7 +304,7 @@ def test_lists_with_short_names_and_lists_with_full_ones(host_net: lab.Net, tmp_
 
 
 def test_the_system_s_resolver(host_net: lab.Net, tmp_path: Path) -> None:
-    """nsswitch.conf is obeyed, names are searched for by us, and the rules see them."""
+    """nsswitch.conf applies; usocksd applies the search domains, so the rules see the full names."""
     resolv_conf(host_net, lab.NEXT_V4, more="search corp.test lab.test\n")
     host_net.lab.etc("hosts", f"{lab.OTHER_V4} listed listed.test\n")
     host_net.lab.etc("nsswitch.conf", "hosts: files dns\n")
@@ -319,7 +319,7 @@ def test_the_system_s_resolver(host_net: lab.Net, tmp_path: Path) -> None:
         # Once: the answer is kept for a while.
         assert ask(host_net, server, "www", web.port)[0] == GRANTED
         assert dns.asked == ["www.corp.test"] * 2
-        # No name is asked for that the rules have not seen: "secret" only where it is not denied.
+        # Only names that the rules have allowed are queried: "secret" only where it is not denied.
         for name, error in (
             ("secret", None),
             ("short", None),
@@ -381,7 +381,7 @@ HOME = {
 
 
 def test_names_that_point_home(host_net: lab.Net, tmp_path: Path) -> None:
-    """No name of the outside gets anybody to what listens on this host."""
+    """No outside name leads to a listener on this host."""
     resolv_conf(host_net, lab.NEXT_V4)
     records = [f"--host-record={name},{address}" for name, address in HOME.items()]
     records += ["--host-record=mixed.test,127.0.0.1,::1", f"--host-record=mixed.test,{lab.WEB_V4}"]
@@ -488,7 +488,7 @@ def test_the_second_server_knows(
 def test_no_server_knows(
     host_net: lab.Net, tmp_path: Path, answer: Callable[[dns.message.Message, bool], list[bytes]]
 ) -> None:
-    """It costs the client its deadline at most, and others nothing."""
+    """At most, the client waits until its deadline; others do not."""
     resolv_conf(host_net, lab.NEXT_V4)
     with BadServer(host_net, answer) as dns, usocksd(host_net, tmp_path, connect=2) as server:
         with Served(host_net.outside.listen(), daemons.echo) as web, connected(host_net, server) as victim:

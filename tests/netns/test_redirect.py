@@ -304,7 +304,7 @@ def test_listeners(host_net: lab.Net, tmp_path: Path, listen: str) -> None:
 
 
 def test_dnat(gateway_net: lab.Net, tmp_path: Path) -> None:
-    """Not REDIRECT but DNAT, to an address of the gateway."""
+    """DNAT instead of REDIRECT, to an address of the gateway."""
     with usocksd(gateway_net, tmp_path), transocks(gateway_net, tmp_path) as client:
         for tool, target, match in (
             ("iptables", f"{lab.LAN_GATEWAY_V4}:1081", lab.WEB_V4),

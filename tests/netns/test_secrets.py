@@ -1,4 +1,4 @@
-"""No password is in any record at any level, nor in what else of a process its neighbours may read."""
+"""No password is in any record at any level, nor in anything else of a process that its neighbours may read."""
 
 from __future__ import annotations
 

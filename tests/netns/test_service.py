@@ -1,4 +1,4 @@
-"""The service as a whole under load: reloads, crashes, hangs, other addresses and workers, logs that nobody takes.
+"""The service as a whole under load: reloads, crashes, hangs, changed addresses and workers, logs that nobody reads.
 
 Load is of load.py: clients that verify every byte. TRANSOCKS_HEAVY_SECONDS is for how long signals arrive (default 4,
 with 50 clients; 30 is the long form, with 200).
@@ -248,7 +248,7 @@ def test_a_bad_configuration_changes_nothing_and_a_good_one_takes_effect(host_ne
                 assert any(error.startswith(key) for error in said), (key, said)
         for daemon, before in zip((client, server), workers, strict=True):
             daemons.wait_until(lambda: daemon.workers() == before, "the workers are those that there were")
-        # It would not be the first program that has half of the bad file in force.
+        # Programs are known to put half of a bad file in force.
         with test_redirect.connect(host_net, 4, other.port, lab.OTHER_V4) as sock:
             sock.sendall(b"x")
             assert sock.recv(1) == b"x"
@@ -357,7 +357,7 @@ def test_work_spreads_over_workers(tmp_path: Path) -> None:
         assert max(used) <= 0.6 * sum(used), used
 
 
-# ---- logs that nobody takes
+# ---- logs that nobody reads
 
 # A name that a record is long with: each of its bytes takes six, and it stands there twice.
 LONG_NAME = "\x01" * 255

@@ -36,7 +36,7 @@ SILENCE = min(SECONDS / 10, 60.0)
 ROTATE_EVERY = max(SECONDS / 30, 5.0)
 # How much memory may grow between the first and the last third after the warm-up, in bytes.
 GROWTH = 4 << 20
-# The same for descriptors: pipes are borrowed and kept as the load happens to be.
+# The same for descriptors: the number of pipes depends on the load.
 MORE_DESCRIPTORS = 16
 
 Connect = Callable[[], Awaitable[trio.SocketStream]]
@@ -57,7 +57,7 @@ async def serve(stream: trio.SocketStream) -> None:
     with contextlib.suppress(trio.BrokenResourceError):
         async with stream:
             match await stream.receive_some(1):
-                case b"e":  # says back what it hears
+                case b"e":  # echoes
                     async for data in stream:
                         await stream.send_all(data)
                 case b"p":  # pours
@@ -217,7 +217,7 @@ def sample(pid: int) -> Sample:
 
 
 def rotate(daemon: Daemon) -> None:
-    """As logrotate does, and without keeping the last but one."""
+    """As logrotate does, keeping only the last file."""
     daemon.log.rename(daemon.log.with_suffix(".old"))
     daemon.signal(signal.SIGUSR1)
 
@@ -259,7 +259,7 @@ async def test_soak(host_net: lab.Net, tmp_path: Path) -> None:
 
 
 def compare(item: tuple[str, list[Sample]]) -> str:
-    """The first third with the last: says so (to -s), and returns that again if it has grown."""
+    """Compare the first third with the last; prints the result (with -s), and returns it if it has grown."""
     name, found = item
     third = max(len(found) // 3, 1)
     early, late = (

@@ -194,7 +194,7 @@ def fails(connecting: Callable[[], AbstractContextManager[Socket]]) -> bool:
 
 
 def is_not_redirected(net: lab.Net, client: Daemon, host: str, port: int) -> str:
-    """A connection to there is refused; returns the error in the record that says so."""
+    """A connection to that address is refused; returns the error in the record."""
     before = len(client.records("not redirected"))
     assert fails(lambda: connect(net, 6 if ":" in host else 4, port, host))
     daemons.wait_until(lambda: len(client.records("not redirected")) > before, client.lines)
@@ -269,7 +269,7 @@ def test_redirect_and_tproxy_side_by_side(shared: tuple[lab.Net, Daemon, Daemon]
 def test_the_client_is_known_to_usocksd(
     shared: tuple[lab.Net, Daemon, Daemon], port: int, versions: Sequence[int]
 ) -> None:
-    """By its own address, in records and rules: one client of the gateway may, another may not."""
+    """Records and rules have the client's own address: one client of the gateway is allowed, another denied."""
     net, client, server = shared
     with rules(net):
         for version in versions:
@@ -288,7 +288,7 @@ def test_the_client_is_known_to_usocksd(
                     assert fails(partial(connected, sock, place))
                 assert server.record("ruleset mismatch", client_addr=name)["rule"] == "not this client"
                 assert len(web.peers) == 1
-    # Probes are transocks's own connections: answered, though allow_from does not have it, and nobody's records.
+    # Probes are transocks's own connections: answered, although allow_from does not admit it, and not recorded.
     # (At first an upstream may be down: the daemons start side by side.)
     down = Counter(record["upstream"] for record in client.records("upstream is down"))
     down.subtract(record["upstream"] for record in client.records("upstream is up again"))

@@ -119,7 +119,7 @@ def curl(net: lab.Net, certificates: Path, name: str, address: str) -> subproces
 
 
 def _subject(name: str) -> str:
-    """A pattern for what openssl says of a certificate: 3.2 left the blanks out."""
+    """A pattern for openssl's line about a certificate: since 3.2 without blanks."""
     return rf"subject=CN ?= ?{re.escape(name)}\n"
 
 
@@ -247,7 +247,7 @@ def test_routes(host_net: lab.Net, tmp_path: Path, certificates: Path) -> None:
         assert curl(host_net, certificates, ALLOWED, WEB[4]).stdout == ALLOWED
         assert curl(host_net, certificates, DENIED, OTHER[4]).stdout == DENIED
         assert (len(allowed.peers), denied.peers[0][0]) == (1, lab.PROXY_V4[1])
-        # A name that nobody knows: the address it is.
+        # The name does not exist, so the address is used.
         words = ["openssl", "s_client", "-connect", f"{WEB[4]}:443", "-servername", "nowhere.test"]
         assert re.search(_subject(ALLOWED), host_net.client.run(*words, check=False).stdout)
         assert client.record("name leads nowhere")["name"] == "nowhere.test"

@@ -290,13 +290,13 @@ def test_one_that_accepts_and_never_answers(host_net: lab.Net, tmp_path: Path) -
         first, second = upstreams(tmp_path)
         assert (first["up"], second["up"], second["ours"], second["pipelines"]) == (False, True, True, True)
         assert first["why"].startswith("waiting for the answer of 127.0.0.1")
-        # Those that came after it was found out did not wait.
+        # Clients after that did not wait.
         wait_until(lambda: len(daemon.records("proxy starts")) == len(tries), "all are recorded")
         assert [record["tries"] for record in daemon.records("proxy starts")] == [2] + [1] * 19
 
 
 def test_one_that_was_stopped_for_a_while_and_then_vanishes(host_net: lab.Net, tmp_path: Path) -> None:
-    """It answers the probe that waits for it when it goes on, seconds late; its next silence is not borne for as long."""
+    """When it continues, it answers the waiting probe, seconds late. Its next silence is not tolerated for longer."""
     with (
         proxies(host_net, tmp_path, 2) as (first, second),
         destination(host_net),
@@ -417,7 +417,7 @@ def listens(net: lab.Net, port: int) -> bool:
 
 
 def upstreams(folder: Path) -> list[dict[str, Any]]:
-    """Those of the group "default", as the daemon says that they are."""
+    """The upstreams of the group "default", as in the answer to `status`."""
     status: Any = ControlClient("transocks", str(folder / "control.sock")).ask("status")
     found: list[dict[str, Any]] = status["daemon"]["upstreams"]["default"]["upstreams"]
     return found

@@ -105,7 +105,7 @@ async def test_clients_that_send_nothing_or_too_little_go_on(
 
 
 async def test_the_rest_of_a_request_has_the_long_wait(mock_clock: trio.testing.MockClock) -> None:
-    """Its second segment was lost, say, and is sent again after a second."""
+    """As if its second segment was lost and is sent again after a second."""
     async with reading(0.3, long_wait=5) as (first_bytes, client, endpoint), trio.open_nursery() as nursery:
 
         async def talk() -> None:

@@ -136,7 +136,7 @@ def test_1xx_is_skipped() -> None:
 
 @pytest.mark.parametrize("status", [300, 302, 400, 403, 404, 500, 502, 503, 504, 999])
 def test_refused(status: int) -> None:
-    """Whatever is not 2xx is a refusal, and says its status."""
+    """Every status but 2xx is a refusal, and the error has it."""
     error = error_of(asked(b"HTTP/1.1 %d Some reason\r\nContent-Length: 5\r\n\r\nhello" % status))
     assert isinstance(error, RequestRefused)
     assert error.reply == status

@@ -74,7 +74,7 @@ def test_in_pieces(client: str, size: int) -> None:
 
 @pytest.mark.parametrize("size", [1, 3, 4, 5, 50, 511])
 def test_over_several_records(size: int) -> None:
-    """As `openssl s_client -max_send_frag` sends, and as clients do that want to get around such a look."""
+    """As sent by `openssl s_client -max_send_frag`, and by clients that try to evade inspection."""
     for client, data in CORPUS.items():
         cut = records(data[5:], size)
         if len(cut) < MOST:
@@ -184,7 +184,7 @@ def test_bytes_that_are_no_tls_hello(data: bytes) -> None:
         (b"GET http://www.example.com/x?y HTTP/1.1\r\nHost: other.example\r\n\r\n", "www.example.com"),
         (b"GET HTTP://www.example.com:80 HTTP/1.1\r\n", "www.example.com"),
         (b"GET / HTTP/1.1\r\nHost: xn--bcher-kva.example\r\n\r\n", "xn--bcher-kva.example"),
-        # Meant for a proxy, or for nobody.
+        # Requests for a proxy, or invalid ones.
         (b"CONNECT www.example.com:80 HTTP/1.1\r\nHost: www.example.com:80\r\n\r\n", None),
         (b"GET http://www.example.com:8080/ HTTP/1.1\r\nHost: www.example.com:8080\r\n\r\n", None),
         (b"GET https://www.example.com/ HTTP/1.1\r\n\r\n", None),

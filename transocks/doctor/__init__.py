@@ -44,7 +44,7 @@ def examine(
 
 
 def judge(host: Host, checks: Iterable[Check] = CHECKS) -> list[Finding]:
-    """What these checks say, in this order."""
+    """The findings of these checks, in this order."""
     findings: list[Finding] = []
     for check in checks:
         try:

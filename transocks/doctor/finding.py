@@ -1,4 +1,4 @@
-"""What checks say: findings, as text that fits a screen and as JSON."""
+"""Findings, the results of checks: as text that fits a screen, and as JSON."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Finding:
 
 fine = Finding
 fault = partial(Finding, state=State.FAULT)
-"""It does not work like this."""
+"""A fault: it does not work."""
 warning = partial(Finding, state=State.WARNING)
-"""It works, but not as well, or not as safely, as it should."""
+"""A warning: it works, but not as well or as safely as it should."""
 unchecked = partial(Finding, state=State.UNCHECKED)
 """It can't be checked from here."""
 

@@ -74,8 +74,8 @@ class Host:
         return int(self.read(f"sys/net/ipv4/conf/{interface}/{name}") or 0)
 
     def counted(self) -> dict[str, int]:
-        """What this network namespace has dropped so far: the counters of /proc/net/netstat by name, and conntrack's
-        "drop" and "early_drop".
+        """How many packets this network namespace has dropped so far: the counters of /proc/net/netstat by name, and
+        conntrack's "drop" and "early_drop".
         """
         found: dict[str, int] = {}
         lines = [line.split()[1:] for line in (self.read("net/netstat") or "").splitlines()]
@@ -133,7 +133,7 @@ class Host:
 
     @cached_property
     def status(self) -> Answer | None:
-        """What the running daemon says of itself."""
+        """The running daemon's answer to `status`."""
         if not self.config.control:
             return None
         try:
@@ -237,7 +237,7 @@ class Host:
         return self.names.of(turn.cause)
 
     def stop(self, trace: Trace | None) -> str | None:
-        """What on this host stopped a packet, in words."""
+        """The rule or part of the kernel that stopped a packet, for messages."""
         return self.names.stop(trace.stop) if trace is not None and trace.stop is not None else None
 
 

@@ -29,7 +29,7 @@ class Mode(Enum):
 
 
 class Tool(Enum):
-    """What loads the rules."""
+    """The tool that loads the rules."""
 
     NFT = "nft"
     IPTABLES = "iptables"

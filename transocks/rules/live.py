@@ -17,7 +17,7 @@ _MODES = tuple(Redirection(mode=mode, port=0) for mode in Mode)
 TABLES = tuple(each.table for each in _MODES)
 """Our nft tables."""
 GUARDS = tuple(each.guard for each in _MODES)
-"""Those that belong to `transocks rules hold`."""
+"""The nft tables of `transocks rules hold`."""
 CHAINS = tuple(chain for each in _MODES for chain in each.chains)
 """Our chains in iptables's tables."""
 

@@ -91,7 +91,7 @@ class Redirection:
 def redirections_of(
     rules: RulesConfig, listen: Sequence[ListenAddress], listen_tproxy: Sequence[ListenAddress], mark: int | None
 ) -> list[Redirection]:
-    """What [rules] asks for, one for each mode. Raises FirewallError for users and groups that do not exist."""
+    """The redirections of [rules], one for each mode. Raises FirewallError for users and groups that do not exist."""
     users, groups = _ids(rules.users, "users", _uid), _ids(rules.groups, "groups", _gid)
     exempt_users = _ids(rules.exempt_users, "exempt_users", _uid)
     found = []

@@ -241,7 +241,7 @@ def _range(low: int, high: int, between: str) -> str:
 
 
 def _of(networks: Iterable[IPNetwork], version: int) -> list[IPNetwork]:
-    """Those of one IP version, such that none is in another."""
+    """The networks of one IP version, without those inside another."""
     if version == 4:
         return list(collapse_addresses(n for n in networks if isinstance(n, IPv4Network)))
     return list(collapse_addresses(n for n in networks if isinstance(n, IPv6Network)))

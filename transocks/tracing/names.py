@@ -38,7 +38,7 @@ class RuleNames:
         return f"something that nft does not show, in {hook} at the place of {place}"
 
     def stop(self, cause: Cause) -> str:
-        """What stopped a packet, and how."""
+        """The rule or part of the kernel that stopped a packet, and how."""
         return f"{self.of(cause)} {_STOPS.get(cause.rule.verdict, 'drops it') if cause.rule else 'drops it'}"
 
     def text(self, rule: Report) -> str:

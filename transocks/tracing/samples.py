@@ -62,7 +62,7 @@ class Sample:
 
 @attrs.frozen(kw_only=True)
 class Result:
-    """What became of a sample."""
+    """The result of a sample."""
 
     sample: Sample
     trace: Trace | None = None

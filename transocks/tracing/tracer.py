@@ -160,7 +160,7 @@ def _table(client: IPAddress | None) -> str:
     rules |= {(hook, -199): "ct state untracked jump untracked;" for hook in ("prerouting", "output")}
     chains = "".join(
         f"chain {hook}_{'m' if place < 0 else 'p'}{abs(place)} {{ type filter hook {hook} priority {place};"
-        # Of a rule that accepts the kernel reports once, of a chain that ends twice.
+        # The kernel sends one report for a rule that accepts, and two for a chain that ends.
         f" {rules.get((hook, place), '')} accept; }}\n"
         for hook in HOOKS
         for place in PLACES

@@ -93,7 +93,7 @@ class UpstreamGroup:
                 self._failovers[upstream].value += 1
 
     def status(self) -> dict[str, object]:
-        """As JSON values, for operators."""
+        """The state as JSON values, for operators."""
         return {
             "policy": self._policy,
             "when_all_down": self._when_all_down,

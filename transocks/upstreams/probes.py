@@ -20,10 +20,10 @@ from usocksd.socks import NEED_DATA, SOCKS4_PROBE, Kind, Probe, Probed, RequestR
 WAITING = "waiting for the answer of"
 """The step of a DialError: the upstream has not answered a request in time."""
 
-# What an HTTP proxy is asked to connect to: an address to which TCP connects nowhere, so that connect(2) fails at once,
-# and sends nothing. A proxy forwards nothing of a CONNECT, so a probe does no harm. Other requests can: pproxy and
-# older tinyproxy connect to the host in Host, or without one to port 80 of their own host, where they may listen
-# themselves, and forward the request.
+# HTTP proxies are asked to connect to an address to which TCP can't connect, so connect(2) fails at once and sends
+# nothing. A proxy forwards nothing of a CONNECT, so a probe does no harm. Other requests can: pproxy and older
+# tinyproxy connect to the host in Host, or without one to port 80 of their own host, where they may listen themselves,
+# and forward the request.
 _NOWHERE = ("255.255.255.255", 1)
 # A server that accepts pipelining answers within a round trip; another is silent. It has this many times as long as its
 # first answer took, plus these seconds.

@@ -16,7 +16,7 @@ from usocksd.settings.types import one_or_more, parse_zoned_address, split_port
 
 
 class ProxyScheme(enum.Enum):
-    """What an upstream proxy speaks, and whether it is asked for names."""
+    """The protocol of an upstream proxy, and whether it resolves names."""
 
     SOCKS5 = "socks5"
     """asked for addresses only"""
@@ -112,7 +112,7 @@ def parse_proxy_url(value: str) -> ProxyURL:
     except ValueError:
         raise Invalid("expected HOST:PORT, with an IPv6 address in brackets, at the end") from None
     if not isinstance(host, str):
-        # As RFC 6874 has it, [fe80::1%25eth0], or as everybody writes it.
+        # As in RFC 6874, [fe80::1%25eth0], or with a plain %.
         host = parse_zoned_address(f"{host}{percent}{unquote(zone[2:]) if zone.startswith('25') else zone}")
     if not isinstance(host, str) and (host.is_unspecified or host.is_multicast):
         raise Invalid("expected the address of one host, not the unspecified address or multicast")

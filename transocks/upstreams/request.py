@@ -31,7 +31,7 @@ class Tunnel(NamedTuple):
 
     endpoint: Endpoint
     early: bytes
-    """What the destination has already sent."""
+    """Bytes that the destination has already sent."""
     unsent: bytes = b""
     """The part of TunnelRequest.first that was not sent yet: the relay begins with it."""
 

@@ -23,7 +23,7 @@ from usocksd.log.metrics import Counter
 
 
 class Answer(NamedTuple):
-    """What an upstream answered to a probe."""
+    """The answer of an upstream to a probe."""
 
     latency: float
     """seconds that it took, connecting included"""
@@ -150,7 +150,7 @@ class UpstreamState:
             self.since = found["since"]
 
     def status(self) -> dict[str, Any]:
-        """As JSON values, for operators."""
+        """The state as JSON values, for operators."""
         since = None if self.since is None else datetime.fromtimestamp(self.since, UTC)
         return {
             "upstream": self.name,

@@ -86,7 +86,7 @@ def build(config: UsocksdConfig, parts: Parts) -> Application:
 
 
 def make_users(config: UsocksdConfig, read: Callable[[Path], bytes] = read_file) -> Users | None:
-    """Who can authenticate; None: nobody is asked to. `read` reads the file. Raises ConfigError for a bad one."""
+    """The users; None: no authentication. `read` reads the file. Raises ConfigError for a bad one."""
     return Users(config.auth.users_file, read=read) if config.auth.users_file else None
 
 

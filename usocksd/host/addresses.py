@@ -46,7 +46,7 @@ class LocalAddresses(frozenset[IPAddress]):
         return super().__contains__(ip) or any(ip in network for network in self.networks)
 
     def texts(self) -> set[str]:
-        """Its addresses and networks."""
+        """This host's addresses and networks."""
         return {*map(str, self), *map(str, self.networks)}
 
 

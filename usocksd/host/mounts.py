@@ -17,11 +17,11 @@ class Mount(NamedTuple):
     """A mount."""
 
     root: str
-    """which folder of the file system it is"""
+    """the folder of the file system that is mounted here"""
     point: str
     kind: str
     options: tuple[str, ...]
-    """of the file system: the controllers, where it is of control groups of version 1"""
+    """options of the file system; for control groups of version 1, the controllers"""
 
 
 def mounts(*kinds: str, proc: Path = PROC) -> Iterator[Mount]:

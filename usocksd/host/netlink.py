@@ -29,7 +29,7 @@ _ATTRIBUTE_TYPE = 0x3FFF  # without NLA_F_NESTED and NLA_F_NET_BYTEORDER
 
 
 class Message(NamedTuple):
-    """What stands in one message behind its header, and two fields of that."""
+    """A message: its body, and two fields of its header."""
 
     kind: int
     flags: int

@@ -103,7 +103,7 @@ def end_accepted(ports: Collection[int]) -> None:
 
 
 class SocketOwners:
-    """Who owns a TCP socket of this host: one exact lookup in the kernel, some 5 µs, which never blocks."""
+    """Finds the owner of a TCP socket of this host: one exact lookup in the kernel, some 5 µs, which never blocks."""
 
     def __init__(self) -> None:
         """Raises OSError where the kernel has no sock_diag(7) or a sandbox forbids netlink."""
@@ -163,7 +163,7 @@ def _request(family: int, states: int) -> bytes:
 
 
 def _dump(states: int) -> Iterator[tuple[int, bytes]]:
-    """Of each socket in one of these states: its family, and struct inet_diag_msg with the attributes behind it."""
+    """For each socket in one of these states: its family, and struct inet_diag_msg with the attributes after it."""
     for family in (socket.AF_INET, socket.AF_INET6):
         with connect(SOCK_DIAG) as sock:
             sock.settimeout(2)

@@ -126,7 +126,7 @@ class AccessRecords:
 
 
 class ConnectionRecords:
-    """What both daemons report of one connection; the subclass adds the rest."""
+    """The record of one connection, as far as both daemons have it; the subclass adds the rest."""
 
     __slots__ = ("_client", "_id", "_records", "_since", "_source")
 

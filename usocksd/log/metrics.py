@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeAlias, TypeVar
 
 Labels: TypeAlias = tuple[str, ...]
 Snapshot: TypeAlias = dict[str, dict[str, Any]]
-"""By metric: what it is, and its values by label values. As JSON it travels from worker to master."""
+"""For each metric, its description, and its values by label values. As JSON it travels from worker to master."""
 
 SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0)
 """Bounds for times, from a lookup on this host to a connection of hours."""
@@ -30,7 +30,7 @@ OTHER = "other"
 
 
 class MetricKind(Enum):
-    """What a sum over processes means."""
+    """How the values of processes are combined."""
 
     COUNTER = "counter"
     """Never falls: the counts of ended workers stay."""
@@ -101,7 +101,7 @@ class Family(Generic[M]):
 
 
 class Metrics:
-    """What one process counts. `prefix` is the daemon's name, the first part of each metric's.
+    """The metrics of one process. `prefix` is the daemon's name, the first part of each metric's.
 
     The name of a counter ends with _total. Raises ValueError if it does not, and for a name that is taken.
     """

@@ -48,7 +48,7 @@ LOCALHOST = (numeric_address("::1"), numeric_address("127.0.0.1"))
 
 
 def of_family(found: NameAnswer | ResolveError) -> Entry:
-    """What servers answer for one family."""
+    """The servers' answer for one family."""
     if isinstance(found, ResolveError):
         return Entry((), found.cause)
     if found.addresses:

@@ -173,7 +173,7 @@ class ConditionsConfig:
         Faults(self.faults()).check()
 
     def destinations(self) -> tuple[SiteList, ...] | None:
-        """Of `to`, the entries that stand there themselves, and those of each file."""
+        """The entries that `to` has itself, and those of each file."""
         if self.to is None:
             return None
         files = dict.fromkeys(entry for entry in self.to if isinstance(entry, SiteList))

@@ -1,4 +1,4 @@
-"""What `check` finds in lists of destinations and networks, and in rules and routes.
+"""Warnings of `check` about lists of destinations and networks, and about rules and routes.
 
 Ambiguous entries; entries and rules that another one covers. (Those that only several together cover are not found.)
 """
@@ -31,13 +31,13 @@ class Conditions(Protocol):
 
 
 def lint_networks(key: str, networks: Sequence[IPNetwork] | None) -> Iterator[Fault]:
-    """What is wrong with a list of networks."""
+    """The warnings about a list of networks."""
     yield from first_few(unclear_networks(key, networks or ()))
     yield from first_few(covered_entries(key, networks or ()))
 
 
 def lint_sites(key: str, entries: Sequence[str | SiteList] | None) -> Iterator[Fault]:
-    """What is wrong with a list of destinations."""
+    """The warnings about a list of destinations."""
     yield from first_few(unclear_sites(key, entries or ()))
     yield from first_few(covered_entries(key, entries or ()))
 

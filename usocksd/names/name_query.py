@@ -59,7 +59,7 @@ _BLAMED_FIRST, _BLAMED_AT_MOST = 2.0, 30.0
 
 @frozen
 class NameAnswer:
-    """What the servers answer about a name."""
+    """The servers' answer about a name, for one kind of record."""
 
     addresses: tuple[str, ...]
     exists: bool

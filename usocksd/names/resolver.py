@@ -133,7 +133,7 @@ class Resolver:
         self._next_check = 0.0
         self._cache: dict[str, answers.Entry] = {}
         self._failures: dict[str, answers.Entry] = {}
-        """The same, of names without an address."""
+        """The cache of names without an address."""
         self._queries: dict[str, _Query] = {}
         self._nursery: trio.Nursery | None = None
         self._hits = metrics.counter("dns_cache_hits_total", "Names that the cache had an answer for")

@@ -25,7 +25,7 @@ class Reason(StrEnum):
 
 
 class Side(StrEnum):
-    """Who ended it."""
+    """The side that ended it."""
 
     CLIENT = "client"
     UPSTREAM = "upstream"

@@ -67,7 +67,7 @@ class LostSyns:
         """A SYN with Fast Open to `host` got its answer after `took` seconds."""
         blame = self._blamed.get(host) if self._blamed else None
         if blame is not None and blame.until > now:
-            return  # it went without, or began before that
+            return  # sent without Fast Open, or begun before the block
         # (A late answer without a loss: the host is far away, or this process did not run.)
         if took < _LOST_AFTER or not tcp_info.retransmitted(sock):
             if blame is not None:
@@ -80,7 +80,7 @@ class LostSyns:
 
 
 def accept_fast_open(listener: socket.socket) -> None:
-    """Let connections to it begin with data, where net.ipv4.tcp_fastopen allows that to servers (2; not by default)."""
+    """Allow data in the SYN of accepted connections, if net.ipv4.tcp_fastopen does (2; not by default)."""
     with contextlib.suppress(OSError):
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_FASTOPEN, _QUEUE)
 
@@ -104,7 +104,9 @@ class UnprovenEndpoint(Endpoint):
         self.writable = True
 
     async def send_all(self, data: bytes) -> None:
-        """As Endpoint's. The first bytes may arrive twice. What does not fit into the SYN follows after its answer."""
+        """As `Endpoint.send_all`. The first bytes may arrive twice. What does not fit into the SYN follows after its
+        answer.
+        """
         if self._since is None:
             self._since = self.reactor.clock()
         try:

@@ -82,7 +82,7 @@ class Receiver:
 
     @property
     def received(self) -> bytes:
-        """What was received of an incomplete header."""
+        """The received part of an incomplete header."""
         return self._buffer
 
     def receive_data(self, data: bytes) -> Header | None:
@@ -137,7 +137,7 @@ def _begins(data: bytes, whole: bytes) -> bool:
 
 
 def unlikely(claimed: IPAddress, peer: IPAddress) -> str | None:
-    """What is wrong with a client address that `peer` claims, if it can't be one.
+    """What is wrong with a client address that `peer` claims, or None.
 
     No client has the unspecified address or a multicast one; a loopback address is possible only if the peer is on this
     host too.

@@ -1,4 +1,4 @@
-"""What a daemon is: one value from which its command line, master, workers and verbs are made."""
+"""The definition of a daemon: one value from which its command line, master, workers and verbs are made."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class Doors:
         self._handlers = handlers
         self._timing = timing
         self._plan: Plan | None = None
-        """That of the configuration in force"""
+        """The plan of the configuration in force"""
         self._exporter: Exporter | None = None
         self._control: Control | None = None
         self._trying = trio.CancelScope()

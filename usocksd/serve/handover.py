@@ -64,7 +64,7 @@ def become(
 
 
 def crew_state(crew: Crew, own: Snapshot) -> tuple[dict[str, Any], list[int]]:
-    """What `restore_crew` needs, as JSON values, and the descriptors in it. `own` are the master's own counts."""
+    """The state for `restore_crew`, as JSON values, and the descriptors in it. `own` are the master's own counts."""
     generation = crew.generation
     assert generation is not None
     state = {
@@ -89,7 +89,7 @@ def restore_crew(crew: Crew, state: Mapping[str, Any], timing: Timing) -> Genera
 
 
 def worker_state(worker: WorkerProcess) -> dict[str, Any]:
-    """What `restore_worker` needs, as JSON values."""
+    """The state for `restore_worker`, as JSON values."""
     return {
         "generation": worker.generation,
         "slot": worker.slot,

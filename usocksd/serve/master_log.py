@@ -22,7 +22,7 @@ class MasterLog:
         self._dropped = 0
 
     def prepare(self, config: LogConfig) -> LogConfig:
-        """Open the log for a configuration that is to come into force. Returns where it is. Raises Error."""
+        """Open the log of a configuration before it comes into force. Returns where it is. Raises Error."""
         flags = {key: value for key, value in attrs.asdict(self._flags).items() if value}
         config = attrs.evolve(config, **flags)
         if config != self._config:
@@ -54,7 +54,7 @@ class MasterLog:
 
     @property
     def dropped(self) -> int:
-        """How many records of the master were never written, to any log"""
+        """How many records of the master were lost, over all its logs"""
         return self._dropped + self.current.dropped
 
     def reopen(self) -> None:

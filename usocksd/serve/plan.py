@@ -102,7 +102,7 @@ class Generation:
     """The file that the text is from"""
     plan: Plan
     log: LogConfig
-    """That of the plan, where the command line does not say otherwise"""
+    """The log settings of the plan, with flags of the command line"""
     since: float
     """Seconds since the epoch"""
     files: NamedFiles

@@ -61,7 +61,7 @@ def run_verb(program: str, run: Callable[[argparse.Namespace], int], args: argpa
     except OSError as error:
         if error.errno not in _NOT_WRITTEN or error.filename is not None:
             raise
-        # What is left in the buffer must go somewhere when Python flushes it at exit.
+        # Python flushes the rest of the buffer at exit, so give it somewhere to go.
         with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
         if error.errno != errno.EPIPE:  # as `| head` causes

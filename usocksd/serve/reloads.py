@@ -53,7 +53,7 @@ class ReloadRequest:
     on_trial_for: int | None = None
     """Seconds"""
     failure: Error | None = attrs.Factory(lambda: Error("the daemon is stopping"))
-    """What went wrong, or None; valid when it is done"""
+    """The error, or None; valid when it is done"""
     done: trio.Event = attrs.Factory(trio.Event)
 
 
@@ -64,7 +64,7 @@ class Trial:
     before: Generation
     """The previous configuration, with its files"""
     seconds: int
-    """What was asked for"""
+    """The duration that was asked for, in seconds"""
     deadline: float
     returning: bool = False
     """The deadline has passed, and the previous configuration is being restored."""

@@ -34,7 +34,7 @@ class ServerLimits:
 
 @attrs.frozen
 class Peer:
-    """Who has connected. Connections with the same `owner` are one client's."""
+    """The identity of a client. Connections with the same `owner` belong to one client."""
 
     owner: Hashable
     pid: int = 0

@@ -33,7 +33,7 @@ _INSTRUCTION = struct.Struct("=HBBI")
 _LOAD_HASH = _INSTRUCTION.pack(0x20, 0, 0, 0xFFFFF000 + 32)  # A = hash of the packet (SKF_AD_RXHASH)
 _MODULO = 0x94  # A = A mod n
 _RETURN = _INSTRUCTION.pack(0x16, 0, 0, 0)  # return A
-# Of the TCP header: of the flags SYN and ACK only SYN is set, so drop it; let everything else pass.
+# Reads the TCP header: drops packets that have SYN but not ACK, and passes all others.
 _REFUSE_SYN = b"".join(
     (
         _INSTRUCTION.pack(0x30, 0, 0, 13),

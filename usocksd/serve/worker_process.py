@@ -185,7 +185,7 @@ class WorkerProcess:
             await self.channel.send(message, fds)
 
     async def ask(self, verb: str, *, within: float = math.inf, request: Message | None = None) -> WorkerAnswer:
-        """Its answer to a question: what there is of it after `within` seconds, or when it ends."""
+        """Its answer to a question, as far as it has come after `within` seconds, or when the worker ends."""
         number, answer = next(_numbers), WorkerAnswer()
         self._questions[number] = answer
         try:

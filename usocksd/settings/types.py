@@ -215,7 +215,7 @@ def _interface(value: str) -> str | None:
 
 
 def _is_interface(name: str) -> bool:
-    """As dev_valid_name() of the kernel has it."""
+    """Valid as for the kernel's dev_valid_name()."""
     return 1 <= len(name.encode()) <= 15 and name not in (".", "..") and not re.search(r"[\s/:\x00-\x1f]", name)
 
 

@@ -97,7 +97,7 @@ class Greeting(ClientRole):
         """The server is ready for the request."""
         raise NotImplementedError
 
-    # What the states share.
+    # Shared by the states.
 
     def _check_version(self, data: bytearray, version: int) -> None:
         if data and data[0] != version:
@@ -194,7 +194,7 @@ class SocksConnect(Greeting):
         self._buffer = data[8:]
         return self._established(Established(inet_ntoa(data[4:8]), int.from_bytes(data[2:4])))
 
-    # What the states share.
+    # Shared by the states.
 
     def _refused(self, code: int, codes: type[Reply] | type[Socks4Reply]) -> NoReturn:
         try:

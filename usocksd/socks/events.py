@@ -1,4 +1,4 @@
-"""What the state machines report: frozen values, and one sentinel for "nothing yet"."""
+"""The events of the state machines: frozen values, and a sentinel for "nothing yet"."""
 
 from __future__ import annotations
 

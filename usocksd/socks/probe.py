@@ -52,7 +52,7 @@ class Probe(Greeting):
         return Probed(ours, True if ours else None)
 
     def _reply(self) -> Event:
-        # Its first byte, VER, is enough: what the reply says does not matter.
+        # The first byte, VER, is enough: the rest of the reply does not matter.
         if not self._buffer and not self._eof:
             return self._need_data()
         self._state = Probe._over

@@ -314,7 +314,7 @@ class Server:
         assert self._fault is not None
         raise ClientFault(*self._fault)
 
-    # What the states share.
+    # Shared by the states.
 
     def _need_data(self, where: str) -> NeedData:
         if self._eof:

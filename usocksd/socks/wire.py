@@ -31,7 +31,7 @@ class Method(IntEnum):
 
 
 class Command(IntEnum):
-    """What a request asks for (RFC 1928 section 4). SOCKS4 has the first two."""
+    """The command of a request (RFC 1928 section 4). SOCKS4 has the first two."""
 
     CONNECT = 1
     BIND = 2
@@ -132,7 +132,7 @@ def end_of_credentials(data: bytes) -> int:
     return end
 
 
-# What a server sends, as whole messages.
+# The messages of a server.
 
 METHOD_SELECTION = {method: bytes((5, method)) for method in Method}
 

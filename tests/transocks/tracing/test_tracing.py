@@ -24,7 +24,7 @@ def attribute(kind: int, value: bytes) -> bytes:
 
 
 def message(packet: Packet, *, verdict: int, handle: int = 7, mark: int = 0) -> bytes:
-    """As nfnetlink has it, from struct nfgenmsg on."""
+    """A message as from nfnetlink, beginning with struct nfgenmsg."""
     raw = datagram(packet)
     size = 20 if packet.source.version == 4 else 40
     number = struct.Struct(">I")

@@ -542,7 +542,7 @@ async def test_a_slow_destination_is_not_the_fault_of_its_proxy(mock_clock: Mock
 
 
 async def test_a_request_that_may_not_be_repeated_ends_with_its_proxy(mock_clock: MockClock, world: World) -> None:
-    """As soon as that is found to be down: its client can ask again, and is given to another."""
+    """As soon as it is found to be down: its client can retry, and gets another upstream."""
     first, _second = await world.upstreams_of(silent, socks())
     world.answered(first, USOCKSD)
     moves = world.ask(TunnelRequest(CLIENT, WEB, first=HELLO, repeatable=True))
@@ -581,7 +581,7 @@ async def test_an_attempt_given_up_while_an_answer_comes_ends(world: World) -> N
 
 
 async def test_a_deadline_of_the_client_marks_no_proxy_down(mock_clock: MockClock, world: World) -> None:
-    """It may have been used up by another, or by this process, which did not run."""
+    """Another upstream may have used up the time, or this process, which did not run."""
     with daemons.blackhole() as full:
         await world.configured(f"socks5://127.0.0.1:{full}")
         session = world.ask()
@@ -659,7 +659,9 @@ async def test_slow_upstreams_come_after_those_that_are_well(world: World) -> No
 
 @pytest.mark.parametrize("better", [False, True])
 async def test_attempts_leave_an_upstream_that_becomes_slow_for_one_that_is_well(world: World, better: bool) -> None:
-    """It goes on with one that is well, and else waits: neither those that are down nor a direct way are better."""
+    """It moves to an upstream that is well, or else waits: upstreams that are down, or a direct connection, are no
+    better.
+    """
     first, second = await world.upstreams_of(silent, socks(), more='when_all_down = "direct"')
     if not better:
         world.state(second).failed("a test says so")
@@ -770,7 +772,7 @@ async def test_whether_it_takes_pipelining_is_asked_again_after_silence(mock_clo
 
 
 async def test_a_probe_is_repeated_if_this_process_did_not_run(mock_clock: MockClock, world: World) -> None:
-    """Its answer was there in time, and we were not."""
+    """Its answer arrived in time, but this process did not run."""
     first, second = await world.upstreams_of(silent, socks())
     session = world.ask()
     await world.pass_time(SUSPECT)
@@ -887,7 +889,7 @@ async def test_the_name_of_an_upstream_is_resolved_again(mock_clock: MockClock, 
         world.clock.jump(61)  # its TTL is a minute
         await (await world.asked()).tunnel()
         assert upstreams.addresses == {HostPort("127.0.0.1", peer.port), HostPort("::1", peer.port)}
-        # Nobody answers any more: what was known goes on.
+        # No server answers any more: the known addresses stay in use.
         dns.names = dict.fromkeys(dns.names)
         world.clock.jump(61)
         session = world.ask()

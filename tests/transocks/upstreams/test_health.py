@@ -268,7 +268,7 @@ async def test_shared_findings_may_be_of_another_configuration(autojump_clock: M
 
 
 async def test_one_late_answer_is_not_believed(autojump_clock: MockClock, world: World) -> None:
-    """It was stopped for a while, say, and answers when it goes on."""
+    """As if it was stopped for a while, and answers when it continues."""
 
     upstream = world.upstream
     upstream.once = [Answer(5.0, round_trip=0.001)]

@@ -113,7 +113,7 @@ async def overrun(addresses: HostAddresses, changes: Changes) -> None:
 
 
 def many_changes_at_once() -> None:
-    """More events than the socket's buffer holds while nobody reads: ENOBUFS, and a new dump."""
+    """More events than the socket's buffer holds, while nothing reads it: ENOBUFS, and a new dump."""
     subprocess.run(["ip", "link", "add", "d0", "type", "bridge"], check=True)
     batch = "".join(f"addr add 10.{n >> 8}.{n & 255}.1/32 dev d0\n" for n in range(3000))
     subprocess.run(["ip", "-batch", "-"], input=batch, text=True, check=True)
@@ -235,7 +235,7 @@ async def routed_here(addresses: HostAddresses, changes: Changes) -> None:
 
 
 async def no_descriptors(addresses: HostAddresses, changes: Changes) -> None:
-    """None is left when the addresses have to be asked for anew, and then there are some."""
+    """No descriptor is left when the addresses must be dumped again; later there are some."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     many_changes_at_once()
     resource.setrlimit(resource.RLIMIT_NOFILE, (1, hard))

@@ -1,4 +1,4 @@
-"""Control groups as a container, a service of systemd or nobody sees them."""
+"""Control groups as seen by a container, by a service of systemd, or without a limit."""
 
 import os
 from pathlib import Path

@@ -126,7 +126,7 @@ def test_a_record_is_one_line_without_anything_that_a_terminal_obeys_and_json_re
 
 
 def readable(value: object) -> object:
-    """As it is read back: each run of what is not UTF-8 is one replacement character."""
+    """The text as it is read back: each run of bytes that are not UTF-8 is one replacement character."""
     match value:
         case str():
             return re.sub("[\ud800-\udfff]+", "\ufffd", value)

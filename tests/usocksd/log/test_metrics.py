@@ -64,7 +64,7 @@ def test_a_sum_has_no_more_children_than_its_parts_may_have() -> None:
 
 
 def test_a_sum_of_live_workers_has_every_child() -> None:
-    """Of workers with different children, none falls when one more child comes, or whatever the order is."""
+    """With workers that have different children, no sum falls when a child is added, in whatever order."""
     workers = []
     for number, rules in enumerate((("one", "two", "three"), ("four",))):
         metrics = Metrics("usocksd")

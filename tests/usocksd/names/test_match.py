@@ -251,7 +251,7 @@ def test_a_known_length_of_the_local_prefix_of_nat64_is_the_only_one() -> None:
 
 
 def test_the_entries_that_have_a_name() -> None:
-    """Those of the domain itself are not among those below it."""
+    """The domain itself is not below it."""
     assert list(entries_of("a.b.example")) == ["a.b.example", ".b.example", ".example"]
 
 

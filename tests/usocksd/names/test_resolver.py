@@ -558,7 +558,7 @@ async def test_a_server_that_is_dead_is_asked_last_for_a_while(place: Place, aut
 
 
 async def test_a_server_that_leaves_some_queries_unanswered_is_not_dead(place: Place) -> None:
-    """Those of a zone far away, say. Queries for its names do not change which server others ask."""
+    """As for a zone far away. Queries for its names do not change the order of servers for others."""
     place.resolv_conf.write_text("options timeout:1\n")
 
     zone = {"www.test": ["192.0.2.1"], "web.test": ["192.0.2.2"]}
@@ -678,7 +678,7 @@ async def test_one_client_s_names_do_not_hold_up_another_s(place: Place) -> None
         assert refused == 500 - 4 - 50
         with trio.fail_after(3):
             assert await resolver.resolve("www.test", "192.0.2.1") == addresses("192.0.2.1")
-        # Those that were refused have not been asked for, so nothing is known of them.
+        # Refused names were not queried, so nothing is cached for them.
         assert "too many names are asked for" not in {entry.cause for entry in resolver._failures.values()}
         nursery.cancel_scope.cancel()
 
@@ -731,7 +731,7 @@ async def test_truncated_answers_are_asked_for_again_over_tcp(place: Place, cut:
 
 
 async def test_a_truncated_answer_that_comes_again_is_none(place: Place, autojump_clock: MockClock) -> None:
-    """It is asked for over TCP, where nothing comes back, and once more over UDP meanwhile."""
+    """It is queried over TCP, where no answer comes, and meanwhile once more over UDP."""
 
     def answer(query: dns.message.Message) -> list[dns.message.Message]:
         reply = dns.message.make_response(query)
@@ -882,7 +882,7 @@ async def test_with_one_family_nobody_waits_for_a_server_that_drops_the_other(pl
         assert await resolver.resolve("www.test") == addresses(address)
     place.clock.now += 9
     assert resolver.cached("www.test") == addresses(address)
-    place.clock.now += 2  # and not for as long as the TTL says, the other family may come back
+    place.clock.now += 2  # less than the TTL, since the other family may come back
     assert resolver.cached("www.test") is None
 
 

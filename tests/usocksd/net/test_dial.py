@@ -66,7 +66,7 @@ def refusing(open_sockets: ExitStack) -> Target:
 
 @pytest.fixture
 def black_hole(open_sockets: ExitStack) -> Target:
-    """It never answers: the accept queue of its listener is full."""
+    """A destination that never answers: its accept queue is full."""
     listener = open_sockets.enter_context(socket.socket())
     listener.bind(("127.0.0.1", 0))
     listener.listen(0)

@@ -25,7 +25,7 @@ def _asked(endpoint: Endpoint) -> list[int]:
 
 @pytest.mark.parametrize("busy", [True, False])
 async def test_keepalive_from_the_second_minute_on(lab: Any, *, busy: bool) -> None:
-    """It would be eight system calls for every connection."""
+    """Setting it would take eight system calls for every connection."""
     rig = lab.relay(limits=Limits(idle=3600.0))
     await lab.pass_time(59.0)
     if busy:

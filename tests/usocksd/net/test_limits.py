@@ -48,7 +48,7 @@ def test_a_limit_that_is_raised_already() -> None:
 def test_an_endless_hard_limit_means_the_kernel_s_own() -> None:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     endless = hard == resource.RLIM_INFINITY
-    # No process may raise its hard limit without privileges, so this is what it is where it is not endless already.
+    # Without privileges no process may raise its hard limit, so it stays as it is, unless it is infinite.
     expected = int(Path("/proc/sys/fs/nr_open").read_text()) if endless else hard
     assert raised(100, hard) == [expected] * 3
 

@@ -46,7 +46,7 @@ FIRST_GID = 0x74000000
 
 @attrs.frozen
 class Caller:
-    """Who the command runs as."""
+    """The user of the command."""
 
     uid: int
     groups: tuple[int, ...]

@@ -90,7 +90,7 @@ def _add(verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str) 
 
     words = HELP[name]
     parser = verbs.add_parser(name, help=words, description=f"{words[0].upper()}{words[1:]}.", allow_abbrev=False)
-    # The same option as before the verb: here it must not set a default over that one.
+    # The same option may stand before the verb, so here it has no default, which would replace it.
     parser.add_argument("-f", metavar="CONFIG", default=argparse.SUPPRESS, help="configuration file")
     parser.set_defaults(run=run)
     return parser

@@ -66,7 +66,7 @@ async def _greet_all(host: Host) -> list[Finding]:
 
 
 async def _at_once(act: Callable[[T], Awaitable[R]], items: Sequence[T]) -> list[R]:
-    """What each returns, in this order."""
+    """The results of all, in this order."""
     results: dict[int, R] = {}
 
     async def one(number: int) -> None:

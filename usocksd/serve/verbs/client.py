@@ -1,4 +1,4 @@
-"""What verbs share: parts of their command lines, the request to the daemon, and the report of errors."""
+"""Shared by all verbs: parts of their command lines, the request to the daemon, and the report of errors."""
 
 from __future__ import annotations
 

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import os
 import stat
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from usocksd.config import UsocksdConfig
 from usocksd.decision import Policy
 from usocksd.errors import Fault
-from usocksd.records import RecordedRequest, Skipped, lines_of, read_record
-from usocksd.replay import judge
+from usocksd.records import lines_of
+from usocksd.replay import Replay
 from usocksd.settings.loader import counted, show
 
 _HTTPS = 443
@@ -65,24 +64,13 @@ def _denied(config: UsocksdConfig, policy: Callable[[], Policy] | None) -> Itera
     if path is None or policy is None or not (lines := _tail(Path(path))):
         return
     rules = policy()
-    known: dict[RecordedRequest, str | None] = {}
-    requests, denied = 0, Counter[str]()
-    for line in lines:
-        record = read_record(line)
-        if isinstance(record, Skipped):
-            continue
-        requests += 1
-        if not record.allowed:
-            continue
-        if record.request not in known:
-            outcome = judge(rules, record.request)
-            known[record.request] = outcome.rule if outcome.allowed is False else None
-        if (rule := known[record.request]) is not None:
-            denied[rule] += 1
+    replay = Replay(rules, rules)
+    replay.read(lines)
+    requests, denied = counted(replay.requests, "request"), replay.denials
     if denied:
         ((rule, most),) = denied.most_common(1)
         by = f"by {rule}" if len(denied) == 1 else f"{most:,} of them by {rule}"
-        last = f"of the last {counted(requests, 'request')} {denied.total():,} were allowed and would be denied, {by}"
+        last = f"of the last {requests} {denied.total():,} were allowed and would be denied, {by}"
         yield Fault("log.filename", show(str(path)), last)
 
 

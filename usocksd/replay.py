@@ -5,6 +5,7 @@ request. If a record lacks something, the outcome is unknown, never guessed.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from enum import Enum
 from typing import Final, TypeAlias
@@ -121,8 +122,9 @@ class Group:
     count: int = 0
 
 
-_Known: TypeAlias = tuple[Group | None, bool | None, str]
-"""Where a request belongs, whether the old policy allows it, and the pool that it leaves from under the new one."""
+_Known: TypeAlias = tuple[Group | None, bool | None, str, str]
+"""The group of a request, whether the old policy allows it, its pool under the new one, and the rule there that denies
+it."""
 
 
 @define(eq=False)
@@ -141,6 +143,8 @@ class Replay:
     """The first of these requests."""
     leaving: dict[str, int] = field(factory=dict)
     """Requests that `new` allows, by the pool that they leave from."""
+    denials: Counter[str] = field(factory=Counter)
+    """Requests that the record has as allowed and `new` denies, by rule."""
     skipped: dict[Skipped, int] = field(factory=lambda: dict.fromkeys(Skipped, 0))
     first: str = ""
     """When the earliest request was recorded."""
@@ -167,28 +171,31 @@ class Replay:
             if len(self._known) >= self.most_remembered:
                 self._known.clear()
             known = self._known[record.request] = self._decide(record)
-        group, allowed, pool = known
+        group, allowed, pool, denied_by = known
         if pool:
             self.leaving[pool] = self.leaving.get(pool, 0) + 1
         if group is None:
             self.same += 1
         else:
             group.count += 1
+        if denied_by and record.allowed:
+            self.denials[denied_by] += 1
         if allowed is not None and allowed != record.allowed:
             self.disagreeing += 1
             self.disagreement = self.disagreement or record
 
     def _decide(self, record: AccessRecord) -> _Known:
         old, new = judge(self.old, record.request), judge(self.new, record.request)
+        facts = old.allowed, new.pool, new.rule if new.allowed is False else ""
         difference = compare(old, new)
         if difference is None:
-            return None, old.allowed, new.pool
+            return None, *facts
         group = Group(*difference, record)
         key = self._key(group)
         if key not in self._groups and len(self._groups) >= self.most_groups:
             group.old, group.new = Outcome(old.allowed, _OTHERS), Outcome(new.allowed, _OTHERS)
             key = self._key(group)
-        return self._groups.setdefault(key, group), old.allowed, new.pool
+        return self._groups.setdefault(key, group), *facts
 
     def _key(self, group: Group) -> tuple[object, ...]:
         pools = (group.old.pool, group.new.pool) if group.change is Change.POOL else ()

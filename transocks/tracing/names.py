@@ -11,7 +11,7 @@ from transocks.tracing.reports import Report, Verdict
 from transocks.tracing.trace import LO, ROUTING, Cause
 
 _IPTABLES = {"raw", "mangle", "nat", "filter", "security"}
-_VERSIONS = {"ip": "IPv4", "ip6": "IPv6"}
+_VERSIONS = {"ip": 4, "ip6": 6}
 _STOPS = {Verdict.QUEUE: "hands it to a program", Verdict.STOLEN: "takes it away"}
 _WIDTH = 160
 
@@ -33,7 +33,7 @@ class RuleNames:
         version, place, hook = cause.version, cause.place, cause.hook.upper()
         if place in _IPTABLES and (variant := _legacy(version)) is not None:
             where = f"IPv{version} table {place} of {variant}, chain {hook}"
-            rules = _legacy_rules(variant, place, hook)
+            rules = _rules(self._saved(variant), place, hook)
             return f'{where}: "{rules[0]}"' if len(rules) == 1 else where
         return f"something that nft does not show, in {hook} at the place of {place}"
 
@@ -43,11 +43,9 @@ class RuleNames:
 
     def text(self, rule: Report) -> str:
         """The rule as its tool prints it; "" if it can't be found."""
-        table = next((table for table in self.tables if table.name == f"{rule.family} {rule.table}"), None)
-        lines = [line.rpartition(" # handle ") for line in (table.chains.get(rule.chain, ()) if table else ())]
-        texts = {handle: text for text, _, handle in lines if text}
-        saved = self._saved(rule.family) if _is_iptables(rule) else []
-        rules = [text for each in saved if each.name == rule.table for text in each.chains.get(rule.chain, ())]
+        lines = _rules(self.tables, f"{rule.family} {rule.table}", rule.chain)
+        texts = {handle: text for text, _, handle in (line.rpartition(" # handle ") for line in lines) if text}
+        rules = _rules(self._saved(_nft_variant(rule)), rule.table, rule.chain)
         if len(rules) == len(texts):  # iptables prints what nft can't; its rules stand in the same order
             texts = {handle: f"-A {rule.chain} {line}" for handle, line in zip(texts, rules, strict=True)}
         text = " ".join(texts.get(str(rule.handle), "").split())
@@ -63,8 +61,8 @@ class RuleNames:
 
     def _rule(self, rule: Report) -> str:
         """A rule, or a chain with its policy."""
-        iptables = _is_iptables(rule) and self._saved(rule.family)
-        table = f"{_VERSIONS[rule.family]} table {rule.table}" if iptables else f"table {rule.family} {rule.table}"
+        iptables = self._saved(_nft_variant(rule))
+        table = f"IPv{_VERSIONS[rule.family]} table {rule.table}" if iptables else f"table {rule.family} {rule.table}"
         place = f"{table}, chain {rule.chain}"
         if rule.handle is None:
             return f"{place} (its policy)"
@@ -72,28 +70,26 @@ class RuleNames:
         return f'{place}: "{text}"' if text else f"{place}, rule {rule.handle}"
 
 
-def _is_iptables(rule: Report) -> bool:
-    return rule.table in _IPTABLES and rule.family in _VERSIONS
+def _rules(tables: list[Table], name: str, chain: str) -> list[str]:
+    return [rule for table in tables if table.name == name for rule in table.chains.get(chain, ())]
 
 
-def _saved(family: str) -> list[Table]:
-    """The rules that iptables-nft prints."""
-    variant = next((v for v in live.variants(6 if family == "ip6" else 4) if live.is_nft(v)), None)
+def _saved(variant: str | None) -> list[Table]:
+    """The tables that this variant of iptables prints."""
     try:
-        return parse_save(run(f"{variant}-save")) if variant else []
+        return parse_save(run(f"{variant}-save")) if variant is not None else []
     except FirewallError:
         return []
+
+
+def _nft_variant(rule: Report) -> str | None:
+    """The iptables-nft that may have made a rule which nft reports."""
+    if rule.table not in _IPTABLES or rule.family not in _VERSIONS:
+        return None
+    return next((v for v in live.variants(_VERSIONS[rule.family]) if live.is_nft(v)), None)
 
 
 def _legacy(version: int) -> str | None:
     if not live.has_legacy(live.iptables(version)):
         return None
     return next((v for v in live.variants(version) if not live.is_nft(v)), None)
-
-
-def _legacy_rules(variant: str, table: str, chain: str) -> list[str]:
-    try:
-        tables = parse_save(run(f"{variant}-save"))
-    except FirewallError:
-        return []
-    return [rule for each in tables if each.name == table for rule in each.chains.get(chain, ())]

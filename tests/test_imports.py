@@ -127,7 +127,7 @@ def test_libraries_stay_in_their_rooms(library: str, rooms: tuple[str, ...]) -> 
     assert not {module for module in users if not within(module, *rooms)}
 
 
-def test_tracing_knows_nobody_who_asks_it() -> None:
+def test_tracing_does_not_import_its_users() -> None:
     """Rule 5."""
     asking = ("transocks.doctor", "transocks.rules.verify")
     assert not {each for each in ours("transocks.tracing") if within(each[1], *asking)}

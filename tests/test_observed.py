@@ -190,7 +190,7 @@ SOCKS4_REQUEST = b"\x04\x01\x00\x50\x7f\x00\x00\x01me\x00"
         (say(SOCKS4_REQUEST[:4] + b"\x7f\x00\x00\x42me\x00"), "SOCKS4_4a", "rejected", {}),
     ],
 )
-async def test_what_becomes_of_a_handshake(
+async def test_handshakes_and_their_records(
     tmp_path: Path, handshake: Handshake, version: str, status: str, more: dict[str, tuple[str, ...]]
 ) -> None:
     with NameServer({}) as dns:
@@ -454,7 +454,7 @@ async def test_an_upstream_that_is_not_there(tmp_path: Path, monkeypatch: pytest
         assert proxy.count("upstream_seconds", url, "failed") == 1
 
 
-async def test_what_was_not_redirected_or_goes_in_a_circle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_connections_that_are_not_redirected_or_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def not_redirected(_: object) -> HostPort:
         raise NotRedirected("nobody did")
 

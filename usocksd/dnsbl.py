@@ -154,8 +154,8 @@ class Lookups:
         lifetime: float = _LIFETIME,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`servers` None: those of `resolv_conf`, on `port`. Times in seconds: the shortest between two questions
-        about one address, until the next one if there was no answer, and for an answer.
+        """`servers` None: those of `resolv_conf`, on `port`. `shortest`: seconds between two queries for one address;
+        `after_failure`: until the next query if there was no answer; `lifetime`: for an answer.
         """
         self._share = share
         self._listings = listings

@@ -281,7 +281,7 @@ def test_connections_that_are_there_outlive_every_change(rules: Rules, world: Wo
             assert all(echoes(one, other) for one, other in pairs), (change, policy)
 
 
-def test_what_can_not_be_done_fails_and_changes_nothing(rules: Rules) -> None:
+def test_an_impossible_change_fails_and_changes_nothing(rules: Rules) -> None:
     rules.start("closed")
     loaded = rules.dump()
     good = rules.file.read_text()

@@ -22,7 +22,7 @@ def test_every_target_has_seeds() -> None:
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_nothing_raises(name: str) -> None:
-    """Mutated at random, always alike."""
+    """Seeds mutated at random, in the same way in each run."""
     target = TARGETS[name]
     for data in mutated(SEEDS[name], 1500):
         target(data)

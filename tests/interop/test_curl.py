@@ -200,7 +200,7 @@ def test_a_user_in_the_url(
 
 
 @ways
-def test_a_user_nobody_asked_for(
+def test_a_user_offered_without_need(
     curl: Curl, far: FarEnd, daemon: Daemon, option: str, scheme: str, protocol: str, resolves: bool
 ) -> None:
     """A server without users lets everybody in, and claims no user that it did not check."""
@@ -209,21 +209,21 @@ def test_a_user_nobody_asked_for(
 
 
 @ways
-def test_no_user_where_none_is_needed(
+def test_no_user_if_authentication_is_optional(
     curl: Curl, far: FarEnd, lenient: Daemon, option: str, scheme: str, protocol: str, resolves: bool
 ) -> None:
     peer = curl.peer(curl("127.0.0.1", option, lenient.address))
     lenient.relayed(far, peer, protocol=protocol, user=None)
 
 
-def test_a_user_without_a_password_where_none_is_needed(curl: Curl, far: FarEnd, lenient: Daemon) -> None:
+def test_a_user_without_a_password_if_authentication_is_optional(curl: Curl, far: FarEnd, lenient: Daemon) -> None:
     """Such a client is anonymous; a wrong password of the same user is refused."""
     peer = curl.peer(curl("127.0.0.1", "--socks5", lenient.address, "--proxy-user", f"{USER}:"))
     lenient.relayed(far, peer, protocol="SOCKS5", user=None)
 
 
 @socks5
-def test_no_user_where_one_is_needed(
+def test_no_user_if_authentication_is_required(
     curl: Curl, guarded: Daemon, option: str, scheme: str, protocol: str, resolves: bool
 ) -> None:
     assert "No authentication method was acceptable" in why(curl("127.0.0.1", option, guarded.address))

@@ -101,14 +101,14 @@ def test_a_user(request: pytest.FixtureRequest, java: Java, far: FarEnd, daemon_
     daemon.relayed(far, peer, protocol="SOCKS5", user=USER)
 
 
-def test_no_user_where_none_is_needed(java: Java, far: FarEnd, lenient: Daemon) -> None:
+def test_no_user_if_authentication_is_optional(java: Java, far: FarEnd, lenient: Daemon) -> None:
     """Java always offers a password. Asked for one when it has none it sends the login name and an empty password."""
     ok, peer, echoed = java("socks5", lenient, "127.0.0.1", far.echo, "hello")
     assert (ok, echoed) == ("ok", "hello")
     lenient.relayed(far, peer, protocol="SOCKS5", user=None)
 
 
-def test_no_user_where_one_is_needed(java: Java, far: FarEnd, guarded: Daemon) -> None:
+def test_no_user_if_authentication_is_required(java: Java, far: FarEnd, guarded: Daemon) -> None:
     answer = java("socks5", guarded, "127.0.0.1", far.echo, "hello")
     assert answer == [SOCKET_EXCEPTION, "SOCKS : authentication failed"]
     guarded.expect("handshake failed", error="wrong user or password")

@@ -82,7 +82,7 @@ def test_a_user(node: Node, far: FarEnd, guarded: Daemon) -> None:
     guarded.relayed(far, peer, protocol="SOCKS5", user=USER)
 
 
-def test_no_user_where_one_is_needed(node: Node, far: FarEnd, guarded: Daemon) -> None:
+def test_no_user_if_authentication_is_required(node: Node, far: FarEnd, guarded: Daemon) -> None:
     assert "no accepted authentication type" in node(guarded, 5, "127.0.0.1", far.echo)["error"]
     guarded.expect("handshake failed", error="no acceptable authentication method among [00]")
 

@@ -103,7 +103,7 @@ def test_an_unknown_name(chain: Proxychains, daemon: Daemon, names: str, version
     daemon.expect("dial to destination failed", protocol=protocol, dest_host=UNKNOWN)
 
 
-def test_no_user_where_one_is_needed(chain: Proxychains, guarded: Daemon) -> None:
+def test_no_user_if_authentication_is_required(chain: Proxychains, guarded: Daemon) -> None:
     assert complaint(chain(proxy("socks5", guarded), to="127.0.0.1")).endswith("<--denied")
     guarded.expect("handshake failed", error="no acceptable authentication method among [00]")
 

@@ -104,7 +104,7 @@ def test_a_user(request: pytest.FixtureRequest, far: FarEnd, daemon_of_users: st
 
 
 @versions
-def test_a_user_nobody_asked_for(far: FarEnd, daemon: Daemon, version: int, protocol: str) -> None:
+def test_a_user_offered_without_need(far: FarEnd, daemon: Daemon, version: int, protocol: str) -> None:
     with connected(daemon, version, ("127.0.0.1", far.echo), user=USER, password="secret") as sock:
         peer = talk(sock, SOME)
     daemon.relayed(far, peer, protocol=protocol, user=None)
@@ -150,7 +150,7 @@ def test_an_unknown_name(far: FarEnd, daemon: Daemon, names: str, version: int, 
     daemon.expect("dial to destination failed", protocol=protocol, error=f"{UNKNOWN}: no such name")
 
 
-def test_no_user_where_one_is_needed(far: FarEnd, guarded: Daemon) -> None:
+def test_no_user_if_authentication_is_required(far: FarEnd, guarded: Daemon) -> None:
     error = refusal(guarded, socks.SOCKS5, ("127.0.0.1", far.echo))
     assert type(error) is socks.SOCKS5AuthError
     assert "All offered SOCKS5 authentication methods were rejected" in error.msg

@@ -115,7 +115,9 @@ def test_a_user(connect: Connect, far: FarEnd, guarded: Daemon) -> None:
 
 
 @versions
-def test_a_user_nobody_asked_for(connect: Connect, far: FarEnd, daemon: Daemon, version: str, protocol: str) -> None:
+def test_a_user_offered_without_need(
+    connect: Connect, far: FarEnd, daemon: Daemon, version: str, protocol: str
+) -> None:
     with connect(f"{version}://{USER}:secret@{daemon.address}", "127.0.0.1", far.echo) as sock:
         peer = talk(sock, SOME)
     daemon.relayed(far, peer, protocol=protocol, user=None)
@@ -152,7 +154,7 @@ def test_an_unknown_name(
     daemon.expect("dial to destination failed", protocol=protocol, error=f"{UNKNOWN}: no such name")
 
 
-def test_no_user_where_one_is_needed(connect: Connect, far: FarEnd, guarded: Daemon) -> None:
+def test_no_user_if_authentication_is_required(connect: Connect, far: FarEnd, guarded: Daemon) -> None:
     error = refusal(connect, f"socks5://{guarded.address}", "127.0.0.1", far.echo)
     assert "No acceptable authentication methods were offered" in str(error)
     guarded.expect("handshake failed", error="no acceptable authentication method among [00]")

@@ -492,7 +492,7 @@ def test_a_block_list(host_net: lab.Net, tmp_path: Path) -> None:
         assert error == 'no usable egress address for IPv4 in pool "strict": 1 listed'
 
 
-def test_what_a_block_list_said_outlives_its_keeper(host_net: lab.Net, tmp_path: Path) -> None:
+def test_listings_outlive_their_keeper(host_net: lab.Net, tmp_path: Path) -> None:
     with Listed(host_net, tmp_path) as world:
         server, zone = world.server, world.zone
         zone.put(THREE)

@@ -155,7 +155,7 @@ def test_only_the_command_is_redirected(trial: Trial) -> None:
     assert trial.rules() == before
 
 
-def test_what_is_forgotten_stays_off_the_wire(trial: Trial) -> None:
+def test_forgotten_connections_stay_off_the_wire(trial: Trial) -> None:
     process = trial.start(sys.executable, "-c", GOING_ON, *WEB)
     with contextlib.ExitStack() as stack:
         for _ in WEB:
@@ -227,7 +227,7 @@ def hold(request: pytest.FixtureRequest, trial: Trial, tmp_path: Path) -> Iterat
         trial.net.client.run("umount", str(mount))
 
 
-def test_what_changes_its_group_is_held(trial: Trial, hold: str) -> None:
+def test_a_process_that_changes_its_group_is_held(trial: Trial, hold: str) -> None:
     setpriv = shutil.which("setpriv")
     assert setpriv is not None
     process = trial.start(setpriv, "--reuid=65534", "--regid=65534", "--clear-groups", *plain_python(*WEB))
@@ -254,7 +254,7 @@ print(folder)
 """
 
 
-def test_kill_9_ends_what_is_left_behind_and_its_cgroup(trial: Trial) -> None:
+def test_kill_9_ends_processes_left_behind_and_their_cgroup(trial: Trial) -> None:
     inhabitants, before = _processes(trial), trial.rules()
     process = trial.start(sys.executable, "-c", NESTING)
     folder = line_of(process.stdout)
@@ -271,7 +271,7 @@ def test_kill_9_ends_what_is_left_behind_and_its_cgroup(trial: Trial) -> None:
     assert _processes(trial).keys() == inhabitants.keys()
 
 
-def test_what_is_left_behind_is_held_until_it_ends(trial: Trial, hold: str) -> None:
+def test_processes_left_behind_are_held_until_they_end(trial: Trial, hold: str) -> None:
     before = trial.rules()
     go = trial.bin / "go"
     os.mkfifo(go)
@@ -291,7 +291,7 @@ def test_what_is_left_behind_is_held_until_it_ends(trial: Trial, hold: str) -> N
 
 @one_tool
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_what_is_left_behind(trial: Trial, number: signal.Signals) -> None:
+def test_a_signal_ends_processes_left_behind(trial: Trial, number: signal.Signals) -> None:
     before = trial.rules()
     # A shell's background processes ignore SIGINT; this one ignores SIGTERM too.
     process = trial.start("/bin/sh", "-c", "(trap '' TERM; /bin/sleep 1000) & exit 4")
@@ -338,7 +338,7 @@ def test_where_ipv6_is_switched_off(host_net: lab.Net) -> None:
     assert host_net.client.run("timeout", "20", *command, check=False).returncode == 0
 
 
-def test_needs_root_and_says_so(host_net: lab.Net) -> None:
+def test_without_root_it_fails_with_a_message(host_net: lab.Net) -> None:
     command = ["setpriv", "--bounding-set=-all", sys.executable, "-m", "transocks", "exec", "--", "true"]
     done = host_net.client.run(*command, check=False)
     assert done.returncode == 125

@@ -130,7 +130,7 @@ def _still_work(pairs: Iterable[tuple[socket.socket, socket.socket]]) -> None:
 
 @one_mode("host")
 @backends(1, 2)
-def test_what_fails_half_way_is_undone(scene: Scene) -> None:
+def test_a_change_that_fails_half_way_is_undone(scene: Scene) -> None:
     """With iptables; a transaction of nft has no half way."""
     before = scene.dump()
     scene.start()
@@ -254,7 +254,7 @@ def test_another_mode_or_tool_takes_the_place(scene: Scene) -> None:
 
 @one_mode("tproxy")
 @backends(0)
-def test_what_verify_misses_of_the_routing_can_be_typed(scene: Scene) -> None:
+def test_verify_gives_commands_for_missing_routing(scene: Scene) -> None:
     scene.start()
     scene.rules("apply")
     for version in (4, 6):

@@ -69,7 +69,7 @@ def test_a_tool_has_a_limit(scene: Scene) -> None:
 
 @one_mode("host")
 @backends(0)
-def test_a_tool_dies_with_who_runs_it(scene: Scene) -> None:
+def test_a_tool_dies_with_its_caller(scene: Scene) -> None:
     with _hanging(scene, "") as (process, pid):
         process.kill()
         process.wait()
@@ -103,7 +103,7 @@ def test_comments_of_others_need_not_be_utf_8(scene: Scene) -> None:
 
 @one_mode("host")
 @backends(0)
-def test_without_root_it_says_so(scene: Scene) -> None:
+def test_without_root_it_reports_that(scene: Scene) -> None:
     command = [
         "setpriv",
         "--bounding-set=-all",

@@ -188,7 +188,7 @@ assert not watch.forget()
 
 @one_mode("host")
 @backends(0)
-def test_what_hold_hears_of_and_what_it_can_not_hold(scene: Scene) -> None:
+def test_hold_notices_flushes_and_reports_faults(scene: Scene) -> None:
     scene.configure(users=["nobody-of-this-name"])
     assert "there is none of that name" in scene.rules("hold", status=os.EX_CONFIG)
     scene.configure(ports=[0])

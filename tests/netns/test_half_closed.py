@@ -283,7 +283,7 @@ def refused(client: Socket) -> bool:
     return False
 
 
-def test_what_is_forgotten_stays_off_the_wire(scenes_of_mode: list[Played]) -> None:
+def test_forgotten_connections_stay_off_the_wire(scenes_of_mode: list[Played]) -> None:
     """Under "closed": a flush of the rules, one of connection tracking, and an end of which the client never heard.
 
     It comes last: afterwards there are no rules.

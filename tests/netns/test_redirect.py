@@ -274,7 +274,7 @@ def test_resets_arrive_as_resets(pair: Pair, version: int) -> None:
 
 
 @pytest.mark.parametrize("version", [4, 6])
-def test_what_is_refused_is_reset(pair: Pair, version: int) -> None:
+def test_a_refused_connection_is_reset(pair: Pair, version: int) -> None:
     with pytest.raises(ConnectionResetError), connect(pair.net, version, 9) as sock:
         sock.recv(1)
     name = name_of(WEB[version], 9)
@@ -483,7 +483,7 @@ def test_a_dual_stack_listener(net: lab.Net, version: int) -> None:
             assert original_destination(accepted) == (WEB[version], 80)
 
 
-def test_what_the_rules_deny_is_reset(host_net: lab.Net, tmp_path: Path) -> None:
+def test_a_denied_connection_is_reset(host_net: lab.Net, tmp_path: Path) -> None:
     config = USOCKSD + f'deny_sites = ["{lab.OTHER_V4}", "2001:db8:80::/120"]\ndeny_ports = [25]\n'
     with usocksd(host_net, tmp_path, config) as server, transocks(host_net, tmp_path) as client:
         load(host_net, "iptables")

@@ -177,7 +177,7 @@ async def test_fast_open_with_more_than_fits_into_a_syn(ask: Ask) -> None:
     assert answer.unproven
 
 
-async def test_bytes_that_may_not_be_said_twice_go_when_the_connection_is_proven(ask: Ask, link: DelayLine) -> None:
+async def test_bytes_that_must_not_be_repeated_wait_for_a_proven_connection(ask: Ask, link: DelayLine) -> None:
     await ask(HELLO, fast=True)
     carried = []
     link.loses = lambda packet: carried.append(packet) is not None
@@ -207,7 +207,7 @@ async def test_the_verdict_on_a_connect_comes_with_the_first_wait(
     endpoint.close()
 
 
-async def test_who_answers_the_syn_and_says_nothing_is_late_and_not_unreachable(
+async def test_a_peer_that_is_silent_after_the_syn_is_late_and_not_unreachable(
     dialer: Dialer, reactor: Reactor, ask: Ask, net: lab.Net
 ) -> None:
     await ask(HELLO, fast=True)
@@ -223,7 +223,7 @@ async def test_who_answers_the_syn_and_says_nothing_is_late_and_not_unreachable(
         endpoint.close()
 
 
-async def test_of_several_addresses_none_is_taken_unproven(dialer: Dialer, reactor: Reactor, ask: Ask) -> None:
+async def test_with_several_addresses_none_is_used_unproven(dialer: Dialer, reactor: Reactor, ask: Ask) -> None:
     await ask(HELLO, fast=True)
     targets = [Target(lab.NEXT_V4, port, fast_open=True) for port in (1, 1080)]
     endpoint, target = await dialer.dial(targets, deadline=reactor.clock() + daemons.PATIENCE)

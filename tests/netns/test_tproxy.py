@@ -221,7 +221,7 @@ def test_original_destinations(shared: tuple[lab.Net, Daemon, Daemon], tool: str
                     assert theirs["src_addr"] == name_of(*web.peers[0])
 
 
-def test_what_no_rule_brought(shared: tuple[lab.Net, Daemon, Daemon]) -> None:
+def test_connections_that_no_rule_redirected(shared: tuple[lab.Net, Daemon, Daemon]) -> None:
     """Made to the listener itself, by whichever address of the gateway: refused, and named."""
     net, client, _ = shared
     with rules(net):

@@ -277,7 +277,7 @@ def test_each_is_killed_hung_and_blackholed_in_turn(host_net: lab.Net, tmp_path:
     assert daemon.records("failed to connect to proxy server") == []
 
 
-def test_one_that_accepts_and_never_answers(host_net: lab.Net, tmp_path: Path) -> None:
+def test_an_upstream_that_accepts_and_never_answers(host_net: lab.Net, tmp_path: Path) -> None:
     """It answers neither requests nor probes; not even the first client waits for long."""
     with (
         Served(host_net.proxy.listen("127.0.0.1"), lambda sock: sock.recv(1 << 16) and sock.recv(1)) as mute,
@@ -295,7 +295,7 @@ def test_one_that_accepts_and_never_answers(host_net: lab.Net, tmp_path: Path) -
         assert [record["tries"] for record in daemon.records("proxy starts")] == [2] + [1] * 19
 
 
-def test_one_that_was_stopped_for_a_while_and_then_vanishes(host_net: lab.Net, tmp_path: Path) -> None:
+def test_an_upstream_that_stops_for_a_while_and_then_vanishes(host_net: lab.Net, tmp_path: Path) -> None:
     """When it continues, it answers the waiting probe, seconds late. Its next silence is not tolerated for longer."""
     with (
         proxies(host_net, tmp_path, 2) as (first, second),

@@ -162,7 +162,7 @@ async def test_user_and_password_which_no_record_shows(
         assert "p@ss" not in proxy.log.read_text()
 
 
-async def test_what_the_destination_said_already_comes_first(tmp_path: Path) -> None:
+async def test_early_bytes_of_the_destination_come_first(tmp_path: Path) -> None:
     banner = bytes(range(256)) * 400
     script = talk(
         daemons.GREETING, b"\x05\x00", socks5(WEB), GRANTED + banner[:1000], b"", banner[1000:], then=Socket.close
@@ -449,7 +449,7 @@ async def test_what_the_proxy_is_asked_for(
 
 
 @pytest.mark.parametrize("ends", ["before", "after"])
-async def test_a_client_that_says_all_at_once(tmp_path: Path, ends: str) -> None:
+async def test_a_client_that_sends_everything_at_once(tmp_path: Path, ends: str) -> None:
     """The client's end comes while its first bytes are read, and is passed on."""
     seen: list[bytes] = []
     with Served(daemons.loopback(), granting(seen)) as upstream:
@@ -494,7 +494,7 @@ async def test_a_name_that_leads_nowhere(tmp_path: Path) -> None:
     ("refusal", "more"),
     [(2, ""), (1, ""), (5, ""), (4, "[names]\nwhen_unresolved = 'refuse'"), (4, "[names]\nsend = 'address'")],
 )
-async def test_what_is_refused_is_not_asked_for_by_its_address(tmp_path: Path, refusal: int, more: str) -> None:
+async def test_a_refused_name_is_not_retried_by_address(tmp_path: Path, refusal: int, more: str) -> None:
     seen: list[bytes] = []
     with Served(daemons.loopback(), granting(seen, refusal)) as upstream:
         async with running(tmp_path, f"socks5h://127.0.0.1:{upstream.port}", more=more) as proxy:
@@ -567,7 +567,7 @@ async def test_past_the_proxy(tmp_path: Path, going_to: Callable[[HostPort], Non
     assert len(here.peers) == (0 if by_name else 1)
 
 
-async def test_past_the_proxy_a_name_that_leads_nowhere_has_the_route_of_its_address(tmp_path: Path) -> None:
+async def test_on_a_direct_route_an_unknown_name_falls_back_to_its_address(tmp_path: Path) -> None:
     """Otherwise a forged name would open the way to any address."""
     seen: list[bytes] = []
     more = '[[route]]\nto = [".example.com"]\nvia = "direct"\n'

@@ -93,7 +93,7 @@ def test_protected_addresses_are_denied_however_they_are_reached(kind: str, text
     assert rules().judge(CLIENT, "www.example.com", host, 80) == Ruling(False, f"built-in: {kind}")
 
 
-def test_what_is_behind_a_nat64_of_this_network_is_judged_as_the_ipv4_address() -> None:
+def test_addresses_behind_a_nat64_of_this_network_are_judged_as_ipv4() -> None:
     text = '[outgoing]\nnat64_prefixes = ["2001:db8:64::/96"]\ndeny_sites = ["10.0.0.0/8"]\n'
     known = parse(UsocksdConfig, text, "usocksd.toml").access_rules(lambda _: False)
     assert asked(known, "2001:db8:64::10.0.0.1") == Ruling(False, 'deny_sites "10.0.0.0/8"')
@@ -128,7 +128,7 @@ def rule(action: str, *to: str, name: str = "a rule", **conditions: Any) -> Rule
     return Rule(name=name, allow=action == "allow", to=sites, **conditions)
 
 
-def test_every_rule_says_why_not() -> None:
+def test_every_rule_gives_the_reason() -> None:
     blocked = SiteList(map(parse_entry, [".example.org", "203.0.113.0/24"]), "file:blocked.txt")
     access = rules(
         rule("deny", name="from", clients=(parse_network("10.1.0.0/16"),)),
@@ -159,7 +159,7 @@ def test_every_rule_says_why_not() -> None:
     )
 
 
-def test_the_lists_say_why_not() -> None:
+def test_the_lists_give_the_reason() -> None:
     access = rules(allow_sites=[".example.com", ""], deny_sites=["BAD.example.com"], deny_ports=[*range(20, 28)])
     assert access.trace(CLIENT, "www.example.com", None, 443) == [
         RuleAnswer("allow_sites", False, 'allow_sites lists ".example.com"'),

@@ -319,7 +319,7 @@ async def test_an_ipv6_client_is_its_network(users: Users, checks: Checks) -> No
     assert checks.count == 21
 
 
-async def test_what_is_remembered_is_bounded(file: Path, clock: Clock) -> None:
+async def test_memory_is_bounded(file: Path, clock: Clock) -> None:
     users = impatient(file, clock, most_remembered=2)
     for user, password in (("alice", "secret"), ("bob", "hunter2"), ("empty", ""), ("carol", "pass:word")):
         assert await users.verify(user, password, f"10.0.0.{len(user)}")

@@ -142,7 +142,7 @@ def test_in_the_end_the_address_that_was_connected_counts() -> None:
     assert (decision.ruling.rule, decision.ruling.pool) == ("other pool", "empty")
 
 
-def test_what_is_no_host() -> None:
+def test_invalid_hosts() -> None:
     with pytest.raises(ResolveError, match="not a host name"):
         Decision(RULES, CLIENT, "a..b", 443)
 

@@ -257,7 +257,7 @@ async def test_listing_and_unlisting(zone: Zone, tasks: trio.Nursery, caplog: py
     )
 
 
-async def test_what_is_known_stays_while_there_is_no_answer(
+async def test_listings_stay_while_there_is_no_answer(
     zone: Zone, tasks: trio.Nursery, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "usocksd.dnsbl")

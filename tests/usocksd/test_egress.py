@@ -134,7 +134,7 @@ def test_removing_one_of_ten_moves_only_its_own_clients() -> None:
 
 
 @given(st.lists(st.ip_addresses(v=4), min_size=2, max_size=8, unique=True), st.ip_addresses(), st.text(), st.data())
-def test_an_address_that_goes_moves_nobody_elses_clients(
+def test_a_lost_address_moves_only_its_own_clients(
     addresses: list[IPAddress], who: IPAddress, site: str, data: st.DataObject
 ) -> None:
     client = Client.at(str(who))
@@ -221,7 +221,7 @@ def test_the_choice_survives_a_restart() -> None:
     assert json.loads(output) == [[source.address, *source.spare] for source in mine]
 
 
-def test_what_is_remembered_is_bounded() -> None:
+def test_memory_is_bounded() -> None:
     pool, usable = Pools({"default": Pool(tuple(TEN))}, most_remembered=10), here(*TEN)
     for n in range(100):
         pick(pool, usable, f"{n}")

@@ -165,7 +165,7 @@ def nobody_arrives(request: pytest.FixtureRequest, destination: Served) -> Itera
 
 
 @pytest.mark.parametrize("version", [4, 5])
-def test_what_no_rule_forbids_arrives(server: Daemon, destination: Served, version: int) -> None:
+def test_connections_that_no_rule_forbids_arrive(server: Daemon, destination: Served, version: int) -> None:
     """Otherwise the tests below would prove nothing."""
     before = len(destination.peers)
     for host in ("other.test", "Other.TEST.", "127.1", "b.other.test"):
@@ -186,7 +186,7 @@ def test_every_spelling_is_denied_and_none_resolved(
 
 
 @pytest.mark.parametrize("version", [4, 5])
-def test_what_is_no_host(server: Daemon, dns: NameServer, destination: Served, version: int) -> None:
+def test_invalid_hosts(server: Daemon, dns: NameServer, destination: Served, version: int) -> None:
     before = len(dns.asked)
     # A SOCKS4a name ends at its first NUL.
     hosts = [host for host in NONSENSE if version == 5 or "\0" not in host]
@@ -220,7 +220,7 @@ def test_addresses_as_addresses(server: Daemon, destination: Served) -> None:
 
 
 @pytest.mark.parametrize("version", [4, 5])
-def test_names_that_point_at_what_is_forbidden(server: Daemon, destination: Served, version: int) -> None:
+def test_names_that_point_at_denied_addresses(server: Daemon, destination: Served, version: int) -> None:
     refusal = NOT_ALLOWED if version == 5 else 91
     # Where only names are allowed, the protection of loopback denies the others all the same.
     by_address = "127.0.0.66" in (server.log.parent / "usocksd.toml").read_text()

@@ -199,7 +199,7 @@ def test_explained_for_people(server: Daemon) -> None:
     assert strange.startswith("127.0.0.1 to a b\\x1bc:80: unreachable: ")
 
 
-def test_a_user_where_there_are_none(server: Daemon, destination: Served) -> None:
+def test_a_user_without_configured_users(server: Daemon, destination: Served) -> None:
     """The daemon takes any password then, and the rule that denies "ci" does not match."""
     text = run("explain", file_of(server), "--from", "127.0.0.1", "--user", "ci", f"open.test:{destination.port}")
     first, second, *_ = text.splitlines()

@@ -191,7 +191,7 @@ LIST = st.lists(st.sampled_from(RULE_ENTRIES), max_size=4)
 
 @settings(max_examples=60)
 @given(st.lists(RULE, max_size=4), LIST, LIST)
-def test_what_check_tells_to_remove_changes_no_decision(
+def test_removing_what_check_says_changes_no_decision(
     rules: list[dict[str, Any]], allow: list[str], deny: list[str]
 ) -> None:
     toml = {"rule": rules, "outgoing": {"allow_sites": allow, "deny_sites": deny, "deny_ports": [25]}}
@@ -358,7 +358,7 @@ def users(tmp_path: Path) -> Path:
     return path
 
 
-def test_denying_users_who_need_not_authenticate(users: Path) -> None:
+def test_denying_users_if_authentication_is_optional(users: Path) -> None:
     auth = f'[auth]\nusers_file = "{users}"\n'
     rule = '[[rule]]\naction = "{}"\nuser = ["bob"]\n'
     assert found(auth + rule.format("deny")) == []

@@ -111,7 +111,7 @@ def test_every_format_is_read_alike(message: str, changes: dict[str, Any]) -> No
 
 
 @given(st.text(), st.text())
-def test_what_clients_chose_is_read_back_from_every_format(user: str, host: str) -> None:
+def test_texts_of_clients_read_back_from_every_format(user: str, host: str) -> None:
     plain, logfmt, as_json = map(recorded, lines(user=user, dest_host=host))
     assert plain == logfmt == as_json
 
@@ -180,7 +180,7 @@ def test_what_a_record_says(given: bytes, expected: RecordedRequest) -> None:
         (line(logged_at=...), Skipped.UNREADABLE),
     ],
 )
-def test_what_says_nothing_about_a_request(given: bytes, skipped: Skipped) -> None:
+def test_lines_that_say_nothing_about_a_request(given: bytes, skipped: Skipped) -> None:
     assert read_record(given) is skipped
 
 

@@ -160,7 +160,7 @@ def test_an_optimistic_client_and_its_payload(client: Socket, destination: Serve
     assert receive_exactly(client, 7) == b"payload"
 
 
-def test_a_client_that_says_all_at_once_and_ends(client: Socket, destination: Served) -> None:
+def test_a_client_that_sends_everything_at_once_and_ends(client: Socket, destination: Served) -> None:
     client.sendall(GREETING + request("127.0.0.1", destination.port) + b"payload")
     client.shutdown(socket.SHUT_WR)
     answer = daemons.receive_all(client)
@@ -346,7 +346,7 @@ def test_tls_is_closed_and_logged_once_per_client(server: Daemon) -> None:
         (b"\x05\x01\x01", b"\x05\xff", ""),
     ],
 )
-def test_what_is_no_socks_of_ours(server: Daemon, client: Socket, said: bytes, answer: bytes, error: str) -> None:
+def test_inputs_that_are_not_socks(server: Daemon, client: Socket, said: bytes, answer: bytes, error: str) -> None:
     client.sendall(said)
     assert daemons.receive_all(client) == answer
     assert error in server.record("handshake failed", client_addr=name_of(client))["error"]

@@ -15,8 +15,8 @@ from transocks.tools import which
 from transocks.tracing.fate import shadows
 
 _ROLLED_BACK = (
-    "rolled back: {} is loaded and of no effect, since nobody confirmed it in time, or it was removed but for its"
-    " connections; new ones go directly. Apply or remove it"
+    "rolled back: {} is loaded but has no effect, since nobody confirmed it in time, or it was removed with"
+    " --keep-connections. New connections go directly. Apply or remove it"
 )
 Remark = tuple[str, bool]
 """A finding, and whether it is a fault."""

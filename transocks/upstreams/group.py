@@ -26,7 +26,7 @@ from usocksd.socks import AuthenticationFailed, Reply, RequestRefused, Socks4Rep
 
 # The table of refusals. After these replies of SOCKS no other proxy is tried: they are about the destination, where
 # another one would fail as well, or the proxy's policy, which another one must not be used to get around. Any other
-# code, assigned or not, is the proxy's own trouble. With HTTP, these statuses are the proxy's own trouble; squid uses
+# code, assigned or not, is the proxy's own trouble. With HTTP, those of `_HTTP_OWN_TROUBLE` are; squid uses
 # 503 for a destination too, and tinyproxy 500, but one more try does no harm.
 _FINAL: set[int] = {
     Reply.NOT_ALLOWED,

@@ -107,8 +107,8 @@ def parse_network(text: str) -> IPNetwork:
     return network
 
 
-# Where an IPv6 address has the IPv4 address that its packets finally get to: prefix, how far the 32 bits are from the
-# end, and what they are XORed with.
+# Where an IPv6 address contains the IPv4 address that its packets reach: prefix, distance of the 32 bits from the end,
+# and the value to XOR them with.
 _EMBEDDED = tuple(
     (int(network.network_address) >> (128 - network.prefixlen), 128 - network.prefixlen, shift, mask)
     for network, shift, mask in (

@@ -56,7 +56,7 @@ def parse_entry(text: str) -> Entry:
     except (
         OSError,
         ValueError,
-    ):  # not a plain IPv4 address: not a plain IPv4 address: another notation of an address, a name, or a fault
+    ):  # another notation of an address, a name, or a fault
         return _parse_slowly(text)
     bits = 8 * len(packed)
     if not slash:

@@ -60,7 +60,7 @@ class Lines:
         """
         path = _plain(path)
         match = _PATH.fullmatch(path)
-        assert match is not None  # it takes any text
+        assert match is not None  # the pattern matches any text
         key, index = (path, None) if path in self._ends else (match[1], match[2])
         while key and key not in self._ends:
             key, index = _outer(key), None

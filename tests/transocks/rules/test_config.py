@@ -83,7 +83,7 @@ def test_faults_of_rules() -> None:
         ('mode = "tproxy"', 'expected listen_tproxy = "localhost:1084" beside it'),
     ],
 )
-def test_what_settings_of_rules_mean_to_each_other(settings: str, fault: str) -> None:
+def test_settings_of_rules_that_contradict_each_other(settings: str, fault: str) -> None:
     (found,) = faults(f"{PROXY}[rules]\n{settings}")
     assert fault in found
 

@@ -28,7 +28,7 @@ def lines(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("mode", list(Mode))
-def test_without_wishes_it_is_the_file(mode: Mode) -> None:
+def test_without_settings_the_file_is_rendered_unchanged(mode: Mode) -> None:
     redirection = Redirection(mode=mode, port=1084 if mode is Mode.TPROXY else 1081)
     assert render_nft(redirection) == rendering._template(f"{mode.value}.nft")
     for version in (4, 6):

@@ -267,7 +267,7 @@ async def test_shared_findings_may_be_of_another_configuration(autojump_clock: M
 # ---- what one bad sample can do
 
 
-async def test_one_late_answer_is_not_believed(autojump_clock: MockClock, world: World) -> None:
+async def test_one_late_answer_changes_nothing(autojump_clock: MockClock, world: World) -> None:
     """As if it was stopped for a while, and answers when it continues."""
 
     upstream = world.upstream
@@ -304,7 +304,7 @@ async def test_far_is_not_slow(autojump_clock: MockClock, world: World, latency:
     assert world.upstream.state.slow is slow
 
 
-def test_one_long_round_trip_is_not_believed(state: UpstreamState, clock: Clock) -> None:
+def test_one_long_round_trip_changes_nothing(state: UpstreamState, clock: Clock) -> None:
     for round_trip, believed in ((0.1, 0.1), (3.0, 0.1), (0.2, 0.2), (0.5, 0.2), (0.5, 0.5)):
         state.answered(Answer(1.0, round_trip=round_trip), clock.now)
         assert state.round_trip == believed
@@ -334,7 +334,7 @@ async def test_silence_counts_only_after_an_answer(autojump_clock: MockClock, wo
     assert upstream.state.up
 
 
-async def test_one_that_never_answered_probes_is_tried_by_a_client_now_and_then(
+async def test_an_upstream_that_never_answered_probes_gets_a_client_now_and_then(
     autojump_clock: MockClock, world: World
 ) -> None:
     state = world.upstream.state
@@ -353,7 +353,7 @@ async def test_one_that_never_answered_probes_is_tried_by_a_client_now_and_then(
     assert (state.up, state.well) == (False, False)
 
 
-async def test_one_that_refuses_connections_gets_no_trial(autojump_clock: MockClock, world: World) -> None:
+async def test_an_upstream_that_refuses_connections_gets_no_trial(autojump_clock: MockClock, world: World) -> None:
     world.upstream.answer = REFUSED
     world.upstream.state.failed("refused")
     await trio.sleep(20)

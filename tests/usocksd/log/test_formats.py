@@ -189,7 +189,7 @@ KEYS = ("request_id", "dest", "elapsed", "sent", "user", "note", "list")
         (True, None, -1, Color.RED, ValueError("x"), "%s", None),
     ],
 )
-def test_a_template_renders_what_format_does(formatter: Formatter, values: tuple[object, ...]) -> None:
+def test_a_template_renders_the_same_as_format(formatter: Formatter, values: tuple[object, ...]) -> None:
     constants = {"type": "access", "b": "%s"}
     template = Template(formatter, Severity.INFO, "100% done", constants, KEYS)
     fields = {**constants, **dict(zip(KEYS, values, strict=True))}

@@ -571,7 +571,7 @@ async def test_a_server_that_leaves_some_queries_unanswered_is_not_dead(place: P
     assert await resolver.resolve("web.test") == addresses("192.0.2.2")
 
 
-async def test_one_bad_moment_does_not_count_for_long(place: Place, autojump_clock: MockClock) -> None:
+async def test_one_bad_moment_has_no_lasting_effect(place: Place, autojump_clock: MockClock) -> None:
     truth = records({f"{name}.test": ["192.0.2.1", "2001:db8::1"] for name in "abcd"})
     first, second = await place.server(silence), await place.server(truth)
     resolver = await place.resolver(first.endpoint, second.endpoint)
@@ -730,7 +730,7 @@ async def test_truncated_answers_are_asked_for_again_over_tcp(place: Place, cut:
     assert server.over_tcp == 2
 
 
-async def test_a_truncated_answer_that_comes_again_is_none(place: Place, autojump_clock: MockClock) -> None:
+async def test_a_repeated_truncated_answer_is_no_answer(place: Place, autojump_clock: MockClock) -> None:
     """It is queried over TCP, where no answer comes, and meanwhile once more over UDP."""
 
     def answer(query: dns.message.Message) -> list[dns.message.Message]:
@@ -764,7 +764,7 @@ async def test_lies_about_the_question_are_not_believed(place: Place, truth_foll
         assert await cause_of_failure(resolver, "www.test") == "timed out"
 
 
-async def test_an_answer_from_elsewhere_is_not_believed(place: Place) -> None:
+async def test_an_answer_from_another_address_is_ignored(place: Place) -> None:
     truth = records({"www.test": ["192.0.2.1", "2001:db8::1"]})
     lie = records({"www.test": ["203.0.113.66", "2001:db8::66"]})
     server = await place.server(truth)

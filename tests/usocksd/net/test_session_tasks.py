@@ -133,7 +133,7 @@ async def test_connections_that_end_while_they_are_listed(lab: Any, served: Serv
     assert [(row["number"], row["state"]) for row in rows] == [(3, "relay"), (5, "handshake")]
 
 
-async def test_told_to_stop_with_a_connection_at_the_door(lab: Any) -> None:
+async def test_a_stop_with_a_connection_in_the_accept_queue(lab: Any) -> None:
     """A task that was given a connection in this very moment closes it."""
     async with trio.open_nursery() as sessions:
         served = Served(lab, sessions)

@@ -74,7 +74,7 @@ def test_a_worker_that_is_killed(tmp_path: Path) -> None:
         assert tiny.metrics(port)['tiny_worker_restarts_total{cause="signal"}'] == 1
 
 
-def test_files_are_what_they_were_when_the_configuration_came_into_force(tmp_path: Path) -> None:
+def test_files_keep_the_content_of_when_the_configuration_was_read(tmp_path: Path) -> None:
     """Also for a worker that replaces a dead one, and after a reload that failed because of them."""
     named = tmp_path / "named"
     named.write_text("first")

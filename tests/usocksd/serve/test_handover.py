@@ -178,7 +178,7 @@ def test_a_version_with_another_protocol(tmp_path: Path, installed: Path) -> Non
         assert tiny.who()[0] == worker
 
 
-def test_what_another_protocol_has_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_handover_of_another_protocol_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Still another version was installed between the reload and the exec."""
     memory = os.memfd_create("handover")
     os.write(memory, json.dumps({"protocol": PROTOCOL + 1, "version": "99.1"}).encode())

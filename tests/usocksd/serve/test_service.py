@@ -69,7 +69,7 @@ def test_told_to_stop_until_it_has_ended(tmp_path: Path) -> None:
         assert tiny.records("stopped")
 
 
-def test_drain_said_twice(tmp_path: Path) -> None:
+def test_a_second_drain(tmp_path: Path) -> None:
     """Unlike a signal, a second one does not mean "at once"."""
     with Tiny(tmp_path).ready() as tiny:
         client = tiny.client(b"echo")

@@ -133,5 +133,5 @@ def test_a_user_without_a_daemon_asks_the_system_s() -> None:
     assert found["verb"] == f"no permission to use {DEFAULT}: only its owner and root may"
 
 
-def test_a_path_of_one_s_own_is_taken_as_it_is() -> None:
+def test_a_configured_path_is_used_unchanged() -> None:
     assert control_path("/srv/control.sock", DEFAULT) == "/srv/control.sock"

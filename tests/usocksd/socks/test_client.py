@@ -210,6 +210,6 @@ def test_invalid_hosts(host: str, version: Version) -> None:
         ("192.0.2.7", SOCKS4 | {"user_id": "u\0u"}, "NUL"),
     ],
 )
-def test_what_cannot_be_said(host: str, options: dict[str, Any], message: str) -> None:
+def test_requests_that_a_version_cannot_express(host: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SocksConnect(host, 80, **options)

@@ -106,7 +106,7 @@ def test_credentials_are_sent_to_servers_that_want_them(pipelined: bool) -> None
 
 @pytest.mark.parametrize("answer", [b"\x05\x02\x01\x01", b"\x05\xf5\x01\x01", b"\x05\xff"])
 @pytest.mark.parametrize("pipelined", [False, True])
-def test_a_server_that_does_not_let_us_in(answer: bytes, pipelined: bool) -> None:
+def test_a_server_that_refuses_our_credentials(answer: bytes, pipelined: bool) -> None:
     error = error_of(after(Probe("me", "key", pipelined=pipelined), answer))
     assert isinstance(error, AuthenticationFailed)
 

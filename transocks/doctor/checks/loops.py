@@ -61,7 +61,7 @@ def _from_upstream_here(host: Host, address: IPAddress, port: int) -> Iterator[F
 
 
 def _from_upstream_behind(host: Host, address: IPAddress) -> Iterator[Finding]:
-    """An upstream on the inside network of a gateway: what it sends comes through the gateway's own rules."""
+    """An upstream on the inside network of a gateway: its connections pass the gateway's own rules."""
     iif = host.links.of(address)
     if iif is None or host.tracer is None or iif == host.links.uplinks.get(address.version):
         return

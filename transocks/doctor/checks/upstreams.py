@@ -247,7 +247,7 @@ class _Greeting:
         return (self._header + question).ljust(size, b"\0")
 
     async def _blackhole(self, address: IPAddress, shown: str) -> Finding:
-        """A link on the way carries less than ours, and the ICMP that says so does not come back."""
+        """A link on the way has a smaller MTU than ours, and the ICMP message about it is lost."""
         fits = await _at_once(lambda mtu: self._takes_large(address, mtu), _MTUS)
         text = f"{shown}: small packets get there, large ones don't (an MTU blackhole)"
         mtu = next((mtu for mtu, does in zip(_MTUS, fits, strict=True) if does), None)

@@ -90,7 +90,9 @@ def _run(daemon: Daemon[Any], args: argparse.Namespace) -> int:
 
 
 def _locate(file: str, faults: Iterable[Fault]) -> list[Json]:
-    """With their places. Syntax errors, and those of files that are not TOML, have a place instead of a key."""
+    """The faults with their places. Syntax errors, and faults of files that are not TOML, have a place instead of a
+    key.
+    """
     found = []
     for fault in faults:
         line, column, key = fault.line or 1, None, fault.key

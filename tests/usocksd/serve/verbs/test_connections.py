@@ -82,7 +82,7 @@ def test_an_answer_that_is_not_whole(bench: Bench, connection: Make) -> None:
     assert bench.json("connections")["partial"] == [4713]
 
 
-def test_what_a_client_chose_is_only_text(bench: Bench, connection: Make) -> None:
+def test_texts_of_clients_are_not_markup(bench: Bench, connection: Make) -> None:
     evil = "a\x1b]0;owned\x07\r\n[bold red]b\u202e\ud800[/]:smile:"
     bench.start(connections=answer([connection(name=evil, user="[link=http://x]u[/link]")]))
     out = "\n".join(bench.lines("connections"))

@@ -290,7 +290,7 @@ async def test_others_cannot_connect(public_folder: Path) -> None:
 
 
 @as_root
-async def test_others_are_refused_even_if_the_file_lets_them_in(public_folder: Path) -> None:
+async def test_others_are_refused_even_if_the_file_mode_admits_them(public_folder: Path) -> None:
     path = str(public_folder / "control.sock")
     async with serving(path):
         os.chmod(path, 0o666)
@@ -374,7 +374,7 @@ def test_a_folder_that_somebody_has_locked_is_not_waited_for(path: str, monkeypa
     Control.open(path, "usocksd", {}).close()
 
 
-def test_close_leaves_what_is_not_its_own(path: str) -> None:
+def test_close_leaves_the_files_of_others(path: str) -> None:
     sock = Control.open(path, "usocksd", {})
     os.unlink(path)
     with socket.socket(socket.AF_UNIX) as another:

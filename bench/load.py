@@ -2,7 +2,7 @@
 
 Run as `python -m bench.load PLAN` with a Plan in JSON. It first waits until the proxy answers (retrying a
 whole exchange), warms it up, and prints "ready". A line on standard input starts the measured part; its
-result is one line of JSON. Connections stay open until standard input closes, so that whoever reads the
+result is one line of JSON. Connections stay open until standard input closes, so that the reader of the
 proxy's CPU and memory sees them.
 
 It may be slow beside a C program: what is compared is the proxies' CPU per operation, and the generator's own

@@ -12,7 +12,7 @@ Result = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Figure:
-    """One column: `key` of a result times `scale`, with so many decimals; `ratio` adds its ratios."""
+    """One column: `key` of a result times `scale`, with this many decimals; `ratio` adds its ratios."""
 
     key: str
     title: str

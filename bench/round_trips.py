@@ -192,7 +192,7 @@ def measure(way: Way, net: lab.Net, port: int, tries: int, round_trip: float) ->
 
 @contextlib.contextmanager
 def echoing(net: lab.Net) -> Iterator[int]:
-    """A server that records what it receives; yields its port."""
+    """An echo server; yields its port."""
     listener = net.outside.listen(lab.WEB_V4)
 
     def echo(sock: socket.socket) -> None:

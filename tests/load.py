@@ -264,7 +264,7 @@ class _Clients:
             with trio.fail_after(_PATIENCE):
                 sock.setblocking(False)
                 sock.connect_ex((host, port))
-                # Once it is reset, which may be before anybody looks, it has no name any more.
+                # After a reset, which may come before this line, the socket no longer has a name.
                 client = daemons.name_of(*sock.getsockname()[:2])
                 await trio.lowlevel.wait_writable(sock)
                 if number := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):

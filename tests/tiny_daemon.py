@@ -24,7 +24,7 @@ FOLDER = Path(os.environ["TINY_FOLDER"])
 
 
 def misbehave(where: str) -> None:
-    """Do what the files say, in workers."""
+    """Follow the files' instructions, in workers."""
     if (FOLDER / f"hold-{where}").exists():
         (FOLDER / f"held-{where}-{os.getpid()}").touch()
         while (FOLDER / f"hold-{where}").exists():

@@ -33,7 +33,9 @@ _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 class FirewallError(Error):
-    """Rules could not be loaded, read or removed. Where a program failed, the message has the command and its words."""
+    """Rules could not be loaded, read or removed. If a program failed, the message has the command and its error
+    output.
+    """
 
 
 def which(program: str) -> str | None:
@@ -46,7 +48,7 @@ def _search_path() -> str:
 
 
 def lacking(*needed: str) -> str:
-    """The names of those of these capabilities that this process has not, in its own user namespace; "" if none."""
+    """The names of the capabilities among these that this process lacks in its user namespace; "" if none."""
     with open("/proc/self/status", encoding="ascii", errors="replace") as file:
         (effective,) = (int(line.split()[1], 16) for line in file if line.startswith("CapEff:"))
     return " and ".join(name for name in needed if not effective >> _CAPABILITIES[name] & 1)

@@ -20,7 +20,7 @@ class Java:
 
     def __init__(self, path: str) -> None:
         program = Path(__file__).with_name("Client.java")
-        # The JVM is told of no proxy by the environment of whoever runs the tests, and is not to be slow.
+        # The environment of the tests must not give the JVM a proxy, nor make it slow.
         options = ["-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC", "-Xshare:auto", "-Dfile.encoding=UTF-8"]
         self._process = subprocess.Popen(
             [path, *options, program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8"

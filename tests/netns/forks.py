@@ -1,6 +1,6 @@
 """Command lines of transocks on a host of a lab, each at the price of a fork: most of what one takes is imports.
 
-One process for all tests imports everything, once. It forks for whoever wants to run commands; that child enters the
+One process for all tests imports everything, once. It forks for each test that runs commands; the child enters the
 namespaces of the host, as nsenter(1) does, and runs `main` for each line that it reads.
 """
 

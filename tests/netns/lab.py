@@ -98,7 +98,7 @@ class Host:
         self.name = name
 
     def argv(self, *command: str | os.PathLike[str]) -> list[str]:
-        """`command` as a command line that runs on this host when started from outside the lab (by trio, say)."""
+        """`command` as a command line that runs on this host when started from outside the lab (by trio, for example)."""
         agent = self.lab.agent_pid
         user = ["--user", "--preserve-credentials"] if self.lab.rootless else []
         # Entering a mount namespace goes to its root directory, hence env.

@@ -113,7 +113,7 @@ class Setup(contextlib.ExitStack):
                 self.run(f"{ip} route add local default dev lo table 100")
 
     def run(self, script: str) -> str:
-        """Run a script of the shell on this host; TRANSOCKS and CONFIG stand for what they say."""
+        """Run a script of the shell on this host; TRANSOCKS and CONFIG stand for the program and the configuration."""
         words = script.replace("TRANSOCKS", f"{sys.executable} -m transocks").replace("CONFIG", str(self.config))
         return self.proxy.run("sh", "-ec", words).stdout
 

@@ -121,7 +121,7 @@ def test_impatient_clients_of_transocks(host_net: lab.Net, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("scheme", ["socks5", "http"])
 def test_an_impatient_upstream(host_net: lab.Net, tmp_path: Path, scheme: str) -> None:
-    """transocks's proxy leaves behind every byte that it has to say, by FIN and by RST: the client is reset."""
+    """The proxy of transocks ends after each byte of its answer, by FIN and by RST: the client is reset."""
     said = b"HTTP/1.1 200 OK\r\nVia: 1.1 x\r\n\r\n" if scheme == "http" else b"\x05\x00\x05\x00\x00\x01" + bytes(6)
     cuts = iter([(cut, how) for cut in range(len(said)) for how in (Socket.close, reset)] * 8)
 

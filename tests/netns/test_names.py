@@ -136,7 +136,7 @@ class BadServer(contextlib.AbstractContextManager["BadServer"]):
 
 
 def reply_to(query: dns.message.Message, *found: str, name: str | None = None) -> dns.message.Message:
-    """An answer with those of the addresses that are of the kind asked for, or with a CNAME."""
+    """An answer with the addresses of the requested kind, or with a CNAME."""
     question = query.question[0]
     reply = dns.message.make_response(query)
     mine = [text for text in found if (":" in text) == (question.rdtype == dns.rdatatype.AAAA)]

@@ -119,7 +119,7 @@ async def refusal(users: Users, user: str, client: str, took: list[float]) -> No
 
 
 async def test_every_refusal_takes_the_same_time(file: Path, autojump_clock: trio.testing.MockClock) -> None:
-    """Whether the user exists or not, whoever else asks, and whether it was checked at all."""
+    """Whether or not the user exists, others ask, or the password was checked at all."""
     users = Users(file)
     took: list[float] = []
     async with trio.open_nursery() as nursery:

@@ -1,4 +1,4 @@
-"""usocksd over loopback: every way that a connection can go, what the client gets, and what the records say."""
+"""usocksd over loopback: every course of a connection, with the client's answers and the records."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def confirm() -> bool:
 
     Raises FirewallError when there are no rules, or when it is too late.
     """
-    late = FirewallError("too late: the time is over, and the rules are of no effect any more; apply them again")
+    late = FirewallError("too late: the time is over, and the rules no longer have any effect; apply them again")
     nft, now = live.loaded(), datetime.now(UTC)
     saved = {
         version: live.saved(version, own=CHAINS)

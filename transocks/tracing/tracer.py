@@ -124,7 +124,7 @@ class Tracer:
 
     def wait_for(self, client: IPAddress, within: float, settle: float) -> int | None:
         """Wait for the next new connection of this client, and until its first packet has been traced. Returns
-        its port, or None if there is no connection within so many seconds.
+        its port, or None if there is no connection within this many seconds.
         """
         deadline = time.monotonic() + within
         while (port := self.port_of(client)) is None:

@@ -107,7 +107,7 @@ class UpstreamState:
     def failed(self, why: str, at: float | None = None, *, gone: bool = False) -> None:
         """It does not answer, by a finding that began `at` (None: now). Attempts that wait for it go elsewhere.
 
-        `gone`: nothing is there any more, and another program may take its place.
+        `gone`: the program or host is gone, and another program may take its place.
         """
         if gone:
             self.latency, self.worked = None, False

@@ -157,7 +157,7 @@ class Upstream:
         return tunnel
 
     def _note(self, error: Error, seconds: float) -> None:
-        """An attempt ended with this error, after so many seconds."""
+        """An attempt ended with this error, after this many seconds."""
         (self._refused if isinstance(error, RequestRefused) else self._failed).observe(seconds)
         match error:
             case RequestRefused():

@@ -99,7 +99,7 @@ class HostAddresses:
             after = min(2 * after, _LONGEST_RETRY)
 
     async def _follow(self, receiver: trio.socket.SocketType, events: socket.socket) -> NoReturn:
-        """Raises OSError when it can't any more."""
+        """Raises OSError when it can't continue."""
         look_at = trio.current_time() + self._look_every
         while True:
             data = None

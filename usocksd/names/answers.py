@@ -58,7 +58,7 @@ def of_family(found: NameAnswer | ResolveError) -> Entry:
 
 
 def combine(answers: Sequence[Entry], most: int) -> Entry:
-    """One entry from those of both families, with at most so many addresses; a failed family makes it short-lived."""
+    """One entry from those of both families, with at most this many addresses; a failed family makes it short-lived."""
     failures = [answer.cause for answer in answers if answer.cause in {TIMED_OUT, SERVERS_FAILED}]
     ttl = min((answer.ttl for answer in answers if answer.ttl), default=0.0)
     addresses = in_turn(address for answer in answers for address in answer.addresses)[:most]

@@ -75,7 +75,7 @@ class NameServers:
     async def ask(self, name: dns.name.Name | str, kinds: Sequence[Kind], on_answer: OnAnswer) -> None:
         """Ask for these kinds of records of this name, whatever the search domains, until all of them are answered.
 
-        `on_answer` is called with each answer. Give it a deadline, `lifetime` say.
+        `on_answer` is called with each answer. Give it a deadline, for example `lifetime`.
         """
         try:
             text = dns.name.from_text(name) if isinstance(name, str) else name

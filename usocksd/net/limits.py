@@ -38,7 +38,7 @@ def raise_descriptor_limit() -> int:
 def most_connections(descriptors: int) -> int:
     """How many connections `descriptors` open files allow, at least one.
 
-    Descriptors that are open already (inherited sockets, say) don't count.
+    Descriptors that are open already (inherited sockets, for example) don't count.
     """
     open_now = len(os.listdir("/proc/self/fd"))
     kept = _RESERVE + 2 * most_pipes(descriptors) + most_name_sockets(descriptors) // 2 + most_spare(descriptors)

@@ -81,7 +81,7 @@ class Race:
         """In the order in which they began. All but one are borrowed."""
         self._failed: list[DialError] = []
         self._stopped: BaseException | None = None
-        # In trio's time: when the next attempt may begin beside those that run, and when in place of one of them.
+        # In trio's time: when the next attempt may begin beside running ones, and when it may replace one of them.
         self._beside_at = self._instead_at = -inf
 
     async def run(self, client: Endpoint | None) -> tuple[Endpoint, Target]:

@@ -88,7 +88,7 @@ async def close_pair(
 
 
 async def _delivered(endpoint: Endpoint, within: float) -> None:
-    """Return when the peer has acknowledged all it was sent, or after so many seconds."""
+    """Return when the peer has acknowledged everything, or after this many seconds."""
     wait = 0.001
     with trio.move_on_after(within):
         while _unacknowledged(endpoint.sock):

@@ -14,8 +14,8 @@ _GONE_WITHIN = 5.0
 
 
 def ended_children() -> Iterator[tuple[int, int]]:
-    """Process id and status (as subprocess.Popen.returncode) of each child that has ended, whoever started it: this may
-    be the first process of a container.
+    """Process id and status (as subprocess.Popen.returncode) of each ended child, even if another process started it:
+    this may be the first process of a container.
     """
     with contextlib.suppress(ChildProcessError):
         while True:

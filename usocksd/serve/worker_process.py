@@ -180,7 +180,7 @@ class WorkerProcess:
         await self.send({"type": "accept"})
 
     async def send(self, message: Message, fds: Sequence[int] = ()) -> None:
-        """Tell it something. If it is gone, or does not read, whoever listens to it finds out."""
+        """Send it an order. If it is gone, or does not read, its listener notices."""
         with contextlib.suppress(OSError), trio.move_on_after(self.timing.send_within):
             await self.channel.send(message, fds)
 

@@ -3,7 +3,7 @@
 SOCKS4, SOCKS4a (the memos of Ying-Da Lee) and SOCKS5 (RFC 1928) with username/password (RFC 1929).
 
 `Server` is the server's role; `SocksConnect` and `Probe`, which only asks who is there, are the client's. All three are
-driven alike; whoever owns the socket writes the loop:
+driven alike; the owner of the socket writes the loop:
 
     peer.receive_data(received)        # b"" says that the peer has closed
     event = peer.next_event()          # NEED_DATA: send what there is to send, then receive more

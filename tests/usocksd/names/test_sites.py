@@ -137,7 +137,7 @@ def test_the_lists_that_have_an_address(lists: list[tuple[list[IPNetwork | str],
 def test_the_lists_that_have_all_of_an_entry(
     lists: list[tuple[list[IPNetwork | str], int]], asked: IPNetwork | str
 ) -> None:
-    """Networks against their parts of equal size: those of the asked length and of one bit more, where it is short."""
+    """Compares networks with their parts of equal size: the given prefix length, or one bit more if it is short."""
     covering = compiled(lists).covering(parse_entry(str(asked)))
     mask = 0
     for bit in (1, 2, 4):

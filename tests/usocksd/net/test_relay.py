@@ -39,7 +39,7 @@ async def pump(sender: Any, receiver: Any, size: int) -> None:
 
 
 async def fill(lab: Any, peer: Any) -> int:
-    """Send until nothing is taken any more; returns how much was."""
+    """Send until nothing more is accepted; returns the number of bytes."""
     total = 0
     while sent := peer.push(noise(1 << 20, total)):
         total += sent

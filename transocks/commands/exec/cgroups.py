@@ -114,7 +114,7 @@ def make(name: str, number: int) -> Iterator[Cgroup]:
             os.mkdir(folder)
             if classid is not None:
                 Path(folder, "net_cls.classid").write_text(str(classid), encoding="ascii")
-        except OSError:  # read-only, say
+        except OSError:  # for example read-only
             continue
         yield Cgroup(folder, f"{path}/{name}".strip("/"), mount.point, classid)
 

@@ -1,4 +1,4 @@
-"""Inputs made of seeds by chance: for machines without a fuzzer, and for the short run among the tests."""
+"""Makes random inputs from seeds: for machines without a fuzzer, and for the short run among the tests."""
 
 from __future__ import annotations
 

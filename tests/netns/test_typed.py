@@ -28,11 +28,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = Path(sys.executable).parent
-PORTS = {"usocksd": 1082, "transocks": 1081}  # of which each opens the last
+PORTS = {"usocksd": 1082, "transocks": 1081}  # each program opens its last port
 UPSTREAMS = ("192.0.2.10", "192.0.2.11")
 WWW = "www.example.com"
 
-# By how the command begins.
+# Commands that are not run, by their beginnings, and why.
 NOT_TYPED = {
     "./run": "makes namespaces of its own, and installs packages: test_demo.py",
     "./test": "is what runs this",

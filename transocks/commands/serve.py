@@ -22,7 +22,7 @@ from usocksd.serve.daemon import Application, Parts, Remarks
 
 
 def examine(config: TransocksConfig, source: str | None) -> Remarks:
-    """Warnings; with `source`, its file, also about that."""
+    """Warnings about the configuration; with `source`, also about that file."""
     return Remarks(lint(config, source))
 
 

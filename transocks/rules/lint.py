@@ -14,7 +14,7 @@ from usocksd.settings.warnings import HostFacts, first_few
 
 
 def lint_rules(rules: RulesConfig, mark: int | None, host: HostFacts) -> Iterator[Fault]:
-    """Key, value, and what is wrong with it. `mark`: of the proxy's own connections."""
+    """The warnings: key, value, and what is wrong with it. `mark` is that of the proxy's own connections."""
     if rules.tool is not None and not which("nft" if rules.tool is Tool.NFT else "iptables-restore"):
         yield Fault("rules.tool", rules.tool.value, "is not installed here")
     if Mode.HOST in rules.mode and mark is None and not rules.exempt_users:

@@ -1,1 +1,1 @@
-"""The proxies that connections go through: groups of them, their health, how they are asked."""
+"""The upstream proxies: their groups, their health, and requests to them."""

@@ -160,7 +160,7 @@ class HostAddresses:
         if address is None:
             return
         assignment = (ip_address(address), index)
-        # Until duplicate address detection is over nothing can be sent from it; then another event comes.
+        # Until duplicate address detection is over, the address can't be used; then another event comes.
         tentative = flags & (_IFA_F_TENTATIVE | _IFA_F_OPTIMISTIC) == _IFA_F_TENTATIVE
         if kind == _RTM_NEWADDR and not tentative:
             self._assigned.add(assignment)

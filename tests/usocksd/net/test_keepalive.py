@@ -55,7 +55,7 @@ async def test_keepalive_before_connection_tracking_forgets(lab: Any) -> None:
 
 @pytest.mark.parametrize("first", ["client", "upstream"])
 async def test_keepalive_of_half_closed_pairs(lab: Any, first: str) -> None:
-    """Both sides are asked, when the other direction has not followed at once: most do."""
+    """Both sides are probed, if the other direction has not ended at once, as most do."""
     rig = lab.relay(limits=Limits(idle=3600.0, half_closed=300.0))
     one, other = (rig.client, rig.upstream) if first == "client" else (rig.upstream, rig.client)
     one.end()

@@ -94,7 +94,7 @@ def test_another_reload_is_no_confirmation(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seconds", [None, 1])
 def test_a_reload_under_way_can_t_be_confirmed(tmp_path: Path, seconds: int | None) -> None:
-    """An operator has not seen yet what it will bring."""
+    """Its operator has not seen the effect yet."""
     with Tiny(tmp_path, warning="first").ready() as tiny:
         tiny.write(warning="second")
         assert tiny.ask("reload", confirm=86400)["ok"]

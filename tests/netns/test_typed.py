@@ -28,7 +28,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = Path(sys.executable).parent
-PORTS = {"usocksd": 1082, "transocks": 1081}  # each program opens its last port
+PORTS = {"usocksd": 1082, "transocks": 1081}  # the port that each opens last
 UPSTREAMS = ("192.0.2.10", "192.0.2.11")
 WWW = "www.example.com"
 

@@ -136,7 +136,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class Reporter:
-    """Where rounds tell how they go on: `progress` is overwritten by what follows, `say` stays."""
+    """Shows the progress of rounds: the next output overwrites `progress`, and leaves `say`."""
 
     progress: Callable[[str], None]
     say: Callable[[str], None]

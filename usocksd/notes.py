@@ -23,7 +23,7 @@ _TAIL = 1 << 21
 
 
 def notes(config: UsocksdConfig, policy: Callable[[], Policy] | None) -> list[Fault]:
-    """Key, value and what it does. `policy` makes the rules of the configuration, and is called if there is a log; None
+    """Key, value and effect. `policy` makes the rules of the configuration, and is called if there is a log; None
     if they can't be made.
     """
     return config.lines.locate([*_clients(config), *_https(config), *_denied(config, policy)])

@@ -268,7 +268,7 @@ async def test_equal_questions_at_once_are_one_check(users: Users, checks: Check
             results.append(await users.verify("alice", "secret", "10.0.0.1"))
 
     scopes = [trio.CancelScope() for _ in range(50)]
-    # Nobody has a turn: the first waits for one, the others for the first.
+    # No place is free: the first asker waits for one, and the others wait for the first.
     async with trio.open_nursery() as nursery, users._turns.turn(Rank.USER), users._turns.turn(Rank.USER):
         for scope in scopes:
             nursery.start_soon(ask, scope)

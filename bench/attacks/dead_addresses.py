@@ -32,7 +32,7 @@ route add 192.0.2.0/24 via 198.51.100.2
 
 @contextlib.contextmanager
 def servers() -> Iterator[None]:
-    """An echo server, a name server, and a network that nothing comes back from."""
+    """An echo server, a name server, and a network that never answers."""
     for command in WIRE.strip().splitlines():
         subprocess.run(["ip", *command.split()], check=True)
     with socket.socket(type=socket.SOCK_DGRAM) as server, echo_server(port=ECHO):

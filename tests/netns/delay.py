@@ -2,9 +2,9 @@
 
     line = DelayLine(here, there, 0.05)     # descriptors of the devices; seconds for each direction
     line.round_trips(b"answer")             # how many it took from the SYN until that arrived here
-    line.loses = lambda packet: ...         # IP packets for which this is true get lost
+    line.loses = lambda packet: ...         # IP packets for which this is true are dropped
 
-Packets stay in order and none is lost for want of room: a delay and nothing else.
+Packets stay in order, and only `loses` drops any.
 
 Round trips are counted without a clock, since a busy machine would spoil it: a packet's *flight* is one more than the
 highest that its sender had received of the connection when it was sent (Lamport's clock, as it were). A SYN is flight
@@ -26,7 +26,7 @@ from io import FileIO
 from typing import NamedTuple
 
 ROUND_TRIP = 0.1
-"""That of the tests, in seconds: long beside what it takes to say the next thing without waiting."""
+"""The tests' round trip in seconds: long compared with the time between two packets that do not wait."""
 
 _LARGEST = 65536
 _SYN, _ACK = 2, 16

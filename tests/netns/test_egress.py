@@ -425,7 +425,7 @@ servers = ["{lab.NEXT_V4}"]
 
 
 class Listed(contextlib.AbstractContextManager["Listed"]):
-    """A daemon with two pools that a block list has a say in, and the list."""
+    """A daemon with two pools that use a block list, and the list."""
 
     def __init__(self, net: lab.Net, folder: Path) -> None:
         if shutil.which("dnsmasq") is None:
@@ -447,7 +447,7 @@ class Listed(contextlib.AbstractContextManager["Listed"]):
         self._stack.__exit__(*exception)
 
     def sources(self, port: int) -> set[tuple[int, str]]:
-        """Replies and where connections leave from, of many clients, whichever worker serves them."""
+        """Replies to many clients, and their egress addresses, over all workers."""
         return {ask(self._net, f"127.0.1.{number}", WEB[4], port) for number in range(1, 41)}
 
     def replies(self, port: int) -> set[int]:

@@ -50,7 +50,7 @@ mark = 0x7473
 [timeouts]
 connect = 5
 """
-# Many clients here say nothing.
+# Many clients here send nothing at first.
 NAMES = """
 [names]
 long_wait = 1

@@ -160,7 +160,7 @@ def test_rules_by_name(host_net: lab.Net, tmp_path: Path, certificates: Path) ->
         assert client.record("failed to connect to proxy server")["name"] == DENIED
         assert curl_http(ALLOWED, WEB[4], DENIED).returncode == 56
         assert curl(host_net, certificates, DENIED, WEB[4]).returncode in (35, 56)
-        # To the denied site's address, by the name of the allowed one: the allowed one is where it ends up.
+        # To the denied site's address, with the allowed site's name: the connection reaches the allowed site.
         said = openssl("-servername", ALLOWED)
         assert re.search(_subject(ALLOWED), said)
         assert "Verification: OK" in said

@@ -179,7 +179,7 @@ class SocksConnect(Greeting):
             case AddressType.IPV6:
                 host = inet_ntop(AF_INET6, raw)
             case _:
-                host = raw.decode(errors="replace")  # nothing depends on it
+                host = raw.decode(errors="replace")  # nothing uses this name
         self._buffer = data[end:]
         return self._established(Established(host, int.from_bytes(data[end - 2 : end])))
 

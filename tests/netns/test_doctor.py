@@ -75,6 +75,7 @@ class Setup(contextlib.ExitStack):
             self.listen(lo if mode == "host" else any_) for any_, lo in (("0.0.0.0", "127.0.0.1"), ("::", "::1"))
         ]
         self.config = folder / "doctor.toml"
+        self._commands = self.enter_context(contextlib.closing(Commands(net.proxy)))
         self.configure()
 
     def configure(self, url: str = f"socks5://{FAR}:1080", more: str = "") -> None:
@@ -117,21 +118,29 @@ class Setup(contextlib.ExitStack):
         words = script.replace("TRANSOCKS", f"{sys.executable} -m transocks").replace("CONFIG", str(self.config))
         return self.proxy.run("sh", "-ec", words).stdout
 
+    def rules(self, *words: str) -> str:
+        """Run `transocks rules` with this configuration; what it says."""
+        status, out, err = self._commands.run("rules", *words, "-f", str(self.config))
+        assert status == 0, err
+        return out
+
     def doctor(self, *prefix: str) -> Verdict:
         command = ["doctor", "-f", str(self.config), "--json"]
         if prefix:
             done = self.proxy.run(*prefix, sys.executable, "-m", "transocks", *command, check=False)
             status, out, err = done.returncode, done.stdout, done.stderr
         else:
-            with contextlib.closing(Commands(self.proxy)) as commands:
-                status, out, err = commands.run(*command)
+            status, out, err = self._commands.run(*command)
         assert status in {0, 1}, err
         return Verdict(status, json.loads(out))
 
     def follow(self, found: Verdict, check: str) -> None:
         """Type the command that doctor proposes."""
         words = found.remedy(check)
-        self.run(f"TRANSOCKS {words[10:]} --force -f CONFIG" if words.startswith("transocks rules apply") else words)
+        if words.startswith("transocks rules apply"):
+            self.rules(*words.split()[2:], "--force")
+        else:
+            self.run(words)
 
     def is_well(self) -> bool:
         return self.doctor().bad == {}
@@ -211,9 +220,9 @@ def test_healthy_by_its_own_rules_beside_firewalld_and_kubernetes(setup: Setup, 
             setup.listen(address, TPROXY_PORT, transparent=True)
     setup.configure(more=f'[rules]\nmode = "{mode}"\n')
     setup.proxy.run("nft", "-f", "-", input=FIREWALLD_KUBE)
-    setup.run("TRANSOCKS rules apply --force -f CONFIG")
+    setup.rules("apply", "--force")
     assert setup.is_well()
-    assert setup.run("TRANSOCKS rules verify -f CONFIG").startswith("as")
+    assert setup.rules("verify").startswith("as")
 
 
 @pytest.mark.parametrize("when_down", ["open", "closed"])
@@ -626,7 +635,7 @@ def test_tproxy_without_a_routing_rule(tproxy: Setup) -> None:
         assert "(mark 0x7474) is not routed to this host" in found.faults["routes"]
         tproxy.follow(found, "routes")
     assert tproxy.is_well()
-    tproxy.run("TRANSOCKS rules remove")
+    tproxy.rules("remove")
     assert "29812" not in tproxy.run("ip rule")
     assert tproxy.run("ip route show table 29812 || true") == ""
 
@@ -690,7 +699,7 @@ def test_tproxy_on_a_bridge_whose_packets_the_rules_see(tproxy: Setup) -> None:
     for setting in settings:
         tproxy.proxy.sysctl(setting, 1)
     tproxy.configure(more='[rules]\nmode = "tproxy"\n')
-    applied = tproxy.run("TRANSOCKS rules apply --force -f CONFIG")
+    applied = tproxy.rules("apply", "--force")
     assert "br0 is a bridge and net.bridge.bridge-nf-call-iptables=1" in applied
     for _ in settings:
         found = tproxy.doctor()

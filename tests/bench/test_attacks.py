@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 def test_names_with_dead_addresses_take_few_descriptors() -> None:
     if shutil.which("unshare") is None or subprocess.run(["unshare", "-Urn", "true"], check=False).returncode:
         pytest.skip("may not make namespaces here")
-    command = [sys.executable, "-m", "bench.attacks.dead_addresses", "--seconds", "2", "--json"]
+    command = [sys.executable, "-m", "bench.attacks.dead_addresses", "--seconds", "1", "--json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     before, during, after = json.loads(done.stdout)

@@ -19,7 +19,7 @@ import daemons
 import lab
 import pytest
 import test_redirect
-from daemons import GREETING, Daemon, NameServer, Served, receive_exactly, receive_reply, request, reset, socks5
+from daemons import GREETING, Daemon, NameServer, Served, lives, receive_exactly, receive_reply, request, reset, socks5
 
 CONFIG = """
 [incoming]
@@ -66,8 +66,7 @@ def test_impatient_clients(tmp_path: Path, destination: Served) -> None:
     with usocksd(tmp_path) as server:
         port = server.port
         with carried(server, destination.port) as sock:  # whatever is opened once is open now
-            sock.sendall(b"x")
-            assert sock.recv(1) == b"x"
+            assert lives(sock)
         server.record("proxy ends")
         before = server.fds()
         said = GREETING + request("127.0.0.1", destination.port) + b"payload"
@@ -86,8 +85,7 @@ def test_impatient_clients(tmp_path: Path, destination: Served) -> None:
                 sock.close()
         # The queue is in order: when this one is served, all before it were accepted.
         with carried(server, destination.port) as sock:
-            sock.sendall(b"still there")
-            assert receive_exactly(sock, 11) == b"still there"
+            assert lives(sock, b"still there")
         server.wait_for_fds(before)
         # They came as far as they should have: those cut behind the request were connected.
         daemons.wait_until(lambda: len(server.records("proxy ends")) > IMPATIENT // 50, "some were carried")
@@ -100,8 +98,7 @@ def test_impatient_clients_of_transocks(host_net: lab.Net, tmp_path: Path) -> No
     with test_redirect.both(host_net, tmp_path) as (client, server):
         with Served(host_net.outside.listen(lab.WEB_V4, backlog=512), daemons.echo) as web:
             with test_redirect.connect(host_net, 4, web.port) as sock:
-                sock.sendall(b"x")
-                assert sock.recv(1) == b"x"
+                assert lives(sock)
             server.record("proxy ends")
             before = client.fds(), server.fds()
             for number in range(IMPATIENT):
@@ -113,8 +110,7 @@ def test_impatient_clients_of_transocks(host_net: lab.Net, tmp_path: Path) -> No
                 else:
                     sock.close()
             with test_redirect.connect(host_net, 4, web.port) as sock:  # behind all of them in the queue
-                sock.sendall(b"x")
-                assert sock.recv(1) == b"x"
+                assert lives(sock)
             client.wait_for_fds(before[0])
             server.wait_for_fds(before[1])
 
@@ -144,8 +140,7 @@ def test_an_impatient_upstream(host_net: lab.Net, tmp_path: Path, scheme: str) -
             test_redirect.load(host_net, "nft")
             before = client.fds()
             for _ in range(2 * len(said) * 8):
-                with pytest.raises(ConnectionResetError), test_redirect.connect(host_net, 4, 80) as sock:
-                    sock.recv(1)
+                assert test_redirect.is_refused(host_net, 4, 80)
             client.wait_for_fds(before)
             daemons.wait_until(
                 lambda: len(client.records("failed to connect to proxy server")) == 2 * len(said) * 8,
@@ -210,14 +205,12 @@ def test_the_descriptor_limit(tmp_path: Path, destination: Served) -> None:
             assert "descriptors" in paused["error"]
             assert server.fds() <= limit
             # Existing connections go on.
-            established.sendall(b"alive")
-            assert receive_exactly(established, 5) == b"alive"
+            assert lives(established, b"alive")
             kept = waiting
         # And when they are gone it accepts again: those that waited, and new ones.
         assert kept
         with carried(server, destination.port) as sock:
-            sock.sendall(b"recovered")
-            assert receive_exactly(sock, 9) == b"recovered"
+            assert lives(sock, b"recovered")
         assert len(server.records("accepting is paused")) == 1  # logged once, not for every connection
 
 
@@ -242,8 +235,7 @@ def test_dead_dns_costs_a_client_its_deadline_and_nothing_else(tmp_path: Path, d
                 daemons.wait_until(lambda: dns.asked, "the name is asked for")
                 while not server.records("dial to destination failed"):  # others go on all the time
                     with carried(server, destination.port) as other:
-                        other.sendall(b"x")
-                        assert other.recv(1) == b"x"
+                        assert lives(other)
                 assert receive_exactly(victim, 2) == b"\x05\x00"
                 assert receive_reply(victim)[0] == 4  # host unreachable
             assert "timed out" in server.record("dial to destination failed")["error"]
@@ -256,8 +248,7 @@ def test_a_stopped_destination_is_no_trouble_to_others(tmp_path: Path, destinati
         with connected(server) as victim:
             victim.sendall(GREETING + request("127.0.0.1", nowhere))
             with carried(server, destination.port) as other:
-                other.sendall(b"x")
-                assert other.recv(1) == b"x"
+                assert lives(other)
             assert receive_exactly(victim, 2) == b"\x05\x00"
             assert receive_reply(victim)[0] == 6  # TTL expired: the nearest there is to a timeout
 
@@ -279,8 +270,7 @@ def test_a_destination_that_is_stopped_midway(tmp_path: Path, destination: Serve
                 victim.sendall(bytes(100_000))
             while True:  # others go on, until the victims are cut off
                 with carried(server, destination.port) as other:
-                    other.sendall(b"x")
-                    assert other.recv(1) == b"x"
+                    assert lives(other)
                 if len(server.records("proxy ends", reason="idle timeout")) == 2:
                     break
             for victim in (midway, late):
@@ -319,8 +309,7 @@ def carry(times: int, port: int, destination: Served) -> None:
     for _ in range(times):
         with socket.create_connection(("127.0.0.1", port), daemons.PATIENCE) as sock:
             assert socks5(sock, "127.0.0.1", destination.port)[0] == daemons.GRANTED
-            sock.sendall(b"x")
-            assert sock.recv(1) == b"x"
+            assert lives(sock)
 
 
 def is_open(port: int) -> bool:

@@ -2,7 +2,7 @@
 
     TRANSOCKS_SOAK_SECONDS=1800 ./test tests/netns/test_soak.py -s
 
-is the long form; without the variable it takes 12 seconds. Beside the transfers of load.py there are clients that are
+is the long form; without the variable it takes 9 seconds. Beside the transfers of load.py there are clients that are
 long, slow, silent, half-closed and reset, and the log is rotated.
 """
 
@@ -28,7 +28,7 @@ from load import Load
 from observe import sockets
 from test_service import both
 
-SECONDS = float(os.environ.get("TRANSOCKS_SOAK_SECONDS", "12"))
+SECONDS = float(os.environ.get("TRANSOCKS_SOAK_SECONDS", "9"))
 # Caches, pools and the allocator's arenas fill up first.
 WARM_UP = max(min(SECONDS / 6, 300.0), 5.0)
 ODD_CLIENTS = 10  # of each kind

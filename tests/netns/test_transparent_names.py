@@ -16,7 +16,7 @@ from socket import socket as Socket
 import daemons
 import lab
 import pytest
-from daemons import Daemon, NameServer, Served, receive_all, receive_exactly
+from daemons import Daemon, NameServer, Served, lives, receive_all, receive_exactly
 from test_redirect import WEB, connect, load, usocksd
 
 OTHER = {4: lab.OTHER_V4, 6: lab.OTHER_V6}
@@ -190,8 +190,7 @@ def test_the_wait(host_net: lab.Net, tmp_path: Path) -> None:
         with connect(host_net, 4, port) as sock:
             assert receive_exactly(sock, 13) == b"220 welcome\r\n"
             after = time.monotonic() - since
-            sock.sendall(b"EHLO client\r\n")
-            assert receive_exactly(sock, 13) == b"EHLO client\r\n"
+            assert lives(sock, b"EHLO client\r\n")
         return after
 
     said = f"GET / HTTP/1.1\r\nHost: {ALLOWED}\r\n\r\n".encode()
@@ -253,8 +252,7 @@ def test_routes(host_net: lab.Net, tmp_path: Path, certificates: Path) -> None:
         assert client.record("name leads nowhere")["name"] == "nowhere.test"
         assert client.record("proxy ends", name="nowhere.test")["dest_addr"] == f"{WEB[4]}:443"
         with connect(host_net, 4, 8080, OTHER[4]) as sock:
-            sock.sendall(b"\0")
-            assert receive_exactly(sock, 1) == b"\0"
+            assert lives(sock, b"\0")
         with pytest.raises(ConnectionResetError), connect(host_net, 4, 443, OTHER[4]) as sock:
             receive_all(sock)
         assert client.record("proxy ends", name=ALLOWED)["group"] == "default"

@@ -22,7 +22,7 @@ from transocks.tools import FirewallError
 from transocks.tracing.fate import Fate, Reach, fate_of
 from transocks.tracing.links import Links, filtered_bridges, links
 from transocks.tracing.names import RuleNames
-from transocks.tracing.reports import TCP
+from transocks.tracing.reports import SYN, TCP
 from transocks.tracing.samples import Result, Sample, samples, try_out
 from transocks.tracing.trace import Trace
 from transocks.tracing.tracer import Tracer
@@ -226,8 +226,13 @@ class Host:
 
     def open(self, who: Sender, address: IPAddress, port: int) -> Result:
         """Try a connection as this process would open it."""
-        sample = Sample(destination=address, port=port, who=who)
-        return Result(sample=sample) if self.tracer is None else try_out(self.tracer, sample)
+        return self.try_out(Sample(destination=address, port=port, who=who))
+
+    def try_out(self, sample: Sample, *, protocol: int = TCP, flags: int = SYN) -> Result:
+        """Try a sample; without a tracer, the result has no trace."""
+        if self.tracer is None:
+            return Result(sample=sample)
+        return try_out(self.tracer, sample, protocol=protocol, flags=flags)
 
     def comes_back(self, result: Result) -> str | None:
         """The rule that redirects it to a port of transocks, if one does."""

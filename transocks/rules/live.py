@@ -75,7 +75,7 @@ def variants(version: int) -> list[str]:
     """
     found: dict[str, str] = {}
     name = iptables(version)
-    for variant in (name, f"{name}-nft", *([f"{name}-legacy"] if has_legacy(name) else [])):
+    for variant in (name, f"{name}-nft", *([f"{name}-legacy"] if has_legacy(version) else [])):
         if (path := which(f"{variant}-save")) is not None:
             found.setdefault(os.path.realpath(path), variant)
     return list(found.values())
@@ -86,10 +86,10 @@ def is_nft(variant: str) -> bool:
     return "legacy" not in os.path.basename(os.path.realpath(which(f"{variant}-save") or variant))
 
 
-def has_legacy(name: str, net: Path = Path("/proc/self/net")) -> bool:
-    """Whether there are tables of legacy iptables, or ip6tables: `name`. (To run the tool would create them.)"""
+def has_legacy(version: int) -> bool:
+    """Whether there are tables of iptables-legacy. (To run it would create them.)"""
     try:
-        return bool((net / f"{name.removesuffix('tables')}_tables_names").read_text("ascii").strip())
+        return bool(Path(f"/proc/self/net/ip{'6' if version == 6 else ''}_tables_names").read_text("ascii").strip())
     except OSError:  # no table was ever created
         return False
 

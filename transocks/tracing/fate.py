@@ -8,7 +8,7 @@ from enum import Enum, auto
 import attrs
 
 from transocks.rules.config import Mode, Tool
-from transocks.rules.live import CHAINS, GUARDS, TABLES, has_legacy, iptables, routed_versions
+from transocks.rules.live import CHAINS, GUARDS, TABLES, has_legacy, routed_versions
 from transocks.rules.redirection import Redirection
 from transocks.tools import FirewallError
 from transocks.tracing.links import links
@@ -175,14 +175,12 @@ def shadows(redirections: Sequence[Redirection], tool: Tool, *, well: bool) -> I
                 tried = samples(redirection, here, routed_versions())
                 fates = [fate_of(try_out(tracer, sample), redirection, names) for sample in tried]
                 for fate in fates:
-                    to = f"connections to port {fate.sample.port}"
+                    to, legacy = f"connections to port {fate.sample.port}", has_legacy(fate.sample.version)
                     if fate.reach in _BEFORE_OURS and not fate.by_ours and not fate.by_guard:
                         yield f"{fate.text}: it has {to} before our rules do", True
-                    elif fate.reach is Reach.PASSED and not fate.text and well and tool is Tool.IPTABLES:
-                        version = fate.sample.version
-                        if has_legacy(iptables(version)):
-                            cause = Cause(None, version, *_PLACE[redirection.mode])
-                            yield f"{names.of(cause)}: {to} do not get to our rules", True
+                    elif fate.reach is Reach.PASSED and not fate.text and well and tool is Tool.IPTABLES and legacy:
+                        cause = Cause(None, fate.sample.version, *_PLACE[redirection.mode])
+                        yield f"{names.of(cause)}: {to} do not get to our rules", True
                 if fates and all(fate.reach is Reach.NOWHERE for fate in fates):
                     yield f"{_UNKNOWN} ({redirection.mode.value}): {fates[0].text}", False
     except FirewallError as error:

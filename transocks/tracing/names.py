@@ -90,6 +90,6 @@ def _nft_variant(rule: Report) -> str | None:
 
 
 def _legacy(version: int) -> str | None:
-    if not live.has_legacy(live.iptables(version)):
+    if not live.has_legacy(version):
         return None
     return next((v for v in live.variants(version) if not live.is_nft(v)), None)

@@ -11,7 +11,7 @@ from transocks.doctor.host import AS_ROOT, Host
 from transocks.rules.config import Mode
 from transocks.rules.loops import goes_direct, upstreams_of
 from transocks.tracing.fate import Reach, fate_of
-from transocks.tracing.samples import EXAMPLES, try_out
+from transocks.tracing.samples import EXAMPLES
 from usocksd.net.address import IPAddress
 
 _EXEMPT = "exempt it in the rules by its user, or by a mark that its configuration sets"
@@ -63,13 +63,13 @@ def _from_upstream_here(host: Host, address: IPAddress, port: int) -> Iterator[F
 def _from_upstream_behind(host: Host, address: IPAddress) -> Iterator[Finding]:
     """An upstream on the inside network of a gateway: its connections pass the gateway's own rules."""
     iif = host.links.of(address)
-    if iif is None or host.tracer is None or iif == host.links.uplinks.get(address.version):
+    if iif is None or iif == host.links.uplinks.get(address.version):
         return
     for fate in host.arrived:
         if fate.sample.iif is None or fate.sample.version != address.version:
             continue
         sample = attrs.evolve(fate.sample, source=address, iif=iif, device=host.links.port(iif))
-        found = fate_of(try_out(host.tracer, sample), fate.redirection, host.names)
+        found = fate_of(host.try_out(sample), fate.redirection, host.names)
         if found.reach is Reach.ARRIVED:
             text = f"the upstream {address} is behind {iif}, and so redirected: {found.text}"
             yield fault("loops", text, f"leave out what comes from {address}")

@@ -14,7 +14,7 @@ from transocks.doctor.host import AS_ROOT, Host
 from transocks.rules.loops import Sender
 from transocks.tools import FirewallError
 from transocks.tracing.reports import UDP
-from transocks.tracing.samples import EXAMPLES, Sample, try_out
+from transocks.tracing.samples import EXAMPLES, Sample
 from transocks.tracing.sockets import NOBODY, socket_of
 from usocksd.names.resolv_conf import PORT, RESOLV_CONF, parse
 from usocksd.net.address import IPAddress, numeric_address, socket_address
@@ -63,8 +63,7 @@ def _over_tcp(host: Host, servers: list[IPAddress], daemon: Sender) -> Iterator[
 
 def _stopped(host: Host, server: IPAddress, who: Sender) -> str | None:
     """What stops a query to this server, or sends it elsewhere."""
-    assert host.tracer is not None
-    trace = try_out(host.tracer, Sample(destination=server, port=PORT, who=who), protocol=UDP).trace
+    trace = host.try_out(Sample(destination=server, port=PORT, who=who), protocol=UDP).trace
     if trace is not None and trace.stop is None and trace.turn is not None and trace.turn.to is not None:
         return f"{host.names.of(trace.turn.cause)} sends it to port {trace.turn.to[1]} of {trace.turn.to[0]}"
     return host.stop(trace)

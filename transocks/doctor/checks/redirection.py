@@ -13,7 +13,6 @@ from transocks.rules.verify import differences
 from transocks.tools import FirewallError
 from transocks.tracing.fate import Fate, Reach
 from transocks.tracing.reports import ACK, UDP
-from transocks.tracing.samples import try_out
 from transocks.tracing.trace import LO, ROUTING
 from usocksd.net.address import join_port
 
@@ -225,10 +224,10 @@ def both_families(host: Host) -> Iterator[Finding]:
 
 def old_connections(host: Host) -> Iterator[Finding]:
     """Rules must not redirect packets of a connection that began before they were loaded."""
-    if host.tracer is None or host.client is not None:
+    if host.client is not None:
         return
     for fate in host.arrived:
-        trace, tproxy = try_out(host.tracer, fate.sample, flags=ACK).trace, fate.redirection.mode is Mode.TPROXY
+        trace, tproxy = host.try_out(fate.sample, flags=ACK).trace, fate.redirection.mode is Mode.TPROXY
         if trace is None:
             continue
         changes = [trace.turn] if trace.turn is not None and trace.destination[1] == fate.redirection.port else []
@@ -246,12 +245,12 @@ def old_connections(host: Host) -> Iterator[Finding]:
 
 def quic(host: Host) -> Iterator[Finding]:
     """Browsers prefer HTTP/3, which is UDP and is not proxied."""
-    if host.tracer is None or host.client is not None:
+    if host.client is not None:
         return
     for fate in host.arrived:
         if fate.sample.port != 443:
             continue
-        trace = try_out(host.tracer, fate.sample, protocol=UDP).trace
+        trace = host.try_out(fate.sample, protocol=UDP).trace
         if (why := host.stop(trace)) is not None:
             yield fine("quic", f"{fate.name}: refused: {why}")
         elif trace is not None and trace.left:

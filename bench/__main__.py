@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .contenders import CHAINS, SOCKS, STRAIGHT, Contender, from_command
+from .counting import LENGTHS, QUICK_LENGTHS, missing
 from .places import Loopback, Namespace, PlaceError
 from .report import Result, Table, machine, render
 from .rounds import KINDS, Bench, Measure, Reporter, measures, run
@@ -32,7 +33,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--only", metavar="NAME,...", type=names, help="only these contenders (default: all installed)")
-    add("--measure", metavar="KIND,...", type=names, default=KINDS, help=f"of {','.join(KINDS)} (all)")
+    add("--measure", metavar="KIND,...", type=names, help=f"of {','.join(KINDS)} (all; counted: connect,echo)")
+    add("--instructions", action="store_true", help="count instructions and system calls, too (valgrind, strace)")
     add("--rounds", type=int, default=5, metavar="N", help="interleaved repetitions (default: 5)")
     add("--seconds", type=float, default=1.5, metavar="S", help="length of each measure (default: 1.5)")
     add("--idle", type=int, default=3000, metavar="N", help="number of idle connections (default: 3000)")
@@ -44,6 +46,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--json", metavar="FILE", type=Path, help="write every single result, and about the machine")
     add("--quick", action="store_true", help="see that all works: one short round, its figures mean nothing")
     options = parser.parse_args(argv)
+    if options.instructions and (reason := missing()):
+        parser.error(f"--instructions: {reason}")
+    options.measure = options.measure or (("connect", "echo") if options.instructions else KINDS)
+    options.lengths = LENGTHS if options.instructions else {}
     options.extra = []
     for text in options.server:
         name, equals, command = text.partition("=")
@@ -59,6 +65,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--measure {kind}: expected one of {', '.join(KINDS)}")
     if options.quick:
         options.rounds, options.seconds, options.idle = 1, 0.1, 50
+        options.lengths = QUICK_LENGTHS if options.instructions else {}
     if options.rounds < 1 or options.seconds <= 0 or options.idle < 1:
         parser.error("--rounds, --seconds and --idle must be above zero")
     return options
@@ -110,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = arguments(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # out through all `with` blocks: nothing stays
     raise_descriptor_limit()
-    wanted = measures(options.measure, options.idle)
+    wanted = measures(options.measure, options.idle, options.lengths)
     about = machine()
     say(f"{about['cpu']}, Linux {about['kernel']}, Python {about['python']}")
     record: dict[str, Any] = {"machine": about, "seconds": options.seconds, "results": {}}

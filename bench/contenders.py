@@ -1,7 +1,8 @@
 """The contenders: how each proxy is started, with which settings, and why it is left out if it can't be.
 
 Settings are those an operator would choose for many connections, and the least logging that a proxy has
-(microsocks has no switch for it: a line a connection). Ours writes its access log, in JSON, to a file.
+(microsocks has no switch for it: a line a connection). Ours have everything that a busy host has: the access log, in
+JSON, to a file, metrics, and 50 rules.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ from types import TracebackType
 from typing import Self
 
 from .accounting import processes
+from .counting import PATIENCE, Counter
 from .places import REDIRECT_PORT, Loopback, find_program
 
 
@@ -48,10 +50,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Contender:
-    """One row of the tables; `parts` are its programs: the SOCKS server, then a redirector if it has one."""
+    """One row of the tables; `parts` are its programs: the SOCKS server, then a redirector if it has one.
+
+    Of an `alone` redirector, the SOCKS server behind it runs but is not measured.
+    """
 
     name: str
     parts: tuple[Part, ...] = ()
+    alone: bool = False
 
     def missing(self) -> str | None:
         """Why it can't be measured here, or None."""
@@ -78,23 +84,34 @@ def _program(name: str) -> str:
     return path
 
 
-USOCKSD_TOML = """\
+# The last one applies to the connections of the bench.
+RULES = "".join(
+    f"""[[rule]]
+action = "{"deny" if number % 2 else "allow"}"
+to = ["host{number}.example", ".d{number}.example", "198.18.{number}.0/24"]
+{"" if number % 3 else f'from = ["10.{number}.0.0/16"]'}
+{"" if number % 4 else f'ports = [{number + 1}, "{1000 + number}-{2000 + number}"]'}
+"""
+    for number in range(49)
+)
+USOCKSD_TOML = f"""\
 workers = 1
 control = ""
 [incoming]
-metrics_port = 0
-port = {port}
+port = {{port}}
+metrics_port = {{metrics}}
 addresses = ["127.0.0.1"]
 allow_from = ["127.0.0.0/8"]
-[outgoing]
-# Loopback is protected unless it is allowed by name.
-allow_sites = ["127.0.0.0/8"]
+{RULES}
+[[rule]]
+action = "allow"
+to = ["127.0.0.0/8"]
 """
 
 TRANSOCKS_TOML = """\
 workers = 1
 control = ""
-metrics_port = 0
+metrics_port = {metrics}
 listen = "127.0.0.1:{port}"
 proxy_url = "socks5://127.0.0.1:{upstream}"
 """
@@ -122,7 +139,7 @@ redsocks {{
 
 
 def _ours(program: str, config: str, site: Site) -> list[str]:
-    text = config.format(port=site.port, upstream=site.upstream)
+    text = config.format(port=site.port, upstream=site.upstream, metrics=free_port())
     path = site.write(f"{program}.toml", text)
     log = str(site.directory / f"{program}.log")
     return [sys.executable, "-m", program, "-f", path, "-logformat", "json", "-logfile", log]
@@ -169,7 +186,9 @@ SOCKS = (
 )
 CHAINS = (
     STRAIGHT,
+    Contender("transocks", (USOCKSD, TRANSOCKS), alone=True),
     Contender("transocks+usocksd", (USOCKSD, TRANSOCKS)),
+    Contender("redsocks", (MICROSOCKS, REDSOCKS), alone=True),
     Contender("redsocks+microsocks", (MICROSOCKS, REDSOCKS)),
 )
 
@@ -179,7 +198,7 @@ def from_command(name: str, command: str) -> Contender:
     so, {dir} a directory for its files."""
 
     def line(site: Site) -> list[str]:
-        config = site.write(f"{name}.toml", USOCKSD_TOML.format(port=site.port))
+        config = site.write(f"{name}.toml", USOCKSD_TOML.format(port=site.port, metrics=free_port()))
         words = shlex.split(command)
         names = {"{port}": str(site.port), "{config}": config, "{dir}": str(site.directory)}
         for key, value in names.items():
@@ -191,12 +210,18 @@ def from_command(name: str, command: str) -> Contender:
 
 
 class Running:
-    """A contender at work in a place, from `with` to its end; each measure gets a fresh one."""
+    """A contender at work in a place, from `with` to its end; each measure gets a fresh one.
 
-    def __init__(self, contender: Contender, place: Loopback, directory: Path) -> None:
+    What is measured of it runs in `counter`, if there is one. `killed` tells at the end whether a process had to be
+    killed, which leaves no count.
+    """
+
+    def __init__(self, contender: Contender, place: Loopback, directory: Path, counter: Counter | None = None) -> None:
         self.contender = contender
         self.place = place
         self.site = Site(directory, free_port())
+        self.killed = False
+        self._counter = counter
         self._programs: list[subprocess.Popen[bytes]] = []
 
     @property
@@ -210,8 +235,8 @@ class Running:
 
     @property
     def sessions(self) -> list[int]:
-        """The sessions (for accounting) of its programs."""
-        return [program.pid for program in self._programs]
+        """The sessions (for accounting) of those of its programs that are measured."""
+        return [program.pid for program in self._programs[self.contender.alone :]]
 
     def __enter__(self) -> Self:
         site = self.site
@@ -220,7 +245,9 @@ class Running:
             for number, part in enumerate(self.contender.parts):
                 if number:
                     site = replace(site, port=REDIRECT_PORT, upstream=site.port)
-                command = [*self.place.prefix, "setpriv", "--pdeathsig", "KILL", "--", *part.command(site)]
+                measured = number >= self.contender.alone
+                prefix = self._counter.prefix(site.directory) if self._counter and measured else []
+                command = [*self.place.prefix, "setpriv", "--pdeathsig", "KILL", "--", *prefix, *part.command(site)]
                 with self._log.open("ab") as out:
                     self._programs.append(
                         subprocess.Popen(
@@ -251,12 +278,14 @@ class Running:
         """End all its processes: the programs are asked to stop, what is left after a moment is killed."""
         for program in self._programs:
             program.terminate()  # a program that forked can so reap its own
-        patience = time.monotonic() + 0.5
-        while processes(self.sessions, zombies=False) and time.monotonic() < patience:
+        sessions = [program.pid for program in self._programs]
+        patience = time.monotonic() + (PATIENCE if self._counter else 0.5)
+        while processes(sessions, zombies=False) and time.monotonic() < patience:
             time.sleep(0.005)
         deadline = time.monotonic() + 5
         # Leaders are reaped last: until then their ids, which name the sessions, can't be given to others.
-        while (left := processes(self.sessions, zombies=False)) and time.monotonic() < deadline:
+        while (left := processes(sessions, zombies=False)) and time.monotonic() < deadline:
+            self.killed = True
             for pid in left:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)

@@ -18,7 +18,9 @@ import time
 from array import array
 
 from .ends import STREAM
-from .opening import PAYLOAD, STALLED, Failed, Opener, Plan
+from .opening import PAYLOAD, Failed, Opener, Plan
+
+WARM_UP = 1000  # echoes at most
 
 
 def go() -> None:
@@ -34,7 +36,8 @@ def measure_connect(opener: Opener) -> dict[str, float]:
     go()
     start = time.perf_counter()
     end = start + opener.plan.seconds
-    count = opener.turn_over(lambda: time.perf_counter() < end)
+    left = iter(range(opener.plan.count))
+    count = opener.turn_over(lambda: time.perf_counter() < end and next(left, None) is not None)
     return {"count": count, "seconds": time.perf_counter() - start}
 
 
@@ -46,12 +49,13 @@ def measure_idle(opener: Opener) -> dict[str, float]:
 
 
 def measure_echo(opener: Opener) -> dict[str, float]:
-    socks = opener.open(opener.plan.connections)
+    plan = opener.plan
+    socks = opener.open(plan.connections)
     opened.extend(socks)
-    exchange(socks, opener.plan.seconds / 10)
+    exchange(socks, plan.seconds / 10, WARM_UP, plan.patience)
     go()
     start = time.perf_counter()
-    unsorted = exchange(socks, opener.plan.seconds)
+    unsorted = exchange(socks, plan.seconds, plan.count, plan.patience)
     elapsed = time.perf_counter() - start
     latencies = sorted(unsorted)
     return {
@@ -62,8 +66,8 @@ def measure_echo(opener: Opener) -> dict[str, float]:
     }
 
 
-def exchange(socks: list[socket.socket], seconds: float) -> "array[int]":
-    """Ping-pong of PAYLOAD on every connection at once; returns each round trip in ns."""
+def exchange(socks: list[socket.socket], seconds: float, count: int, patience: float) -> "array[int]":
+    """Ping-pong of PAYLOAD on every connection at once, until `seconds` or `count` are over; each round trip in ns."""
     clock = time.perf_counter_ns
     epoll = select.epoll()
     by_fd = {sock.fileno(): (sock.recv_into, sock.send) for sock in socks}
@@ -76,22 +80,23 @@ def exchange(socks: list[socket.socket], seconds: float) -> "array[int]":
         epoll.register(fd, select.EPOLLIN)
         sent[fd] = clock()
         send(PAYLOAD)
-    under_way = len(by_fd)
+    under_way = begun = len(by_fd)
     while under_way:
-        ready = epoll.poll(STALLED)
+        ready = epoll.poll(patience)
         if not ready:
-            raise Failed(f"{under_way} round trips got no answer for {STALLED:.0f} s")
+            raise Failed(f"{under_way} round trips got no answer for {patience:.0f} s")
         for fd, _events in ready:
             receive, send = by_fd[fd]
-            count = receive(buffer)
-            if not count:
+            size = receive(buffer)
+            if not size:
                 raise Failed("a connection was closed during the echo")
-            missing[fd] -= count
+            missing[fd] -= size
             if missing[fd]:
                 continue
             now = clock()
             latencies.append(now - sent[fd])
-            if now < end:
+            if now < end and begun < count:
+                begun += 1
                 missing[fd] = len(PAYLOAD)
                 sent[fd] = now
                 send(PAYLOAD)
@@ -115,7 +120,7 @@ def measure_bulk(opener: Opener) -> dict[str, float]:
         epoll.register(sock.fileno(), select.EPOLLIN)
         sock.send(STREAM)
     while time.perf_counter() < end:
-        for fd, _events in epoll.poll(STALLED):
+        for fd, _events in epoll.poll(opener.plan.patience):
             # MSG_TRUNC takes the bytes without copying them (tcp(7)): a reader as light as can be.
             count = by_fd[fd](buffer, size, socket.MSG_TRUNC)
             if not count:

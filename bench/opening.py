@@ -6,6 +6,7 @@ Each step of the handshake waits for its answer, as ordinary clients do.
 import select
 import socket
 import struct
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,14 +14,14 @@ from typing import Literal
 
 PAYLOAD = b"e" * 64
 GREETING = b"\x05\x01\x00"  # RFC 1928 section 3: version 5, one method, no authentication
-READY_WITHIN = 15.0  # seconds for a proxy to start serving
-STALLED = 10.0  # seconds without a single event: give up
 
 
 @dataclass(frozen=True)
 class Plan:
     """The task of the load generator. Without `proxy` it connects to the target, straight or redirected.
 
+    The measured part ends after `seconds`, or `count` connections or echoes, whichever comes first. `patience` is how
+    many seconds a proxy may take to start serving, or to answer.
     `target` and `proxy` are IPv4 addresses with ports; `mark` is the socket mark that is redirected.
     """
 
@@ -30,6 +31,8 @@ class Plan:
     target: tuple[str, int]
     proxy: tuple[str, int] | None = None
     mark: int = 0
+    count: int = sys.maxsize
+    patience: float = 15.0
 
 
 @dataclass(slots=True)
@@ -127,9 +130,9 @@ class Opener:
                 self.start()
             if not openings:
                 return
-            ready = self.epoll.poll(STALLED)
+            ready = self.epoll.poll(self.plan.patience)
             if not ready:
-                raise Failed(f"{len(openings)} connections got no answer for {STALLED:.0f} s")
+                raise Failed(f"{len(openings)} connections got no answer for {self.plan.patience:.0f} s")
             for fd, _events in ready:
                 opening = openings[fd]
                 try:
@@ -155,7 +158,7 @@ class Opener:
         return kept
 
     def wait_until_served(self) -> None:
-        deadline = time.monotonic() + READY_WITHIN
+        deadline = time.monotonic() + self.plan.patience
         while True:
             done: list[socket.socket] = []
             tries = iter([True])
@@ -165,7 +168,7 @@ class Opener:
                 self.errors = 0
                 return
             if time.monotonic() > deadline:
-                raise Failed(f"did not serve within {READY_WITHIN:.0f} s")
+                raise Failed(f"did not serve within {self.plan.patience:.0f} s")
             time.sleep(0.01)
 
     def turn_over(self, more: Callable[[], bool]) -> int:

@@ -5,12 +5,13 @@ import select
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from . import accounting
 from .contenders import Contender, Running
+from .counting import COUNTED_WITHIN, COUNTERS, PATIENCE, Counter
 from .opening import Plan
 from .places import MARK, Loopback
 from .report import Figure, Result
@@ -21,32 +22,37 @@ KINDS: tuple[Kind, ...] = ("connect", "echo", "bulk", "idle")
 
 @dataclass(frozen=True)
 class Measure:
-    """One table: what the load generator does, and the figures taken from it."""
+    """One table: what the load generator does, and the figures taken from it.
+
+    `lengths` are the operations of the two runs for a count, None if nothing is counted.
+    """
 
     name: str
     kind: Kind
     connections: int
     title: str
     figures: tuple[Figure, ...]
+    lengths: tuple[int, int] | None = None
 
 
-def measures(kinds: Sequence[str], idle: int) -> list[Measure]:
-    """The measures of these kinds, in the order of the report."""
+def measures(kinds: Sequence[str], idle: int, lengths: Mapping[str, tuple[int, int]]) -> list[Measure]:
+    """The measures of these kinds, in the order of the report; those with `lengths` are counted, too."""
     rate = Figure("rate", "per second")
+    counts = (Figure("instructions", "instructions"), Figure("calls", "system calls", decimals=1)) if lengths else ()
     latency = (Figure("p50", "p50 us", 1e6), Figure("p99", "p99 us", 1e6))
     connection = Figure("cpu", "CPU us each", 1e6, ratio=True)
     echo = Figure("cpu", "CPU us each", 1e6, 1, ratio=True)
     bulk = (Figure("rate", "MB/s", 1e-6, ratio=True), Figure("cpu", "CPU s/GB", 1e9, 2, ratio=True))
     memory = Figure("memory", "KB each", 1e-3, 2, ratio=True)
     every = (
-        Measure("connect", "connect", 50, "Connections: open, echo, close; 50 at once", (rate, connection)),
-        Measure("echo-1", "echo", 1, "Echo of 64 bytes on 1 connection", (rate, *latency, echo)),
-        Measure("echo-50", "echo", 50, "Echo of 64 bytes on 50 connections", (rate, *latency, echo)),
+        Measure("connect", "connect", 50, "Connections: open, echo, close; 50 at once", (rate, connection, *counts)),
+        Measure("echo-1", "echo", 1, "Echo of 64 bytes on 1 connection", (rate, *latency, echo, *counts)),
+        Measure("echo-50", "echo", 50, "Echo of 64 bytes on 50 connections", (rate, *latency, echo, *counts)),
         Measure("bulk-1", "bulk", 1, "Bulk download, 1 stream", bulk),
         Measure("bulk-8", "bulk", 8, "Bulk download, 8 streams", bulk),
         Measure("idle", "idle", idle, f"Memory of {idle} idle connections", (memory,)),
     )
-    return [measure for measure in every if measure.kind in kinds]
+    return [replace(each, lengths=lengths.get(each.kind)) for each in every if each.kind in kinds]
 
 
 class Failure(Exception):
@@ -67,12 +73,48 @@ class Bench:
 
     def measure(self, measure: Measure, contender: Contender, place: Loopback) -> Result:
         """One measure of one contender, freshly started: an earlier measure's heap would hide idle memory."""
+        return self._run(measure, contender, place, self._directory())
+
+    def count(self, measure: Measure, contender: Contender, place: Loopback) -> Result:
+        """Instructions and system calls of each operation; empty if they are not counted for this measure."""
+        if measure.lengths is None or not contender.parts:
+            return {}
+        short, long = measure.lengths
+        counts = {}
+        for counter in COUNTERS:
+            totals = []
+            for length in (short, long):
+                directory = self._directory()
+                result = self._run(measure, contender, place, directory, counter=counter, count=length)
+                if result["errors"] or result["count"] != length:
+                    raise Failure(f"{result['errors']:.0f} connections refused or reset under {counter.program}")
+                try:
+                    totals.append(counter.read(directory))
+                except ValueError as error:
+                    raise Failure(str(error)) from error
+            counts[counter.key] = (totals[1] - totals[0]) / (long - short)
+        return counts
+
+    def _directory(self) -> Path:
         self._runs += 1
         directory = self.directory / str(self._runs)
         directory.mkdir()
+        return directory
+
+    def _run(
+        self,
+        measure: Measure,
+        contender: Contender,
+        place: Loopback,
+        directory: Path,
+        *,
+        counter: Counter | None = None,
+        count: int = sys.maxsize,
+    ) -> Result:
+        """Run a contender under load; with a counter, until `count` operations are done."""
         # A destination of its own for each run, so that none searches ports among the last one's TIME_WAITs.
         target = f"127.1.{self._runs >> 8 & 255}.{self._runs & 255}"
-        with Running(contender, place, directory) as running:
+        with Running(contender, place, directory, counter) as running:
             plan = Plan(
                 measure=measure.kind,
                 connections=measure.connections,
@@ -81,15 +123,20 @@ class Bench:
                 proxy=running.proxy,
                 mark=MARK if running.redirected else 0,
             )
+            if counter:
+                plan = replace(plan, seconds=COUNTED_WITHIN, count=count, patience=PATIENCE)
             load = place.popen([sys.executable, "-m", "bench.load", json.dumps(asdict(plan))], "load")
             try:
-                return self._take(measure, load, running)
+                result = self._take(measure, load, running)
             except Failure as failure:
                 words = running.last_words()
                 raise Failure(f"{failure}; it wrote: {words}" if words else str(failure)) from failure
             finally:
                 load.kill()
                 load.communicate()
+        if counter and running.killed:
+            raise Failure(f"it did not end within {PATIENCE:.0f} s under {counter.program}")
+        return result
 
     def _take(self, measure: Measure, load: "subprocess.Popen[str]", running: Running) -> Result:
         """Read CPU or memory around the measured part, and make the figures."""
@@ -166,10 +213,13 @@ def run(
                     continue
                 label = f"{place.name}: round {number} of {rounds}, {measure.name}, {contender.name}"
                 reporter.progress(label)
-                result: Result | None = None
+                result: Result | None
                 try:
                     result = bench.measure(measure, contender, place)
+                    if number == 1:
+                        result = {**result, **bench.count(measure, contender, place)}
                 except Failure as failure:
+                    result = None
                     reporter.say(f"! {label}: {failure}")
                 else:
                     if result["errors"]:

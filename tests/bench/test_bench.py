@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,9 +23,17 @@ FIGURES = {
 }
 
 
-def bench(*arguments: str) -> "subprocess.CompletedProcess[str]":
+def bench(*arguments: str, timeout: float = 60, **environment: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "bench", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
 
 
 @pytest.mark.parametrize(("place", "name"), [("loopback", "usocksd"), ("namespace", "transocks+usocksd")])
@@ -51,6 +60,28 @@ def test_straight_connections_need_no_proxy(tmp_path: Path) -> None:
     (result,) = json.loads(path.read_text())["results"]["loopback"]["echo-50"]["straight"]
     assert result["count"] > 0
     assert "cpu" not in result
+
+
+def test_instructions_and_system_calls_of_a_connection(tmp_path: Path) -> None:
+    for program in ("valgrind", "strace"):
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is not installed")
+    path = tmp_path / "result.json"
+    arguments = ("--quick", "--instructions", "--only", "usocksd", "--measure", "connect", "--json", str(path))
+    done = bench(*arguments, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (result,) = json.loads(path.read_text())["results"]["loopback"]["connect"]["usocksd"]
+    # No fewer than a connection needs; far below what a start takes.
+    assert 100_000 < result["instructions"] < 2_000_000
+    assert 15 < result["calls"] < 60
+    assert "cpu" in result
+    assert "system calls" in done.stdout
+
+
+def test_missing_tools_for_counting_are_named() -> None:
+    done = bench("--instructions", PATH="/nonexistent")
+    assert done.returncode == 2
+    assert "--instructions: not installed: valgrind, strace (Debian packages of these names)" in done.stderr
 
 
 def test_a_server_that_does_not_work_is_told_and_fails_the_run() -> None:

@@ -82,11 +82,10 @@ class Result:
     @property
     def is_explained(self) -> bool:
         """It is known where the packet ended, and where its answer did if it got to a listener."""
-        trace, back = self.trace, self.back
-        if trace is None or not trace.ended:
-            return False
-        unanswered = trace.delivered and trace.packet.protocol == TCP
-        return not unanswered or (back is not None and back.ended)
+        expected = [self.trace]
+        if self.trace is not None and self.trace.delivered and self.trace.packet.protocol == TCP:
+            expected.append(self.back)
+        return all(trace is not None and trace.ended for trace in expected)
 
     @property
     def no_route(self) -> bool:

@@ -97,18 +97,14 @@ class Tracer:
         try:
             send()
             try:
-                self._follow()
-                self._follow()
+                for token in (os.urandom(16), os.urandom(16)):
+                    self._lo.sendto(token, ("lo", _FRAME, 0, 0, bytes(6)))
+                    while self._lo.recv(64) != token:
+                        pass  # another process's
             except OSError:  # lo is down, or somebody drops what it receives
                 time.sleep(_PATIENCE)
         finally:
             os.sched_setaffinity(0, cpus)
-
-    def _follow(self) -> None:
-        token = os.urandom(16)
-        self._lo.sendto(token, ("lo", _FRAME, 0, 0, bytes(6)))
-        while self._lo.recv(64) != token:
-            pass  # another process's
 
     @cached_property
     def _lo(self) -> socket.socket:

@@ -287,20 +287,3 @@ def one_mode(name: str) -> pytest.MarkDecorator:
 
 def backends(*which: int) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("backend", [BACKENDS[number] for number in which], indirect=True)
-
-
-def goes_on(connection: socket.socket) -> None:
-    """Check that the stand-in, or its replacement, still answers."""
-    connection.sendall(b"hello")
-    assert connection.recv(10) == b"hello"
-
-
-def wait_for_end(pid: int) -> None:
-    """Wait until this process has ended."""
-    try:
-        pidfd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    ready, _, _ = select.select([pidfd], [], [], 10)
-    os.close(pidfd)
-    assert ready, f"process {pid} does not end"

@@ -20,7 +20,8 @@ from typing import IO
 
 import lab
 import pytest
-from scene import ONLY_PATH, wait_for_end
+from daemons import running, wait_until
+from scene import ONLY_PATH
 
 # Connects to each address, tells its own port and user, and what it was told; then waits for a line, if asked to.
 CONNECT = """
@@ -265,7 +266,7 @@ def test_kill_9_ends_processes_left_behind_and_their_cgroup(trial: Trial) -> Non
     if not folder:
         pytest.skip("no cgroup of version 2 here")
     for left in _processes(trial).keys() - inhabitants.keys():
-        wait_for_end(left)
+        wait_until(lambda: not running(left), f"process {left} ends")
     assert not os.path.exists(folder)
     assert trial.rules() == before
     assert _processes(trial).keys() == inhabitants.keys()
@@ -324,7 +325,7 @@ def test_kill_9_leaves_nothing(trial: Trial, victim: str) -> None:
     process.communicate("\n", timeout=10)
     # Where it was killed itself, the holder finishes behind it: wait for the end of the last one.
     for left in _processes(trial).keys() - inhabitants.keys():
-        wait_for_end(left)
+        wait_until(lambda: not running(left), f"process {left} ends")
     assert trial.rules() == before
     assert _processes(trial).keys() == inhabitants.keys()
     assert not list(trial.bin.glob("transocks-exec-*"))

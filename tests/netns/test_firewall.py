@@ -16,7 +16,7 @@ from pathlib import Path
 
 import lab
 import pytest
-from daemons import Daemon
+from daemons import Daemon, lives
 from scene import (
     BACKENDS,
     BEYOND,
@@ -30,7 +30,6 @@ from scene import (
     Scene,
     backends,
     clients_packets,
-    goes_on,
     one_mode,
 )
 
@@ -278,7 +277,7 @@ def test_tproxy_without_transocks(scene: Scene) -> None:
         assert became == REDIRECTED
         scene.until(DIRECT)
         # Connections through transocks go on when a trial is over.
-        goes_on(early)
+        assert lives(early)
     scene.rules("apply")
     scene.stop()
     nft = scene.backend == "nft"
@@ -301,7 +300,7 @@ def test_a_removal_that_keeps_connections(scene: Scene) -> None:
         for _ in range(2):
             scene.rules("remove", "--keep-connections")
             assert [scene.connect(a) for a in BEYOND] == [DIRECT] * 2
-            goes_on(early)
+            assert lives(early)
         assert scene.dump() != before
     scene.rules("remove")
     assert scene.dump() == before

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from scene import Scene, backends, one_mode, wait_for_end
+from daemons import running, wait_until
+from scene import Scene, backends, one_mode
 
 from transocks.tools import LOCK
 
@@ -49,7 +50,7 @@ def test_a_signal_ends_a_change_that_hangs_and_nothing_is_left_of_it(scene: Scen
         assert process.returncode == 128 + number
         assert "interrupted: " in said
         assert "did not end within 0.2 s of the signal, and was killed" in said
-        wait_for_end(pid)
+        wait_until(lambda: not running(pid), f"process {pid} ends")
         scene.net.proxy.run("flock", "--nonblock", LOCK, "true")
     assert scene.dump() == before
 
@@ -63,7 +64,7 @@ def test_a_tool_has_a_limit(scene: Scene) -> None:
         assert process.returncode == 1
         assert "did not end within 0.5 s, and was killed" in said
         assert "Traceback" not in said
-        wait_for_end(pid)
+        wait_until(lambda: not running(pid), f"process {pid} ends")
     assert scene.dump() == before
 
 
@@ -73,7 +74,7 @@ def test_a_tool_dies_with_its_caller(scene: Scene) -> None:
     with _hanging(scene, "") as (process, pid):
         process.kill()
         process.wait()
-        wait_for_end(pid)
+        wait_until(lambda: not running(pid), f"process {pid} ends")
         scene.net.proxy.run("flock", "--nonblock", LOCK, "true")
 
 

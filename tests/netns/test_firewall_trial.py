@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator
 
 import lab
 import pytest
-from scene import BEYOND, DIRECT, PRIVATE, REDIRECTED, REFUSED, Scene, backends, goes_on, one_mode
+from daemons import lives
+from scene import BEYOND, DIRECT, PRIVATE, REDIRECTED, REFUSED, Scene, backends, one_mode
 
 
 @one_mode("host")
@@ -124,7 +125,7 @@ def test_held_rules_are_in_force_while_transocks_accepts(scene: Scene) -> None:
             assert holder.wait(10) == 0
             assert tells().startswith("READY=1\nSTATUS=in force")
             assert scene.connect(lab.WEB_V4) == DIRECT
-            goes_on(early)
+            assert lives(early)
     scene.rules("remove")
     assert scene.dump() == before
 
@@ -164,7 +165,7 @@ def test_held_closed_no_connection_goes_directly(scene: Scene) -> None:
             scene.until(REDIRECTED)
             assert "`transocks rules hold` runs" in scene.rules("remove", "--keep-connections", status=1)
             scene.until(REDIRECTED)
-            goes_on(early)
+            assert lives(early)
         holder.kill()
         holder.wait()
     assert scene.connect(lab.WEB_V4) == REDIRECTED, "the rules stay"

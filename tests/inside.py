@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import daemons
 import trio
+from turning import turning
 
 import transocks.commands.serve
 import transocks.config
@@ -25,7 +26,7 @@ from usocksd.log.metrics import Metrics
 from usocksd.net.endpoint import Endpoint
 from usocksd.net.flow import Flow
 from usocksd.net.listeners import Listener, listen
-from usocksd.net.reactor import Reactor
+from usocksd.net.reactor import Reactor, Session
 from usocksd.serve.daemon import Application, Parts
 from usocksd.settings.loader import parse
 
@@ -44,8 +45,8 @@ class Proxy(daemons.Log):
         """Sessions."""
         self.failures: list[Exception] = []
         """The exceptions of the sessions."""
-        self.scopes: list[trio.CancelScope] = []
-        """Of every session."""
+        self.sessions: list[Session] = []
+        """In the order in which they began."""
 
     async def connect(self) -> trio.SocketStream:
         """A connection to it."""
@@ -138,9 +139,7 @@ async def _inside(
 
     async def serve(endpoint: Endpoint, host: str, port: int) -> None:
         try:
-            with trio.CancelScope() as scope:
-                proxy.scopes.append(scope)
-                await built.session(endpoint, host, port)
+            await built.session(endpoint, host, port)
         except Exception as error:
             proxy.failures.append(error)
         finally:
@@ -149,11 +148,12 @@ async def _inside(
 
     def accepted(endpoint: Endpoint, host: str, port: int) -> None:
         proxy.live += 1
-        nursery.start_soon(serve, endpoint, host, port)
+        session = serve(endpoint, host, port)
+        proxy.sessions.append(session)
+        reactor.start(session)
 
     try:
-        async with trio.open_nursery() as nursery:
-            await nursery.start(reactor.run)
+        async with turning(reactor), trio.open_nursery() as nursery:
             for task in built.background:
                 await nursery.start(task)
             accepting = Listener(reactor, listener, accepted, room=lambda: True)
@@ -164,5 +164,4 @@ async def _inside(
                 nursery.cancel_scope.cancel()
     finally:
         built.close()
-        reactor.close()
         log.close()

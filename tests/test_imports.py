@@ -29,6 +29,17 @@ PURE = (
 )
 """Values in, values out: no I/O, no clock, no log."""
 
+SESSIONS = (
+    "usocksd.net",
+    "usocksd.socks",
+    *(f"usocksd.{name}" for name in ("session", "proxied", "decision", "access_log", "egress", "clients", "replies")),
+    "usocksd.acl",
+    *(f"transocks.{name}" for name in ("session", "direct", "first_bytes", "http_connect", "original_dst", "sniff")),
+    *(f"transocks.{name}" for name in ("routes", "access_log")),
+    *(f"transocks.upstreams.{name}" for name in ("group", "upstream", "addresses", "request")),
+)
+"""What the reactor drives; see usocksd/net/bridge.py."""
+
 
 def modules() -> dict[str, set[str]]:
     """Every module of both packages, and the modules that it imports, at the top or anywhere inside."""
@@ -105,6 +116,13 @@ def test_pure_modules_do_no_io(pure: str) -> None:
     """Rule 3: bytes and values in, values out."""
     impure = ("trio", "logging", "dns", "netifaces", "asyncio", "threading", "subprocess")
     assert not {each for each in taken(pure) if within(each[1], *impure)}
+
+
+@pytest.mark.parametrize("driven", SESSIONS)
+def test_what_the_reactor_drives_does_not_import_trio(driven: str) -> None:
+    """Only usocksd.net.bridge knows both worlds."""
+    assert driven in MODULES
+    assert not {each for each in taken(driven) if within(each[1], "trio") and each[0] != "usocksd.net.bridge"}
 
 
 def test_socks_needs_only_the_standard_library() -> None:

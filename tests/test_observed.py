@@ -348,7 +348,7 @@ async def test_connections_tell_of_themselves(tmp_path: Path, destination: Serve
         assert proxy.connections() == []
 
 
-async def test_a_bug_in_a_relay_and_its_cancellation_end_in_a_record(
+async def test_a_bug_in_a_relay_and_a_stopped_session_end_in_a_record(
     tmp_path: Path, destination: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Bug(Exception):
@@ -358,7 +358,7 @@ async def test_a_bug_in_a_relay_and_its_cancellation_end_in_a_record(
         raise Bug
 
     async with usocksd_running(tmp_path) as proxy:
-        for case, reason in (("bug", "error"), ("cancelled", "stopped")):
+        for case, reason in (("bug", "error"), ("stopped", "stopped")):
             with connected(proxy) as client, monkeypatch.context() as patch:
                 assert (await talking(socks5, client, "127.0.0.1", destination.port))[0] == GRANTED
                 client.sendall(b"hello")
@@ -368,7 +368,7 @@ async def test_a_bug_in_a_relay_and_its_cancellation_end_in_a_record(
                     patch.setattr(Flow, "step", broken)
                     client.sendall(b"more")
                 else:
-                    proxy.scopes[-1].cancel()
+                    proxy.reactor.stop(proxy.sessions[-1])
                 await proxy.over()
             message = "proxy ends with an error" if case == "bug" else "proxy ends"
             end = await proxy.recorded(message, request_id=start["request_id"])

@@ -52,6 +52,7 @@ from usocksd.net.ending import Limits
 from usocksd.net.endpoint import Endpoint
 from usocksd.net.limits import most_pipes
 from usocksd.net.pipes import PipePool
+from usocksd.net.reactor import Waitable
 from usocksd.net.relay import close_pair, relay
 from usocksd.serve.daemon import Application, Daemon, Parts, Remarks, run
 from usocksd.serve.timing import Timing
@@ -148,7 +149,7 @@ def make(parts: Parts) -> Application:
             case b"busy":
                 say(word="busy")
                 try:
-                    await trio.sleep_forever()
+                    await Waitable(client.reactor).wait()  # where no interrupt reaches it
                 finally:
                     say(ended="busy")
             case b"relay":

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable
-from typing import NamedTuple, NoReturn
-
-import trio
+from functools import partial
+from math import inf
+from typing import NamedTuple
 
 from transocks.route_settings import NamesConfig
 from transocks.sniff import OTHER, Opening, Sniffer
@@ -26,51 +25,6 @@ class First(NamedTuple):
 NOTHING = First(b"", OTHER)
 
 
-class _Wait:
-    """The wait of one client (None: over), and its end on trio's clock."""
-
-    __slots__ = ("client", "until")
-
-    def __init__(self, client: Endpoint, until: float) -> None:
-        self.client: Endpoint | None = client
-        self.until = until
-
-
-class _Waits:
-    """Waits that all take `seconds`, so that they end in the order in which they began.
-
-    Deadlines of the reactor may be half a second late, and a cancel scope costs 7 µs. A queue and one task, `run`, cost
-    a tenth of that.
-    """
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self._waits: deque[_Wait] = deque()
-        self._some = trio.Event()
-
-    async def run(self) -> NoReturn:
-        """End waits when it is time, until cancelled."""
-        waits = self._waits
-        while True:
-            while waits and (waits[0].client is None or waits[0].until <= trio.current_time()):
-                wait = waits.popleft()
-                client, wait.client = wait.client, None
-                if client is not None:
-                    client.interrupt(DeadlineExpired())
-            if waits:
-                await trio.sleep_until(waits[0].until)
-            else:
-                self._some = trio.Event()
-                await self._some.wait()
-
-    def begin(self, client: Endpoint) -> _Wait:
-        """Begin a wait. Its `client` is None when it is over; set it to None to end it earlier."""
-        wait = _Wait(client, trio.current_time() + self._seconds)
-        self._waits.append(wait)
-        self._some.set()
-        return wait
-
-
 class FirstBytes:
     """Reads the first bytes until the name is known, at most `size` or little more.
 
@@ -85,15 +39,7 @@ class FirstBytes:
         self._skip_ports = _ports(names.skip_ports)
         self._client_first_ports = _ports(names.client_first_ports)
         self._skip_networks = NetworkMap(dict.fromkeys(names.skip_networks, True))
-        self._waits = names.wait > 0
-        self._short, self._long = _Waits(names.wait), _Waits(names.long_wait)
-
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """End waits when it is time, until cancelled."""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._short.run)
-            nursery.start_soon(self._long.run)
-            task_status.started()
+        self._short, self._long = names.wait, names.long_wait
 
     async def read(self, client: Endpoint, destination: HostPort) -> First:
         """The first bytes of the client, on its way to `destination`. Raises PeerReset when it is gone.
@@ -109,9 +55,11 @@ class FirstBytes:
             client.watch()  # for its reset
             return NOTHING
         sniffer = Sniffer(port)
+        reactor = client.reactor
         data = b""
         opening = None
-        wait = None
+        timer = None
+        until = inf
         is_long = False
         try:
             # Usually the bytes have arrived by now, and this is all.
@@ -122,14 +70,15 @@ class FirstBytes:
                     opening = sniffer.feed(piece)
                     if opening is not None or len(data) >= self._size:
                         break
-                if not self._waits:
+                if not self._short:
                     break
-                if wait is None or (data and not is_long):
-                    if wait is not None:
-                        wait.client = None
+                if timer is None or (data and not is_long):
+                    if timer is not None:
+                        timer.cancel()
                     is_long = bool(data) or port in self._client_first_ports
-                    wait = (self._long if is_long else self._short).begin(client)
-                if wait.client is None:  # also if the wait ended between two pieces
+                    until = reactor.clock() + (self._long if is_long else self._short)
+                    timer = reactor.call_at(until, partial(client.interrupt, DeadlineExpired()))
+                if reactor.clock() >= until:  # also if that was between two pieces
                     break
                 piece = await client.receive()
         except DeadlineExpired:
@@ -137,8 +86,8 @@ class FirstBytes:
         except OSError:
             raise PeerReset from None
         finally:
-            if wait is not None:
-                wait.client = None  # the queue keeps the wait until its time is over; it need not keep the socket
+            if timer is not None:
+                timer.cancel()
         return First(data, opening or sniffer.finish())
 
 

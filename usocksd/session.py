@@ -17,6 +17,7 @@ from usocksd.decision import Decision, Policy
 from usocksd.egress import EgressPools
 from usocksd.errors import CommandNotSupported, Denied, Error, ResolveError
 from usocksd.names.resolver import Resolver
+from usocksd.net.bridge import in_trio
 from usocksd.net.dial import Dialer, Target
 from usocksd.net.ending import Limits
 from usocksd.net.endpoint import DeadlineExpired, Endpoint, OutOfWatches, PeerReset
@@ -186,10 +187,10 @@ class SocksSessions:
         # If authentication is optional, an empty password counts as none: Java sends one with the login name.
         anonymous = not self._policy.required and not credentials.password
         if self._users is not None and not anonymous:
-            if not await endpoint.meanwhile(
+            if not await in_trio(
+                endpoint,
                 endpoint.deadline + self._users.failure_takes,  # a client that fails at the last moment is told so
-                partial(self._users.verify, credentials.username, client=client.host),
-                credentials.password,
+                partial(self._users.verify, credentials.username, credentials.password, client=client.host),
             ):
                 access.tried_user = credentials.username
                 server.answer_credentials(accepted=False)

@@ -15,12 +15,13 @@ from typing import NamedTuple
 import daemons
 import lab
 import pytest
-import trio
 from daemons import Daemon, Served
 from delay import ROUND_TRIP, DelayLine, opens_fast
+from turning import turning
 
 from usocksd.errors import DialError
 from usocksd.net import dial as dial_module
+from usocksd.net.bridge import in_session
 from usocksd.net.dial import Dialer, Target
 from usocksd.net.endpoint import DeadlineExpired
 from usocksd.net.reactor import Reactor
@@ -93,12 +94,8 @@ def clock() -> Clock:
 
 @pytest.fixture
 async def reactor(clock: Clock) -> AsyncIterator[Reactor]:
-    reactor = Reactor(clock=clock, sweep_every=0.05)
-    async with trio.open_nursery() as nursery:
-        await nursery.start(reactor.run)
+    async with turning(Reactor(clock=clock, sweep_every=0.05)) as reactor:
         yield reactor
-        nursery.cancel_scope.cancel()
-    reactor.close()
 
 
 @pytest.fixture
@@ -117,7 +114,7 @@ def web(net: lab.Net) -> Iterator[dict[int, Served]]:
 
 @pytest.fixture
 def ask(dialer: Dialer, reactor: Reactor, web: dict[int, Served], link: DelayLine) -> Ask:
-    async def ask(first: bytes, *, fast: bool, repeatable: bool = True, version: int = 4) -> Answer:
+    async def session(first: bytes, fast: bool, repeatable: bool, version: int) -> Answer:
         """`first`, with a mark at its end, goes to the web server, pipelined through usocksd; the same comes back."""
         first += os.urandom(MARK)
         target = Target(PROXY[version], 1080, fast_open=fast)
@@ -139,6 +136,9 @@ def ask(dialer: Dialer, reactor: Reactor, web: dict[int, Served], link: DelayLin
         endpoint.close()
         assert data == first
         return Answer(link.round_trips(first[-MARK:]), unproven)
+
+    async def ask(first: bytes, *, fast: bool, repeatable: bool = True, version: int = 4) -> Answer:
+        return await in_session(reactor, session(first, fast, repeatable, version))
 
     return ask
 
@@ -197,14 +197,18 @@ async def test_the_verdict_on_a_connect_comes_with_the_first_wait(
     if cause == errno.ETIMEDOUT:
         link.loses = lambda packet: True
     target = Target(lab.NEXT_V4, 1 if cause == errno.ECONNREFUSED else 1080, fast_open=True)
-    endpoint, _ = await dialer.dial([target], deadline=reactor.clock() + 1)
-    assert endpoint.unproven
-    await endpoint.send_all(b"\x05\x01\x00")
-    endpoint.deadline = reactor.clock() + (3 * ROUND_TRIP if cause == errno.ETIMEDOUT else daemons.PATIENCE)
-    with pytest.raises(DialError) as caught:
-        await (endpoint.receive() if wait == "receive" else endpoint.proven())
-    assert (caught.value.errno, caught.value.address, caught.value.step) == (cause, str(target), "connect")
-    endpoint.close()
+
+    async def session() -> None:
+        endpoint, _ = await dialer.dial([target], deadline=reactor.clock() + 1)
+        assert endpoint.unproven
+        await endpoint.send_all(b"\x05\x01\x00")
+        endpoint.deadline = reactor.clock() + (3 * ROUND_TRIP if cause == errno.ETIMEDOUT else daemons.PATIENCE)
+        with pytest.raises(DialError) as caught:
+            await (endpoint.receive() if wait == "receive" else endpoint.proven())
+        assert (caught.value.errno, caught.value.address, caught.value.step) == (cause, str(target), "connect")
+        endpoint.close()
+
+    await in_session(reactor, session())
 
 
 async def test_a_peer_that_is_silent_after_the_syn_is_late_and_not_unreachable(
@@ -212,21 +216,25 @@ async def test_a_peer_that_is_silent_after_the_syn_is_late_and_not_unreachable(
 ) -> None:
     await ask(HELLO, fast=True)
     with net.outside.listen(lab.NEXT_V4) as silent:
-        target = Target(*silent.getsockname(), fast_open=True)
-        endpoint, _ = await dialer.dial([target], deadline=reactor.clock() + 1)
-        assert endpoint.unproven
-        await endpoint.send_all(b"\x05\x01\x00")
-        endpoint.deadline = reactor.clock() + 3 * ROUND_TRIP
-        with pytest.raises(DeadlineExpired):
-            await endpoint.receive()
-        assert not endpoint.unproven
-        endpoint.close()
+
+        async def session() -> None:
+            target = Target(*silent.getsockname(), fast_open=True)
+            endpoint, _ = await dialer.dial([target], deadline=reactor.clock() + 1)
+            assert endpoint.unproven
+            await endpoint.send_all(b"\x05\x01\x00")
+            endpoint.deadline = reactor.clock() + 3 * ROUND_TRIP
+            with pytest.raises(DeadlineExpired):
+                await endpoint.receive()
+            assert not endpoint.unproven
+            endpoint.close()
+
+        await in_session(reactor, session())
 
 
 async def test_with_several_addresses_none_is_used_unproven(dialer: Dialer, reactor: Reactor, ask: Ask) -> None:
     await ask(HELLO, fast=True)
     targets = [Target(lab.NEXT_V4, port, fast_open=True) for port in (1, 1080)]
-    endpoint, target = await dialer.dial(targets, deadline=reactor.clock() + daemons.PATIENCE)
+    endpoint, target = await in_session(reactor, dialer.dial(targets, deadline=reactor.clock() + daemons.PATIENCE))
     assert (endpoint.unproven, target) == (False, targets[1])
     endpoint.close()
 

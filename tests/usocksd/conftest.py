@@ -3,6 +3,7 @@
 import os
 import resource
 import socket
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
 from random import Random
@@ -13,6 +14,7 @@ import pytest
 import trio
 from daemons import PATIENCE, Served
 from trio.testing import wait_all_tasks_blocked
+from turning import TaskEndpoint, turning
 
 from usocksd.net.ending import Limits, RelayResult
 from usocksd.net.endpoint import Endpoint
@@ -32,13 +34,20 @@ def noise(size: int, at: int = 0) -> bytes:
 
 
 class Clock:
-    """Stands still until a test moves it."""
+    """Stands still until a test moves it, or lets it run."""
 
     def __init__(self) -> None:
         self.now = 1000.0
+        self.stands = True
+        self._since = 0.0
 
     def __call__(self) -> float:
-        return self.now
+        return self.now if self.stands else self.now + time.monotonic() - self._since
+
+    def run(self) -> None:
+        """Tell the time from now on."""
+        self.stands = False
+        self._since = time.monotonic()
 
 
 class Peer:
@@ -135,7 +144,8 @@ class Rig:
         self.upstream = upstream
         self.near = near
         self.far = far
-        self.scope = trio.CancelScope()
+        self.session: Any = None
+        self.begun = False
         self.outcome: RelayResult | BaseException | None = None
         self.done = trio.Event()
 
@@ -147,6 +157,12 @@ class Rig:
             raise self.outcome
         assert self.outcome is not None
         return self.outcome
+
+    def stop(self) -> None:
+        """Stop the session; one that has not begun yet begins first, since it has sockets to close."""
+        if not self.begun:
+            self.near.reactor.turn(0)
+        self.near.reactor.stop(self.session)
 
     @property
     def pair(self) -> Any:
@@ -170,7 +186,7 @@ class Lab:
         """An endpoint of the reactor, and the peer that it is connected to."""
         near, far = connected_sockets(**buffers)
         near.setblocking(False)
-        endpoint, peer = Endpoint(self.reactor, near), Peer(far)
+        endpoint, peer = TaskEndpoint(self.reactor, near), Peer(far)
         self._open += [endpoint, peer]
         return endpoint, peer
 
@@ -196,19 +212,20 @@ class Lab:
         """Run the session of `rig` as the daemons do: relay, then close."""
 
         async def session() -> None:
-            with rig.scope:
-                try:
-                    result = await relay(rig.near, rig.far, pipes=self.pipes, limits=limits or Limits(), **leftovers)
-                    await close_pair(rig.near, rig.far, result, deliver=(limits or Limits()).deliver)
-                    rig.outcome = result
-                except Exception as error:
-                    rig.outcome = error
-                finally:
-                    rig.near.close()
-                    rig.far.close()
-                    rig.done.set()
+            rig.begun = True
+            try:
+                result = await relay(rig.near, rig.far, pipes=self.pipes, limits=limits or Limits(), **leftovers)
+                await close_pair(rig.near, rig.far, result, deliver=(limits or Limits()).deliver)
+                rig.outcome = result
+            except Exception as error:
+                rig.outcome = error
+            finally:
+                rig.near.close()
+                rig.far.close()
+                rig.done.set()
 
-        self.nursery.start_soon(session)
+        rig.session = session()
+        self.reactor.start(rig.session)
         return rig
 
     def relay(self, *, limits: Limits | None = None, **buffers: int | None) -> Rig:
@@ -218,14 +235,14 @@ class Lab:
     def count_turns(self) -> Callable[[], int]:
         """From now on; the number of the reactor's turns, whenever it is asked for."""
         turns = 0
-        real = self.reactor._turn
+        real = self.reactor.turn
 
-        def turn() -> None:
+        def turn(patience: float | None = None) -> None:
             nonlocal turns
             turns += 1
-            real()
+            real(patience)
 
-        self.reactor._turn = turn  # type: ignore[method-assign]
+        self.reactor.turn = turn  # type: ignore[method-assign]
         return lambda: turns
 
     async def settle(self) -> None:
@@ -234,17 +251,17 @@ class Lab:
             await wait_all_tasks_blocked(0.003)
 
     async def pass_time(self, seconds: float) -> None:
-        """Move the clock and look at the deadlines."""
+        """Move the clock, look at the deadlines and fire the timers."""
         await self.settle()
         self.clock.now += seconds
         self.reactor.sweep()
+        self.reactor.turn(0)
         await self.settle()
 
     def close(self) -> None:
         for each in self._open:
             each.close()
         self.pipes.close()
-        self.reactor.close()
 
 
 @asynccontextmanager
@@ -252,8 +269,7 @@ async def open_lab() -> AsyncIterator[Lab]:
     """A lab for as long as the block runs. Deadlines are looked at only when a test says so."""
     clock = Clock()
     reactor = Reactor(clock=clock, sweep_every=1e6)
-    async with trio.open_nursery() as nursery:
-        await nursery.start(reactor.run)
+    async with turning(reactor), trio.open_nursery() as nursery:
         lab = Lab(reactor, clock, nursery)
         try:
             yield lab

@@ -160,7 +160,7 @@ def nobody_arrives(request: pytest.FixtureRequest, destination: Served) -> Itera
     """No connection arrives, whatever the replies say."""
     before = len(destination.peers)
     yield
-    if "arrives" not in request.node.name:
+    if "_arrive" not in request.node.name:
         assert len(destination.peers) == before
 
 

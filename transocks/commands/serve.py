@@ -58,11 +58,10 @@ def build(config: TransocksConfig, parts: Parts) -> Application:
         most_per_destination=max(parts.connections // 2, 1),
     )
     routes = config.routes()
-    first_bytes = FirstBytes(config.names)
     keepalive = KeepAlive(config.timeouts.keepalive)
     sessions = RedirectedSessions(
         guard=guard,
-        first_bytes=first_bytes,
+        first_bytes=FirstBytes(config.names),
         routes=routes,
         ways={**upstreams.groups, DIRECT: direct},
         names=config.names,
@@ -73,7 +72,7 @@ def build(config: TransocksConfig, parts: Parts) -> Application:
     )
     return Application(
         sessions.serve,
-        (hosts.watch, resolver.run, upstreams.health.run, first_bytes.run),
+        (hosts.watch, resolver.run, upstreams.health.run),
         guard.close,
         keeping=(upstreams.health.keep,),
         keepalive=keepalive,

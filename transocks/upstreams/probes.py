@@ -13,6 +13,7 @@ from transocks.upstreams.proxy_url import ProxyScheme, ProxyURL
 from transocks.upstreams.state import Answer, UpstreamState
 from usocksd.errors import DialError, UpstreamError
 from usocksd.net import tcp_info
+from usocksd.net.bridge import in_session
 from usocksd.net.dial import Dialer, Target
 from usocksd.net.endpoint import Endpoint
 from usocksd.socks import NEED_DATA, SOCKS4_PROBE, Kind, Probe, Probed, RequestRefused, UpstreamFault
@@ -68,6 +69,7 @@ class Prober:
         self._state = state
         self._addresses = addresses
         self._dialer = dialer
+        self._reactor = dialer.reactor
         self._clock = dialer.reactor.clock
         self._before = before
         self._ask_again_at = 0.0
@@ -83,14 +85,14 @@ class Prober:
         with trio.move_on_after(connect) as scope:
             await self._addresses.refresh(in_haste=not learn)
             began = trio.current_time()
-            endpoint, target = await self._dial()
+            endpoint, target = await in_session(self._reactor, self._dial())
         if scope.cancelled_caught:
             raise _timed_out(scope, where, "connect")
         where = str(target)
         connected = trio.current_time() - began
         try:
             with trio.move_on_after(max(answer, 3 * connected)) as scope:
-                ours = await self._is_usocksd(endpoint)
+                ours = await in_session(self._reactor, self._is_usocksd(endpoint))
             if scope.cancelled_caught:
                 raise _timed_out(scope, where, WAITING)
             round_trip = tcp_info.round_trip(endpoint.sock)
@@ -144,20 +146,23 @@ class Prober:
         """Whether a SOCKS5 server takes greeting, credentials and request in one segment; None: this could not be
         tested now, for example for want of descriptors.
         """
-        probe = Probe(self._url.username, self._url.secret, pipelined=True)
         with trio.move_on_after(within):
-            try:
-                endpoint, _ = await self._dial()
-            except DialError:
-                return None
-            try:
-                first = await self._next(endpoint, probe, self._before)
-                return bool(first.pipelines or (await self._next(endpoint, probe)).pipelines)
-            except (OSError, UpstreamError):
-                return False
-            finally:
-                endpoint.close()
+            return await in_session(self._reactor, self._try_pipelining())
         return False
+
+    async def _try_pipelining(self) -> bool | None:
+        probe = Probe(self._url.username, self._url.secret, pipelined=True)
+        try:
+            endpoint, _ = await self._dial()
+        except DialError:
+            return None
+        try:
+            first = await self._next(endpoint, probe, self._before)
+            return bool(first.pipelines or (await self._next(endpoint, probe)).pipelines)
+        except (OSError, UpstreamError):
+            return False
+        finally:
+            endpoint.close()
 
     async def _next(self, endpoint: Endpoint, probe: Probe, before: bytes = b"") -> Probed:
         """The next event of a handshake; `before` goes in front of what it sends."""

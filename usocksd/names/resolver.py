@@ -18,6 +18,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import inf
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +36,7 @@ from usocksd.names.name_servers import FAMILIES, NameServers
 from usocksd.names.resolv_conf import MOST_SERVERS, PORT, RESOLV_CONF
 from usocksd.names.turns import Ticket, TooManyWaiting, Turns
 from usocksd.net.address import HostPort, IPAddress
+from usocksd.net.bridge import in_trio
 from usocksd.net.endpoint import DeadlineExpired, Endpoint
 from usocksd.net.limits import owner
 from usocksd.settings.types import DnsConfig
@@ -251,7 +253,7 @@ class Resolver:
         if found is not None:
             return found
         try:
-            return await client.meanwhile(deadline, lambda name: self.resolve(name, host), name)
+            return await in_trio(client, deadline, partial(self.resolve, name, host))
         except DeadlineExpired:
             raise ResolveError(name, TIMED_OUT) from None
 

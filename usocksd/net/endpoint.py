@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from math import inf
 
 # The C base class of socket.socket: the same system calls without the Python layer, which costs 3 us per accept.
 from socket import SocketType
-from typing import Any, Protocol, TypeVar
-
-import outcome
-import trio
+from typing import Any, Protocol
 
 from usocksd.errors import Error
-from usocksd.net.reactor import BROKEN, MORE, OUT, Reactor
-
-T = TypeVar("T")
+from usocksd.net.reactor import BROKEN, MORE, OUT, Reactor, Waitable
 
 # Enough for a handshake. Further bytes stay in the socket.
 _RECEIVE_SIZE = 16 * 1024
@@ -34,7 +29,7 @@ def set_options(sock: socket.SocketType) -> None:
 
 
 class DeadlineExpired(Exception):
-    """The deadline of an endpoint has passed while a task waited on it."""
+    """The deadline of an endpoint has passed while a session waited on it."""
 
 
 class PeerReset(Exception):
@@ -52,10 +47,10 @@ class About(Protocol):
         """The present values, for JSON."""
 
 
-class Endpoint:
+class Endpoint(Waitable):
     """A connected (or connecting) non-blocking TCP socket of one session: its bytes before and after the relay.
 
-    At most one task waits on an endpoint at a time: its session. Events that arrive while none does are remembered.
+    Only its session waits on an endpoint. Events that arrive while it does not are remembered.
     `deadline` (on the reactor's clock) bounds every wait; past it the wait raises DeadlineExpired.
     """
 
@@ -65,7 +60,6 @@ class Endpoint:
     """Its listener has IP_TRANSPARENT (ip(7)): our end of the connection is where the client was going."""
 
     __slots__ = (
-        "_task",
         "_watched",
         "about",
         "bound",
@@ -73,7 +67,6 @@ class Endpoint:
         "fd",
         "more",
         "on_reset",
-        "reactor",
         "readable",
         "sock",
         "writable",
@@ -81,7 +74,7 @@ class Endpoint:
 
     def __init__(self, reactor: Reactor, sock: SocketType, *, connecting: bool = False, watched: bool = True) -> None:
         """`watched`: events are reported from now on; else from the first `receive` or `watch` on."""
-        self.reactor = reactor
+        super().__init__(reactor)
         self.sock = sock
         self.fd = sock.fileno()
         self.deadline = inf
@@ -94,8 +87,7 @@ class Endpoint:
         self.about: About | None = None
         """The session's description of the connection, on a client's endpoint."""
         self.on_reset: Callable[[], None] | None = None
-        """Called when the peer is gone while no task waits here: the session is busy with something else."""
-        self._task: trio.lowlevel.Task | None = None
+        """Called when the peer is gone while its session does not wait here: it is busy with something else."""
         self._watched = watched
         if watched:
             reactor.register(self.fd, self, connecting=connecting)
@@ -113,7 +105,7 @@ class Endpoint:
         """
         while True:
             if not self.readable:
-                await self._wait()
+                await self.wait()
                 continue
             data = self.receive_now()
             if data is not None:
@@ -154,13 +146,13 @@ class Endpoint:
         while sent < len(data):
             self.reactor.watch_writable(self.fd)
             while not self.writable:
-                await self._wait()
+                await self.wait()
             sent += self._send_some(data[sent:])
 
     async def connected(self) -> int:
         """Wait for a connect(2) in progress. Returns 0 or the errno it failed with."""
         while not self.writable:
-            await self._wait()
+            await self.wait()
         return self.connect_error()
 
     def connect_error(self) -> int:
@@ -182,32 +174,11 @@ class Endpoint:
             self.sock.shutdown(socket.SHUT_WR)
             # If the peer sends without a pause, receive never waits, so check the deadline and let others run.
             while self.reactor.clock() < self.deadline and await self.receive():
-                await trio.lowlevel.checkpoint()
+                await self.reactor.yield_turn()
         except (OSError, DeadlineExpired):
             pass
         finally:
             self.close()
-
-    async def meanwhile(self, deadline: float, work: Callable[[str], Awaitable[T]], argument: str) -> T:
-        """Await `work(argument)` for this endpoint's session, while its peer waits.
-
-        Raises what the work does, DeadlineExpired past `deadline`, and PeerReset when the peer is gone.
-        """
-        self.check_peer()
-        gone = False
-
-        def give_up() -> None:
-            nonlocal gone
-            gone = True
-            scope.cancel()
-
-        with trio.move_on_after(max(deadline - self.reactor.clock(), 0)) as scope:
-            self.on_reset = give_up
-            try:
-                return await work(argument)
-            finally:
-                self.on_reset = None
-        raise PeerReset if gone else DeadlineExpired
 
     def check_peer(self) -> None:
         """Raise PeerReset if the peer's reset came in one event with its last bytes, since no other event will report
@@ -236,22 +207,27 @@ class Endpoint:
             self.readable = True
             if flags & MORE:
                 self.more = True
-        if self._task is not None:
-            self._wake()
+        if self._waiting is not None:
+            self.wake()
         elif flags & BROKEN and self.on_reset is not None:
-            self.on_reset()
+            # Behind the sessions of this turn: an event may just have woken the one that is to be told, and what it
+            # is told only counts while it waits.
+            self.reactor.call_soon(self._tell_of_reset)
 
     def on_deadline(self, now: float) -> None:
         self.interrupt(DeadlineExpired())
 
     def interrupt(self, reason: BaseException) -> None:
-        """Raise `reason` in the task that waits here, if one does."""
-        if self._task is not None:
-            self._wake(reason)
+        """Raise `reason` in the session, if it waits here."""
+        self.wake(reason)
 
     def give_up(self) -> None:
         """The client for which this connection was to be made is gone."""
         self.interrupt(PeerReset())
+
+    def _tell_of_reset(self) -> None:
+        if self.on_reset is not None:
+            self.on_reset()
 
     def _send_some(self, data: bytes) -> int:
         try:
@@ -260,20 +236,6 @@ class Endpoint:
             sent = 0
         self.writable = sent == len(data)
         return sent
-
-    def _wait(self) -> Awaitable[None]:
-        # (Not a coroutine, which would add one to each wait.)
-        self._task = trio.lowlevel.current_task()
-        return trio.lowlevel.wait_task_rescheduled(self._abort)  # noqa: ASYNC105  who calls this awaits it
-
-    def _abort(self, _: object) -> trio.lowlevel.Abort:
-        self._task = None
-        return trio.lowlevel.Abort.SUCCEEDED
-
-    def _wake(self, error: BaseException | None = None) -> None:
-        task, self._task = self._task, None
-        if task is not None:
-            trio.lowlevel.reschedule(task, outcome.Value(None) if error is None else outcome.Error(error))
 
 
 class TransparentEndpoint(Endpoint):

@@ -127,7 +127,7 @@ class UnprovenEndpoint(Endpoint):
         """Wait for the answer to the SYN, that is after a first `send_all`."""
         try:
             while self.unproven:
-                await self._wait()
+                await self.wait()
                 if error := self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
                     raise OSError(error, "")
         except (OSError, DeadlineExpired) as error:

@@ -50,6 +50,8 @@ class Flow:
         "tail",
     )
 
+    __deletable__ = ("reverse",)
+
     reverse: Flow
 
     def __init__(self, pair: Pair, source: Endpoint, sink: Endpoint) -> None:

@@ -10,11 +10,9 @@ from math import inf
 from socket import SocketType
 from typing import TYPE_CHECKING, NamedTuple
 
-import trio
-
 from usocksd.errors import DialError
 from usocksd.net.endpoint import DeadlineExpired, Endpoint, PeerReset
-from usocksd.net.reactor import Reactor
+from usocksd.net.reactor import Reactor, Waitable
 
 if TYPE_CHECKING:
     from usocksd.net.dial import Dialer, Target
@@ -50,7 +48,7 @@ class RaceAttempt(Endpoint):
     def on_event(self, flags: int) -> None:
         super().on_event(flags)
         if self.race is not None:
-            self.race.news.set()
+            self.race.wake()
 
     def interrupt(self, reason: BaseException) -> None:
         if self.race is not None:
@@ -59,20 +57,19 @@ class RaceAttempt(Endpoint):
             super().interrupt(reason)
 
 
-class Race:
+class Race(Waitable):
     """Attempts begin a moment apart, or as soon as one has failed; the first to connect wins.
 
-    The race is one task, which looks at every attempt before it begins another: once one has connected, none begins.
+    The race is one session, which looks at every attempt before it begins another: once one has connected, none begins.
 
     A session counts as two descriptors. A race borrows further ones from `Dialer.spare`, and never more than it leaves
     there for others. If it can borrow none, each attempt has its share of the time, and then gives way to the next.
     """
 
     def __init__(self, dialer: Dialer, targets: Sequence[Target], deadline: float) -> None:
-        self.news = trio.Event()
-        """Set when something has happened to an attempt."""
+        reactor = dialer.reactor
+        super().__init__(reactor)
         self._dialer = dialer
-        self._reactor = reactor = dialer.reactor
         self._untried = deque(targets)
         self._deadline = deadline
         spread = (deadline - reactor.clock()) / (2 * len(targets))
@@ -81,7 +78,7 @@ class Race:
         """In the order in which they began. All but one are borrowed."""
         self._failed: list[DialError] = []
         self._stopped: BaseException | None = None
-        # In trio's time: when the next attempt may begin beside running ones, and when it may replace one of them.
+        # When the next attempt may begin beside running ones, and when it may replace one of them.
         self._beside_at = self._instead_at = -inf
 
     async def run(self, client: Endpoint | None) -> tuple[Endpoint, Target]:
@@ -117,7 +114,7 @@ class Race:
     def stop(self, reason: BaseException) -> None:
         """End it with `reason`."""
         self._stopped = self._stopped or reason
-        self.news.set()
+        self.wake()
 
     def _connected(self) -> RaceAttempt | None:
         """The attempt that has connected, if any. Attempts that have failed are dropped."""
@@ -136,8 +133,8 @@ class Race:
         running = self._running
         if not running:
             # After the deadline, each attempt would end as soon as it began; with many targets, that takes long.
-            return not self._failed or self._reactor.clock() < self._deadline
-        now = trio.current_time()
+            return not self._failed or self.reactor.clock() < self._deadline
+        now = self.reactor.clock()
         if now < self._beside_at:
             return False
         if len(running) < self._dialer.pace.at_once:
@@ -150,7 +147,7 @@ class Race:
 
     def _begin(self, target: Target) -> None:
         try:
-            attempt = self._dialer.start(target, lambda sock, _: RaceAttempt(self, target, self._reactor, sock))
+            attempt = self._dialer.start(target, lambda sock, _: RaceAttempt(self, target, self.reactor, sock))
         except DialError as error:
             self._failed.append(error)
             return
@@ -158,9 +155,9 @@ class Race:
         if self._running:
             self._dialer.spare -= 1
         self._running[attempt] = None
-        now = trio.current_time()
+        now = self.reactor.clock()
         self._beside_at = now + self._delay
-        share = (self._deadline - self._reactor.clock()) / (len(self._untried) + 1)
+        share = (self._deadline - self.reactor.clock()) / (len(self._untried) + 1)
         self._instead_at = now + min(max(share, self._delay), _LONGEST_ALONE)
 
     def _drop(self, attempt: RaceAttempt) -> None:
@@ -170,14 +167,11 @@ class Race:
         attempt.close()
 
     async def _wait(self) -> None:
-        """Wait for news, or until another attempt may begin."""
-        self.news = trio.Event()
-        at, now = inf, trio.current_time()
-        if self._untried:
-            # (Another race may return a descriptor meanwhile.)
-            at = self._beside_at if now < self._beside_at else min(self._instead_at, now + self._delay)
-        with trio.move_on_at(at):
-            await self.news.wait()
+        """Wait for news of an attempt, or until another one may begin."""
+        if not self._untried:
+            await self.wait()
             return
-        # After the process was busy, timers and events may be due in the same turn: events come first.
-        await trio.lowlevel.checkpoint()
+        # (Another race may return a descriptor meanwhile.)
+        now = self.reactor.clock()
+        at = self._beside_at if now < self._beside_at else min(self._instead_at, now + self._delay)
+        await self.wait_until(at)

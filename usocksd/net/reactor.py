@@ -1,26 +1,29 @@
-"""One epoll for all proxied sockets of a process: events, deadlines and turns.
+"""The loop of a process: one epoll for all proxied sockets, and the sessions that wait for them.
 
 The rules that this file, endpoint.py, flow.py and relay.py keep, each learned from a prototype that broke:
 
 - Every socket is registered once, edge-triggered. Flags of an event are hints: only what recv, send, splice and
   SO_ERROR return decides.
-- Nothing is awaited between `poll()` and the end of its batch, and only the session that owns a socket closes it. So
-  no descriptor number changes hands within a batch.
-- A task is woken through exactly one place, which forgets it first. Cancelling does the same, so a task can't be
-  rescheduled twice (trio would end the whole program).
-- An exception in one session's step is raised in that session, never in the reactor's task.
+- A session is a coroutine. It runs behind the events of a turn, never within them, and only the session that owns a
+  socket closes it. So no descriptor number changes hands within a batch of events.
+- A session is woken through exactly one place, a Waitable, which forgets it first. So it can't be resumed twice.
+- An exception in one session's step is raised in that session, never here.
+
+trio runs as a guest of this loop, and nothing here knows of it: see bridge.py.
 
 Why not trio's own sockets: two tasks and a wait per direction cost 1.5 times the CPU per echo and twice the memory.
 """
 
 from __future__ import annotations
 
+import heapq
+import os
 import select
 import time
-from collections.abc import Callable
-from typing import NoReturn, Protocol
-
-import trio
+from collections import deque
+from collections.abc import Callable, Coroutine, Generator
+from itertools import count
+from typing import Any, Protocol, TypeAlias
 
 IN = select.EPOLLIN
 OUT = select.EPOLLOUT
@@ -45,6 +48,9 @@ _TURN = 0.005
 # One buffer serves every receive of the process: bytes stay in it only until they are sent, in the same step.
 BUFFER_SIZE = 64 * 1024
 
+Session: TypeAlias = Coroutine[Any, Any, None]
+"""What the reactor drives: it waits for nothing but a Waitable, and raises nothing."""
+
 
 class Handler(Protocol):
     """The object behind a registered descriptor: an endpoint, one direction of a relay, or a listener."""
@@ -68,8 +74,18 @@ class Resumable(Protocol):
         """Continue. Must neither block nor raise."""
 
 
+class _Suspension:
+    """Awaited by a session, it hands control back to the reactor until the session is woken."""
+
+    def __await__(self) -> Generator[None, None, None]:
+        yield
+
+
+_SUSPENSION = _Suspension()
+
+
 class Reactor:
-    """Waits for every registered socket of the process in one trio task, `run`.
+    """Waits for every registered socket of the process and runs its sessions: `turn`, over and over.
 
     `clock` gives seconds and never goes back; tests move it by hand. `sweep_every`: the seconds between two checks of
     all deadlines, and so the most that one may be late.
@@ -81,28 +97,50 @@ class Reactor:
         self.view = memoryview(self.buffer)
         self.clock = clock
         self.now = clock()
-        """When the present batch began: nothing in it reads the clock again."""
+        """When the present turn began: nothing in it reads the clock again."""
+        self.current: Session | None = None
+        """The session that runs."""
         self._sweep_every = sweep_every
         self._epoll = select.epoll()
+        self._sessions: set[Session] = set()
+        self._ready: list[tuple[Session, BaseException | None]] = []
         self._resume: list[Resumable] = []
+        self._calls: deque[Callable[[], object]] = deque()
+        self._timers: list[tuple[float, int, Timer]] = []
+        self._numbers = count()
+        self._alarm = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._epoll.register(self._alarm, IN)
+        self.call_at(self.now + sweep_every, self._sweep_again)
 
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> NoReturn:
-        """Serve events and deadlines until cancelled."""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._sweeper)
-            task_status.started()
-            fd = self._epoll.fileno()
-            while True:
-                if self._resume:
-                    await trio.lowlevel.checkpoint()
-                else:
-                    # On the epoll's own descriptor: trio wakes this one task, whichever socket is ready.
-                    await trio.lowlevel.wait_readable(fd)
-                self._turn()
+    def turn(self, patience: float | None = None) -> None:
+        """Wait until there is something to do, and do it: events first, then sessions, then bulk, then calls.
+
+        `patience`: how many seconds to wait at most; None: until something happens.
+        """
+        rest = self.rest()
+        self._serve(self._epoll.poll(rest if patience is None else min(rest, patience), _BATCH))
+
+    @property
+    def pending(self) -> bool:
+        """Whether there is something to do, whatever events come."""
+        return bool(self._ready or self._resume or self._calls)
+
+    def rest(self) -> float:
+        """How many seconds there is nothing to do, if no event comes."""
+        if self.pending:
+            return 0.0
+        return max(self._timers[0][0] - self.clock(), 0.0)
+
+    def fileno(self) -> int:
+        """The epoll descriptor: readable when an event has come."""
+        return self._epoll.fileno()
 
     def close(self) -> None:
-        """Give back the epoll descriptor. Sockets belong to their sessions."""
+        """Give back the loop's own descriptors. Sockets belong to their sessions."""
         self._epoll.close()
+        os.close(self._alarm)
+
+    # Descriptors
 
     def register(self, fd: int, handler: Handler, *, connecting: bool = False) -> None:
         """Watch `fd`, edge-triggered; `connecting` also for the moment at which it becomes writable."""
@@ -131,9 +169,26 @@ class Reactor:
         """`fd` is about to be closed, which ends the kernel's watch on it."""
         self.handlers.pop(fd, None)
 
+    # Work and time
+
     def resume_later(self, work: Resumable) -> None:
         """Call `work.resume()` when all events of a turn are served: soon, and once for each time this is called."""
         self._resume.append(work)
+
+    def call_soon(self, function: Callable[[], object]) -> None:
+        """Call it at the end of this turn."""
+        self._calls.append(function)
+
+    def call_soon_threadsafe(self, function: Callable[[], object]) -> None:
+        """The same, from any thread, also while this one waits."""
+        self._calls.append(function)
+        os.eventfd_write(self._alarm, 1)
+
+    def call_at(self, when: float, function: Callable[[], object]) -> Timer:
+        """Call it at `when`, on the reactor's clock."""
+        timer = Timer(function)
+        heapq.heappush(self._timers, (when, next(self._numbers), timer))
+        return timer
 
     def sweep(self) -> None:
         """Check every deadline once."""
@@ -147,15 +202,79 @@ class Reactor:
         for handler in list(self.handlers.values()):
             handler.interrupt(reason())
 
-    def _turn(self) -> None:
+    # Sessions
+
+    def start(self, session: Session) -> None:
+        """Run `session`, from the end of this turn on."""
+        self._sessions.add(session)
+        self._ready.append((session, None))
+
+    def wake(self, session: Session, error: BaseException | None = None) -> None:
+        """Resume `session` behind the events of this turn, with `error` raised where it waits, if there is one."""
+        self._ready.append((session, error))
+
+    def stop(self, session: Session) -> None:
+        """End `session` where it waits: it cleans up at once, without waiting again."""
+        if session in self._sessions:
+            self._sessions.discard(session)
+            session.close()
+
+    def stop_all(self) -> None:
+        """End every session."""
+        self._run_sessions()  # one that has not begun has a socket to close: it must have begun
+        for session in list(self._sessions):
+            self.stop(session)
+
+    async def yield_turn(self) -> None:
+        """For a session: let others run first."""
+        assert self.current is not None
+        self.wake(self.current)
+        await _SUSPENSION
+
+    async def sleep(self, seconds: float) -> None:
+        """For a session: wait so long."""
+        await Waitable(self).wait_until(self.clock() + seconds)
+
+    def _serve(self, events: list[tuple[int, int]]) -> None:
         self.now = self.clock()
         handlers = self.handlers
-        for fd, flags in self._epoll.poll(0, _BATCH):
-            handler = handlers.get(fd)
-            if handler is not None:
-                handler.on_event(flags)
-        if self._resume:
-            self._work_off()
+        try:
+            for fd, flags in events:
+                handler = handlers.get(fd)
+                if handler is not None:
+                    handler.on_event(flags)
+                elif fd == self._alarm:
+                    os.eventfd_read(fd)
+            timers = self._timers
+            while timers[0][0] <= self.now:
+                heapq.heappop(timers)[2].fire()
+            if self._ready:
+                self._run_sessions()
+            if self._resume:
+                self._work_off()
+        finally:
+            # Also if a handler fails in every turn: trio needs its calls to end.
+            for _ in range(len(self._calls)):
+                self._calls.popleft()()
+
+    def _run_sessions(self) -> None:
+        """Those that are ready now. Others that get ready meanwhile wait for the next turn, behind its events."""
+        ready, self._ready = self._ready, []
+        sessions = self._sessions
+        try:
+            for session, error in ready:
+                if session not in sessions:
+                    continue  # it has been stopped
+                self.current = session
+                try:
+                    awaited = session.send(None) if error is None else session.throw(error)
+                except StopIteration:
+                    sessions.discard(session)
+                else:
+                    if awaited is not None:
+                        self.wake(session, RuntimeError(f"a session waits for {awaited!r}, which only trio knows"))
+        finally:
+            self.current = None
 
     def _work_off(self) -> None:
         """Bulk comes after quick events, and only until the turn has used its time."""
@@ -168,7 +287,55 @@ class Reactor:
                 self._resume[:0] = resume[done:]
                 break
 
-    async def _sweeper(self) -> NoReturn:
-        while True:
-            await trio.sleep(self._sweep_every)
-            self.sweep()
+    def _sweep_again(self) -> None:
+        # First, for a handler may fail.
+        self.call_at(self.now + self._sweep_every, self._sweep_again)
+        self.sweep()
+
+
+class Waitable:
+    """Something that one session at a time waits for."""
+
+    __slots__ = ("_waiting", "reactor")
+
+    def __init__(self, reactor: Reactor) -> None:
+        self.reactor = reactor
+        self._waiting: Session | None = None
+
+    def wait(self) -> _Suspension:
+        """Awaited by a session, it returns when `wake` is called; raises what that was given."""
+        # (Not a coroutine itself: that would be one more for each wait.)
+        self._waiting = self.reactor.current
+        return _SUSPENSION
+
+    async def wait_until(self, when: float) -> None:
+        """As `wait`, but only until `when`, on the reactor's clock."""
+        timer = self.reactor.call_at(when, self.wake)
+        try:
+            await self.wait()
+        finally:
+            timer.cancel()
+
+    def wake(self, error: BaseException | None = None) -> None:
+        """Resume the session that waits here, if one does."""
+        session, self._waiting = self._waiting, None
+        if session is not None:
+            self.reactor.wake(session, error)
+
+
+class Timer:
+    """A call at a certain time; see Reactor.call_at."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[[], object]) -> None:
+        self._function: Callable[[], object] | None = function
+
+    def cancel(self) -> None:
+        """Don't call it. (The timer stays in the reactor's heap until its time.)"""
+        self._function = None
+
+    def fire(self) -> None:
+        function, self._function = self._function, None
+        if function is not None:
+            function()

@@ -1,6 +1,6 @@
 """The relay: carries bytes both ways between two connected sockets until both have ended, or one of them broke.
 
-A session calls `relay()`, which parks its task; two Flows, one a direction, do the work in steps that the reactor
+A session calls `relay()`, which waits; two Flows, one a direction, do the work in steps that the reactor
 calls. What a Flow promises:
 
 - Bytes arrive in order, each once, or the pair ends with a reason. While a sink takes no more, its source is not read.
@@ -16,15 +16,13 @@ import socket
 import termios
 from typing import Protocol
 
-import trio
-
 from usocksd.net import tcp_info
 from usocksd.net.ending import Limits, Reason, RelayResult, Side
 from usocksd.net.endpoint import Endpoint
 from usocksd.net.flow import Flow
 from usocksd.net.keepalive import keep_alive
 from usocksd.net.pipes import PipePool
-from usocksd.net.reactor import Reactor
+from usocksd.net.reactor import Waitable
 
 
 class Record(Protocol):
@@ -49,22 +47,22 @@ async def relay(
 
     `to_upstream` and `to_client` are bytes left over from the handshakes: they are sent first. `sent` is how many of
     the client's bytes went to the upstream with a handshake; they count as relayed. `record` is told how it ended, also
-    when this raises: what went wrong in a step, or Cancelled. The session closes both endpoints afterwards by
+    when a step raised an exception, and when the session is stopped. The session closes both endpoints afterwards by
     `close_pair`, which passes a reset on.
     """
     pair = Pair(client, upstream, pipes, limits)
     try:
         pair.up.count = sent
         pair.start(to_upstream, to_client)
-        del to_upstream, to_client  # this frame lives as long as the connection, and there may be many idle ones
+        to_upstream = to_client = b""  # this frame lives as long as the connection, and there may be many idle ones
         if pair.result is None:
-            # Not in a method of its own: that would be one more coroutine for every idle connection.
-            pair.task = trio.lowlevel.current_task()
-            await trio.lowlevel.wait_task_rescheduled(pair.abort)
+            await pair.wait()
         return pair.outcome()
     finally:
+        pair.end(Reason.STOPPED, Side.PROXY)  # if it has not ended: the session is stopped
         pair.detach()
-        if record is not None and pair.result is not None:
+        if record is not None:
+            assert pair.result is not None
             record.ends(pair.result)
 
 
@@ -90,10 +88,11 @@ async def close_pair(
 async def _delivered(endpoint: Endpoint, within: float) -> None:
     """Return when the peer has acknowledged everything, or after this many seconds."""
     wait = 0.001
-    with trio.move_on_after(within):
-        while _unacknowledged(endpoint.sock):
-            await trio.sleep(wait)
-            wait = min(wait * 2, 0.1)
+    reactor = endpoint.reactor
+    until = reactor.clock() + within
+    while _unacknowledged(endpoint.sock) and (left := until - reactor.clock()) > 0:
+        await reactor.sleep(min(wait, left))
+        wait = min(wait * 2, 0.1)
 
 
 def _unacknowledged(sock: socket.SocketType) -> int:
@@ -105,8 +104,8 @@ def _unacknowledged(sock: socket.SocketType) -> int:
     return count[0]
 
 
-class Pair:
-    """Two flows, one for each direction, and the session's task that waits for their end."""
+class Pair(Waitable):
+    """Two flows, one for each direction; the session waits for their end."""
 
     __slots__ = (
         "_client",
@@ -118,14 +117,14 @@ class Pair:
         "half_closed",
         "limits",
         "pipes",
-        "reactor",
         "result",
-        "task",
         "up",
     )
 
+    __deletable__ = ("down", "up")
+
     def __init__(self, client: Endpoint, upstream: Endpoint, pipes: PipePool, limits: Limits) -> None:
-        self.reactor: Reactor = client.reactor
+        super().__init__(client.reactor)
         self.pipes = pipes
         self.limits = limits
         self.active = self.reactor.now
@@ -136,7 +135,6 @@ class Pair:
         """When it did."""
         self.result: RelayResult | None = None
         self._failure: Exception | None = None
-        self.task: trio.lowlevel.Task | None = None
         self._client = client
         self._upstream = upstream
         self.up = Flow(self, client, upstream)
@@ -154,10 +152,6 @@ class Pair:
         try:
             for flow in (self.up, self.down):
                 flow.start()
-            for flow in (self.up, self.down):
-                if flow.queued:
-                    # This is the session's task, and the reactor may be asleep: an event of this socket wakes it.
-                    self.reactor.watch_writable(flow.source.fd)
         except Exception as error:
             self.fail(error)
 
@@ -172,10 +166,9 @@ class Pair:
         """The one way to end a pair, and the one place that wakes its session. The first call counts."""
         if self.result is not None:
             return
-        self._end(reason, by, error)
-        task, self.task = self.task, None
-        if task is not None:
-            trio.lowlevel.reschedule(task)
+        alone = 0.0 if self.first is None else self.reactor.now - self.half_closed
+        self.result = RelayResult(self.up.count, self.down.count, reason, by, error, self.first, alone)
+        self.wake()
 
     def fail(self, error: Exception) -> None:
         """A bug in a step of this pair: raised in its own session."""
@@ -203,13 +196,3 @@ class Pair:
             flow.release()
         # Flows know their pair. Without this there would be a cycle for the collector in every connection.
         del self.up, self.down
-
-    def abort(self, _: object) -> trio.lowlevel.Abort:
-        # Mark it as ended first: no step may wake the task a second time.
-        self._end(Reason.STOPPED, Side.PROXY, 0)
-        self.task = None
-        return trio.lowlevel.Abort.SUCCEEDED
-
-    def _end(self, reason: Reason, by: Side, error: int) -> None:
-        alone = 0.0 if self.first is None else self.reactor.now - self.half_closed
-        self.result = RelayResult(self.up.count, self.down.count, reason, by, error, self.first, alone)

@@ -11,7 +11,6 @@ from math import inf
 from operator import attrgetter
 from typing import Any, NoReturn
 
-import outcome
 import trio
 
 from usocksd.log.metrics import Metrics
@@ -39,7 +38,7 @@ class Stopping(Exception):
 
 
 class Service:
-    """Runs a session for each accepted connection, in the nursery `sessions`.
+    """Runs a session for each accepted connection.
 
     `most` is how many connections the process has descriptors for. When there are as many, new ones wait in the
     kernel's queue, unless idle ones can make room. `proxied` are ports whose connections a proxy makes for its clients:
@@ -50,7 +49,6 @@ class Service:
         self,
         reactor: Reactor,
         session: Callable[[Endpoint, str, int], Awaitable[None]],
-        sessions: trio.Nursery,
         *,
         most: int,
         tally: Tally,
@@ -65,15 +63,12 @@ class Service:
         self.most = most
         self._reactor = reactor
         self._session = session
-        self._sessions = sessions
         self._tally = tally
         self._proxied = proxied
         self._keepalive = keepalive
         self._timing = timing
         self._rows: dict[Endpoint, int] = {}
         """Where a connection is counted, if that was not known at accept"""
-        self._idle: list[trio.lowlevel.Task] = []
-        """Tasks of sessions that have ended, each waiting for the next connection."""
         self._listeners: list[Listener] = []
         self._empty: trio.Event | None = None
         self._turned_away = metrics.counters(
@@ -148,7 +143,6 @@ class Service:
             self._reactor.interrupt_all(Stopping)
             with trio.move_on_after(self._timing.session_ends):
                 await self._emptied()
-        self._sessions.cancel_scope.cancel()
 
     def connections(self) -> Iterator[dict[str, Any]]:
         """The live ones, as their sessions describe them, with bytes and seconds; "at" is when that was, by
@@ -203,10 +197,7 @@ class Service:
         self._tally.add(row, 1)
         self.live += 1
         self.accepted.value += 1
-        if self._idle:
-            trio.lowlevel.reschedule(self._idle.pop(), outcome.Value((endpoint, host, port, row)))
-        else:
-            self._sessions.start_soon(self._serve_each, (endpoint, host, port, row), name="session")
+        self._reactor.start(self._serve(endpoint, host, port, row))
 
     def _turn_away(self, endpoint: Endpoint, host: str, port: int, limit: str) -> None:
         endpoint.reset()
@@ -217,23 +208,6 @@ class Service:
             self._said = now
             fields = {"client_addr": join_port(host, port), "limit": limit, "turned_away": int(turned_away.value)}
             log.warning("too many connections", extra={"fields": fields})
-
-    async def _serve_each(self, connection: tuple[Endpoint, str, int, int]) -> None:
-        """Serve it, and then others: starting and ending a task takes 4 us, more than waiting."""
-        task = trio.lowlevel.current_task()
-        idle, most = self._idle, self._timing.idle_tasks
-
-        def abort(_: object) -> trio.lowlevel.Abort:
-            idle.remove(task)
-            return trio.lowlevel.Abort.SUCCEEDED
-
-        while True:
-            await self._serve(*connection)
-            del connection
-            if len(idle) == most:
-                return
-            idle.append(task)
-            connection = await trio.lowlevel.wait_task_rescheduled(abort)
 
     async def _serve(self, endpoint: Endpoint, host: str, port: int, row: int) -> None:
         try:

@@ -55,5 +55,3 @@ class Timing:
     """At the descriptor limit, connections that were silent for this long make room."""
     shed_at_once: int = 32
     """How many of them"""
-    idle_tasks: int = 64
-    """The most tasks of ended sessions that wait for another connection, some 2 KB each"""

@@ -23,6 +23,7 @@ from usocksd import __version__
 from usocksd.errors import ConfigError, Error, Fault
 from usocksd.log.log import Log, parse_level, setup
 from usocksd.log.metrics import Metrics
+from usocksd.net import bridge
 from usocksd.net.endpoint import Endpoint
 from usocksd.net.limits import Tally, most_connections, raise_descriptor_limit
 from usocksd.net.listeners import Listener, is_transparent
@@ -52,7 +53,9 @@ def main(daemon: Daemon[Any], fd: int) -> int:
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
     _take_stderr()
-    return trio.run(_run, daemon, fd)
+    reactor = Reactor()
+    with contextlib.closing(reactor):
+        return bridge.run(reactor, _run, daemon, fd, reactor)
 
 
 def _take_stderr() -> None:
@@ -68,11 +71,11 @@ def _take_stderr() -> None:
         os.write(2, file.read())
 
 
-async def _run(daemon: Daemon[Any], fd: int) -> int:
+async def _run(daemon: Daemon[Any], fd: int, reactor: Reactor) -> int:
     channel = Channel(trio.socket.from_stdlib_socket(socket.socket(fileno=fd)))
     with contextlib.closing(channel):
         try:
-            await _work(daemon, channel)
+            await _work(daemon, channel, reactor)
         except Error as error:
             await _answer_faults(channel, error)
         except Exception as error:
@@ -83,7 +86,7 @@ async def _run(daemon: Daemon[Any], fd: int) -> int:
     return 0
 
 
-async def _work(daemon: Daemon[Any], channel: Channel) -> None:
+async def _work(daemon: Daemon[Any], channel: Channel, reactor: Reactor) -> None:
     """From the configuration to the last connection. An exception before it is ready means that it can't start."""
     received = await channel.receive()
     if received is None:
@@ -98,7 +101,7 @@ async def _work(daemon: Daemon[Any], channel: Channel) -> None:
         sink = setup(daemon.name, **order["log"])
     except OSError as error:
         raise Error(f"can't open the log file {order['log']['filename']}: {error.strerror}") from None
-    worker = Worker(daemon, channel, sink, order, fds)
+    worker = Worker(daemon, channel, sink, order, fds, reactor=reactor)
     try:
         await worker.run(config, files)
     except Error:
@@ -149,7 +152,9 @@ async def _answer_faults(channel: Channel, error: Error) -> None:
 class Worker:
     """One worker from its first connection to its last."""
 
-    def __init__(self, daemon: Daemon[Any], channel: Channel, sink: Log, order: Message, fds: Sequence[int]) -> None:
+    def __init__(
+        self, daemon: Daemon[Any], channel: Channel, sink: Log, order: Message, fds: Sequence[int], *, reactor: Reactor
+    ) -> None:
         self._channel = channel
         self._sink = sink
         self._order = order
@@ -157,7 +162,7 @@ class Worker:
         self._sockets = list(map(restore_socket, listeners))
         self._adopted: dict[int, list[Listener]] = {}
         self._limit = raise_descriptor_limit()
-        self._reactor = Reactor()
+        self._reactor = reactor
         self._metrics = Metrics(daemon.name)
         self._daemon = daemon
         self._draining = False
@@ -194,9 +199,10 @@ class Worker:
         built: Application = self._daemon.call(self._daemon.build, config, parts)
         files.close()
         self._built = built
-        with contextlib.closing(built):
+        with contextlib.ExitStack() as last:
+            last.callback(built.close)
+            last.callback(self._reactor.stop_all)  # first: sessions use what was built
             async with trio.open_nursery() as base:
-                await base.start(self._reactor.run)
                 try:
                     for task in built.background:
                         await base.start(task)
@@ -205,11 +211,11 @@ class Worker:
                     base.cancel_scope.cancel()
                     return
                 # Runs until `drain`.
-                async with trio.open_nursery() as sessions:
+                async with trio.open_nursery() as serving:
+                    self._serving = serving.cancel_scope
                     self._service = Service(
                         self._reactor,
                         built.session,
-                        sessions,
                         most=most,
                         tally=tally,
                         metrics=self._metrics,
@@ -223,7 +229,7 @@ class Worker:
                     await self._send({"type": "ready", "version": __version__})
                     base.start_soon(self._report, vitals)
                     base.start_soon(self._send_shared)
-                    sessions.start_soon(self._obey)
+                    serving.start_soon(self._obey)
                 base.cancel_scope.cancel()
 
     async def report_end(self) -> None:
@@ -270,6 +276,7 @@ class Worker:
         self._draining = True
         self._keeping.cancel()
         await self._service.drain(within)
+        self._serving.cancel()
 
     def _adopt(self, number: int, fds: Sequence[int]) -> None:
         """Accept from these sockets too, until told to release them."""

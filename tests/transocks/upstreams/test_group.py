@@ -5,6 +5,7 @@ Over real sockets. Where time matters, the clock moves only when a test says so:
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections import Counter
@@ -16,6 +17,7 @@ import daemons
 import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
+from turning import start, turning
 
 from transocks.config import TransocksConfig
 from transocks.direct import Direct
@@ -152,7 +154,7 @@ class Session:
         self.access = FakeProgress()
         self.outcome: Tunnel | BaseException | None = None
         self.client: socket.socket | None = None
-        self.done = trio.Event()
+        self.done: trio.Event
 
     async def over(self) -> None:
         """Wait for its end, by the clock on the wall: trio's may stand still."""
@@ -235,10 +237,8 @@ class World:
                 self._open.append(session.outcome.endpoint)
             except (Error, PeerReset) as error:
                 session.outcome = error
-            finally:
-                session.done.set()
 
-        self.nursery.start_soon(run)
+        session.done = start(self.reactor, run)
         return session
 
     async def asked(self, request: TunnelRequest = TunnelRequest(CLIENT, WEB), group: str = "default") -> Session:  # noqa: B008
@@ -282,13 +282,11 @@ class World:
 @pytest.fixture
 async def world(mock_clock: MockClock) -> AsyncIterator[World]:
     reactor = Reactor(clock=trio.current_time, sweep_every=0.5)
-    async with trio.open_nursery() as nursery:
-        await nursery.start(reactor.run)
+    async with turning(reactor), trio.open_nursery() as nursery:
         world = World(nursery, reactor, mock_clock)
         yield world
         nursery.cancel_scope.cancel()
     world.close()
-    reactor.close()
 
 
 def port(peer: Peer) -> str:
@@ -567,13 +565,13 @@ async def test_the_only_upstream_has_all_the_time(mock_clock: MockClock, world: 
 
 
 async def test_an_attempt_given_up_while_an_answer_comes_ends(world: World) -> None:
-    """The event of that answer has woken the task; another event at the same moment can't wake it again."""
+    """The event of that answer has woken its session, which another event of the same moment can't do again."""
     first, second = await world.upstreams_of(silent, socks())
     session = world.ask()
     await wait_all_tasks_blocked(0.005)
     (asking,) = (each for each in world.reactor.handlers.values() if isinstance(each, Endpoint) and each.about is None
                  and each.sock.family == socket.AF_INET)  # fmt: skip
-    await first.streams[0].send_all(b"\x05")
+    os.write(first.streams[0].socket.fileno(), b"\x05")  # no task waits: the reactor does not turn
     asking.on_event(IN)
     world.state(first).failed("a test says so")
     await session.tunnel()

@@ -17,6 +17,7 @@ import trio
 
 import usocksd
 from usocksd.errors import DialError
+from usocksd.net.bridge import in_session
 from usocksd.net.dial import Dialer, Target
 from usocksd.net.endpoint import Endpoint, PeerReset
 from usocksd.net.race import PACE, Pace, RaceAttempt
@@ -39,7 +40,8 @@ def dial(lab: Any) -> Dial:
     """Dial these targets, with a deadline in 10 s on the lab's clock."""
 
     def start(*targets: Target, pace: Pace = PACE, within: float = 10, **more: Any) -> Awaitable[Any]:
-        return Dialer(lab.reactor, pace=pace).dial(targets, deadline=lab.clock.now + within, **more)
+        dialer = Dialer(lab.reactor, pace=pace)
+        return in_session(lab.reactor, dialer.dial(targets, deadline=lab.clock.now + within, **more))
 
     return start
 
@@ -90,10 +92,10 @@ async def test_connects(lab: Any, dial: Dial, open_sockets: ExitStack) -> None:
     endpoint, chosen = await dial(target)
     peer = lab.peer(listener.accept()[0])
     assert chosen is target
-    await endpoint.send_all(b"hello")
+    await in_session(lab.reactor, endpoint.send_all(b"hello"))
     assert await peer.receive(5) == b"hello"
     await peer.send(b"you")
-    assert await endpoint.receive() == b"you"
+    assert await in_session(lab.reactor, endpoint.receive()) == b"you"
     for level, option in ((socket.IPPROTO_TCP, socket.TCP_NODELAY), (socket.SOL_SOCKET, socket.SO_OOBINLINE)):
         assert endpoint.sock.getsockopt(level, option)
     endpoint.close()
@@ -160,9 +162,10 @@ async def test_a_source_that_is_gone(
 
 
 IN_A_NAMESPACE = """
-    import json, socket, subprocess, sys, trio
+    import json, socket, subprocess, sys
     from pathlib import Path
     from usocksd.errors import DialError
+    from usocksd.net.bridge import in_session, run
     from usocksd.net.dial import Dialer, Target
     from usocksd.net.reactor import Reactor
 
@@ -177,60 +180,59 @@ IN_A_NAMESPACE = """
     Path("/proc/sys/net/ipv4/tcp_tw_reuse").write_text("0")
     listeners = [socket.create_server(("10.1.1.1", port)) for port in (1001, 1002)]
 
+    now = [1000.0]
+    reactor = Reactor(clock=lambda: now[0])
+
     async def main():
-        now = [1000.0]
-        reactor = Reactor(clock=lambda: now[0])
         dialer = Dialer(reactor)
         said, opened = {}, {}
 
         async def attempt(name, host, port, **more):
             try:
-                endpoint, _ = await dialer.dial([Target(host, port, **more)], deadline=now[0] + 5)
+                dial = dialer.dial([Target(host, port, **more)], deadline=now[0] + 5)
+                endpoint, _ = await in_session(reactor, dial)
             except DialError as error:
                 said[name] = [error.errno, error.step, type(error).__name__, str(error)]
             else:
                 said[name] = endpoint.sock.getsockname()
                 opened[name] = endpoint
 
-        async with trio.open_nursery() as nursery:
-            await nursery.start(reactor.run)
-            await attempt("one", "10.1.1.1", 1001, source="10.1.1.1")
-            await attempt("two", "10.1.1.1", 1002, source="10.1.1.1")
-            await attempt("out of ports", "10.1.1.1", 1001, source="10.1.1.1")
-            await attempt("no network", "192.0.2.1", 1)
-            await attempt("no host", "10.9.9.9", 1)
-            await attempt("forbidden", "10.9.9.8", 1)
-            await attempt("marked", "10.1.1.1", 1001, source="127.0.0.1", mark=7)
-            await attempt("device", "10.1.1.1", 1002, source="127.0.0.1", iface="lo")
-            # Several sources, with a port each.
-            three = {"source": "127.0.0.11", "spare": ("127.0.0.12", "127.0.0.13")}
-            for name in ("first", "second", "third", "fourth"):
-                await attempt(name, "10.1.1.1", 1001, **three)
-            await attempt("elsewhere", "10.1.1.1", 1002, **three)
-            opened["first"].reset()
-            await attempt("preferred is free", "10.1.1.1", 1001, **three)
-            opened["third"].reset()
-            await attempt("third is free, and not asked yet", "10.1.1.1", 1001, **three)
-            now[0] += 1.5
-            await attempt("third is free", "10.1.1.1", 1001, **three)
-            await attempt("gone", "10.1.1.1", 1002, source="192.0.2.7", spare=("192.0.2.8", "127.0.0.14"))
-            await attempt("all gone", "10.1.1.1", 1002, source="192.0.2.7", spare=("192.0.2.8",))
-            # The one who closes first has TIME_WAIT.
-            await attempt("short", "10.1.1.1", 1001, source="127.0.0.15")
-            listeners[0].setblocking(False)
-            accepted = {}
-            while "127.0.0.15" not in accepted:
-                sock, (peer, _) = listeners[0].accept()
-                accepted[peer] = sock
-            opened["short"].sock.shutdown(socket.SHUT_WR)
-            accepted["127.0.0.15"].close()
-            assert await opened["short"].receive() == b""
-            opened["short"].close()
-            await attempt("time wait", "10.1.1.1", 1001, source="127.0.0.15")
-            nursery.cancel_scope.cancel()
+        await attempt("one", "10.1.1.1", 1001, source="10.1.1.1")
+        await attempt("two", "10.1.1.1", 1002, source="10.1.1.1")
+        await attempt("out of ports", "10.1.1.1", 1001, source="10.1.1.1")
+        await attempt("no network", "192.0.2.1", 1)
+        await attempt("no host", "10.9.9.9", 1)
+        await attempt("forbidden", "10.9.9.8", 1)
+        await attempt("marked", "10.1.1.1", 1001, source="127.0.0.1", mark=7)
+        await attempt("device", "10.1.1.1", 1002, source="127.0.0.1", iface="lo")
+        # Several sources, with a port each.
+        three = {"source": "127.0.0.11", "spare": ("127.0.0.12", "127.0.0.13")}
+        for name in ("first", "second", "third", "fourth"):
+            await attempt(name, "10.1.1.1", 1001, **three)
+        await attempt("elsewhere", "10.1.1.1", 1002, **three)
+        opened["first"].reset()
+        await attempt("preferred is free", "10.1.1.1", 1001, **three)
+        opened["third"].reset()
+        await attempt("third is free, and not asked yet", "10.1.1.1", 1001, **three)
+        now[0] += 1.5
+        await attempt("third is free", "10.1.1.1", 1001, **three)
+        await attempt("gone", "10.1.1.1", 1002, source="192.0.2.7", spare=("192.0.2.8", "127.0.0.14"))
+        await attempt("all gone", "10.1.1.1", 1002, source="192.0.2.7", spare=("192.0.2.8",))
+        # The one who closes first has TIME_WAIT.
+        await attempt("short", "10.1.1.1", 1001, source="127.0.0.15")
+        listeners[0].setblocking(False)
+        accepted = {}
+        while "127.0.0.15" not in accepted:
+            sock, (peer, _) = listeners[0].accept()
+            accepted[peer] = sock
+        opened["short"].sock.shutdown(socket.SHUT_WR)
+        accepted["127.0.0.15"].close()
+        assert await in_session(reactor, opened["short"].receive()) == b""
+        opened["short"].close()
+        await attempt("time wait", "10.1.1.1", 1001, source="127.0.0.15")
         print(json.dumps(said))
 
-    trio.run(main)
+    run(reactor, main)
 """
 
 
@@ -288,11 +290,18 @@ async def test_a_refusal_leads_to_the_next_at_once(
 async def test_a_black_hole_delays_little(
     lab: Any, dial: Dial, black_hole: Target, answering: Callable[..., Target]
 ) -> None:
-    """The clock of deadlines does not move at all."""
-    with trio.fail_after(5):
-        endpoint, chosen = await dial(black_hole, target := answering())
-    assert chosen is target
-    endpoint.close()
+    target = answering()
+
+    async def run() -> None:
+        endpoint, chosen = await dial(black_hole, target)
+        assert chosen is target
+        endpoint.close()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run)
+        await lab.pass_time(PACE.delay - 0.01)
+        assert len(lab.reactor.handlers) == 1
+        await lab.pass_time(0.01)
     assert lab.reactor.handlers == {}
 
 
@@ -307,7 +316,7 @@ async def test_of_several_failures_the_first_is_raised(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(run)
         while len(lab.reactor.handlers) < 2:
-            await trio.lowlevel.checkpoint()
+            await lab.pass_time(0.01)
         assert errors == []
         await lab.pass_time(10.0)
     assert [error.errno for error in errors] == [errno.ECONNREFUSED]
@@ -318,6 +327,7 @@ async def test_many_black_holes_do_not_hide_the_last_address(
     lab: Any, dial: Dial, black_hole: Target, answering: Callable[..., Target]
 ) -> None:
     """Nor do they take many descriptors at a time."""
+    lab.clock.run()
     most = 0
     targets = [black_hole] * 20 + [target := answering()]
     async with trio.open_nursery() as nursery:
@@ -365,6 +375,7 @@ async def test_nothing_is_connected_to_behind_the_winner(
     lab: Any, dial: Dial, before: list[str], open_sockets: ExitStack, refusing: Target, black_hole: Target
 ) -> None:
     """However short the delay: loopback answers at once."""
+    lab.clock.run()
     winner, behind = Accepting(open_sockets), Accepting(open_sockets)
     kinds = {"refuses": refusing, "silent": black_hole}
     for last in ([], [refusing], [black_hole]):
@@ -391,6 +402,7 @@ async def test_an_answer_in_time_wins_in_a_busy_process(lab: Any, dial: Dial, op
             while not lab.reactor.handlers:
                 await trio.lowlevel.checkpoint()
             time.sleep(0.002)  # noqa: ASYNC251
+            lab.clock.now += 0.002
     await lab.settle()
     assert second.accepted() == 0
 
@@ -400,12 +412,14 @@ async def test_races_borrow_what_they_open(
     lab: Any, black_hole: Target, answering: Callable[..., Target], spare: int
 ) -> None:
     """With no descriptor to borrow, attempts take turns, and still reach the last address."""
+    lab.clock.run()
     dialer = Dialer(lab.reactor, spare=spare)
     most = 0
     target = answering()
 
     async def run() -> None:
-        endpoint, chosen = await dialer.dial([black_hole] * 3 + [target], deadline=lab.clock.now + 0.4)
+        dial = dialer.dial([black_hole] * 3 + [target], deadline=lab.clock() + 0.4)
+        endpoint, chosen = await in_session(lab.reactor, dial)
         assert chosen is target
         endpoint.close()
 
@@ -478,8 +492,7 @@ async def test_an_interrupt_is_raised_in_the_session(lab: Any, dial: Dial, black
     async with trio.open_nursery() as nursery:
         nursery.start_soon(run)
         while len(lab.reactor.handlers) < number:
-            await trio.lowlevel.checkpoint()
-        await lab.settle()
+            await lab.pass_time(PACE.delay)
         lab.reactor.interrupt_all(Stop)
     assert lab.reactor.handlers == {}
 

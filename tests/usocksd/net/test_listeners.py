@@ -12,6 +12,7 @@ import pytest
 import trio
 
 from usocksd.net import listeners as listeners_module
+from usocksd.net.bridge import in_session
 from usocksd.net.endpoint import DeadlineExpired, Endpoint, OutOfWatches
 from usocksd.net.listeners import Listener, ListenError, listen
 from usocksd.net.tcp_info import accept_queue
@@ -149,7 +150,7 @@ async def test_accepts_in_batches(lab: Any, serve: Callable[..., Server], monkey
     sizes = []
     for _ in range(5):
         before = len(server.accepted)
-        lab.reactor._turn()
+        lab.reactor.turn(0)
         sizes.append(len(server.accepted) - before)
     assert sizes == [64, 64, 22, 0, 0]
     server.connect(3)
@@ -180,7 +181,7 @@ async def test_a_client_that_is_gone_before_it_is_accepted(lab: Any, serve: Call
     await lab.settle()
     assert len(server.accepted) == 2
     with pytest.raises(ConnectionResetError):
-        await server.accepted[0][0].receive()
+        await in_session(lab.reactor, server.accepted[0][0].receive())
 
 
 def failing(server: Server, *errors: int) -> None:
@@ -258,7 +259,7 @@ async def test_out_of_descriptors_in_earnest(
     await lab.pass_time(0.2)
     assert len(server.accepted) == 3
     waiting[0].sendall(b"patient")
-    assert await server.accepted[0][0].receive() == b"patient"
+    assert await in_session(lab.reactor, server.accepted[0][0].receive()) == b"patient"
 
 
 async def test_out_of_epoll_watches(lab: Any, serve: Callable[..., Server]) -> None:
@@ -270,21 +271,21 @@ async def test_out_of_epoll_watches(lab: Any, serve: Callable[..., Server]) -> N
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with patch.object(lab.reactor, "register", Mock(side_effect=full)):
         with pytest.raises(OutOfWatches, match="no more sockets can be watched: No space left on device"):
-            await lost.receive()
+            await in_session(lab.reactor, lost.receive())
     lost.close()
     assert client.recv(1) == b""
     other.sendall(b"x")
-    assert await kept.receive() == b"x"
+    assert await in_session(lab.reactor, kept.receive()) == b"x"
 
 
 async def test_bytes_that_are_there_need_no_event(lab: Any, serve: Callable[..., Server]) -> None:
     client, endpoint = await serve().one()
     client.sendall(b"first")
     with patch.object(Endpoint, "on_event", Mock(side_effect=AssertionError)):
-        assert await endpoint.receive() == b"first"
+        assert await in_session(lab.reactor, endpoint.receive()) == b"first"
         await lab.settle()
     client.sendall(b"second")
-    assert await endpoint.receive() == b"second"
+    assert await in_session(lab.reactor, endpoint.receive()) == b"second"
 
 
 @pytest.mark.parametrize("speaks", [True, False])
@@ -294,7 +295,7 @@ async def test_a_reset_is_noticed_from_the_first_receive_on(
     client, endpoint = await serve().one()
     if speaks:
         client.sendall(b"x")
-        assert await endpoint.receive() == b"x"
+        assert await in_session(lab.reactor, endpoint.receive()) == b"x"
     else:
         endpoint.watch()
         endpoint.watch()
@@ -312,7 +313,7 @@ async def test_a_deadline_counts_before_the_first_receive(lab: Any, serve: Calla
     async with trio.open_nursery() as nursery:
         nursery.start_soon(lab.pass_time, 1.5)
         with pytest.raises(DeadlineExpired):
-            await endpoint.receive()
+            await in_session(lab.reactor, endpoint.receive())
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::1", "::"])
@@ -357,7 +358,7 @@ async def test_close_refuses_new_connections_and_keeps_accepted_ones(lab: Any, s
     with pytest.raises(ConnectionRefusedError):
         server.connect()
     client.sendall(b"still here")
-    assert await server.accepted[0][0].receive() == b"still here"
+    assert await in_session(lab.reactor, server.accepted[0][0].receive()) == b"still here"
 
 
 async def test_close_accepts_all_waiting_connections(lab: Any) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import trio
+from turning import TaskEndpoint, start, turning
 
-from usocksd.net.endpoint import DeadlineExpired, Endpoint, PeerReset
+from usocksd.net.endpoint import DeadlineExpired, PeerReset
 from usocksd.net.reactor import Reactor
 
 
@@ -156,12 +157,9 @@ async def test_the_sweeper_runs_by_itself() -> None:
             swept.set()
 
     reactor.handlers[-1] = Late()
-    async with trio.open_nursery() as nursery:
-        await nursery.start(reactor.run)
+    async with turning(reactor):
         with trio.fail_after(5):
             await swept.wait()
-        nursery.cancel_scope.cancel()
-    reactor.close()
 
 
 # Last words
@@ -230,10 +228,10 @@ async def test_finish_is_not_kept_up_by_a_peer_that_never_stops_sending(lab: Any
     endpoint.sock = real
 
 
-# Interrupts, cancellation
+# Interrupts, stopped sessions
 
 
-async def test_interrupt_raises_where_a_task_waits_and_only_there(lab: Any) -> None:
+async def test_interrupt_raises_where_a_session_waits_and_only_there(lab: Any) -> None:
     waiting, _ = lab.endpoint()
     busy, peer = lab.endpoint()
 
@@ -253,42 +251,40 @@ async def test_interrupt_raises_where_a_task_waits_and_only_there(lab: Any) -> N
     assert await busy.receive() == b"still here"
 
 
-@pytest.mark.parametrize("order", list(permutations(["event", "deadline", "interrupt", "cancel"])), ids="-".join)
+@pytest.mark.parametrize("order", list(permutations(["event", "deadline", "interrupt", "stop"])), ids="-".join)
 async def test_everything_in_the_same_turn(lab: Any, order: tuple[str, ...]) -> None:
-    """The first of them wakes the task, and the others find nothing to wake."""
+    """The first of them wakes the session, and the others find nothing to wake."""
     endpoint, peer = lab.endpoint()
     endpoint.deadline = lab.clock.now
-    scope = trio.CancelScope()
 
     def event() -> None:
         peer.push(b"x")
-        lab.reactor._turn()
+        lab.reactor.turn(0)
 
     actions = {
         "event": event,
         "deadline": lab.reactor.sweep,
         "interrupt": lambda: lab.reactor.interrupt_all(PeerReset),
-        "cancel": scope.cancel,
+        "stop": lab.reactor.stop_all,
     }
 
     async def receive() -> None:
-        with scope:
-            try:
-                outcome.append(await endpoint.receive())
-            except (DeadlineExpired, PeerReset) as error:
-                outcome.append(type(error))
+        try:
+            outcome.append(await endpoint.receive())
+        except (DeadlineExpired, PeerReset) as error:
+            outcome.append(type(error))
 
     outcome: list[object] = []
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(receive)
-        await lab.settle()
-        for name in order:
-            actions[name]()
-    expected = {"event": [b"x"], "deadline": [DeadlineExpired], "interrupt": [PeerReset], "cancel": []}
+    over = start(lab.reactor, receive)
+    await lab.settle()
+    for name in order:
+        actions[name]()
+    await over.wait()
+    expected = {"event": [b"x"], "deadline": [DeadlineExpired], "interrupt": [PeerReset], "stop": []}
     assert outcome == expected[order[0]]
 
 
-async def test_cancel_in_receive_leaves_the_endpoint_usable(lab: Any) -> None:
+async def test_a_stop_in_receive_leaves_the_endpoint_usable(lab: Any) -> None:
     endpoint, peer = lab.endpoint()
     with trio.move_on_after(0):
         await endpoint.receive()
@@ -296,7 +292,7 @@ async def test_cancel_in_receive_leaves_the_endpoint_usable(lab: Any) -> None:
     assert await endpoint.receive() == b"x"
 
 
-async def test_on_reset_is_called_while_no_task_waits(lab: Any) -> None:
+async def test_on_reset_is_called_while_no_session_waits(lab: Any) -> None:
     endpoint, peer = lab.endpoint()
     called: list[bool] = []
     endpoint.on_reset = lambda: called.append(True)
@@ -331,11 +327,11 @@ async def test_a_descriptor_number_that_is_used_again(lab: Any) -> None:
         peer.end()
         fd = endpoint.fd
         endpoint.close()
-        again = Endpoint(lab.reactor, socket.socket(fileno=os.dup2(near.fileno(), fd)))
+        again = TaskEndpoint(lab.reactor, socket.socket(fileno=os.dup2(near.fileno(), fd)))
         again.sock.setblocking(False)
         near.close()
         assert again.fd == fd
-        lab.reactor._turn()
+        lab.reactor.turn(0)
         assert not again.readable
         far.sendall(b"for the new one")
         assert await again.receive() == b"for the new one"

@@ -1,4 +1,4 @@
-"""The tasks of sessions, which serve one connection after another."""
+"""The sessions of a worker's connections: none suffers from another."""
 
 import socket
 from collections.abc import Iterator
@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-import trio
 
 from usocksd.log.metrics import Metrics
 from usocksd.net.endpoint import Endpoint
@@ -18,32 +17,35 @@ from usocksd.serve.timing import Timing
 
 
 class Served:
-    """A service with sessions that receive once; `by` are the tasks that they ran in."""
+    """A service with sessions that receive once."""
 
-    def __init__(self, lab: Any, sessions: trio.Nursery) -> None:
-        self.by: list[trio.lowlevel.Task] = []
+    def __init__(self, lab: Any) -> None:
+        self.received: list[bytes | None] = []
+        """What each session did, in the order in which they ended; None: it was stopped."""
         self.fault: Exception | None = None
         # (Without limits nothing is counted, and no table needed.)
         tally = Tally(-1, 0, most=0, per_client=0)
         self.service = Service(
             lab.reactor,
             self._session,
-            sessions,
             most=1000,
             tally=tally,
             metrics=Metrics("tiny"),
             keepalive=KeepAlive(),
-            timing=Timing(idle_tasks=2),
+            timing=Timing(session_ends=0),
         )
         self._sock = listen("127.0.0.1", 0)
         self._address = self._sock.getsockname()
         self._listeners = self.service.listen([self._sock])
 
     async def _session(self, endpoint: Endpoint, host: str, port: int) -> None:
-        self.by.append(trio.lowlevel.current_task())
-        await endpoint.receive()
-        if self.fault is not None:
-            raise self.fault
+        received = None
+        try:
+            received = await endpoint.receive()
+            if self.fault is not None:
+                raise self.fault
+        finally:
+            self.received.append(received)
 
     @contextmanager
     def clients(self, count: int) -> Iterator[list[socket.socket]]:
@@ -60,49 +62,39 @@ class Served:
 
 @pytest.fixture
 async def served(lab: Any) -> Any:
-    async with trio.open_nursery() as sessions:
-        served = Served(lab, sessions)
-        yield served
-        served.close()
-        await lab.settle()
-        # Those without a connection wait for the next; nothing but this ends them.
-        sessions.cancel_scope.cancel()
+    served = Served(lab)
+    yield served
+    served.close()
+    await lab.settle()
 
 
-async def test_one_after_another(lab: Any, served: Served) -> None:
-    for _ in range(5):
-        with served.clients(1):
+async def test_connections_one_after_another_and_at_once(lab: Any, served: Served) -> None:
+    for count in (1, 1, 5, 3):
+        with served.clients(count):
             await lab.settle()
+            assert served.service.live == count
         await lab.settle()
-    assert len(served.by) == 5
-    assert len(set(served.by)) == 1
-    assert served.service.live == 0
+        assert served.service.live == 0
+    assert served.received == [b""] * 10
 
 
-async def test_at_once(lab: Any, served: Served) -> None:
-    with served.clients(5):
+async def test_a_fault_in_one_connection_ends_no_other(
+    lab: Any, served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    with served.clients(2) as (faulty, client):
         await lab.settle()
-        assert len(set(served.by)) == 5
-    await lab.settle()
-    assert served.service.live == 0
-    with served.clients(3):
+        served.fault = ValueError("a bug")
+        faulty.sendall(b"x")
         await lab.settle()
-        assert len(served.by) == 8
-        assert len(set(served.by)) == 6
-
-
-async def test_a_fault_in_one_connection_ends_no_other(lab: Any, served: Served) -> None:
-    served.fault = ValueError("a bug")
-    with served.clients(1):
-        await lab.settle()
-    await lab.settle()
-    served.fault = None
-    with served.clients(1) as (client,):
-        await lab.settle()
-        client.sendall(b"x")
+        assert faulty.recv(1) == b""
+        assert [record.getMessage() for record in caplog.records] == ["session failed"]
+        assert served.service.live == 1
+        served.fault = None
+        client.sendall(b"y")
         await lab.settle()
         assert client.recv(1) == b""
-    assert len(served.by) == 2
+    assert served.received == [b"x", b"y"]
+    assert served.service.live == 0
 
 
 class Numbered:
@@ -134,14 +126,28 @@ async def test_connections_that_end_while_they_are_listed(lab: Any, served: Serv
 
 
 async def test_a_stop_with_a_connection_in_the_accept_queue(lab: Any) -> None:
-    """A task that was given a connection in this very moment closes it."""
-    async with trio.open_nursery() as sessions:
-        served = Served(lab, sessions)
-        with served.clients(1):
-            await lab.settle()
+    """Its session has not begun: it begins, to close the connection."""
+    served = Served(lab)
+    with served.clients(1):
         await lab.settle()
-        with served.clients(1):
+        with served.clients(1) as (client,):
             served.close()
-            sessions.cancel_scope.cancel()
-    assert len(served.by) == 2
-    assert served.service.live == 0
+            assert served.service.live == 2
+            lab.reactor.stop_all()
+            assert served.received == [None, None]
+            assert served.service.live == 0
+            assert client.recv(1) == b""
+            await lab.settle()
+
+
+async def test_drained_sessions_end_at_last(lab: Any) -> None:
+    """One waits, and one is elsewhere, where no interrupt reaches it."""
+    served = Served(lab)
+    with served.clients(2) as clients:
+        await lab.settle()
+        lab.reactor.interrupt_all = lambda reason: None
+        await served.service.drain(0)
+        lab.reactor.stop_all()
+        assert served.service.live == 0
+        assert served.received == [None, None]
+        assert [client.recv(1) for client in clients] == [b"", b""]

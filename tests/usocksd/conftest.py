@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
+from math import inf
 from random import Random
 from typing import Any
 
@@ -237,7 +238,7 @@ class Lab:
         turns = 0
         real = self.reactor.turn
 
-        def turn(patience: float | None = None) -> None:
+        def turn(patience: float = inf) -> None:
             nonlocal turns
             turns += 1
             real(patience)

@@ -17,6 +17,7 @@ Why not trio's own sockets: two tasks and a wait per direction cost 1.5 times th
 from __future__ import annotations
 
 import heapq
+import math
 import os
 import select
 import time
@@ -112,13 +113,32 @@ class Reactor:
         self._epoll.register(self._alarm, IN)
         self.call_at(self.now + sweep_every, self._sweep_again)
 
-    def turn(self, patience: float | None = None) -> None:
-        """Wait until there is something to do, and do it: events first, then sessions, then bulk, then calls.
-
-        `patience`: how many seconds to wait at most; None: until something happens.
+    def turn(self, patience: float = math.inf) -> None:
+        """Wait until there is something to do, at most `patience` seconds, and do it: events first, then sessions, then
+        bulk, then calls.
         """
-        rest = self.rest()
-        self._serve(self._epoll.poll(rest if patience is None else min(rest, patience), _BATCH))
+        wait = self.rest()
+        events = self._epoll.poll(wait if wait < patience else patience, _BATCH)
+        self.now = self.clock()
+        try:
+            handlers = self.handlers
+            for fd, flags in events:
+                handler = handlers.get(fd)
+                if handler is not None:
+                    handler.on_event(flags)
+                elif fd == self._alarm:
+                    os.eventfd_read(fd)
+            timers = self._timers
+            while timers[0][0] <= self.now:
+                heapq.heappop(timers)[2].fire()
+            if self._ready:
+                self._run_sessions()
+            if self._resume:
+                self._work_off()
+        finally:
+            # Also if a handler fails in every turn: trio needs its calls to end.
+            for _ in range(len(self._calls)):
+                self._calls.popleft()()
 
     @property
     def pending(self) -> bool:
@@ -127,9 +147,10 @@ class Reactor:
 
     def rest(self) -> float:
         """How many seconds there is nothing to do, if no event comes."""
-        if self.pending:
+        if self._ready or self._resume or self._calls:
             return 0.0
-        return max(self._timers[0][0] - self.clock(), 0.0)
+        wait = self._timers[0][0] - self.clock()
+        return wait if wait > 0 else 0.0
 
     def fileno(self) -> int:
         """The epoll descriptor: readable when an event has come."""
@@ -234,28 +255,6 @@ class Reactor:
     async def sleep(self, seconds: float) -> None:
         """For a session: wait so long."""
         await Waitable(self).wait_until(self.clock() + seconds)
-
-    def _serve(self, events: list[tuple[int, int]]) -> None:
-        self.now = self.clock()
-        handlers = self.handlers
-        try:
-            for fd, flags in events:
-                handler = handlers.get(fd)
-                if handler is not None:
-                    handler.on_event(flags)
-                elif fd == self._alarm:
-                    os.eventfd_read(fd)
-            timers = self._timers
-            while timers[0][0] <= self.now:
-                heapq.heappop(timers)[2].fire()
-            if self._ready:
-                self._run_sessions()
-            if self._resume:
-                self._work_off()
-        finally:
-            # Also if a handler fails in every turn: trio needs its calls to end.
-            for _ in range(len(self._calls)):
-                self._calls.popleft()()
 
     def _run_sessions(self) -> None:
         """Those that are ready now. Others that get ready meanwhile wait for the next turn, behind its events."""

@@ -32,6 +32,9 @@ _KEYS = (
     "src_addr",
     "upstream_addr",
 )
+# Of an established connection. No text is an address with a zone: the names of interfaces may need escaping.
+_TEXTS = ("request_id", "client_addr", "src_addr", "upstream_addr")
+_NUMBERS = ("tries",)
 
 # Label values.
 _VERSIONS: dict[ProxyScheme | None, str] = {
@@ -55,7 +58,7 @@ class AccessLog(AccessRecords):
 
     def __init__(self, log: Log, metrics: Metrics, routes: Iterable[str] = ()) -> None:
         """`routes` are the names of all routes."""
-        super().__init__(log, _KEYS, logging.getLogger(__name__), metrics)
+        super().__init__(log, _KEYS, logging.getLogger(__name__), metrics, texts=_TEXTS, numbers=_NUMBERS)
         self.repeats = Repeats()
         self.connections = metrics.counters(
             "connections_total",
@@ -179,7 +182,7 @@ class RedirectedRecords(ConnectionRecords):
             self._records.by_route[self._route].value += 1
         self._records.connections.labels(self._version, status).value += 1
 
-    def _values(self) -> tuple[object, ...]:
+    def values(self) -> tuple[object, ...]:
         return (
             self._id,
             self._client,

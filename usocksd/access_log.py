@@ -32,6 +32,9 @@ _KEYS = (
 )
 # The keys that `usocksd diff` reads. Once per connection is enough, so "proxy ends" lacks them.
 _AT_START = ("dest_name", "candidates")
+# Of an established connection. No text is an address with a zone: the names of interfaces may need escaping.
+_TEXTS = ("request_id", "client_addr", "local_addr", "protocol", "command", "src_addr")
+_NUMBERS = ("dest_port",)
 _COMMANDS = {command: command.name.lower() for command in Command}
 _PROTOCOLS = {Version.SOCKS4: "SOCKS4/4a", Version.SOCKS5: "SOCKS5"}
 
@@ -80,7 +83,8 @@ class AccessLog(AccessRecords):
     """The records of all connections, and their counters."""
 
     def __init__(self, log: Log, metrics: Metrics) -> None:
-        super().__init__(log, _KEYS, logging.getLogger(__name__), metrics, at_start=_AT_START)
+        logger = logging.getLogger(__name__)
+        super().__init__(log, _KEYS, logger, metrics, at_start=_AT_START, texts=_TEXTS, numbers=_NUMBERS)
         connections = metrics.counters(
             "connections_total", "Client connections, by how they began", "version", "status"
         )
@@ -121,8 +125,9 @@ class SocksRecords(ConnectionRecords):
         "_destination",
         "_local",
         "_peer",
-        "_refusal",
+        "_pool",
         "_request",
+        "_rule",
         "_user",
         "_version",
         "decision",
@@ -145,9 +150,11 @@ class SocksRecords(ConnectionRecords):
         self.tried_user: str | None = None
         """The user with whom the client failed to log in."""
         self.decision: Decision | None = None
-        """The decision on the request."""
-        self._refusal: str | None = None
-        """The rule or setting that has denied it."""
+        """The decision on the request, until it is connected: it may have hundreds of candidates."""
+        self._rule: str | None = None
+        """The rule or setting that has denied it; once it is connected, the rule that allowed it."""
+        self._pool: str | None = None
+        """The egress pool of a connection."""
 
     # ---- the client
 
@@ -222,7 +229,7 @@ class SocksRecords(ConnectionRecords):
         self._count(self._version, _STATUSES[reply] if self._version is Version.SOCKS5 else _REJECTED)
         match error:
             case Denied():
-                self._refusal = error.rule
+                self._rule = error.rule
                 self._records.denied.labels(error.rule).value += 1
                 level, message = logging.WARNING, "ruleset mismatch"
             case CommandNotSupported():
@@ -237,11 +244,14 @@ class SocksRecords(ConnectionRecords):
         self._destination = join_port(target.host, target.port)
         self._source = join_port(bound[0], bound[1])
         self._count(self._version, _GRANTED)
-        decision = self.decision
-        if decision is None or decision.name is None or decision.candidates is None:
-            self._begin(None, None)
-        else:
-            self._begin(decision.name, _texts(decision.candidates))
+        name, candidates = None, None
+        if (decision := self.decision) is not None:
+            if decision.name is not None and decision.candidates is not None:
+                name, candidates = decision.name, _texts(decision.candidates)
+            if decision.ruling is not None:
+                self._rule, self._pool = decision.ruling.rule, decision.ruling.pool
+            self.decision = None
+        self._begin(name, candidates)
 
     def _resolved(self) -> dict[str, object]:
         """The name that was resolved or denied, and what the rules say to its addresses."""
@@ -249,15 +259,14 @@ class SocksRecords(ConnectionRecords):
         if decision is None or decision.name is None:
             return {}
         if decision.candidates is None:
-            return {} if self._refusal is None else {"dest_name": decision.name}
+            return {} if self._rule is None else {"dest_name": decision.name}
         return {"dest_name": decision.name, "candidates": _texts(decision.candidates)}
 
     def _rule_and_pool(self) -> tuple[str | None, str | None]:
         """The rule that decides, and the egress pool of an allowed connection."""
-        if self._refusal is not None:
-            return self._refusal, None
-        ruling = None if self.decision is None else self.decision.ruling
-        return (None, None) if ruling is None else (ruling.rule, ruling.pool)
+        if self._rule is not None or self.decision is None or self.decision.ruling is None:
+            return self._rule, self._pool
+        return self.decision.ruling.rule, self.decision.ruling.pool
 
     # ---- counters and fields
 
@@ -281,17 +290,23 @@ class SocksRecords(ConnectionRecords):
                 records.authenticated[method, _SUCCESS].value += 1
             records.address_read[None, _FAILURE].value += 1
 
-    def _values(self) -> tuple[object, ...]:
+    def values(self) -> tuple[object, ...]:
+        protocol, command, host, port = self._request
+        rule, pool = self._rule_and_pool()
         return (
             self._id,
             self._client,
             self._peer,
             self._local,
-            *self._request,
+            protocol,
+            command,
+            host,
+            port,
             self._destination,
             self._source,
             self._user,
-            *self._rule_and_pool(),
+            rule,
+            pool,
         )
 
     def _details(self) -> dict[str, Any]:

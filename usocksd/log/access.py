@@ -10,18 +10,19 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from usocksd.errors import DialError, Error, NoEgress, ResolveError
-from usocksd.log.formats import Severity, Template
+from usocksd.log.formats import Fields, Frame, Severity
 from usocksd.log.log import Log
 from usocksd.log.metrics import BYTES, SECONDS, Counter, Histogram, Metrics
 from usocksd.net.address import join_port, unmapped
 from usocksd.net.ending import Reason, RelayResult, Side
 
 _CONSTANTS = {"type": "access"}
-_AT_END = ("tx_bytes", "rx_bytes", "elapsed", "reason", "ended_by", "error")
+_NUMBERS_AT_END, _TEXTS_AT_END = ("tx_bytes", "rx_bytes", "elapsed"), ("reason", "ended_by")
+_AT_END = (*_NUMBERS_AT_END, *_TEXTS_AT_END, "error")
 
 _BY_ERRNO = {
     errno.ECONNREFUSED: "refused",
@@ -39,6 +40,9 @@ _NO_SOURCE, _NO_EGRESS, _UNRESOLVED = "no_source_address", "no_egress", "unresol
 class AccessRecords:
     """Writes access records and counts connections. Every record has the daemon's own `keys`, whose values come as one
     tuple; records of a relay's start have the keys `at_start` too.
+
+    Most of a relay's two records is the same text. Where the format allows it, that is made once, at the start, and the
+    connection keeps it for the end.
     """
 
     def __init__(
@@ -49,15 +53,31 @@ class AccessRecords:
         metrics: Metrics,
         *,
         at_start: Sequence[str] = (),
+        texts: Collection[str],
+        numbers: Collection[str],
     ) -> None:
+        """`texts` and `numbers` are keys of which the values are that, once a relay begins; see `Fields`."""
         self.next_id = request_ids()
         self._log = log
         self._logger = logger
         self._keys = keys
-        self._starts = log.template(Severity.INFO, "proxy starts", _CONSTANTS, (*keys, *at_start))
-        at_end = (*keys, *_AT_END)
-        self._ends = log.template(Severity.INFO, "proxy ends", _CONSTANTS, at_end)
-        self._ends_with_error = log.template(Severity.ERROR, "proxy ends with an error", _CONSTANTS, at_end)
+        formatter = log.formatter
+        self._starts = Frame(formatter, Severity.INFO, "proxy starts")
+        self._ends = Frame(formatter, Severity.INFO, "proxy ends")
+        self._ends_with_error = Frame(formatter, Severity.ERROR, "proxy ends with an error")
+        self._sorts = formatter.sorts
+        # In a format that sorts, these texts are of all fields of a record.
+        before = keys if formatter.sorts else ()
+        constants = _CONSTANTS if formatter.sorts else {}
+        self._both = Fields(formatter, keys, _CONSTANTS, texts=texts, numbers=numbers)
+        self._at_start = Fields(formatter, (*before, *at_start), constants, texts=texts, numbers=numbers)
+        self._at_end = Fields(
+            formatter,
+            (*before, *_AT_END),
+            constants,
+            texts=(*texts, *_TEXTS_AT_END),
+            numbers=(*numbers, *_NUMBERS_AT_END),
+        )
         self._inflight = metrics.gauge("proxy_inflight_requests", "Relays at present")
         self._tx_bytes = metrics.histogram("proxy_tx_bytes", "Bytes of a relay to its destination", BYTES)
         self._rx_bytes = metrics.histogram("proxy_rx_bytes", "Bytes of a relay from its destination", BYTES)
@@ -74,21 +94,37 @@ class AccessRecords:
         for cause in (*_BY_ERRNO.values(), _NO_SOURCE, _NO_EGRESS, _UNRESOLVED):
             self._dial_errors.labels(cause)
 
-    def starts(self, values: tuple[object, ...]) -> None:
-        """A relay begins."""
+    def starts(self, connection: ConnectionRecords, at_start: tuple[object, ...]) -> None:
+        """A relay begins; `at_start` are the values of the keys that only its start has."""
         self._inflight.value += 1
-        self._write(self._starts, values)
+        if not self._log.enabled(Severity.INFO):
+            return
+        values = connection.values()
+        if self._sorts:
+            text = self._at_start.text((*values, *at_start))
+        else:
+            text = connection.text = self._both.text(values)
+            if at_start:
+                text += self._at_start.text(at_start)
+        self._log.append(self._starts.record(time.time(), text))
 
-    def ends(self, values: tuple[object, ...], result: RelayResult, elapsed: float) -> None:
+    def ends(self, connection: ConnectionRecords, result: RelayResult, elapsed: float) -> None:
         """A relay is over, after `elapsed` seconds. tx is what went to the destination, rx what came from there."""
         to_upstream, to_client, reason, by, error, first, alone = result
-        template, what = self._ends, None
+        frame, what = self._ends, None
         if reason is Reason.ERROR:
             # Without an errno it was a bug in this program, and the log has its traceback.
-            template, what = self._ends_with_error, "internal error"
+            frame, what = self._ends_with_error, "internal error"
         if error:
             what = os.strerror(error)
-        self._write(template, (*values, to_upstream, to_client, round(elapsed, 6), reason._value_, by._value_, what))
+        if self._log.enabled(frame.severity):
+            seconds_text = f"{elapsed:.6f}".rstrip("0").rstrip(".")
+            at_end = (to_upstream, to_client, seconds_text, reason._value_, by._value_, what)
+            if self._sorts:
+                text = self._at_end.text((*connection.values(), *at_end))
+            else:
+                text = (connection.text or self._both.text(connection.values())) + self._at_end.text(at_end)
+            self._log.append(frame.record(time.time(), text))
         self._inflight.value -= 1
         ended, seconds, errors = self._by_ending[reason, by]
         ended.value += 1
@@ -120,15 +156,11 @@ class AccessRecords:
         known = {key: value for key, value in zip(self._keys, values, strict=True) if value is not None}
         self._logger.log(level, message, extra={"fields": {**_CONSTANTS, **known, **more}})
 
-    def _write(self, template: Template, values: tuple[object, ...]) -> None:
-        if self._log.enabled(template.severity):
-            self._log.append(template.render(time.time(), values))
-
 
 class ConnectionRecords:
     """The record of one connection, as far as both daemons have it; the subclass adds the rest."""
 
-    __slots__ = ("_client", "_id", "_records", "_since", "_source")
+    __slots__ = ("_client", "_id", "_records", "_since", "_source", "text")
 
     def __init__(self, records: AccessRecords, host: str, port: int) -> None:
         """`host` is the client's numeric address."""
@@ -138,10 +170,16 @@ class ConnectionRecords:
         self._source: str | None = None
         self._since = time.monotonic()
         """When it was accepted; from the start of the relay on, when that was."""
+        self.text: str | None = None
+        """What the records of the relay's start and end have in common."""
 
     def ends(self, result: RelayResult) -> None:
         """The relay is over."""
-        self._records.ends(self._values(), result, time.monotonic() - self._since)
+        self._records.ends(self, result, time.monotonic() - self._since)
+
+    def values(self) -> tuple[object, ...]:
+        """The values of the daemon's keys, in their order."""
+        raise NotImplementedError
 
     def describe(self) -> dict[str, Any]:
         """Its row of `connections`; `age` is in seconds since its relay began, or else since accept."""
@@ -155,14 +193,10 @@ class ConnectionRecords:
     def _begin(self, *at_start: object) -> None:
         """The relay begins; `at_start` are the values of the keys that only its start has."""
         self._since = time.monotonic()
-        self._records.starts((*self._values(), *at_start))
+        self._records.starts(self, at_start)
 
     def _event(self, level: int, message: str, **more: object) -> None:
-        self._records.event(level, message, self._values(), **more)
-
-    def _values(self) -> tuple[object, ...]:
-        """The values of the daemon's keys, in their order."""
-        raise NotImplementedError
+        self._records.event(level, message, self.values(), **more)
 
     def _details(self) -> dict[str, Any]:
         """The daemon's own columns of `connections`."""

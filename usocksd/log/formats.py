@@ -10,14 +10,14 @@ byte for byte where that library is deterministic and all is printable. Rules of
 - Fields that are None are left out of plain and logfmt, where people would read "null" in half of a record. In JSON
   they stay: programs look for their key.
 
-Access records go through a `Template`, twice for each proxied connection.
+Access records, two for each proxied connection, put `Fields` and a `Frame` together themselves.
 """
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from decimal import Decimal
 from enum import IntEnum
 from json.encoder import encode_basestring, encode_basestring_ascii
@@ -69,7 +69,7 @@ class Formatter:
         The original loses a record of more than `MAX_RECORD` bytes; here its message stays, and a field
         `log_error` stands in for the others.
         """
-        return Template(self, severity, message, fields or {}, ()).render(now, ())
+        return Frame(self, severity, message).record(now, Fields(self, (), fields).text(()))
 
     def second(self, second: int) -> str:
         """A record's timestamp up to the fraction. Kept for the other records of the same second."""
@@ -114,7 +114,7 @@ class Formatter:
             case int():
                 return str(int(value))  # an IntEnum is its number
             case float():
-                return _float(value)
+                return number_text(value)
             case list() | tuple():
                 return self.sequence(value)
         return self.quote(str(value) or repr(value))  # str(TimeoutError()) is empty
@@ -178,20 +178,26 @@ class JSON(Formatter):
 FORMATS: Final[Mapping[str, type[Formatter]]] = {cls.name: cls for cls in (Plain, Logfmt, JSON)}
 
 
-class Template:
-    """A record template that lacks only the time and the values of `keys`.
+class Fields:
+    """Makes the text of a record's fields from the values of `keys`.
 
-    Raises ValueError for a key that is not allowed, or there twice.
+    `texts` are keys whose values are text that needs no escaping, and `numbers` those whose values are integers, or the
+    text of a number: never None. The values of other keys may be anything. `constants` stand first, or where the format
+    sorts them. Raises ValueError for a key that is not allowed, or there twice.
+
+    In formats that don't sort, a text of some fields and one of others make a text of all.
     """
 
     def __init__(
         self,
         formatter: Formatter,
-        severity: Severity,
-        message: str,
-        constants: Mapping[str, object],
         keys: Sequence[str],
+        constants: Mapping[str, object] | None = None,
+        *,
+        texts: Collection[str] = (),
+        numbers: Collection[str] = (),
     ) -> None:
+        constants = constants or {}
         names = [*constants, *keys]
         for name in names:
             if name in _RESERVED or not _KEY.fullmatch(name) or names.count(name) > 1:
@@ -200,52 +206,71 @@ class Template:
             names.sort()
         order = [keys.index(name) for name in names if name not in constants]
         self._order = order if order != sorted(order) else None
-        # Where fields that are None are left out, their keys are too.
-        prefixes = {name: formatter.key(name) for name in names}
-        self._prefixes = ["" if formatter.nulls else prefixes[keys[at]] for at in order]
+        self._any: list[tuple[int, str]] = []
+        """Which values may be anything, and what to write before them."""
         self._null = "null" if formatter.nulls else ""
-        fields = ""
+        self._formatter = formatter
+        self._format = ""
+        at = 0
         for name in names:
-            if name not in constants:
-                fields += f"{_escape(prefixes[name])}%s" if formatter.nulls else "%s"
-            elif formatter.nulls or constants[name] is not None:
-                fields += _escape(prefixes[name] + formatter.value(constants[name]))
-        before, after = map(_escape, formatter.head(severity.name.lower(), message))
-        self._format = f"{before}%s%06d{after}{fields}{formatter.end}"
+            prefix = formatter.key(name)
+            if name in constants:
+                if formatter.nulls or constants[name] is not None:
+                    self._format += _escape(prefix + formatter.value(constants[name]))
+                continue
+            if name in texts:
+                self._format += f'{_escape(prefix)}"%s"'
+            elif name in numbers:
+                self._format += f"{_escape(prefix)}%s"
+            else:
+                # Where fields that are None are left out, their keys are too.
+                self._any.append((at, "" if formatter.nulls else prefix))
+                self._format += f"{_escape(prefix)}%s" if formatter.nulls else "%s"
+            at += 1
+
+    def text(self, values: tuple[Any, ...]) -> str:
+        """The text for these values, which are in the order of the keys."""
+        texts = list(values) if self._order is None else [values[at] for at in self._order]
+        for at, prefix in self._any:
+            value = texts[at]
+            if value is None:
+                texts[at] = self._null
+            elif type(value) is str and value.isprintable():  # by type(): isinstance costs as much as the quoting
+                texts[at] = prefix + encode_basestring(value)
+            else:
+                texts[at] = prefix + self._formatter.value(value)
+        return self._format % tuple(texts)
+
+
+class Frame:
+    """A record without its time and fields."""
+
+    def __init__(self, formatter: Formatter, severity: Severity, message: str) -> None:
+        self._before, self._after = formatter.head(severity.name.lower(), message)
+        self._end = formatter.end
         self._formatter = formatter
         self._message = message
         self.severity = severity
 
-    def render(self, now: float, values: tuple[Any, ...]) -> bytes:
-        """The record of `now` (seconds of the epoch) with `values` in the order of the template's keys.
-
-        Costs about 3 µs for twelve short values. A record of more than MAX_RECORD loses its fields.
+    def record(self, now: float, fields: str) -> bytes:
+        """The record of `now` (seconds of the epoch) with a text of `Fields`. If it has more than MAX_RECORD bytes, it
+        loses its fields.
         """
         second = int(now)
-        micros = int((now - second) * 1e6 + 0.5)
-        formatter = self._formatter
-        texts: list[object] = [formatter.second(second), micros if micros < 1000000 else 999999]
-        append, quote, null = texts.append, formatter.quote, self._null
-        if self._order is not None:
-            values = tuple([values[at] for at in self._order])
-        for prefix, value in zip(self._prefixes, values, strict=True):
-            # By type(): isinstance would cost as much here as the quoting. Subclasses take the long way.
-            if (kind := type(value)) is str:
-                append(prefix + (encode_basestring(value) if value.isprintable() else quote(value)))
-            elif kind is int:
-                append(f"{prefix}{value}")
-            elif value is None:
-                append(null)
-            elif kind is float:
-                append(prefix + _float(value))
-            else:
-                append(prefix + formatter.value(value))
-        record = (self._format % tuple(texts)).encode()
+        micros = min(int((now - second) * 1e6 + 0.5), 999999)
+        time = self._formatter.second(second)
+        record = f"{self._before}{time}{micros:06d}{self._after}{fields}{self._end}".encode()
         return record if len(record) <= MAX_RECORD else self._too_large(now, len(record))
 
     def _too_large(self, now: float, size: int) -> bytes:
         error = f"a record of {size} bytes exceeds {MAX_RECORD}"
         return self._formatter.format(now, self.severity, self._message[:MESSAGE_CUT], {"log_error": error})
+
+
+def number_text(number: float) -> str:
+    """The shortest text that reads back as `number`, without an exponent (strconv.FormatFloat 'f', -1)."""
+    text = repr(number)
+    return f"{Decimal(text):f}" if "e" in text else text.removesuffix(".0")
 
 
 def _escape(text: str) -> str:
@@ -262,9 +287,3 @@ def _go_escape(char: str) -> str:
     if code < 0x20 or code == 0x7F:
         return f"\\x{code:02x}"
     return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
-
-
-def _float(number: float) -> str:
-    """The shortest text that reads back as `number`, without an exponent (strconv.FormatFloat 'f', -1)."""
-    text = repr(number)
-    return f"{Decimal(text):f}" if "e" in text else text.removesuffix(".0")

@@ -3,9 +3,10 @@
 Off the hot path, log with the standard library: `logging.getLogger("usocksd.names.resolver").warning("message",
 extra={"fields": {"name": name}})`. Access records take the short way:
 
-    ends = log.template(Severity.INFO, "proxy ends", {"type": "access"}, ("request_id", "elapsed"))
+    fields = Fields(log.formatter, ("request_id", "elapsed"), {"type": "access"})
+    ends = Frame(log.formatter, Severity.INFO, "proxy ends")
     if log.enabled(ends.severity):
-        log.append(ends.render(time.time(), (request_id, elapsed)))
+        log.append(ends.record(time.time(), fields.text((request_id, elapsed))))
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from __future__ import annotations
 import logging
 import os
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Final
 
-from usocksd.log.formats import FORMATS, MESSAGE_CUT, Formatter, Severity, Template
+from usocksd.log.formats import FORMATS, MESSAGE_CUT, Formatter, Severity
 from usocksd.log.sink import STDERR, Sink
 
 LEVELS: Final[Mapping[str, Severity]] = {
@@ -105,12 +106,6 @@ class Log:
         self.level = level
         for name in _LOGGERS:
             logging.getLogger(name).setLevel(_stdlib_level(level))
-
-    def template(
-        self, severity: Severity, message: str, constants: Mapping[str, object], keys: Sequence[str]
-    ) -> Template:
-        """A record for the hot path; see `Template`."""
-        return Template(self.formatter, severity, message, constants, keys)
 
 
 class LogHandler(logging.Handler):

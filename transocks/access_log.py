@@ -35,6 +35,7 @@ _KEYS = (
 # Of an established connection. No text is an address with a zone: the names of interfaces may need escaping.
 _TEXTS = ("request_id", "client_addr", "src_addr", "upstream_addr")
 _NUMBERS = ("tries",)
+_FEW = ("name_from", "route", "group", "upstream")
 
 # Label values.
 _VERSIONS: dict[ProxyScheme | None, str] = {
@@ -58,7 +59,7 @@ class AccessLog(AccessRecords):
 
     def __init__(self, log: Log, metrics: Metrics, routes: Iterable[str] = ()) -> None:
         """`routes` are the names of all routes."""
-        super().__init__(log, _KEYS, logging.getLogger(__name__), metrics, texts=_TEXTS, numbers=_NUMBERS)
+        super().__init__(log, _KEYS, logging.getLogger(__name__), metrics, texts=_TEXTS, numbers=_NUMBERS, few=_FEW)
         self.repeats = Repeats()
         self.connections = metrics.counters(
             "connections_total",

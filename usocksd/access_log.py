@@ -35,6 +35,9 @@ _AT_START = ("dest_name", "candidates")
 # Of an established connection. No text is an address with a zone: the names of interfaces may need escaping.
 _TEXTS = ("request_id", "client_addr", "local_addr", "protocol", "command", "src_addr")
 _NUMBERS = ("dest_port",)
+_FEW = ("user", "rule", "pool")
+# Members of an Enum are slow to look up: each connection takes these from here.
+_SOCKS5, _NO_AUTHENTICATION = Version.SOCKS5, Method.NO_AUTHENTICATION
 _COMMANDS = {command: command.name.lower() for command in Command}
 _PROTOCOLS = {Version.SOCKS4: "SOCKS4/4a", Version.SOCKS5: "SOCKS5"}
 
@@ -84,7 +87,7 @@ class AccessLog(AccessRecords):
 
     def __init__(self, log: Log, metrics: Metrics) -> None:
         logger = logging.getLogger(__name__)
-        super().__init__(log, _KEYS, logger, metrics, at_start=_AT_START, texts=_TEXTS, numbers=_NUMBERS)
+        super().__init__(log, _KEYS, logger, metrics, at_start=_AT_START, texts=_TEXTS, numbers=_NUMBERS, few=_FEW)
         connections = metrics.counters(
             "connections_total", "Client connections, by how they began", "version", "status"
         )
@@ -105,6 +108,8 @@ class AccessLog(AccessRecords):
             for method, label in _METHODS.items()
             for result in results
         }
+        self.unauthenticated = self.authenticated[Method.NO_AUTHENTICATION, _SUCCESS]
+        """The most frequent of these."""
         self.address_read = {
             (kind, result): addresses.labels(label, result)
             for kind, label in _ADDRESS_TYPES.items()
@@ -188,10 +193,10 @@ class SocksRecords(ConnectionRecords):
         """The client has said where it wants to go, after SOCKS5 authentication by `method`."""
         version = self._version = request.version
         self._request = (_PROTOCOLS[version], _COMMANDS[request.command], request.host, request.port)
-        if version is Version.SOCKS5:
+        if version is _SOCKS5:
             records = self._records
-            if method is Method.NO_AUTHENTICATION:
-                records.authenticated[method, _SUCCESS].value += 1
+            if method is _NO_AUTHENTICATION:
+                records.unauthenticated.value += 1
             records.address_read[request.address_type, _SUCCESS].value += 1
 
     def probed(self) -> None:
@@ -244,14 +249,14 @@ class SocksRecords(ConnectionRecords):
         self._destination = join_port(target.host, target.port)
         self._source = join_port(bound[0], bound[1])
         self._count(self._version, _GRANTED)
-        name, candidates = None, None
+        at_start = None
         if (decision := self.decision) is not None:
             if decision.name is not None and decision.candidates is not None:
-                name, candidates = decision.name, _texts(decision.candidates)
+                at_start = decision.name, _texts(decision.candidates)
             if decision.ruling is not None:
                 self._rule, self._pool = decision.ruling.rule, decision.ruling.pool
             self.decision = None
-        self._begin(name, candidates)
+        self._begin(at_start)
 
     def _resolved(self) -> dict[str, object]:
         """The name that was resolved or denied, and what the rules say to its addresses."""

@@ -10,15 +10,18 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from usocksd.errors import DialError, Error, NoEgress, ResolveError
-from usocksd.log.formats import Fields, Frame, Severity
+from usocksd.log.formats import Fields, Formatter, Frame, Severity
 from usocksd.log.log import Log
 from usocksd.log.metrics import BYTES, SECONDS, Counter, Histogram, Metrics
 from usocksd.net.address import join_port, unmapped
 from usocksd.net.ending import Reason, RelayResult, Side
+
+# Members of an Enum are slow to look up: each connection takes these from here.
+_CLIENT, _UPSTREAM = Side.CLIENT, Side.UPSTREAM
 
 _CONSTANTS = {"type": "access"}
 _NUMBERS_AT_END, _TEXTS_AT_END = ("tx_bytes", "rx_bytes", "elapsed"), ("reason", "ended_by")
@@ -55,28 +58,30 @@ class AccessRecords:
         at_start: Sequence[str] = (),
         texts: Collection[str],
         numbers: Collection[str],
+        few: Collection[str],
     ) -> None:
-        """`texts` and `numbers` are keys of which the values are that, once a relay begins; see `Fields`."""
-        self.next_id = request_ids()
+        """`texts`, `numbers` and `few` are keys of which the values are that, once a relay begins; see `Fields`."""
+        self.ids = request_ids()
         self._log = log
         self._logger = logger
         self._keys = keys
         formatter = log.formatter
         self._starts = Frame(formatter, Severity.INFO, "proxy starts")
-        self._ends = Frame(formatter, Severity.INFO, "proxy ends")
-        self._ends_with_error = Frame(formatter, Severity.ERROR, "proxy ends with an error")
         self._sorts = formatter.sorts
         # In a format that sorts, these texts are of all fields of a record.
         before = keys if formatter.sorts else ()
         constants = _CONSTANTS if formatter.sorts else {}
-        self._both = Fields(formatter, keys, _CONSTANTS, texts=texts, numbers=numbers)
-        self._at_start = Fields(formatter, (*before, *at_start), constants, texts=texts, numbers=numbers)
+        self._both = Fields(formatter, keys, _CONSTANTS, texts=texts, numbers=numbers, few=few)
+        self._at_start = Fields(formatter, (*before, *at_start), constants, texts=texts, numbers=numbers, few=few)
+        self._nothing = (None,) * len(at_start)
+        self._nothing_text = "" if formatter.sorts else self._at_start.text(self._nothing)
         self._at_end = Fields(
             formatter,
             (*before, *_AT_END),
             constants,
             texts=(*texts, *_TEXTS_AT_END),
             numbers=(*numbers, *_NUMBERS_AT_END),
+            few=(*few, "error"),
         )
         self._inflight = metrics.gauge("proxy_inflight_requests", "Relays at present")
         self._tx_bytes = metrics.histogram("proxy_tx_bytes", "Bytes of a relay to its destination", BYTES)
@@ -87,54 +92,49 @@ class AccessRecords:
         self._rx_seconds = metrics.histogram(
             "proxy_rx_seconds", "Duration of a relay until its destination finished sending", SECONDS
         )
-        self._by_ending = _endings(metrics)
+        self._by_ending = _endings(formatter, metrics)
         self._dial_errors = metrics.counters(
             "dial_errors_total", "Connections that could not be made to where they should go, by cause", "cause"
         )
         for cause in (*_BY_ERRNO.values(), _NO_SOURCE, _NO_EGRESS, _UNRESOLVED):
             self._dial_errors.labels(cause)
 
-    def starts(self, connection: ConnectionRecords, at_start: tuple[object, ...]) -> None:
-        """A relay begins; `at_start` are the values of the keys that only its start has."""
+    def starts(self, connection: ConnectionRecords, at_start: tuple[object, ...] | None) -> None:
+        """A relay begins; `at_start` are the values of the keys that only its start has. None: all of them are None."""
         self._inflight.value += 1
-        if not self._log.enabled(Severity.INFO):
+        if self._starts.severity > self._log.level:
             return
         values = connection.values()
         if self._sorts:
-            text = self._at_start.text((*values, *at_start))
+            text = self._at_start.text((*values, *(at_start or self._nothing)))
         else:
-            text = connection.text = self._both.text(values)
-            if at_start:
-                text += self._at_start.text(at_start)
+            connection.text = both = self._both.text(values)
+            text = both + (self._nothing_text if at_start is None else self._at_start.text(at_start))
         self._log.append(self._starts.record(time.time(), text))
 
     def ends(self, connection: ConnectionRecords, result: RelayResult, elapsed: float) -> None:
         """A relay is over, after `elapsed` seconds. tx is what went to the destination, rx what came from there."""
         to_upstream, to_client, reason, by, error, first, alone = result
-        frame, what = self._ends, None
-        if reason is Reason.ERROR:
-            # Without an errno it was a bug in this program, and the log has its traceback.
-            frame, what = self._ends_with_error, "internal error"
+        ended, seconds, errors, frame, what = self._by_ending[reason, by]
         if error:
             what = os.strerror(error)
-        if self._log.enabled(frame.severity):
-            seconds_text = f"{elapsed:.6f}".rstrip("0").rstrip(".")
-            at_end = (to_upstream, to_client, seconds_text, reason._value_, by._value_, what)
+        if frame.severity <= self._log.level:
+            duration = f"{elapsed:.6f}".rstrip("0").rstrip(".")
+            at_end = (to_upstream, to_client, duration, reason._value_, by._value_, what)
             if self._sorts:
                 text = self._at_end.text((*connection.values(), *at_end))
             else:
                 text = (connection.text or self._both.text(connection.values())) + self._at_end.text(at_end)
             self._log.append(frame.record(time.time(), text))
         self._inflight.value -= 1
-        ended, seconds, errors = self._by_ending[reason, by]
         ended.value += 1
         seconds.observe(elapsed)
         if errors is not None:
             errors.value += 1
         self._tx_bytes.observe(to_upstream)
         self._rx_bytes.observe(to_client)
-        self._tx_seconds.observe(elapsed - alone if first is Side.CLIENT else elapsed)
-        self._rx_seconds.observe(elapsed - alone if first is Side.UPSTREAM else elapsed)
+        self._tx_seconds.observe(elapsed - alone if first is _CLIENT else elapsed)
+        self._rx_seconds.observe(elapsed - alone if first is _UPSTREAM else elapsed)
 
     def not_connected(self, error: Error) -> None:
         """Count a connection that could not be made, if that is what the error means."""
@@ -165,7 +165,7 @@ class ConnectionRecords:
     def __init__(self, records: AccessRecords, host: str, port: int) -> None:
         """`host` is the client's numeric address."""
         self._records = records
-        self._id = records.next_id()
+        self._id = next(records.ids)
         self._client = pair_member(host, port)
         self._source: str | None = None
         self._since = time.monotonic()
@@ -190,8 +190,8 @@ class ConnectionRecords:
             "age": time.monotonic() - self._since,
         }
 
-    def _begin(self, *at_start: object) -> None:
-        """The relay begins; `at_start` are the values of the keys that only its start has."""
+    def _begin(self, at_start: tuple[object, ...] | None = None) -> None:
+        """The relay begins; see `AccessRecords.starts`."""
         self._since = time.monotonic()
         self._records.starts(self, at_start)
 
@@ -203,16 +203,15 @@ class ConnectionRecords:
         raise NotImplementedError
 
 
-def request_ids() -> Callable[[], str]:
-    """A generator of UUIDs that never repeat: 74 random bits of this process, then 48 that count.
+def request_ids() -> Iterator[str]:
+    """UUIDs that never repeat: 74 random bits of this process, then 48 that count.
 
     They are of version 8, whose bits are the application's own (RFC 9562, section 5.8). A random UUID for every
     connection would cost a system call each.
     """
     head = int.from_bytes(os.urandom(10))
     text = f"{head >> 32 & 0xFFFFFFFF:08x}-{head >> 16 & 0xFFFF:04x}-8{head & 0xFFF:03x}-{0x8000 | head >> 66:04x}"
-    count = itertools.count(1)
-    return lambda: f"{text}-{next(count):012x}"
+    return map(f"{text}-%012x".__mod__, itertools.count(1))
 
 
 def pair_member(host: str, port: int) -> str:
@@ -226,8 +225,17 @@ def pair_member(host: str, port: int) -> str:
     return f"{host}:{port}"
 
 
-def _endings(metrics: Metrics) -> dict[tuple[Reason, Side], tuple[Counter, Histogram, Counter | None]]:
-    """Counters for each way that a relay can end: their number, their duration, and errors by side."""
+class _Ending(NamedTuple):
+    """A way that a relay can end: what counts it, its record, and the value of `error` if there is no errno."""
+
+    number: Counter
+    seconds: Histogram
+    errors: Counter | None
+    frame: Frame
+    error: str | None
+
+
+def _endings(formatter: Formatter, metrics: Metrics) -> dict[tuple[Reason, Side], _Ending]:
     ended = metrics.counters("relay_ended_total", "Relays that have ended: why, and by whom", "reason", "by")
     elapsed = metrics.histograms(
         "proxy_elapsed_seconds", "Duration of a relay; an error is a reset too", SECONDS, "result"
@@ -241,13 +249,18 @@ def _endings(metrics: Metrics) -> dict[tuple[Reason, Side], tuple[Counter, Histo
         ),
     }
     success, error = elapsed.labels("success"), elapsed.labels("error")
-    broken = (Reason.RESET, Reason.ERROR)
-    return {
-        (reason, by): (
+    ends = Frame(formatter, Severity.INFO, "proxy ends")
+    ends_with_error = Frame(formatter, Severity.ERROR, "proxy ends with an error")
+
+    def ending(reason: Reason, by: Side) -> _Ending:
+        broken = reason in (Reason.RESET, Reason.ERROR)
+        return _Ending(
             ended.labels(reason.name.lower(), by.value),
-            error if reason in broken else success,
-            errors.get(by) if reason in broken else None,
+            error if broken else success,
+            errors.get(by) if broken else None,
+            ends_with_error if reason is Reason.ERROR else ends,
+            # Without an errno it was a bug in this program, and the log has its traceback.
+            "internal error" if reason is Reason.ERROR else None,
         )
-        for reason in Reason
-        for by in Side
-    }
+
+    return {(reason, by): ending(reason, by) for reason in Reason for by in Side}

@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from decimal import Decimal
 from enum import IntEnum
+from functools import lru_cache, partial
 from json.encoder import encode_basestring, encode_basestring_ascii
 from typing import Any, ClassVar, Final
 
@@ -30,6 +31,7 @@ MESSAGE_CUT: Final = 1 << 16
 """Characters to which a message is cut so that it fits even if each of them needs ten (\\U0001f600)."""
 
 _RESERVED: Final = frozenset({"topic", "logged_at", "severity", "utsname", "message"})
+_MOST_REMEMBERED: Final = 128
 _KEY = re.compile(r"[_a-z][a-z0-9_]*")
 _SURROGATES = re.compile(r"[\ud800-\udfff]+")
 _GO_SHORT: Final = {
@@ -181,9 +183,10 @@ FORMATS: Final[Mapping[str, type[Formatter]]] = {cls.name: cls for cls in (Plain
 class Fields:
     """Makes the text of a record's fields from the values of `keys`.
 
-    `texts` are keys whose values are text that needs no escaping, and `numbers` those whose values are integers, or the
-    text of a number: never None. The values of other keys may be anything. `constants` stand first, or where the format
-    sorts them. Raises ValueError for a key that is not allowed, or there twice.
+    What is known of values saves a look at each: those of the keys `texts` are text that needs no escaping; those of
+    `numbers` are integers, or the text of a number; those of `few` are text or None, mostly one of a few, whose
+    escaped text is remembered. `constants` stand first, or where the format sorts them. Raises ValueError for a key
+    that is not allowed, or there twice.
 
     In formats that don't sort, a text of some fields and one of others make a text of all.
     """
@@ -196,6 +199,7 @@ class Fields:
         *,
         texts: Collection[str] = (),
         numbers: Collection[str] = (),
+        few: Collection[str] = (),
     ) -> None:
         constants = constants or {}
         names = [*constants, *keys]
@@ -208,6 +212,8 @@ class Fields:
         self._order = order if order != sorted(order) else None
         self._any: list[tuple[int, str]] = []
         """Which values may be anything, and what to write before them."""
+        self._few: list[tuple[int, Callable[[str | None], str]]] = []
+        """Which are of few, and what gives their text."""
         self._null = "null" if formatter.nulls else ""
         self._formatter = formatter
         self._format = ""
@@ -224,13 +230,19 @@ class Fields:
                 self._format += f"{_escape(prefix)}%s"
             else:
                 # Where fields that are None are left out, their keys are too.
-                self._any.append((at, "" if formatter.nulls else prefix))
+                before = "" if formatter.nulls else prefix
+                if name in few:
+                    self._few.append((at, lru_cache(_MOST_REMEMBERED)(partial(self._escaped, before))))
+                else:
+                    self._any.append((at, before))
                 self._format += f"{_escape(prefix)}%s" if formatter.nulls else "%s"
             at += 1
 
     def text(self, values: tuple[Any, ...]) -> str:
         """The text for these values, which are in the order of the keys."""
         texts = list(values) if self._order is None else [values[at] for at in self._order]
+        for at, text_of in self._few:
+            texts[at] = text_of(texts[at])
         for at, prefix in self._any:
             value = texts[at]
             if value is None:
@@ -240,6 +252,9 @@ class Fields:
             else:
                 texts[at] = prefix + self._formatter.value(value)
         return self._format % tuple(texts)
+
+    def _escaped(self, prefix: str, value: str | None) -> str:
+        return self._null if value is None else prefix + self._formatter.value(value)
 
 
 class Frame:

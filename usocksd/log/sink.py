@@ -62,7 +62,14 @@ class Output:
         """
         if not self._regular and not self._poll.poll(patience * 1000):
             return None
-        written = os.write(self.fd, self._gather(records))
+        if self._regular and not self._torn and sum(map(len, records)) <= self._limit:
+            # Mostly so: no look at the single records.
+            written = os.write(self.fd, data := b"".join(records))
+            if written == len(data):
+                records.clear()
+                return written
+        else:
+            written = os.write(self.fd, self._gather(records))
         if self._torn and written:
             self._torn = False
             written -= 1

@@ -11,7 +11,7 @@ def test_request_ids_are_uuids_of_version_8_that_never_repeat() -> None:
     ids = []
     for _ in range(1000):  # processes, since a part is random
         make = request_ids()
-        first, second = make(), make()
+        first, second = next(make), next(make)
         assert (str(UUID(first)), UUID(first).version, UUID(first).variant) == (first, 8, RFC_4122)
         assert int(UUID(second)) == int(UUID(first)) + 1
         ids += [first, second]

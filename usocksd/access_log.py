@@ -297,7 +297,7 @@ class SocksRecords(ConnectionRecords):
 
     def values(self) -> tuple[object, ...]:
         protocol, command, host, port = self._request
-        rule, pool = self._rule_and_pool()
+        rule, pool = (self._rule, self._pool) if self.decision is None else self._rule_and_pool()
         return (
             self._id,
             self._client,

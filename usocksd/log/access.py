@@ -81,7 +81,7 @@ class AccessRecords:
             constants,
             texts=(*texts, *_TEXTS_AT_END),
             numbers=(*numbers, *_NUMBERS_AT_END),
-            few=(*few, "error"),
+            few=few,
         )
         self._inflight = metrics.gauge("proxy_inflight_requests", "Relays at present")
         self._tx_bytes = metrics.histogram("proxy_tx_bytes", "Bytes of a relay to its destination", BYTES)

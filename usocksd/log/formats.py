@@ -63,7 +63,8 @@ class Formatter:
     def __init__(self, topic: str, utsname: str) -> None:
         self.topic = re.sub(r"[^.a-z0-9-]", "-", topic.lower())[:128]
         self.utsname = re.sub(r"[^.a-zA-Z0-9_-]", "-", utsname) or "localhost"
-        self._second = (-1, "")
+        self.latest = (-1, "")
+        """A second and its text: one tuple, replaced as a whole, since threads may race here."""
 
     def format(self, now: float, severity: Severity, message: str, fields: Mapping[str, object] | None = None) -> bytes:
         """One record. `now` is in seconds of the epoch. Raises ValueError for a key that is not allowed.
@@ -74,11 +75,9 @@ class Formatter:
         return Frame(self, severity, message).record(now, Fields(self, (), fields).text(()))
 
     def second(self, second: int) -> str:
-        """A record's timestamp up to the fraction. Kept for the other records of the same second."""
-        known, text = self._second  # one tuple, replaced as a whole: threads may race here
-        if known != second:
-            text = time.strftime("%Y-%m-%dT%H:%M:%S.", time.gmtime(second))
-            self._second = (second, text)
+        """A record's timestamp up to the fraction. It is kept for the other records of the same second."""
+        text = time.strftime("%Y-%m-%dT%H:%M:%S.", time.gmtime(second))
+        self.latest = (second, text)
         return text
 
     def head(self, severity: str, message: str) -> tuple[str, str]:
@@ -273,8 +272,10 @@ class Frame:
         """
         second = int(now)
         micros = min(int((now - second) * 1e6 + 0.5), 999999)
-        time = self._formatter.second(second)
-        record = f"{self._before}{time}{micros:06d}{self._after}{fields}{self._end}".encode()
+        known, text = self._formatter.latest
+        if known != second:
+            text = self._formatter.second(second)
+        record = f"{self._before}{text}{micros:06d}{self._after}{fields}{self._end}".encode()
         return record if len(record) <= MAX_RECORD else self._too_large(now, len(record))
 
     def _too_large(self, now: float, size: int) -> bytes:

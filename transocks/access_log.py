@@ -89,6 +89,7 @@ class RedirectedRecords(ConnectionRecords):
     __slots__ = (
         "_group",
         "_host",
+        "_log",
         "_name",
         "_name_from",
         "_proxy",
@@ -99,10 +100,9 @@ class RedirectedRecords(ConnectionRecords):
         "destination",
     )
 
-    _records: AccessLog
-
     def __init__(self, records: AccessLog, host: str, port: int) -> None:
         super().__init__(records, host, port)
+        self._log = records
         self._host = host
         self.destination: str | None = None
         """The original destination."""
@@ -120,7 +120,7 @@ class RedirectedRecords(ConnectionRecords):
         if opening.name is not None:
             self._name = opening.name
             self._name_from = _UNVERIFIED if opening.encrypted else opening.protocol.value
-        self._records.names[self._name_from].value += 1
+        self._log.names[self._name_from].value += 1
 
     def routed(self, route: str) -> None:
         """Which route it takes."""
@@ -128,7 +128,7 @@ class RedirectedRecords(ConnectionRecords):
 
     def unresolved(self, error: Error) -> None:
         """Its name leads nowhere, as `error` says: the address is tried instead."""
-        self._records.unresolved.value += 1
+        self._log.unresolved.value += 1
         self._event(logging.INFO, "name leads nowhere", error=str(error))
 
     def trying(self, group: str, upstream: str, scheme: ProxyScheme | None) -> None:
@@ -158,14 +158,14 @@ class RedirectedRecords(ConnectionRecords):
             case NotRedirected():
                 # Mostly a health check, every few seconds.
                 level, message, status = logging.DEBUG, "not redirected", _NOT_REDIRECTED
-                if (times := self._records.repeats.due((self._host, str(error)))) is not None:
+                if (times := self._log.repeats.due((self._host, str(error)))) is not None:
                     level, more = logging.WARNING, {"count": times} if times > 1 else {}
             case Loop():
                 message, status = "loop refused", _LOOP
             case Denied():
                 level, message, status = logging.INFO, "rejected by route", _REJECTED
             case _:
-                self._records.not_connected(error)
+                self._log.not_connected(error)
                 message = "failed to connect to proxy server"
                 status = _REFUSED if isinstance(error, UpstreamError) else _UNREACHABLE
                 if isinstance(error, RequestRefused) and error.reply in _DENIED:
@@ -180,8 +180,8 @@ class RedirectedRecords(ConnectionRecords):
 
     def _count(self, status: str) -> None:
         if self._route is not None:
-            self._records.by_route[self._route].value += 1
-        self._records.connections.labels(self._version, status).value += 1
+            self._log.by_route[self._route].value += 1
+        self._log.connections.labels(self._version, status).value += 1
 
     def values(self) -> tuple[object, ...]:
         return (

@@ -129,6 +129,7 @@ class SocksRecords(ConnectionRecords):
     __slots__ = (
         "_destination",
         "_local",
+        "_log",
         "_peer",
         "_pool",
         "_request",
@@ -139,11 +140,10 @@ class SocksRecords(ConnectionRecords):
         "tried_user",
     )
 
-    _records: AccessLog
-
     def __init__(self, records: AccessLog, client: Client, local: tuple[str, int]) -> None:
         """`local` is our address that the client has connected to."""
         super().__init__(records, client.host, client.port)
+        self._log = records
         self._local = pair_member(local[0], local[1])
         self._peer: str | None = None
         """The proxy that has named the client; it may have named itself."""
@@ -178,7 +178,7 @@ class SocksRecords(ConnectionRecords):
 
     def _turned_away(self, message: str, setting: str) -> None:
         self._count(None, _CLIENT_DENIED)
-        self._records.denied.labels(setting).value += 1
+        self._log.denied.labels(setting).value += 1
         self._event(logging.WARNING, message, error=f"not in {setting}")
 
     # ---- the handshake
@@ -187,21 +187,21 @@ class SocksRecords(ConnectionRecords):
         """This client's user name and password are accepted, perhaps without a check."""
         self._user = client.user
         self._version = Version.SOCKS5
-        self._records.authenticated[Method.USERNAME_PASSWORD, _SUCCESS].value += 1
+        self._log.authenticated[Method.USERNAME_PASSWORD, _SUCCESS].value += 1
 
     def requested(self, request: Request, method: Method | None) -> None:
         """The client has said where it wants to go, after SOCKS5 authentication by `method`."""
         version = self._version = request.version
         self._request = (_PROTOCOLS[version], _COMMANDS[request.command], request.host, request.port)
         if version is _SOCKS5:
-            records = self._records
+            records = self._log
             if method is _NO_AUTHENTICATION:
                 records.unauthenticated.value += 1
             records.address_read[request.address_type, _SUCCESS].value += 1
 
     def probed(self) -> None:
         """The client has only asked whether this is a usocksd, which is logged at debug only."""
-        self._records.probes.value += 1
+        self._log.probes.value += 1
         self._event(logging.DEBUG, "probed")
 
     def misspoke(self, fault: ClientFault, server: Server, *, news: bool = True) -> None:
@@ -235,12 +235,12 @@ class SocksRecords(ConnectionRecords):
         match error:
             case Denied():
                 self._rule = error.rule
-                self._records.denied.labels(error.rule).value += 1
+                self._log.denied.labels(error.rule).value += 1
                 level, message = logging.WARNING, "ruleset mismatch"
             case CommandNotSupported():
                 level, message = logging.WARNING, "command not supported"
             case _:
-                self._records.not_connected(error)
+                self._log.not_connected(error)
                 level, message = logging.ERROR, "dial to destination failed"
         self._event(level, message, **self._resolved(), error=str(error))
 
@@ -276,10 +276,10 @@ class SocksRecords(ConnectionRecords):
     # ---- counters and fields
 
     def _count(self, version: Version | None, status: str) -> None:
-        self._records.connections[version, status].value += 1
+        self._log.connections[version, status].value += 1
 
     def _count_fault(self, kind: Kind, version: Version | None, method: Method | None) -> None:
-        records = self._records
+        records = self._log
         if version is None:
             self._count(None, _NO_REQUEST if kind is Kind.EOF else _NO_SOCKS)
         elif version is Version.SOCKS4:

@@ -213,7 +213,7 @@ class Fields:
         """Which values may be anything, and what to write before them."""
         self._few: list[tuple[int, Callable[[str | None], str]]] = []
         """Which are of few, and what gives their text."""
-        self._null = "null" if formatter.nulls else ""
+        self._none_text = "null" if formatter.nulls else ""
         self._formatter = formatter
         self._format = ""
         at = 0
@@ -245,7 +245,7 @@ class Fields:
         for at, prefix in self._any:
             value = texts[at]
             if value is None:
-                texts[at] = self._null
+                texts[at] = self._none_text
             elif type(value) is str and value.isprintable():  # by type(): isinstance costs as much as the quoting
                 texts[at] = prefix + encode_basestring(value)
             else:
@@ -253,7 +253,7 @@ class Fields:
         return self._format % tuple(texts)
 
     def _escaped(self, prefix: str, value: str | None) -> str:
-        return self._null if value is None else prefix + self._formatter.value(value)
+        return self._none_text if value is None else prefix + self._formatter.value(value)
 
 
 class Frame:

@@ -119,7 +119,7 @@ class AccessRecords:
         if error:
             what = os.strerror(error)
         if frame.severity <= self._log.level:
-            duration = f"{elapsed:.6f}".rstrip("0").rstrip(".")
+            duration = format(elapsed, ".6f").rstrip("0").rstrip(".")
             at_end = (to_upstream, to_client, duration, reason._value_, by._value_, what)
             if self._sorts:
                 text = self._at_end.text((*connection.values(), *at_end))

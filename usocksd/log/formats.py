@@ -275,7 +275,8 @@ class Frame:
         known, text = self._formatter.latest
         if known != second:
             text = self._formatter.second(second)
-        record = f"{self._before}{text}{micros:06d}{self._after}{fields}{self._end}".encode()
+        # (format() and not a specification in the text: mypyc makes that a call of str.format, with a parser.)
+        record = f"{self._before}{text}{format(micros, '06d')}{self._after}{fields}{self._end}".encode()
         return record if len(record) <= MAX_RECORD else self._too_large(now, len(record))
 
     def _too_large(self, now: float, size: int) -> bytes:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from ipaddress import IPv6Network
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from attrs import frozen
 
@@ -25,8 +25,7 @@ from usocksd.names.sites import Prefix, SiteList, parse_entry
 from usocksd.net.address import IPAddress, IPNetwork
 
 
-@frozen
-class Ruling:
+class Ruling(NamedTuple):
     """The rules' decision on a name or an address."""
 
     allowed: bool

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Final
-
-from attrs import frozen
+from typing import Final, NamedTuple
 
 from usocksd.names.match import LINK_LOCAL, LOOPBACK, NetworkMap, parse_network
 from usocksd.net.address import IPAddress, IPNetwork, numeric_address
@@ -20,8 +18,7 @@ TRUSTED: Final = "incoming.proxy_protocol.trusted"
 DEFAULT_CLIENTS = LOOPBACK + PRIVATE + LINK_LOCAL
 
 
-@frozen
-class Client:
+class Client(NamedTuple):
     """The client of a connection, as far as it is known. Rules, egress, limits and records use this value. When a PROXY
     header or a password tells more, another Client replaces it.
     """

@@ -63,7 +63,7 @@ class Explainer:
         }
         if client.user is not None and self.policy.users is None:
             answer["note"] = NO_USERS
-            client = attrs.evolve(client, user=None)  # as the session does
+            client = client._replace(user=None)  # as the session does
         if (refusal := self.policy.refusal(client)) is not None:
             answer |= {"rule": refusal, "error": _REFUSALS[refusal]}
         else:

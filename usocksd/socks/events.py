@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Final
+from typing import Final, NamedTuple
 
 from usocksd.socks.wire import AddressType, Command, Version
 
@@ -37,8 +37,7 @@ class Credentials:
     password: str = field(repr=False)
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """A client's request. The server owes it a reply.
 
     `host` is numeric (as inet_ntop(3) writes it) for the IP address types. For NAME it is as sent, UTF-8, not

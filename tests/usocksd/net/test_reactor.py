@@ -306,6 +306,29 @@ async def test_on_reset_is_called_while_no_session_waits(lab: Any) -> None:
     assert called == [True]
 
 
+async def test_a_reset_in_the_turn_of_another_event_is_not_missed(lab: Any) -> None:
+    """The session has just been woken by an event that brings no bytes, so it does not wait when the client is reset."""
+    client, peer = lab.endpoint()
+    upstream, _ = lab.endpoint()
+    client.on_reset = upstream.give_up
+    errors: list[BaseException] = []
+
+    async def ask() -> None:
+        try:
+            await upstream.receive()
+        except PeerReset as error:
+            errors.append(error)
+
+    over = start(lab.reactor, ask)
+    await lab.settle()
+    lab.reactor.watch_writable(upstream.fd)
+    peer.reset()
+    lab.reactor.turn(0)
+    with trio.fail_after(1):
+        await over.wait()
+    assert len(errors) == 1
+
+
 # Closing
 
 

@@ -243,6 +243,18 @@ def test_dead_dns_costs_a_client_its_deadline_and_nothing_else(tmp_path: Path, d
             assert messages.index("proxy ends") < messages.index("dial to destination failed")
 
 
+def test_a_client_that_waits_for_a_name_ends_with_the_daemon_and_with_no_error(tmp_path: Path) -> None:
+    with NameServer({"silent.test": None}) as dns:
+        more = f'stop = 0.2\n[dns]\nservers = ["{dns.address}"]\n'
+        with usocksd(tmp_path, more) as server, connected(server) as client:
+            client.sendall(GREETING + request("silent.test", 80))
+            daemons.wait_until(lambda: dns.asked, "the name is asked for")
+            server.signal(signal.SIGTERM)
+            assert client.recv(1) == b""
+            assert server.ended() == 0
+            assert not server.records(severity="error")
+
+
 def test_a_stopped_destination_is_no_trouble_to_others(tmp_path: Path, destination: Served) -> None:
     with daemons.blackhole() as nowhere, usocksd(tmp_path, connect=1) as server:
         with connected(server) as victim:

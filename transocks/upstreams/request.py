@@ -79,8 +79,7 @@ class Attempt:
         """Give it up, if something else can be tried (by the next session, if the client has to ask again)."""
         if self._replaceable and not self.left:
             self.left = True
-            if self._client.on_reset is not None:
-                self._client.on_reset()
+            self._client.interrupt(PeerReset())
 
     def leave_for_better(self) -> None:
         """Give it up, if the session may go on with an upstream that is well."""

@@ -127,7 +127,7 @@ class Upstream:
             try:
                 attempt.check()
                 endpoint.deadline = reactor.clock() + timeouts.connect + timeouts.handshake
-                client.on_reset = endpoint.give_up
+                client.on_interrupt = endpoint.interrupt
                 access.connected(endpoint, target)
                 tunnel = await self._ask(endpoint, handshake, request, attempt)
             except DeadlineExpired:
@@ -140,7 +140,7 @@ class Upstream:
                 endpoint.close()
                 raise
             finally:
-                client.on_reset = None
+                client.on_interrupt = None
         except PeerReset:
             if not attempt.left:
                 raise

@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 import outcome
 import trio
 
-from usocksd.net.endpoint import DeadlineExpired, Endpoint, PeerReset
+from usocksd.net.endpoint import DeadlineExpired, Endpoint
 from usocksd.net.reactor import Reactor, Waitable
 
 T = TypeVar("T")
@@ -62,16 +62,16 @@ def run(reactor: Reactor, main: Callable[..., Awaitable[T]], *args: Any) -> T:
 async def in_trio(client: Endpoint, deadline: float, work: Callable[[], Awaitable[T]]) -> T:
     """For the session of `client`: await `work()` in a task of trio's, while the client waits.
 
-    Raises what the work does, DeadlineExpired past `deadline` (on the reactor's clock), and PeerReset when the client
-    is gone. The work is cancelled then.
+    Raises what the work does, DeadlineExpired past `deadline` (on the reactor's clock), PeerReset when the client is
+    gone, and whatever the client is interrupted with. The work is cancelled then.
     """
     client.check_peer()
     errand = _Errand(client.reactor, deadline, work)
-    client.on_reset = errand.give_up
+    client.on_interrupt = errand.give_up
     try:
         return await errand.result()
     finally:
-        client.on_reset = None
+        client.on_interrupt = None
 
 
 async def in_session(reactor: Reactor, work: Coroutine[Any, Any, T]) -> T:
@@ -123,9 +123,9 @@ class _Errand(Waitable, Generic[T]):
             self._scope.cancel()  # it is over, unless the session is stopped
         return self._outcome.unwrap()
 
-    def give_up(self) -> None:
-        """The client is gone."""
-        self._outcome = outcome.Error(PeerReset())
+    def give_up(self, reason: BaseException) -> None:
+        """Cancel it, and raise `reason` in the session."""
+        self._outcome = outcome.Error(reason)
         self._scope.cancel()
 
     async def _run(self) -> None:

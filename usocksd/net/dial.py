@@ -131,7 +131,7 @@ class Dialer:
         if endpoint.unproven:
             return endpoint
         if client is not None:
-            client.on_reset = endpoint.give_up
+            client.on_interrupt = endpoint.interrupt
         try:
             error = await endpoint.connected()
         except DeadlineExpired:
@@ -142,7 +142,7 @@ class Dialer:
             raise
         finally:
             if client is not None:
-                client.on_reset = None
+                client.on_interrupt = None
         if error:
             endpoint.close()
             raise DialError(error, str(target))

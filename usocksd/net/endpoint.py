@@ -66,7 +66,7 @@ class Endpoint(Waitable):
         "deadline",
         "fd",
         "more",
-        "on_reset",
+        "on_interrupt",
         "readable",
         "sock",
         "writable",
@@ -86,8 +86,8 @@ class Endpoint(Waitable):
         """Our end of an accepted connection, where its listener has but one address."""
         self.about: About | None = None
         """The session's description of the connection, on a client's endpoint."""
-        self.on_reset: Callable[[], None] | None = None
-        """Called when the peer is gone while its session does not wait here: it is busy with something else."""
+        self.on_interrupt: Callable[[BaseException], None] | None = None
+        """Ends what its session waits for instead: the peer is gone, or the process stops."""
         self._watched = watched
         if watched:
             reactor.register(self.fd, self, connecting=connecting)
@@ -209,25 +209,24 @@ class Endpoint(Waitable):
                 self.more = True
         if self._waiting is not None:
             self.wake()
-        elif flags & BROKEN and self.on_reset is not None:
+        elif flags & BROKEN and self.on_interrupt is not None:
             # Behind the sessions of this turn: an event may just have woken the one that is to be told, and what it
             # is told only counts while it waits.
             self.reactor.call_soon(self._tell_of_reset)
 
     def on_deadline(self, now: float) -> None:
-        self.interrupt(DeadlineExpired())
+        self.wake(DeadlineExpired())
 
     def interrupt(self, reason: BaseException) -> None:
-        """Raise `reason` in the session, if it waits here."""
-        self.wake(reason)
-
-    def give_up(self) -> None:
-        """The client for which this connection was to be made is gone."""
-        self.interrupt(PeerReset())
+        """Raise `reason` in the session, if it waits here or where `on_interrupt` reaches it."""
+        if self.on_interrupt is not None:
+            self.on_interrupt(reason)
+        else:
+            self.wake(reason)
 
     def _tell_of_reset(self) -> None:
-        if self.on_reset is not None:
-            self.on_reset()
+        if self.on_interrupt is not None:
+            self.on_interrupt(PeerReset())
 
     def _send_some(self, data: bytes) -> int:
         try:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import errno
 from collections import deque
 from collections.abc import Sequence
-from functools import partial
 from math import inf
 from socket import SocketType
 from typing import TYPE_CHECKING, NamedTuple
 
 from usocksd.errors import DialError
-from usocksd.net.endpoint import DeadlineExpired, Endpoint, PeerReset
+from usocksd.net.endpoint import DeadlineExpired, Endpoint
 from usocksd.net.reactor import Reactor, Waitable
 
 if TYPE_CHECKING:
@@ -50,6 +49,9 @@ class RaceAttempt(Endpoint):
         if self.race is not None:
             self.race.wake()
 
+    def on_deadline(self, now: float) -> None:
+        self.interrupt(DeadlineExpired())
+
     def interrupt(self, reason: BaseException) -> None:
         if self.race is not None:
             self.race.stop(reason)
@@ -84,7 +86,7 @@ class Race(Waitable):
     async def run(self, client: Endpoint | None) -> tuple[Endpoint, Target]:
         """As `dial`."""
         if client is not None:
-            client.on_reset = partial(self.stop, PeerReset())
+            client.on_interrupt = self.stop
         winner = None
         try:
             while (winner := self._connected()) is None:
@@ -105,7 +107,7 @@ class Race(Waitable):
             raise DialError(errno.ETIMEDOUT, str(oldest.target)) from None
         finally:
             if client is not None:
-                client.on_reset = None
+                client.on_interrupt = None
             self._dialer.spare += max(len(self._running) - 1, 0)
             for attempt in self._running:
                 if attempt is not winner:

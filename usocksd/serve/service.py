@@ -143,6 +143,7 @@ class Service:
             self._reactor.interrupt_all(Stopping)
             with trio.move_on_after(self._timing.session_ends):
                 await self._emptied()
+            self._reactor.stop_all()
 
     def connections(self) -> Iterator[dict[str, Any]]:
         """The live ones, as their sessions describe them, with bytes and seconds; "at" is when that was, by

@@ -128,7 +128,7 @@ def test_a_session_goes_to_trio_and_comes_back_with_a_value_or_an_exception(proc
 
         peer.sendall(b"as before")
         assert await process.session(session()) == 3
-        assert endpoint.on_reset is None
+        assert endpoint.on_interrupt is None
         endpoint.close()
 
     process.run(main)
@@ -170,6 +170,23 @@ def test_the_reset_of_the_client_cancels_the_work(process: Process, when: str) -
         with pytest.raises(PeerReset):
             await process.session(in_trio(endpoint, process.reactor.clock() + 60, work))
         assert process.left == (["work"] if when == "meanwhile" else [])
+        endpoint.close()
+
+    process.run(main)
+
+
+def test_a_session_in_trio_is_interrupted_as_one_that_waits_for_its_client(process: Process) -> None:
+    async def main() -> None:
+        endpoint, _ = process.endpoint()
+
+        async def work() -> None:
+            endpoint.on_deadline(0)  # that of the client: it has none meanwhile
+            process.reactor.interrupt_all(KeyError)
+            await process.stay("work")
+
+        with pytest.raises(KeyError):
+            await process.session(in_trio(endpoint, process.reactor.clock() + 60, work))
+        assert process.left == ["work"]
         endpoint.close()
 
     process.run(main)

@@ -462,7 +462,7 @@ async def test_a_reset_of_the_client_ends_the_dial(lab: Any, dial: Dial, black_h
         await lab.settle()
         assert not ended.is_set()
         peer.reset()
-    assert client.on_reset is None
+    assert client.on_interrupt is None
     assert set(lab.reactor.handlers) == {client.fd}
 
 

@@ -13,7 +13,7 @@ import trio
 
 from usocksd.net import listeners as listeners_module
 from usocksd.net.bridge import in_session
-from usocksd.net.endpoint import DeadlineExpired, Endpoint, OutOfWatches
+from usocksd.net.endpoint import DeadlineExpired, Endpoint, OutOfWatches, PeerReset
 from usocksd.net.listeners import Listener, ListenError, listen
 from usocksd.net.tcp_info import accept_queue
 
@@ -299,12 +299,12 @@ async def test_a_reset_is_noticed_from_the_first_receive_on(
     else:
         endpoint.watch()
         endpoint.watch()
-    called: list[bool] = []
-    endpoint.on_reset = lambda: called.append(True)
+    called: list[BaseException] = []
+    endpoint.on_interrupt = called.append
     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     client.close()
     await lab.settle()
-    assert called == [True]
+    assert [type(reason) for reason in called] == [PeerReset]
 
 
 async def test_a_deadline_counts_before_the_first_receive(lab: Any, serve: Callable[..., Server]) -> None:

@@ -292,10 +292,10 @@ async def test_a_stop_in_receive_leaves_the_endpoint_usable(lab: Any) -> None:
     assert await endpoint.receive() == b"x"
 
 
-async def test_on_reset_is_called_while_no_session_waits(lab: Any) -> None:
+async def test_on_interrupt_is_called_while_no_session_waits(lab: Any) -> None:
     endpoint, peer = lab.endpoint()
-    called: list[bool] = []
-    endpoint.on_reset = lambda: called.append(True)
+    called: list[BaseException] = []
+    endpoint.on_interrupt = called.append
     await peer.send(b"x")
     await lab.settle()
     peer.end()
@@ -303,14 +303,14 @@ async def test_on_reset_is_called_while_no_session_waits(lab: Any) -> None:
     assert called == []
     peer.reset()
     await lab.settle()
-    assert called == [True]
+    assert [type(reason) for reason in called] == [PeerReset]
 
 
 async def test_a_reset_in_the_turn_of_another_event_is_not_missed(lab: Any) -> None:
     """The session has just been woken by an event that brings no bytes, so it does not wait when the client is reset."""
     client, peer = lab.endpoint()
     upstream, _ = lab.endpoint()
-    client.on_reset = upstream.give_up
+    client.on_interrupt = upstream.interrupt
     errors: list[BaseException] = []
 
     async def ask() -> None:

@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 def run(reactor: Reactor, main: Callable[..., Awaitable[T]], *args: Any) -> T:
     """Run `main` in trio while the reactor turns, until `main` returns. Returns and raises what it does.
 
-    After an exception in the reactor, which is a bug, `main` is cancelled, and that exception is raised.
+    After an exception in the reactor, which is a bug, sessions are stopped, `main` is cancelled, and that exception is
+    raised.
     """
     scope = trio.CancelScope()
     fault: Exception | None = None
@@ -52,6 +53,7 @@ def run(reactor: Reactor, main: Callable[..., Awaitable[T]], *args: Any) -> T:
             if fault is None:  # the same may come again in every turn, until trio has ended
                 log.critical("internal error", exc_info=True)
                 fault = error
+                reactor.call_soon(reactor.stop_all)  # before they see what they wait for end
                 scope.cancel()
     if fault is not None:
         raise fault

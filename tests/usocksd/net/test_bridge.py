@@ -444,7 +444,7 @@ def test_a_bug_ends_run_after_trio_was_cancelled(
     with pytest.raises(KeyError, match=where):
         process.run(main)
     assert [record.getMessage() for record in caplog.records] == ["internal error"]
-    assert process.left == ([] if where == "before trio" and not process.left else ["main", "session"])
+    assert process.left == ([] if where == "before trio" and not process.left else ["session", "main"])
 
 
 # The loop

@@ -15,14 +15,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from .accounting import processes
-from .counting import PATIENCE, Counter
+from .counting import PATIENCE
 from .places import REDIRECT_PORT, Loopback, find_program
 
 
@@ -212,16 +212,14 @@ def from_command(name: str, command: str) -> Contender:
 class Running:
     """A contender at work in a place, from `with` to its end; each measure gets a fresh one.
 
-    What is measured of it runs in `counter`, if there is one. `killed` tells at the end whether a process had to be
-    killed, which leaves no count.
+    `prefix` stands before the command lines of what is measured of it.
     """
 
-    def __init__(self, contender: Contender, place: Loopback, directory: Path, counter: Counter | None = None) -> None:
+    def __init__(self, contender: Contender, place: Loopback, directory: Path, prefix: Sequence[str] = ()) -> None:
         self.contender = contender
         self.place = place
         self.site = Site(directory, free_port())
-        self.killed = False
-        self._counter = counter
+        self._prefix = prefix
         self._programs: list[subprocess.Popen[bytes]] = []
 
     @property
@@ -246,7 +244,7 @@ class Running:
                 if number:
                     site = replace(site, port=REDIRECT_PORT, upstream=site.port)
                 measured = number >= self.contender.alone
-                prefix = self._counter.prefix(site.directory) if self._counter and measured else []
+                prefix = self._prefix if measured else ()
                 command = [*self.place.prefix, "setpriv", "--pdeathsig", "KILL", "--", *prefix, *part.command(site)]
                 with self._log.open("ab") as out:
                     self._programs.append(
@@ -279,13 +277,12 @@ class Running:
         for program in self._programs:
             program.terminate()  # a program that forked can so reap its own
         sessions = [program.pid for program in self._programs]
-        patience = time.monotonic() + (PATIENCE if self._counter else 0.5)
+        patience = time.monotonic() + (PATIENCE if self._prefix else 0.5)
         while processes(sessions, zombies=False) and time.monotonic() < patience:
             time.sleep(0.005)
         deadline = time.monotonic() + 5
         # Leaders are reaped last: until then their ids, which name the sessions, can't be given to others.
         while (left := processes(sessions, zombies=False)) and time.monotonic() < deadline:
-            self.killed = True
             for pid in left:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)

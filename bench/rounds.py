@@ -1,17 +1,19 @@
 """The measures, and the rounds that take them: all contenders in turn, repeatedly."""
 
+import contextlib
 import json
 import select
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from . import accounting
 from .contenders import Contender, Running
-from .counting import COUNTED_WITHIN, COUNTERS, PATIENCE, Counter
+from .counting import COUNTED_WITHIN, COUNTERS, PATIENCE, Counter, CountingError, without_clock
 from .opening import Plan
 from .places import MARK, Loopback
 from .report import Figure, Result
@@ -24,7 +26,7 @@ KINDS: tuple[Kind, ...] = ("connect", "echo", "bulk", "idle")
 class Measure:
     """One table: what the load generator does, and the figures taken from it.
 
-    `lengths` are the operations of the two runs for a count, None if nothing is counted.
+    `length` is the number of operations to count, None if nothing is counted.
     """
 
     name: str
@@ -32,10 +34,10 @@ class Measure:
     connections: int
     title: str
     figures: tuple[Figure, ...]
-    lengths: tuple[int, int] | None = None
+    length: int | None = None
 
 
-def measures(kinds: Sequence[str], idle: int, lengths: Mapping[str, tuple[int, int]]) -> list[Measure]:
+def measures(kinds: Sequence[str], idle: int, lengths: Mapping[str, int]) -> list[Measure]:
     """The measures of these kinds, in the order of the report; those with `lengths` are counted, too."""
     rate = Figure("rate", "per second")
     counts = (Figure("instructions", "instructions"), Figure("calls", "system calls", decimals=1)) if lengths else ()
@@ -52,7 +54,12 @@ def measures(kinds: Sequence[str], idle: int, lengths: Mapping[str, tuple[int, i
         Measure("bulk-8", "bulk", 8, "Bulk download, 8 streams", bulk),
         Measure("idle", "idle", idle, f"Memory of {idle} idle connections", (memory,)),
     )
-    return [replace(each, lengths=lengths.get(each.kind)) for each in every if each.kind in kinds]
+    return [replace(each, length=lengths.get(each.kind)) for each in every if each.kind in kinds]
+
+
+# Seconds for the last connections to end, and without load.
+CLOSING = 1.0
+IDLE = 8.0
 
 
 class Failure(Exception):
@@ -73,27 +80,41 @@ class Bench:
 
     def measure(self, measure: Measure, contender: Contender, place: Loopback) -> Result:
         """One measure of one contender, freshly started: an earlier measure's heap would hide idle memory."""
-        return self._run(measure, contender, place, self._directory())
+        running = Running(contender, place, self._directory())
+        with self._ready(measure, running) as load:
+            return self._take(measure, load, running)
 
     def count(self, measure: Measure, contender: Contender, place: Loopback) -> Result:
         """Instructions and system calls of each operation; empty if they are not counted for this measure."""
-        if measure.lengths is None or not contender.parts:
+        if measure.length is None or not contender.parts:
             return {}
-        short, long = measure.lengths
         counts = {}
-        for counter in COUNTERS:
-            totals = []
-            for length in (short, long):
-                directory = self._directory()
-                result = self._run(measure, contender, place, directory, counter=counter, count=length)
-                if result["errors"] or result["count"] != length:
-                    raise Failure(f"{result['errors']:.0f} connections refused or reset under {counter.program}")
-                try:
-                    totals.append(counter.read(directory))
-                except ValueError as error:
-                    raise Failure(str(error)) from error
-            counts[counter.key] = (totals[1] - totals[0]) / (long - short)
+        for tool in COUNTERS:
+            directory = self._directory()
+            counter = tool(directory)
+            running = Running(contender, place, directory, counter.prefix)
+            try:
+                with self._ready(measure, running, measure.length) as load:
+                    counts[counter.key] = self._count(counter, load, running)
+            except CountingError as error:
+                raise Failure(str(error)) from error
         return counts
+
+    def _count(self, counter: Counter, load: "subprocess.Popen[str]", running: Running) -> float:
+        """What an operation costs, without what the proxy does by the clock in the same time."""
+        counter.begin(running.sessions)
+        start = time.monotonic()
+        result = self._go(load, running)
+        if result["errors"]:
+            raise Failure(f"{result['errors']:.0f} connections refused or reset while counting")
+        time.sleep(CLOSING)
+        loaded = time.monotonic() - start
+        total = counter.end()
+        counter.begin(running.sessions)
+        start = time.monotonic()
+        time.sleep(IDLE)
+        idle = time.monotonic() - start
+        return without_clock(total, counter.end(), loaded / idle) / result["count"]
 
     def _directory(self) -> Path:
         self._runs += 1
@@ -101,20 +122,16 @@ class Bench:
         directory.mkdir()
         return directory
 
-    def _run(
-        self,
-        measure: Measure,
-        contender: Contender,
-        place: Loopback,
-        directory: Path,
-        *,
-        counter: Counter | None = None,
-        count: int = sys.maxsize,
-    ) -> Result:
-        """Run a contender under load; with a counter, until `count` operations are done."""
+    @contextlib.contextmanager
+    def _ready(self, measure: Measure, running: Running, count: int | None = None) -> "Iterator[subprocess.Popen[str]]":
+        """Run a contender, warmed up, with a load generator that waits to be told to go.
+
+        The load then lasts `self.seconds`, or `count` operations.
+        """
+        place = running.place
         # A destination of its own for each run, so that none searches ports among the last one's TIME_WAITs.
         target = f"127.1.{self._runs >> 8 & 255}.{self._runs & 255}"
-        with Running(contender, place, directory, counter) as running:
+        with running:
             plan = Plan(
                 measure=measure.kind,
                 connections=measure.connections,
@@ -123,39 +140,41 @@ class Bench:
                 proxy=running.proxy,
                 mark=MARK if running.redirected else 0,
             )
-            if counter:
+            if count is not None:
                 plan = replace(plan, seconds=COUNTED_WITHIN, count=count, patience=PATIENCE)
             load = place.popen([sys.executable, "-m", "bench.load", json.dumps(asdict(plan))], "load")
             try:
-                result = self._take(measure, load, running)
+                first = self._answer(load, running)
+                if first != "ready\n":
+                    raise Failure(json.loads(first)["failed"])
+                yield load
             except Failure as failure:
                 words = running.last_words()
                 raise Failure(f"{failure}; it wrote: {words}" if words else str(failure)) from failure
             finally:
                 load.kill()
                 load.communicate()
-        if counter and running.killed:
-            raise Failure(f"it did not end within {PATIENCE:.0f} s under {counter.program}")
-        return result
 
-    def _take(self, measure: Measure, load: "subprocess.Popen[str]", running: Running) -> Result:
-        """Read CPU or memory around the measured part, and make the figures."""
-        idle = measure.kind == "idle"
-        sessions = running.sessions
-        first = self._answer(load, running)
-        if first != "ready\n":
-            raise Failure(json.loads(first)["failed"])
-        cpu = accounting.settled_cpu_seconds(sessions, self.quiet)
-        memory = accounting.memory_bytes(sessions) if idle else 0
+    def _go(self, load: "subprocess.Popen[str]", running: Running) -> dict[str, float]:
+        """Let the load generator do the measured part; returns its result."""
         assert load.stdin is not None
         load.stdin.write("go\n")
         load.stdin.flush()
         result: dict[str, float] = json.loads(self._answer(load, running))
         if "failed" in result:
             raise Failure(result["failed"])
-        count = result["count"]
-        if not count:
+        if not result["count"]:
             raise Failure("nothing got through")
+        return result
+
+    def _take(self, measure: Measure, load: "subprocess.Popen[str]", running: Running) -> Result:
+        """Read CPU or memory around the measured part, and make the figures."""
+        idle = measure.kind == "idle"
+        sessions = running.sessions
+        cpu = accounting.settled_cpu_seconds(sessions, self.quiet)
+        memory = accounting.memory_bytes(sessions) if idle else 0
+        result = self._go(load, running)
+        count = result["count"]
         if not idle:
             result["rate"] = count / result["seconds"]
         if sessions and idle:

@@ -78,6 +78,14 @@ def test_instructions_and_system_calls_of_a_connection(tmp_path: Path) -> None:
     assert "system calls" in done.stdout
 
 
+def test_work_by_the_clock_is_what_a_process_without_connections_did(room: Callable[[str], ModuleType]) -> None:
+    without_clock = room("counting").without_clock
+    # Three times as long as idle, but the master had time for twice its work only.
+    assert without_clock({"master": 20, "worker": 1000}, {"master": 10, "worker": 30}, 3.0) == 1020 - 2 * 40
+    assert without_clock({"only": 1000}, {"only": 10}, 3.0) == 970
+    assert without_clock({"only": 1000}, {"only": 0}, 3.0) == 1000
+
+
 def test_missing_tools_for_counting_are_named() -> None:
     done = bench("--instructions", PATH="/nonexistent")
     assert done.returncode == 2

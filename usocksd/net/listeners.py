@@ -15,7 +15,7 @@ from usocksd.net.address import join_port, socket_address, unmapped
 from usocksd.net.endpoint import Endpoint, TransparentEndpoint, set_options
 from usocksd.net.fast_open import accept_fast_open
 from usocksd.net.keepalive import KeepAlive, KeepAliveTiming, keep_alive
-from usocksd.net.reactor import Reactor
+from usocksd.net.reactor import Reactor, Timer
 from usocksd.net.tcp_info import accept_queue
 
 log = logging.getLogger(__name__)
@@ -47,6 +47,8 @@ _CONNECTION_ERRNOS = frozenset(
     }
 )
 _PAUSE = 0.1
+# For how long a process that has taken its share of the waiting connections leaves the rest to the others.
+_GIVE_WAY = 0.001
 # linux/in.h; Python has no name for it. This option sets the socket's flag for IPv6 too.
 _IP_TRANSPARENT = 19
 _RECORD_AGAIN_AFTER = 10.0
@@ -125,31 +127,61 @@ def set_listener_options(sock: socket.SocketType) -> None:
 
 
 class Listener:
-    """Accepts from one listening socket, as a handler of the reactor.
+    """Accepts from one listening socket, as a handler of the reactor. `processes`: how many share the socket.
+
+    The kernel wakes the first of those processes in its list that waits for events. For all to get their share, a
+    process that accepts goes to the end of the list. When several connections wait, others have been woken, but may not
+    run yet: so it takes a share, and looks again a moment later.
 
     `room` tells whether the process has descriptors for one more connection. If not, connections wait in the kernel's
     queue, and are not accepted to be refused.
     """
 
-    deadline = inf
+    # Has each sweep look at the queue: a process that was woken for a connection may end or hang before it accepts, and
+    # the kernel wakes no other.
+    deadline = -inf
 
-    def __init__(self, reactor: Reactor, sock: socket.socket, accepted: Accepted, *, room: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        reactor: Reactor,
+        sock: socket.socket,
+        accepted: Accepted,
+        *,
+        room: Callable[[], bool],
+        processes: int = 1,
+    ) -> None:
         self._reactor = reactor
         self._sock = sock
         self._accept = sock._accept  # type: ignore[attr-defined]  # accept() without the Python layer over it
         self._kind = (int(sock.family), int(sock.type), sock.proto)
         self._accepted = accepted
         self._room = room
+        self._processes = processes
         self._endpoint = TransparentEndpoint if is_transparent(sock) else Endpoint
         self._bound = _one_address(sock)
         self._recorded = -inf
+        self._return: Timer | None = None
         self.paused = False
         self._fd = sock.fileno()
-        reactor.register_listener(self._fd, self)
+        self._watch()
 
     def on_event(self, flags: int) -> None:
+        waiting = accept_queue(self._sock)[0]
+        if self._processes > 1 and waiting:
+            self._reactor.unregister(self._fd)
+            if waiting == 1:
+                self._watch()
+            else:
+                waiting = -(-waiting // self._processes)
+                self._watch_in(_GIVE_WAY)
+        self._take(waiting)
+
+    def on_deadline(self, now: float) -> None:
+        self.on_event(0)
+
+    def _take(self, waiting: int) -> None:
         family, kind, protocol = self._kind
-        for _ in range(min(accept_queue(self._sock)[0], _BATCH)):
+        for _ in range(min(waiting, _BATCH)):
             if not self._room():
                 self._pause("too few file descriptors left")
                 return
@@ -172,32 +204,41 @@ class Listener:
 
     def close(self) -> None:
         """Accept the connections that wait now, and no more."""
-        # The kernel resets connections that wait when the socket is closed. So look again for those that have come
-        # while others were accepted: a few times, since clients may come faster than they are accepted.
+        self._reactor.unregister(self._fd)
+        # The kernel resets connections that wait when the last process closes the socket. So look again for those that
+        # have come while others were accepted: a few times, since clients may come faster than they are accepted.
         for _ in range(accept_queue(self._sock)[0] // _BATCH + 4):
             if not self.paused:
-                self.on_event(0)
-        self._reactor.unregister(self._fd)
+                self._take(accept_queue(self._sock)[0])
         self._sock.close()
+        if self._return is not None:
+            self._return.cancel()
 
     def keep_alive(self, timing: KeepAliveTiming) -> None:
         """How the kernel probes connections that are accepted from now on."""
         keep_alive(self._sock, timing)
 
-    def on_deadline(self, now: float) -> None:
-        """A pause is over."""
-        self.deadline = inf
-        self.paused = False
-        self._reactor.mute(self._fd, muted=False)
-
     def interrupt(self, reason: BaseException) -> None:
         """Nothing waits here: a listener is closed, not interrupted."""
 
+    def _watch(self) -> None:
+        self._return = None
+        self.paused = False
+        try:
+            self._reactor.register_listener(self._fd, self)
+        except OSError as error:  # no more sockets can be watched
+            self._pause(os.strerror(error.errno or errno.EIO))
+
+    def _watch_in(self, seconds: float) -> None:
+        if self._return is not None:
+            self._return.cancel()
+        self._return = self._reactor.call_at(self._reactor.now + seconds, self._watch)
+
     def _pause(self, cause: str) -> None:
         now = self._reactor.now
-        self.deadline = now + _PAUSE
         self.paused = True
-        self._reactor.mute(self._fd, muted=True)
+        self._reactor.unregister(self._fd)
+        self._watch_in(_PAUSE)
         if now - self._recorded > _RECORD_AGAIN_AFTER:
             self._recorded = now
             log.error(

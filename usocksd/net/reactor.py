@@ -41,6 +41,7 @@ BROKEN = HUP | ERR
 # costs every accepted connection an event that says "you may write".
 _READ_EVENTS = IN | RDHUP | PRI | select.EPOLLET
 _ALL_EVENTS = _READ_EVENTS | OUT
+_LISTENER_EVENTS = IN | select.EPOLLEXCLUSIVE
 
 # Events in a batch: keeps it in the order of 5 ms.
 _BATCH = 256
@@ -169,13 +170,13 @@ class Reactor:
         self.handlers[fd] = handler
 
     def register_listener(self, fd: int, handler: Handler) -> None:
-        """Watch a listening socket, level-triggered: what one batch of accepts left is reported again."""
-        self._epoll.register(fd, IN)
-        self.handlers[fd] = handler
+        """Watch a listening socket, level-triggered: what one batch of accepts left is reported again.
 
-    def mute(self, fd: int, *, muted: bool) -> None:
-        """Stop reporting events of a listening socket, or begin again."""
-        self._epoll.modify(fd, 0 if muted else IN)
+        If processes share the socket, a connection wakes one of them: of those that wait, the one that registered the
+        socket first.
+        """
+        self._epoll.register(fd, _LISTENER_EVENTS)
+        self.handlers[fd] = handler
 
     def unregister(self, fd: int) -> None:
         """Stop watching `fd`, which stays open."""

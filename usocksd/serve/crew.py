@@ -1,12 +1,11 @@
 """The workers of all generations: started, watched, replaced, and drained.
 
-A worker that dies or hangs is replaced. Until the new one is ready, another one serves its slot as well (adoption.py).
+A worker that dies or hangs is replaced. Its siblings accept from the same sockets, so nobody waits for the new one.
 """
 
 from __future__ import annotations
 
 import logging
-import socket
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -19,11 +18,10 @@ import trio
 from usocksd.errors import Error
 from usocksd.log.metrics import Metrics, Snapshot, lasting, total
 from usocksd.net.limits import COLUMNS, clear_column, make_table
-from usocksd.serve.adoption import Adoption
 from usocksd.serve.channel import Message
 from usocksd.serve.coroner import Coroner, ended_children
+from usocksd.serve.listening import ListeningSockets
 from usocksd.serve.plan import Generation
-from usocksd.serve.slots import Slots
 from usocksd.serve.timing import Timing
 from usocksd.serve.worker_process import WorkerProcess, WorkerState
 from usocksd.settings.files import NamedFiles
@@ -39,7 +37,12 @@ class Crew:
     """All workers, in the order in which they were started."""
 
     def __init__(
-        self, nursery: trio.Nursery, slots: Slots, metrics: Metrics, timing: Timing, table: int | None = None
+        self,
+        nursery: trio.Nursery,
+        sockets: ListeningSockets,
+        metrics: Metrics,
+        timing: Timing,
+        table: int | None = None,
     ) -> None:
         self.workers: list[WorkerProcess] = []
         self.generation: Generation | None = None
@@ -53,13 +56,10 @@ class Crew:
         self.shared: Any = None
         """The latest value that the keeper has shared with all workers, as JSON; None if there is none"""
         self.changed = trio.lowlevel.ParkingLot()
-        """Signalled when a worker has ended, or `emptying` is over."""
-        self.emptying = False
-        """Surplus sockets are still open, since connections may wait in them."""
+        """Signalled when a worker has ended."""
         self._nursery = nursery
-        self._slots = slots
+        self._sockets = sockets
         self._timing = timing
-        self._adoption = Adoption(slots, lambda: self.serving, timing)
         self._coroner = Coroner()
         self._failures: defaultdict[int, int] = defaultdict(int)
         self._restarts = metrics.counters("worker_restarts_total", "Workers that were replaced, by cause", "cause")
@@ -81,8 +81,8 @@ class Crew:
             undo.callback(self._give_up, workers)
             try:
                 with trio.fail_after(self._timing.ready_within):
-                    # Wait: surplus sockets are still in their groups, and nothing can be opened in their place.
-                    while self.emptying:
+                    # Until they have ended, the addresses that only they have are in use.
+                    while any(worker.killed for worker in self.workers):
                         await self.changed.park()
                     workers.append(self._start(number, 0))
                     plan, files = await workers[0].plan(text, source, kept)
@@ -90,7 +90,7 @@ class Crew:
                     if (count := len(plan.listen)) > _MOST_ADDRESSES:
                         raise Error(f"too many listening addresses: {count}, expected at most {_MOST_ADDRESSES}")
                     generation = Generation(number, text, source, plan, log_of(plan.log), time.time(), files)
-                    self._slots.open(plan.listen, plan.workers)
+                    self._sockets.open(plan.listen)
                     workers += [self._start(number, slot) for slot in range(1, plan.workers)]
                     await self._serve_all(generation, workers)
             except trio.TooSlowError:
@@ -104,22 +104,10 @@ class Crew:
         self._give_up(self.of(generation.number))
 
     def _give_up(self, workers: Sequence[WorkerProcess]) -> None:
-        if workers:
-            for worker in workers:
-                worker.kill()
-            self.emptying = True
-            self._nursery.start_soon(self._take_back, workers)
-
-    async def _take_back(self, workers: Sequence[WorkerProcess]) -> None:
-        """Close the sockets that were opened for these workers when they have ended. Until then their duplicates keep
-        the sockets in their groups, where no connection may be sent to them.
-        """
-        async with trio.open_nursery() as nursery:
-            for worker in workers:
-                nursery.start_soon(self._remove, worker)
-        self._slots.restore()
-        self.emptying = False
-        self.changed.unpark_all()
+        self._sockets.restore()
+        for worker in workers:
+            worker.kill()
+            self._nursery.start_soon(self._remove, worker)
 
     async def commit(self, generation: Generation) -> None:
         """Bring a prepared generation into force. Older ones drain."""
@@ -127,15 +115,12 @@ class Crew:
             self.generation.files.close()
         self.generation = generation
         self.level = None
-        self._adoption.begin(generation.plan)
         self._failures.clear()
         for worker in self.of(generation.number):
             await worker.accept()
             self._nursery.start_soon(self._watch, worker)
-        surplus = self._slots.release(generation.plan.listen, generation.plan.workers)
-        if surplus:
-            self.emptying = True
-            self._nursery.start_soon(self._empty, surplus)
+        # Before older workers close theirs: the last to close a socket must have emptied its queue.
+        self._sockets.keep(generation.plan.listen)
         older = [worker for worker in self.workers if worker.generation < generation.number]
         await self.drain(
             [worker for worker in older if worker.state is not WorkerState.DRAINING], generation.plan.drain
@@ -190,14 +175,13 @@ class Crew:
         """Whether no worker is starting or ending, and no message is half sent, so that the whole state can be passed
         on.
         """
-        return not self.emptying and not any(
+        return not any(
             worker.coming or worker.channel.sending or worker.exit_status is not None for worker in self.workers
         )
 
     def go_on(self, generation: Generation, workers: Sequence[WorkerProcess]) -> None:
         """Continue with the workers that an earlier version of this process has started."""
         self.generation = generation
-        self._adoption.begin(generation.plan)
         self.workers += workers
         for worker in workers:
             self._nursery.start_soon(self._watch, worker)
@@ -230,7 +214,6 @@ class Crew:
                 if worker.state is WorkerState.SERVING:
                     worker.state = WorkerState.SUSPECTED
                     log.warning("a worker is silent", extra={"fields": {"pid": worker.pid, "slot": worker.slot}})
-                    self._nursery.start_soon(self._adoption.cover)
                 if silent > self._timing.hung_after and not worker.hung:
                     worker.hung = True
                     log.error("a worker hangs, ending it", extra={"fields": {"pid": worker.pid, "live": worker.live}})
@@ -262,23 +245,24 @@ class Crew:
         if not configured:
             await worker.configure(generation.text, generation.source, generation.files)
         level = self.level if generation is self.generation else None
+        sockets = self._sockets.at(plan.listen)
         order = {
             "log": attrs.asdict(generation.log) | ({"level": level} if level else {}),
-            "ports": self._slots.ports(plan.listen),
+            "workers": plan.workers,
+            "ports": sorted({sock.getsockname()[1] for sock in sockets}),
             "connections": plan.connections,
             "per_client": plan.per_client,
             "stop": plan.stop,
             "keeper": worker.slot == 0,
             "shared": self.shared,
         }
-        await worker.serve(order, [*self._slots.of(worker.slot, plan.listen), self.table])
+        await worker.serve(order, [*(sock.fileno() for sock in sockets), self.table])
 
     async def _watch(self, worker: WorkerProcess) -> None:
         """Listen to a worker until it ends, and replace it if it ended unexpectedly."""
         async for message in worker.listen():
             if worker.state is WorkerState.SUSPECTED:
                 worker.state = WorkerState.SERVING
-                await self._adoption.cover()
             if message["type"] == "share" and worker.slot == 0 and worker in self.serving:
                 self.shared = message["value"]
                 await self.tell({"type": "shared", "value": self.shared})
@@ -315,15 +299,8 @@ class Crew:
         clear_column(self.table, worker.column)
         self.changed.unpark_all()
 
-    async def _empty(self, surplus: Sequence[socket.socket]) -> None:
-        await self._adoption.empty(surplus)
-        self._slots.settle()
-        self.emptying = False
-        self.changed.unpark_all()
-
     async def _replace(self, generation: Generation, slot: int) -> None:
         """Start a worker in place of one that has ended, repeatedly until one gets ready."""
-        await self._adoption.cover()
         backoff = self._timing.backoff
         while True:
             delay = backoff[min(self._failures[slot], len(backoff) - 1)]
@@ -350,7 +327,6 @@ class Crew:
         await worker.accept()
         self._nursery.start_soon(self._watch, worker)
         log.info("a worker was replaced", extra={"fields": {"pid": worker.pid, "slot": slot}})
-        await self._adoption.cover()
 
     def _wants(self, generation: Generation) -> bool:
         """Whether workers of this generation are still started."""

@@ -112,7 +112,7 @@ class Doors:
 
     def _open_metrics(self, address: MetricsAddress) -> Exporter:
         if self._exporter is None or self._exporter.addresses[0].port != address.port:
-            # As in slots.py: with SO_REUSEPORT alone, another instance's port would be shared unnoticed.
+            # As in listening.py: with SO_REUSEPORT alone, another instance's port would be shared unnoticed.
             for host in address.hosts:
                 listen(host, address.port).close()
         sockets: list[socket.socket] = []

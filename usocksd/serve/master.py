@@ -25,12 +25,12 @@ from usocksd.serve.control import Handler
 from usocksd.serve.crew import Crew
 from usocksd.serve.daemon import Daemon, Request
 from usocksd.serve.doors import Doors
+from usocksd.serve.listening import ListeningSockets, check_inherited
 from usocksd.serve.master_log import MasterLog
 from usocksd.serve.notify import Notifier, inherited_sockets
 from usocksd.serve.plan import Generation
 from usocksd.serve.reloads import Read, Reloads, complain
 from usocksd.serve.report import Reporter
-from usocksd.serve.slots import Slots, check_inherited
 from usocksd.settings.types import LogConfig
 
 log = logging.getLogger(__name__)
@@ -39,8 +39,6 @@ MOST_SECONDS = 86400
 """The longest trial of a configuration: a day"""
 
 _STOP_DELAY = "CANCELLATION_DELAY_SECONDS"
-# How long a stop waits for the workers to empty the accept queues.
-_EMPTY_WITHIN = 1.0
 # The time that the service manager grants a stop beyond the limits.
 _MARGIN = 10.0
 # How long signals that came before they were blocked take to be delivered.
@@ -123,12 +121,12 @@ class Master:
         if state is None:
             inherited = inherited_sockets()
             check_inherited(inherited)
-            self._slots = Slots(inherited)
+            self._sockets = ListeningSockets(inherited)
         else:
-            self._slots = Slots.take_over(state["slots"])
+            self._sockets = ListeningSockets.take_over(state["sockets"])
         raise_descriptor_limit()
-        self._crew = Crew(nursery, self._slots, metrics, timing, None if state is None else state["crew"]["table"])
-        self._report = Reporter(daemon.name, self._crew, self._slots, metrics, log=own_log, timing=timing)
+        self._crew = Crew(nursery, self._sockets, metrics, timing, None if state is None else state["crew"]["table"])
+        self._report = Reporter(daemon.name, self._crew, self._sockets, metrics, log=own_log, timing=timing)
         handlers: dict[str, Handler] = {
             "status": lambda _: self._report.status(),
             "health": lambda _: self._report.health_of_daemon(),
@@ -147,7 +145,7 @@ class Master:
             read,
             own_log,
             self._notifier,
-            slots=self._slots,
+            sockets=self._sockets,
             crew=self._crew,
             doors=self._doors,
             report=self._report,
@@ -204,17 +202,13 @@ class Master:
 
             nursery.start_soon(end_at_once)
             await trio.sleep(self._stop_delay)
-            refused = self._slots.refuse()
+            # Before the workers close theirs: the last to close a socket must have emptied its queue.
+            self._sockets.close()
             nursery.start_soon(crew.stop, generation.plan.stop)
-            # The workers accept waiting connections, and close their duplicates.
-            with trio.move_on_after(_EMPTY_WITHIN if refused else _EMPTY_WITHIN / 10):
-                while not self._slots.inherited and self._slots.queues()[0]:  # noqa: ASYNC110 - the kernel's queue
-                    await trio.sleep(0.01)
-            self._slots.close()
             while crew.workers:
                 await crew.changed.park()
             nursery.cancel_scope.cancel()
-        self._slots.close()
+        self._sockets.close()
         self._doors.close()
 
     async def _tell_manager(self) -> None:
@@ -294,11 +288,11 @@ class Master:
             state = {
                 "started": report.started,
                 "last_reload": report.last_reload,
-                "slots": self._slots.hand_over(),
+                "sockets": self._sockets.hand_over(),
                 "doors": self._doors.hand_over(),
                 "crew": crew_state,
             }
-            fds = [*self._slots.filenos(), *self._doors.filenos(), *crew_fds]
+            fds = [*self._sockets.filenos(), *self._doors.filenos(), *crew_fds]
             self._log.current.close()
             try:
                 handover.become(state, fds, self._notifier.environment(), _SIGNALS)

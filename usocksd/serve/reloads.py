@@ -21,11 +21,11 @@ from usocksd.errors import ConfigError, Error
 from usocksd.serve.crew import Crew
 from usocksd.serve.doors import Doors
 from usocksd.serve.exporter import Exporter
+from usocksd.serve.listening import ListeningSockets
 from usocksd.serve.master_log import MasterLog
 from usocksd.serve.notify import Notifier
 from usocksd.serve.plan import Generation
 from usocksd.serve.report import Reporter
-from usocksd.serve.slots import Slots
 from usocksd.serve.timing import Timing
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class Reloads:
         own_log: MasterLog,
         notifier: Notifier,
         *,
-        slots: Slots,
+        sockets: ListeningSockets,
         crew: Crew,
         doors: Doors,
         report: Reporter,
@@ -89,7 +89,7 @@ class Reloads:
         self._read = read
         self._log = own_log
         self._notifier = notifier
-        self._slots = slots
+        self._sockets = sockets
         self._crew = crew
         self._doors = doors
         self._report = report
@@ -274,13 +274,13 @@ class Reloads:
 
     async def _commit(self, generation: Generation, exporter: Exporter | None) -> None:
         plan = generation.plan
-        listened = set() if self._crew.generation is None else set(self._slots.listening(opened=False))
+        listened = set() if self._crew.generation is None else set(self._sockets.listening(opened=False))
         old_log = self._log.commit()
         await self._crew.commit(generation)
         self._doors.commit(exporter, plan)
         for warning in plan.warnings:
             log.warning(warning)
-        for place in self._slots.listening():
+        for place in self._sockets.listening():
             if place not in listened:
                 log.info("listening", extra={"fields": {"address": place}})
         if old_log is not None:

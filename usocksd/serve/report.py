@@ -15,9 +15,9 @@ from usocksd import __version__
 from usocksd.errors import Error
 from usocksd.log.metrics import Metrics, Snapshot, total
 from usocksd.serve.crew import Crew
+from usocksd.serve.listening import ListeningSockets
 from usocksd.serve.master_log import MasterLog
 from usocksd.serve.plan import Generation
-from usocksd.serve.slots import Slots
 from usocksd.serve.timing import Timing
 from usocksd.serve.vitals import LOG_FAILING
 from usocksd.serve.worker_process import WorkerAnswer, WorkerProcess, WorkerState
@@ -31,7 +31,7 @@ class Reporter:
     """Collects the state of master and workers."""
 
     def __init__(
-        self, name: str, crew: Crew, slots: Slots, metrics: Metrics, *, log: MasterLog, timing: Timing
+        self, name: str, crew: Crew, sockets: ListeningSockets, metrics: Metrics, *, log: MasterLog, timing: Timing
     ) -> None:
         self.name = name
         self.started = now()
@@ -45,7 +45,7 @@ class Reporter:
         self._timing = timing
         self._log = log
         self._crew = crew
-        self._slots = slots
+        self._sockets = sockets
         self._metrics = metrics
         metrics.gauges("build_info", "The version of the master", "version").labels(__version__).value = 1
         self._reloads = metrics.counters("reloads_total", "Tries to reload the configuration", "result")
@@ -116,7 +116,7 @@ class Reporter:
             self._loaded.value = crew.generation.since
         for state in WorkerState:
             self._workers.labels(state.value).value = sum(worker.state is state for worker in crew.workers)
-        self._queue.value, self._queue_limit.value = self._slots.queues()
+        self._queue.value, self._queue_limit.value = self._sockets.queues()
         self._own_dropped.value = self._log.dropped
         self._own_failing.value = int(self._log.current.failing is not None)
         return total([crew.retired, *(worker.metrics for worker in crew.workers), self._metrics.snapshot()])
@@ -143,7 +143,7 @@ class Reporter:
                 "last_reload": self.last_reload,
                 "confirm_within": self.confirm_within,
             },
-            "listening": self._slots.listening(),
+            "listening": self._sockets.listening(),
             "metrics": self.metrics_address,
             "log": {
                 "level": self._log.current.level.name.lower(),
@@ -160,7 +160,7 @@ class Reporter:
             },
             "rates": _rates(before, after),
             "partial": [worker.pid for worker in self._established if worker.pid not in before.keys() & after.keys()],
-            "waiting": self._slots.queues()[0],
+            "waiting": self._sockets.queues()[0],
             "generations": [self._generation_row(number, generation) for number in self._numbers()],
             "daemon": await self._of_daemon(),
         }

@@ -6,7 +6,7 @@ import gc
 import heapq
 import logging
 import socket
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
 from math import inf
 from operator import attrgetter
 from typing import Any, NoReturn
@@ -42,7 +42,7 @@ class Service:
 
     `most` is how many connections the process has descriptors for. When there are as many, new ones wait in the
     kernel's queue, unless idle ones can make room. `proxied` are ports whose connections a proxy makes for its clients:
-    they count for no client until `count_as`.
+    they count for no client until `count_as`. `workers`: how many accept from the same sockets.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class Service:
         session: Callable[[Endpoint, str, int], Awaitable[None]],
         *,
         most: int,
+        workers: int = 1,
         tally: Tally,
         metrics: Metrics,
         proxied: Collection[int] = (),
@@ -63,6 +64,7 @@ class Service:
         self.most = most
         self._reactor = reactor
         self._session = session
+        self._workers = workers
         self._tally = tally
         self._proxied = proxied
         self._keepalive = keepalive
@@ -79,21 +81,21 @@ class Service:
         self._shed = metrics.counter("connections_shed_total", "Idle connections ended to make room for new ones")
         self._said = -inf
 
-    def listen(self, sockets: Iterable[socket.socket]) -> list[Listener]:
-        """Accept from these too; returns what `close` takes."""
+    def listen(self, sockets: Iterable[socket.socket]) -> None:
+        """Accept from these too."""
         listeners = [
             Listener(
                 self._reactor,
                 sock,
                 self._accepted_for_others if sock.getsockname()[1] in self._proxied else self._accepted,
                 room=self._has_room,
+                processes=self._workers,
             )
             for sock in sockets
         ]
         for listener in listeners:
             listener.keep_alive(self._keepalive.open)
         self._listeners += listeners
-        return listeners
 
     async def keep_alive(self) -> NoReturn:
         """Adapt keepalive to the timers of this host's connection tracking, also when they change."""
@@ -105,12 +107,10 @@ class Service:
                     pair.keep_alive()
             await trio.sleep(_LOOK_AT_TIMERS_EVERY)
 
-    def close(self, listeners: Sequence[Listener]) -> None:
-        """Accept no more from these."""
-        for listener in listeners:
-            if listener in self._listeners:
-                self._listeners.remove(listener)
-                listener.close()
+    def close(self) -> None:
+        """Accept no more."""
+        while self._listeners:
+            self._listeners.pop().close()
 
     @property
     def paused(self) -> bool:
@@ -135,7 +135,7 @@ class Service:
 
     async def drain(self, within: float) -> None:
         """Accept no more, let connections end, and end those that are left after `within` seconds."""
-        self.close(list(self._listeners))
+        self.close()
         with trio.move_on_after(within):
             await self._emptied()
         if self.live:

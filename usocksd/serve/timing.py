@@ -14,7 +14,7 @@ class Timing:
     heartbeat: float = 0.5
     """Between a worker's signs of life"""
     suspect_after: float = 2.0
-    """Silent for this long, a worker's slot is served by another one as well."""
+    """Silent for this long, a worker is suspected to hang, and verbs are not passed on to it."""
     hung_after: float = 10.0
     """Silent for this long, a worker is killed."""
     look_every: float = 0.5
@@ -29,8 +29,6 @@ class Timing:
     """A worker that has been told to end, or has closed its channel, is killed after this time."""
     send_within: float = 2.0
     """A worker that reads nothing for this long is skipped."""
-    quiet: float = 2.0
-    """A surplus socket is closed when nobody has waited in it for this long, which is longer than a handshake takes."""
     answer_within: float = 1.0
     """A worker that has not answered a question by then is left out."""
     list_within: float = 5.0

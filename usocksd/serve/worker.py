@@ -26,7 +26,7 @@ from usocksd.log.metrics import Metrics
 from usocksd.net import bridge
 from usocksd.net.endpoint import Endpoint
 from usocksd.net.limits import Tally, most_connections, raise_descriptor_limit
-from usocksd.net.listeners import Listener, is_transparent
+from usocksd.net.listeners import is_transparent
 from usocksd.net.reactor import Reactor
 from usocksd.serve.channel import Channel, Message, restore_socket
 from usocksd.serve.daemon import Application, Daemon, Parts
@@ -160,12 +160,10 @@ class Worker:
         self._order = order
         *listeners, self._table = fds
         self._sockets = list(map(restore_socket, listeners))
-        self._adopted: dict[int, list[Listener]] = {}
         self._limit = raise_descriptor_limit()
         self._reactor = reactor
         self._metrics = Metrics(daemon.name)
         self._daemon = daemon
-        self._draining = False
         self._shared: Any = order["shared"]
         """The latest value that was shared; None if there is none"""
         self._subscribers: list[Callable[[Any], None]] = []
@@ -217,6 +215,7 @@ class Worker:
                         self._reactor,
                         built.session,
                         most=most,
+                        workers=order["workers"],
                         tally=tally,
                         metrics=self._metrics,
                         proxied=built.proxied,
@@ -241,16 +240,16 @@ class Worker:
         """Follow the master's orders. A bug in one order does not end the connections."""
         async with trio.open_nursery() as orders:
             while (received := await self._channel.receive()) is not None:
-                order, fds = received
+                order, _ = received
                 try:
-                    await self._follow(order, fds, orders)
+                    self._follow(order, orders)
                 except Exception:
                     log.exception("an order from the master failed", extra={"fields": {"type": order["type"]}})
             # The master is gone, so no order will come.
             log.warning("the master is gone, draining")
             await self._drain(self._order["stop"])
 
-    async def _follow(self, order: Message, fds: Sequence[int], orders: trio.Nursery) -> None:
+    def _follow(self, order: Message, orders: trio.Nursery) -> None:
         match order["type"]:
             case "accept":
                 self._service.listen(self._sockets)
@@ -258,10 +257,6 @@ class Worker:
                     orders.start_soon(self._keep)
             case "drain":  # a later order with less time counts
                 orders.start_soon(self._drain, order["within"])
-            case "adopt":
-                self._adopt(order["id"], fds)
-            case "release":
-                self._service.close(self._adopted.pop(order["id"], []))
             case "reopen":
                 self._sink.reopen()
             case "level":
@@ -273,21 +268,9 @@ class Worker:
                 orders.start_soon(self._answer, order["id"], order["verb"], order["request"])
 
     async def _drain(self, within: float) -> None:
-        self._draining = True
         self._keeping.cancel()
         await self._service.drain(within)
         self._serving.cancel()
-
-    def _adopt(self, number: int, fds: Sequence[int]) -> None:
-        """Accept from these sockets too, until told to release them."""
-        # A new version of the master may not know that it has asked for this already.
-        self._service.close(self._adopted.pop(number, []))
-        sockets = list(map(restore_socket, fds))
-        if self._draining:
-            for sock in sockets:
-                sock.close()
-        else:
-            self._adopted[number] = self._service.listen(sockets)
 
     async def _keep(self) -> None:
         with self._keeping:

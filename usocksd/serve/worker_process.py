@@ -43,7 +43,7 @@ class WorkerState(Enum):
     """It is ready to serve, but has not been told to."""
     SERVING = "serving"
     SUSPECTED = "suspected"
-    """It is silent, and another worker serves its slot as well."""
+    """It is silent, and may hang."""
     DRAINING = "draining"
 
 
@@ -63,8 +63,8 @@ class WorkerAnswer:
 
 
 class WorkerProcess:
-    """The master's side of one worker. `slot`: which listening sockets are its own; `column`: where it counts
-    connections.
+    """The master's side of one worker. `slot`: its number in its generation, which its replacement gets too; `column`:
+    where it counts connections.
     """
 
     def __init__(self, generation: int, slot: int, column: int, pid: int, channel: Channel, *, timing: Timing) -> None:

@@ -18,7 +18,7 @@ from tiny import Tiny
 from usocksd.log.metrics import Metrics
 from usocksd.serve.channel import Channel
 from usocksd.serve.crew import Crew
-from usocksd.serve.slots import Slots
+from usocksd.serve.listening import ListeningSockets
 from usocksd.serve.timing import Timing
 from usocksd.serve.worker_process import WorkerProcess, WorkerState
 from usocksd.settings.files import NamedFiles
@@ -47,7 +47,7 @@ def connect_many(tiny: Tiny, count: int = 60) -> set[int]:
 
 
 def test_a_worker_that_is_killed(tmp_path: Path) -> None:
-    """Its slot is served by the other until the next one is ready; what it counted still counts."""
+    """The other serves until the next one is ready; what it counted still counts."""
     port = free_port()
     with Tiny(tmp_path, workers=2, metrics_port=port).ready() as tiny:
         tiny.expected.add("a worker ended")
@@ -65,8 +65,6 @@ def test_a_worker_that_is_killed(tmp_path: Path) -> None:
         tiny.flag("hold-build").unlink()
         settled(tiny, 2)
         wait_until(lambda: connect_many(tiny, 10) == {other, new}, "both serve")
-        # The adopted slot is its own worker's again.
-        wait_until(lambda: listeners(tiny, other) == 1, "the adopted slot was released")
         record = tiny.record("a worker ended")
         assert (record["pid"], record["exit_status"]) == (dead, -signal.SIGKILL)
         assert record["cause"].startswith("killed by signal 9")
@@ -136,13 +134,12 @@ def test_a_worker_that_ends_by_itself(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_hangs(tmp_path: Path) -> None:
-    """The other worker soon serves its slot, and later it is replaced."""
+    """The other worker serves alone, and later it is replaced."""
     port = free_port()
     with Tiny(tmp_path, workers=2, timing=QUICKER, metrics_port=port).ready() as tiny:
         tiny.expected |= {"a worker hangs, ending it", "a worker ended"}
         hung, other = tiny.one_each()
         os.kill(hung, signal.SIGSTOP)
-        # All of these are answered, and not only those that hash to the other slot.
         clients = [tiny.client() for _ in range(20)]
         assert {tiny.who(client)[0] for client in clients} == {other}
         tiny.record("a worker is silent", pid=hung)
@@ -153,19 +150,17 @@ def test_a_worker_that_hangs(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_only_seemed_to_hang(tmp_path: Path) -> None:
-    """It goes on, and alone serves its slot again."""
+    """It goes on, and gets connections again."""
     timing = QUICKER | {"hung_after": 60.0}
     with Tiny(tmp_path, workers=2, timing=timing).ready() as tiny:
         held = tiny.one_each()
         slow, other = held
-        listening = listeners(tiny, other)
         os.kill(slow, signal.SIGSTOP)
         try:
             tiny.record("a worker is silent", pid=slow)
-            wait_until(lambda: listeners(tiny, other) == 2 * listening, "the other one has adopted its slot")
+            assert connect_many(tiny, 10) == {other}
         finally:
             os.kill(slow, signal.SIGCONT)
-        wait_until(lambda: listeners(tiny, other) == listening, "and given it back")
         settled(tiny, 2)
         assert set(states(tiny)) == {slow, other}
         assert all(map(lives, held.values()))
@@ -209,7 +204,7 @@ async def test_a_crew_with_an_ended_worker_is_not_settled(nothing_leaks: None, e
     """The next version of the master could not learn how that worker ended."""
     ours, theirs = socket.socketpair()
     async with trio.open_nursery() as nursery:
-        crew = Crew(nursery, Slots(), Metrics("tiny"), Timing())
+        crew = Crew(nursery, ListeningSockets(), Metrics("tiny"), Timing())
         worker = WorkerProcess(1, 0, 0, ended, Channel(trio.socket.from_stdlib_socket(ours)), timing=Timing())
         worker.state = WorkerState.DRAINING
         crew.workers.append(worker)
@@ -240,24 +235,20 @@ async def test_a_worker_that_takes_long_to_start(nothing_leaks: None, mock_clock
     theirs.close()
 
 
-def test_an_adopter_that_dies_too(tmp_path: Path) -> None:
-    """Then a third worker serves both slots."""
+def test_two_workers_that_are_killed(tmp_path: Path) -> None:
+    """Then the third serves alone, until they are replaced."""
     with Tiny(tmp_path, workers=3).ready() as tiny:
         tiny.expected.add("a worker ended")
         held = tiny.one_each()
-        first, second, third = held
+        first, second, last = held
         tiny.flag("hold-build").touch()
         os.kill(first, signal.SIGKILL)
-        tiny.held("build")
-        wait_until(lambda: max(listeners(tiny, second), listeners(tiny, third)) == 2, "one has adopted the slot")
-        adopter, last = (second, third) if listeners(tiny, second) == 2 else (third, second)
-        os.kill(adopter, signal.SIGKILL)
+        os.kill(second, signal.SIGKILL)
         tiny.held("build", 2)
-        wait_until(lambda: listeners(tiny, last) == 3, "the last one has all slots")
         assert connect_many(tiny, 20) == {last}
         tiny.flag("hold-build").unlink()
         settled(tiny, 3)
-        wait_until(lambda: listeners(tiny, last) == 1, "and only its own again")
+        wait_until(lambda: len(connect_many(tiny, 10)) == 3, "all serve")
         assert lives(held[last])
 
 

@@ -36,7 +36,7 @@ class Served:
         )
         self._sock = listen("127.0.0.1", 0)
         self._address = self._sock.getsockname()
-        self._listeners = self.service.listen([self._sock])
+        self.service.listen([self._sock])
 
     async def _session(self, endpoint: Endpoint, host: str, port: int) -> None:
         received = None
@@ -57,7 +57,7 @@ class Served:
                 sock.close()
 
     def close(self) -> None:
-        self.service.close(self._listeners)
+        self.service.close()
 
 
 @pytest.fixture

@@ -23,11 +23,17 @@ LOGGER = "usocksd.net.listeners"
 class Server:
     """A listener whose accepted connections are kept."""
 
-    def __init__(self, lab: Any, sock: socket.socket) -> None:
+    def __init__(self, lab: Any, sock: socket.socket, processes: int = 1) -> None:
         self.accepted: list[tuple[Endpoint, str, int]] = []
         self.room = True
         self.address = sock.getsockname()
-        self.listener = Listener(lab.reactor, sock, lambda *args: self.accepted.append(args), room=lambda: self.room)
+        self.listener = Listener(
+            lab.reactor,
+            sock,
+            lambda *args: self.accepted.append(args),
+            room=lambda: self.room,
+            processes=processes,
+        )
         self._clients: list[socket.socket] = []
         self._lab = lab
 
@@ -56,8 +62,8 @@ class Server:
 async def serve(lab: Any) -> Any:
     servers = []
 
-    def make(host: str = "127.0.0.1", sock: Any = None) -> Server:
-        servers.append(server := Server(lab, sock or listen(host, 0)))
+    def make(host: str = "127.0.0.1", sock: Any = None, processes: int = 1) -> Server:
+        servers.append(server := Server(lab, sock or listen(host, 0), processes))
         return server
 
     yield make
@@ -372,3 +378,50 @@ async def test_close_accepts_all_waiting_connections(lab: Any) -> None:
     for client in clients:
         assert client.recv(1) == b""
         client.close()
+
+
+async def test_a_process_takes_its_share_of_waiting_connections(lab: Any, serve: Callable[..., Server]) -> None:
+    """And the rest if no other process does."""
+    server = serve(processes=4)
+    server.connect(10)
+    await lab.settle()
+    assert len(server.accepted) == 3
+    for _ in range(10):
+        await lab.pass_time(0.002)
+    assert len(server.accepted) == 10
+
+
+async def test_a_process_that_has_taken_its_share_is_closed(lab: Any, serve: Callable[..., Server]) -> None:
+    """It accepts what waits, and nothing happens when it would have looked again."""
+    server = serve(processes=4)
+    server.connect(10)
+    await lab.settle()
+    server.listener.close()
+    assert len(server.accepted) == 10
+    await lab.pass_time(0.002)
+
+
+async def test_a_connection_that_woke_another_process(lab: Any, serve: Callable[..., Server]) -> None:
+    """That process has ended or hangs: the next sweep finds the connection."""
+    server = serve(processes=2)
+    lab.reactor._epoll.unregister(server.listener._fd)
+    server.connect()
+    await lab.settle()
+    assert server.accepted == []
+    lab.reactor._epoll.register(server.listener._fd, 0)
+    await lab.pass_time(0.6)
+    assert len(server.accepted) == 1
+
+
+async def test_out_of_epoll_watches_for_the_listener(lab: Any, serve: Callable[..., Server]) -> None:
+    """It goes on when there are watches again."""
+    server = serve(processes=2)
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with patch.object(lab.reactor, "register_listener", Mock(side_effect=full)):
+        server.connect()
+        await lab.settle()
+        assert server.listener.paused
+    await lab.pass_time(0.2)
+    server.connect()
+    await lab.settle()
+    assert len(server.accepted) == 2

@@ -119,8 +119,11 @@ class Crew:
         for worker in self.of(generation.number):
             await worker.accept()
             self._nursery.start_soon(self._watch, worker)
-        # Before older workers close theirs: the last to close a socket must have emptied its queue.
-        self._sockets.keep(generation.plan.listen)
+        given_up = self._sockets.keep(generation.plan.listen)
+        if given_up:  # older workers empty them too, unless they hang
+            await self.of(generation.number)[0].send({"type": "empty"}, [sock.fileno() for sock in given_up])
+            for sock in given_up:
+                sock.close()
         older = [worker for worker in self.workers if worker.generation < generation.number]
         await self.drain(
             [worker for worker in older if worker.state is not WorkerState.DRAINING], generation.plan.drain

@@ -59,13 +59,12 @@ class ListeningSockets:
             self._own.pop(place).close()
         self._opened = []
 
-    def keep(self, addresses: Iterable[ListenAddress]) -> None:
-        """Close all but the sockets of these addresses. Workers that have duplicates of the others serve the
-        connections that wait in them, before they close them too.
+    def keep(self, addresses: Iterable[ListenAddress]) -> list[socket.socket]:
+        """Give up all but the sockets of these addresses. Returns the others, for the caller to close: before the
+        workers do, since the last to close a socket must have emptied its queue.
         """
         self._opened = []
-        for place in self._own.keys() - set(map(_place, addresses)):
-            self._own.pop(place).close()
+        return [self._own.pop(place) for place in self._own.keys() - set(map(_place, addresses))]
 
     def at(self, addresses: Iterable[ListenAddress]) -> list[socket.socket]:
         """The sockets of these addresses, or the inherited ones."""

@@ -6,7 +6,7 @@ import gc
 import heapq
 import logging
 import socket
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from math import inf
 from operator import attrgetter
 from typing import Any, NoReturn
@@ -81,8 +81,8 @@ class Service:
         self._shed = metrics.counter("connections_shed_total", "Idle connections ended to make room for new ones")
         self._said = -inf
 
-    def listen(self, sockets: Iterable[socket.socket]) -> None:
-        """Accept from these too."""
+    def listen(self, sockets: Iterable[socket.socket]) -> list[Listener]:
+        """Accept from these too; returns what `close` takes."""
         listeners = [
             Listener(
                 self._reactor,
@@ -96,6 +96,7 @@ class Service:
         for listener in listeners:
             listener.keep_alive(self._keepalive.open)
         self._listeners += listeners
+        return listeners
 
     async def keep_alive(self) -> NoReturn:
         """Adapt keepalive to the timers of this host's connection tracking, also when they change."""
@@ -107,10 +108,12 @@ class Service:
                     pair.keep_alive()
             await trio.sleep(_LOOK_AT_TIMERS_EVERY)
 
-    def close(self) -> None:
-        """Accept no more."""
-        while self._listeners:
-            self._listeners.pop().close()
+    def close(self, listeners: Sequence[Listener] | None = None) -> None:
+        """Accept no more from these, or from any."""
+        for listener in self._listeners[:] if listeners is None else listeners:
+            if listener in self._listeners:
+                self._listeners.remove(listener)
+                listener.close()
 
     @property
     def paused(self) -> bool:

@@ -44,6 +44,8 @@ IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 STDERR = "TRANSOCKS_STDERR"
 """In the environment of a worker: the descriptor of the master's stderr."""
 
+# How long a worker accepts at an address that was given up, in seconds.
+_EMPTY_FOR = 0.1
 # How many connections are listed in one message.
 _LISTED_AT_ONCE = 256
 
@@ -240,16 +242,16 @@ class Worker:
         """Follow the master's orders. A bug in one order does not end the connections."""
         async with trio.open_nursery() as orders:
             while (received := await self._channel.receive()) is not None:
-                order, _ = received
+                order, fds = received
                 try:
-                    self._follow(order, orders)
+                    self._follow(order, fds, orders)
                 except Exception:
                     log.exception("an order from the master failed", extra={"fields": {"type": order["type"]}})
             # The master is gone, so no order will come.
             log.warning("the master is gone, draining")
             await self._drain(self._order["stop"])
 
-    def _follow(self, order: Message, orders: trio.Nursery) -> None:
+    def _follow(self, order: Message, fds: Sequence[int], orders: trio.Nursery) -> None:
         match order["type"]:
             case "accept":
                 self._service.listen(self._sockets)
@@ -257,6 +259,8 @@ class Worker:
                     orders.start_soon(self._keep)
             case "drain":  # a later order with less time counts
                 orders.start_soon(self._drain, order["within"])
+            case "empty":
+                orders.start_soon(self._empty, list(map(restore_socket, fds)))
             case "reopen":
                 self._sink.reopen()
             case "level":
@@ -271,6 +275,12 @@ class Worker:
         self._keeping.cancel()
         await self._service.drain(within)
         self._serving.cancel()
+
+    async def _empty(self, sockets: Sequence[socket.socket]) -> None:
+        """Serve the connections that wait at addresses that were given up. Stay until all others have closed these."""
+        listeners = self._service.listen(sockets)
+        await trio.sleep(_EMPTY_FOR)
+        self._service.close(listeners)
 
     async def _keep(self) -> None:
         with self._keeping:

@@ -31,7 +31,8 @@ def test_an_address_that_is_dropped(sockets: ListeningSockets) -> None:
     v4, v6 = sockets.names()
     (duplicate,) = [sock.dup() for sock in sockets.at([V6])]
     with socket.create_connection(v6, 5) as waiting:
-        sockets.keep([V4])
+        for sock in sockets.keep([V4]):
+            sock.close()
         assert sockets.names() == [v4]
         with duplicate.accept()[0] as accepted:
             accepted.sendall(b"served")
@@ -54,7 +55,8 @@ def test_an_address_gets_wider_and_narrower(sockets: ListeningSockets) -> None:
         with socket.create_connection(place, 5):
             sockets.open([after])
             assert sockets.queues()[0] == 1
-        sockets.keep([after])
+        for sock in sockets.keep([after]):
+            sock.close()
         assert sockets.at([before]) == []
         assert sockets.names() == [(str(after.address), place.port)]
 
@@ -154,7 +156,8 @@ def test_hand_over(sockets: ListeningSockets) -> None:
     assert heir.names() == names
     assert not any(map(os.get_inheritable, heir.filenos()))
     heir.open([V4, V6])
-    heir.keep([V6])
+    for sock in heir.keep([V6]):
+        sock.close()
     assert heir.names() == names[1:]
     heir.close()
 
@@ -173,7 +176,7 @@ def test_inherited_sockets(nothing_leaks: None) -> None:
     sockets.open([V4])
     assert [sock.fileno() for sock in sockets.at([V4])] == sockets.filenos()
     assert sockets.names() == [owner.getsockname()]
-    sockets.keep([])
+    assert sockets.keep([]) == []
     assert sockets.names() == [owner.getsockname()]
     sockets.close()
     with socket.create_connection(owner.getsockname(), 0.5):

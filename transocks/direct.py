@@ -20,8 +20,6 @@ NAME = "direct"
 class Direct:
     """Connects to destinations; has the same `connect` as an UpstreamGroup."""
 
-    name = NAME
-
     def __init__(
         self, *, dialer: Dialer, resolver: Resolver, mark: int | None, is_local: Callable[[IPAddress], bool]
     ) -> None:

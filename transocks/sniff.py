@@ -195,7 +195,8 @@ def _read_hello(hello: bytes) -> tuple[str | None, bool]:
     at += 1 + hello[at]  # legacy_session_id
     at += 2 + (hello[at] << 8 | hello[at + 1])  # cipher_suites
     at += 1 + hello[at]  # legacy_compression_methods
-    name, encrypted = None, False
+    name: str | None = None
+    encrypted = False
     if at == len(hello):  # no extensions, as before TLS 1.2
         return name, encrypted
     end = at + 2 + (hello[at] << 8 | hello[at + 1])

@@ -12,7 +12,7 @@ from hashlib import blake2b
 from ipaddress import IPv4Network, IPv6Network
 from typing import NamedTuple
 
-from attrs import Factory, field, frozen
+from attrs import Factory, frozen
 
 from usocksd.clients import Client
 from usocksd.errors import NoEgress
@@ -42,10 +42,6 @@ def sites_of(addresses: Iterable[IPAddress]) -> dict[int, str]:
     return {version: address.packed[: _SITE[version]].hex() for version, address in lowest.items()}
 
 
-def _distinct(addresses: Iterable[IPAddress | IPNetwork]) -> tuple[IPAddress | IPNetwork, ...]:
-    return tuple(dict.fromkeys(addresses))
-
-
 def covers(local: Container[IPAddress], entry: IPAddress | IPNetwork) -> bool:
     """Whether an entry of a pool is completely on this host: an address, or a network that is routed to it."""
     if isinstance(entry, IPv4Network | IPv6Network):
@@ -60,8 +56,8 @@ class Pool:
     Without addresses the kernel chooses one; `iface` and `mark` still apply.
     """
 
-    addresses: tuple[IPAddress | IPNetwork, ...] = field(default=(), converter=_distinct)
-    """A network is chosen like one address; client and destination choose an address of it."""
+    addresses: tuple[IPAddress | IPNetwork, ...] = ()
+    """Each only once. A network is chosen like one address; client and destination choose an address of it."""
     iface: str | None = None
     mark: int | None = None
     sticky: str = "client+destination"

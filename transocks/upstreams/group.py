@@ -54,7 +54,7 @@ class UpstreamGroup:
         self._failovers = {each: metrics.failovers.labels(name, each.name) for each in self._upstreams}
         for each in self._upstreams:
             gauge = metrics.up.labels(name, each.name)
-            gauge.value = int(each.state.up)
+            gauge.value = float(each.state.up)
             each.state.gauges.append(gauge)
             each.state.has_others |= len(self._upstreams) > 1 or self._direct is not None
 

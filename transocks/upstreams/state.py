@@ -200,4 +200,4 @@ class UpstreamState:
 
     def _show(self) -> None:
         for gauge in self.gauges:
-            gauge.value = int(self.up)
+            gauge.value = float(self.up)

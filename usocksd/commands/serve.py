@@ -106,7 +106,7 @@ def make_egress(config: UsocksdConfig, hosts: HostAddresses, metrics: Metrics) -
     """The pools, and what can be left from."""
     configured = config.pools()
     pools = {
-        name: Pool(pool.addresses, pool.iface, pool.mark, pool.sticky, pool.when_all_listed)
+        name: Pool(tuple(dict.fromkeys(pool.addresses)), pool.iface, pool.mark, pool.sticky, pool.when_all_listed)
         for name, pool in configured.items()
     }
     domains = {name: pool.dnsbl_domains for name, pool in configured.items()}

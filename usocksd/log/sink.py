@@ -163,8 +163,8 @@ class Sink:
         # One token whenever the backlog stops being empty, and one for each request to the thread. Cheaper
         # than a Condition, and put() is reentrant too.
         self._wake: SimpleQueue[None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
-        self._thread.start()
+        self._writer = threading.Thread(target=self._run, name="log", daemon=True)
+        self._writer.start()
 
     @property
     def dropped(self) -> int:
@@ -206,7 +206,7 @@ class Sink:
         with self._lock:
             self._closing = True
         self._wake.put(None)
-        self._thread.join(timeout + _PATIENCE)
+        self._writer.join(timeout + _PATIENCE)
 
     # From here on: the thread.
 

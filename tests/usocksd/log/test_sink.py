@@ -79,8 +79,8 @@ def sink() -> Iterator[Callable[..., Sink]]:
     yield make
     for each in made:
         each.close(0.0)
-        each._thread.join(LIMIT)
-        assert not each._thread.is_alive()
+        each._writer.join(LIMIT)
+        assert not each._writer.is_alive()
 
 
 @pytest.fixture
@@ -339,7 +339,7 @@ def test_close_does_not_wait_for_a_stopped_reader(sink: MakeSink, pipe: Pipe) ->
     begin = time.monotonic()
     log.close(0.05)
     assert time.monotonic() - begin < LIMIT / 2
-    log._thread.join(LIMIT)
+    log._writer.join(LIMIT)
     os.set_blocking(pipe[0], False)
     data = os.read(pipe[0], 1 << 16)
     assert len(numbers(data)) + log.dropped == 100
@@ -360,7 +360,7 @@ def test_close_does_not_wait_for_a_hanging_write(sink: MakeSink, tmp_path: Path)
     log.close(0.0)
     log.append(line(2))
     release.set()
-    log._thread.join(LIMIT)
+    log._writer.join(LIMIT)
     assert log.dropped == 2
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pkgutil
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeAlias, TypeVar
@@ -134,6 +135,12 @@ class Application(NamedTuple):
     """The keepalive of relays. The worker adapts it when the timers of this host change."""
     status: Callable[[], dict[str, Any]] = dict
     """The value of "daemon" in the answer to `status`: JSON values that are the same in all workers."""
+
+
+def form() -> str:
+    """How the hot path runs: "compiled", or "interpreted" from its sources. See hatch_build.py."""
+    hot = find_spec("usocksd.net.reactor")
+    return "interpreted" if hot is None or (hot.origin or "").endswith(".py") else "compiled"
 
 
 def run(daemon: Daemon[Any], add_verbs: Callable[[Subparsers], None], argv: Sequence[str] | None = None) -> int:

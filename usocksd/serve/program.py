@@ -14,7 +14,7 @@ from typing import Any
 from usocksd import __version__
 from usocksd.log.formats import FORMATS
 from usocksd.log.log import LEVELS
-from usocksd.serve.daemon import Daemon, Subparsers
+from usocksd.serve.daemon import Daemon, Subparsers, form
 from usocksd.settings.types import LogConfig
 
 # Errors of writing only: in verbs, of writing to standard output.
@@ -38,7 +38,7 @@ def _make_parser(daemon: Daemon[Any]) -> argparse.ArgumentParser:
     parser.add_argument("-logfile", "--logfile", metavar="FILE", help="write the log to FILE, not to stderr")
     parser.add_argument("-loglevel", "--loglevel", choices=list(LEVELS), metavar="LEVEL", help=", ".join(LEVELS))
     parser.add_argument("-logformat", "--logformat", choices=list(FORMATS), metavar="FORMAT", help=", ".join(FORMATS))
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__} ({form()})")
     return parser
 
 

@@ -15,6 +15,7 @@ from usocksd import __version__
 from usocksd.errors import Error
 from usocksd.log.metrics import Metrics, Snapshot, total
 from usocksd.serve.crew import Crew
+from usocksd.serve.daemon import form
 from usocksd.serve.listening import ListeningSockets
 from usocksd.serve.master_log import MasterLog
 from usocksd.serve.plan import Generation
@@ -133,6 +134,7 @@ class Reporter:
         return {
             "name": self.name,
             "version": __version__,
+            "form": form(),
             "pid": os.getpid(),
             "uptime": now() - self.started,
             "state": self.state,

@@ -55,7 +55,8 @@ def _summary(answer: Answer) -> Table:
 def _facts(answer: Answer) -> Iterator[tuple[str, str, bool]]:
     """Label, text, and whether it needs attention"""
     state, up = answer["state"], duration(answer["uptime"])
-    yield answer["name"], f"{state}, version {answer['version']}, pid {answer['pid']}, up {up}", state not in _HEALTHY
+    version = f"version {answer['version']} ({answer['form']})"
+    yield answer["name"], f"{state}, {version}, pid {answer['pid']}, up {up}", state not in _HEALTHY
     config = answer["config"]
     yield (
         "configuration",

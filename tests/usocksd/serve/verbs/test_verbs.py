@@ -19,6 +19,7 @@ Bench = Any
 STATUS = {
     "name": "usocksd",
     "version": "1.0",
+    "form": "compiled",
     "pid": 4711,
     "uptime": 3725.0,
     "state": "ready",
@@ -58,7 +59,7 @@ STATUS = {
 def test_status(bench: Bench) -> None:
     bench.start(status=STATUS)
     assert bench.lines("status") == [
-        "usocksd         ready, version 1.0, pid 4711, up 1h 02m",
+        "usocksd         ready, version 1.0 (compiled), pid 4711, up 1h 02m",
         "configuration   /etc/usocksd.toml, generation 3 since 2026-11-23T12:00:00Z",
         "listening       127.0.0.1:1080, [::1]:1080",
         "metrics         127.0.0.1:1082",
@@ -95,7 +96,7 @@ POOLS = {
 @pytest.mark.parametrize(
     ("changes", "shown"),
     [
-        ({"state": "broken"}, ["usocksd         broken, version 1.0, pid 4711, up 1h 02m"]),
+        ({"state": "broken"}, ["usocksd         broken, version 1.0 (compiled), pid 4711, up 1h 02m"]),
         (
             {"config": {"file": None, "generation": 3, "since": "2026-11-23T12:00:00Z", "last_reload": REFUSED}},
             [

@@ -4,8 +4,9 @@
 #   . deploy/setup.sh
 #   setup_packages PACKAGE:COMMAND ...    installs the packages whose command is missing (root), or says how to
 #   setup_venv [EXTRA]                    creates .venv, sets PYTHON; EXTRA is one of pyproject.toml's extras
+#   setup_compiler                        installs what compiling for PYTHON needs (root); status 1 if that is missing
 #
-# Both are silent and fast if there is nothing to do. Messages go to stderr. pip uses the settings of the environment
+# All are silent and fast if there is nothing to do. Messages go to stderr. pip uses the settings of the environment
 # and of its configuration files.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -116,11 +117,23 @@ setup_venv() {
         make_venv
     fi
     say "installing the project and what it needs into .venv"
-    quietly "$PYTHON" -m pip install --quiet --disable-pip-version-check --editable "$ROOT${extra:+[$extra]}" ||
+    # (An editable one is never compiled. This keeps the compiler's packages out of its build.)
+    TRANSOCKS_PURE=1 quietly "$PYTHON" -m pip install --quiet --disable-pip-version-check --editable "$ROOT${extra:+[$extra]}" ||
         fail "the project could not be installed"
     printf '%s\n' "$state" >"$stamp"
     [[ -z $extra ]] || printf '%s\n' "$state" >"$ROOT/.venv/installed"
     exec 9<&-
     # If root made it in another user's checkout, that user owns it.
     ((EUID != 0)) || chown -R --reference="$ROOT" "$ROOT/.venv"
+}
+
+setup_compiler() {
+    local headers version
+    headers=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("include"))')
+    if ! command -v gcc >/dev/null || [[ ! -e $headers/Python.h ]]; then
+        ((EUID == 0)) && command -v apt-get >/dev/null || return
+        version=$("$PYTHON" -c 'import sys; print(f"{sys.version_info[0]}.{sys.version_info[1]}")')
+        install_packages gcc libc6-dev "libpython$version-dev" || return
+        [[ -e $headers/Python.h ]] || return
+    fi
 }

@@ -8,6 +8,11 @@ from hypothesis import settings
 # Makes tests/daemons.py and others importable from all test folders.
 sys.path.append(str(Path(__file__).parent))
 
+# ./test has made two forms of the wheel: this process imports the interpreted one, because tests subclass and patch what is
+# in it, and the daemons and verbs that it starts run the compiled one.
+if "TRANSOCKS_TESTED" in os.environ:
+    os.environ["PYTHONPATH"] = os.environ["TRANSOCKS_TESTED"]
+
 # pytest-xdist's workers ignore SIGINT, and what they start would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

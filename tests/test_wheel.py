@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -11,6 +15,8 @@ import transocks
 import usocksd
 
 CHECKOUT = Path(__file__).parent.parent
+LIBRARY = Path("transocks__mypyc")
+"""Shared by all compiled modules."""
 
 
 @pytest.fixture
@@ -23,7 +29,32 @@ def installed() -> Path:
 
 def test_what_is_tested_is_installed(installed: Path) -> None:
     for package in (usocksd, transocks):
-        assert Path(package.__file__).is_relative_to(installed)
+        assert Path(package.__file__).is_relative_to(installed.parent / "interpreted")
+        command = [sys.executable, "-c", f"import {package.__name__}; print({package.__name__}.__file__)"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert Path(done.stdout.strip()).is_relative_to(installed)
+
+
+def test_all_modules_of_the_hot_path_are_compiled_or_none(installed: Path) -> None:
+    hook = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"][
+        "hooks"
+    ]
+    listed = {Path(name).with_suffix("") for name in hook["custom"]["modules"]}
+    compiled = {shared.with_name(shared.name.partition(".")[0]) for shared in libraries(installed)}
+    form = "compiled" if compiled else "interpreted"
+    assert compiled == (listed | {LIBRARY} if compiled else set())
+    for name in ("usocksd", "transocks"):
+        done = subprocess.run([sys.executable, "-m", name, "--version"], capture_output=True, text=True, check=True)
+        assert done.stdout == f"{name} {usocksd.__version__} ({form})\n"
+
+
+def test_a_compiled_frame_has_its_place_in_a_traceback(installed: Path) -> None:
+    code = "from usocksd.names.match import parse_network as parse; parse('10.0.0.0/x')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    where = re.search(r'File "[^"]*usocksd/names/match.py", line (\d+), in parse_network', done.stderr)
+    assert where, done.stderr
+    lines = (installed / "usocksd" / "names" / "match.py").read_text().splitlines()
+    assert lines[int(where[1]) - 1].lstrip().startswith("raise ValueError")
 
 
 def test_the_rule_files_come_along(installed: Path) -> None:
@@ -36,8 +67,13 @@ def test_nothing_else_comes_along(installed: Path) -> None:
         "transocks",
         "usocksd",
         "bin",
+        *(path.name for path in libraries(installed) if len(path.parts) == 1),
     }
     assert modules(installed) == modules(CHECKOUT)
+
+
+def libraries(installed: Path) -> set[Path]:
+    return {path.relative_to(installed) for path in installed.rglob("*.so")}
 
 
 def modules(root: Path) -> set[Path]:

@@ -142,7 +142,7 @@ class SocksSessions:
         except (PeerReset, OSError):
             access.client_gone(server)
             return None
-        bound = upstream.sock.getsockname()
+        bound = upstream.local_address()
         server.reply(Reply.SUCCEEDED, bound)
         endpoint.deadline = clock() + self._timeouts.handshake
         try:

@@ -127,8 +127,8 @@ class SocksSessions:
             access.misspoke(fault, server, news=fault.kind is not Kind.TLS or self._is_news(client.host))
             await endpoint.finish(fault.reply, _LAST_WORD_WITHIN)
             return None
-        except OutOfWatches as error:
-            access.client_gone(server, str(error))
+        except OutOfWatches as shortage:
+            access.client_gone(server, str(shortage))
             return None
         except Error as error:
             reply = reply_for(error)

@@ -133,9 +133,9 @@ class Upstream:
             except DeadlineExpired:
                 endpoint.close()
                 raise DialError(errno.ETIMEDOUT, str(target), WAITING) from None
-            except OSError as error:
+            except OSError as failure:
                 endpoint.close()
-                raise DialError(error.errno or errno.EIO, str(target), "asking") from None
+                raise DialError(failure.errno or errno.EIO, str(target), "asking") from None
             except BaseException:
                 endpoint.close()
                 raise

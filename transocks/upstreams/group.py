@@ -212,8 +212,12 @@ class Upstreams:
 
 def _new(text: str, taken: Collection[str]) -> str:
     """`text`, with a number behind it if it is taken."""
-    texts = (f"{text} ({number})" if number > 1 else text for number in count(1))
-    return next(each for each in texts if each not in taken)
+    found = text
+    number = 1
+    while found in taken:
+        number += 1
+        found = f"{text} ({number})"
+    return found
 
 
 def _identity(upstream: Upstream) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -17,6 +18,13 @@ import usocksd
 CHECKOUT = Path(__file__).parent.parent
 LIBRARY = Path("transocks__mypyc")
 """Shared by all compiled modules."""
+
+
+def compiled_modules() -> list[str]:
+    """The list in pyproject.toml."""
+    build = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
+    modules: list[str] = build["targets"]["wheel"]["hooks"]["custom"]["modules"]
+    return modules
 
 
 @pytest.fixture
@@ -36,16 +44,30 @@ def test_what_is_tested_is_installed(installed: Path) -> None:
 
 
 def test_all_modules_of_the_hot_path_are_compiled_or_none(installed: Path) -> None:
-    hook = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"][
-        "hooks"
-    ]
-    listed = {Path(name).with_suffix("") for name in hook["custom"]["modules"]}
+    listed = {Path(name).with_suffix("") for name in compiled_modules()}
     compiled = {shared.with_name(shared.name.partition(".")[0]) for shared in libraries(installed)}
     form = "compiled" if compiled else "interpreted"
     assert compiled == (listed | {LIBRARY} if compiled else set())
     for name in ("usocksd", "transocks"):
         done = subprocess.run([sys.executable, "-m", name, "--version"], capture_output=True, text=True, check=True)
         assert done.stdout == f"{name} {usocksd.__version__} ({form})\n"
+
+
+@pytest.mark.parametrize("module", compiled_modules())
+def test_what_only_compiled_code_gets_wrong(module: str) -> None:
+    """mypy accepts both. mypyc gives a name one type in a function, and makes a list of a generator expression."""
+    tree = ast.parse((CHECKOUT / module).read_text())
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+            caught: dict[str, set[str]] = {}
+            for node in ast.walk(function):
+                if isinstance(node, ast.ExceptHandler) and node.name is not None and node.type is not None:
+                    caught.setdefault(node.name, set()).add(ast.unparse(node.type))
+            for name, classes in caught.items():
+                assert len(classes) == 1, f"{module}: {function.name}: `except ... as {name}` of {classes}"
+        if isinstance(function, ast.GeneratorExp):
+            endless = [each for each in function.generators if ast.unparse(each.iter).startswith(("count(", "cycle("))]
+            assert not endless, f"{module}:{function.lineno}: never ends when compiled"
 
 
 def test_a_compiled_frame_has_its_place_in_a_traceback(installed: Path) -> None:

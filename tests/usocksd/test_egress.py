@@ -212,7 +212,7 @@ def test_the_choice_survives_a_restart() -> None:
         "import json; from ipaddress import ip_address as a\n"
         "from usocksd.clients import Client; from usocksd.egress import EgressPools, Pool, Usable\n"
         "ten = [a(f'198.51.100.{n}') for n in range(10, 20)]\n"
-        "pools = EgressPools({'default': Pool(ten)}, lambda usable=Usable(frozenset(ten)): usable)\n"
+        "pools = EgressPools({'default': Pool(tuple(ten))}, lambda usable=Usable(frozenset(ten)): usable)\n"
         "pick = lambda n: pools.pick('default', Client.at('10.0.0.1'), f'{n}', a('203.0.113.80'))\n"
         "print(json.dumps([[pick(n).address, *pick(n).spare] for n in range(20)]))"
     )

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from usocksd.errors import DialError, Error, NoEgress, ResolveError
-from usocksd.log.formats import Fields, Formatter, Frame, Severity
+from usocksd.log.formats import Fields, Formatter, Frame, Severity, number_text
 from usocksd.log.log import Log
 from usocksd.log.metrics import BYTES, SECONDS, Counter, Histogram, Metrics
 from usocksd.net.address import join_port, unmapped
@@ -102,7 +102,7 @@ class AccessRecords:
     def starts(self, connection: ConnectionRecords, at_start: tuple[object, ...] | None) -> None:
         """A relay begins; `at_start` are the values of the keys that only its start has. None: all of them are None."""
         self._inflight.value += 1
-        if self._starts.severity > self._log.level:
+        if not self._log.enabled(self._starts.severity):
             return
         values = connection.values()
         if self._sorts:
@@ -118,8 +118,8 @@ class AccessRecords:
         ended, seconds, errors, frame, what = self._by_ending[reason, by]
         if error:
             what = os.strerror(error)
-        if frame.severity <= self._log.level:
-            duration = format(elapsed, ".6f").rstrip("0").rstrip(".")
+        if self._log.enabled(frame.severity):
+            duration = number_text(round(elapsed, 6))
             at_end = (to_upstream, to_client, duration, reason._value_, by._value_, what)
             if self._sorts:
                 text = self._at_end.text((*connection.values(), *at_end))

@@ -17,7 +17,7 @@ from usocksd.settings.common import CommonConfig
 from usocksd.settings.files import NamedFiles
 from usocksd.settings.types import ListenAddress, LogConfig
 
-PROTOCOL = 1
+PROTOCOL = 2
 """The version of all messages between processes of this program: orders, answers, plans, and the state that a master
 passes on when it becomes a new version. Increment it with every change of those: a reload into a version with another
 number is refused.

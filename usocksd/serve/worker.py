@@ -20,7 +20,7 @@ from typing import Any
 import trio
 
 from usocksd import __version__
-from usocksd.errors import ConfigError, Error, Fault
+from usocksd.errors import Error
 from usocksd.log.log import Log, parse_level, setup
 from usocksd.log.metrics import Metrics
 from usocksd.net import bridge
@@ -29,11 +29,10 @@ from usocksd.net.limits import Tally, most_connections, raise_descriptor_limit
 from usocksd.net.listeners import is_transparent
 from usocksd.net.reactor import Reactor
 from usocksd.serve.channel import Channel, Message, restore_socket
+from usocksd.serve.configure import answer_faults, configure
 from usocksd.serve.daemon import Application, Daemon, Parts
-from usocksd.serve.plan import PROTOCOL, make_plan
 from usocksd.serve.service import Service, settle_memory
 from usocksd.serve.vitals import Vitals
-from usocksd.settings import loader as configuration
 from usocksd.settings.files import NamedFiles
 
 log = logging.getLogger(__name__)
@@ -79,11 +78,11 @@ async def _run(daemon: Daemon[Any], fd: int, reactor: Reactor) -> int:
         try:
             await _work(daemon, channel, reactor)
         except Error as error:
-            await _answer_faults(channel, error)
+            await answer_faults(channel, error)
         except Exception as error:
             # First, since the master ends this process when it has the answer.
             traceback.print_exc()
-            await _answer_faults(channel, Error(f"internal error: {_brief(error)}"))
+            await answer_faults(channel, Error(f"internal error: {_brief(error)}"))
             return 1
     return 0
 
@@ -93,7 +92,7 @@ async def _work(daemon: Daemon[Any], channel: Channel, reactor: Reactor) -> None
     received = await channel.receive()
     if received is None:
         return
-    config, files = await _configure(daemon, channel, *received)
+    config, files = await configure(daemon, channel, *received)
     received = await channel.receive()
     if received is None:
         return
@@ -120,35 +119,6 @@ def _brief(error: BaseException) -> str:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return "".join(traceback.format_exception_only(error)).strip()
-
-
-async def _configure(daemon: Daemon[Any], channel: Channel, order: Message, fds: list[int]) -> tuple[Any, NamedFiles]:
-    """The configuration, and the files that it names. The first worker of a generation tells the master of both.
-
-    Raises ConfigError, or Error for an order of a version that has another protocol.
-    """
-    if order.get("protocol") != PROTOCOL:
-        version = order.get("version", "another")
-        raise Error(f"version {__version__} can't be reloaded into from {version}: restart the daemon")
-    files, first = NamedFiles.received(order["files"], fds), order["first"]
-    read = files.keep if first else files.read
-    config = configuration.parse(daemon.config, order["text"], order["source"], read)
-    if first:
-        examined = daemon.call(daemon.examine, config, None)
-        warnings = [fault.at(order["source"]) for fault in (*examined.warnings, *examined.notes)]
-        plan = make_plan(config, warnings).as_json()
-        await channel.send({"type": "plan", "plan": plan, "files": files.places}, files.fds)
-    return config, files
-
-
-async def _answer_faults(channel: Channel, error: Error) -> None:
-    source: str = ""
-    faults: tuple[Fault, ...] = (Fault("", "", str(error)),)
-    if isinstance(error, ConfigError):
-        source, faults = error.source, error.faults
-    rows = [[fault.path, fault.value, fault.expected, fault.line] for fault in faults]
-    with contextlib.suppress(OSError):
-        await channel.send({"type": "faults", "source": source, "faults": rows})
 
 
 class Worker:
@@ -207,7 +177,7 @@ class Worker:
                     for task in built.background:
                         await base.start(task)
                 except Error as error:
-                    await _answer_faults(self._channel, error)
+                    await answer_faults(self._channel, error)
                     base.cancel_scope.cancel()
                     return
                 # Runs until `drain`.

@@ -21,8 +21,13 @@ class _Alarm(trio.abc.Instrument):
         self.reactor = reactor
 
     def after_task_step(self, task: trio.lowlevel.Task) -> None:
-        if self.reactor.pending and not self.reactor._calls:
+        if pending(self.reactor) and not self.reactor._calls:
             self.reactor.call_soon_threadsafe(lambda: None)
+
+
+def pending(reactor: Reactor) -> bool:
+    """Whether it has something to do, whatever events come, and whatever its clock says."""
+    return bool(reactor._ready or reactor._resume or reactor._calls)
 
 
 @asynccontextmanager
@@ -46,7 +51,7 @@ async def turning(reactor: Reactor) -> AsyncIterator[Reactor]:
 async def _turn(reactor: Reactor) -> None:
     while True:
         stands = getattr(reactor.clock, "stands", False)  # then timers wait for the test that moves it
-        with trio.move_on_after(inf if stands and not reactor.pending else reactor.rest()):
+        with trio.move_on_after(inf if stands and not pending(reactor) else reactor.rest()):
             await trio.lowlevel.wait_readable(reactor.fileno())
         reactor.turn(0)
 

@@ -141,11 +141,6 @@ class Reactor:
             for _ in range(len(self._calls)):
                 self._calls.popleft()()
 
-    @property
-    def pending(self) -> bool:
-        """Whether there is something to do, whatever events come."""
-        return bool(self._ready or self._resume or self._calls)
-
     def rest(self) -> float:
         """How many seconds there is nothing to do, if no event comes."""
         if self._ready or self._resume or self._calls:
@@ -254,7 +249,7 @@ class Reactor:
         await _SUSPENSION
 
     async def sleep(self, seconds: float) -> None:
-        """For a session: wait so long."""
+        """For a session: wait this many seconds."""
         await Waitable(self).wait_until(self.clock() + seconds)
 
     def _run_sessions(self) -> None:

@@ -294,7 +294,7 @@ async def test_too_many_failures_of_a_client_are_not_looked_at(
     assert checks.count == 21
     assert caplog.text.count("too many failed logins") == 1
     assert await users.verify("alice", "secret", "10.0.0.2")  # other clients are not locked out
-    assert await users.verify("alice", "secret", "10.0.0.1")  # nor a user who has logged in before
+    assert await users.verify("alice", "secret", "10.0.0.1")  # and neither is a user who has logged in before
     assert await users.verify("bob", "hunter2", "10.0.0.1")
     clock.now += 61
     assert await users.verify("carol", "pass:word", "10.0.0.1")

@@ -132,9 +132,7 @@ class Exporter(BoundedServer):
                 return HTTPStatus.NOT_FOUND, _TEXT, b"/metrics and /healthz are here\n"
 
     async def _render(self, accept: str) -> tuple[str, bytes]:
-        """All metrics, and their content type. Scrapes that wait at the same time share a snapshot, so many cost little
-        more than one.
-        """
+        """All metrics, and their content type. Scrapes that wait at the same time share one snapshot."""
         try:
             encode, kind = choose_encoder(accept)
         except Exception:  # the library fails on malformed versions

@@ -85,7 +85,7 @@ def test_the_values_in_the_sample_of_transocks_are_the_defaults(tmp_path: Path) 
     default, rules = TransocksConfig(proxy_url=config.proxy_url), config.rules
     assert (config.log.level, config.log.format) == ("info", "plain")
     assert config.upstream["far"].when_all_down == "refuse"
-    unset = {"mark": None, "workers": None, "metrics_port": None, "listen_tproxy": (), "rules": None}
+    unset = {"mark": None, "workers": None, "metrics_port": None, "listen_tproxy": (), "listen_udp": (), "rules": None}
     assert attrs.evolve(config, **unset, upstream={}, route=(), dns=default.dns, log=default.log) == default
     assert rules is not None
     # As networks: Python 3.13 writes an IPv4-mapped one in another way.

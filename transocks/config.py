@@ -28,6 +28,7 @@ from usocksd.settings.types import (
     Seconds,
     SocketPath,
     check_distinct_address,
+    integer,
     one_of,
     one_or_more,
     parse_address,
@@ -80,6 +81,7 @@ ListenTproxy = Annotated[
 ]
 
 FAILOVER, ROUND_ROBIN, STICKY = "failover", "round-robin", "sticky"
+REFUSE = "refuse"
 
 
 _WAY = "a way without a proxy"
@@ -87,7 +89,7 @@ GroupName = Annotated[str, table_name({DEFAULT: "the group of proxy_url at the t
 Policy = Annotated[str, one_of((FAILOVER, ROUND_ROBIN, STICKY))]
 """The order in which the proxies of a group are tried: as listed, in turn, or by rendezvous on client and destination.
 """
-WhenAllDown = Annotated[str, one_of(("refuse", DIRECT))]
+WithoutProxy = Annotated[str, one_of((REFUSE, DIRECT))]
 
 
 @attrs.frozen(kw_only=True)
@@ -96,7 +98,9 @@ class GroupConfig:
 
     proxy_url: ProxyURLs
     policy: Policy = FAILOVER
-    when_all_down: WhenAllDown = "refuse"
+    when_all_down: WithoutProxy = REFUSE
+    when_no_udp: WithoutProxy = REFUSE
+    """what becomes of UDP if none of the proxies carries it"""
     proxy_protocol: bool = False
     """whether a PROXY header before everything else names the client"""
 
@@ -120,6 +124,18 @@ class HealthConfig:
             raise Invalid(expected, shown=f"{self.suspect_timeout:g}", at="suspect_timeout")
 
 
+@attrs.frozen(kw_only=True)
+class UdpConfig:
+    """[udp]: how datagrams are carried."""
+
+    idle: Seconds = 300.0
+    """without a datagram in either direction (RFC 4787 REQ-5)"""
+    flows: Annotated[int, integer(1, 1_000_000)] = 4096
+    """the most pairs of a client's port and a destination at a time, in each worker"""
+    queue: Annotated[int, integer(1, 65536)] = 64
+    """the most datagrams of a client's port that wait for its proxy"""
+
+
 # A port to connect to, so not 0.
 _WHERE_RULES_SEND = {
     Mode.HOST: ("listen", '"localhost:1081"'),
@@ -136,7 +152,8 @@ class TransocksConfig(CommonConfig):
 
     proxy_url: ProxyURLs
     policy: Policy = FAILOVER
-    when_all_down: WhenAllDown = "refuse"
+    when_all_down: WithoutProxy = REFUSE
+    when_no_udp: WithoutProxy = REFUSE
     proxy_protocol: bool = False
     upstream: Mapping[GroupName, GroupConfig] = attrs.field(factory=dict)
     health: HealthConfig = attrs.field(factory=HealthConfig)
@@ -144,6 +161,9 @@ class TransocksConfig(CommonConfig):
     """`localhost` is always both 127.0.0.1 and ::1, since REDIRECT goes to either."""
     listen_tproxy: ListenTproxy = ()
     """where TPROXY rules bring connections; their addresses are as in `listen`, their ports others"""
+    listen_udp: ListenTproxy = ()
+    """where TPROXY rules bring datagrams; each worker has sockets of its own there"""
+    udp: UdpConfig = attrs.field(factory=UdpConfig)
     mark: Mark | None = None
     """SO_MARK of the connections to the upstream, so that the firewall rules can exempt them"""
     fast_open: bool = True
@@ -188,6 +208,7 @@ class TransocksConfig(CommonConfig):
             proxy_url=self.proxy_url,
             policy=self.policy,
             when_all_down=self.when_all_down,
+            when_no_udp=self.when_no_udp,
             proxy_protocol=self.proxy_protocol,
         )
         return {DEFAULT: top, **self.upstream}
@@ -210,7 +231,8 @@ class TransocksConfig(CommonConfig):
     @property
     def shown(self) -> Mapping[str, object]:
         proxies = {key: ", ".join(map(str, group.proxy_url)) for key, group in self.keyed_groups()}
-        return {"listen_tproxy": tuple(map(str, self.listen_tproxy)), **proxies}
+        listens = {"listen_tproxy": self.listen_tproxy, "listen_udp": self.listen_udp}
+        return {key: tuple(map(str, listen)) for key, listen in listens.items()} | proxies
 
 
 __all__ = ["DEFAULT", "DIRECT", "REJECT", "ProxyScheme", "ProxyURL", "TransocksConfig", "parse_proxy_url"]

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from transocks.config import DEFAULT, DIRECT, FAILOVER, TransocksConfig
 from transocks.original_dst import OWN_USERS
 from transocks.route_settings import NAME
+from transocks.routes import UDP
 from transocks.rules.lint import lint_rules
 from transocks.upstreams.proxy_url import ProxyURL
 from usocksd.errors import Fault
@@ -16,7 +17,7 @@ from usocksd.names.lint import covering_rules, lint_networks, lint_sites, never_
 from usocksd.names.resolv_conf import lint_servers
 from usocksd.settings.loader import show
 from usocksd.settings.types import LOCALHOST, ListenAddress
-from usocksd.settings.warnings import HostFacts, lint_common, readable_by_all
+from usocksd.settings.warnings import HostFacts, lint_address, lint_common, readable_by_all
 
 
 def lint(
@@ -47,10 +48,14 @@ def lint(
 
 def _tproxy(config: TransocksConfig, host: HostFacts) -> Iterator[Fault]:
     """Whether this process could open the sockets."""
-    for listen in config.listen_tproxy[:1]:
-        if not host.may_be_transparent:
-            missing = "this user may not open sockets with IP_TRANSPARENT: the daemon does not start without"
-            yield Fault("listen_tproxy", str(listen), f"{missing} CAP_NET_ADMIN")
+    for key, listens in (("listen_tproxy", config.listen_tproxy), ("listen_udp", config.listen_udp)):
+        for listen in listens[:1]:
+            if not host.may_be_transparent:
+                missing = "this user may not open sockets with IP_TRANSPARENT: the daemon does not start without"
+                yield Fault(key, str(listen), f"{missing} CAP_NET_ADMIN")
+    for listen in config.listen_udp:
+        if not listen.optional:
+            yield from lint_address("listen_udp", listen.address, host)
 
 
 def _groups(config: TransocksConfig, host: HostFacts, readable: str | None) -> Iterator[Fault]:
@@ -93,11 +98,12 @@ def _direct(config: TransocksConfig, own_users: Sequence[str]) -> Iterator[Fault
     again = "direct connections are redirected again, unless the rules exempt them: expected a mark, or a user"
     again += f" {own_users[0]} for the service"
     for key, group in config.keyed_groups():
-        if group.when_all_down == DIRECT:
-            yield Fault(key.replace("proxy_url", "when_all_down"), show(DIRECT), again)
-    for at, route in enumerate(config.route):
+        for at, value in (("when_all_down", group.when_all_down), ("when_no_udp", group.when_no_udp)):
+            if value == DIRECT:
+                yield Fault(key.replace("proxy_url", at), show(DIRECT), again)
+    for number, route in enumerate(config.route):
         if route.via == DIRECT:
-            yield Fault(f"route[{at}].via", show(DIRECT), again)
+            yield Fault(f"route[{number}].via", show(DIRECT), again)
 
 
 def _exists(user: str) -> bool:
@@ -113,8 +119,9 @@ def _routes(config: TransocksConfig) -> Iterator[Fault]:
     routes = [route.route(number, config.names) for number, route in enumerate(config.route, 1)]
     groups = config.groups()
     covering = covering_rules(routes)
-    for at, (route, written, above) in enumerate(zip(routes, config.route, covering, strict=True)):
+    for at, (route, written, covers) in enumerate(zip(routes, config.route, covering, strict=True)):
         key = f"route[{at}]"
+        above = [by for by in covers if routes[by].protocol in {None, route.protocol}]
         if above:
             by, name = above[0], show(written.name) if written.name else ""
             line = config.lines.line_of(f"route[{by}]") if config.lines.source else None
@@ -122,8 +129,11 @@ def _routes(config: TransocksConfig) -> Iterator[Fault]:
         yield from lint_networks(f"{key}.from", written.from_)
         yield from lint_sites(f"{key}.to", written.to)
         entries = [entry for sites in route.to or () for entry in sites.entries()]
-        if not config.names.sniff and entries and all(isinstance(entry, str) and entry for entry in entries):
-            yield Fault(f"{key}.to", "", "has names only, and names.sniff is false: it never decides")
+        if entries and all(isinstance(entry, str) and entry for entry in entries):
+            if not config.names.sniff:
+                yield Fault(f"{key}.to", "", "has names only, and names.sniff is false: it never decides")
+            elif route.protocol == UDP:
+                yield Fault(f"{key}.to", "", "has names only, and datagrams have none: it never decides")
         if written.send == NAME and not any(url.scheme.takes_names for url in groups[route.via].proxy_url):
             yield Fault(f"{key}.send", show(NAME), f"its proxies take addresses only: expected socks5h in {route.via}")
     used = {DEFAULT, *(route.via for route in routes)}

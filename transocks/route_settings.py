@@ -7,7 +7,7 @@ from typing import Annotated
 
 import attrs
 
-from transocks.routes import DIRECT, REJECT, Route
+from transocks.routes import DIRECT, REJECT, TCP, UDP, Route
 from transocks.sniff import MOST
 from usocksd.names.conditions import ConditionsConfig, Network, Ports, rule_name
 from usocksd.settings.loader import Invalid, show
@@ -36,6 +36,7 @@ CLIENT_FIRST = ((80, 80), (443, 443))
 # The names in records and metrics for "no [[route]] matched", and for routes without a name.
 RouteName = Annotated[str, rule_name("route", r"default|route \d+")]
 Send = Annotated[str, one_of((NAME, ADDRESS))]
+Protocol = Annotated[str, one_of((TCP, UDP))]
 
 
 @attrs.frozen(kw_only=True)
@@ -64,6 +65,8 @@ class RouteConfig(ConditionsConfig):
 
     name: RouteName | None = None
     """None: "route N", counted from 1"""
+    protocol: Protocol | None = None
+    """None: both"""
     via: str
     """a group of upstreams, DIRECT or REJECT; `TransocksConfig.check_table` looks whether there is such a group"""
     send: Send | None = None
@@ -79,6 +82,7 @@ class RouteConfig(ConditionsConfig):
         return Route(
             name=self.name or f"route {number}",
             via=self.via,
+            protocol=self.protocol,
             clients=self.from_,
             to=self.destinations(),
             ports=self.ports,

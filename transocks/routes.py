@@ -1,8 +1,8 @@
 """Where a connection goes: ordered routes, and the first that matches decides. Pure.
 
-A route matches if the client, the port and the destination match; the destination if `to` has its address or its name.
-The name comes from the client, which may lie. So `direct` dials what the route matched: if that was the name, the
-addresses of that name.
+A route matches if the protocol, the client, the port and the destination match; the destination if `to` has its address
+or its name. The name comes from the client, which may lie. So `direct` dials what the route matched: if that was the
+name, the addresses of that name. (Datagrams have no name.)
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ DEFAULT = "default"
 """The group of `proxy_url`, and in records the route of connections that no route matches."""
 DIRECT, REJECT = "direct", "reject"
 """Targets of routes other than groups."""
+TCP, UDP = "tcp", "udp"
 
 
 @frozen(kw_only=True)
@@ -29,6 +30,8 @@ class Route:
     name: str
     via: str
     """a group, DIRECT or REJECT"""
+    protocol: str | None = None
+    """TCP or UDP"""
     clients: tuple[IPNetwork, ...] | None = None
     to: tuple[SiteList, ...] | None = None
     ports: tuple[tuple[int, int], ...] | None = None
@@ -53,6 +56,7 @@ class Routes:
         """`send_name` is for connections that no route matches."""
         self._routes = tuple(routes)
         self._default = RouteDecision(DEFAULT, DEFAULT, send_name)
+        self._protocols = {each: mask_of(route.protocol in {None, each} for route in routes) for each in (TCP, UDP)}
         self._anyone = mask_of(route.clients is None for route in routes)
         self._clients = SiteIndex.of_networks([route.clients for route in routes])
         self._ports = PortIndex([route.ports for route in routes])
@@ -65,13 +69,15 @@ class Routes:
         """The names of the routes."""
         return [route.name for route in self._routes]
 
-    def decide(self, client: IPAddress, address: IPAddress, name: str | None, port: int) -> RouteDecision:
-        """Where a connection from `client` to `address`, `port` goes. `name` is canonical; None if none is known or it
-        proves nothing. IPv4-mapped addresses come as IPv4.
+    def decide(
+        self, client: IPAddress, address: IPAddress, name: str | None, port: int, protocol: str = TCP
+    ) -> RouteDecision:
+        """Where a connection (with `protocol` UDP: a datagram) from `client` to `address`, `port` goes. `name` is
+        canonical; None if none is known or it proves nothing. IPv4-mapped addresses come as IPv4.
         """
         if not self._routes:
             return self._default
-        mask = self._ports.match(port) & (self._anyone | self._clients.of_address(client))
+        mask = self._protocols[protocol] & self._ports.match(port) & (self._anyone | self._clients.of_address(client))
         here = self._anywhere | self._sites.of_address(address)
         if name is None:
             here |= self._sites.nameless

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from marked import marked_faults
 
-from transocks.config import ProxyScheme, ProxyURL, TransocksConfig, parse_proxy_url
+from transocks.config import ProxyScheme, ProxyURL, TransocksConfig, UdpConfig, parse_proxy_url
 from transocks.routes import RouteDecision
 from transocks.upstreams.proxy_url import SecretStr
 from usocksd.errors import ConfigError
@@ -107,6 +107,24 @@ def test_listen_tproxy_is_as_listen_is_and_transparent() -> None:
 def test_faults_of_listen_tproxy(value: str, found: str) -> None:
     (fault,) = faults(f"{PROXY}listen_tproxy = {value}")
     assert fault.startswith(found)
+
+
+def test_listen_udp_may_have_the_ports_of_tcp_and_is_not_the_master_s() -> None:
+    assert parse(TransocksConfig, PROXY, "").listen_udp == ()
+    config = parse(TransocksConfig, f'{PROXY}listen_tproxy = ":1084"\nlisten_udp = [":1084", "192.0.2.1:1081"]', "")
+    assert [str(listen) for listen in config.listen_udp] == ["0.0.0.0:1084", "[::]:1084", "192.0.2.1:1081"]
+    assert all(listen.transparent for listen in config.listen_udp)
+    assert [str(listen) for listen in make_plan(config).listen][2:] == ["0.0.0.0:1084", "[::]:1084"]
+    (fault,) = faults(f'{PROXY}listen_udp = ["[::1]:1084", "localhost:1084"]')
+    assert fault == 'listen_udp[1]: "localhost:1084": is there already, expected every address once'
+
+
+def test_udp() -> None:
+    config = parse(TransocksConfig, f'{PROXY}when_no_udp = "direct"\n[upstream.a]\nproxy_url = "http://h:3128"', "")
+    assert [group.when_no_udp for group in config.groups().values()] == ["direct", "refuse"]
+    assert config.udp == UdpConfig(idle=300.0, flows=4096, queue=64)
+    found = faults(f'{PROXY}when_no_udp = "drop"\n[udp]\nidle = 0\nflows = 0\nqueue = 0')
+    assert [fault.partition(": ")[0] for fault in found] == ["when_no_udp", "udp.idle", "udp.flows", "udp.queue"]
 
 
 def test_ports_of_the_kernel_s_choice_are_not_the_same() -> None:
@@ -274,6 +292,7 @@ def test_several_proxies_and_groups() -> None:
     assert (far[0], far[1].policy, far[1].when_all_down) == ("far", "failover", "direct")
     assert dict(config.shown) == {
         "listen_tproxy": (),
+        "listen_udp": (),
         "proxy_url": "socks5://192.0.2.1:1080, http://192.0.2.2:3128",
         "upstream.far.proxy_url": "socks4a://192.0.2.3:1080",
     }
@@ -371,6 +390,7 @@ def test_faults_of_names_and_routes() -> None:
         to = ["file:no-such-file"]  # 1
         from = ["here"]  # 1
         ports = [70000]  # 1
+        protocol = "icmp"  # 1
         [[route]]
         name = "default"  # 1
         via = "default"

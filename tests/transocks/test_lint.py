@@ -54,7 +54,12 @@ def test_a_proxy_that_is_our_tproxy_listener() -> None:
 def test_sockets_that_this_user_may_not_open(may: bool) -> None:
     host = attrs.evolve(HostFacts.here(()), may_be_transparent=may)
     assert keys(f'{PROXY}listen_tproxy = ":1084"', host=host) == ["listen_tproxy"] * (not may)
+    assert keys(f'{PROXY}listen_udp = ":1084"', host=host) == ["listen_udp"] * (not may)
     assert keys(PROXY, host=host) == []
+
+
+def test_an_address_for_datagrams_that_this_host_lacks() -> None:
+    assert keys(f'{PROXY}listen_udp = "192.0.2.77:1084"') == ["listen_udp"]
 
 
 def test_a_password_that_everybody_may_read(tmp_path: Path) -> None:
@@ -111,6 +116,7 @@ def test_direct_connections_have_to_be_exempt() -> None:
     for toml, key in (
         (direct, "when_all_down"),
         (PROXY + far, "upstream.far.when_all_down"),
+        (direct.replace("all_down", "no_udp"), "when_no_udp"),
         (PROXY + route, "route[0].via"),
     ):
         assert keys(toml, own_users=["nobody-has-this"]) == [key]
@@ -175,6 +181,22 @@ def test_routes_by_name_without_sniffing() -> None:
     route = '[[route]]\nto = ["a.example", ".b.example"]\nvia = "reject"\n'
     assert keys(PROXY + route) == []
     assert keys(f"{PROXY}{route}[names]\nsniff = false\n") == ["route[0].to"]
+    assert keys(f'{PROXY}{route}protocol = "tcp"') == []
+    assert keys(f'{PROXY}{route}protocol = "udp"') == ["route[0].to"]
+
+
+def test_a_route_of_one_protocol_does_not_cover_the_other() -> None:
+    for above, below, covered in (
+        ("tcp", "udp", False),
+        ("udp", None, False),
+        (None, "udp", True),
+        ("tcp", "tcp", True),
+    ):
+        routes = [
+            f'[[route]]\nvia = "reject"\n{f"protocol = {chr(34)}{each}{chr(34)}" if each else ""}\n'
+            for each in (above, below)
+        ]
+        assert keys(PROXY + "".join(routes)) == ["route[1]"] * covered
 
 
 def test_rules_that_can_not_be_applied_here() -> None:

@@ -25,10 +25,12 @@ def route(
     clients: Sequence[str] = (),
     ports: Sequence[tuple[int, int]] = (),
     send_name: bool = True,
+    protocol: str | None = None,
 ) -> Route:
     return Route(
         name=name,
         via=via,
+        protocol=protocol,
         clients=tuple(map(parse_network, clients)) or None,
         to=(SiteList(map(parse_entry, to)),) if to else None,
         ports=tuple(ports) or None,
@@ -105,6 +107,7 @@ def any_routes(draw: st.DrawFn) -> list[tuple[Route, list[str]]]:
                     clients=draw(st.sampled_from([(), ("192.168.7.0/24",), ("192.168.0.0/16", "fd00::/8")])),
                     ports=draw(st.lists(st.sampled_from(RANGES), max_size=2)),
                     send_name=draw(st.booleans()),
+                    protocol=draw(st.sampled_from([None, "tcp", "udp"])),
                 ),
                 to,
             )
@@ -113,9 +116,16 @@ def any_routes(draw: st.DrawFn) -> list[tuple[Route, list[str]]]:
 
 
 def naive(
-    routes: list[tuple[Route, list[str]]], client: IPAddress, address: IPAddress, name: str | None, port: int
+    routes: list[tuple[Route, list[str]]],
+    client: IPAddress,
+    address: IPAddress,
+    name: str | None,
+    port: int,
+    protocol: str,
 ) -> RouteDecision:
     for each, to in routes:
+        if each.protocol not in (None, protocol):
+            continue
         if each.clients and not any(client in network for network in each.clients):
             continue
         if each.ports and not any(first <= port <= last for first, last in each.ports):
@@ -140,12 +150,19 @@ def naive(
     st.sampled_from(ADDRESSES),
     st.sampled_from([*NAMES, None]),
     st.sampled_from([22, 80, 443, 8080, 9000]),
+    st.sampled_from(["tcp", "udp"]),
 )
 def test_as_a_naive_walk_decides(
-    made: list[tuple[Route, list[str]]], client: IPAddress, address: IPAddress, name: str | None, port: int
+    made: list[tuple[Route, list[str]]],
+    client: IPAddress,
+    address: IPAddress,
+    name: str | None,
+    port: int,
+    protocol: str,
 ) -> None:
     routes = Routes([each for each, _ in made], send_name=True)
-    assert routes.decide(client, address, name, port) == naive(made, client, address, name, port)
+    found = naive(made, client, address, name, port, protocol)
+    assert routes.decide(client, address, name, port, protocol) == found
 
 
 @pytest.mark.parametrize("count", [1, 500])

@@ -89,7 +89,7 @@ def lint_common(config: CommonConfig, host: HostFacts) -> Iterator[Fault]:
     """All warnings about the settings that both daemons have."""
     for key, listen in config.listen_keys:
         if not listen.optional:
-            yield from _address(key, listen.address, host)
+            yield from lint_address(key, listen.address, host)
     yield from _metrics(config, host)
     yield from lint_mark(config.mark_key, config.mark, host)
     yield from _numbers(config, host)
@@ -99,7 +99,7 @@ def lint_common(config: CommonConfig, host: HostFacts) -> Iterator[Fault]:
         yield from _path("log.filename", name, lambda: _log_problem(Path(name)))
 
 
-def _address(key: str, address: IPAddress, host: HostFacts) -> Iterator[Fault]:
+def lint_address(key: str, address: IPAddress, host: HostFacts) -> Iterator[Fault]:
     """Whether a socket can be bound to it."""
     if address.version == 6 and not host.ipv6:
         problem = "this host has no IPv6, so this can't be listened on: remove it"
@@ -124,7 +124,7 @@ def _metrics(config: CommonConfig, host: HostFacts) -> Iterator[Fault]:
             yield Fault(key, shown, "not used, since metrics_port is 0: remove it, or set a port")
         return
     for address in addresses:
-        yield from _address(key, address, host)
+        yield from lint_address(key, address, host)
         # A private monitoring network is the purpose of the setting.
         if address.is_unspecified or (address.is_global and not getattr(address, "is_site_local", False)):
             reach = "everybody who reaches this host" if address.is_unspecified else "the Internet"

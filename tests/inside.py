@@ -25,8 +25,10 @@ from usocksd.log import log as logging
 from usocksd.log.metrics import Metrics
 from usocksd.net.endpoint import Endpoint
 from usocksd.net.flow import Flow
+from usocksd.net.limits import Tally, make_table
 from usocksd.net.listeners import Listener, listen
 from usocksd.net.reactor import Reactor, Session
+from usocksd.serve.associations import Associations
 from usocksd.serve.daemon import Application, Parts
 from usocksd.settings.loader import parse
 
@@ -123,6 +125,11 @@ async def _inside(
     listener = listener or listen("127.0.0.1", 0)
     metrics, reactor = Metrics(name), Reactor(sweep_every=0.02)
     proxy = Proxy(folder / f"{name}.log", metrics, reactor, listener.getsockname()[:2])
+
+    def begin(session: Session, _host: str, _port: int) -> bool:
+        reactor.start(session)
+        return True
+
     parts = Parts(
         log=log,
         reactor=reactor,
@@ -131,6 +138,9 @@ async def _inside(
         transparent=False,
         descriptors=1024,
         connections=connections,
+        associations=Associations(metrics),
+        tally=lambda kind, per_client: Tally(make_table(), 0, per_client=per_client, kind=kind),
+        begin=begin,
         count_as=lambda _endpoint, _host, _port: True,
         share=lambda _: None,
         shared=lambda _: None,

@@ -114,8 +114,11 @@ class Tally:
     Without limits nothing is counted. (Two workers may let one too many in when they look at the same moment.)
     """
 
-    def __init__(self, fd: int, column: int, *, most: int, per_client: int) -> None:
-        """`most` in all and `per_client` from one `owner`; 0 is no limit."""
+    def __init__(self, fd: int, column: int, *, most: int = 0, per_client: int, kind: bytes = b"") -> None:
+        """`most` in all and `per_client` from one `owner`; 0 is no limit. With a `kind`, what is counted are not
+        connections, but something of their clients, by rows of its own.
+        """
+        self._kind = kind
         self._most = most
         self._per_client = per_client
         self._column = column
@@ -128,7 +131,9 @@ class Tally:
         """The row of the client with this numeric address."""
         if not self._counts:
             return 0
-        return 1 + int.from_bytes(blake2b(owner(client), key=self._key, digest_size=4).digest()) % (_ROWS - 1)
+        return 1 + int.from_bytes(blake2b(owner(client) + self._kind, key=self._key, digest_size=4).digest()) % (
+            _ROWS - 1
+        )
 
     def exceeded(self, row: int) -> str | None:
         """The limit that forbids another connection of this row, by its name in [limits]; None if none does."""
@@ -145,7 +150,8 @@ class Tally:
         if self._counts:
             if row:
                 self._cells[row * COLUMNS + self._column] += number
-            self._cells[self._column] += number
+            if not self._kind:
+                self._cells[self._column] += number
 
     def _sum(self, row: int) -> int:
         return sum(self._cells[row * COLUMNS : (row + 1) * COLUMNS])

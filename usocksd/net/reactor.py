@@ -100,6 +100,8 @@ class Reactor:
         self.clock = clock
         self.now = clock()
         """When the present turn began: nothing in it reads the clock again."""
+        self.turns = 0
+        """How many turns there have been."""
         self.current: Session | None = None
         """The session that runs."""
         self._sweep_every = sweep_every
@@ -121,6 +123,7 @@ class Reactor:
         wait = self.rest()
         events = self._epoll.poll(wait if wait < patience else patience, _BATCH)
         self.now = self.clock()
+        self.turns += 1
         try:
             handlers = self.handlers
             for fd, flags in events:
@@ -171,6 +174,11 @@ class Reactor:
         socket first.
         """
         self._epoll.register(fd, _LISTENER_EVENTS)
+        self.handlers[fd] = handler
+
+    def register_datagrams(self, fd: int, handler: Handler) -> None:
+        """Watch a UDP socket, level-triggered: datagrams that were not received are reported again."""
+        self._epoll.register(fd, IN)
         self.handlers[fd] = handler
 
     def unregister(self, fd: int) -> None:

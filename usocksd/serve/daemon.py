@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pkgutil
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
@@ -25,7 +25,9 @@ if TYPE_CHECKING:  # verbs do not need trio, which takes a tenth of a second to 
     from usocksd.log.log import Log
     from usocksd.log.metrics import Metrics
     from usocksd.net.endpoint import Endpoint
+    from usocksd.net.limits import Tally
     from usocksd.net.reactor import Reactor
+    from usocksd.serve.associations import Associations
 
 CHANNEL = "TRANSOCKS_CHANNEL"
 """In the environment of a worker: the descriptor of its end of the channel. The command line is the master's."""
@@ -100,6 +102,13 @@ class Parts(NamedTuple):
     """How many open files the process may have"""
     connections: int
     """How many connections fit into them"""
+    associations: Associations
+    """Where UDP associations are counted"""
+    tally: Callable[[bytes, int], Tally]
+    """Counts something of clients over all workers: of which kind, and how many a client may have (0: no limit)"""
+    begin: Callable[[Coroutine[Any, Any, None], str, int], bool]
+    """Serve a session that no listener has accepted, for the client with this numeric address and port. False if a
+    limit or the want of descriptors forbids that; then the session has not begun."""
     count_as: Callable[[Endpoint, str, int], bool]
     """Count a connection on one of the ports `Application.proxied` as one of this client, numeric address and port.
     False if a limit forbids that; then it has been reset."""

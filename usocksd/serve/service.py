@@ -6,7 +6,8 @@ import gc
 import heapq
 import logging
 import socket
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Sequence
+from itertools import chain
 from math import inf
 from operator import attrgetter
 from typing import Any, NoReturn
@@ -15,6 +16,7 @@ import trio
 
 from usocksd.log.metrics import Metrics
 from usocksd.net.address import join_port
+from usocksd.net.datagrams import Association
 from usocksd.net.ending import Reason, Side
 from usocksd.net.endpoint import DeadlineExpired, Endpoint, PeerReset
 from usocksd.net.flow import Flow
@@ -23,6 +25,7 @@ from usocksd.net.limits import NOBODY, Tally
 from usocksd.net.listeners import Listener
 from usocksd.net.reactor import Reactor
 from usocksd.net.relay import Pair
+from usocksd.serve.associations import Associations
 from usocksd.serve.timing import Timing
 
 log = logging.getLogger(__name__)
@@ -53,6 +56,7 @@ class Service:
         most: int,
         workers: int = 1,
         tally: Tally,
+        associations: Associations,
         metrics: Metrics,
         proxied: Collection[int] = (),
         keepalive: KeepAlive,
@@ -66,6 +70,8 @@ class Service:
         self._session = session
         self._workers = workers
         self._tally = tally
+        self._associations = associations
+        associations.room = self._has_room
         self._proxied = proxied
         self._keepalive = keepalive
         self._timing = timing
@@ -136,6 +142,21 @@ class Service:
         self._rows[endpoint] = row
         return True
 
+    def begin(self, session: Coroutine[Any, Any, None], host: str, port: int) -> bool:
+        """Serve a session that no listener has accepted, and count it as one of this client.
+
+        False if a limit or the want of descriptors forbids that; then the session has not begun.
+        """
+        row = self._tally.row(host)
+        limit = self._tally.exceeded(row)
+        if limit is not None:
+            self._count_turned_away(host, port, limit)
+        elif self._has_room():
+            self._begin(session, None, host, port, row)
+            return True
+        session.close()
+        return False
+
     async def drain(self, within: float) -> None:
         """Accept no more, let connections end, and end those that are left after `within` seconds."""
         self.close()
@@ -158,11 +179,14 @@ class Service:
             row = _describe(handlers.get(fd), self._reactor.clock())
             if row is not None:
                 yield row
+        for association in list(self._associations.live):
+            yield _describe_association(association, self._reactor.clock())
 
     def moving(self) -> tuple[int, int]:
         """Bytes of the live connections so far, to the destinations and from there."""
-        pairs = self._pairs()
-        return sum(pair.up.count for pair in pairs), sum(pair.down.count for pair in pairs)
+        pairs, udp = self._pairs(), self._associations
+        up, down = sum(pair.up.count for pair in pairs), sum(pair.down.count for pair in pairs)
+        return up + int(udp.tx_bytes.value), down + int(udp.rx_bytes.value)
 
     async def _emptied(self) -> None:
         if self.live:
@@ -175,17 +199,18 @@ class Service:
         return [flow.pair for flow in flows if flow is flow.pair.up]
 
     def _has_room(self) -> bool:
-        if self.live < self.most:
+        if 2 * self.live + self._associations.extra < 2 * self.most:
             return True
         self._make_room()
         return False  # connections that make room need a moment to end
 
     def _make_room(self) -> None:
         before = self._reactor.now - self._timing.shed_after
-        idle = (pair for pair in self._pairs() if pair.active <= before and pair.result is None)
-        for pair in heapq.nsmallest(self._timing.shed_at_once, idle, key=attrgetter("active")):
+        all_of_them: Iterator[Pair | Association] = chain(self._pairs(), self._associations.live)
+        idle = (each for each in all_of_them if each.active <= before and each.result is None)
+        for each in heapq.nsmallest(self._timing.shed_at_once, idle, key=attrgetter("active")):
             self._shed.value += 1
-            pair.end(Reason.SHED, Side.PROXY)
+            each.end(Reason.SHED, Side.PROXY)
 
     def _accepted(self, endpoint: Endpoint, host: str, port: int) -> None:
         self._admit(endpoint, host, port, self._tally.row(host))
@@ -198,13 +223,14 @@ class Service:
         if limit is not None:
             self._turn_away(endpoint, host, port, limit)
             return
-        self._tally.add(row, 1)
-        self.live += 1
         self.accepted.value += 1
-        self._reactor.start(self._serve(endpoint, host, port, row))
+        self._begin(self._session(endpoint, host, port), endpoint, host, port, row)
 
     def _turn_away(self, endpoint: Endpoint, host: str, port: int, limit: str) -> None:
         endpoint.reset()
+        self._count_turned_away(host, port, limit)
+
+    def _count_turned_away(self, host: str, port: int, limit: str) -> None:
         turned_away = self._turned_away.labels(limit)
         turned_away.value += 1
         now = self._reactor.now
@@ -213,18 +239,24 @@ class Service:
             fields = {"client_addr": join_port(host, port), "limit": limit, "turned_away": int(turned_away.value)}
             log.warning("too many connections", extra={"fields": fields})
 
-    async def _serve(self, endpoint: Endpoint, host: str, port: int, row: int) -> None:
+    def _begin(self, session: Awaitable[None], endpoint: Endpoint | None, host: str, port: int, row: int) -> None:
+        self._tally.add(row, 1)
+        self.live += 1
+        self._reactor.start(self._serve(session, endpoint, host, port, row))
+
+    async def _serve(self, session: Awaitable[None], endpoint: Endpoint | None, host: str, port: int, row: int) -> None:
         try:
-            await self._session(endpoint, host, port)
+            await session
         except (OSError, DeadlineExpired, PeerReset, Stopping) as error:
             log.debug("session ends", extra={"fields": {"error": str(error) or type(error).__name__}})
         except Exception:
             # A bug in one session must not end the others.
             log.exception("session failed", extra={"fields": {"client_addr": join_port(host, port)}})
         finally:
-            endpoint.close()
-            if self._rows:
-                row = self._rows.pop(endpoint, row)
+            if endpoint is not None:
+                endpoint.close()
+                if self._rows:
+                    row = self._rows.pop(endpoint, row)
             self._tally.add(row, -1)
             self.live -= 1
             if not self.live and self._empty is not None:
@@ -257,3 +289,14 @@ def _describe(handler: object, now: float) -> dict[str, Any] | None:
         return None
     row: dict[str, Any] = about.describe()
     return row | moved | {"at": now}
+
+
+def _describe_association(association: Association, now: float) -> dict[str, Any]:
+    tx_bytes, rx_bytes = association.moved()
+    return association.about.describe() | {
+        "state": "association",
+        "idle": max(now - association.active, 0.0),
+        "tx_bytes": tx_bytes,
+        "rx_bytes": rx_bytes,
+        "at": now,
+    }

@@ -13,7 +13,7 @@ import os
 import signal
 import socket
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -28,6 +28,7 @@ from usocksd.net.endpoint import Endpoint
 from usocksd.net.limits import Tally, most_connections, raise_descriptor_limit
 from usocksd.net.listeners import is_transparent
 from usocksd.net.reactor import Reactor
+from usocksd.serve.associations import Associations
 from usocksd.serve.channel import Channel, Message, restore_socket
 from usocksd.serve.configure import answer_faults, configure
 from usocksd.serve.daemon import Application, Daemon, Parts
@@ -153,6 +154,7 @@ class Worker:
         order = self._order
         tally = Tally(self._table, order["column"], most=order["connections"], per_client=order["per_client"])
         most = most_connections(self._limit)
+        associations = Associations(self._metrics)
         parts = Parts(
             self._sink,
             self._reactor,
@@ -161,6 +163,9 @@ class Worker:
             any(map(is_transparent, self._sockets)),
             self._limit,
             most,
+            associations,
+            lambda kind, per_client: Tally(self._table, order["column"], per_client=per_client, kind=kind),
+            self._begin,
             count_as=self._count_as,
             share=self._share,
             shared=self._subscribe,
@@ -189,6 +194,7 @@ class Worker:
                         most=most,
                         workers=order["workers"],
                         tally=tally,
+                        associations=associations,
                         metrics=self._metrics,
                         proxied=built.proxied,
                         keepalive=built.keepalive,
@@ -257,6 +263,9 @@ class Worker:
             async with trio.open_nursery() as tasks:
                 for task in self._built.keeping:
                     tasks.start_soon(task)
+
+    def _begin(self, session: Coroutine[Any, Any, None], host: str, port: int) -> bool:
+        return self._service.begin(session, host, port)
 
     def _count_as(self, endpoint: Endpoint, host: str, port: int) -> bool:
         return self._service.count_as(endpoint, host, port)

@@ -12,6 +12,7 @@ from usocksd.net.endpoint import Endpoint
 from usocksd.net.keepalive import KeepAlive
 from usocksd.net.limits import Tally
 from usocksd.net.listeners import listen
+from usocksd.serve.associations import Associations
 from usocksd.serve.service import Service
 from usocksd.serve.timing import Timing
 
@@ -25,12 +26,14 @@ class Served:
         self.fault: Exception | None = None
         # (Without limits nothing is counted, and no table needed.)
         tally = Tally(-1, 0, most=0, per_client=0)
+        metrics = Metrics("tiny")
         self.service = Service(
             lab.reactor,
             self._session,
             most=1000,
             tally=tally,
-            metrics=Metrics("tiny"),
+            associations=Associations(metrics),
+            metrics=metrics,
             keepalive=KeepAlive(),
             timing=Timing(session_ends=0),
         )

@@ -10,7 +10,7 @@ from usocksd.names.match import PROTECTED_NETWORKS, judged_addresses
 from usocksd.names.resolver import Resolver
 from usocksd.net.address import IPAddress
 from usocksd.net.dial import Dialer, Target
-from usocksd.net.endpoint import Endpoint
+from usocksd.net.endpoint import Interruptible
 from usocksd.settings.types import Timeouts
 
 NAME = "direct"
@@ -29,7 +29,9 @@ class Direct:
         self._mark = mark
         self._is_local = is_local
 
-    async def connect(self, request: TunnelRequest, client: Endpoint, timeouts: Timeouts, access: Progress) -> Tunnel:
+    async def connect(
+        self, request: TunnelRequest, client: Interruptible, timeouts: Timeouts, access: Progress
+    ) -> Tunnel:
         """Connect to the destination of `request` within `timeouts.connect`: to the addresses of its name if it has
         one, else to the original address. (The route matched the name, so the original address counts only if the name
         servers list it.)
@@ -45,7 +47,7 @@ class Direct:
         access.connected(endpoint, target)
         return Tunnel(endpoint, b"", request.first)
 
-    async def _hosts(self, request: TunnelRequest, name: str, client: Endpoint, deadline: float) -> list[str]:
+    async def _hosts(self, request: TunnelRequest, name: str, client: Interruptible, deadline: float) -> list[str]:
         original = request.destination.host
         found = await self._resolver.resolve_for(client, request.client.host, name, deadline)
         plain = original.partition("%")[0]

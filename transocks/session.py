@@ -98,7 +98,7 @@ class RedirectedSessions:
                 client.reset()
         if tunnel is None:
             return
-        upstream, early, unsent = tunnel
+        upstream, early, unsent, _ = tunnel
         sent = len(first.data) - len(unsent)
         del first, tunnel  # the relay lets go of the bytes when they are gone, and this frame should too
         try:

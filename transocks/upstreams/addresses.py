@@ -10,7 +10,7 @@ from usocksd.errors import ResolveError
 from usocksd.names.resolver import Resolver
 from usocksd.net.address import HostPort, IPAddress, without_zone
 from usocksd.net.dial import Target
-from usocksd.net.endpoint import Endpoint
+from usocksd.net.endpoint import Interruptible
 
 # Seconds. If the name servers fail, or take longer, the addresses known before stay in use (RFC 8767).
 _RESOLVE_WITHIN = 1.0
@@ -38,7 +38,7 @@ class UpstreamAddresses:
         if not isinstance(url.host, str):
             self._learn((url.host,))
 
-    async def refresh_for(self, client: Endpoint, deadline: float) -> None:
+    async def refresh_for(self, client: Interruptible, deadline: float) -> None:
         """Resolve the name, on behalf of a client, unless its addresses are still valid. Raises ResolveError, if there
         are no addresses, and PeerReset.
         """

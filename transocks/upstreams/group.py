@@ -13,14 +13,15 @@ from transocks.upstreams.health import Health
 from transocks.upstreams.probes import WAITING
 from transocks.upstreams.proxy_url import ProxyURL
 from transocks.upstreams.request import Attempt, Progress, Tunnel, TunnelRequest
+from transocks.upstreams.state import UpstreamState
 from transocks.upstreams.upstream import Upstream, UpstreamMetrics
-from usocksd.errors import DialError, Error, ResolveError
+from usocksd.errors import DialError, Error, ResolveError, UpstreamError
 from usocksd.log.metrics import Metrics
 from usocksd.names.match import rendezvous
 from usocksd.names.resolver import Resolver
 from usocksd.net.address import HostPort
 from usocksd.net.dial import Dialer
-from usocksd.net.endpoint import Endpoint
+from usocksd.net.endpoint import Interruptible
 from usocksd.settings.types import Timeouts
 from usocksd.socks import AuthenticationFailed, Reply, RequestRefused, Socks4Reply, UpstreamFault
 
@@ -38,6 +39,10 @@ _FINAL: set[int] = {
 _HTTP_OWN_TROUBLE = {405, 429, 500, 501, 503, 505}
 
 
+class NoUdp(UpstreamError):
+    """No upstream of the group carries UDP."""
+
+
 class UpstreamGroup:
     """Proxies that stand in for each other."""
 
@@ -48,6 +53,7 @@ class UpstreamGroup:
         self.name = name
         self._policy = config.policy
         self._when_all_down = config.when_all_down
+        self._when_no_udp = config.when_no_udp
         self._upstreams = tuple(dict.fromkeys(upstreams))
         self._direct = direct if config.when_all_down == DIRECT else None
         self._turn = count()
@@ -58,20 +64,61 @@ class UpstreamGroup:
             each.state.gauges.append(gauge)
             each.state.has_others |= len(self._upstreams) > 1 or self._direct is not None
 
-    async def connect(self, request: TunnelRequest, client: Endpoint, timeouts: Timeouts, access: Progress) -> Tunnel:
+    async def connect(
+        self, request: TunnelRequest, client: Interruptible, timeouts: Timeouts, access: Progress
+    ) -> Tunnel:
         """Reach what `request` is for through one of the proxies. Each is tried at most once; all tries together have
         `timeouts` (see Upstream.connect). `access` is told of every try.
 
         Raises the Error of the last try, or PeerReset when `client` is gone.
         """
+        found = await self._through(request, client, timeouts, access, self._order(request))
+        if found is None:
+            assert self._direct is not None
+            return await self._direct.connect(request, client, timeouts, access)
+        return found[0]
+
+    async def associate(
+        self, request: TunnelRequest, client: Interruptible, timeouts: Timeouts, access: Progress
+    ) -> tuple[Tunnel, UpstreamState] | None:
+        """A UDP association with one of the proxies that have it, and the state of that proxy. None: send datagrams
+        directly.
+
+        Raises NoUdp, and what `connect` does.
+        """
+        while able := deque(each for each in self._order(request) if each.carries_udp):
+            try:
+                return await self._through(request, client, timeouts, access, able)
+            except RequestRefused as error:
+                if error.reply != Reply.COMMAND_NOT_SUPPORTED:
+                    raise
+                # It was the last one, and counts no longer. Those that were tried before it may be back.
+                if any(each.carries_udp for each in self._upstreams):
+                    raise
+        if self._when_no_udp == DIRECT:
+            return None
+        raise NoUdp(f"no upstream of {self.name} carries UDP")
+
+    @property
+    def carries_udp(self) -> bool:
+        """Whether datagrams have a way, through a proxy or directly, as far as is known."""
+        return self._when_no_udp == DIRECT or any(each.carries_udp for each in self._upstreams)
+
+    async def _through(
+        self,
+        request: TunnelRequest,
+        client: Interruptible,
+        timeouts: Timeouts,
+        access: Progress,
+        untried: deque[Upstream],
+    ) -> tuple[Tunnel, UpstreamState] | None:
+        """Through one of these proxies; None: all are down, and the direct way is allowed."""
         reactor = client.reactor
         deadline = reactor.clock() + timeouts.connect
-        untried = self._order(request)
         while True:
             upstream = self._next(untried)
             if upstream is None:
-                assert self._direct is not None
-                return await self._direct.connect(request, client, timeouts, access)
+                return None
             access.trying(self.name, upstream.name, upstream.scheme)
             attempt = Attempt(
                 client,
@@ -79,7 +126,8 @@ class UpstreamGroup:
                 better=lambda: any(each.state.well for each in untried),
             )
             try:
-                return await upstream.connect(request, client, timeouts, access, attempt=attempt, deadline=deadline)
+                tunnel = await upstream.connect(request, client, timeouts, access, attempt=attempt, deadline=deadline)
+                return tunnel, upstream.state
             except Error as error:
                 if attempt.pipelined and isinstance(error, UpstreamFault):
                     # It no longer accepts pipelining: try again step by step, unless that would send bytes twice.
@@ -97,7 +145,8 @@ class UpstreamGroup:
         return {
             "policy": self._policy,
             "when_all_down": self._when_all_down,
-            "upstreams": [upstream.state.status() for upstream in self._upstreams],
+            "when_no_udp": self._when_no_udp,
+            "upstreams": [upstream.status() for upstream in self._upstreams],
         }
 
     def _order(self, request: TunnelRequest) -> deque[Upstream]:
@@ -106,7 +155,9 @@ class UpstreamGroup:
         if len(upstreams) == 1 or self._policy == FAILOVER:
             return deque(upstreams)
         if self._policy == STICKY:
-            key = f"{request.client.host} {request.name or request.destination.host}".encode()
+            # (A UDP association is for all destinations.)
+            host = "" if request.udp else request.name or request.destination.host
+            key = f"{request.client.host} {host}".encode()
             return deque(rendezvous(key, upstreams, _identity))
         assert self._policy == ROUND_ROBIN
         up = [each for each in upstreams if each.state.well] or upstreams

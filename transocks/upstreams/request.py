@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 from transocks.upstreams.proxy_url import ProxyScheme
 from usocksd.net.address import HostPort
 from usocksd.net.dial import Target
-from usocksd.net.endpoint import Endpoint, PeerReset
+from usocksd.net.endpoint import Endpoint, Interruptible, PeerReset
 
 
 class TunnelRequest(NamedTuple):
@@ -24,6 +24,8 @@ class TunnelRequest(NamedTuple):
     """the client's bytes so far, to be sent on unchanged and once"""
     repeatable: bool = False
     """`first` is a TLS hello: it may be sent to a second proxy if one fails"""
+    udp: bool = False
+    """a UDP association is wanted, and `destination` is that of the first datagram"""
 
 
 class Tunnel(NamedTuple):
@@ -34,6 +36,8 @@ class Tunnel(NamedTuple):
     """Bytes that the destination has already sent."""
     unsent: bytes = b""
     """The part of TunnelRequest.first that was not sent yet: the relay begins with it."""
+    relay: HostPort | None = None
+    """Of a UDP association: where datagrams for the proxy go. It ends with `endpoint`."""
 
 
 class Progress(Protocol):
@@ -51,7 +55,7 @@ class Attempt:
 
     __slots__ = ("_better", "_client", "_replaceable", "left", "pipelined", "sent", "since")
 
-    def __init__(self, client: Endpoint, *, replaceable: bool, better: Callable[[], bool] = lambda: False) -> None:
+    def __init__(self, client: Interruptible, *, replaceable: bool, better: Callable[[], bool] = lambda: False) -> None:
         """`client`: the session's. `replaceable`: something else can be tried. `better` tells whether that includes an
         upstream that is well.
         """

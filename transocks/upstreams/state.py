@@ -21,6 +21,9 @@ import trio
 from transocks.upstreams.request import Attempt
 from usocksd.log.metrics import Counter
 
+# Seconds after which an upstream that has no UDP ASSOCIATE is asked for it again.
+_ASK_UDP_AGAIN_AFTER = 600.0
+
 
 class Answer(NamedTuple):
     """The answer of an upstream to a probe."""
@@ -62,6 +65,8 @@ class UpstreamState:
         """
         self.ours: bool | None = None
         self.pipelines: bool | None = None
+        self.has_udp: bool | None = None
+        """Whether it has UDP ASSOCIATE; None: nobody has asked yet."""
         self.heard = 0.0
         """When it last answered anything."""
         self.waiting: dict[Attempt, None] = {}
@@ -74,6 +79,7 @@ class UpstreamState:
         """Called when it goes down or comes up, unless another worker has found that out."""
         self._at = 0.0
         self._last_round_trip = inf
+        self._ask_udp_again_at = 0.0
         self._clock = clock
         self._idle: trio.Event | None = None
 
@@ -95,6 +101,20 @@ class UpstreamState:
         """Whether to try it before those that are not well."""
         return self.trial or (self.up and not self.slow)
 
+    @property
+    def may_have_udp(self) -> bool:
+        """False if it has said lately that it has no UDP ASSOCIATE."""
+        return self.has_udp is not False or self._clock() >= self._ask_udp_again_at
+
+    def lacks_udp(self) -> None:
+        """It has answered that it has no UDP ASSOCIATE."""
+        self.has_udp = False
+        self._ask_udp_again_at = self._clock() + _ASK_UDP_AGAIN_AFTER
+
+    def silent_since(self, heard: float) -> bool:
+        """Whether it is down, by a finding that is newer than `heard`."""
+        return not self.up and heard < self._at
+
     def worked_now(self) -> None:
         """A tunnel through it works, which is better evidence than a probe."""
         self.worked = True
@@ -110,7 +130,7 @@ class UpstreamState:
         `gone`: the program or host is gone, and another program may take its place.
         """
         if gone:
-            self.latency, self.worked = None, False
+            self.latency, self.worked, self.has_udp = None, False, None
         if self._set_down(why, self._clock() if at is None else at):
             self.since = time.time()
             self.changed(self)
@@ -161,6 +181,7 @@ class UpstreamState:
             "slow": self.slow,
             "ours": self.ours,
             "pipelines": self.pipelines,
+            "udp": self.has_udp,
         }
 
     def _learn(self, answer: Answer) -> None:

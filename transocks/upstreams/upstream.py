@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 
 from transocks.http_connect import HttpConnect
@@ -13,12 +14,23 @@ from transocks.upstreams.state import UpstreamState
 from usocksd.errors import DialError, Error, ResolveError, UpstreamError
 from usocksd.log.metrics import SECONDS, Metrics
 from usocksd.names.resolver import Resolver
-from usocksd.net.address import HostPort
-from usocksd.net.dial import Dialer
-from usocksd.net.endpoint import DeadlineExpired, Endpoint, PeerReset
+from usocksd.net.address import HostPort, numeric_address, peer_of
+from usocksd.net.dial import Dialer, Target
+from usocksd.net.endpoint import DeadlineExpired, Endpoint, Interruptible, PeerReset
 from usocksd.net.proxy_protocol import LOCAL_HEADER, header
 from usocksd.settings.types import Timeouts
-from usocksd.socks import AuthenticationFailed, ClientRole, Established, RequestRefused, SocksConnect, Version
+from usocksd.socks import (
+    AuthenticationFailed,
+    ClientRole,
+    Command,
+    Established,
+    Kind,
+    Reply,
+    RequestRefused,
+    SocksConnect,
+    UpstreamFault,
+    Version,
+)
 
 # Errors that say that the host or its proxy is gone; other errors concern this connection or this host. (A time-out is
 # silence, which probes judge.)
@@ -97,26 +109,37 @@ class Upstream:
         """Its addresses as they are known now."""
         return self._addresses.known
 
+    @property
+    def carries_udp(self) -> bool:
+        """False if it has no UDP ASSOCIATE, as far as is known."""
+        return self.scheme.is_socks5 and self.state.may_have_udp
+
+    def status(self) -> dict[str, object]:
+        """The state as JSON values, for operators."""
+        status: dict[str, object] = self.state.status()
+        return status if self.scheme.is_socks5 else status | {"udp": False}
+
     async def connect(
         self,
         request: TunnelRequest,
-        client: Endpoint,
+        client: Interruptible,
         timeouts: Timeouts,
         access: Progress,
         *,
         attempt: Attempt,
         deadline: float,
     ) -> Tunnel:
-        """Connect to the destination of `request` through the proxy. The proxy must be reached by `deadline`; its
-        answer may take `timeouts.connect`, since it has to connect in turn, and `timeouts.handshake` for its own part.
-        `access` is told of the connection to the proxy, also if that fails afterwards.
+        """Connect to the destination of `request` through the proxy, or get a UDP association. The proxy must be
+        reached by `deadline`; its answer may take `timeouts.connect`, since it has to connect in turn, and
+        `timeouts.handshake` for its own part. `access` is told of the connection to the proxy, also if that fails
+        afterwards.
 
         Raises UpstreamError (it refused, or broke its protocol, or can't be asked this), UpstreamDown (see `attempt`),
         DialError (it can't be reached in time), ResolveError (its name is not known), PeerReset (`client` is gone).
         """
         reactor, state = self._reactor, self.state
         pipelined = attempt.pipelined = bool(state.pipelines)
-        handshake = self._handshake(request, pipelined=pipelined)
+        handshake = None if request.udp else self._handshake(request, pipelined=pipelined)
         since = attempt.since
         state.enter(attempt)
         try:
@@ -129,6 +152,8 @@ class Upstream:
                 endpoint.deadline = reactor.clock() + timeouts.connect + timeouts.handshake
                 client.on_interrupt = endpoint.interrupt
                 access.connected(endpoint, target)
+                if handshake is None:
+                    handshake = self._association(target, pipelined=pipelined)
                 tunnel = await self._ask(endpoint, handshake, request, attempt)
             except DeadlineExpired:
                 endpoint.close()
@@ -154,6 +179,8 @@ class Upstream:
             state.waiting.pop(attempt, None)
         self._ok.observe(reactor.clock() - since)
         state.worked_now()
+        if request.udp:
+            state.has_udp = True
         return tunnel
 
     def _note(self, error: Error, seconds: float) -> None:
@@ -162,6 +189,8 @@ class Upstream:
         match error:
             case RequestRefused():
                 self.state.heard = self._reactor.now
+                if error.reply == Reply.COMMAND_NOT_SUPPORTED:  # (CONNECT is supported by all)
+                    self.state.lacks_udp()
             case AuthenticationFailed():
                 self.state.failed(str(error))
             case DialError() if is_gone(error):
@@ -192,7 +221,8 @@ class Upstream:
             # (A proxy that closes or breaks the protocol raises UpstreamFault: that is no sign of life.)
             state.heard = reactor.now
             if isinstance(event, Established):
-                return Tunnel(endpoint, handshake.trailing_data, unsent)
+                relay = _relay(event, endpoint) if request.udp else None
+                return Tunnel(endpoint, handshake.trailing_data, unsent, relay)
             attempt.check()
             if data := handshake.data_to_send():
                 await endpoint.send_all(data)
@@ -212,3 +242,27 @@ class Upstream:
                     return SocksConnect(host, port, username=url.username, password=url.secret, pipelined=pipelined)
         except ValueError as error:
             raise UpstreamError(str(error)) from None
+
+    def _association(self, target: Target, *, pipelined: bool) -> ClientRole:
+        """The request for a UDP association, on a connection to `target`. Which port our datagrams will come from is
+        not known here, as there may be NAT on the way.
+        """
+        url, unknown = self._url, "::" if ":" in target.host else "0.0.0.0"
+        return SocksConnect(
+            unknown, 0, username=url.username, password=url.secret, pipelined=pipelined, command=Command.UDP_ASSOCIATE
+        )
+
+
+def _relay(reply: Established, endpoint: Endpoint) -> HostPort:
+    """Where datagrams go, from the reply on this connection. Many proxies say 0.0.0.0 and mean the address at which
+    they were reached. Raises UpstreamFault.
+    """
+    address = None
+    with contextlib.suppress(ValueError):
+        address = numeric_address(reply.bound_host)
+    if address is None or not reply.bound_port or address.is_multicast:
+        raise UpstreamFault(Kind.MALFORMED, f"the server wants datagrams at {reply.bound_host}:{reply.bound_port}")
+    proxy = peer_of(endpoint.sock)
+    if address.is_unspecified or address == numeric_address(proxy.host):
+        return HostPort(proxy.host, reply.bound_port)
+    return HostPort(str(address), reply.bound_port)

@@ -37,7 +37,7 @@ from usocksd.names.resolv_conf import MOST_SERVERS, PORT, RESOLV_CONF
 from usocksd.names.turns import Ticket, TooManyWaiting, Turns
 from usocksd.net.address import HostPort, IPAddress
 from usocksd.net.bridge import in_trio
-from usocksd.net.endpoint import DeadlineExpired, Endpoint
+from usocksd.net.endpoint import DeadlineExpired, Interruptible
 from usocksd.net.limits import owner
 from usocksd.settings.types import DnsConfig
 
@@ -221,7 +221,9 @@ class Resolver:
             return entry.addresses
         return found
 
-    async def search(self, text: str, client: Endpoint | None = None, deadline: float = inf) -> tuple[IPAddress, ...]:
+    async def search(
+        self, text: str, client: Interruptible | None = None, deadline: float = inf
+    ) -> tuple[IPAddress, ...]:
         """The addresses of the first of `full_names` that has any. For names that no rule judges.
 
         `client`: on behalf of its session, until `deadline`. Raises as `resolve` and `resolve_for` do.
@@ -242,7 +244,7 @@ class Resolver:
         raise ResolveError(text, cause)
 
     async def resolve_for(
-        self, client: Endpoint, host: str | None, name: str, deadline: float
+        self, client: Interruptible, host: str | None, name: str, deadline: float
     ) -> tuple[IPAddress, ...]:
         """`resolve`, on behalf of the session of `client`, until `deadline` (on the reactor's clock). `host` is the
         client's numeric address, None if the client did not ask for the name.

@@ -74,6 +74,12 @@ def bound_to(sock: SocketType) -> HostPort:
     return HostPort(with_zone(host, more[1]) if more and more[1] else host, port)
 
 
+def peer_of(sock: SocketType) -> HostPort:
+    """The other end of a connected socket: getpeername(2), a link-local one with its zone."""
+    host, port, *more = sock.getpeername()
+    return HostPort(with_zone(host, more[1]) if more and more[1] else host, port)
+
+
 def with_zone(host: str, scope: int) -> str:
     """A numeric address with the name of the interface of this number, if there is one."""
     try:

@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 import outcome
 import trio
 
-from usocksd.net.endpoint import DeadlineExpired, Endpoint
+from usocksd.net.endpoint import DeadlineExpired, Interruptible
 from usocksd.net.reactor import Reactor, Waitable
 
 T = TypeVar("T")
@@ -61,7 +61,7 @@ def run(reactor: Reactor, main: Callable[..., Awaitable[T]], *args: Any) -> T:
     return result
 
 
-async def in_trio(client: Endpoint, deadline: float, work: Callable[[], Awaitable[T]]) -> T:
+async def in_trio(client: Interruptible, deadline: float, work: Callable[[], Awaitable[T]]) -> T:
     """For the session of `client`: await `work()` in a task of trio's, while the client waits.
 
     Raises what the work does, DeadlineExpired past `deadline` (on the reactor's clock), PeerReset when the client is

@@ -15,7 +15,7 @@ from socket import SocketType
 from usocksd.errors import DialError
 from usocksd.net.address import join_port, socket_address
 from usocksd.net.ending import Reason, Side
-from usocksd.net.endpoint import About, Endpoint
+from usocksd.net.endpoint import About, Interruptible
 from usocksd.net.reactor import Reactor
 
 _DATAGRAM = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK
@@ -132,7 +132,7 @@ class Ended(Exception):
 class Association:
     """A client's UDP, which lives as long as the TCP connection `control`: what the worker needs to know of it."""
 
-    control: Endpoint
+    control: Interruptible
     about: About
     active: float
     """When the client last sent a datagram."""

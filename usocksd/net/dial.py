@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar
 
 from usocksd.errors import DialError, Error, NeedsInterface, OutOfPorts
 from usocksd.net.address import join_port, socket_address
-from usocksd.net.endpoint import DeadlineExpired, Endpoint, set_options
+from usocksd.net.endpoint import DeadlineExpired, Endpoint, Interruptible, set_options
 from usocksd.net.fast_open import LostSyns, UnprovenEndpoint
 from usocksd.net.race import PACE, Pace, Race
 from usocksd.net.reactor import Reactor
@@ -74,7 +74,7 @@ class Dialer:
         """When a source that had no port left for a destination may be tried again, on the reactor's clock."""
 
     async def dial(
-        self, targets: Sequence[Target], *, deadline: float, client: Endpoint | None = None
+        self, targets: Sequence[Target], *, deadline: float, client: Interruptible | None = None
     ) -> tuple[Endpoint, Target]:
         """Connect to the first of `targets` that answers: happy eyeballs (RFC 8305) when there is more than one.
 
@@ -115,7 +115,7 @@ class Dialer:
             raise OutOfPorts(str(target), sources, _in_time_wait())
         raise failure
 
-    async def _connect(self, target: Target, deadline: float, client: Endpoint | None) -> Endpoint:
+    async def _connect(self, target: Target, deadline: float, client: Interruptible | None) -> Endpoint:
         reactor = self.reactor
         since = reactor.clock()
         endpoint = self.start(

@@ -47,7 +47,28 @@ class About(Protocol):
         """The present values, for JSON."""
 
 
-class Endpoint(Waitable):
+class Interruptible(Waitable):
+    """What a session waits for, if that may be the work of others; see bridge.py."""
+
+    __slots__ = ("on_interrupt",)
+
+    def __init__(self, reactor: Reactor) -> None:
+        super().__init__(reactor)
+        self.on_interrupt: Callable[[BaseException], None] | None = None
+        """Ends what its session waits for instead: the peer is gone, or the process stops."""
+
+    def check_peer(self) -> None:
+        """Raise PeerReset if nobody needs the work any more."""
+
+    def interrupt(self, reason: BaseException) -> None:
+        """Raise `reason` in the session, if it waits here or where `on_interrupt` reaches it."""
+        if self.on_interrupt is not None:
+            self.on_interrupt(reason)
+        else:
+            self.wake(reason)
+
+
+class Endpoint(Interruptible):
     """A connected (or connecting) non-blocking TCP socket of one session: its bytes before and after the relay.
 
     Only its session waits on an endpoint. Events that arrive while it does not are remembered.
@@ -66,7 +87,6 @@ class Endpoint(Waitable):
         "deadline",
         "fd",
         "more",
-        "on_interrupt",
         "readable",
         "sock",
         "writable",
@@ -86,8 +106,6 @@ class Endpoint(Waitable):
         """Our end of an accepted connection, where its listener has but one address."""
         self.about: About | None = None
         """The session's description of the connection, on a client's endpoint."""
-        self.on_interrupt: Callable[[BaseException], None] | None = None
-        """Ends what its session waits for instead: the peer is gone, or the process stops."""
         self._watched = watched
         if watched:
             reactor.register(self.fd, self, connecting=connecting)
@@ -216,13 +234,6 @@ class Endpoint(Waitable):
 
     def on_deadline(self, now: float) -> None:
         self.wake(DeadlineExpired())
-
-    def interrupt(self, reason: BaseException) -> None:
-        """Raise `reason` in the session, if it waits here or where `on_interrupt` reaches it."""
-        if self.on_interrupt is not None:
-            self.on_interrupt(reason)
-        else:
-            self.wake(reason)
 
     def _tell_of_reset(self) -> None:
         if self.on_interrupt is not None:

@@ -10,7 +10,7 @@ from socket import SocketType
 from typing import TYPE_CHECKING, NamedTuple
 
 from usocksd.errors import DialError
-from usocksd.net.endpoint import DeadlineExpired, Endpoint
+from usocksd.net.endpoint import DeadlineExpired, Endpoint, Interruptible
 from usocksd.net.reactor import Reactor, Waitable
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class Race(Waitable):
         # When the next attempt may begin beside running ones, and when it may replace one of them.
         self._beside_at = self._instead_at = -inf
 
-    async def run(self, client: Endpoint | None) -> tuple[Endpoint, Target]:
+    async def run(self, client: Interruptible | None) -> tuple[Endpoint, Target]:
         """As `dial`."""
         if client is not None:
             client.on_interrupt = self.stop

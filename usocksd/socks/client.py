@@ -110,6 +110,9 @@ class Greeting(ClientRole):
 class SocksConnect(Greeting):
     """The client's side of one handshake: asks the server to connect to `host`, port `port`.
 
+    With the `command` UDP_ASSOCIATE they are where the client's datagrams will come from; 0.0.0.0 (or ::) port 0 if it
+    does not know. The address in `Established` is then the one to which it sends them. SOCKS4 has no such command.
+
     A numeric host is sent as an address, any other as a name for the server to resolve (SOCKS4: as 4a).
     `username` and `password` are for SOCKS5; with a username, the server chooses whether it wants them.
     `user_id` is SOCKS4's.
@@ -134,11 +137,12 @@ class SocksConnect(Greeting):
         password: str | None = None,
         user_id: str = "",
         pipelined: bool = False,
+        command: Command = Command.CONNECT,
     ) -> None:
         if version is Version.SOCKS4:
             ClientRole.__init__(self, _socks4_request(host, port, user_id), SocksConnect._socks4_reply)
             return
-        request = _socks5_request(host, port)
+        request = _socks5_request(command, host, port)
         if username is None:
             self._greet(b"\x00", b"", request, pipelined=pipelined)
         else:
@@ -179,7 +183,7 @@ class SocksConnect(Greeting):
             case AddressType.IPV6:
                 host = inet_ntop(AF_INET6, raw)
             case _:
-                host = raw.decode(errors="replace")  # nothing uses this name
+                host = raw.decode(errors="replace")
         self._buffer = data[end:]
         return self._established(Established(host, int.from_bytes(data[end - 2 : end])))
 
@@ -211,14 +215,14 @@ def authentication(username: str, password: str) -> bytes:
     return bytes((AUTHENTICATION_VERSION, len(user))) + user + bytes((len(secret),)) + secret
 
 
-def _socks5_request(host: str, port: int) -> bytes:
+def _socks5_request(command: Command, host: str, port: int) -> bytes:
     ip = pack_ip(host)
     if ip is None:
         name = encode_name(host)
         address = bytes((AddressType.NAME, len(name))) + name
     else:
         address = bytes((AddressType.IPV4 if len(ip) == 4 else AddressType.IPV6,)) + ip
-    return bytes((5, Command.CONNECT, 0)) + address + port.to_bytes(2)
+    return bytes((5, command, 0)) + address + port.to_bytes(2)
 
 
 def _socks4_request(host: str, port: int, user_id: str) -> bytes:

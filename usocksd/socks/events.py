@@ -56,7 +56,8 @@ class Request(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Established:
     """The proxy has connected: following bytes are the destination's. The address is the one that it connects from;
-    0.0.0.0 port 0 if it does not tell (as many proxies), or can't (HTTP).
+    0.0.0.0 port 0 if it does not tell (as many proxies), or can't (HTTP). After UDP_ASSOCIATE it is where datagrams
+    go: 0.0.0.0 or :: is the proxy's own address.
     """
 
     bound_host: str = "0.0.0.0"

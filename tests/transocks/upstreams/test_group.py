@@ -21,7 +21,7 @@ from turning import start, turning
 
 from transocks.config import TransocksConfig
 from transocks.direct import Direct
-from transocks.upstreams.group import Upstreams
+from transocks.upstreams.group import NoUdp, Upstreams
 from transocks.upstreams.proxy_url import ProxyScheme
 from transocks.upstreams.request import Tunnel, TunnelRequest
 from transocks.upstreams.state import Answer
@@ -31,7 +31,7 @@ from usocksd.log.metrics import Metrics
 from usocksd.names.resolver import Resolver
 from usocksd.net.address import HostPort
 from usocksd.net.dial import Dialer, Target
-from usocksd.net.endpoint import Endpoint, PeerReset
+from usocksd.net.endpoint import Endpoint, Interruptible, PeerReset
 from usocksd.net.reactor import IN, Reactor
 from usocksd.settings.loader import parse
 from usocksd.settings.types import Timeouts
@@ -239,6 +239,28 @@ class World:
                 session.outcome = error
 
         session.done = start(self.reactor, run)
+        return session
+
+    async def associated(self, group: str = "default") -> Session:
+        """One that has asked for a UDP association; its outcome is a RuntimeError if it has to go directly."""
+        session = Session()
+        request = TunnelRequest(CLIENT, WEB, udp=True)
+
+        async def run() -> None:
+            try:
+                found = await self.upstreams.groups[group].associate(
+                    request, Interruptible(self.reactor), Timeouts(), session.access
+                )
+                if found is None:
+                    session.outcome = RuntimeError("directly")
+                else:
+                    session.outcome = found[0]
+                    self._open.append(found[0].endpoint)
+            except Error as error:
+                session.outcome = error
+
+        session.done = start(self.reactor, run)
+        await session.over()
         return session
 
     async def asked(self, request: TunnelRequest = TunnelRequest(CLIENT, WEB), group: str = "default") -> Session:  # noqa: B008
@@ -895,3 +917,72 @@ async def test_the_name_of_an_upstream_is_resolved_again(mock_clock: MockClock, 
         world.clock.jump(1)
         await session.tunnel()
         await (await world.asked()).tunnel()
+
+
+# ---- UDP associations
+
+ASSOCIATE = b"\x05\x03\x00" + daemons.address_bytes("0.0.0.0", 0)
+NO_UDP = 7
+
+
+def relays(bound: tuple[str, int]) -> Any:
+    """A SOCKS5 server that answers with this relay address."""
+    return lambda heard: socks()(heard)[:5] + daemons.address_bytes(*bound) if len(heard) > 3 else socks()(heard)
+
+
+async def test_an_association_of_the_first_that_has_udp(world: World, mock_clock: MockClock) -> None:
+    first, second = await world.upstreams_of(socks(NO_UDP), relays(("192.0.2.9", 5353)))
+    session = await world.associated()
+    assert (await session.tunnel()).relay == HostPort("192.0.2.9", 5353)
+    assert session.through == [port(first), port(second)]
+    assert [peer.heard[-1][-10:] for peer in (first, second)] == [ASSOCIATE] * 2
+    assert (world.state(first).has_udp, world.state(second).has_udp) == (False, True)
+    # The other is asked again after ten minutes only; for connections it is still the first.
+    assert (await world.associated()).through == [port(second)]
+    await world.pass_time(601)
+    assert (await world.associated()).through == [port(first), port(second)]
+    rows = world.upstreams.groups["default"].status()["upstreams"]
+    assert [row["udp"] for row in rows] == [False, True]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+async def test_a_proxy_that_does_not_say_where_means_its_own_address(world: World, host: str) -> None:
+    await world.upstreams_of(relays((host, 5353)))
+    assert (await (await world.associated()).tunnel()).relay == HostPort("127.0.0.1", 5353)
+
+
+@pytest.mark.parametrize("bound", [("192.0.2.9", 0), ("239.0.0.1", 5353)])
+async def test_a_proxy_that_wants_datagrams_nowhere(world: World, bound: tuple[str, int]) -> None:
+    await world.upstreams_of(relays(bound))
+    with pytest.raises(UpstreamFault, match="wants datagrams at"):
+        await (await world.associated()).tunnel()
+
+
+@pytest.mark.parametrize("when", ["refuse", "direct"])
+async def test_a_group_without_udp(world: World, when: str) -> None:
+    (peer,) = await world.peers(socks(NO_UDP))
+    await world.configured(f"http://127.0.0.1:{peer.port}", peer, more=f'when_no_udp = "{when}"')
+    group = world.upstreams.groups["default"]
+    assert group.carries_udp
+    for tries in ([port(peer)], []):
+        session = await world.associated()
+        assert session.through == tries
+        assert isinstance(session.outcome, NoUdp if when == "refuse" else RuntimeError)
+    assert group.carries_udp == (when == "direct")
+
+
+async def test_a_refused_association_is_not_asked_for_elsewhere(world: World) -> None:
+    await world.upstreams_of(socks(2), socks())
+    session = await world.associated()
+    assert isinstance(session.outcome, RequestRefused)
+    assert len(session.access.tries) == 1
+
+
+async def test_an_association_past_upstreams_that_are_down(world: World) -> None:
+    await world.configured(f"socks5://127.0.0.1:{daemons.free_port()}", more='when_all_down = "direct"')
+    assert isinstance((await world.associated()).outcome, RuntimeError)
+
+
+async def test_sticky_associations_go_by_the_client(world: World) -> None:
+    await world.upstreams_of(relays(("192.0.2.9", 1)), relays(("192.0.2.9", 2)), more='policy = "sticky"')
+    assert len({tuple((await world.associated()).through) for _ in range(4)}) == 1

@@ -11,6 +11,7 @@ from usocksd.errors import ProtocolError, UpstreamError
 from usocksd.socks import (
     NEED_DATA,
     AuthenticationFailed,
+    Command,
     Established,
     Kind,
     Reply,
@@ -56,6 +57,15 @@ def test_addresses(host: str, address: bytes) -> None:
     client.data_to_send()
     client.next_event()
     assert client.data_to_send() == b"\x05\x01\x00" + address + b"\x00\x50"
+
+
+@pytest.mark.parametrize(("host", "address"), [("0.0.0.0", b"\x01" + bytes(4)), ("::", b"\x04" + bytes(16))])
+def test_a_udp_association(host: str, address: bytes) -> None:
+    """RFC 1928 section 4: all zeros if the client does not know where its datagrams will come from."""
+    client = SocksConnect(host, 0, pipelined=True, command=Command.UDP_ASSOCIATE)
+    assert client.data_to_send() == b"\x05\x01\x00" + b"\x05\x03\x00" + address + b"\x00\x00"
+    client.receive_data(b"\x05\x00" + REPLY)
+    assert client.next_event() == Established("198.51.100.9", 40000)
 
 
 @pytest.mark.parametrize("username", ["us\u00e9r", "", "u" * 255])

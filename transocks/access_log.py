@@ -129,7 +129,7 @@ class RedirectedRecords(ConnectionRecords):
     def unresolved(self, error: Error) -> None:
         """Its name leads nowhere, as `error` says: the address is tried instead."""
         self._log.unresolved.value += 1
-        self._event(logging.INFO, "name leads nowhere", error=str(error))
+        self.event(logging.INFO, "name leads nowhere", error=str(error))
 
     def trying(self, group: str, upstream: str, scheme: ProxyScheme | None) -> None:
         """A try through this upstream of this group begins; scheme None: a direct connection."""
@@ -171,12 +171,12 @@ class RedirectedRecords(ConnectionRecords):
                 if isinstance(error, RequestRefused) and error.reply in _DENIED:
                     level = logging.WARNING
         self._count(status)
-        self._event(level, message, error=str(error), **more)
+        self.event(level, message, error=str(error), **more)
 
     def gave_up(self) -> None:
         """The client is gone before it had a connection."""
         self._count(_GONE)
-        self._event(logging.INFO, "client is gone")
+        self.event(logging.INFO, "client is gone")
 
     def _count(self, status: str) -> None:
         if self._route is not None:

@@ -179,7 +179,7 @@ class SocksRecords(ConnectionRecords):
     def _turned_away(self, message: str, setting: str) -> None:
         self._count(None, _CLIENT_DENIED)
         self._log.denied.labels(setting).value += 1
-        self._event(logging.WARNING, message, error=f"not in {setting}")
+        self.event(logging.WARNING, message, error=f"not in {setting}")
 
     # ---- the handshake
 
@@ -202,7 +202,7 @@ class SocksRecords(ConnectionRecords):
     def probed(self) -> None:
         """The client has only asked whether this is a usocksd, which is logged at debug only."""
         self._log.probes.value += 1
-        self._event(logging.DEBUG, "probed")
+        self.event(logging.DEBUG, "probed")
 
     def misspoke(self, fault: ClientFault, server: Server, *, news: bool = True) -> None:
         """The client did not speak SOCKS, or not correctly. `server` has the state of its handshake. Without `news` it
@@ -213,7 +213,7 @@ class SocksRecords(ConnectionRecords):
             # A connection closed without a word is a health check.
             level = logging.DEBUG if fault.kind is Kind.EOF else logging.WARNING
             tried = {} if self.tried_user is None else {"tried_user": self.tried_user}
-            self._event(level, "handshake failed", error=str(fault), **tried)
+            self.event(level, "handshake failed", error=str(fault), **tried)
 
     def timed_out(self, server: Server) -> None:
         """The client, or what it asked for, has taken too long."""
@@ -225,7 +225,7 @@ class SocksRecords(ConnectionRecords):
 
     def _gave_up(self, server: Server, status: str, cause: str) -> None:
         self._count(server.version, status)
-        self._event(logging.INFO, "handshake failed", **self._resolved(), error=cause)
+        self.event(logging.INFO, "handshake failed", **self._resolved(), error=cause)
 
     # ---- the request
 
@@ -242,7 +242,15 @@ class SocksRecords(ConnectionRecords):
             case _:
                 self._log.not_connected(error)
                 level, message = logging.ERROR, "dial to destination failed"
-        self._event(level, message, **self._resolved(), error=str(error))
+        self.event(level, message, **self._resolved(), error=str(error))
+
+    def associated(self) -> None:
+        """The client has a UDP association."""
+        self._count(self._version, _GRANTED)
+
+    def count_denied(self, rule: str) -> None:
+        """This rule denies a destination of the client's datagrams."""
+        self._log.denied.labels(rule).value += 1
 
     def starts(self, target: Target, bound: tuple[str, int]) -> None:
         """The destination is connected; `bound` is the outgoing socket's address."""

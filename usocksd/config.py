@@ -19,6 +19,7 @@ from usocksd.names.conditions import (
     Site,
     as_table,
     check_references,
+    port_range,
     rule_name,
     table_name,
 )
@@ -29,6 +30,7 @@ from usocksd.settings.loader import Invalid, show
 from usocksd.settings.types import (
     ANY_ADDRESS,
     LOCALHOST,
+    Count,
     Interface,
     ListenAddress,
     ListenIPs,
@@ -37,10 +39,13 @@ from usocksd.settings.types import (
     Mark,
     Port,
     ReadableFile,
+    Seconds,
     SocketPath,
     host_ip,
+    integer,
     none_if_empty,
     one_of,
+    one_or_more,
     text,
 )
 
@@ -93,6 +98,30 @@ EgressAddress = Annotated[
     text(_egress_address, 'an IP address or network, as in "192.0.2.1", "2001:db8::1" or "2001:db8:9::/64"'),
 ]
 Domain = Annotated[str, text(_domain, 'a domain, as in "dnsbl.example.org"')]
+
+
+RelayPorts = Annotated[tuple[int, int], port_range(1024)]
+
+
+def _public_address(value: str) -> list[IPAddress]:
+    return [host_ip(value)]
+
+
+def _check_one_of_family(address: IPAddress, earlier: Sequence[IPAddress]) -> None:
+    for other in earlier:
+        if address.version == other.version:
+            raise Invalid(f"is IPv{address.version} like {other}, expected one address of each family")
+
+
+PublicAddresses = Annotated[
+    tuple[IPAddress, ...],
+    one_or_more(
+        _public_address,
+        'an IP address or a list with one of each family, as in "203.0.113.5"',
+        distinct=_check_one_of_family,
+        empty=True,
+    ),
+]
 
 
 @attrs.frozen(kw_only=True)
@@ -224,6 +253,25 @@ class Auth:
 
 
 @attrs.frozen(kw_only=True)
+class UDPConfig:
+    """[udp]: UDP ASSOCIATE."""
+
+    enabled: bool = True
+    ports: RelayPorts | None = None
+    """of relay sockets, to which clients send; None: of the kernel's choice"""
+    public: PublicAddresses = ()
+    """what clients are told as the address of relay sockets, one for each family: for a server behind NAT"""
+    idle: Seconds = 300.0
+    """without a datagram of the client, after which the outgoing port is given up (RFC 4787, REQ-5)"""
+    filtering: Annotated[str, one_of(("asked", "any"))] = "asked"
+    """who may send to the client: addresses that it has sent to, or any (full cone) that the rules allow"""
+    per_client: Count = 0
+    """associations of one client address over all workers; 0 is no limit"""
+    queue: Annotated[int, integer(0, 4096)] = 64
+    """datagrams of an association that may wait for names"""
+
+
+@attrs.frozen(kw_only=True)
 class UsocksdConfig(CommonConfig):
     """The whole of usocksd.toml; every table has defaults, so an empty file is a configuration."""
 
@@ -236,6 +284,7 @@ class UsocksdConfig(CommonConfig):
     rule: tuple[RuleConfig, ...] = ()
     egress: Mapping[PoolName, PoolConfig] = attrs.field(factory=dict)
     auth: Auth = attrs.field(factory=Auth)
+    udp: UDPConfig = attrs.field(factory=UDPConfig)
     control: SocketPath = "/run/usocksd/control.sock"
 
     @staticmethod

@@ -7,17 +7,13 @@ Values go in, values come out; the caller does the I/O:
 
     decision = Decision(policy.rules, client, host, port)
     if decision.unresolved:
-        for name in decision.names(resolver.full_names(host)):
-            try:
-                decision.resolved(await resolver.resolve(name))
-            except ResolveError as error:
-                decision.not_resolved(error)
+        await decision.resolve(resolver.full_names(host), resolver.resolve)
     sources = decision.choose_egress(pick)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from functools import lru_cache
 from typing import Final, TypeAlias
 
@@ -85,10 +81,11 @@ def _canonical(host: str) -> tuple[IPAddress | None, str]:
 class Decision:
     """The decision on one request: on its name, if it has one, and after that is resolved, on its addresses."""
 
-    __slots__ = ("_rules", "absent", "candidates", "client", "name", "port", "ruling", "sent")
+    __slots__ = ("_rules", "absent", "candidates", "client", "command", "name", "port", "ruling", "sent")
 
-    def __init__(self, rules: AccessRules, client: Client, host: str, port: int) -> None:
+    def __init__(self, rules: AccessRules, client: Client, host: str, port: int, command: str = "connect") -> None:
         """`host` is as the client wrote it. Raises ResolveError if it can't be one."""
+        self.command = command
         self._rules = rules
         self.client = client
         self.port = port
@@ -134,6 +131,17 @@ class Decision:
             raise Denied(denied[1].rule)
         raise self.absent[0]
 
+    async def resolve(self, full_names: Iterable[str], lookup: Callable[[str], Awaitable[Iterable[IPAddress]]]) -> None:
+        """Resolve the name: `lookup` gives the addresses of a name, or raises ResolveError.
+
+        Raises Denied, ResolveError, and whatever else `lookup` does.
+        """
+        for name in self.names(full_names):
+            try:
+                self.resolved(await lookup(name))
+            except ResolveError as error:
+                self.not_resolved(error)
+
     def judge_name(self, name: str) -> Ruling:
         """Judge a name that the host stands for."""
         self.name = name
@@ -159,7 +167,10 @@ class Decision:
         Raises Denied if the rules allow none, NoEgress if no egress address is usable.
         """
         assert self.candidates
-        sites = sites_of(candidate.address for candidate in self.candidates)
+        # The datagrams of a client's port leave from one address, wherever they go (RFC 4787, REQ-1 and REQ-2).
+        sites = (
+            {4: "", 6: ""} if self.command == "udp_associate" else sites_of(each.address for each in self.candidates)
+        )
         found: list[tuple[str, Source]] = []
         for candidate in self.candidates:
             ruling, address = candidate.ruling, candidate.address

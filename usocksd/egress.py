@@ -17,7 +17,7 @@ from attrs import Factory, frozen
 from usocksd.clients import Client
 from usocksd.errors import NoEgress
 from usocksd.names.match import rendezvous
-from usocksd.net.address import IPAddress, IPNetwork
+from usocksd.net.address import IPAddress, IPNetwork, numeric_address
 
 DEFAULT = "default"
 """The pool of [outgoing], for connections whose rule names no other."""
@@ -111,6 +111,10 @@ class EgressPools:
         Raises NoEgress if the pool has addresses but none of the destination's family is usable.
         """
         return self._pools[pool].pick(self._usable(), client, site, destination.version)
+
+    def is_here(self, address: str) -> bool:
+        """Whether this address is still on this host, or routed to it."""
+        return numeric_address(address) in self._usable().local
 
 
 class _RankedPool:

@@ -15,7 +15,7 @@ from usocksd.auth import Users
 from usocksd.clients import ALLOW_FROM, Client
 from usocksd.decision import Decision, Policy
 from usocksd.egress import EgressPools
-from usocksd.errors import CommandNotSupported, Denied, Error, ResolveError
+from usocksd.errors import CommandNotSupported, Denied, Error
 from usocksd.names.resolver import Resolver
 from usocksd.net.bridge import in_trio
 from usocksd.net.dial import Dialer, Target
@@ -28,10 +28,13 @@ from usocksd.proxied import ProxiedListener
 from usocksd.replies import reply_for
 from usocksd.settings.types import Timeouts
 from usocksd.socks import NEED_DATA, ClientFault, Command, Credentials, Kind, Method, Reply, Request, Server
+from usocksd.udp import UDPService
 
 # After a failure reply the connection must be closed within 10 s (RFC 1928, section 6).
 _LAST_WORD_WITHIN = 5.0
 _MOST_REMEMBERED = 1024
+# Looking a member of an Enum up through its class is slow.
+_CONNECT, _UDP_ASSOCIATE = Command.CONNECT, Command.UDP_ASSOCIATE
 
 
 class SocksSessions:
@@ -50,9 +53,11 @@ class SocksSessions:
         keepalive: KeepAlive,
         access_log: AccessLog,
         proxied: ProxiedListener | None = None,
+        udp: UDPService | None = None,
     ) -> None:
         self._policy = policy
         self._proxied = {} if proxied is None else {proxied.port: proxied}
+        self._udp = udp
         self._users = users
         if users is None:
             # A client that insists on sending a password is accepted like any other.
@@ -101,28 +106,11 @@ class SocksSessions:
         Returns the connection to the destination, and the client's bytes for it so far. None if there is no connection:
         the client has been told, and it is logged.
         """
-        clock = endpoint.reactor.clock
         server = Server(methods=self._methods)
         try:
-            if proxied is not None:
-                named = await proxied.learn_client(endpoint, client, server, access)
-                if named is None:
-                    return None
-                client = named
-            request, client = await self._handshake(endpoint, client, server, access)
-            if request is None:
-                access.probed()
-                await endpoint.finish(server.data_to_send(), _LAST_WORD_WITHIN)
+            reached = await self._reach(endpoint, client, proxied, server, access)
+            if reached is None:
                 return None
-            if proxied is not None and not proxied.admits(client):
-                raise Denied(ALLOW_FROM)
-            if request.command is not Command.CONNECT:
-                raise CommandNotSupported(f"{request.command.name} is not supported")
-            deadline = clock() + self._timeouts.connect
-            decision = Decision(self._policy.rules, client, request.host, request.port)
-            access.decision = decision
-            targets = await self._targets(decision, endpoint, request.host, deadline)
-            upstream, target = await self._dialer.dial(targets, deadline=deadline, client=endpoint)
         except ClientFault as fault:
             access.misspoke(fault, server, news=fault.kind is not Kind.TLS or self._is_news(client.host))
             await endpoint.finish(fault.reply, _LAST_WORD_WITHIN)
@@ -142,9 +130,10 @@ class SocksSessions:
         except (PeerReset, OSError):
             access.client_gone(server)
             return None
+        upstream, target, decision = reached
         bound = upstream.local_address()
         server.reply(Reply.SUCCEEDED, bound)
-        endpoint.deadline = clock() + self._timeouts.handshake
+        endpoint.deadline = endpoint.reactor.clock() + self._timeouts.handshake
         try:
             await endpoint.send_all(server.data_to_send())
         except (DeadlineExpired, OSError):
@@ -158,6 +147,41 @@ class SocksSessions:
         decision.connected(target.host)
         access.starts(target, bound)
         return upstream, server.trailing_data
+
+    async def _reach(
+        self,
+        endpoint: Endpoint,
+        client: Client,
+        proxied: ProxiedListener | None,
+        server: Server,
+        access: SocksRecords,
+    ) -> tuple[Endpoint, Target, Decision] | None:
+        """From the handshake to the connection, its address and the decision on it. None if the client has not asked
+        for one: it has been served. Raises ClientFault, Error, DeadlineExpired, PeerReset, OSError.
+        """
+        if proxied is not None:
+            named = await proxied.learn_client(endpoint, client, server, access)
+            if named is None:
+                return None
+            client = named
+        request, client = await self._handshake(endpoint, client, server, access)
+        if request is None:
+            access.probed()
+            await endpoint.finish(server.data_to_send(), _LAST_WORD_WITHIN)
+            return None
+        if proxied is not None and not proxied.admits(client):
+            raise Denied(ALLOW_FROM)
+        if request.command is _UDP_ASSOCIATE and self._udp is not None:
+            await self._udp.serve(endpoint, client, request, server, access)
+            return None
+        if request.command is not _CONNECT:
+            raise CommandNotSupported(f"{request.command.name} is not supported")
+        deadline = endpoint.reactor.clock() + self._timeouts.connect
+        decision = Decision(self._policy.rules, client, request.host, request.port)
+        access.decision = decision
+        targets = await self._targets(decision, endpoint, request.host, deadline)
+        upstream, target = await self._dialer.dial(targets, deadline=deadline, client=endpoint)
+        return upstream, target, decision
 
     async def _handshake(
         self, endpoint: Endpoint, client: Client, server: Server, access: SocksRecords
@@ -207,11 +231,10 @@ class SocksSessions:
         """
         if decision.unresolved:
             client = decision.client.host
-            for name in decision.names(self._resolver.full_names(host)):
-                try:
-                    decision.resolved(await self._resolver.resolve_for(endpoint, client, name, deadline))
-                except ResolveError as error:
-                    decision.not_resolved(error)
+            await decision.resolve(
+                self._resolver.full_names(host),
+                lambda name: self._resolver.resolve_for(endpoint, client, name, deadline),
+            )
         port = decision.port
         return [Target(address, port, *source) for address, source in decision.choose_egress(self._egress.pick)]
 

@@ -205,12 +205,10 @@ def test_denied_by_rule(server: Daemon, dns: NameServer, destination: Served) ->
     assert not {"forbidden.test", "www.example.com"} & set(dns.asked)
 
 
-@pytest.mark.parametrize("command", [2, 3])
-def test_command_not_supported(server: Daemon, client: Socket, command: int) -> None:
-    assert socks5(client, "127.0.0.1", 80, command=command) == (7, "0.0.0.0", 0)
+def test_command_not_supported(server: Daemon, client: Socket) -> None:
+    assert socks5(client, "127.0.0.1", 80, command=2) == (7, "0.0.0.0", 0)
     assert ends(client)
-    record = server.record("command not supported", client_addr=name_of(client))
-    assert record["command"] == {2: "bind", 3: "udp_associate"}[command]
+    assert server.record("command not supported", client_addr=name_of(client))["command"] == "bind"
 
 
 @pytest.mark.parametrize("name", ["nobody.test", "empty.test", "not..a.name.test", "1.2.3.4.5"])

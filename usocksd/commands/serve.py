@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from usocksd.access_log import AccessLog
+from usocksd.association import Means
 from usocksd.auth import Users
 from usocksd.clients import ClientRules
 from usocksd.config import UsocksdConfig
@@ -17,7 +18,7 @@ from usocksd.explain import Explainer
 from usocksd.host.addresses import HostAddresses
 from usocksd.lint import lint
 from usocksd.log.metrics import Metrics
-from usocksd.names.resolver import make_resolver
+from usocksd.names.resolver import Resolver, make_resolver
 from usocksd.net.address import IPAddress
 from usocksd.net.dial import Dialer, check_mark
 from usocksd.net.keepalive import KeepAlive
@@ -28,6 +29,7 @@ from usocksd.proxied import ProxiedListener
 from usocksd.serve.daemon import Application, Parts, Remarks
 from usocksd.session import SocksSessions
 from usocksd.settings.files import read_file
+from usocksd.udp import UDPService
 
 
 def examine(config: UsocksdConfig, source: str | None) -> Remarks:
@@ -72,6 +74,7 @@ def build(config: UsocksdConfig, parts: Parts) -> Application:
         keepalive=keepalive,
         access_log=AccessLog(parts.log, parts.metrics),
         proxied=proxied,
+        udp=make_udp(config, parts, policy, egress, resolver) if config.udp.enabled else None,
     )
     explainer = Explainer(policy, resolver, egress, listings, config.timeouts.connect)
     return Application(
@@ -82,6 +85,30 @@ def build(config: UsocksdConfig, parts: Parts) -> Application:
         proxied=() if proxied is None else (proxied.port,),
         keepalive=keepalive,
         status=lambda: {"pools": listings.status()},
+    )
+
+
+def make_udp(
+    config: UsocksdConfig, parts: Parts, policy: Policy, egress: EgressPools, resolver: Resolver
+) -> UDPService:
+    """UDP ASSOCIATE as [udp] has it."""
+    udp = config.udp
+    means = Means(
+        policy.rules,
+        egress,
+        resolver,
+        parts.associations,
+        config.timeouts.connect,
+        udp.idle,
+        udp.queue,
+        udp.filtering == "any",
+    )
+    return UDPService(
+        means,
+        ports=udp.ports,
+        public=udp.public,
+        per_client=parts.tally(b"udp", udp.per_client),
+        reply_within=config.timeouts.handshake,
     )
 
 

@@ -195,7 +195,7 @@ class ConnectionRecords:
         self._since = time.monotonic()
         self._records.starts(self, at_start)
 
-    def _event(self, level: int, message: str, **more: object) -> None:
+    def event(self, level: int, message: str, **more: object) -> None:
         self._records.event(level, message, self.values(), **more)
 
     def _details(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from math import inf
 from socket import SocketType
 
 from usocksd.errors import DialError
-from usocksd.net.address import join_port, socket_address
+from usocksd.net.address import bound_to, join_port, socket_address
 from usocksd.net.ending import Reason, Side
 from usocksd.net.endpoint import About, Interruptible
 from usocksd.net.reactor import Reactor
@@ -66,6 +66,21 @@ def open_socket(
             sock.close()
         raise DialError(error.errno or errno.EIO, f"{place} (UDP)", step) from None
     return sock
+
+
+def source_towards(host: str, port: int, *, iface: str | None = None, mark: int | None = None) -> str | None:
+    """The address that the kernel chooses for what is sent to this numeric address; None if there is no route."""
+    try:
+        sock = open_socket(v6=":" in host, iface=iface, mark=mark)
+    except DialError:
+        return None
+    try:
+        sock.connect(socket_address(host, port))
+        return bound_to(sock).host
+    except OSError:
+        return None
+    finally:
+        sock.close()
 
 
 class DatagramSocket:
@@ -132,11 +147,14 @@ class Ended(Exception):
 class Association:
     """A client's UDP, which lives as long as the TCP connection `control`: what the worker needs to know of it."""
 
-    control: Interruptible
-    about: About
-    active: float
-    """When the client last sent a datagram."""
-    result: tuple[Reason, Side] | None = None
+    __slots__ = ("about", "active", "control", "result")
+
+    def __init__(self, control: Interruptible, about: About) -> None:
+        self.control = control
+        self.about = about
+        self.active = control.reactor.now
+        """When the client last sent a datagram."""
+        self.result: tuple[Reason, Side] | None = None
 
     def moved(self) -> tuple[int, int]:
         """Bytes so far, to destinations and from there."""

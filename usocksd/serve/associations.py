@@ -21,6 +21,7 @@ class Associations:
         "denied",
         "unresolved",
         "no_egress",
+        "out_of_ports",
         "no_route",
         "too_long",
         "queue_full",

@@ -1,0 +1,171 @@
+"""The sockets of a UDP association, and its destinations: what each datagram goes through. See association.py."""
+
+from __future__ import annotations
+
+from math import inf
+from socket import SocketType
+from typing import TYPE_CHECKING, Final
+
+from usocksd.decision import Decision
+from usocksd.egress import Source
+from usocksd.net.datagrams import DatagramSocket
+
+if TYPE_CHECKING:
+    from usocksd.association import ClientAssociation
+
+# A reply is received behind room for the longest header that it may get, that of an IPv6 address.
+_ROOM: Final = 22
+# How often a mapping checks that its address is still on this host, in seconds. (Over IPv4 a send would fail too.)
+LOOK_EVERY: Final = 10.0
+
+
+class Destination:
+    """Where datagrams with a certain header go, and how many there were."""
+
+    __slots__ = (
+        "address",
+        "again",
+        "decision",
+        "mapping",
+        "refused",
+        "reply",
+        "rx_bytes",
+        "rx_packets",
+        "since",
+        "tx_bytes",
+        "tx_packets",
+        "waiting",
+    )
+
+    def __init__(self, decision: Decision | None, since: float) -> None:
+        """`decision` is None if the host can't be one."""
+        self.decision = decision
+        self.since = since
+        self.mapping: Mapping | None = None
+        self.address: tuple[str, int] = ("", 0)
+        self.reply = b""
+        """The header of what it sends."""
+        self.refused = ""
+        """Why nothing is sent to it, as udp_dropped_total has it."""
+        self.again = inf
+        """When it may be judged again."""
+        self.waiting: list[bytes] | None = None
+        """Datagrams that wait for its name."""
+        self.tx_packets = 0
+        self.tx_bytes = 0
+        self.rx_packets = 0
+        self.rx_bytes = 0
+
+    def add(self, other: Destination) -> None:
+        """Count the datagrams of another one as those of this."""
+        self.tx_packets += other.tx_packets
+        self.tx_bytes += other.tx_bytes
+        self.rx_packets += other.rx_packets
+        self.rx_bytes += other.rx_bytes
+
+
+NOBODY: Final = Destination(None, 0.0)
+"""Stands for senders that may not send to the client."""
+
+
+class Mapping(DatagramSocket):
+    """The egress socket of a pool and family."""
+
+    __slots__ = ("active", "asked", "association", "key", "lone", "replies", "source", "used")
+
+    def __init__(
+        self, association: ClientAssociation, key: tuple[str, int], source: Source, used: str | None, sock: SocketType
+    ) -> None:
+        """`used` is the address of `source` to which `sock` is bound; None if the kernel chooses it."""
+        super().__init__(association.reactor, sock)
+        self.association = association
+        self.key = key
+        self.source = source
+        self.used = used
+        self.active = association.reactor.now
+        self.lone = True
+        """It has only asked name servers."""
+        self.asked: dict[str, Destination] = {}
+        """The destinations by numeric address, the latest of each."""
+        self.replies: dict[tuple[object, ...], Destination] = {}
+        """By the sender's address, as recvfrom(2) gives it."""
+        self.deadline = self.active + LOOK_EVERY
+
+    def receive(self) -> bool:
+        association = self.association
+        view = self.reactor.view
+        try:
+            size, sender = self.sock.recvfrom_into(view[_ROOM:])
+        except BlockingIOError:
+            return False
+        except OSError:  # a report about a datagram that was sent
+            return True
+        destination = self.replies.get(sender) or association.unknown_sender(self, sender)
+        if destination.mapping is None:
+            association.drop("stranger")
+            return True
+        reply = destination.reply
+        start = _ROOM - len(reply)
+        view[start:_ROOM] = reply
+        if association.deliver(view[start : _ROOM + size]):
+            destination.rx_packets += 1
+            destination.rx_bytes += size
+            associations = association.means.associations
+            associations.rx_packets.value += 1
+            associations.rx_bytes.value += size
+            if self.lone:
+                association.answered(self)
+        return True
+
+    def replace(self, source: Source, used: str | None, sock: SocketType) -> None:
+        """Go on with another socket, bound to the address `used`."""
+        old = self.sock
+        self.reactor.forget(self.fd)
+        self.reactor.call_soon(old.close)  # not within the events of a turn
+        self.source, self.used, self.sock, self.fd = source, used, sock, sock.fileno()
+        self.reactor.register_datagrams(self.fd, self)
+
+    def failed(self, error: Exception) -> None:
+        self.association.failed(error)
+
+    def on_deadline(self, now: float) -> None:
+        try:
+            self.association.look_at(self, now)
+        except Exception as error:
+            self.association.failed(error)
+
+
+class RelaySocket(DatagramSocket):
+    """The socket to which the client sends."""
+
+    __slots__ = ("association", "connected", "proven")
+
+    def __init__(self, association: ClientAssociation, sock: SocketType) -> None:
+        super().__init__(association.reactor, sock)
+        self.association = association
+        self.connected = False
+        """The client's port is known, and the kernel accepts datagrams from there only."""
+        self.proven = False
+        """What others have sent before that is read."""
+
+    def receive(self) -> bool:
+        association = self.association
+        try:
+            if self.proven:
+                size = self.sock.recv_into(self.reactor.buffer)
+            else:
+                size, sender = self.sock.recvfrom_into(self.reactor.buffer)
+                if not association.is_client(sender):
+                    association.drop("stranger")
+                    return True
+        except BlockingIOError:
+            self.proven = self.connected
+            return False
+        except OSError:  # ECONNREFUSED: the client's port is closed
+            association.drop("client_gone")
+            return True
+        association.send(size)
+        return True
+
+    def failed(self, error: Exception) -> None:
+        self.association.failed(error)

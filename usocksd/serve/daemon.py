@@ -129,6 +129,10 @@ class Application(NamedTuple):
     """Serves one accepted connection: endpoint, the peer's numeric address and port"""
     background: tuple[Callable[..., Awaitable[object]], ...] = ()
     """Tasks started before the first connection is accepted; they say `task_status.started()`."""
+    open: Callable[[], None] = lambda: None
+    """Opens the daemon's own sockets, from which sessions begin by `Parts.begin`. Raises Error."""
+    shut: Callable[[], None] = lambda: None
+    """Closes them: the worker drains."""
     close: Callable[[], None] = lambda: None
     """Called at the end, to release resources."""
     keeping: tuple[Callable[[], Awaitable[object]], ...] = ()

@@ -174,6 +174,18 @@ class Worker:
         built: Application = self._daemon.call(self._daemon.build, config, parts)
         files.close()
         self._built = built
+        self._service = Service(
+            self._reactor,
+            built.session,
+            most=most,
+            workers=order["workers"],
+            tally=tally,
+            associations=associations,
+            metrics=self._metrics,
+            proxied=built.proxied,
+            keepalive=built.keepalive,
+            timing=self._daemon.timing,
+        )
         with contextlib.ExitStack() as last:
             last.callback(built.close)
             last.callback(self._reactor.stop_all)  # first: sessions use what was built
@@ -181,6 +193,7 @@ class Worker:
                 try:
                     for task in built.background:
                         await base.start(task)
+                    built.open()
                 except Error as error:
                     await answer_faults(self._channel, error)
                     base.cancel_scope.cancel()
@@ -188,18 +201,6 @@ class Worker:
                 # Runs until `drain`.
                 async with trio.open_nursery() as serving:
                     self._serving = serving.cancel_scope
-                    self._service = Service(
-                        self._reactor,
-                        built.session,
-                        most=most,
-                        workers=order["workers"],
-                        tally=tally,
-                        associations=associations,
-                        metrics=self._metrics,
-                        proxied=built.proxied,
-                        keepalive=built.keepalive,
-                        timing=self._daemon.timing,
-                    )
                     base.start_soon(self._service.keep_alive)
                     vitals = self._vitals = Vitals(self._service, self._metrics, self._sink, self._limit)
                     settle_memory()
@@ -249,6 +250,7 @@ class Worker:
 
     async def _drain(self, within: float) -> None:
         self._keeping.cancel()
+        self._built.shut()
         await self._service.drain(within)
         self._serving.cancel()
 

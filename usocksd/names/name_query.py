@@ -75,8 +75,9 @@ OnAnswer: TypeAlias = Callable[[Kind, NameAnswer | ResolveError], None]
 class NameServer:
     """One name server, and whether it answers."""
 
-    def __init__(self, address: HostPort, clock: Callable[[], float]) -> None:
+    def __init__(self, address: HostPort, clock: Callable[[], float], mark: int | None = None) -> None:
         self.address = address
+        self._mark = mark
         self.takes_edns = True
         self.silent_until = -inf
         """it is asked last until this time, on the clock; -inf: it answers"""
@@ -88,7 +89,7 @@ class NameServer:
     def connect(self, kind: int) -> socket.socket:
         """A socket of this kind, connecting to it. Raises OSError, and records the first one."""
         try:
-            return open_socket(self.address, kind)
+            return open_socket(self.address, kind, self._mark)
         except OSError as error:
             if not self._complained:
                 self._complained = True

@@ -40,9 +40,10 @@ class NameServers:
         port: int = PORT,
         hostname: Callable[[], str] = socket.gethostname,
         lifetime: float | None = None,
+        mark: int | None = None,
     ) -> None:
         """Servers None: those of `resolv_conf`, on `port`, once `reread` has read it. `lifetime`: seconds for one name,
-        all servers together; None: `timeout` times `attempts` of resolv.conf.
+        all servers together; None: `timeout` times `attempts` of resolv.conf. `mark`: of the sockets.
         """
         self.conf = ResolvConf()
         self._given = servers
@@ -51,6 +52,7 @@ class NameServers:
         self._file = WatchedFile(resolv_conf)
         self._lifetime = lifetime
         self._clock = clock
+        self._mark = mark
         self._servers: list[NameServer] = []
         self._configure("")
 
@@ -113,4 +115,4 @@ class NameServers:
             _logger.error("resolver configuration ignored", extra={"fields": fields})
         # resolv.conf(5): without any it is the one on this host.
         addresses = self._given or [HostPort(server, self._port) for server in self.conf.servers or ("127.0.0.1",)]
-        self._servers = [NameServer(address, self._clock) for address in addresses]
+        self._servers = [NameServer(address, self._clock, self._mark) for address in addresses]

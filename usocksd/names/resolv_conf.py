@@ -91,13 +91,15 @@ def _domain(text: str) -> str:
     return host
 
 
-def open_socket(server: HostPort, kind: int) -> socket.socket:
-    """A socket of this kind, connected (or connecting) to this server.
+def open_socket(server: HostPort, kind: int, mark: int | None = None) -> socket.socket:
+    """A socket of this kind, connected (or connecting) to this server; `mark` is its SO_MARK (socket(7)).
 
     The unspecified address means this host, as to the C library. Raises OSError.
     """
     sock = socket.socket(socket.AF_INET6 if ":" in server.host else socket.AF_INET, kind | socket.SOCK_NONBLOCK)
     try:
+        if mark is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
         with contextlib.suppress(BlockingIOError):
             sock.connect(socket_address(*server))
     except OSError:

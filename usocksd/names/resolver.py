@@ -82,7 +82,7 @@ class _Query:
     outcome: answers.Entry = answers.STOPPED
 
 
-def make_resolver(dns: DnsConfig, metrics: Metrics, *, sockets: int = 1000) -> Resolver:
+def make_resolver(dns: DnsConfig, metrics: Metrics, *, sockets: int = 1000, mark: int | None = None) -> Resolver:
     """The resolver of this process, as [dns] says; see Resolver.
 
     For `resolver = "system"` glibc is on_answer, for the whole process, to leave searching to us.
@@ -92,7 +92,7 @@ def make_resolver(dns: DnsConfig, metrics: Metrics, *, sockets: int = 1000) -> R
         # resolv.conf(5): replaces the search list, here by one that adds nothing to a name. A dot at the end of the
         # name would say the same, but to DNS alone: /etc/hosts has no names with a dot at the end.
         os.environ["LOCALDOMAIN"] = "."
-    return Resolver(dns.servers, metrics, system=system, sockets=sockets)
+    return Resolver(dns.servers, metrics, system=system, sockets=sockets, mark=mark)
 
 
 class Resolver:
@@ -111,6 +111,7 @@ class Resolver:
         hostname: Callable[[], str] = socket.gethostname,
         lifetime: float | None = None,
         clock: Callable[[], float] = time.monotonic,
+        mark: int | None = None,
         most: Most = Most(),  # noqa: B008
     ) -> None:
         """`servers` replace those of `resolv_conf` (which are asked on `port`); its search domains and options stay in
@@ -118,7 +119,7 @@ class Resolver:
 
         `sockets`: how many are open to name servers at a time. Each session has one to spare for its name (see
         net/limits.py); further names wait, see turns.py. `lifetime`: seconds for one name, all its queries and
-        servers together; None: as resolv.conf says.
+        servers together; None: as resolv.conf says. `mark`: SO_MARK of the sockets to name servers.
 
         Both files are looked at once a second at most, and read when they have changed. A missing file is an empty one;
         while one can't be read, what was read before stays.
@@ -130,7 +131,9 @@ class Resolver:
         at_once = _MOST_THREADS if system else min(max(sockets // 2 // extra, 1), most.at_once)
         self._turns = Turns(at_once, waiting=most.waiting)
         self._clock = clock
-        self._servers = NameServers(servers, resolv_conf, port=port, hostname=hostname, lifetime=lifetime, clock=clock)
+        self._servers = NameServers(
+            servers, resolv_conf, port=port, hostname=hostname, lifetime=lifetime, clock=clock, mark=mark
+        )
         self._hosts = HostsFile(hosts)
         self._next_check = 0.0
         self._cache: dict[str, answers.Entry] = {}

@@ -88,9 +88,11 @@ class LoopGuard:
         upstreams: Callable[[], Collection[HostPort]],
         most_per_destination: int,
         own_users: Iterable[str] = OWN_USERS,
+        udp: bool = False,
     ) -> None:
         """`upstreams` gives the addresses of the upstream proxies as they are known now, without zones.
-        `most_per_destination`: how many connections to one destination may be open, as a last resort.
+        `most_per_destination`: how many connections to one destination may be open, as a last resort. `udp`: it is
+        about datagrams, for which there is `check` only.
         """
         self._listen_ports = frozenset(listen_ports)
         self._hosts = hosts
@@ -98,7 +100,7 @@ class LoopGuard:
         self._most = most_per_destination
         self._open: dict[HostPort, int] = {}
         self._own = _uids(own_users)
-        self._owners = _socket_owners() if self._own else None
+        self._owners = _socket_owners(udp=udp) if self._own else None
 
     def is_ours(self, destination: HostPort) -> bool:
         """Whether it is a port that we listen on, at an address of this host."""
@@ -106,7 +108,7 @@ class LoopGuard:
 
     def enter(self, client: HostPort, original: HostPort) -> None:
         """A connection from `client` to `original` begins, until `leave`. Raises Loop if it would come back here."""
-        self._check(client, original)
+        self.check(client, original)
         count = self._open.get(original, 0)
         if count >= self._most:
             # A loop that no check above recognises, for example because the upstream runs as root on this host.
@@ -123,7 +125,8 @@ class LoopGuard:
         else:
             del self._open[original]
 
-    def _check(self, client: HostPort, original: HostPort) -> None:
+    def check(self, client: HostPort, original: HostPort) -> None:
+        """Raise Loop if what comes from `client` for `original` would come back here."""
         if self.is_ours(original):
             raise Loop("its destination is this proxy's own port")
         upstreams = self._upstreams()
@@ -145,9 +148,9 @@ class LoopGuard:
             self._owners.close()
 
 
-def _socket_owners() -> SocketOwners | None:
+def _socket_owners(*, udp: bool) -> SocketOwners | None:
     try:
-        return SocketOwners()
+        return SocketOwners(udp=udp)
     except OSError as error:
         # A sandbox that forbids netlink: the other checks remain.
         fields = {"error": str(error)}

@@ -147,6 +147,25 @@ def test_the_owner_of_a_connected_socket(family: socket.AddressFamily, host: str
     owners.close()
 
 
+@pytest.mark.parametrize(("family", "host"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
+def test_the_owner_of_a_udp_socket(family: socket.AddressFamily, host: str) -> None:
+    owners = SocketOwners(udp=True)
+    there = (host, 9)
+    with socket.socket(family, socket.SOCK_DGRAM) as client:
+        client.bind((host, 0))
+        here = client.getsockname()[:2]
+        assert owners.owner_uid(here, there) == os.geteuid()
+        client.connect(there)
+        assert owners.owner_uid(here, there) == os.geteuid()
+        # Its other end is elsewhere, so these datagrams are not its own.
+        assert owners.owner_uid(here, (host, 10)) is None
+    assert owners.owner_uid(here, there) is None
+    with socket.socket(family, socket.SOCK_DGRAM) as client:  # as resolvers do
+        client.sendto(b"", there)
+        assert owners.owner_uid((host, client.getsockname()[1]), there) == os.geteuid()
+    owners.close()
+
+
 def test_an_ipv4_client_on_an_ipv6_socket_is_found() -> None:
     owners = SocketOwners()
     with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket(socket.AF_INET6) as client:

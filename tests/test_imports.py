@@ -35,7 +35,7 @@ SESSIONS = (
     *(f"usocksd.{name}" for name in ("session", "proxied", "decision", "access_log", "egress", "clients", "replies")),
     *(f"usocksd.{name}" for name in ("acl", "association", "association_log", "mapping", "udp", "serve.associations")),
     *(f"transocks.{name}" for name in ("session", "direct", "first_bytes", "http_connect", "original_dst", "sniff")),
-    *(f"transocks.{name}" for name in ("routes", "access_log")),
+    *(f"transocks.{name}" for name in ("routes", "access_log", "udp")),
     *(f"transocks.upstreams.{name}" for name in ("group", "upstream", "addresses", "request")),
 )
 """What the reactor drives; see usocksd/net/bridge.py."""

@@ -10,7 +10,9 @@ from transocks.lint import lint
 from transocks.original_dst import LoopGuard
 from transocks.routes import DIRECT
 from transocks.session import RedirectedSessions
-from transocks.upstreams.group import Upstreams
+from transocks.udp.association import Means
+from transocks.udp.transparent import TransparentUdp
+from transocks.upstreams.group import UpstreamGroup, Upstreams
 from usocksd.errors import Error
 from usocksd.host.addresses import HostAddresses
 from usocksd.names.resolver import make_resolver
@@ -35,7 +37,7 @@ def build(config: TransocksConfig, parts: Parts) -> Application:
             " their unit"
         )
     hosts = HostAddresses(parts.metrics)
-    resolver = make_resolver(config.dns, parts.metrics, sockets=most_name_sockets(parts.descriptors))
+    resolver = make_resolver(config.dns, parts.metrics, sockets=most_name_sockets(parts.descriptors), mark=config.mark)
     dialer = Dialer(parts.reactor, spare=most_spare(parts.descriptors))
     direct = Direct(dialer=dialer, resolver=resolver, mark=config.mark, is_local=hosts.is_local)
     upstreams = Upstreams(
@@ -59,21 +61,54 @@ def build(config: TransocksConfig, parts: Parts) -> Application:
     )
     routes = config.routes()
     keepalive = KeepAlive(config.timeouts.keepalive)
+    ways: dict[str, UpstreamGroup | Direct] = {**upstreams.groups, DIRECT: direct}
+    access_log = AccessLog(parts.log, parts.metrics, routes.names)
     sessions = RedirectedSessions(
         guard=guard,
         first_bytes=FirstBytes(config.names),
         routes=routes,
-        ways={**upstreams.groups, DIRECT: direct},
+        ways=ways,
         names=config.names,
         pipes=PipePool(most_pipes(parts.descriptors)),
         timeouts=config.timeouts,
         keepalive=keepalive,
-        access_log=AccessLog(parts.log, parts.metrics, routes.names),
+        access_log=access_log,
     )
+    udp_guard = LoopGuard(
+        listen_ports={listen.port for listen in config.listen_udp},
+        hosts=hosts,
+        upstreams=lambda: upstreams.addresses,
+        most_per_destination=0,
+        udp=True,
+    )
+    udp = TransparentUdp(
+        config.listen_udp,
+        means=Means(
+            udp=config.udp,
+            timeouts=config.timeouts,
+            mark=config.mark,
+            counters=parts.associations,
+            keepalive=keepalive,
+        ),
+        reactor=parts.reactor,
+        begin=parts.begin,
+        guard=udp_guard,
+        routes=routes,
+        ways=ways,
+        is_local=hosts.is_local,
+        access_log=access_log,
+    )
+
+    def close() -> None:
+        guard.close()
+        udp_guard.close()
+
     return Application(
         sessions.serve,
         (hosts.watch, resolver.run, upstreams.health.run),
-        guard.close,
+        udp.open,
+        udp.shut,
+        close,
         keeping=(upstreams.health.keep,),
         keepalive=keepalive,
         status=lambda: {"upstreams": upstreams.status()},

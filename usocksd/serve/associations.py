@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from usocksd.log.metrics import Counter, Metrics
 from usocksd.net.datagrams import Association
@@ -47,8 +47,14 @@ class Associations:
         self.tx_packets, self.rx_packets = datagrams.labels("tx"), datagrams.labels("rx")
         self.tx_bytes, self.rx_bytes = octets.labels("tx"), octets.labels("rx")
         self._gauge = metrics.gauge("udp_associations", "UDP associations at present")
-        dropped = metrics.counters("udp_dropped_total", "Datagrams that were not relayed, by cause", "cause")
-        self._dropped: dict[str, Counter] = {cause: dropped.labels(cause) for cause in self.DROPPED}
+        self._by_cause = metrics.counters("udp_dropped_total", "Datagrams that were not relayed, by cause", "cause")
+        self._dropped: dict[str, Counter] = {}
+        self.declare(self.DROPPED)
+
+    def declare(self, causes: Iterable[str]) -> None:
+        """Causes by which this daemon drops datagrams too."""
+        for cause in causes:
+            self._dropped[cause] = self._by_cause.labels(cause)
 
     def enter(self, association: Association) -> None:
         """One begins."""

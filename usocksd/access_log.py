@@ -260,7 +260,7 @@ class SocksRecords(ConnectionRecords):
         at_start = None
         if (decision := self.decision) is not None:
             if decision.name is not None and decision.candidates is not None:
-                at_start = decision.name, _texts(decision.candidates)
+                at_start = decision.name, candidate_texts(decision.candidates)
             if decision.ruling is not None:
                 self._rule, self._pool = decision.ruling.rule, decision.ruling.pool
             self.decision = None
@@ -273,7 +273,7 @@ class SocksRecords(ConnectionRecords):
             return {}
         if decision.candidates is None:
             return {} if self._rule is None else {"dest_name": decision.name}
-        return {"dest_name": decision.name, "candidates": _texts(decision.candidates)}
+        return {"dest_name": decision.name, "candidates": candidate_texts(decision.candidates)}
 
     def _rule_and_pool(self) -> tuple[str | None, str | None]:
         """The rule that decides, and the egress pool of an allowed connection."""
@@ -336,6 +336,6 @@ class SocksRecords(ConnectionRecords):
         }
 
 
-def _texts(candidates: list[Candidate]) -> list[str]:
+def candidate_texts(candidates: list[Candidate]) -> list[str]:
     """["203.0.113.80 allowed default", "10.0.0.1 denied RULE"], which records.py reads."""
     return [f"{one.host} {'allowed' if one.ruling.allowed else 'denied'} {one.ruling.rule}" for one in candidates]

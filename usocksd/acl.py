@@ -12,7 +12,7 @@ addresses, all other rules that allow do not match.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from ipaddress import IPv6Network
 from typing import NamedTuple, TypeAlias
 
@@ -23,6 +23,11 @@ from usocksd.names.match import PROTECTED_NETWORKS, NetworkMap, entries_of, judg
 from usocksd.names.site_index import PortIndex, SiteIndex, has_port, mask_of
 from usocksd.names.sites import Prefix, SiteList, parse_entry
 from usocksd.net.address import IPAddress, IPNetwork
+
+CONNECT, BIND, UDP_ASSOCIATE = COMMANDS = ("connect", "bind", "udp_associate")
+"""The commands of SOCKS, as access records and rules name them."""
+PROTOCOLS: Mapping[str, frozenset[str]] = {"tcp": frozenset({CONNECT, BIND}), "udp": frozenset({UDP_ASSOCIATE})}
+"""The commands that carry each protocol."""
 
 
 class Ruling(NamedTuple):
@@ -65,6 +70,8 @@ class Rule:
     to: tuple[SiteList, ...] | None = None
     ports: tuple[tuple[int, int], ...] | None = None
     """The first and last port of each range."""
+    commands: frozenset[str] | None = None
+    """Of COMMANDS."""
     pool: str = "default"
     """The egress pool of a rule that allows."""
     complement: bool = False
@@ -125,9 +132,9 @@ class AccessRules:
     Each rule is a bit, the first one the lowest. For each property of a request there is a mask of the rules that match
     it. The lowest bit that all masks have in common is the rule that decides.
 
-    A request is `client`, `name`, `address`, `port` and `sent`: the canonical name before it is resolved, an address
-    behind it together with the name, or an address that was asked for with None for the name. `sent` is the name as the
-    client sent it, if a search domain has completed it: a rule matches if it has either name.
+    A request is `client`, `name`, `address`, `port`, `sent` and `command`: the canonical name before it is resolved, an
+    address behind it together with the name, or an address that was asked for with None for the name. `sent` is the
+    name as the client sent it, if a search domain has completed it: a rule matches if it has either name.
     """
 
     _MOST_REMEMBERED = 16384
@@ -163,28 +170,46 @@ class AccessRules:
         self._remembered: dict[tuple[str, str | None], int] = {}
 
         self._ports = PortIndex([rule.ports for rule in rules])
+        self._commands = {
+            command: mask_of(rule.commands is None or command in rule.commands for rule in rules)
+            for command in COMMANDS
+        }
 
     def judge(
-        self, client: Client, name: str | None, address: IPAddress | None, port: int, sent: str | None = None
+        self,
+        client: Client,
+        name: str | None,
+        address: IPAddress | None,
+        port: int,
+        sent: str | None = None,
+        *,
+        command: str = CONNECT,
     ) -> Ruling:
         """The decision on a request. For a name alone it is half of one: judge its addresses too."""
-        return self._ruling(self._find(client, name, address, port, sent), name, address, port, sent)
+        return self._ruling(self._find(client, name, address, port, sent, command=command), name, address, port, sent)
 
     def trace(
-        self, client: Client, name: str | None, address: IPAddress | None, port: int, sent: str | None = None
+        self,
+        client: Client,
+        name: str | None,
+        address: IPAddress | None,
+        port: int,
+        sent: str | None = None,
+        *,
+        command: str = CONNECT,
     ) -> list[RuleAnswer]:
         """The answer of each rule up to the one that decides: the last answer, and the only one that matched.
 
         Slow: for `explain`.
         """
-        bit, kind = found = self._find(client, name, address, port, sent)
+        bit, kind = found = self._find(client, name, address, port, sent, command=command)
         ruling = self._ruling(found, name, address, port, sent)
         judged = () if address is None else judged_addresses(address, self._nat64)
         answers: list[RuleAnswer] = []
         for at, rule in enumerate(self._rules):
             entry = self._entry(at, name, judged) or (sent and self._entry(at, sent, ()))
             asked = " or ".join(str(each) for each in (sent, name, address) if each is not None)
-            conditions = list(_conditions(rule, client, asked, entry, port))
+            conditions = list(_conditions(rule, client, asked, entry, port, command=command))
             if bit == 1 << at:
                 why = ", ".join(text for _, text in conditions) or "it has no conditions"
                 return [*answers, RuleAnswer(ruling.rule, True, why, rule.line)]
@@ -198,10 +223,10 @@ class AccessRules:
         return [*answers, RuleAnswer(ruling.rule, True, "no rule has decided")]
 
     def _find(
-        self, client: Client, name: str | None, address: IPAddress | None, port: int, sent: str | None
+        self, client: Client, name: str | None, address: IPAddress | None, port: int, sent: str | None, *, command: str
     ) -> tuple[int, str | None]:
         """The bit of the rule that decides. If none does: 0, and the kind of protected address, if it is one."""
-        mask = self._ports.match(port)
+        mask = self._ports.match(port) & self._commands[command]
         if self._asks_who:
             mask &= self._who(client)
         if name is None:
@@ -283,8 +308,13 @@ class AccessRules:
         return None if entry is None else _show_entry(entry, next(sites for sites in lists if sites.has(entry)))
 
 
-def _conditions(rule: Rule, client: Client, asked: str, entry: str | None, port: int) -> Iterator[tuple[bool, str]]:
+def _conditions(
+    rule: Rule, client: Client, asked: str, entry: str | None, port: int, *, command: str
+) -> Iterator[tuple[bool, str]]:
     """Whether each condition of a rule is met, and how to say that."""
+    if rule.commands is not None:
+        met = command in rule.commands
+        yield met, f"command is {command}" if met else f"command {command} not in {_show_commands(rule.commands)}"
     if rule.clients is not None:
         met = any(client.address in network for network in rule.clients)
         yield met, f"from {'lists' if met else 'does not list'} {client.address}"
@@ -297,6 +327,10 @@ def _conditions(rule: Rule, client: Client, asked: str, entry: str | None, port:
     if rule.ports is not None:
         met = has_port(rule.ports, port)
         yield met, f"port is {port}" if met else f"port {port} not in {_show_ports(rule.ports)}"
+
+
+def _show_commands(commands: Collection[str]) -> str:
+    return ", ".join(command for command in COMMANDS if command in commands)
 
 
 def _show_ports(ports: Sequence[tuple[int, int]], most: int = 6) -> str:

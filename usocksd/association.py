@@ -20,7 +20,7 @@ from math import inf
 from socket import SocketType
 from typing import Final, NamedTuple
 
-from usocksd.acl import AccessRules
+from usocksd.acl import UDP_ASSOCIATE, AccessRules
 from usocksd.association_log import AssociationRecords
 from usocksd.clients import Client
 from usocksd.decision import Decision
@@ -38,7 +38,6 @@ from usocksd.socks.datagram import BadDatagram, header, parse
 
 log = logging.getLogger(__name__)
 
-COMMAND: Final = "udp_associate"
 _DNS_PORT: Final = 53
 # A mapping that has only asked name servers is closed after this many seconds: stub resolvers have given up by then.
 _DNS_IDLE: Final = 17.0
@@ -206,7 +205,7 @@ class ClientAssociation(Association):
             self._forget(next(iter(destinations)))
         now = self.reactor.now
         try:
-            decision = Decision(self.means.rules, self._client, host, port, COMMAND)
+            decision = Decision(self.means.rules, self._client, host, port, UDP_ASSOCIATE)
         except ResolveError:
             destination = destinations[key] = Destination(None, now)
             self._refuse(destination, "name")
@@ -348,7 +347,7 @@ class ClientAssociation(Association):
             return NOBODY
         # It counts as a destination of its own, and the rules have to allow it too.
         key = header(host, port)
-        decision = Decision(self.means.rules, self._client, host, port, COMMAND)
+        decision = Decision(self.means.rules, self._client, host, port, UDP_ASSOCIATE)
         ruling = decision.ruling
         destination = NOBODY
         if key not in self._destinations and ruling is not None and ruling.allowed and ruling.pool == mapping.key[0]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from usocksd.access_log import SocksRecords
+from usocksd.access_log import SocksRecords, candidate_texts
 from usocksd.decision import Decision
 from usocksd.errors import Denied, Error
 from usocksd.net.address import HostPort
@@ -100,9 +100,15 @@ class AssociationRecords:
 
 
 def _place(decision: Decision | None) -> dict[str, Any]:
+    """Where it goes, and for a name its addresses with what the rules say to each: `usocksd diff` reads them."""
     if decision is None:
         return {}
-    return {"dest_host": decision.sent, "dest_port": decision.port}
+    found: dict[str, Any] = {"dest_host": decision.sent, "dest_port": decision.port}
+    if decision.name is not None:
+        found["dest_name"] = decision.name
+        if decision.candidates is not None:
+            found["candidates"] = candidate_texts(decision.candidates)
+    return found
 
 
 def _counts(destination: Destination) -> dict[str, int]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar
 
 import attrs
 
-from usocksd.acl import AccessRules, Rule, rules_of_lists
+from usocksd.acl import COMMANDS, PROTOCOLS, AccessRules, Rule, rules_of_lists
 from usocksd.clients import DEFAULT_CLIENTS
 from usocksd.names.conditions import (
     ConditionsConfig,
@@ -100,6 +100,21 @@ EgressAddress = Annotated[
 Domain = Annotated[str, text(_domain, 'a domain, as in "dnsbl.example.org"')]
 
 
+def _command(value: str) -> list[str]:
+    if value not in COMMANDS:
+        raise ValueError
+    return [value]
+
+
+def _check_once(value: str, earlier: Sequence[str]) -> None:
+    if value in earlier:
+        raise Invalid("is there already, expected every command once")
+
+
+Commands = Annotated[
+    tuple[str, ...],
+    one_or_more(_command, f"one of {', '.join(map(show, COMMANDS))}, or a list of them", distinct=_check_once),
+]
 RelayPorts = Annotated[tuple[int, int], port_range(1024)]
 
 
@@ -215,13 +230,29 @@ class RuleConfig(ConditionsConfig):
     """None: "rule N", counted from 1"""
     action: Annotated[str, one_of(("allow", "deny"))]
     user: tuple[User, ...] | None = None
+    protocol: Annotated[str | None, one_of(tuple(PROTOCOLS))] = None
+    """None: both"""
+    command: Commands | None = None
+    """None: all"""
     egress: str | None = None
     """None: "default" """
+
+    @property
+    def commands(self) -> frozenset[str] | None:
+        """The commands that it holds for; None: all."""
+        if self.protocol is None:
+            return None if self.command is None else frozenset(self.command)
+        found = PROTOCOLS[self.protocol]
+        return found if self.command is None else found.intersection(self.command)
 
     def faults(self) -> Iterator[Invalid]:
         yield from super().faults()
         if self.egress is not None and self.action == "deny":
             yield Invalid('expected only beside action = "allow"', shown=show(self.egress), at="egress")
+        for index, command in enumerate(self.command or ()):
+            if self.protocol is not None and command not in PROTOCOLS[self.protocol]:
+                at = f"command[{index}]" if len(self.command or ()) > 1 else "command"
+                yield Invalid(f'is no command of protocol = "{self.protocol}"', shown=show(command), at=at)
 
 
 @attrs.frozen(kw_only=True)
@@ -318,6 +349,7 @@ class UsocksdConfig(CommonConfig):
                 users=None if rule.user is None else frozenset(rule.user),
                 to=rule.destinations(),
                 ports=rule.ports,
+                commands=rule.commands,
                 pool=rule.egress or "default",
                 line=self.line_of_rule(number - 1),
             )

@@ -19,7 +19,7 @@ from typing import Final, TypeAlias
 
 from attrs import define, frozen
 
-from usocksd.acl import AccessRules, RuleAnswer, Ruling
+from usocksd.acl import CONNECT, UDP_ASSOCIATE, AccessRules, RuleAnswer, Ruling
 from usocksd.clients import ALLOW_FROM, TRUSTED, Client, ClientRules
 from usocksd.egress import Source, sites_of
 from usocksd.errors import Denied, NoEgress, ResolveError
@@ -83,7 +83,7 @@ class Decision:
 
     __slots__ = ("_rules", "absent", "candidates", "client", "command", "name", "port", "ruling", "sent")
 
-    def __init__(self, rules: AccessRules, client: Client, host: str, port: int, command: str = "connect") -> None:
+    def __init__(self, rules: AccessRules, client: Client, host: str, port: int, command: str = CONNECT) -> None:
         """`host` is as the client wrote it. Raises ResolveError if it can't be one."""
         self.command = command
         self._rules = rules
@@ -104,7 +104,7 @@ class Decision:
         self.candidates: list[Candidate] | None = None
         """The addresses of the host, in the order in which to try them; None while its name is not resolved."""
         if address is not None:
-            self.ruling = rules.judge(client, None, address, port)
+            self.ruling = rules.judge(client, None, address, port, command=command)
             self.candidates = [Candidate(address, sent, self.ruling)]
 
     @property
@@ -145,7 +145,9 @@ class Decision:
     def judge_name(self, name: str) -> Ruling:
         """Judge a name that the host stands for."""
         self.name = name
-        ruling = self.ruling = self._rules.judge(self.client, name, None, self.port, self._other_name)
+        ruling = self.ruling = self._rules.judge(
+            self.client, name, None, self.port, self._other_name, command=self.command
+        )
         return ruling
 
     def not_resolved(self, error: ResolveError) -> None:
@@ -156,9 +158,11 @@ class Decision:
 
     def resolved(self, addresses: Iterable[IPAddress]) -> None:
         """The name has these addresses, in the order in which to try them: at least one."""
-        judge, client, name, port, sent = self._rules.judge, self.client, self.name, self.port, self._other_name
+        judge, client, name, port = self._rules.judge, self.client, self.name, self.port
+        sent, command = self._other_name, self.command
         self.candidates = [
-            Candidate(address, address_text(address), judge(client, name, address, port, sent)) for address in addresses
+            Candidate(address, address_text(address), judge(client, name, address, port, sent, command=command))
+            for address in addresses
         ]
 
     def choose_egress(self, pick: Pick) -> list[tuple[str, Source]]:
@@ -168,9 +172,7 @@ class Decision:
         """
         assert self.candidates
         # The datagrams of a client's port leave from one address, wherever they go (RFC 4787, REQ-1 and REQ-2).
-        sites = (
-            {4: "", 6: ""} if self.command == "udp_associate" else sites_of(each.address for each in self.candidates)
-        )
+        sites = {4: "", 6: ""} if self.command == UDP_ASSOCIATE else sites_of(each.address for each in self.candidates)
         found: list[tuple[str, Source]] = []
         for candidate in self.candidates:
             ruling, address = candidate.ruling, candidate.address
@@ -202,7 +204,7 @@ class Decision:
         if candidate is None and self.name is None and self.candidates:
             candidate = self.candidates[0]
         address = None if candidate is None else candidate.address
-        return self._rules.trace(self.client, self.name, address, self.port, self._other_name)
+        return self._rules.trace(self.client, self.name, address, self.port, self._other_name, command=self.command)
 
     @property
     def _other_name(self) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any, Final
 import attrs
 import trio
 
+from usocksd.acl import COMMANDS, CONNECT
 from usocksd.clients import ALLOW_FROM, Client
 from usocksd.decision import REQUIRED, USERS, Candidate, Decision, Policy
 from usocksd.dnsbl import Listings
@@ -44,12 +45,13 @@ class Explainer:
 
     async def explain(self, parameters: Mapping[str, Any]) -> Json:
         """The verb: docs/explain.md lists what is in the answer. Raises Error for wrong parameters."""
-        client, host, port = read_request(parameters)
+        client, host, port, command = read_request(parameters)
         answer: Json = {
             "client": str(client.address),
             "user": client.user,
             "host": host,
             "port": port,
+            "command": command,
             "verdict": DENIED,
             "rule": None,
             "pool": None,
@@ -67,21 +69,22 @@ class Explainer:
         if (refusal := self.policy.refusal(client)) is not None:
             answer |= {"rule": refusal, "error": _REFUSALS[refusal]}
         else:
-            answer |= await self._decide(client, host, port)
+            answer |= await self._decide(client, host, port, command)
         names = {each["pool"] for each in [answer, *answer["addresses"]]}
         answer["pools"] = {name: pool for name, pool in self.listings.status().items() if name in names}
         return answer
 
-    async def _decide(self, client: Client, host: str, port: int) -> Json:
+    async def _decide(self, client: Client, host: str, port: int, command: str) -> Json:
         """What to change in the answer."""
         try:
-            decision = Decision(self.policy.rules, client, host, port)
+            decision = Decision(self.policy.rules, client, host, port, command)
         except ResolveError as error:
             return {"verdict": UNREACHABLE, "error": error.cause}
         verdict, problem = ALLOWED, None
         try:
             with trio.fail_after(self.timeout):
-                await self._resolve(decision, host)
+                if decision.unresolved:
+                    await decision.resolve(self.resolver.full_names(host), self.resolver.resolve)
             decision.choose_egress(self._pick)
         except Denied:
             verdict = DENIED
@@ -104,14 +107,6 @@ class Explainer:
             "addresses": [_address(decision, each) for each in decision.candidates or ()] if listed else [],
         }
 
-    async def _resolve(self, decision: Decision, host: str) -> None:
-        if decision.unresolved:
-            for name in decision.names(self.resolver.full_names(host)):
-                try:
-                    decision.resolved(await self.resolver.resolve(name))
-                except ResolveError as error:
-                    decision.not_resolved(error)
-
     def _pick(self, pool: str, client: Client, site: str, address: IPAddress) -> Source:
         source = self.egress.pick(pool, client, site, address)
         if source.iface is None and address.version == 6 and address.is_link_local:
@@ -119,15 +114,18 @@ class Explainer:
         return source
 
 
-def read_request(parameters: Mapping[str, Any]) -> tuple[Client, str, int]:
-    """Client, host and port, from the parameters of the verb. Raises Error that says what is wrong."""
+def read_request(parameters: Mapping[str, Any]) -> tuple[Client, str, int, str]:
+    """Client, host, port and command, from the parameters of the verb. Raises Error that says what is wrong."""
     client, user, host, port = (parameters.get(key) for key in ("client", "user", "host", "port"))
     if not isinstance(client, str) or not isinstance(host, str) or not isinstance(user, str | None):
         raise Error("expected client and host as strings, and user as a string or null")
     if type(port) is not int or not 1 <= port <= 65535:
         raise Error("expected port as an integer from 1 to 65535")
+    command = parameters.get("command", CONNECT)
+    if command not in COMMANDS:
+        raise Error(f"expected command as one of {', '.join(COMMANDS)}")
     try:
-        return Client.at(client, user=user), host, port
+        return Client.at(client, user=user), host, port, command
     except ValueError:
         raise Error(f"not the address of a client: {client}") from None
 

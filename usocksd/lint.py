@@ -136,12 +136,14 @@ def _covered_rules(config: UsocksdConfig) -> Iterator[Fault]:
 
 
 def _takes_all(rule: Rule) -> bool:
-    return all(each is None for each in (rule.clients, rule.users, rule.to, rule.ports))
+    return all(each is None for each in (rule.clients, rule.users, rule.to, rule.ports, rule.commands))
 
 
 def _leaves_nothing(above: Rule, rule: Rule) -> bool:
     """Whether a rule that covers one below it leaves it nothing to decide."""
     if above.users is not None and (rule.users is None or not rule.users <= above.users):
+        return False
+    if above.commands is not None and (rule.commands is None or not rule.commands <= above.commands):
         return False
     # An entry with an address lifts the protection of addresses, and a rule without `to` does not.
     lifts = rule.allow and any(len(sites.prefixes(4)) or len(sites.prefixes(6)) for sites in rule.to or ())

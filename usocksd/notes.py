@@ -10,6 +10,7 @@ import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from usocksd.acl import CONNECT
 from usocksd.config import UsocksdConfig
 from usocksd.decision import Policy
 from usocksd.errors import Fault
@@ -50,7 +51,8 @@ def _https(config: UsocksdConfig) -> Iterator[Fault]:
         if rule.action == "allow":  # the log shows for whom, and for what
             return
         has = rule.ports is not None and any(first <= _HTTPS <= last for first, last in rule.ports)
-        if has and rule.from_ is None and rule.user is None and rule.to is None:
+        everybody = rule.from_ is None and rule.user is None and rule.to is None
+        if has and everybody and (rule.commands is None or CONNECT in rule.commands):
             yield Fault(f"rule[{at}].ports", show(rule.name) if rule.name else "", denied)
             return
     if _HTTPS in config.outgoing.deny_ports:

@@ -13,6 +13,7 @@ from typing import Any
 
 from attrs import frozen
 
+from usocksd.acl import COMMANDS, CONNECT, UDP_ASSOCIATE
 from usocksd.net.address import numeric_address
 
 
@@ -35,6 +36,7 @@ class RecordedRequest:
     """The proxy that has named the client in a PROXY header."""
     local: bool = False
     """The client is that proxy itself."""
+    command: str = CONNECT
 
 
 @frozen
@@ -60,6 +62,7 @@ class Skipped(Enum):
 
 # As JSON, logfmt and plain write it.
 _ENDS = (b'"message":"proxy ends', b' message="proxy ends', b' info: "proxy ends')
+_FLOWS = ("udp flow", "udp flow failed", "ruleset mismatch")
 _CANDIDATE = re.compile(r"(?:^| )([0-9a-f.:]+(?:%\S+)?) (?:allowed|denied) ")
 
 
@@ -93,6 +96,12 @@ def _read_access(fields: Mapping[str, Any]) -> AccessRecord | Skipped:
         return AccessRecord(at, RecordedRequest(client, None, None, 0, None, None, None, proxy, local), allowed=False)
     if message == "command not supported" or "dest_host" not in fields:
         return Skipped.NO_REQUEST
+    command = fields.get("command", CONNECT)
+    # What the client asked for with the command itself is no destination; and many destinations may share a record.
+    if command == UDP_ASSOCIATE and (message not in _FLOWS or "destinations" in fields):
+        return Skipped.OTHER
+    if command not in COMMANDS:
+        raise ValueError("not a command")
     host, port, name = _text(fields["dest_host"]), fields["dest_port"], fields.get("dest_name")
     if type(port) is not int or not isinstance(user, str | None) or not isinstance(name, str | None):
         raise ValueError("not a port, a user or a name")
@@ -100,7 +109,7 @@ def _read_access(fields: Mapping[str, Any]) -> AccessRecord | Skipped:
     listed, dialled = fields.get("candidates"), fields.get("dest_addr")
     candidates = tuple(_candidates(listed)) if listed is not None else () if allowed else None
     connected = None if dialled is None else _host_of(dialled)
-    request = RecordedRequest(client, user, host, port, name, candidates, connected, proxy, local)
+    request = RecordedRequest(client, user, host, port, name, candidates, connected, proxy, local, command)
     return AccessRecord(at, request, allowed)
 
 

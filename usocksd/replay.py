@@ -61,7 +61,7 @@ def judge(policy: Policy, request: RecordedRequest) -> Outcome:
     if refusal is not None:
         return Outcome(None, "", NO_USER)
     try:
-        decision = Decision(policy.rules, client, request.host, request.port)
+        decision = Decision(policy.rules, client, request.host, request.port, request.command)
         name = str(canonical_host(request.name)) if request.name else decision.sent
     except (ResolveError, ValueError):
         return Outcome(True, "")  # no rule applies, and it can't be connected

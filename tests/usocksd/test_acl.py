@@ -12,7 +12,7 @@ from attrs import frozen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from usocksd.acl import AccessRules, Rule, RuleAnswer, Ruling, rules_of_lists
+from usocksd.acl import COMMANDS, PROTOCOLS, AccessRules, Rule, RuleAnswer, Ruling, rules_of_lists
 from usocksd.clients import Client, ClientRules
 from usocksd.config import UsocksdConfig
 from usocksd.names.match import PROTECTED, canonical_host, judged_addresses, parse_network
@@ -378,3 +378,24 @@ def test_which_clients_are_admitted(allow_from: list[str], admitted: str, others
     clients = ClientRules(map(parse_network, allow_from)) if allow_from else ClientRules()
     peers = f"{admitted} {others}".split()
     assert [peer for peer in peers if clients.admits(numeric_address(peer))] == admitted.split()
+
+
+@pytest.mark.parametrize(
+    ("commands", "denied"),
+    [
+        (None, {"connect", "bind", "udp_associate"}),
+        (PROTOCOLS["tcp"], {"connect", "bind"}),
+        (PROTOCOLS["udp"], {"udp_associate"}),
+        (frozenset({"bind"}), {"bind"}),
+    ],
+)
+def test_a_rule_holds_for_its_commands(commands: frozenset[str] | None, denied: set[str]) -> None:
+    access = rules(Rule(name="these", allow=False, commands=commands), deny_ports=[25])
+    address = numeric_address("203.0.113.1")
+    for command in COMMANDS:
+        ruling = access.judge(CLIENT, None, address, 443, command=command)
+        assert ruling.allowed == (command not in denied)
+        *_, last = access.trace(CLIENT, None, address, 443, command=command)
+        assert last.rule == ruling.rule
+        # The lists of [outgoing] hold for all, so no denial is walked around.
+        assert not access.judge(CLIENT, None, address, 25, command=command).allowed

@@ -304,3 +304,19 @@ def test_memory_is_bounded() -> None:
     assert [group.count for group in groups] == [34, 2, 2, 2]
     assert groups[0].new.rule == "other rules"
     assert both.count(Change.DENIED) == both.requests == 40
+
+
+def test_datagrams() -> None:
+    flow = read_record(line("udp flow", command="udp_associate", dest_port=53))
+    assert isinstance(flow, AccessRecord)
+    assert (flow.request.command, flow.request.port, flow.allowed) == ("udp_associate", 53, True)
+    old = policy()
+    new = policy('[[rule]]\naction = "deny"\nprotocol = "udp"\nname = "no datagrams"')
+    change = compare(judge(old, flow.request), judge(new, flow.request))
+    assert change is not None
+    assert (change[0], change[2].rule) == (Change.DENIED, "no datagrams")
+    assert judge(new, RecordedRequest("10.1.2.3", None, "www.example.com", 53, None, BOTH, None)).allowed
+    for message in ("association starts", "association ends"):
+        assert read_record(line(message, command="udp_associate", dest_host="0.0.0.0")) is Skipped.OTHER
+    assert read_record(line("udp flow", command="udp_associate", destinations=9)) is Skipped.OTHER
+    assert read_record(line("proxy starts", command="unheard of")) is Skipped.UNREADABLE

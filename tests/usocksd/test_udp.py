@@ -336,3 +336,28 @@ def test_connections_lists_it(server: Server, client: Client, destination: Socke
     answer = json.loads(subprocess.check_output(command))
     rows = [row for row in answer["connections"] if row["client"] == me]
     assert [(row["state"], row["tx_bytes"], row["rx_bytes"]) for row in rows] == [("association", 5, 0)]
+
+
+def test_rules_by_protocol(tmp_path: Path, dns: NameServer, destination: Socket) -> None:
+    rules = """
+[[rule]]
+action = "deny"
+protocol = "udp"
+to = ["127.0.0.9"]
+[[rule]]
+action = "deny"
+protocol = "tcp"
+to = ["one.test"]
+"""
+    with Server(tmp_path, dns, rules) as server, associated(server) as client:
+        client.send("127.0.0.9", 9)
+        daemons.wait_until(lambda: server.dropped()["denied"] == 1, "it is dropped")
+        client.send("one.test", port_of(destination))
+        assert destination.recv(100) == b"asked"
+        with socket.create_connection(("127.0.0.1", server.port)) as tcp:
+            assert daemons.socks5(tcp, "one.test", 9, as_name=True)[0] == 2
+        with socket.create_connection(("127.0.0.1", server.port)) as tcp:
+            assert daemons.socks5(tcp, "127.0.0.9", 9)[0] == 5
+        command = [sys.executable, "-m", "usocksd", "-f", tmp_path / "usocksd.toml", "explain", "--from", "127.0.0.1"]
+        for options, status in ((["--udp", "--live"], 1), (["--udp"], 1), ([], 0)):
+            assert subprocess.run([*command, *options, "127.0.0.9:9"], check=False).returncode == status

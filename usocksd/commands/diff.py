@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import IO, Any, Final
 
+from usocksd.acl import CONNECT
 from usocksd.config import UsocksdConfig
 from usocksd.errors import Error
 from usocksd.net.address import join_port
@@ -200,6 +201,7 @@ def _record(record: AccessRecord) -> Json:
         "user": request.user,
         "host": request.host,
         "port": request.port,
+        "command": request.command,
         "candidates": None if request.candidates is None else list(request.candidates),
         "allowed": record.allowed,
     }
@@ -265,7 +267,8 @@ def _example(group: Json) -> str:
 def _request(record: Json) -> str:
     client = record["client"] if record["user"] is None else f"{record['client']} ({record['user']})"
     to = "" if record["host"] is None else f" to {join_port(record['host'], record['port'])}"
-    return f"{client}{to}, {_until_second(record['at'])}"
+    how = "" if record["command"] == CONNECT else f" by {record['command']}"
+    return f"{client}{to}{how}, {_until_second(record['at'])}"
 
 
 def _until_second(at: str) -> str:

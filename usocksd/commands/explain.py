@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+from usocksd.acl import BIND, CONNECT, UDP_ASSOCIATE
 from usocksd.config import UsocksdConfig
 from usocksd.net.address import join_port, numeric_address
 from usocksd.serve.daemon import Daemon
@@ -81,6 +82,18 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
         "--from", dest="client", metavar="ADDRESS", required=True, type=_parse_client, help="the client's address"
     )
     parser.add_argument("--user", metavar="USER", help="the user that it authenticates as (default: none)")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument(
+        "--udp",
+        dest="command",
+        action="store_const",
+        const=UDP_ASSOCIATE,
+        default=CONNECT,
+        help="a datagram of a UDP association (default: a connection)",
+    )
+    kind.add_argument(
+        "--bind", dest="command", action="store_const", const=BIND, help="a connection from there, by BIND"
+    )
     parser.add_argument("--live", action="store_true", help="ask the running daemon instead of judging FILE")
     parser.add_argument(
         "--control",
@@ -114,7 +127,7 @@ def _parse_destination(text: str) -> tuple[str, int]:
 
 def _run(daemon: Daemon[UsocksdConfig], args: argparse.Namespace) -> int:
     host, port = args.to
-    request = {"client": args.client, "user": args.user, "host": host, "port": port}
+    request = {"client": args.client, "user": args.user, "host": host, "port": port, "command": args.command}
 
     def run() -> int:
         answer = _ask(daemon, args, request) if args.live else _judge(daemon, args, request)
@@ -229,7 +242,8 @@ def _as_text(answer: Json, *, verbose: bool) -> Iterator[str]:
 
 def _headline(answer: Json) -> str:
     client = answer["client"] if answer["user"] is None else f"{answer['client']} ({answer['user']})"
-    text = f"{client} to {join_port(answer['host'], answer['port'])}: {answer['verdict']}"
+    how = {CONNECT: "", BIND: " by BIND", UDP_ASSOCIATE: " by UDP"}[answer["command"]]
+    text = f"{client} to {join_port(answer['host'], answer['port'])}{how}: {answer['verdict']}"
     if answer["rule"] is not None:
         by = ", allowed by" if answer["verdict"] == "unreachable" else " by"
         steps = [*answer["steps"], *(step for each in answer["addresses"] for step in each["steps"])]

@@ -42,6 +42,7 @@ table inet by_hand {{
         type filter hook prerouting priority mangle
         {what} fib daddr type != local meta nfproto ipv4 meta l4proto udp tproxy ip to :1084 meta mark set 0x7474
         {what} fib daddr type != local meta nfproto ipv6 meta l4proto udp tproxy ip6 to :1084 meta mark set 0x7474
+        {more}
     }}
     chain output {{
         type route hook output priority mangle
@@ -77,8 +78,8 @@ interval = 0.2
 
 
 @contextlib.contextmanager
-def rules(net: lab.Net, tool: str = "nft", own: str | None = None) -> Iterator[None]:
-    """These rules and their routing, loaded by hand."""
+def rules(net: lab.Net, tool: str = "nft", own: str = NFT_OWN, more: str = "") -> Iterator[None]:
+    """These rules and their routing, loaded by hand. `more` rules are of the chain that gets a client's datagrams."""
     host = net.client is net.proxy
     with contextlib.ExitStack() as stack:
         for words in ("rule add fwmark 0x7474 lookup 7474", "route add local default dev lo table 7474"):
@@ -87,7 +88,10 @@ def rules(net: lab.Net, tool: str = "nft", own: str | None = None) -> Iterator[N
                 stack.callback(net.proxy.run, "ip", family, *words.replace("add", "del").split())
         if tool == "nft":
             what = 'iifname "lo" meta mark 0x7474' if host else 'iifname "lan0"'
-            text = NFT.format(what=what, own=(NFT_OWN if own is None else own) if host else "")
+            if host:
+                text = NFT.format(what=what, more="", own=own + more.format(where=""))
+            else:
+                text = NFT.format(what=what, more=more.format(where=what), own="")
             net.proxy.run("nft", "-f", "-", input=text)
             stack.callback(net.proxy.run, "nft", "flush", "ruleset")
         else:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # ATYP of RFC 1928 section 7, and the length of the header with such an address
 _IPV4: Final = 1
+_IPV6: Final = 4
 _V4_HEADER: Final = 10
 _V6_HEADER: Final = 22
 # How often, in seconds, the state of the proxy is looked at.
@@ -99,9 +100,16 @@ class RelayOutlet(Outlet):
         except OSError:
             return True
         self.heard = reactor.now
-        at = _V4_HEADER if reactor.buffer[3] == _IPV4 else _V6_HEADER
-        if size < at:
+        if size < _V4_HEADER:
             self.association.dropped("short")
+            return True
+        kind = reactor.buffer[3]
+        if kind == _IPV4:
+            at = _V4_HEADER
+        elif kind == _IPV6:
+            at = _V6_HEADER
+        else:  # the sender of a reply is always given as an address
+            self.association.dropped("address_type")
             return True
         flow = self.association.flows.get(bytes(view[:at]))
         if flow is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pwd
 from collections.abc import Iterator, Sequence
 
-from transocks.config import DEFAULT, DIRECT, FAILOVER, TransocksConfig
+from transocks.config import DEFAULT, DIRECT, FAILOVER, REFUSE, TransocksConfig
 from transocks.original_dst import OWN_USERS
 from transocks.route_settings import NAME
 from transocks.routes import UDP
@@ -38,6 +38,7 @@ def lint(
         *(lint_servers(config.dns.servers) if config.dns.resolver == "dns" else ()),
         *_tproxy(config, host),
         *_groups(config, host, None if source is None or not readable_by_all(source) else source),
+        *_without_udp(config),
         *_direct(config, own_users),
         *_routes(config),
         *lint_networks("names.skip_networks", config.names.skip_networks),
@@ -78,6 +79,18 @@ def _groups(config: TransocksConfig, host: HostFacts, readable: str | None) -> I
         if len(seen) == 1 and group.policy != FAILOVER:
             at = key.replace("proxy_url", "policy")
             yield Fault(at, show(group.policy), "has no meaning for one proxy: remove it, or add proxies")
+
+
+def _without_udp(config: TransocksConfig) -> Iterator[Fault]:
+    """Groups through which no datagram can go."""
+    for key, group in config.keyed_groups():
+        if (
+            config.listen_udp
+            and group.when_no_udp == REFUSE
+            and not any(url.scheme.is_socks5 for url in group.proxy_url)
+        ):
+            dropped = 'none of its proxies carries UDP, so datagrams are dropped: expected "direct", or a socks5 proxy'
+            yield Fault(key.replace("proxy_url", "when_no_udp"), show(REFUSE), dropped)
 
 
 def _hears(listen: ListenAddress, proxy: ProxyURL, host: HostFacts) -> bool:

@@ -62,6 +62,14 @@ def test_an_address_for_datagrams_that_this_host_lacks() -> None:
     assert keys(f'{PROXY}listen_udp = "192.0.2.77:1084"') == ["listen_udp"]
 
 
+def test_groups_without_udp() -> None:
+    http, listen = 'proxy_url = ["http://192.0.2.1:3128", "socks4a://192.0.2.2"]\n', 'listen_udp = "localhost:1084"\n'
+    assert keys(http) == []
+    assert keys(http + listen) == ["when_no_udp"]
+    assert keys(f'{http}{listen}when_no_udp = "direct"\nmark = 1') == []
+    assert keys(f"{PROXY}{listen}[upstream.far]\n{http}[[route]]\nvia = 'far'") == ["upstream.far.when_no_udp"]
+
+
 def test_a_password_that_everybody_may_read(tmp_path: Path) -> None:
     file = tmp_path / "transocks.toml"
     with_password = TransocksConfig(proxy_url=(parse_proxy_url("http://me:s3cret@192.0.2.1:3128"),))

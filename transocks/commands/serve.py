@@ -111,5 +111,5 @@ def build(config: TransocksConfig, parts: Parts) -> Application:
         close,
         keeping=(upstreams.health.keep,),
         keepalive=keepalive,
-        status=lambda: {"upstreams": upstreams.status()},
+        status=lambda: {"upstreams": upstreams.status(), "udp": bool(config.listen_udp)},
     )

@@ -91,7 +91,7 @@ def _facts(answer: Answer) -> Iterator[tuple[str, str, bool]]:
         if pool["addresses"]:
             yield f"egress {name}", *_egress(pool)
     for name, group in answer["daemon"].get("upstreams", {}).items():
-        yield f"upstreams {name}", *_upstreams(group)
+        yield f"upstreams {name}", *_upstreams(group, udp=answer["daemon"].get("udp", False))
 
 
 def _egress(pool: dict[str, Any]) -> tuple[str, bool]:
@@ -104,15 +104,20 @@ def _egress(pool: dict[str, Any]) -> tuple[str, bool]:
     return "; ".join(parts), bool(absent or listed)
 
 
-def _upstreams(group: dict[str, Any]) -> tuple[str, bool]:
-    """How many upstreams of a group are up, and what is wrong with those that are down or slow"""
+def _upstreams(group: dict[str, Any], *, udp: bool) -> tuple[str, bool]:
+    """How many upstreams of a group are up, what is wrong with those that are down or slow, and where datagrams are
+    taken (`udp`), which have no UDP
+    """
     upstreams = group["upstreams"]
     down = [f"{each['upstream']} ({each['why']})" for each in upstreams if not each["up"]]
     slow = [f"{each['upstream']} ({each['latency']:.1f} s)" for each in upstreams if each["up"] and each.get("slow")]
     parts = [f"{len(upstreams) - len(down)} of {len(upstreams)} up"]
     parts += [group["policy"]] if len(upstreams) > 1 else []
-    parts += [f"{what}: {_few(some)}" for what, some in (("down", down), ("slow", slow)) if some]
-    return "; ".join(parts), bool(down or slow)
+    without = [each["upstream"] for each in upstreams if udp and each["udp"] is False]
+    listed = (("down", down), ("slow", slow), ("without UDP", without))
+    parts += [f"{what}: {_few(some)}" for what, some in listed if some]
+    # (That is no fault where others have it, or datagrams go directly.)
+    return "; ".join(parts), bool(down or slow or (len(without) == len(upstreams) and group["when_no_udp"] == "refuse"))
 
 
 def _few(texts: list[str]) -> str:

@@ -85,6 +85,12 @@ GROUPS = {
     "far": {"policy": "sticky", "upstreams": [DOWN, WELL]},
     "slow": {"policy": "sticky", "upstreams": [SLOW, WELL]},
 }
+WITHOUT, WITH = WELL | {"udp": False}, WELL | {"udp": None}
+UDP_GROUPS = {
+    "default": {"policy": "failover", "when_no_udp": "refuse", "upstreams": [WITHOUT]},
+    "direct": {"policy": "failover", "when_no_udp": "direct", "upstreams": [WITHOUT]},
+    "both": {"policy": "sticky", "when_no_udp": "refuse", "upstreams": [WITHOUT, WITH]},
+}
 SIX = [f"198.51.100.{number}" for number in range(10, 16)]
 POOLS = {
     "default": {"addresses": [], "local": [], "listed": {}},
@@ -132,6 +138,14 @@ POOLS = {
                 "upstreams far      1 of 2 up; sticky; down: http://192.0.2.2:3128 (connect 192.0.2.2:3128: Connection"
                 " refused)",
                 "upstreams slow     2 of 2 up; sticky; slow: socks5://192.0.2.3:1080 (2.0 s)",
+            ],
+        ),
+        (
+            {"daemon": {"udp": True, "upstreams": UDP_GROUPS}},
+            [
+                "upstreams default  1 of 1 up; without UDP: socks5://192.0.2.1:1080",
+                "upstreams direct   1 of 1 up; without UDP: socks5://192.0.2.1:1080",
+                "upstreams both     2 of 2 up; sticky; without UDP: socks5://192.0.2.1:1080",
             ],
         ),
         (

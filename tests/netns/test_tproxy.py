@@ -480,7 +480,7 @@ def test_what_keeps_it_from_listening(gateway_net: lab.Net, tmp_path: Path) -> N
         return str(client.record("can't start")["error"])
 
     assert error(prefix=NOT_ADMIN).startswith(
-        f"can't listen on 0.0.0.0:{PORT}: a listen_tproxy socket (IP_TRANSPARENT) needs CAP_NET_ADMIN"
+        f"can't listen on 0.0.0.0:{PORT}: a socket with IP_TRANSPARENT needs CAP_NET_ADMIN"
     )
     words = (*NOT_ADMIN, sys.executable, "-m", "transocks", "check", tmp_path / "transocks.toml")
     check = net.proxy.run(*words, check=False)

@@ -388,6 +388,29 @@ def test_old_flows_give_way(gateway_net: lab.Net, tmp_path: Path) -> None:
         assert flows[0]["dest_addr"] == f"{lab.WEB_V4}:{ECHO}"
 
 
+def test_a_scan_harms_no_other_client(gateway_net: lab.Net, tmp_path: Path) -> None:
+    net = gateway_net
+    net.lab.ip(net.client, "addr add 192.168.77.3/24 dev eth0")
+    with (
+        Echo(net),
+        both(net, tmp_path, TRANSOCKS + "[udp]\nflows = 64\n") as (client, _),
+        Client(net) as here,
+        Client(net) as scanner,
+    ):
+        here.sock.bind(("192.168.77.3", 0))
+        before = here.ask()
+        fds = client.fds()
+        for port in range(20000, 22000):
+            scanner.sock.sendto(b"scan", (lab.WEB_V4, port))
+            if not port % 50:
+                scanner.ask()
+        assert client.fds() < fds + 2 * 64
+        assert here.ask() == before
+        scanner.sock.close()
+        assert len(client.records("udp flow")) <= 1024
+        assert client.records("udp flow", client_addr=f"192.168.77.3:{here.port}") == []
+
+
 # ---- what does not go on
 
 

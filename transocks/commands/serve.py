@@ -74,13 +74,16 @@ def build(config: TransocksConfig, parts: Parts) -> Application:
         keepalive=keepalive,
         access_log=access_log,
     )
-    udp_guard = LoopGuard(
-        listen_ports={listen.port for listen in config.listen_udp},
-        hosts=hosts,
-        upstreams=lambda: upstreams.addresses,
-        most_per_destination=0,
-        udp=True,
+    application = Application(
+        sessions.serve,
+        (hosts.watch, resolver.run, upstreams.health.run),
+        close=guard.close,
+        keeping=(upstreams.health.keep,),
+        keepalive=keepalive,
+        status=lambda: {"upstreams": upstreams.status(), "udp": bool(config.listen_udp)},
     )
+    if not config.listen_udp:
+        return application
     udp = TransparentUdp(
         config.listen_udp,
         means=Means(
@@ -92,7 +95,13 @@ def build(config: TransocksConfig, parts: Parts) -> Application:
         ),
         reactor=parts.reactor,
         begin=parts.begin,
-        guard=udp_guard,
+        guard=LoopGuard(
+            listen_ports={listen.port for listen in config.listen_udp},
+            hosts=hosts,
+            upstreams=lambda: upstreams.addresses,
+            most_per_destination=0,
+            udp=True,
+        ),
         routes=routes,
         ways=ways,
         is_local=hosts.is_local,
@@ -100,16 +109,7 @@ def build(config: TransocksConfig, parts: Parts) -> Application:
     )
 
     def close() -> None:
+        udp.close()
         guard.close()
-        udp_guard.close()
 
-    return Application(
-        sessions.serve,
-        (hosts.watch, resolver.run, upstreams.health.run),
-        udp.open,
-        udp.shut,
-        close,
-        keeping=(upstreams.health.keep,),
-        keepalive=keepalive,
-        status=lambda: {"upstreams": upstreams.status(), "udp": bool(config.listen_udp)},
-    )
+    return application._replace(open=udp.open, shut=udp.shut, close=close)

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from socket import SocketType
 from typing import Any
 
-from usocksd.net.address import socket_address
+from usocksd.net.address import join_port, socket_address
 from usocksd.net.listeners import ListenError
 
 # linux/in.h and linux/in6.h; Python 3.11 has no names for them.
@@ -51,7 +51,7 @@ def open_listener(host: str, port: int) -> SocketType:
     except OSError as error:
         if sock is not None:
             sock.close()
-        raise ListenError(f"{host}:{port} (UDP)", error.errno or errno.EIO, transparent=True) from None
+        raise ListenError(f"{join_port(host, port)} (UDP)", error.errno or errno.EIO, transparent=True) from None
     return sock
 
 
@@ -64,6 +64,7 @@ def open_flow(destination: tuple[Any, ...], client: tuple[Any, ...], mark: int |
     v6 = len(destination) > 2
     sock = SocketType(socket.AF_INET6 if v6 else socket.AF_INET, _DATAGRAM)
     try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER)
         # Several clients may talk to the same destination.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         _make_transparent(sock, v6=v6)

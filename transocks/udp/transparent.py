@@ -32,7 +32,7 @@ from usocksd.settings.types import ListenAddress
 
 log = logging.getLogger(__name__)
 
-# At the bound of flows, and at that of descriptors, one in 16 gives way at a time.
+# At the bound of flows, and at that of descriptors, one in 16 of a client's gives way at a time.
 _SHARE: Final = 16
 _LEAST: Final = 4
 _NO_DESCRIPTOR: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -40,6 +40,7 @@ _NO_DESCRIPTOR: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM
 # Causes by which datagrams are dropped, beside those of usocksd/serve/associations.py.
 _DROPPED: Final = (
     "unreachable",
+    "limit",
     "no_udp",
     "local",
     "loop",
@@ -105,6 +106,11 @@ class TransparentUdp:
         for listener in listeners:
             listener.close()
 
+    def close(self) -> None:
+        """Give back what it has opened, but for associations, which are sessions."""
+        self.shut()
+        self._guard.close()
+
     # ---- datagrams
 
     def first(self, client: Address, destination: Address, size: int) -> None:
@@ -168,11 +174,14 @@ class TransparentUdp:
         if group is not None and not group.carries_udp:
             self._drop("no_udp", "no upstream carries UDP", via, group=via, client_addr=source, dest_addr=place)
             return None
+        if not self.means.counters.room():
+            self._make_room()
+            self._drop("descriptors")
+            return None
         records = UdpRecords(self._access_log, source, place, route, self._reactor.now)
         association = UdpAssociation(self, self._reactor, (client, via), client=source, group=group, records=records)
         if not self._begin(association.serve(), source.host, source.port):
-            self._make_room()
-            self._drop("descriptors")
+            self._drop("limit")
             return None
         self._associations[client, via] = association
         return association
@@ -231,15 +240,22 @@ class TransparentUdp:
     # ---- bounds
 
     def _make_room(self) -> None:
-        """Have the flows that were used longest ago end, behind the events of this turn."""
+        """Have old flows end, behind the events of this turn."""
         if not self._makes_room:
             self._makes_room = True
             self._reactor.call_soon(self._end_oldest)
 
     def _end_oldest(self) -> None:
+        """Those of the client with the most flows, so that a scan harms no other client; first those that were used
+        longest ago.
+        """
         self._makes_room = False
-        number = max(len(self._flows) // _SHARE, _LEAST)
-        for flow in heapq.nsmallest(number, self._flows.values(), key=attrgetter("used")):
+        by_client: dict[str, list[ClientFlow]] = {}
+        for flow in self._flows.values():
+            by_client.setdefault(str(flow.key[0][0]), []).append(flow)
+        found = max(by_client.values(), key=len, default=[])
+        number = max(len(found) // _SHARE, len(self._flows) - self.means.udp.flows, _LEAST)
+        for flow in heapq.nsmallest(number, found, key=attrgetter("used")):
             flow.association.forget(flow, Reason.SHED, Side.PROXY)
 
     def _may_not(self, address: IPAddress) -> bool:

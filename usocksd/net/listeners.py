@@ -66,7 +66,7 @@ class ListenError(Error):
         if transparent and number == errno.EPERM:
             # (To bind to a port below 1024 is EACCES.)
             problem = (
-                "a listen_tproxy socket (IP_TRANSPARENT) needs CAP_NET_ADMIN: give it to the service"
+                "a socket with IP_TRANSPARENT needs CAP_NET_ADMIN: give it to the service"
                 " (AmbientCapabilities= of the unit), or let systemd open the socket (Transparent= of a .socket unit)"
             )
         super().__init__(f"can't listen on {place}: {problem}")

@@ -194,9 +194,14 @@ class TransocksConfig(CommonConfig):
 
     def _check_rules(self, rules: RulesConfig) -> None:
         """Settings elsewhere that [rules] needs."""
-        if Mode.TPROXY in rules.mode and rules.tproxy_mark == (MARK if self.mark is None else self.mark):
+        if (Mode.TPROXY in rules.mode or rules.udp_ports) and rules.tproxy_mark == (
+            MARK if self.mark is None else self.mark
+        ):
             expected = "expected another than that of connections to leave alone, `mark`"
             raise Invalid(expected, shown=f"{rules.tproxy_mark:#x}", at="rules.tproxy_mark")
+        if rules.udp_ports and not eligible(Mode.TPROXY, self.listen_udp):
+            expected = 'expected listen_udp = "localhost:1084" beside it'
+            raise Invalid(expected, shown="", at="rules.udp_ports")
         for mode in rules.mode:
             if not eligible(mode, self.listen_tproxy if mode is Mode.TPROXY else self.listen):
                 key, example = _WHERE_RULES_SEND[mode]

@@ -97,7 +97,7 @@ def track_others(redirections: Sequence[Redirection]) -> None:
     time. Not if they are refused already: then an unknown connection may be a forgotten redirected one. Raises
     FirewallError.
     """
-    if any(each.closed and each.mode is Mode.HOST for each in redirections):
+    if any(each.closed and each.mode is Mode.HOST and not each.udp for each in redirections):
         nft = live.loaded((_HOST.table, _HOST.guard))
         refused = any("jump refuse_unknown" in rule for table in nft for rule in table.rules)
         if not refused and not any(_HOST.chains[2] in table.chains for table in _saved()):

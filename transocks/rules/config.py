@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 from ipaddress import ip_network
 from typing import Annotated
@@ -87,6 +87,18 @@ def _network(value: str) -> IPNetwork:
     return keep_host_bits(ip_network(value, strict=False), value)
 
 
+def _udp_ports(value: object) -> tuple[tuple[int, int], ...]:
+    if value == "all":
+        return ALL_PORTS
+    if type(value) is not list:
+        raise ValueError
+    parse: Callable[[object], tuple[int, int]] = port_range(1).parse  # type: ignore[assignment]
+    return tuple(map(parse, value))
+
+
+ALL_PORTS = ((1, 65535),)
+"""The value of udp_ports = "all": unlike the same range as a list, it leaves QUIC to `reject_quic`."""
+
 Modes = Annotated[tuple[Mode, ...], Parser(_modes, _MODES)]
 Account = Annotated[int | str, Parser(_account, 'a name or a number, as in "backup" or 1000')]
 CgroupPath = Annotated[
@@ -95,6 +107,9 @@ CgroupPath = Annotated[
 InterfaceName = Annotated[str, Parser(_interface, 'the name of an interface, at most 15 characters, as in "eth0"')]
 RuleNetwork = Annotated[IPNetwork, text(_network, 'a network or an IP address, as in "10.0.0.0/8" or "192.0.2.1"')]
 RulePorts = Annotated[tuple[int, int], port_range(1)]
+UDPPorts = Annotated[
+    tuple[tuple[int, int], ...], Parser(_udp_ports, '"all", or a list of ports and ranges, as in [53, "6000-6100"]')
+]
 
 
 @attrs.frozen(kw_only=True)
@@ -112,6 +127,8 @@ class RulesConfig:
     from_: tuple[RuleNetwork, ...] = ()
     to: tuple[RuleNetwork, ...] = ()
     ports: tuple[RulePorts, ...] = ()
+    udp_ports: UDPPorts = ()
+    """the ports of UDP that are taken too, by TPROXY in every mode"""
     exclude: tuple[RuleNetwork, ...] | None = None
     """destinations to leave alone; None: those of the files in iptables/"""
     exempt_users: tuple[Account, ...] = ()
@@ -136,5 +153,5 @@ class RulesConfig:
             expected = 'expected mode "gateway" or "tproxy" beside it: what this host sends comes in by none'
             yield Invalid(expected, shown=show(table["interfaces"]), at="interfaces")
         mark = table.get("tproxy_mark", 1)
-        if Mode.TPROXY in modes and mark in (253, 254, 255):  # the kernel's own tables
+        if (Mode.TPROXY in modes or table.get("udp_ports")) and mark in (253, 254, 255):  # the kernel's own tables
             yield Invalid("expected another number than 253, 254 and 255", shown=show(mark), at="tproxy_mark")

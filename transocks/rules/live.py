@@ -13,7 +13,10 @@ from transocks.tools import FirewallError, run, which
 from usocksd.host.sockets import listeners
 from usocksd.net.address import join_port
 
-_MODES = tuple(Redirection(mode=mode, port=0) for mode in Mode)
+_MODES = (
+    *(Redirection(mode=mode, port=0) for mode in Mode),
+    *(Redirection(mode=mode, port=0, udp=True) for mode in (Mode.HOST, Mode.TPROXY)),
+)
 TABLES = tuple(each.table for each in _MODES)
 """Our nft tables."""
 GUARDS = tuple(each.guard for each in _MODES)
@@ -113,7 +116,7 @@ def missing_listeners(redirection: Redirection) -> list[str]:
     FirewallError.
     """
     try:
-        there = [listener for listener in listeners() if listener.port == redirection.port]
+        there = [listener for listener in listeners(udp=redirection.udp) if listener.port == redirection.port]
     except OSError as error:
         raise FirewallError(f"the kernel does not tell who listens: {error.strerror}") from None
     missing = []

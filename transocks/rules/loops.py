@@ -71,7 +71,7 @@ def takes(redirection: Redirection, sender: Sender, destination: IPAddress, port
 
 def loops(config: TransocksConfig, redirections: list[Redirection]) -> Iterator[str]:
     """Each loop in words, with what to do. Reads the sockets and processes of this host."""
-    host = next((each for each in redirections if each.mode is Mode.HOST), None)
+    host = next((each for each in redirections if each.mode is Mode.HOST and not each.udp), None)
     if host is not None:
         with contextlib.suppress(OSError):  # the kernel does not tell who listens
             yield from _loops(config, host, listeners())

@@ -10,7 +10,7 @@ from ipaddress import IPv4Address, IPv6Address
 
 import attrs
 
-from transocks.rules.config import Mode, RulesConfig, WhenDown
+from transocks.rules.config import ALL_PORTS, Mode, RulesConfig, WhenDown
 from transocks.tools import FirewallError
 from usocksd.host.mounts import mounts
 from usocksd.net.address import IPAddress, IPNetwork
@@ -19,6 +19,7 @@ from usocksd.settings.types import ListenAddress
 CGROUPS = "/sys/fs/cgroup"
 MARK = 0x7473
 """The mark that the files in iptables/ leave alone."""
+QUIC = 443
 LOOPBACK: dict[int, IPAddress] = {4: IPv4Address("127.0.0.1"), 6: IPv6Address("::1")}
 _ANY: dict[int, IPAddress] = {4: IPv4Address("0.0.0.0"), 6: IPv6Address("::")}
 
@@ -32,6 +33,8 @@ class Redirection:
     mode: Mode
     port: int
     """where transocks listens"""
+    udp: bool = False
+    """it takes UDP, and by TPROXY: of this host (mode HOST), or what is routed through it (mode TPROXY)"""
     addresses: tuple[IPAddress, ...] = ()
     """TPROXY: where its listeners are, if not on all addresses; one for each family"""
     name: str | None = None
@@ -66,11 +69,27 @@ class Redirection:
         return next((address for address in self.addresses if address.version == version), LOOPBACK[version])
 
     @property
+    def by_tproxy(self) -> bool:
+        """Whether it needs TPROXY's routing."""
+        return self.udp or self.mode is Mode.TPROXY
+
+    @property
+    def title(self) -> str:
+        """What it is, for people."""
+        return f"{self.mode.value} (UDP)" if self.udp else self.mode.value
+
+    @property
+    def file(self) -> str:
+        """The name of its files in iptables/, without their endings."""
+        if not self.udp:
+            return self.mode.value
+        return "dgram" if self.mode is Mode.HOST else "tproxy_dgram"
+
+    @property
     def table(self) -> str:
         """The name of the nft table."""
-        if self.name is not None:
-            return self.name
-        return "transocks" if self.mode is Mode.HOST else f"transocks_{self.mode.value}"
+        name = self.name or ("transocks" if self.mode is Mode.HOST else f"transocks_{self.mode.value}")
+        return f"{name}_dgram" if self.udp and self.name is None else name
 
     @property
     def guard(self) -> str:
@@ -84,14 +103,22 @@ class Redirection:
 
     @property
     def chains(self) -> tuple[str, ...]:
-        """The names of its iptables chains: those for UDP and forgotten connections after the first."""
+        """The names of its iptables chains. TCP: those for QUIC and forgotten connections after the first."""
+        if self.udp:
+            return (self.chain, f"{self.chain}-IN") if self.mode is Mode.HOST else (self.chain,)
         return (self.chain, f"{self.chain}-UDP", f"{self.chain}-TCP")
 
 
 def redirections_of(
-    rules: RulesConfig, listen: Sequence[ListenAddress], listen_tproxy: Sequence[ListenAddress], mark: int | None
+    rules: RulesConfig,
+    listen: Sequence[ListenAddress],
+    listen_tproxy: Sequence[ListenAddress],
+    mark: int | None,
+    listen_udp: Sequence[ListenAddress] = (),
 ) -> list[Redirection]:
-    """The redirections of [rules], one for each mode. Raises FirewallError for users and groups that do not exist."""
+    """The redirections of [rules], one for each mode, and with `listen_udp` one more for its UDP. Raises FirewallError
+    for users and groups that do not exist.
+    """
     users, groups = _ids(rules.users, "users", _uid), _ids(rules.groups, "groups", _gid)
     exempt_users = _ids(rules.exempt_users, "exempt_users", _uid)
     found = []
@@ -103,11 +130,33 @@ def redirections_of(
                 users=users if host else (), groups=groups if host else (), cgroups=rules.cgroups if host else (),
                 cgroups_at=cgroups_at() if rules.cgroups else ".", interfaces=() if host else rules.interfaces,
                 from_=rules.from_, to=rules.to, ports=rules.ports, mark=mark, exempt_users=exempt_users,
-                exclude=rules.exclude, reject_quic=rules.reject_quic, closed=rules.when_down is WhenDown.CLOSED,
+                exclude=rules.exclude, reject_quic=rules.reject_quic and not takes_quic(rules),
+                closed=rules.when_down is WhenDown.CLOSED,
                 tproxy_mark=rules.tproxy_mark,
             )
         )  # fmt: skip
-    return found
+    udp = eligible(Mode.TPROXY, listen_udp) if rules.udp_ports else []
+    return found + [
+        attrs.evolve(
+            each,
+            udp=True,
+            mode=Mode.HOST if each.mode is Mode.HOST else Mode.TPROXY,
+            port=udp[0].port,
+            addresses=_specific(udp),
+            ports=_without_quic() if rules.udp_ports is ALL_PORTS and rules.reject_quic else rules.udp_ports,
+        )
+        for each in found
+        if udp
+    ]
+
+
+def takes_quic(rules: RulesConfig) -> bool:
+    """Whether QUIC is carried, and so not refused."""
+    return rules.udp_ports is not ALL_PORTS and any(low <= QUIC <= high for low, high in rules.udp_ports)
+
+
+def _without_quic() -> tuple[tuple[int, int], ...]:
+    return (1, QUIC - 1), (QUIC + 1, 65535)
 
 
 def cgroups_at() -> str:

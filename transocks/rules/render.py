@@ -19,12 +19,13 @@ from transocks.rules.config import Mode
 from transocks.rules.redirection import Redirection
 from usocksd.net.address import IPNetwork
 
-_PORTS = {Mode.HOST: 1081, Mode.GATEWAY: 1081, Mode.TPROXY: 1084}
+_PORTS = {"host": 1081, "gateway": 1081, "tproxy": 1084, "dgram": 1084, "tproxy_dgram": 1084}
 
 # Where traffic enters our chains: in nft the hook lines, in iptables the last line of each chain.
 _NFT_TCP = r"^(\t\t)(tcp flags & \(fin \| syn \| rst \| ack\) == syn jump (?:redirect|tproxy)_tcp)$"
+_NFT_UDP = r"^(\t\t)(udp dport @ports jump (?:mark|tproxy)_udp)$"
 _NFT_UNKNOWN = r"^(\t\t)#(tcp flags & \(fin \| syn \| rst \| ack\) != syn ct {} .* jump refuse_unknown)$"
-_NFT_UDP = r"^(\t\t)(udp dport 443 jump reject_quic)$"
+_NFT_QUIC = r"^(\t\t)(udp dport 443 jump reject_quic)$"
 
 
 def render_all_nft(redirections: Iterable[Redirection], *, seconds: int | None = None) -> str:
@@ -44,7 +45,7 @@ def render_nft(redirection: Redirection, *, seconds: int | None = None) -> str:
     seconds: how long the rules are in force unless prolonged; None: for good.
     """
     mode = redirection.mode
-    text = _template(f"{mode.value}.nft")
+    text = _template(f"{redirection.file}.nft")
     text = _replace(text, r"^(define transocks_port =) \d+$", rf"\1 {redirection.port}")
     text = _replace(text, rf"\binet {_file_names(redirection).table}\b", f"inet {redirection.table}", 4)
     if redirection.mark is not None:
@@ -61,6 +62,8 @@ def render_nft(redirection: Redirection, *, seconds: int | None = None) -> str:
             elements = rf"\1\t\telements = {_nft_set(networks)}\n" if networks else r"\1"
             pattern = rf"^(\tset direct{version} \{{\n(?:\t\t(?!elements).*\n)*)\t\telements = \{{[^}}]*\}}\n"
             text = _replace(text, pattern, elements)
+    if redirection.udp:
+        return _render_nft_udp(text, redirection)
     if mode is Mode.TPROXY:
         text = _render_nft_tproxy(text, redirection)
     matches = list(_nft_matches(redirection, "tcp"))
@@ -69,18 +72,33 @@ def render_nft(redirection: Redirection, *, seconds: int | None = None) -> str:
         for condition in ("state", "label") if mode is Mode.TPROXY else ("state",):
             text = _multiply(text, _NFT_UNKNOWN.format(condition), matches)
     quic = list(_nft_matches(attrs.evolve(redirection, ports=()), "udp")) if _refuses_quic(redirection) else []
-    return _multiply(text, _NFT_UDP, quic)
+    return _multiply(text, _NFT_QUIC, quic)
 
 
-def _render_nft_tproxy(text: str, redirection: Redirection) -> str:
-    # Also in the commands at the top of the file.
-    text = _replace(text, r"\b0x7474\b", f"{redirection.tproxy_mark:#x}", 6)
-    text = _replace(text, r"\b29812\b", f"{redirection.tproxy_mark}", 9)
+def _render_nft_udp(text: str, redirection: Redirection) -> str:
+    text = _set_tproxy(text, redirection, marks=3, tables=4)
+    ports = _nft_set(_range(low, high, "-") for low, high in merge_ranges(redirection.ports))
+    text = _replace(text, r"^(\t\telements =) \{ 53 \}$", rf"\1 {ports}")
+    if redirection.closed and redirection.mode is not Mode.HOST:
+        text = _replace(text, r"^(\t\t)#(meta l4proto udp reject .*)$", r"\1\2")
+    selected = list(_nft_matches(attrs.evolve(redirection, ports=()), "udp"))
+    return _multiply(text, _NFT_UDP, selected)
+
+
+def _set_tproxy(text: str, redirection: Redirection, *, marks: int, tables: int) -> str:
+    """With this mark, which is there so often, also in the commands at the top; and these addresses."""
+    text = _replace(text, r"\b0x7474\b", f"{redirection.tproxy_mark:#x}", marks)
+    text = _replace(text, r"\b29812\b", f"{redirection.tproxy_mark}", tables)
     for address in redirection.addresses:
         old, new = ("ip to 127.0.0.1:", f"ip to {address}:")
         if address.version == 6:
             old, new = ("ip6 to [::1]:", f"ip6 to [{address}]:")
         text = _replace(text, re.escape(f" tproxy {old}"), f" tproxy {new}")
+    return text
+
+
+def _render_nft_tproxy(text: str, redirection: Redirection) -> str:
+    text = _set_tproxy(text, redirection, marks=6, tables=9)
     if redirection.closed:
         text = _replace(text, r"^(\t\t)#(meta l4proto tcp reject with tcp reset|ct label set 116)$", r"\1\2", 2)
     return text
@@ -99,6 +117,8 @@ def render_guard(redirection: Redirection) -> str:
     # A table with an owner must be declared with its flags.
     text = _replace(text, rf"^table inet {name} .*\n(delete table .*)$", rf"table inet {name} {{ flags owner; }}\n\1")
     text = _replace(text, rf"^(table inet {name} \{{)$", r"\1\n\tflags owner")
+    if redirection.udp:
+        return _guard_udp(text, redirection)
     if redirection.mode is Mode.TPROXY:
         text = _replace(text, r"^\t\tmeta nfproto ipv[46] meta l4proto tcp tproxy .*\n", "", 2)
         own_chain = "\t}\n\n\tchain forward_tcp {\n\t\ttype filter hook forward priority -10; policy accept;\n\n"
@@ -111,6 +131,18 @@ def render_guard(redirection: Redirection) -> str:
     return _replace(text, r"^\tchain exempt \{$", rf"{translation}\g<0>")
 
 
+def _guard_udp(text: str, redirection: Redirection) -> str:
+    """What is taken is not forwarded, or has been marked when it is filtered."""
+    if redirection.mode is not Mode.HOST:
+        text = _replace(text, r"^\t\tmeta nfproto ipv[46] meta l4proto udp tproxy .*\n", "", 2)
+        return _replace(text, "type filter hook prerouting priority -150", "type filter hook forward priority -10")
+    text = _replace(text, r"^(\tchain exempt \{)$", r"\1\n\t\tmeta mark $tproxy_mark accept")
+    refused = r"\1meta l4proto udp reject with icmpx port-unreachable"
+    text = _replace(text, r"^(\t\t)meta l4proto udp meta mark set \$tproxy_mark$", refused)
+    text = _replace(text, "type route hook output priority -150", "type filter hook output priority -10")
+    return _replace(text, r"^\tchain prerouting \{\n(?:\t\t.*\n)+\t\}\n", "")
+
+
 def render_iptables(redirection: Redirection, *, version: int, until: str | None = None) -> str:
     """Text for iptables-restore, or ip6tables-restore for version 6: the files without their comments.
 
@@ -118,8 +150,9 @@ def render_iptables(redirection: Redirection, *, version: int, until: str | None
     """
     mode, names = redirection.mode, _file_names(redirection)
     chain, chains = names.chain, names.chains if redirection.closed else names.chains[:2]
-    text = _template(f"{mode.value}.v{version}")
-    if redirection.closed:
+    chains = chains[:1] if redirection.udp else chains
+    text = _template(f"{redirection.file}.v{version}")
+    if redirection.closed and not redirection.udp:
         text = re.sub(rf"^#(?=#?-[NAI] .*\b{chain}-TCP\b|-A .* --set$)", "", text, flags=re.MULTILINE)
     if mode is Mode.HOST and redirection.exempt_users:
         for name in (chain, *chains[2:]):
@@ -127,7 +160,7 @@ def render_iptables(redirection: Redirection, *, version: int, until: str | None
             lines = [f"-A {name} -m owner --uid-owner {user} -j RETURN\n" for user in redirection.exempt_users]
             text = _replace(text, own, "".join(lines))
     text = re.sub(r"^#.*\n|^\n", "", text, flags=re.MULTILINE)
-    text = _replace(text, rf"(--to-ports|--on-port) {_PORTS[mode]}\b", rf"\1 {redirection.port}")
+    text = _replace(text, rf"(--to-ports|--on-port) {_PORTS[redirection.file]}\b", rf"\1 {redirection.port}")
     if redirection.mark is not None:
         text = _replace(text, r"-m mark --mark 0x7473 ", f"-m mark --mark {redirection.mark:#x} ", len(chains))
     if redirection.exclude is not None:
@@ -135,36 +168,50 @@ def render_iptables(redirection: Redirection, *, version: int, until: str | None
         for name in chains:
             lines = [f"-A {name} -d {network} -j RETURN\n" for network in networks]
             text = _replace(text, rf"^(?:-A {name} -d \S+ -j RETURN\n)+", "".join(lines))
-    if mode is Mode.TPROXY:
-        text = _replace(text, r"(--set-mark|--tproxy-mark) 0x7474\b", rf"\1 {redirection.tproxy_mark:#x}", 2)
+    if redirection.by_tproxy:
+        count = 3 if mode is Mode.HOST else 1 if redirection.udp else 2
+        mark = rf"\1 {redirection.tproxy_mark:#x}"
+        text = _replace(text, r"((?:--set-|--tproxy-|--)mark) 0x7474\b", mark, count)
         for address in [address for address in redirection.addresses if address.version == version]:
             text = _replace(text, r" --on-ip \S+ ", f" --on-ip {address} ")
     if until is not None:
         # After the rules for existing connections of transocks, before all others.
-        first = f"-A {chain} -p tcp ! --syn -j RETURN" if mode is Mode.TPROXY else f"-N {chain}"
+        first = f"-A {chain} -p tcp ! --syn -j RETURN" if mode is Mode.TPROXY and not redirection.udp else f"-N {chain}"
         for name, before in zip(chains, (first, *(f"-N {name}" for name in chains[1:])), strict=True):
             text = _replace(text, rf"^({before}\n)", rf"\1-A {name} -m time --datestart {until} -j RETURN\n")
-    matches = list(_iptables_matches(redirection, version))
+    select = _select_udp if redirection.udp else _select_tcp
+    text = select(text, redirection, version, list(_iptables_matches(redirection, version)))
+    return re.sub(rf"\b{chain}\b", redirection.chain, text)
+
+
+def _select_tcp(text: str, redirection: Redirection, version: int, matches: Sequence[str]) -> str:
+    """Only packets that match one of these, in a file without comments."""
+    chain = _file_names(redirection).chain
     text = _multiply(text, rf"^(-A {chain} -p tcp )(-j (?:REDIRECT|TPROXY) .*)$", matches)
     if redirection.closed:
         text = _multiply(text, rf"^(-A {chain}-TCP -p tcp )(-j REJECT .*)$", matches)
-        if mode is Mode.TPROXY:
+        if redirection.mode is Mode.TPROXY:
             text = _multiply(text, rf"^(-A {chain} -p tcp )(-m connlabel .*)$", matches)
     quic = list(_iptables_matches(attrs.evolve(redirection, ports=()), version)) if _refuses_quic(redirection) else []
-    text = _multiply(text, rf"^(-A {chain}-UDP -p udp )(-j REJECT .*)$", quic)
-    return re.sub(rf"\b{chain}\b", redirection.chain, text)
+    return _multiply(text, rf"^(-A {chain}-UDP -p udp )(-j REJECT .*)$", quic)
+
+
+def _select_udp(text: str, redirection: Redirection, _version: int, matches: Sequence[str]) -> str:
+    """The same for UDP; the ports are among the matches."""
+    chain = _file_names(redirection).chain
+    return _multiply(text, rf"^(-A {chain} -p udp )-m udp --dport 53 (-j (?:MARK|TPROXY) .*)$", matches)
 
 
 def excluded(redirection: Redirection) -> list[str]:
     """The networks that these rules leave alone as destinations."""
     if redirection.exclude is not None:
         return list(map(str, redirection.exclude))
-    text = "".join(_template(f"{redirection.mode.value}.{kind}") for kind in ("v4", "v6"))
+    text = "".join(_template(f"{redirection.file}.{kind}") for kind in ("v4", "v6"))
     return re.findall(rf"^-A {_file_names(redirection).chain} -d (\S+) -j", text, re.MULTILINE)
 
 
 def _file_names(redirection: Redirection) -> Redirection:
-    return Redirection(mode=redirection.mode, port=0)
+    return Redirection(mode=redirection.mode, port=0, udp=redirection.udp)
 
 
 def _refuses_quic(redirection: Redirection) -> bool:
@@ -216,7 +263,8 @@ def _iptables_matches(redirection: Redirection, version: int) -> Iterator[str]:
     who += [f'-m cgroup --path "{path}" ' for path in redirection.cgroups]
     who += [f"-m cgroup --cgroup {classid} " for classid in redirection.classids]
     inside = [f"-i {name} " for name in redirection.interfaces]
-    where = [f"-m tcp --dport {_range(low, high, ':')} " for low, high in merge_ranges(redirection.ports)]
+    protocol = "udp" if redirection.udp else "tcp"
+    where = [f"-m {protocol} --dport {_range(low, high, ':')} " for low, high in merge_ranges(redirection.ports)]
     for found, sources, destinations in _families(redirection):
         if found in (None, version):
             source = [f"-s {network} " for network in sources]

@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import attrs
 
-from transocks.rules.config import Mode
 from transocks.rules.live import routed_versions, versions
 from transocks.rules.redirection import Redirection
 from transocks.tools import FirewallError, complaint, run, run_json, which
@@ -52,7 +51,7 @@ class RoutingState:
 
 def needed(redirections: Sequence[Redirection]) -> list[Routing]:
     """The routing that these redirections need."""
-    marks = [each.tproxy_mark for each in redirections if each.mode is Mode.TPROXY]
+    marks = dict.fromkeys(each.tproxy_mark for each in redirections if each.by_tproxy)
     return [Routing(mark, version) for mark in marks for version in routed_versions()]
 
 

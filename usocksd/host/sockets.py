@@ -21,7 +21,7 @@ _logger = logging.getLogger("usocksd.host.sockets")
 # linux/sock_diag.h
 _BY_FAMILY, _DESTROY = 20, 21
 # include/net/tcp_states.h
-_SYN_RECV, _TIME_WAIT, _LISTEN, _NEW_SYN_RECV = 3, 6, 10, 12
+_SYN_RECV, _TIME_WAIT, _CLOSE, _LISTEN, _NEW_SYN_RECV = 3, 6, 7, 10, 12
 _OWNERLESS = frozenset({_SYN_RECV, _TIME_WAIT, _LISTEN, _NEW_SYN_RECV})
 _ALL_STATES = _NO_COOKIE = 0xFFFFFFFF
 _BOTH_ENDS = 1 << 1 | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 11  # ESTABLISHED to CLOSING; not TIME_WAIT
@@ -65,8 +65,12 @@ class Connection(NamedTuple):
     peer: tuple[IPAddress, int]
 
 
-def listeners() -> tuple[ListeningSocket, ...]:
-    """All of them. Raises OSError where netlink is forbidden, or the kernel has no sock_diag."""
+def listeners(*, udp: bool = False) -> tuple[ListeningSocket, ...]:
+    """All of them; `udp`: the UDP sockets that are not connected. Raises OSError where netlink is forbidden, or the
+    kernel has no sock_diag.
+    """
+    if udp:
+        return tuple(_listener(message) for _, message in _dump(1 << _CLOSE, socket.IPPROTO_UDP))
     return tuple(_listener(message) for _, message in _dump(1 << _LISTEN))
 
 
@@ -166,16 +170,16 @@ class SocketOwners:
         return int(uid)
 
 
-def _request(family: int, states: int) -> bytes:
-    return _REQUEST.pack(family, socket.IPPROTO_TCP, 0, states, b"", b"", b"", 0, 0, 0)
+def _request(family: int, states: int, protocol: int = socket.IPPROTO_TCP) -> bytes:
+    return _REQUEST.pack(family, protocol, 0, states, b"", b"", b"", 0, 0, 0)
 
 
-def _dump(states: int) -> Iterator[tuple[int, bytes]]:
+def _dump(states: int, protocol: int = socket.IPPROTO_TCP) -> Iterator[tuple[int, bytes]]:
     """For each socket in one of these states: its family, and struct inet_diag_msg with the attributes after it."""
     for family in (socket.AF_INET, socket.AF_INET6):
         with connect(SOCK_DIAG) as sock:
             sock.settimeout(2)
-            for message in ask(sock, _BY_FAMILY, DUMP, _request(family, states)):
+            for message in ask(sock, _BY_FAMILY, DUMP, _request(family, states, protocol)):
                 if message.kind == _BY_FAMILY:
                     yield family, message.body
 

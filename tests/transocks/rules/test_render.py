@@ -27,6 +27,29 @@ def lines(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if not line.lstrip().startswith("# ")]
 
 
+@pytest.mark.parametrize("mode", [Mode.HOST, Mode.TPROXY])
+def test_udp(mode: Mode) -> None:
+    plain = Redirection(mode=mode, port=1084, udp=True, ports=((53, 53),))
+    assert render_nft(plain) == rendering._template(f"{plain.file}.nft")
+    for version in (4, 6):
+        file = rendering._template(f"{plain.file}.v{version}")
+        assert render_iptables(plain, version=version) == re.sub(r"^(#.*)?\n", "", file, flags=re.MULTILINE)
+    chain, target = ("TRANSOCKS-DGRAM", "MARK") if mode is Mode.HOST else ("TRANSOCKS-TPROXY-DGRAM", "TPROXY")
+    wished = attrs.evolve(plain, ports=((53, 53), (1000, 2000)), to=(IN_4,), closed=True, mark=0x99)
+    text = render_nft(wished)
+    assert "elements = { 53, 1000-2000 }" in text
+    assert "ip daddr { 192.0.2.0/24 } udp dport @ports jump" in text
+    assert ("\t\tmeta l4proto udp reject with icmpx port-unreachable" in text) == (mode is Mode.TPROXY)
+    found = re.findall(rf"^-A {chain} -p udp -d 192.0.2.0/24 -m udp --dport (\S+) -j {target}",
+                       render_iptables(wished, version=4), re.MULTILINE)  # fmt: skip
+    assert found == ["53", "1000:2000"]
+    assert f"-j {target}" not in render_iptables(wished, version=6).replace("-IN -p udp -j TPROXY", "")
+    guard = render_guard(wished)
+    assert f"table inet {plain.table}_guard" in guard
+    assert "tproxy ip to" not in guard
+    assert "reject with icmpx port-unreachable" in guard
+
+
 @pytest.mark.parametrize("mode", list(Mode))
 def test_without_settings_the_file_is_rendered_unchanged(mode: Mode) -> None:
     redirection = Redirection(mode=mode, port=1084 if mode is Mode.TPROXY else 1081)

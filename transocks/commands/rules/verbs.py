@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import attrs
 
@@ -15,7 +15,7 @@ from transocks.config import DIRECT, TransocksConfig
 from transocks.rules import change, live, routing
 from transocks.rules.config import Mode, RulesConfig, Tool, WhenDown
 from transocks.rules.loops import loops
-from transocks.rules.redirection import Redirection, redirections_of
+from transocks.rules.redirection import Redirection, redirections_of, takes_quic
 from transocks.rules.render import render_all_nft, render_iptables
 from transocks.rules.verify import verify as examine
 from transocks.tools import FirewallError, one_change
@@ -48,7 +48,7 @@ def order_of(args: argparse.Namespace) -> Order:
     tool = config.rules.tool or live.choose_tool()
     if tool is None:
         raise FirewallError("neither nft nor iptables is installed")
-    redirections = redirections_of(config.rules, config.listen, config.listen_tproxy, config.mark)
+    redirections = redirections_of(config.rules, config.listen, config.listen_tproxy, config.mark, config.listen_udp)
     return Order(config, config.rules, redirections, tool)
 
 
@@ -61,7 +61,7 @@ def render(args: argparse.Namespace) -> int:
     for redirection in order.redirections:
         for version in live.versions():
             print(f"# for {live.iptables(version)}-restore --noflush")
-            if redirection.mode is Mode.TPROXY:
+            if redirection.by_tproxy:
                 for kind in ("route", "rule"):
                     print(f"# {routing.Routing(redirection.tproxy_mark, version).by_hand(kind)}")
             print(render_iptables(redirection, version=version), end="")
@@ -89,8 +89,8 @@ def apply(args: argparse.Namespace) -> int:
 
 def _what_now(order: Order, seconds: int | None) -> Iterator[str]:
     """What an operator should know of rules that have just been applied."""
-    modes = [redirection.mode for redirection in order.redirections]
-    yield f"applied by {order.tool.value}: {', '.join(mode.value for mode in modes)}"
+    modes = [redirection.mode for redirection in order.redirections if not redirection.udp]
+    yield f"applied by {order.tool.value}: {', '.join(redirection.title for redirection in order.redirections)}"
     if seconds is not None:
         yield (
             f"for {seconds} s: then connections go directly again, unless `transocks rules confirm` comes before. Open"
@@ -101,11 +101,8 @@ def _what_now(order: Order, seconds: int | None) -> Iterator[str]:
         where = "on a host; through a gateway, " if Mode.HOST in modes and len(modes) > 1 else ""
         if modes != [Mode.HOST]:
             yield f"closed: {where}those that this gateway has not tracked so far are reset"
-    if order.rules.reject_quic:
-        yield "UDP: QUIC (port 443) to where TCP is redirected is refused, in use or not; other UDP is as it was"
-    else:
-        yield "UDP: is as it was"
-    if Mode.TPROXY in modes and live.versions() != live.routed_versions():
+    yield from _what_of_udp(order)
+    if any(each.by_tproxy for each in order.redirections) and live.versions() != live.routed_versions():
         yield "IPv6: switched off here, so TPROXY has no routing for it: apply again when it is switched on"
     down = "when transocks does not accept: connections"
     if Mode.TPROXY in modes and order.tool is Tool.IPTABLES:
@@ -122,6 +119,23 @@ def _what_now(order: Order, seconds: int | None) -> Iterator[str]:
                     f"warning: {bridge} is a bridge and {setting}=1: TPROXY gets no connection over IPv{version} from"
                     f' there. sysctl {setting}=0 helps; where Docker or Kubernetes need it, mode = "gateway"'
                 )
+
+
+def _what_of_udp(order: Order) -> Iterator[str]:
+    other = "UDP: "
+    if order.rules.udp_ports:
+        yield f"UDP: to port {_shown(order.redirections[-1].ports)} goes through transocks, in use or not"
+        if any(each.udp and each.mode is Mode.HOST for each in order.redirections):
+            yield "UDP: when transocks does not run, this host's gets no answer"
+        other += "all other "
+    if order.rules.reject_quic and not takes_quic(order.rules):
+        yield "UDP: QUIC (port 443) to where TCP is redirected is refused, in use or not; other UDP is as it was"
+    else:
+        yield f"{other}is as it was"
+
+
+def _shown(ports: Sequence[tuple[int, int]]) -> str:
+    return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in ports)
 
 
 def not_accepting(order: Order) -> str | None:
@@ -187,7 +201,7 @@ def verify(args: argparse.Namespace) -> int:
         print(visible(text) if is_fault else f"note: {visible(text)}")
     faulty = any(is_fault for _, is_fault in found)
     if not faulty:
-        modes = ", ".join(redirection.mode.value for redirection in order.redirections)
+        modes = ", ".join(redirection.title for redirection in order.redirections)
         print(f"as they should be: {modes}, by {order.tool.value}")
     return FAILED if faulty else 0
 

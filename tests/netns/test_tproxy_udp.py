@@ -310,6 +310,25 @@ def test_a_port_has_one_mapping_for_all_destinations(
             wait_until(lambda: len(daemon.records("association starts")) == 2, daemon.lines)
 
 
+def test_no_client_gets_what_is_another_s(gateway_net: lab.Net, tmp_path: Path) -> None:
+    """Between bind(2) and connect(2), the kernel may give a flow's socket datagrams of other clients."""
+    net = gateway_net
+    with Echo(net), both(net, tmp_path), contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(Client(net)) for _ in range(800)]
+        for each in clients:
+            each.sock.connect((lab.WEB_V4, ECHO))
+        for number, each in enumerate(clients):
+            each.sock.send(str(number).encode())
+            if number % 40 == 39:
+                time.sleep(0.03)
+        answers = [each.sock.recv(100).split(b" ")[2] for each in clients]
+        assert answers == [str(number).encode() for number in range(800)]
+        for each in clients:
+            each.sock.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                each.sock.recv(100)
+
+
 def test_datagrams_wait_while_the_proxy_is_asked(gateway_net: lab.Net, tmp_path: Path) -> None:
     net = gateway_net
     config = TRANSOCKS + "[udp]\nqueue = 5\n"

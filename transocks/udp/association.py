@@ -259,6 +259,10 @@ class UdpAssociation(Association):
         """The kernel has refused to send a datagram."""
         self.dropped(_CAUSES.get(error.errno or 0, "no_route"))
 
+    def belongs_to(self, client: tuple[Any, ...], destination: tuple[Any, ...], size: int) -> None:
+        """A datagram in the reactor's buffer at ROOM is not of this association, but of another client."""
+        self._owner.first(client, destination, size)
+
     def unknown_sender(self, size: int) -> ClientFlow | None:
         """The flow for a datagram from the proxy, in the reactor's buffer, that comes from where nothing was sent.
 

@@ -27,6 +27,7 @@ class ClientFlow(DatagramSocket):
     """A socket with the destination's address, connected to the client's port."""
 
     __slots__ = (
+        "_client",
         "address",
         "association",
         "header",
@@ -56,6 +57,7 @@ class ClientFlow(DatagramSocket):
         now = association.reactor.now
         self.association = association
         self.key = key
+        self._client: tuple[Any, ...] = key[0]
         self.address: tuple[Any, ...] = key[1]
         self.place = place
         self.route = route
@@ -76,7 +78,7 @@ class ClientFlow(DatagramSocket):
 
     def receive(self) -> bool:
         try:
-            size = self.sock.recv_into(self.association.space)
+            size, sender = self.sock.recvfrom_into(self.association.space)
         except BlockingIOError:
             return False
         except OSError as error:
@@ -84,7 +86,11 @@ class ClientFlow(DatagramSocket):
                 self.association.client_left(self)
                 return False
             return True  # another answer of ICMP, which says nothing of the next datagram
-        self.arrived(size)
+        if sender == self._client:
+            self.arrived(size)
+        else:
+            # While connect(2) was under way, the kernel took this socket for one that is connected to this client.
+            self.association.belongs_to(sender, self.address, size)
         return True
 
     def arrived(self, size: int) -> None:

@@ -66,7 +66,9 @@ class Trial:
 
     def argv(self, *command: str, **environment: str) -> list[str]:
         settings = [f"{key}={value}" for key, value in environment.items()]
-        python = [sys.executable, "-c", ONLY_PATH.format(more=self.more), "exec", "--", *command]
+        python = [sys.executable, "-c", ONLY_PATH.format(more=self.more), "exec", *command]
+        if not command[0].startswith("--"):
+            python.insert(-len(command), "--")
         return ["env", "-u", "SUDO_USER", f"PATH={self.bin}", f"TMPDIR={self.bin}", *settings, *python]
 
     def start(self, *command: str) -> subprocess.Popen[str]:
@@ -171,6 +173,41 @@ def test_forgotten_connections_stay_off_the_wire(trial: Trial) -> None:
             while True:
                 assert SECRET not in wire.recv(1 << 17)
         assert out == "refused\n" * len(WEB), err
+
+
+# Asks each address by UDP, and tells its own port and the answer.
+DATAGRAMS = """
+import socket, sys
+for address in sys.argv[1:]:
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as s:
+        s.settimeout(10)
+        s.connect((address, 53))
+        s.send(b"hello")
+        print(s.getsockname()[1], s.recv(100).decode(), flush=True)
+"""
+
+
+def test_with_udp(trial: Trial) -> None:
+    (trial.bin / "ip").symlink_to(shutil.which("ip") or "")
+    routing = [("ip", version, "rule") for version in ("-4", "-6")]
+    before = trial.rules(), [trial.net.client.run(*words).stdout for words in routing]
+    sockets = []
+    for address in WEB:
+        sock = trial.net.outside.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM)
+        sock.bind((address, 53))
+        sock.settimeout(10)
+        sockets.append(sock)
+    process = trial.start("--udp", "--", sys.executable, "-c", DATAGRAMS, *WEB)
+    for sock in sockets:
+        data, sender = sock.recvfrom(100)
+        sock.sendto(f"{data.decode()} {sender[1]}".encode(), sender)
+        port, greeting, there = line_of(process.stdout).split()
+        assert (greeting, int(there)) == ("hello", sender[1])
+        assert port != there  # the proxy has a port of its own
+        sock.close()
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 0, errors
+    assert (trial.rules(), [trial.net.client.run(*words).stdout for words in routing]) == before
 
 
 @one_tool

@@ -1,4 +1,5 @@
-"""transocks exec -- COMMAND: one command's TCP connections through both daemons; afterwards everything is removed.
+"""transocks exec -- COMMAND: one command's TCP connections through both daemons, with --udp also its UDP; afterwards
+everything is removed.
 
     rules for a cgroup and a group id of its own -> daemons on free loopback ports -> the command in both -> all removed
 
@@ -64,6 +65,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         " have ended. Files that COMMAND creates show a group id without a name. Exit status: that of COMMAND; 128 + N"
         " if signal N ended it; 125 if it was not run; 126 if it can't be executed; 127 if it was not found.",
     )
+    parser.add_argument(
+        "--udp",
+        action="store_true",
+        help="take its UDP too, DNS and QUIC included: by TPROXY, with a routing rule and table for the time",
+    )
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND ...", help="the command line to run")
     parser.set_defaults(run=run)
 
@@ -74,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         if not command:
             raise ExecError("no command given: transocks exec -- COMMAND ...")
-        return _exec(command)
+        return _exec(command, udp=args.udp)
     except FileNotFoundError:
         return _complain(f"{command[0]}: command not found", NOT_FOUND)
     except OSError as error:
@@ -88,7 +94,7 @@ def _complain(text: str, status: int) -> int:
     return status
 
 
-def _exec(command: Sequence[str]) -> int:
+def _exec(command: Sequence[str], *, udp: bool) -> int:
     if os.geteuid() != 0 or lacking("CAP_NET_ADMIN"):
         raise ExecError(
             "redirecting needs root, with CAP_NET_ADMIN: sudo transocks exec -- COMMAND ... (in a checkout, ./run shows"
@@ -105,7 +111,7 @@ def _exec(command: Sequence[str]) -> int:
     with Signals() as signals, contextlib.ExitStack() as stack:
         usocksd_port, port = free_port(ipv6), free_port(ipv6)
         try:
-            folder, cgroup = _redirect(tool, gid, port, stack)
+            folder, cgroup = _redirect(tool, gid, port, stack, udp=udp)
         except FirewallError as error:
             raise ExecError(f"the rules could not be loaded: {error}") from None
         if cgroup is None:
@@ -117,6 +123,7 @@ def _exec(command: Sequence[str]) -> int:
         alone = 'workers = 1\ncontrol = ""\ntimeouts.stop = 0\n'
         usocksd = f'{alone}[incoming]\nport = {usocksd_port}\nmetrics_port = 0\naddresses = ["127.0.0.1"]\n'
         transocks = f'{alone}metrics_port = 0\nproxy_url = "socks5://127.0.0.1:{usocksd_port}"\nlisten = [{listen}]\n'
+        transocks += f"listen_udp = [{listen}]\n" if udp else ""
         ports = {"usocksd": usocksd_port, "transocks": port}
         stack.enter_context(running(folder, {"usocksd": usocksd, "transocks": transocks}, ports))
         signals.hold()
@@ -132,7 +139,7 @@ def _exec(command: Sequence[str]) -> int:
     return status if status >= 0 else 128 - status
 
 
-def _redirect(tool: Tool, gid: int, port: int, stack: contextlib.ExitStack) -> tuple[str, Cgroup | None]:
+def _redirect(tool: Tool, gid: int, port: int, stack: contextlib.ExitStack, *, udp: bool) -> tuple[str, Cgroup | None]:
     """Load the rules until the stack is closed; returns a folder that is removed with them, and the cgroup, if a test
     connection has shown that they match it. Raises FirewallError.
     """
@@ -140,9 +147,16 @@ def _redirect(tool: Tool, gid: int, port: int, stack: contextlib.ExitStack) -> t
     for cgroup in chain(make(name, gid), [None]):
         folder = tempfile.mkdtemp(prefix="transocks-exec-")
         # closed: connections that connection tracking has forgotten must not go out directly.
-        redirection = Redirection(mode=Mode.HOST, name=name, port=port, groups=(gid,), closed=True)
+        redirection = Redirection(mode=Mode.HOST, name=name, port=port, groups=(gid,), closed=True, reject_quic=not udp)
         redirection = redirection if cgroup is None else cgroup.select(redirection)
-        rules = TemporaryRules(tool, redirection, folder, "" if cgroup is None else cgroup.folder)
+        wanted = [redirection]
+        if udp:
+            # The group id is nobody else's, and so is a mark with its number.
+            more = attrs.evolve(
+                redirection, udp=True, name=name.replace("exec", "dgram"), ports=((1, 65535),), tproxy_mark=gid
+            )
+            wanted.append(more)
+        rules = TemporaryRules(tool, tuple(wanted), folder, "" if cgroup is None else cgroup.folder)
         with contextlib.ExitStack() as trial:
             try:
                 trial.enter_context(rules.hold())

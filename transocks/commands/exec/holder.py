@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import attrs
 
 from transocks.commands.exec import cgroups
-from transocks.rules import live
+from transocks.rules import live, routing
 from transocks.rules.change import remove_chains
 from transocks.rules.config import Tool
 from transocks.rules.loaded import parse_save
@@ -28,7 +28,8 @@ class TemporaryRules:
     """Rules for one command, and what is removed together with them."""
 
     tool: Tool
-    redirection: Redirection
+    redirections: tuple[Redirection, ...]
+    """If one takes UDP, its tproxy_mark is used by nothing else."""
     folder: str
     """deleted with the rules"""
     cgroup: str
@@ -79,20 +80,26 @@ class TemporaryRules:
         self._end()
 
     def _load(self) -> None:
-        if self.tool is Tool.NFT:
-            run("nft", "-f", "-", stdin=render_nft(self.redirection))
-            return
-        for version in live.versions():
-            text = render_iptables(self.redirection, version=version)
-            run(f"{live.iptables(version)}-restore", "--noflush", stdin=text)
+        routing.add(self.redirections)
+        for redirection in self.redirections:
+            if self.tool is Tool.NFT:
+                run("nft", "-f", "-", stdin=render_nft(redirection))
+                continue
+            for version in live.versions():
+                text = render_iptables(redirection, version=version)
+                run(f"{live.iptables(version)}-restore", "--noflush", stdin=text)
 
     def _end(self) -> None:
         if self.cgroup:
             cgroups.end(self.cgroup)  # first, since without the rules these would connect directly
-        if self.tool is Tool.NFT:
-            complaint("nft", "delete", "table", "inet", self.redirection.table)
-        else:
+        for redirection in self.redirections:
+            if self.tool is Tool.NFT:
+                complaint("nft", "delete", "table", "inet", redirection.table)
+                continue
             for version in live.versions():
-                tables = parse_save(render_iptables(self.redirection, version=version), self.redirection.chains)
-                remove_chains(live.iptables(version), tables, self.redirection.chains)
+                tables = parse_save(render_iptables(redirection, version=version), redirection.chains)
+                remove_chains(live.iptables(version), tables, redirection.chains)
+        for each in routing.needed(self.redirections):
+            for kind in ("rule", "route"):
+                complaint(*each.command(kind, "del"))
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -26,10 +26,10 @@ from usocksd.clients import Client
 from usocksd.decision import Decision
 from usocksd.egress import DEFAULT, EgressPools, Source
 from usocksd.errors import Denied, DialError, Error, NoEgress, ResolveError
-from usocksd.mapping import LOOK_EVERY, NOBODY, Destination, Mapping, RelaySocket
+from usocksd.mapping import LOOK_EVERY, NOBODY, Destination, Mapping, RelaySocket, open_mapping
 from usocksd.names.resolver import Resolver
 from usocksd.net.address import HostPort, join_port, numeric_address
-from usocksd.net.datagrams import Association, Ended, open_socket, source_towards
+from usocksd.net.datagrams import Association, Ended
 from usocksd.net.ending import Reason, Side
 from usocksd.net.endpoint import Endpoint, Interruptible
 from usocksd.net.reactor import Reactor
@@ -45,13 +45,10 @@ _IPV4: Final = 1
 _IPV6: Final = 4
 # With more destinations, the oldest is forgotten.
 _MOST_DESTINATIONS: Final = 8192
-# Destinations beyond these share one record, so that a scan does not fill the disk.
-_MOST_RECORDS: Final = 1024
 # What may soon be otherwise (no route, no egress address, no such name) is tried again after this many seconds.
 _AGAIN_AFTER: Final = 5.0
 # Only the family of these counts.
 _ANY_ADDRESS = {version: numeric_address(text) for version, text in ((4, "0.0.0.0"), (6, "::"))}
-_PORTS_TAKEN = (errno.EADDRINUSE, errno.EADDRNOTAVAIL)
 _REFUSALS = {
     errno.EADDRINUSE: "out_of_ports",
     errno.EMFILE: "descriptors",
@@ -89,15 +86,9 @@ class ClientAssociation(Association):
     __slots__ = (
         "_client",
         "_destinations",
-        "_ended_rx",
-        "_ended_tx",
         "_lookups",
         "_mappings",
-        "_number",
-        "_others",
-        "_others_count",
         "_peer",
-        "_recorded",
         "_records",
         "_relay",
         "_waiting",
@@ -118,12 +109,6 @@ class ClientAssociation(Association):
         self._mappings: dict[tuple[str, int], Mapping] = {}
         self._lookups: set[Lookup] = set()
         self._waiting = 0
-        self._number = 0
-        self._recorded = 0
-        self._others = Destination(None, control.reactor.now)
-        self._others_count = 0
-        self._ended_tx = 0
-        self._ended_rx = 0
         self._relay = RelaySocket(self, sock)
 
     def await_client(self, peer: HostPort) -> None:
@@ -207,10 +192,10 @@ class ClientAssociation(Association):
         try:
             decision = Decision(self.means.rules, self._client, host, port, UDP_ASSOCIATE)
         except ResolveError:
-            destination = destinations[key] = Destination(None, now)
+            destination = destinations[key] = Destination(key, None, now)
             self._refuse(destination, "name")
             return destination
-        destination = destinations[key] = Destination(decision, now)
+        destination = destinations[key] = Destination(key, decision, now)
         if decision.unresolved:
             destination.waiting = []
             lookup = Lookup(self.reactor)
@@ -220,7 +205,7 @@ class ClientAssociation(Association):
 
     async def _resolve(self, lookup: Lookup, destination: Destination, decision: Decision, host: str) -> None:
         """A session of its own: resolves a destination's name, and sends what has waited for that."""
-        if self._is_over():
+        if self.result is not None:
             return
         resolver, client = self.means.resolver, self._client.host
         deadline = self.reactor.clock() + self.means.connect
@@ -240,15 +225,13 @@ class ClientAssociation(Association):
             self._lookups.discard(lookup)
             waiting, destination.waiting = destination.waiting or [], None
             self._waiting -= len(waiting)
-        if self._is_over():
+        if self._destinations.get(destination.key) is not destination:
+            self.drop("queue_full", len(waiting))  # others have come meanwhile, or the association is over
             return
         if destination.refused:
             self.drop(destination.refused, len(waiting))
         else:
             self._send_first(destination, waiting)
-
-    def _is_over(self) -> bool:
-        return self.result is not None
 
     def _send_first(self, destination: Destination, payloads: list[bytes]) -> None:
         """Send these from the egress address that the rules choose, to the first address that has a route."""
@@ -281,7 +264,7 @@ class ClientAssociation(Association):
         key = pool, 6 if v6 else 4
         mapping = self._mappings.get(key)
         if mapping is None:
-            mapping = self._mappings[key] = self._new_mapping(key, source)
+            mapping = self._mappings[key] = open_mapping(self, key, source)
         address = host, decision.port
         for payload in payloads:
             try:
@@ -298,33 +281,6 @@ class ClientAssociation(Association):
         mapping.lone = mapping.lone and decision.port == _DNS_PORT
         mapping.asked[host] = destination
         mapping.replies[(*address, 0, 0) if v6 else address] = destination
-
-    def _new_mapping(self, key: tuple[str, int], source: Source) -> Mapping:
-        """Raises DialError: no descriptor is left, or no address of `source` is on this host and has ports left."""
-        associations = self.means.associations
-        if not associations.take():
-            raise DialError(errno.EMFILE, source.address or "any address", "socket for")
-        try:
-            used, sock = self._bind(key[1], source)
-            return Mapping(self, key, source, used, sock)
-        except BaseException:
-            associations.give_back()
-            raise
-
-    def _bind(self, version: int, source: Source) -> tuple[str | None, SocketType]:
-        """A socket at the first address of `source` that can be used, and that address. Raises DialError."""
-        failure: DialError | None = None
-        for address in (source.address, *source.spare):
-            try:
-                return address, open_socket(
-                    v6=version == 6, host=address, iface=source.iface, mark=source.mark, routed=source.routed
-                )
-            except DialError as error:
-                failure = failure or error
-                if error.errno not in _PORTS_TAKEN:
-                    break
-        assert failure is not None
-        raise failure
 
     def _not_sent(self, destination: Destination, mapping: Mapping, payload: memoryview, error: OSError) -> None:
         if error.errno in _SOURCE_GONE and self._moved(mapping):
@@ -352,7 +308,7 @@ class ClientAssociation(Association):
         destination = NOBODY
         if key not in self._destinations and ruling is not None and ruling.allowed and ruling.pool == mapping.key[0]:
             self._make_room()
-            destination = self._destinations[key] = Destination(decision, self.reactor.now)
+            destination = self._destinations[key] = Destination(key, decision, self.reactor.now)
             destination.mapping = mapping
             destination.address = host, port
             destination.reply = key
@@ -397,17 +353,16 @@ class ClientAssociation(Association):
 
     def _moved(self, mapping: Mapping) -> bool:
         """Whether a mapping's address was gone, and it has another now. (Its destinations see a new client.)"""
-        if mapping.used is None or self.means.egress.is_here(mapping.used):
+        before = mapping.used
+        if before is None or self.means.egress.is_here(before):
             return False
         pool, version = mapping.key
         try:
-            source = self.means.egress.pick(pool, self._client, "", _ANY_ADDRESS[version])
-            used, sock = self._bind(version, source)
+            mapping.move(self.means.egress.pick(pool, self._client, "", _ANY_ADDRESS[version]))
         except (NoEgress, DialError) as error:
-            self._records.mapping_lost(pool, mapping.used, error)
+            self._records.mapping_lost(pool, before, error)
             return False
-        self._records.mapping_moves(pool, mapping.used, used)
-        mapping.replace(source, used, sock)
+        self._records.mapping_moves(pool, before, mapping.used)
         return True
 
     def _close_mapping(self, mapping: Mapping) -> None:
@@ -441,33 +396,13 @@ class ClientAssociation(Association):
             del mapping.replies[sender]
         if mapping.asked.get(host) is destination:
             del mapping.asked[host]
-        self._number += 1
-        self._ended_tx += destination.tx_bytes
-        self._ended_rx += destination.rx_bytes
-        if self._recorded < _MOST_RECORDS:
-            self._recorded += 1
-            self._records.flow_ends(destination, self._source_of(destination, mapping), self.reactor.now)
-        else:
-            self._others_count += 1
-            self._others.add(destination)
-
-    def _source_of(self, destination: Destination, mapping: Mapping) -> str | None:
-        """The address and port that its datagrams left from, as far as the kernel tells."""
-        host, port = mapping.sock.getsockname()[:2]
-        if mapping.used is None:
-            source = mapping.source
-            found = source_towards(*destination.address, iface=source.iface, mark=source.mark)
-            if found is None:
-                return None
-            host = found
-        return join_port(host, port)
+        self._records.flow_ends(destination, mapping, self.reactor.now)
 
     def _refuse(self, destination: Destination, cause: str, error: Error | None = None) -> None:
         """Nothing is sent to it, until it is judged again; the first of these are recorded."""
         destination.refused = cause
         destination.again = inf if cause in ("denied", "name") else self.reactor.now + _AGAIN_AFTER
-        if error is not None and self._recorded < _MOST_RECORDS:
-            self._recorded += 1
+        if error is not None:
             self._records.flow_refused(destination.decision, error)
 
     # ---- the association
@@ -478,16 +413,9 @@ class ClientAssociation(Association):
             self.means.associations.dropped(cause, number)
 
     def moved(self) -> tuple[int, int]:
-        destinations = self._destinations.values()
-        return (
-            self._ended_tx + sum(each.tx_bytes for each in destinations),
-            self._ended_rx + sum(each.rx_bytes for each in destinations),
-        )
-
-    @property
-    def number(self) -> int:
-        """How many destinations there were."""
-        return self._number
+        destinations, over = self._destinations.values(), self._records.over
+        tx_bytes, rx_bytes = sum(each.tx_bytes for each in destinations), sum(each.rx_bytes for each in destinations)
+        return over.tx_bytes + tx_bytes, over.rx_bytes + rx_bytes
 
     def failed(self, error: Exception) -> None:
         """A bug: it ends this association, and no other."""
@@ -508,5 +436,3 @@ class ClientAssociation(Association):
         self._destinations.clear()  # refused ones
         self.drop("receive_buffer_full", self._relay.overflowed())
         self._relay.close()
-        if self._others_count:
-            self._records.other_flows_end(self._others, self._others_count, self.reactor.now)

@@ -8,66 +8,85 @@ from typing import TYPE_CHECKING, Any
 from usocksd.access_log import SocksRecords, candidate_texts
 from usocksd.decision import Decision
 from usocksd.errors import Denied, Error
-from usocksd.net.address import HostPort
+from usocksd.net.address import HostPort, join_port
 
 if TYPE_CHECKING:
     from usocksd.association import ClientAssociation
-    from usocksd.mapping import Destination
+    from usocksd.mapping import Destination, Mapping
 
-MESSAGES = ("association starts", "udp flow", "association ends")
+# Destinations beyond these share one record, so that a scan neither fills the disk nor takes the worker's time.
+_MOST_RECORDS = 256
+
+
+class Sum:
+    """Datagrams and bytes of several destinations."""
+
+    def __init__(self, since: float) -> None:
+        self.since = since
+        self.number = 0
+        self.tx_packets = 0
+        self.rx_packets = 0
+        self.tx_bytes = 0
+        self.rx_bytes = 0
+
+    def add(self, destination: Destination) -> None:
+        """One more."""
+        self.number += 1
+        self.tx_packets += destination.tx_packets
+        self.rx_packets += destination.rx_packets
+        self.tx_bytes += destination.tx_bytes
+        self.rx_bytes += destination.rx_bytes
 
 
 class AssociationRecords:
     """The records of one association. They have the id and the client of its connection."""
 
-    __slots__ = ("_access", "_relay", "_since")
+    __slots__ = ("_access", "_left", "_others", "_relay", "over")
 
     def __init__(self, access: SocksRecords, relay: HostPort, now: float) -> None:
         """`relay` is where the client sends its datagrams; `now` is on the reactor's clock."""
         self._access = access
         self._relay = relay
-        self._since = now
+        self._left = _MOST_RECORDS
+        self._others = Sum(now)
+        self.over = Sum(now)
+        """All destinations that are over."""
 
     def starts(self) -> None:
         """The client has its reply."""
-        self._access.event(logging.INFO, MESSAGES[0], relay_addr=str(self._relay))
+        self._access.event(logging.INFO, "association starts", relay_addr=str(self._relay))
 
-    def flow_ends(self, destination: Destination, source: str | None, now: float) -> None:
-        """A destination is over; `source` is the address and port that its datagrams left from."""
+    def flow_ends(self, destination: Destination, mapping: Mapping, now: float) -> None:
+        """A destination is over, which was reached by this mapping."""
+        self.over.add(destination)
+        if not self._left:
+            self._others.add(destination)
+            return
+        self._left -= 1
         decision = destination.decision
         ruling = None if decision is None else decision.ruling
         self._access.event(
             logging.INFO,
-            MESSAGES[1],
+            "udp flow",
             **_place(decision),
-            dest_addr=str(HostPort(*destination.address)),
-            src_addr=source,
+            dest_addr=join_port(*destination.address),
+            src_addr=mapping.source_of(destination),
             rule=None if ruling is None else ruling.rule,
             pool=None if ruling is None else ruling.pool,
-            **_counts(destination),
-            elapsed=round(now - destination.since, 6),
-        )
-
-    def other_flows_end(self, together: Destination, number: int, now: float) -> None:
-        """These destinations had no record of their own."""
-        self._access.event(
-            logging.INFO,
-            MESSAGES[1],
-            dest_host="other destinations",
-            dest_port=0,
-            destinations=number,
-            **_counts(together),
-            elapsed=round(now - together.since, 6),
+            **_counts(destination, now),
         )
 
     def flow_refused(self, decision: Decision | None, error: Error) -> None:
         """Datagrams to this destination are dropped."""
+        denied = isinstance(error, Denied)
         more: dict[str, Any] = {}
-        level, message = logging.ERROR, "udp flow failed"
         if isinstance(error, Denied):
             self._access.count_denied(error.rule)
-            more, level, message = {"rule": error.rule}, logging.WARNING, "ruleset mismatch"
-        self._access.event(level, message, **_place(decision), **more, error=str(error))
+            more = {"rule": error.rule}
+        if self._left:
+            self._left -= 1
+            level, message = (logging.WARNING, "ruleset mismatch") if denied else (logging.ERROR, "udp flow failed")
+            self._access.event(level, message, **_place(decision), **more, error=str(error))
 
     def mapping_moves(self, pool: str, before: str, after: str | None) -> None:
         """The egress address is no longer on this host: from now on the client has another."""
@@ -81,15 +100,22 @@ class AssociationRecords:
         """The association is over."""
         assert association.result is not None
         reason, by = association.result
-        tx_bytes, rx_bytes = association.moved()
+        now = association.reactor.now
+        if self._others.number:
+            self._access.event(
+                logging.INFO,
+                "udp flow",
+                dest_host="other destinations",
+                dest_port=0,
+                destinations=self._others.number,
+                **_counts(self._others, now),
+            )
         self._access.event(
             logging.INFO,
-            MESSAGES[2],
+            "association ends",
             relay_addr=str(self._relay),
-            destinations=association.number,
-            tx_bytes=tx_bytes,
-            rx_bytes=rx_bytes,
-            elapsed=round(association.reactor.now - self._since, 6),
+            destinations=self.over.number,
+            **_counts(self.over, now),
             reason=reason.value,
             ended_by=by.value,
         )
@@ -111,10 +137,11 @@ def _place(decision: Decision | None) -> dict[str, Any]:
     return found
 
 
-def _counts(destination: Destination) -> dict[str, int]:
+def _counts(of: Destination | Sum, now: float) -> dict[str, Any]:
     return {
-        "tx_packets": destination.tx_packets,
-        "rx_packets": destination.rx_packets,
-        "tx_bytes": destination.tx_bytes,
-        "rx_bytes": destination.rx_bytes,
+        "tx_packets": of.tx_packets,
+        "rx_packets": of.rx_packets,
+        "tx_bytes": of.tx_bytes,
+        "rx_bytes": of.rx_bytes,
+        "elapsed": round(now - of.since, 6),
     }

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 from math import inf
 from socket import SocketType
 from typing import TYPE_CHECKING, Final
 
 from usocksd.decision import Decision
 from usocksd.egress import Source
-from usocksd.net.datagrams import DatagramSocket
+from usocksd.errors import DialError
+from usocksd.net.address import join_port
+from usocksd.net.datagrams import DatagramSocket, open_socket, source_towards
 
 if TYPE_CHECKING:
     from usocksd.association import ClientAssociation
 
 # A reply is received behind room for the longest header that it may get, that of an IPv6 address.
 _ROOM: Final = 22
+_PORTS_TAKEN = (errno.EADDRINUSE, errno.EADDRNOTAVAIL)
 # How often a mapping checks that its address is still on this host, in seconds. (Over IPv4 a send would fail too.)
 LOOK_EVERY: Final = 10.0
 
@@ -26,6 +30,7 @@ class Destination:
         "address",
         "again",
         "decision",
+        "key",
         "mapping",
         "refused",
         "reply",
@@ -37,8 +42,9 @@ class Destination:
         "waiting",
     )
 
-    def __init__(self, decision: Decision | None, since: float) -> None:
-        """`decision` is None if the host can't be one."""
+    def __init__(self, key: bytes, decision: Decision | None, since: float) -> None:
+        """`key` is the header; `decision` is None if its host can't be one."""
+        self.key = key
         self.decision = decision
         self.since = since
         self.mapping: Mapping | None = None
@@ -64,7 +70,7 @@ class Destination:
         self.rx_bytes += other.rx_bytes
 
 
-NOBODY: Final = Destination(None, 0.0)
+NOBODY: Final = Destination(b"", None, 0.0)
 """Stands for senders that may not send to the client."""
 
 
@@ -117,8 +123,19 @@ class Mapping(DatagramSocket):
                 association.answered(self)
         return True
 
-    def replace(self, source: Source, used: str | None, sock: SocketType) -> None:
-        """Go on with another socket, bound to the address `used`."""
+    def source_of(self, destination: Destination) -> str | None:
+        """The address and port that its datagrams leave from, as far as the kernel tells."""
+        host, port = self.sock.getsockname()[:2]
+        if self.used is None:
+            found = source_towards(*destination.address, iface=self.source.iface, mark=self.source.mark)
+            if found is None:
+                return None
+            host = found
+        return join_port(host, port)
+
+    def move(self, source: Source) -> None:
+        """Go on from an address of this source. Raises DialError."""
+        used, sock = _bind(self.key[1], source)
         old = self.sock
         self.reactor.forget(self.fd)
         self.reactor.call_soon(old.close)  # not within the events of a turn
@@ -133,6 +150,41 @@ class Mapping(DatagramSocket):
             self.association.look_at(self, now)
         except Exception as error:
             self.association.failed(error)
+
+
+def open_mapping(association: ClientAssociation, key: tuple[str, int], source: Source) -> Mapping:
+    """A mapping for this pool and IP version. Raises DialError: no descriptor is left, or no address of `source` is on
+    this host and has ports left.
+    """
+    associations = association.means.associations
+    if not associations.take():
+        raise DialError(errno.EMFILE, source.address or "any address", "socket for")
+    try:
+        used, sock = _bind(key[1], source)
+        try:
+            return Mapping(association, key, source, used, sock)
+        except OSError as error:  # no more sockets can be watched
+            sock.close()
+            raise DialError(error.errno or errno.EIO, source.address or "any address", "watch") from None
+    except BaseException:
+        associations.give_back()
+        raise
+
+
+def _bind(version: int, source: Source) -> tuple[str | None, SocketType]:
+    """The first address of `source` that can be used, and a socket there. Raises DialError."""
+    failure: DialError | None = None
+    for address in (source.address, *source.spare):
+        try:
+            return address, open_socket(
+                v6=version == 6, host=address, iface=source.iface, mark=source.mark, routed=source.routed
+            )
+        except DialError as error:
+            failure = failure or error
+            if error.errno not in _PORTS_TAKEN:
+                break
+    assert failure is not None
+    raise failure
 
 
 class RelaySocket(DatagramSocket):

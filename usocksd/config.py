@@ -303,6 +303,17 @@ class UDPConfig:
 
 
 @attrs.frozen(kw_only=True)
+class BindConfig:
+    """[bind]: BIND, by which a client takes a connection from a host that it names."""
+
+    enabled: bool = False
+    ports: RelayPorts | None = None
+    """where it listens; None: of the kernel's choice"""
+    wait: Seconds = 60.0
+    """for that connection"""
+
+
+@attrs.frozen(kw_only=True)
 class UsocksdConfig(CommonConfig):
     """The whole of usocksd.toml; every table has defaults, so an empty file is a configuration."""
 
@@ -316,6 +327,7 @@ class UsocksdConfig(CommonConfig):
     egress: Mapping[PoolName, PoolConfig] = attrs.field(factory=dict)
     auth: Auth = attrs.field(factory=Auth)
     udp: UDPConfig = attrs.field(factory=UDPConfig)
+    bind: BindConfig = attrs.field(factory=BindConfig)
     control: SocketPath = "/run/usocksd/control.sock"
 
     @staticmethod

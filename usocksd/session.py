@@ -11,12 +11,15 @@ from __future__ import annotations
 from functools import partial
 
 from usocksd.access_log import AccessLog, SocksRecords
+from usocksd.acl import BIND, CONNECT
 from usocksd.auth import Users
+from usocksd.bind import Binder
 from usocksd.clients import ALLOW_FROM, Client
 from usocksd.decision import Decision, Policy
-from usocksd.egress import EgressPools
+from usocksd.egress import EgressPools, Source
 from usocksd.errors import CommandNotSupported, Denied, Error
 from usocksd.names.resolver import Resolver
+from usocksd.net.address import numeric_address
 from usocksd.net.bridge import in_trio
 from usocksd.net.dial import Dialer, Target
 from usocksd.net.ending import Limits
@@ -34,7 +37,7 @@ from usocksd.udp import UDPService
 _LAST_WORD_WITHIN = 5.0
 _MOST_REMEMBERED = 1024
 # Looking a member of an Enum up through its class is slow.
-_CONNECT, _UDP_ASSOCIATE = Command.CONNECT, Command.UDP_ASSOCIATE
+_CONNECT, _BIND, _UDP_ASSOCIATE = Command.CONNECT, Command.BIND, Command.UDP_ASSOCIATE
 
 
 class SocksSessions:
@@ -54,10 +57,12 @@ class SocksSessions:
         access_log: AccessLog,
         proxied: ProxiedListener | None = None,
         udp: UDPService | None = None,
+        binder: Binder | None = None,
     ) -> None:
         self._policy = policy
         self._proxied = {} if proxied is None else {proxied.port: proxied}
         self._udp = udp
+        self._binder = binder
         self._users = users
         if users is None:
             # A client that insists on sending a password is accepted like any other.
@@ -132,7 +137,8 @@ class SocksSessions:
             return None
         upstream, target, decision = reached
         bound = upstream.local_address()
-        server.reply(Reply.SUCCEEDED, bound)
+        # BIND's second reply has the peer's address.
+        server.reply(Reply.SUCCEEDED, bound if decision.command is CONNECT else (target.host, target.port))
         endpoint.deadline = endpoint.reactor.clock() + self._timeouts.handshake
         try:
             await endpoint.send_all(server.data_to_send())
@@ -174,14 +180,39 @@ class SocksSessions:
         if request.command is _UDP_ASSOCIATE and self._udp is not None:
             await self._udp.serve(endpoint, client, request, server, access)
             return None
+        deadline = endpoint.reactor.clock() + self._timeouts.connect
+        if request.command is _BIND and self._binder is not None:
+            return await self._bind(endpoint, client, request, server, access)
         if request.command is not _CONNECT:
             raise CommandNotSupported(f"{request.command.name} is not supported")
-        deadline = endpoint.reactor.clock() + self._timeouts.connect
         decision = Decision(self._policy.rules, client, request.host, request.port)
         access.decision = decision
         targets = await self._targets(decision, endpoint, request.host, deadline)
         upstream, target = await self._dialer.dial(targets, deadline=deadline, client=endpoint)
         return upstream, target, decision
+
+    async def _bind(
+        self, endpoint: Endpoint, client: Client, request: Request, server: Server, access: SocksRecords
+    ) -> tuple[Endpoint, Target, Decision]:
+        """From a BIND to the peer's connection; between them is the first reply. Raises as `_reach` does."""
+        assert self._binder is not None
+        rules, clock = self._policy.rules, endpoint.reactor.clock
+        decision = Decision(rules, client, request.host, request.port, BIND)
+        access.decision = decision
+        targets = await self._targets(decision, endpoint, request.host, clock() + self._timeouts.connect)
+        rendezvous = self._binder.listen(
+            endpoint,
+            decision,
+            [(target.host, Source(*target[2:7])) for target in targets],
+            lambda peer: rules.judge(client, None, numeric_address(peer), request.port, command=BIND).allowed,
+        )
+        try:
+            server.reply(Reply.SUCCEEDED, rendezvous.address, final=False)
+            await endpoint.send_all(server.data_to_send())
+            upstream, place = await rendezvous.peer()
+        finally:
+            rendezvous.close()
+        return upstream, Target(place.host, place.port), decision
 
     async def _handshake(
         self, endpoint: Endpoint, client: Client, server: Server, access: SocksRecords

@@ -38,7 +38,7 @@ def test_the_faulty_configurations_of_the_original_are_refused() -> None:
         load(UsocksdConfig, DATA / "original-bad-key.toml")
     assert [str(fault) for fault in caught.value.faults] == [
         "hoge: unknown key, expected one of log, dns, timeouts, limits, workers, incoming, outgoing, rule, egress, auth,"
-        " udp, control"
+        " udp, bind, control"
     ]
     with pytest.raises(ConfigError) as caught:
         load(UsocksdConfig, DATA / "original-bad-type.toml")

@@ -8,6 +8,7 @@ from pathlib import Path
 from usocksd.access_log import AccessLog
 from usocksd.association import Means
 from usocksd.auth import Users
+from usocksd.bind import Binder
 from usocksd.clients import ClientRules
 from usocksd.config import UsocksdConfig
 from usocksd.decision import Policy
@@ -75,6 +76,7 @@ def build(config: UsocksdConfig, parts: Parts) -> Application:
         access_log=AccessLog(parts.log, parts.metrics),
         proxied=proxied,
         udp=make_udp(config, parts, policy, egress, resolver) if config.udp.enabled else None,
+        binder=make_binder(config, parts) if config.bind.enabled else None,
     )
     explainer = Explainer(policy, resolver, egress, listings, config.timeouts.connect)
     return Application(
@@ -110,6 +112,12 @@ def make_udp(
         per_client=parts.tally(b"udp", udp.per_client),
         reply_within=config.timeouts.handshake,
     )
+
+
+def make_binder(config: UsocksdConfig, parts: Parts) -> Binder:
+    """BIND as [bind] has it."""
+    strangers = parts.metrics.counter("bind_strangers_total", "Connections to a BIND from others than its peer, reset")
+    return Binder(ports=config.bind.ports, wait=config.bind.wait, strangers=strangers)
 
 
 def make_users(config: UsocksdConfig, read: Callable[[Path], bytes] = read_file) -> Users | None:

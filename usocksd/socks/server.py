@@ -123,8 +123,9 @@ class Server:
         else:
             self._state = Server._over
 
-    def reply(self, reply: Reply, bound: tuple[str, int] | None = None) -> None:
-        """Answer the request, in its version's format.
+    def reply(self, reply: Reply, bound: tuple[str, int] | None = None, *, final: bool = True) -> None:
+        """Answer the request, in its version's format. A BIND has two answers if the first is success; only the second
+        is `final`.
 
         `bound` is where the outgoing socket is bound, as getsockname(2) tells; it goes along with success
         only. ValueError when it is not numeric: several clients reject a reply with a name.
@@ -132,7 +133,8 @@ class Server:
         if self._state is not Server._owes_reply:
             raise RuntimeError("there is no request to reply to")
         self._out += failure(self.version, reply) if reply else success(self.version, bound)
-        self._state = Server._over
+        if final:
+            self._state = Server._over
 
     # The states.
 

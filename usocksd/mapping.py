@@ -192,6 +192,8 @@ class RelaySocket(DatagramSocket):
 
     __slots__ = ("association", "connected", "proven")
 
+    __deletable__ = ("association",)
+
     def __init__(self, association: ClientAssociation, sock: SocketType) -> None:
         super().__init__(association.reactor, sock)
         self.association = association
@@ -221,3 +223,8 @@ class RelaySocket(DatagramSocket):
 
     def failed(self, error: Exception) -> None:
         self.association.failed(error)
+
+    def close(self) -> None:
+        super().close()
+        # The association knows its socket. Without this there would be a cycle for the collector in each of them.
+        del self.association

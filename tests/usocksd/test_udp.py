@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import socket
@@ -16,8 +17,12 @@ from socket import socket as Socket
 
 import daemons
 import pytest
+import trio
 from daemons import Daemon, NameServer, request
+from inside import usocksd_inside
 
+from usocksd.association import ClientAssociation
+from usocksd.mapping import NOBODY, Destination, Mapping
 from usocksd.socks.datagram import header
 
 NAMES = {
@@ -361,3 +366,32 @@ to = ["one.test"]
         command = [sys.executable, "-m", "usocksd", "-f", tmp_path / "usocksd.toml", "explain", "--from", "127.0.0.1"]
         for options, status in ((["--udp", "--live"], 1), (["--udp"], 1), ([], 0)):
             assert subprocess.run([*command, *options, "127.0.0.9:9"], check=False).returncode == status
+
+
+async def test_an_association_leaves_no_garbage(tmp_path: Path) -> None:
+    """Cycles would wait for the collector, which runs seldom."""
+    async with usocksd_inside(tmp_path, '[[rule]]\naction = "allow"\nto = ["127.0.0.0/8"]') as proxy:
+
+        async def associate() -> None:
+            with udp_socket() as destination, udp_socket() as udp:
+                async with await proxy.connect() as tcp:
+                    await tcp.send_all(daemons.GREETING + request("0.0.0.0", 0, command=3))
+                    reply = b""
+                    while len(reply) < 12:
+                        reply += await tcp.receive_some()
+                    relay = "127.0.0.1", int.from_bytes(reply[10:12])
+                    udp.sendto(header("127.0.0.1", port_of(destination)) + b"asked", relay)
+                    data, sender = await trio.to_thread.run_sync(destination.recvfrom, 100)
+                    destination.sendto(data, sender)
+                    await trio.to_thread.run_sync(udp.recv, 100)
+            await proxy.over()
+
+        await associate()
+        gc.collect()
+        gc.disable()
+        try:
+            await associate()
+            found = [each for each in gc.get_objects() if isinstance(each, ClientAssociation | Mapping | Destination)]
+        finally:
+            gc.enable()
+        assert not [each for each in found if each is not NOBODY]

@@ -28,6 +28,8 @@ import pytest
 from daemons import Daemon, wait_until
 from test_service import reload, wait_for_workers
 
+from usocksd.net.address import join_port
+
 FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
 WEB = {4: lab.WEB_V4, 6: lab.WEB_V6}
 OTHER = {4: lab.OTHER_V4, 6: lab.OTHER_V6}
@@ -285,7 +287,7 @@ def test_names_are_resolved_beyond(where: str, tool: str, request: pytest.Fixtur
         before = client.fds()
         for version in (4, 6):
             assert look_up(net, version) == ADDRESS
-            place = f"[{WEB[6]}]:53" if version == 6 else f"{WEB[4]}:53"
+            place = join_port(WEB[version], 53)
             flow = client.record("udp flow", dest_addr=place)
             assert (flow["tx_packets"], flow["rx_packets"], flow["route"]) == (1, 1, "default")
             assert server.record("udp flow", dest_addr=place)["tx_packets"] == 1
@@ -361,6 +363,25 @@ def test_the_next_proxy_takes_over(gateway_net: lab.Net, tmp_path: Path) -> None
         client.record("association is lost")
         assert client.record("association goes on")["upstream"] == "socks5://127.0.0.1:1090"
         second.record("association starts")
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_the_proxy_is_told_of_the_client(gateway_net: lab.Net, tmp_path: Path, version: int) -> None:
+    net = gateway_net
+    admitted = 'addresses = ["127.0.0.1"]\nallow_from = ["192.168.77.0/24", "fd77::/64"]'
+    trusted = '[incoming.proxy_protocol]\nport = 1090\ntrusted = ["127.0.0.1"]\n'
+    server_config = USOCKSD.replace('addresses = ["127.0.0.1"]', admitted) + trusted
+    config = "proxy_protocol = true\n" + TRANSOCKS.replace("1080", "1090")
+    with (
+        Echo(net),
+        usocksd(net, tmp_path, config=server_config) as server,
+        transocks(net, tmp_path, config),
+        rules(net),
+        Client(net, version) as here,
+    ):
+        assert here.ask() == here.ask()
+        address = lab.LAN_CLIENT_V6 if version == 6 else lab.LAN_CLIENT_V4
+        assert server.record("association starts")["client_addr"] == join_port(address, here.port)
 
 
 def test_a_flow_that_is_silent_ends(gateway_net: lab.Net, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .contenders import CHAINS, SOCKS, STRAIGHT, Contender, from_command
+from .contenders import CHAINS, SOCKS, STRAIGHT, UDP, Contender, from_command
 from .counting import LENGTHS, QUICK_LENGTHS, missing
 from .places import Loopback, Namespace, PlaceError
 from .report import Result, Table, machine, render
@@ -124,22 +124,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed = False
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         bench = Bench(Path(name), options.seconds)
-        for kind, contenders, reference in (
-            (Loopback, (*SOCKS, *options.extra), "microsocks"),
-            (Namespace, CHAINS, "redsocks+microsocks"),
+        streams = [each for each in wanted if each.kind != "udp"]
+        datagrams = [each for each in wanted if each.kind == "udp"]
+        for kind, contenders, some, reference in (
+            (Loopback, (*SOCKS, *options.extra), streams, "microsocks"),
+            (Namespace, CHAINS, streams, "redsocks+microsocks"),
+            (Loopback, (*UDP, *options.extra), datagrams, "dante"),
         ):
+            if not some:
+                continue
             chosen = present(contenders, options.only)
             if not chosen or (kind is Namespace and chosen == [STRAIGHT]):
                 continue
             try:
                 with kind(Path(name)) as place:
-                    results = run(bench, place, chosen, wanted, rounds=options.rounds, reporter=Reporter(progress, say))
+                    results = run(bench, place, chosen, some, rounds=options.rounds, reporter=Reporter(progress, say))
             except PlaceError as error:
                 left = ", ".join(each.name for each in chosen if each.parts)
                 say(f"left out: {left}: {error}")
                 continue
-            show(place, wanted, results, reference)
-            record["results"][place.name] = results
+            show(place, some, results, reference)
+            record["results"][f"{place.name}, UDP" if some is datagrams else place.name] = results
             failed |= any(None in rounds for rows in results.values() for rounds in rows.values())
     say(f"Medians of {options.rounds} rounds; a ratio is taken within a round, its range is over the rounds.")
     if options.json:

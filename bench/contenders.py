@@ -184,6 +184,8 @@ SOCKS = (
     Contender("dante", (DANTE,)),
     Contender("pproxy", (PPROXY,)),
 )
+UDP = tuple(each for each in SOCKS if each.name in {"straight", "usocksd", "usocksd x2", "dante"})
+"""Those that have UDP ASSOCIATE."""
 CHAINS = (
     STRAIGHT,
     Contender("transocks", (USOCKSD, TRANSOCKS), alone=True),

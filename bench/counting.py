@@ -18,8 +18,8 @@ from .accounting import processes
 from .places import find_program
 
 # Operations counted, by kind of measure.
-LENGTHS = {"connect": 1000, "echo": 5000}
-QUICK_LENGTHS = {"connect": 100, "echo": 200}
+LENGTHS = {"connect": 1000, "echo": 5000, "udp": 20000}
+QUICK_LENGTHS = {"connect": 100, "echo": 200, "udp": 500}
 # Seconds after which fewer operations have to do.
 COUNTED_WITHIN = 60.0
 # Seconds for a proxy to start, to answer and to stop.

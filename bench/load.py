@@ -17,6 +17,7 @@ import sys
 import time
 from array import array
 
+from .datagrams import Flows
 from .ends import STREAM
 from .opening import PAYLOAD, Failed, Opener, Plan
 
@@ -129,6 +130,11 @@ def measure_bulk(opener: Opener) -> dict[str, float]:
     return {"count": total, "seconds": time.perf_counter() - start}
 
 
+def measure_udp(flows: Flows) -> dict[str, float]:
+    go()
+    return flows.run()
+
+
 opened: list[socket.socket] = []  # stay open until the process ends
 MEASURES = {"connect": measure_connect, "echo": measure_echo, "bulk": measure_bulk, "idle": measure_idle}
 
@@ -136,6 +142,9 @@ MEASURES = {"connect": measure_connect, "echo": measure_echo, "bulk": measure_bu
 def main() -> None:
     fields = json.loads(sys.argv[1])
     plan = Plan(**fields | {"target": tuple(fields["target"]), "proxy": fields["proxy"] and tuple(fields["proxy"])})
+    if plan.measure == "udp":
+        main_udp(plan)
+        return
     opener = Opener(plan)
     try:
         opener.wait_until_served()
@@ -147,6 +156,18 @@ def main() -> None:
         print(json.dumps({"failed": str(error)}), flush=True)
         return
     print(json.dumps(result | {"errors": opener.errors}), flush=True)
+    sys.stdin.read()
+
+
+def main_udp(plan: Plan) -> None:
+    try:
+        flows = Flows(plan)
+        flows.wait_until_served()
+        result = measure_udp(flows)
+    except (Failed, OSError) as error:
+        print(json.dumps({"failed": str(error)}), flush=True)
+        return
+    print(json.dumps(result | {"errors": 0}), flush=True)
     sys.stdin.read()
 
 

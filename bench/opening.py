@@ -22,10 +22,11 @@ class Plan:
 
     The measured part ends after `seconds`, or `count` connections or echoes, whichever comes first. `patience` is how
     many seconds a proxy may take to start serving, or to answer.
+    `size` and `rate` are of datagrams: bytes, and how many are sent a second.
     `target` and `proxy` are IPv4 addresses with ports; `mark` is the socket mark that is redirected.
     """
 
-    measure: Literal["connect", "echo", "bulk", "idle"]
+    measure: Literal["connect", "echo", "bulk", "idle", "udp"]
     connections: int
     seconds: float
     target: tuple[str, int]
@@ -33,6 +34,8 @@ class Plan:
     mark: int = 0
     count: int = sys.maxsize
     patience: float = 15.0
+    size: int = 0
+    rate: float = 0.0
 
 
 @dataclass(slots=True)

@@ -18,8 +18,8 @@ from .opening import Plan
 from .places import MARK, Loopback
 from .report import Figure, Result
 
-Kind = Literal["connect", "echo", "bulk", "idle"]
-KINDS: tuple[Kind, ...] = ("connect", "echo", "bulk", "idle")
+Kind = Literal["connect", "echo", "bulk", "idle", "udp"]
+KINDS: tuple[Kind, ...] = ("connect", "echo", "bulk", "idle", "udp")
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class Measure:
     title: str
     figures: tuple[Figure, ...]
     length: int | None = None
+    size: int = 0
+    rate: float = 0.0
 
 
 def measures(kinds: Sequence[str], idle: int, lengths: Mapping[str, int]) -> list[Measure]:
@@ -46,6 +48,8 @@ def measures(kinds: Sequence[str], idle: int, lengths: Mapping[str, int]) -> lis
     echo = Figure("cpu", "CPU us each", 1e6, 1, ratio=True)
     bulk = (Figure("rate", "MB/s", 1e-6, ratio=True), Figure("cpu", "CPU s/GB", 1e9, 2, ratio=True))
     memory = Figure("memory", "KB each", 1e-3, 2, ratio=True)
+    datagram = Figure("cpu", "CPU us each", 1e6, 2, ratio=True)
+    lost = Figure("lost", "% lost", 100, 1)
     every = (
         Measure("connect", "connect", 50, "Connections: open, echo, close; 50 at once", (rate, connection, *counts)),
         Measure("echo-1", "echo", 1, "Echo of 64 bytes on 1 connection", (rate, *latency, echo, *counts)),
@@ -53,7 +57,13 @@ def measures(kinds: Sequence[str], idle: int, lengths: Mapping[str, int]) -> lis
         Measure("bulk-1", "bulk", 1, "Bulk download, 1 stream", bulk),
         Measure("bulk-8", "bulk", 8, "Bulk download, 8 streams", bulk),
         Measure("idle", "idle", idle, f"Memory of {idle} idle connections", (memory,)),
-    )
+        *(
+            Measure(f"udp-{flows}-{size}-{rate}", "udp", flows,
+                    f"Datagrams of {size} bytes there and back, {flows} associations, {rate:,} a second each way",
+                    (datagram, lost, *counts), size=size, rate=rate)
+            for flows, size, rate in ((1, 100, 20_000), (1, 1200, 20_000), (200, 100, 20_000), (1, 100, 50_000))
+        ),
+    )  # fmt: skip
     return [replace(each, length=lengths.get(each.kind)) for each in every if each.kind in kinds]
 
 
@@ -131,6 +141,8 @@ class Bench:
         place = running.place
         # A destination of its own for each run, so that none searches ports among the last one's TIME_WAITs.
         target = f"127.1.{self._runs >> 8 & 255}.{self._runs & 255}"
+        if measure.kind == "udp":  # whose answers come from the address that was asked
+            target = "127.0.0.1"
         with running:
             plan = Plan(
                 measure=measure.kind,
@@ -139,6 +151,8 @@ class Bench:
                 target=(target, place.target_port),
                 proxy=running.proxy,
                 mark=MARK if running.redirected else 0,
+                size=measure.size,
+                rate=measure.rate,
             )
             if count is not None:
                 plan = replace(plan, seconds=COUNTED_WITHIN, count=count, patience=PATIENCE)

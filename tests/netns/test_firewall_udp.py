@@ -108,6 +108,36 @@ def test_listed_ports_go_through_and_others_do_not(
         assert there.flows() == 2
 
 
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("tool", ["nft", "iptables"])
+@pytest.mark.parametrize(("where", "mode"), MODES)
+def test_a_client_that_has_gone_tells_nobody_beyond(
+    where: str, mode: str, tool: str, version: int, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """ICMP's "port unreachable" has the late answer in it, and would be sent by the client to the destination."""
+    net: lab.Net = request.getfixturevalue(where)
+    protocol = socket.IPPROTO_ICMPV6 if version == 6 else socket.IPPROTO_ICMP
+    unreachable = b"\x01\x04" if version == 6 else b"\x03\x03"
+    with (
+        scene(net, tmp_path, mode, tool) as there,
+        net.outside.socket(FAMILY[version], socket.SOCK_DGRAM) as server,
+        net.outside.socket(FAMILY[version], socket.SOCK_RAW, protocol) as heard,
+        Client(net, version) as client,
+    ):
+        server.bind((WEB[version], ECHO))
+        server.settimeout(10)
+        there.rules("apply")
+        client.sock.sendto(b"hello", (WEB[version], ECHO))
+        _, sender = server.recvfrom(100)
+        client.sock.close()
+        server.sendto(b"late", sender)
+        heard.settimeout(0.5)
+        with contextlib.suppress(TimeoutError):
+            while True:
+                packet = heard.recv(2000)
+                assert packet[0 if version == 6 else 20 :][:2] != unreachable
+
+
 @pytest.mark.parametrize("tool", ["nft", "iptables"])
 def test_servers_of_this_host_go_on_answering(host_net: lab.Net, tmp_path: Path, tool: str) -> None:
     with scene(host_net, tmp_path, "host", tool, ports='"all"') as there:

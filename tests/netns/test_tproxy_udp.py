@@ -451,6 +451,23 @@ def test_a_scan_harms_no_other_client(gateway_net: lab.Net, tmp_path: Path) -> N
         assert client.records("udp flow", client_addr=f"192.168.77.3:{here.port}") == []
 
 
+def test_few_descriptors(gateway_net: lab.Net, tmp_path: Path) -> None:
+    net = gateway_net
+    with (
+        Echo(net),
+        usocksd(net, tmp_path),
+        Daemon("transocks", TRANSOCKS, tmp_path, popen=net.proxy.popen, prefix=("prlimit", "--nofile=250")) as client,
+        rules(net),
+        contextlib.ExitStack() as stack,
+    ):
+        for _ in range(100):
+            stack.enter_context(Client(net)).keep_asking()
+        assert client.fds() < 200
+        said = client.record("too few file descriptors left")
+        assert (said["severity"], said["protocol"]) == ("warning", "udp")
+        assert client.records("association ends", reason="shed")
+
+
 # ---- what does not go on
 
 

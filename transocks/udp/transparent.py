@@ -175,8 +175,7 @@ class TransparentUdp:
             self._drop("no_udp", "no upstream carries UDP", via, group=via, client_addr=source, dest_addr=place)
             return None
         if not self.means.counters.room():
-            self._make_room()
-            self._drop("descriptors")
+            self._out_of_descriptors()
             return None
         records = UdpRecords(self._access_log, source, place, route, self._reactor.now)
         association = UdpAssociation(self, self._reactor, (client, via), client=source, group=group, records=records)
@@ -193,8 +192,7 @@ class TransparentUdp:
         if len(self._flows) >= self.means.udp.flows:
             self._make_room()
         if not counters.take():
-            self._make_room()
-            self._drop("descriptors")
+            self._out_of_descriptors()
             return None
         place = _host_port(destination)
         try:
@@ -207,8 +205,7 @@ class TransparentUdp:
         except OSError as error:
             counters.give_back()
             if error.errno in _NO_DESCRIPTOR:
-                self._make_room()
-                self._drop("descriptors")
+                self._out_of_descriptors()
             else:
                 cause = "address_in_use" if error.errno == errno.EADDRINUSE else "no_flow"
                 self._drop(cause, "can't answer for a destination", place.port, dest_addr=place, error=error)
@@ -244,6 +241,11 @@ class TransparentUdp:
         if not self._makes_room:
             self._makes_room = True
             self._reactor.call_soon(self._end_oldest)
+
+    def _out_of_descriptors(self) -> None:
+        """A datagram is dropped, since no descriptor is left for a flow or an association."""
+        self._make_room()
+        self._drop("descriptors", "too few file descriptors left", flows=len(self._flows))
 
     def _end_oldest(self) -> None:
         """Those of the client with the most flows, so that a scan harms no other client; first those that were used

@@ -388,7 +388,10 @@ def test_a_flow_that_is_silent_ends(gateway_net: lab.Net, tmp_path: Path) -> Non
     net = gateway_net
     with (
         Echo(net) as echo,
-        both(net, tmp_path, TRANSOCKS + "[udp]\nidle = 1\n") as (client, server),
+        both(net, tmp_path, TRANSOCKS + "[udp]\nidle = 1\n[timeouts]\nconnect = 0.5\nhandshake = 0.5\n") as (
+            client,
+            server,
+        ),
         Client(net) as here,
         Client(net) as there,
     ):
@@ -396,11 +399,12 @@ def test_a_flow_that_is_silent_ends(gateway_net: lab.Net, tmp_path: Path) -> Non
         wait_until(lambda: client.records("association ends"), client.lines)
         before, since = client.fds(), time.monotonic()
         here.ask()
-        while time.monotonic() < since + 2.5:  # datagrams in either direction keep it
+        while time.monotonic() < since + 2.5:  # datagrams in either direction keep it, and no other time counts
             time.sleep(0.2)
             here.sock.sendto(b"", (lab.WEB_V4, ECHO))
         assert len(client.records("association ends")) == 1
         ended = wait_until(lambda: client.records("association ends")[1:], client.lines)[0]
+        assert not client.records("association is lost")
         assert (ended["reason"], ended["ended_by"], ended["destinations"]) == ("idle timeout", "proxy", 1)
         assert ended["elapsed"] >= 2.5
         client.wait_for_fds(before)

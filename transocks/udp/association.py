@@ -14,6 +14,7 @@ import errno
 import logging
 from collections.abc import Callable
 from functools import partial
+from math import inf
 from typing import TYPE_CHECKING, Any, Final
 
 from transocks.config import UdpConfig
@@ -154,7 +155,7 @@ class UdpAssociation(Association):
         if found is None:
             await self._go_directly()
             return
-        endpoint = found[0].endpoint
+        endpoint, since = found[0].endpoint, self.reactor.clock()
         try:
             if self.result is None:
                 self._open(self._relay_outlet(found[0], found[1]))
@@ -162,8 +163,11 @@ class UdpAssociation(Association):
         finally:
             self._shut()
             endpoint.close()
-        if self.result is None and not self._kept:
+        if self.result is None:
             self.records.upstream_ended()
+            # A proxy that ends each association at once is not asked more often than one that refuses.
+            await self.control.wait_until(since + _AGAIN_AFTER)
+        if self.result is None and not self._kept:
             self._asleep = True
             await self.control.wait()
 
@@ -197,6 +201,7 @@ class UdpAssociation(Association):
 
     async def _outlive(self, control: Endpoint) -> None:
         """Wait for the end of the connection to the proxy, and so of its association."""
+        control.deadline = inf
         self.control.on_interrupt = control.interrupt
         try:
             while self.result is None and await control.receive():

@@ -39,8 +39,9 @@ CONFIGURATIONS: dict[str, dict[str, object]] = {  # differences from the samples
         "outgoing.mark": 0x7473,  # the rules exempt it
     },
     # socks5h: usocksd is asked for the name, if the client's first bytes have one.
-    "transocks": {"proxy_url": "socks5h://127.0.0.1:1080", "mark": 0x7473, "rules.mode": "host"},
-}
+    "transocks": {"proxy_url": "socks5h://127.0.0.1:1080", "mark": 0x7473, "listen_udp": "localhost:1084",
+                  "rules.mode": "host", "rules.udp_ports": [53]},
+}  # fmt: skip
 PORTS = {"transocks": 1081, "usocksd": 1080}
 PATIENCE = 60.0  # seconds; on an idle machine these steps take milliseconds
 
@@ -52,6 +53,21 @@ else:
 
 class DemoError(Exception):
     """The demo can't go on; the message is for the terminal."""
+
+
+@dataclass
+class Lookup:
+    """One lookup by the C library, over UDP."""
+
+    found: str = ""
+    transocks: dict[str, Any] = field(default_factory=dict)  # the record of its datagrams
+    usocksd: dict[str, Any] = field(default_factory=dict)
+
+    command = f"getent ahostsv4 {WWW}"
+
+    @property
+    def right(self) -> bool:
+        return self.found == lab.WEB_V4 and self.usocksd.get("src_addr", "").rpartition(":")[0] in EGRESS
 
 
 @dataclass
@@ -161,6 +177,18 @@ class Demo:
             if line.lower().startswith("x-your-address:"):
                 fetch.saw = line.split(":", 1)[1].strip()
 
+    def look_up(self) -> Lookup:
+        """Look a name up, and wait for the records of the datagrams."""
+        lookup = Lookup()
+        earlier = {name: len(self._flows(name)) for name in PORTS}
+        done = self.net.client.run(*lookup.command.split(), check=False)
+        lookup.found = done.stdout.partition(" ")[0]
+        deadline = time.monotonic() + PATIENCE
+        while not (lookup.transocks and lookup.usocksd) and time.monotonic() < deadline:
+            lookup.transocks, lookup.usocksd = (next(iter(self._flows(name)[earlier[name] :]), {}) for name in PORTS)
+            time.sleep(0.01)
+        return lookup
+
     def fetch_recorded(self, fetch: Fetch) -> None:
         """Fetch, and wait for the access records, which are written after the relay.
 
@@ -179,11 +207,16 @@ class Demo:
 
     def _records(self, name: str) -> list[dict[str, Any]]:
         """Its access records of ended connections, in their order."""
+        others = {"proxy starts", "not redirected", "association starts", "udp flow", "association ends"}
+        return [r for r in self._all_records(name) if r.get("type") == "access" and r["message"] not in others]
+
+    def _flows(self, name: str) -> list[dict[str, Any]]:
+        """Its records of datagrams."""
+        return [r for r in self._all_records(name) if r["message"] == "udp flow"]
+
+    def _all_records(self, name: str) -> list[dict[str, Any]]:
         lines = (self.folder / f"{name}.log").read_text(encoding="utf-8").split("\n")[:-1]
-        records = [json.loads(line) for line in lines]
-        return [
-            r for r in records if r.get("type") == "access" and r["message"] not in {"proxy starts", "not redirected"}
-        ]
+        return [json.loads(line) for line in lines]
 
     def shell(self) -> None:
         """A shell on the host with the daemons, until it ends."""
@@ -239,7 +272,13 @@ def tell_the_fetches(fetches: Sequence[Fetch]) -> None:
             )
 
 
-def tell_the_records(fetches: Sequence[Fetch]) -> None:
+def tell_the_lookup(lookup: Lookup) -> None:
+    mark = f"{GOOD}ok{PLAIN}" if lookup.right else f"{BAD}NO{PLAIN}"
+    source = lookup.usocksd.get("src_addr", "nowhere")
+    print(f"\n {mark} {lookup.command}: {lookup.found or 'nothing'}, by UDP through both, from {source}")
+
+
+def tell_the_records(fetches: Sequence[Fetch | Lookup]) -> None:
     for fetch in fetches:
         print(f"\n  {DIM}The access records of{PLAIN} {fetch.command}")
         for name in ("transocks", "usocksd"):
@@ -270,14 +309,16 @@ def demo(net: lab.Net, keep: bool) -> bool:
     ]
     for fetch in fetches:
         it.fetch_recorded(fetch)
+    lookup = it.look_up()
     tell_the_path(net.lab.rootless, applied, before)
     tell_the_fetches(fetches)
-    tell_the_records((fetches[2], fetches[-1]))
-    good = all(fetch.right for fetch in fetches)
+    tell_the_lookup(lookup)
+    tell_the_records((fetches[2], lookup))
+    good = lookup.right and all(fetch.right for fetch in fetches)
     done = (
-        f"{GOOD}All fetches had the expected result.{PLAIN}"
+        f"{GOOD}All of it had the expected result.{PLAIN}"
         if good
-        else f"{BAD}Not all fetches had the expected result.{PLAIN}"
+        else f"{BAD}Not all of it had the expected result.{PLAIN}"
     )
     hint = "" if keep else "  ./run --keep opens a shell inside; sudo ./run curl URL does the same on this machine."
     print(f"\n{BOLD}{done}{PLAIN}{DIM}{hint}{PLAIN}")

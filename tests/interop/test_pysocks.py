@@ -169,12 +169,18 @@ def test_socks4_where_a_user_is_needed(far: FarEnd, guarded: Daemon) -> None:
     guarded.expect("handshake failed", error="SOCKS4, which can't authenticate")
 
 
-def test_udp(daemon: Daemon) -> None:
-    """A datagram socket asks for UDP ASSOCIATE, which is not served."""
-    with socks.socksocket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.settimeout(PATIENCE)
-        sock.set_proxy(socks.SOCKS5, daemon.host, daemon.port)
-        with pytest.raises(socks.SOCKS5Error, match=r"^0x07: "):
-            sock.bind(("127.0.0.1", 0))
-        sock._proxyconn.close()  # which PySocks forgets
-    daemon.expect("command not supported", protocol="SOCKS5", command="udp_associate")
+@pytest.mark.parametrize("host", ["127.0.0.1", pytest.param("::1", marks=ipv6)])
+def test_datagrams(daemon: Daemon, host: str) -> None:
+    """PySocks asks for an association with the name "0" and its real port."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as far:
+        far.settimeout(PATIENCE)
+        far.bind((host, 0))
+        with socks.socksocket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.settimeout(PATIENCE)
+            sock.set_proxy(socks.SOCKS5, daemon.host, daemon.port)
+            for number in range(3):
+                sock.sendto(b"%d" % number, far.getsockname()[:2])
+                data, sender = far.recvfrom(100)
+                far.sendto(data + b" back", sender)
+                assert sock.recvfrom(100) == (b"%d back" % number, far.getsockname()[:2])

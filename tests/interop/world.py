@@ -56,6 +56,8 @@ stop = 0
 # Records of the daemon that a test may cause; any other is a failure.
 _KNOWN = {
     "allow_from is not set: only clients on loopback, private and link-local networks are admitted",
+    "association ends",
+    "association starts",
     "command not supported",
     "dial to destination failed",
     "handshake failed",
@@ -66,6 +68,7 @@ _KNOWN = {
     "ruleset mismatch",
     "stopped",
     "stopping",
+    "udp flow",
 }
 
 

@@ -59,7 +59,9 @@ def build(config: UsocksdConfig, parts: Parts) -> Application:
     egress, listings = make_egress(config, hosts, parts.metrics)
     parts.shared(listings.take)
     lookups = Lookups(listings, parts.share, config.dns.servers, parts.metrics)
-    resolver = make_resolver(config.dns, parts.metrics, sockets=most_name_sockets(parts.descriptors))
+    resolver = make_resolver(
+        config.dns, parts.metrics, sockets=most_name_sockets(parts.descriptors), mark=config.outgoing.mark
+    )
     in_front, proxied = config.incoming.proxy_protocol, None
     if in_front is not None and policy.trusted is not None:
         proxied = ProxiedListener(in_front.port, policy.trusted, policy.clients, parts.count_as)

@@ -123,6 +123,16 @@ _HOSTS = [
 
 SEEDS: dict[str, list[bytes]] = {
     "socks_server": _servers(),
+    "datagram": [
+        b"\0\0\0\x01\xc0\0\x02\x01\0\x35payload",
+        b"\0\0\0\x04" + bytes(15) + b"\x01\0\x35",
+        b"\0\0\0\x03\x0fwww.example.com\0\x35payload",
+        b"\0\0\x81\x01\xc0\0\x02\x01\0\x35",
+    ],
+    "original_destination_of_datagram": [
+        b"\x02\x00\x00\x35\xc0\0\x02\x01" + bytes(8),
+        b"\x0a\x00\x00\x35" + bytes(4) + b"\xfe\x80" + bytes(13) + b"\x01\x02\0\0\0",
+    ],
     "socks_client": _clients(),
     "socks_probe": _clients(),
     "http_connect": [

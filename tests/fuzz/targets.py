@@ -30,6 +30,7 @@ from transocks.sniff import MOST, Sniffer
 from transocks.tracing.reports import MESSAGE
 from transocks.tracing.reports import parse as parse_trace
 from transocks.tracing.trace import trace_of
+from transocks.udp.sockets import original_destination
 from usocksd.acl import AccessRules, Rule
 from usocksd.clients import Client, ClientRules
 from usocksd.decision import Decision, Policy
@@ -64,6 +65,9 @@ from usocksd.socks import (
     SocksConnect,
     Version,
 )
+from usocksd.socks.datagram import BadDatagram
+from usocksd.socks.datagram import header as datagram_header
+from usocksd.socks.datagram import parse as parse_datagram
 from usocksd.socks.wire import MAX_INCOMPLETE
 
 T = TypeVar("T")
@@ -157,6 +161,33 @@ def _ask(machine: ClientRole, parts: Iterable[bytes], most: int) -> tuple[list[o
     except UpstreamError as error:  # (the earlier answers are no longer needed)
         return [type(error), str(error)[:20]], b""
     return [*events, left], said
+
+
+@target
+def datagram(data: bytes) -> None:
+    """Datagrams of clients of usocksd, and of transocks's upstreams; behind each is what the buffer had before."""
+    try:
+        found = parse_datagram(memoryview(data + b"\xff" * 300), len(data))
+    except BadDatagram as bad:
+        causes = {bad.cause}
+    else:
+        causes = set()
+    assert causes <= set(BadDatagram.CAUSES)
+    if causes:
+        return
+    assert found.size <= len(data)
+    again = datagram_header(found.host, found.port)
+    assert parse_datagram(again, len(again)) == (found.host, found.port, len(again))
+
+
+@target
+def original_destination_of_datagram(data: bytes) -> None:
+    """Control messages of recvmsg(2), as the kernel would make them: of the right length, whatever is in them."""
+    for level, kind, size in ((socket.IPPROTO_IP, 20, 16), (socket.IPPROTO_IPV6, 74, 28)):
+        message = (level, kind, (data + bytes(size))[:size])
+        found = original_destination([(0, 0, data), message], v6=level == socket.IPPROTO_IPV6)
+        assert found is not None
+        ip_address(found[0])
 
 
 @target

@@ -79,7 +79,7 @@ class Server:
 
 def test_active_ftp_under_socksify(host_net: lab.Net, tmp_path: Path) -> None:
     if shutil.which("socksify") is None:
-        pytest.skip("socksify (package dante-client) is not installed")
+        pytest.skip("socksify is not installed (package dante-client, which Debian 13 lacks)")
     egress = lab.PROXY_V4[1]
     conf = tmp_path / "socks.conf"
     conf.write_text(SOCKS_CONF)

@@ -42,7 +42,7 @@ print(socket.inet_ntoa(sock.recv(500)[-4:]))
 
 def test_a_resolver_under_socksify(host_net: lab.Net, tmp_path: Path) -> None:
     if shutil.which("socksify") is None:
-        pytest.skip("socksify (package dante-client) is not installed")
+        pytest.skip("socksify is not installed (package dante-client, which Debian 13 lacks)")
     conf = tmp_path / "socks.conf"
     conf.write_text(SOCKS_CONF)
     egress = lab.PROXY_V4[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -395,3 +396,19 @@ async def test_an_association_leaves_no_garbage(tmp_path: Path) -> None:
         finally:
             gc.enable()
         assert not [each for each in found if each is not NOBODY]
+
+
+def test_a_reload_keeps_it_and_a_stop_ends_it(tmp_path: Path, dns: NameServer, destination: Socket) -> None:
+    with Server(tmp_path, dns) as server, associated(server) as client:
+        client.send("127.0.0.1", port_of(destination))
+        sender = destination.recvfrom(100)[1]
+        before = server.worker
+        server.signal(signal.SIGHUP)
+        daemons.wait_until(lambda: before in server.workers() and len(server.workers()) == 2, "the old one drains")
+        destination.sendto(b"still", sender)
+        assert client.receive()[1] == b"still"
+        client.send("127.0.0.1", port_of(destination), b"here")
+        assert destination.recvfrom(100) == (b"here", sender)
+        server.end()
+        ended = server.record("association ends")
+        assert (ended["reason"], ended["ended_by"], ended["tx_packets"]) == ("stopped", "proxy", 2)

@@ -13,7 +13,7 @@ from usocksd.association import ClientAssociation, Means
 from usocksd.association_log import AssociationRecords
 from usocksd.clients import Client
 from usocksd.errors import Denied, DialError
-from usocksd.net.address import HostPort, IPAddress, unmapped
+from usocksd.net.address import HostPort, IPAddress, bound_to, unmapped
 from usocksd.net.datagrams import Ended, open_socket
 from usocksd.net.ending import Reason, Side
 from usocksd.net.endpoint import Endpoint, PeerReset
@@ -57,7 +57,7 @@ class UDPService:
         row = self._tally.row(client.host)
         if self._tally.exceeded(row):
             raise Denied(PER_CLIENT)
-        sock = self._open_socket(unmapped(endpoint.local_address()[0]).partition("%")[0])
+        sock = self._open_socket(unmapped(bound_to(endpoint.sock).host))
         self._tally.add(row, 1)
         association: ClientAssociation | None = None
         try:

@@ -14,6 +14,8 @@ import pytest
 from daemons import Daemon, Served
 from test_redirect import MARK, RULES, USOCKSD, page, transocks, usocksd
 
+from usocksd.socks.datagram import header
+
 NEAR, FAR = "fe80::a:1", "fe80::a:2"
 WEB = f"http://{lab.WEB_V4}/"
 
@@ -76,6 +78,23 @@ def test_listened_on_and_left_to(host_net: lab.Net, tmp_path: Path) -> None:
         assert curl(outside, "-x", proxy, f"http://[{FAR}%25{far}]:8080/") == "it works"
         assert curl(outside, "-x", proxy, f"http://[{FAR}]:8081/") == ""
         assert "nothing says by which interface" in server.record("dial to destination failed")["error"]
+        with (
+            outside.socket(socket.AF_INET6) as tcp,
+            outside.socket(socket.AF_INET6, socket.SOCK_DGRAM) as udp,
+            outside.socket(socket.AF_INET, socket.SOCK_DGRAM) as there,
+        ):
+            for sock in (tcp, udp, there):
+                sock.settimeout(daemons.PATIENCE)
+            there.bind((lab.WEB_V4, 7))
+            tcp.connect((NEAR, 1080, 0, index))
+            tcp.sendall(daemons.GREETING + daemons.request("0.0.0.0", 0, command=3))
+            daemons.receive_exactly(tcp, 2)
+            relay = daemons.receive_reply(tcp)
+            assert relay[:2] == (0, NEAR)
+            udp.sendto(header(lab.WEB_V4, 7) + b"datagram", (NEAR, relay[2], 0, index))
+            data, sender = there.recvfrom(100)
+            there.sendto(data, sender)
+            assert udp.recv(100) == header(lab.WEB_V4, 7) + b"datagram"
         for port, status, said in ((8080, 0, ""), (8081, 1, 'it is link-local, and pool "default" has no iface')):
             words = ["explain", "--from", "10.0.0.1", tmp_path / "usocksd.toml", f"[{FAR}]:{port}"]
             told = host_net.proxy.run(sys.executable, "-m", "usocksd", *words, check=False)

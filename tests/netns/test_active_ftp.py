@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import socket
 import threading
@@ -42,10 +43,23 @@ class Server:
         self.sock = net.outside.socket()
         self.sock.bind((lab.WEB_V4, 21))
         self.sock.listen()
-        threading.Thread(target=self._serve, daemon=True).start()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)  # accept(2) returns
+        self.sock.close()
+        self._thread.join(daemons.PATIENCE)
 
     def _serve(self) -> None:
-        sock, _ = self.sock.accept()
+        try:
+            sock, _ = self.sock.accept()
+        except OSError:
+            return
         with sock, sock.makefile("rw", newline="") as talk:
 
             def say(text: str) -> None:
@@ -83,11 +97,10 @@ def test_active_ftp_under_socksify(host_net: lab.Net, tmp_path: Path) -> None:
     egress = lab.PROXY_V4[1]
     conf = tmp_path / "socks.conf"
     conf.write_text(SOCKS_CONF)
-    with Daemon("usocksd", CONFIG.format(egress=egress), tmp_path, popen=host_net.proxy.popen) as usocksd:
-        server = Server(host_net)
+    config = CONFIG.format(egress=egress)
+    with Daemon("usocksd", config, tmp_path, popen=host_net.proxy.popen) as usocksd, Server(host_net) as server:
         command = ["socksify", "curl", "-sS", "--max-time", "30", "-P", "-", "--disable-eprt", f"ftp://{lab.WEB_V4}/"]
         out = host_net.proxy.run("env", f"SOCKS_CONF={conf}", *command).stdout
-        server.sock.close()
         assert "a file" in out
         assert [host for host, _ in server.clients] == [egress]
         assert 30000 <= server.clients[0][1] <= 30009

@@ -90,10 +90,8 @@ def _network(value: str) -> IPNetwork:
 def _udp_ports(value: object) -> tuple[tuple[int, int], ...]:
     if value == "all":
         return ALL_PORTS
-    if type(value) is not list:
-        raise ValueError
     parse: Callable[[object], tuple[int, int]] = port_range(1).parse  # type: ignore[assignment]
-    return tuple(map(parse, value))
+    return tuple(map(parse, value)) if type(value) is list else (parse(value),)
 
 
 ALL_PORTS = ((1, 65535),)

@@ -102,8 +102,8 @@ def test_users_and_folders_are_made_as_the_units_want_them(tmp_path: Path) -> No
     for name in ("transocks", "usocksd"):
         (tmp_path / "etc" / f"{name}.toml").write_text("")
     for _ in range(2):
-        run(sysusers, f"--root={tmp_path}", UNITS / "sysusers.conf")
-        run(tmpfiles, f"--root={tmp_path}", "--create", UNITS / "tmpfiles.conf")
+        run(sysusers, f"--root={tmp_path}", *sorted((ROOT / "deploy" / "sysusers.d").iterdir()))
+        run(tmpfiles, f"--root={tmp_path}", "--create", *sorted((ROOT / "deploy" / "tmpfiles.d").iterdir()))
     accounts = {words[0]: words for words in (x.split(":") for x in (tmp_path / "etc/passwd").read_text().splitlines())}
     groups = {words[0]: words for words in (x.split(":") for x in (tmp_path / "etc/group").read_text().splitlines())}
     for name in ("transocks", "usocksd"):

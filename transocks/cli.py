@@ -28,10 +28,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _add_verbs(subparsers: Subparsers) -> None:
     from transocks.commands import doctor, rules  # noqa: PLC0415
     from transocks.commands import exec as exec_verb  # noqa: PLC0415
-    from usocksd.serve.verbs import check, parsers  # noqa: PLC0415
+    from usocksd.serve.verbs import check, install, parsers  # noqa: PLC0415
 
     exec_verb.add_parser(subparsers)
     rules.add_parser(subparsers)
     doctor.add_parser(subparsers)
     check.add_parser(subparsers, TRANSOCKS)
     parsers.add_parsers(subparsers, TRANSOCKS)
+    install.add_parsers(subparsers, TRANSOCKS.name)

@@ -28,9 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _add_verbs(subparsers: Subparsers) -> None:
     from usocksd.commands import diff, explain  # noqa: PLC0415
-    from usocksd.serve.verbs import check, parsers  # noqa: PLC0415
+    from usocksd.serve.verbs import check, install, parsers  # noqa: PLC0415
 
     check.add_parser(subparsers, USOCKSD)
     explain.add_parser(subparsers, USOCKSD)
     diff.add_parser(subparsers)
     parsers.add_parsers(subparsers, USOCKSD)
+    install.add_parsers(subparsers, USOCKSD.name)

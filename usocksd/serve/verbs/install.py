@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import pwd
 import shlex
 import shutil
 import subprocess
@@ -157,7 +158,7 @@ def _run(daemon: str, act: Callable[[_Host, argparse.Namespace], None], args: ar
 def _install(host: _Host, args: argparse.Namespace) -> None:
     programs = args.bin or _programs(host)
     program = f"{programs}/{host.daemon}"
-    if any(str(path).startswith(_HOMES) for path in (program, host.real(program).resolve())):
+    if program.startswith(_HOMES) or (host.live and str(Path(program).resolve()).startswith(_HOMES)):
         raise Error(
             f"{program}: services see no home directories (ProtectHome= in the units): install {host.daemon} elsewhere,"
             " by `pipx install --global` for example, or into a virtual environment in /opt"
@@ -180,10 +181,19 @@ def _install(host: _Host, args: argparse.Namespace) -> None:
         host.remove(target, before[target])
     if after != before:
         host.write(host.list, "".join(f"{digest}  {target}\n" for target, digest in after.items()).encode())
-    if not written:
-        print(f"{host.daemon}: nothing to do")
-    elif host.live:
+    if host.live and (written or not _ready(host.daemon)):
         _activate(host, after)
+    elif not written:
+        print(f"{host.daemon}: nothing to do")
+
+
+def _ready(daemon: str) -> bool:
+    """Whether its user and its log folder are there."""
+    try:
+        pwd.getpwnam(daemon)
+    except KeyError:
+        return False
+    return os.path.isdir(f"/var/log/{daemon}")
 
 
 def _activate(host: _Host, targets: Iterable[str]) -> None:

@@ -53,6 +53,7 @@ class BuildHook(BuildHookInterface[Any]):
     def _compile(self, folder: Path, build_data: dict[str, Any]) -> str | None:
         """Compile the modules to `folder`, and have them included. Returns what prevents it."""
         try:
+            import mypyc  # noqa: PLC0415
             from mypyc.build import mypycify  # noqa: PLC0415
             from setuptools import Distribution  # noqa: PLC0415
         except ImportError as error:
@@ -66,8 +67,12 @@ class BuildHook(BuildHookInterface[Any]):
                 group_name=_LIBRARY,
                 target_dir=str(folder / "c"),
             )
+            # The same bytes wherever it is built: debugging information has no names of temporary folders.
+            temporary = (folder, Path.cwd(), Path(mypyc.__file__).parents[1])
+            places = [f"-ffile-prefix-map={each}=." for each in temporary]
             for extension in extensions:
-                extension.extra_compile_args = [each for each in extension.extra_compile_args if each != "-Werror"]
+                flags = [each for each in extension.extra_compile_args if each != "-Werror"]
+                extension.extra_compile_args = [*flags, *places]
             build = Distribution({"name": _LIBRARY, "ext_modules": extensions}).get_command_obj("build_ext")
             build.build_lib, build.build_temp = str(folder / "lib"), str(folder / "objects")
             build.ensure_finalized()

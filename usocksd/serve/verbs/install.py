@@ -134,12 +134,14 @@ def add_parsers(subparsers: Subparsers, daemon: str) -> None:
     """Add both verbs to a command line."""
     install = add_verb(subparsers, "install", "put units, a user, a sample and man pages on this host", _INSTALL)
     uninstall = add_verb(subparsers, "uninstall", "remove what install has put on this host", _UNINSTALL)
-    install.add_argument("--bin", metavar="DIR", help="where the units find the programs (default: where this one is)")
+    where = "where the units find the programs (default: where this one is)"
+    install.add_argument("--bin", metavar="DIR", type=os.path.abspath, help=where)
     for parser, act in ((install, _install), (uninstall, _uninstall)):
         parser.add_argument(
             "--root", metavar="DIR", default="/", help="the files of another host, an image for example"
         )
-        parser.add_argument("--prefix", metavar="DIR", default=_PREFIX, help="where the files go (default %(default)s)")
+        where = f"where the files go (default {_PREFIX})"
+        parser.add_argument("--prefix", metavar="DIR", type=os.path.abspath, default=_PREFIX, help=where)
         parser.set_defaults(run=partial(_run, daemon, act))
 
 

@@ -194,32 +194,44 @@ def _control_problem(path: Path) -> str | None:
     """Why the control socket can't be made here."""
     folder = path.parent
     check_folder(str(path))
-    if not folder.exists():
+    mode = _mode(folder)
+    if not mode:
         # The daemon makes the folder, if only that is missing.
         missing = f"{folder} does not exist: create it (RuntimeDirectory= of the unit does)"
         return None if _may_create_in(folder.parent) else missing
-    mode = folder.stat().st_mode
     if not stat.S_ISDIR(mode):
         return f"{folder} is not a directory"
     if not _may_create_in(folder):
         return f"{_user()} may not create it in {folder}: give the directory to the user of the service"
     if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
         return f"everybody may replace it, since {folder} is writable for all: chmod o-w {folder}"
-    return "is there and is no socket: expected the path of one" if path.exists() and not path.is_socket() else None
+    found = _mode(path)
+    return "is there and is no socket: expected the path of one" if found and not stat.S_ISSOCK(found) else None
 
 
 def _log_problem(path: Path) -> str | None:
     """Why the log file can't be written."""
-    if path.is_dir():
+    mode = _mode(path)
+    if stat.S_ISDIR(mode):
         return "is a directory: expected a file"
-    if path.exists():
+    if mode:
         writable = os.access(path, os.W_OK, effective_ids=True)
         return None if writable else f"{_user()} may not write it: give it to the user of the service"
-    if not path.parent.is_dir():
+    if not stat.S_ISDIR(_mode(path.parent)):
         return f"{path.parent} is not a directory: create it"
     if not _may_create_in(path.parent):
         return f"{_user()} may not create it in {path.parent}: give the directory to the user of the service"
     return None
+
+
+def _mode(path: Path) -> int:
+    """The mode of a file; 0 if there is none. Raises OSError if that can't be found out, which pathlib's `exists` hides
+    from Python 3.14 on.
+    """
+    try:
+        return path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
 
 
 def _may_create_in(folder: Path) -> bool:

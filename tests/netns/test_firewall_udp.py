@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import lab
 import pytest
 from daemons import Daemon, wait_until
+from forks import Commands
 from test_tproxy_udp import ECHO, EGRESS, FAMILY, WEB, Client, Echo, kill, transocks, usocksd
 
 CONFIG = """
@@ -42,13 +42,16 @@ class Scene:
         self.net = net
         self.folder = folder
         self.daemon = daemon
+        self._commands = Commands(net.proxy)
 
     def rules(self, *words: str, status: int = 0) -> str:
-        command = [sys.executable, "-m", "transocks", "rules", *words, "-f", self.folder / "transocks.toml"]
-        with self.net.proxy.popen(*command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-            out, _ = process.communicate(timeout=60)
-        assert process.returncode == status, out
-        return str(out)
+        was, out, err = self._commands.run("rules", *words, "-f", str(self.folder / "transocks.toml"))
+        assert was == status, out + err
+        return out + err
+
+    def close(self) -> None:
+        self.rules("remove")
+        self._commands.close()
 
     def flows(self) -> int:
         """How many of the clients' ports transocks has carried datagrams of."""
@@ -74,11 +77,8 @@ def scene(
     control = folder / "control.sock"
     config = CONFIG.format(mode=mode, tool=tool, ports=ports, quic=quic, down=down, control=control)
     with usocksd(net, folder), transocks(net, folder, config) as daemon:
-        found = Scene(net, folder, daemon)
-        try:
+        with contextlib.closing(Scene(net, folder, daemon)) as found:
             yield found
-        finally:
-            found.rules("remove")
 
 
 @pytest.mark.parametrize("tool", ["nft", "iptables"])
@@ -108,34 +108,34 @@ def test_listed_ports_go_through_and_others_do_not(
         assert there.flows() == 2
 
 
-@pytest.mark.parametrize("version", [4, 6])
 @pytest.mark.parametrize("tool", ["nft", "iptables"])
 @pytest.mark.parametrize(("where", "mode"), MODES)
 def test_a_client_that_has_gone_tells_nobody_beyond(
-    where: str, mode: str, tool: str, version: int, request: pytest.FixtureRequest, tmp_path: Path
+    where: str, mode: str, tool: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     """ICMP's "port unreachable" has the late answer in it, and would be sent by the client to the destination."""
     net: lab.Net = request.getfixturevalue(where)
-    protocol = socket.IPPROTO_ICMPV6 if version == 6 else socket.IPPROTO_ICMP
-    unreachable = b"\x01\x04" if version == 6 else b"\x03\x03"
-    with (
-        scene(net, tmp_path, mode, tool) as there,
-        net.outside.socket(FAMILY[version], socket.SOCK_DGRAM) as server,
-        net.outside.socket(FAMILY[version], socket.SOCK_RAW, protocol) as heard,
-        Client(net, version) as client,
-    ):
-        server.bind((WEB[version], ECHO))
-        server.settimeout(10)
+    with scene(net, tmp_path, mode, tool) as there:
         there.rules("apply")
-        client.sock.sendto(b"hello", (WEB[version], ECHO))
-        _, sender = server.recvfrom(100)
-        client.sock.close()
-        server.sendto(b"late", sender)
-        heard.settimeout(0.5)
-        with contextlib.suppress(TimeoutError):
-            while True:
-                packet = heard.recv(2000)
-                assert packet[0 if version == 6 else 20 :][:2] != unreachable
+        for version in (4, 6):
+            protocol = socket.IPPROTO_ICMPV6 if version == 6 else socket.IPPROTO_ICMP
+            unreachable = b"\x01\x04" if version == 6 else b"\x03\x03"
+            with (
+                net.outside.socket(FAMILY[version], socket.SOCK_DGRAM) as server,
+                net.outside.socket(FAMILY[version], socket.SOCK_RAW, protocol) as heard,
+                Client(net, version) as client,
+            ):
+                server.bind((WEB[version], ECHO))
+                server.settimeout(10)
+                client.sock.sendto(b"hello", (WEB[version], ECHO))
+                _, sender = server.recvfrom(100)
+                client.sock.close()
+                server.sendto(b"late", sender)
+                heard.settimeout(0.5)
+                with contextlib.suppress(TimeoutError):
+                    while True:
+                        packet = heard.recv(2000)
+                        assert packet[0 if version == 6 else 20 :][:2] != unreachable
 
 
 @pytest.mark.parametrize("tool", ["nft", "iptables"])

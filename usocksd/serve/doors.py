@@ -6,17 +6,19 @@ import logging
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import trio
 
 from usocksd.net.listeners import ListenError, listen
 from usocksd.serve.channel import restore_socket
 from usocksd.serve.control import Control, ControlError, Handlers
-from usocksd.serve.exporter import Exporter
 from usocksd.serve.plan import MetricsAddress, Plan
 from usocksd.serve.report import Reporter
 from usocksd.serve.timing import Timing
+
+if TYPE_CHECKING:
+    from usocksd.serve.exporter import Exporter
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +110,8 @@ class Doors:
         self._nursery.start_soon(self._open_missing)
 
     def _export(self, sockets: Sequence[socket.socket]) -> Exporter:
+        from usocksd.serve.exporter import Exporter  # noqa: PLC0415  (a third of a start's CPU, and not everybody's)
+
         return Exporter(sockets, self._report.collect, lambda: self._report.health)
 
     def _open_metrics(self, address: MetricsAddress) -> Exporter:

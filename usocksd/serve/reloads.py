@@ -13,6 +13,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from math import inf
+from typing import TYPE_CHECKING
 
 import attrs
 import trio
@@ -20,13 +21,15 @@ import trio
 from usocksd.errors import ConfigError, Error
 from usocksd.serve.crew import Crew
 from usocksd.serve.doors import Doors
-from usocksd.serve.exporter import Exporter
 from usocksd.serve.listening import ListeningSockets
 from usocksd.serve.master_log import MasterLog
 from usocksd.serve.notify import Notifier
 from usocksd.serve.plan import Generation
 from usocksd.serve.report import Reporter
 from usocksd.serve.timing import Timing
+
+if TYPE_CHECKING:
+    from usocksd.serve.exporter import Exporter
 
 log = logging.getLogger(__name__)
 

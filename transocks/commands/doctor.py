@@ -18,9 +18,10 @@ Find what keeps redirected connections from working on this host, with the confi
 listeners, loops, routes, kernel settings, upstreams. For each fault and warning, one line says what was seen, and
 another what to do.
 
-doctor makes first packets of connections, like those of applications and clients, and the kernel tells which rules they
-meet. None of them leaves this host, and no listener gets a connection. It greets upstreams as transocks itself would.
-It changes nothing on this host. All of that needs root: as another user, doctor says what it did not check.
+doctor makes first packets of connections, like those of applications and clients, and datagrams if listen_udp is set.
+The kernel tells which rules they meet. None of them leaves this host, and no listener gets a connection or datagram.
+doctor greets upstreams as transocks itself would, and changes nothing on this host. All of that needs root: as another
+user, it says what it did not check.
 
 Exit status: 0 if there are no faults, 1 if there are, 2 for a wrong command line or configuration."""
 

@@ -22,7 +22,7 @@ from transocks.tools import FirewallError
 from transocks.tracing.fate import Fate, Reach, fate_of
 from transocks.tracing.links import Links, filtered_bridges, links
 from transocks.tracing.names import RuleNames
-from transocks.tracing.reports import SYN, TCP
+from transocks.tracing.reports import SYN, TCP, UDP
 from transocks.tracing.samples import Result, Sample, samples, try_out
 from transocks.tracing.trace import Trace
 from transocks.tracing.tracer import Tracer
@@ -33,6 +33,8 @@ from usocksd.net.address import IPAddress, without_zone
 from usocksd.serve.verbs.client import Answer, ControlClient, VerbError
 
 AS_ROOT = "run it as root"
+_DNS = ((53, 53),)
+"""What the files in iptables/ take of UDP"""
 
 
 @attrs.frozen(kw_only=True)
@@ -116,10 +118,15 @@ class Host:
         except OSError:
             return None
 
-    def listener(self, address: IPAddress, port: int) -> ListeningSocket | None:
-        """The socket that accepts connections to this local address."""
-        found = (listener for listener in self.listeners or () if listener.accepts(without_zone(address), port))
-        return next(found, None)
+    @cached_property
+    def datagram_sockets(self) -> tuple[ListeningSocket, ...]:
+        """The UDP sockets that are not connected; none where the kernel does not tell."""
+        return () if self.listeners is None else listeners(udp=True)
+
+    def listener(self, address: IPAddress, port: int, *, udp: bool = False) -> ListeningSocket | None:
+        """The socket that accepts connections, or takes datagrams, to this local address."""
+        there = self.datagram_sockets if udp else self.listeners or ()
+        return next((listener for listener in there if listener.accepts(without_zone(address), port)), None)
 
     @cached_property
     def _addresses(self) -> HostAddresses:
@@ -181,9 +188,9 @@ class Host:
             everywhere = all(listen.address.is_unspecified for listen in config.listen)
             if Mode.TPROXY in modes and Mode.GATEWAY in modes and not everywhere:
                 modes.remove(Mode.GATEWAY)
-            rules = RulesConfig(mode=tuple(modes))
+            rules = RulesConfig(mode=tuple(modes), udp_ports=_DNS if config.listen_udp else ())
         try:
-            return tuple(redirections_of(rules, config.listen, config.listen_tproxy, config.mark))
+            return tuple(redirections_of(rules, config.listen, config.listen_tproxy, config.mark, config.listen_udp))
         except FirewallError:
             return ()
 
@@ -199,8 +206,8 @@ class Host:
         ]
         # Rules loaded by hand need not cover all modes that the listeners could serve.
         behind = {Reach.ARRIVED, Reach.STOPPED}
-        modes = {f.redirection.mode for f in found if f.reach in behind or (f.reach is Reach.PASSED and f.text)}
-        return tuple(f for f in found if self.stated or not modes or f.redirection.mode in modes)
+        titles = {f.redirection.title for f in found if f.reach in behind or (f.reach is Reach.PASSED and f.text)}
+        return tuple(f for f in found if self.stated or not titles or f.redirection.title in titles)
 
     def _results(self, redirection: Redirection) -> list[Result]:
         if self.tracer is None:
@@ -209,7 +216,7 @@ class Host:
             return [try_out(self.tracer, sample) for sample in samples(redirection, self.links, self.versions)]
         port = self.tracer.port_of(self.client)
         trace = None if port is None else self.tracer.trace(TCP, port)
-        if port is None or trace is None or redirection.mode is Mode.HOST:
+        if port is None or trace is None or redirection.mode is Mode.HOST or redirection.udp:
             return []
         to, iif = trace.packet, device(trace.iif)
         sample = Sample(destination=to.destination, port=to.dport, source=self.client, iif=iif)
@@ -224,19 +231,24 @@ class Host:
                 found.setdefault(fate.name, fate)
         return tuple(found.values())
 
-    def open(self, who: Sender, address: IPAddress, port: int) -> Result:
-        """Try a connection as this process would open it."""
-        return self.try_out(Sample(destination=address, port=port, who=who))
+    def open(self, who: Sender, address: IPAddress, port: int, protocol: int = TCP) -> Result:
+        """Try a connection as this process would open it, or a datagram as it would send it."""
+        return self.try_out(Sample(destination=address, port=port, protocol=protocol, who=who))
 
-    def try_out(self, sample: Sample, *, protocol: int = TCP, flags: int = SYN) -> Result:
+    def try_out(self, sample: Sample, *, flags: int = SYN) -> Result:
         """Try a sample; without a tracer, the result has no trace."""
         if self.tracer is None:
             return Result(sample=sample)
-        return try_out(self.tracer, sample, protocol=protocol, flags=flags)
+        return try_out(self.tracer, sample, flags=flags)
 
     def comes_back(self, result: Result) -> str | None:
         """The rule that redirects it to a port of transocks, if one does."""
-        turn = result.trace.turn if result.trace is not None else None
+        trace = result.trace
+        if result.sample.protocol == UDP:
+            by_tproxy = {redirection.tproxy_mark for redirection in self.redirections if redirection.udp}
+            marks = trace.marks if trace is not None and trace.delivered else ()
+            return next((self.names.of(mark.cause) for mark in marks if mark.after in by_tproxy), None)
+        turn = trace.turn if trace is not None else None
         if turn is None or turn.to is None or turn.to[1] not in self.ports or not self.is_local(turn.to[0]):
             return None
         return self.names.of(turn.cause)

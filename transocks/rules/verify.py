@@ -30,7 +30,7 @@ def verify(redirections: Sequence[Redirection], tool: Tool) -> list[Remark]:
             what = "datagrams" if each.udp else "connections"
             found.append((f"nobody listens on {where}, where {each.title} rules send {what}", True))
     well = not any(is_fault for _, is_fault in found)
-    for text, is_fault in shadows([each for each in redirections if not each.udp], tool, well=well):
+    for text, is_fault in shadows(redirections, tool, well=well):
         found.append((f"shadowed: {text}" if is_fault else text, is_fault))
     return list(dict.fromkeys(found))
 

@@ -19,12 +19,6 @@ from transocks.tracing.trace import Cause, Rewrite, Trace
 from transocks.tracing.tracer import Tracer
 from usocksd.net.address import IPAddress
 
-_PLACE = {
-    Mode.HOST: ("output", "nat"),
-    Mode.GATEWAY: ("prerouting", "nat"),
-    Mode.TPROXY: ("prerouting", "mangle"),
-}
-"""The hook and table of our rules."""
 _UNKNOWN = "whether others take connections first can't be tried out"
 _ENDS = {Verdict.ACCEPT, Verdict.RETURN, Verdict.GOTO}
 
@@ -81,13 +75,13 @@ class Fate:
 
     @property
     def name(self) -> str:
-        """Mode and family, for messages."""
-        return f"{self.redirection.mode.value}, IPv{self.sample.version}"
+        """Mode, protocol and family, for messages."""
+        return f"{self.redirection.title}, IPv{self.sample.version}"
 
     @property
     def end(self) -> tuple[IPAddress, int]:
         """Where it is sent; TPROXY leaves the destination as it is."""
-        if self.redirection.mode is Mode.TPROXY:
+        if self.redirection.by_tproxy:
             return self.redirection.destination(self.sample.version), self.redirection.port
         assert self.result.trace is not None
         return self.result.trace.destination
@@ -108,7 +102,7 @@ _End = tuple[Reach, str, Cause | None]
 def _follow(trace: Trace, redirection: Redirection, names: RuleNames) -> _End:
     """How far it got, the same in words, and the cause."""
     turn = trace.turn
-    if redirection.mode is Mode.TPROXY:
+    if redirection.by_tproxy:
         mark = redirection.tproxy_mark
         taken = next((change for change in trace.marks if change.after == mark), None)
         later = next((change for change in trace.marks if change.before == mark), None)
@@ -127,7 +121,7 @@ def _follow(trace: Trace, redirection: Redirection, names: RuleNames) -> _End:
         if trace.stop is not None:
             return Reach.STOPPED, names.stop(trace.stop), trace.stop
         return Reach.ARRIVED, names.of(taken.cause), taken.cause
-    if trace.untracked and redirection.mode is not Mode.TPROXY:
+    if trace.untracked and not redirection.by_tproxy:
         rule = next((rule for rule in trace.rules if "notrack" in names.text(rule).lower()), None)
         hook = "output" if redirection.mode is Mode.HOST else "prerouting"
         cause = Cause(rule, trace.packet.source.version, hook, "raw")
@@ -137,6 +131,12 @@ def _follow(trace: Trace, redirection: Redirection, names: RuleNames) -> _End:
     return _untaken(trace, redirection, names)
 
 
+def _place(redirection: Redirection) -> tuple[str, str]:
+    """The hook and the table of our rules."""
+    hook = "output" if redirection.mode is Mode.HOST else "prerouting"
+    return hook, "mangle" if redirection.by_tproxy else "nat"
+
+
 def _elsewhere(turn: Rewrite, names: RuleNames) -> _End:
     assert turn.to is not None
     return Reach.TAKEN, f"{names.of(turn.cause)} sends it to port {turn.to[1]} of {turn.to[0]}", turn.cause
@@ -144,7 +144,7 @@ def _elsewhere(turn: Rewrite, names: RuleNames) -> _End:
 
 def _untaken(trace: Trace, redirection: Redirection, names: RuleNames) -> _End:
     """No rule redirected it or stopped it."""
-    hook, table = _PLACE[redirection.mode]
+    hook, table = _place(redirection)
     chains = {("ip", table, hook.upper()), ("ip6", table, hook.upper())}
     ours = [rule for rule in trace.rules if _is_ours(rule, names, (redirection.table,), (redirection.chain,))]
     theirs = (rule for rule in trace.rules if rule not in ours and rule.verdict in _ENDS)
@@ -162,8 +162,8 @@ def _is_ours(rule: Report, names: RuleNames, tables: Container[str], chains: Col
 
 
 def shadows(redirections: Sequence[Redirection], tool: Tool, *, well: bool) -> Iterator[tuple[str, bool]]:
-    """What takes connections before our rules: a line for each, and whether it is a fault. `well`: there is no other
-    fault that might explain what happens.
+    """What takes connections or datagrams before our rules: a line for each, and whether it is a fault. `well`: there
+    is no other fault that might explain what happens.
 
     Something that can't be tried is reported, but is no fault.
     """
@@ -175,13 +175,14 @@ def shadows(redirections: Sequence[Redirection], tool: Tool, *, well: bool) -> I
                 tried = samples(redirection, here, routed_versions())
                 fates = [fate_of(try_out(tracer, sample), redirection, names) for sample in tried]
                 for fate in fates:
-                    to, legacy = f"connections to port {fate.sample.port}", has_legacy(fate.sample.version)
+                    what, legacy = "datagrams" if redirection.udp else "connections", has_legacy(fate.sample.version)
+                    to = f"{what} to port {fate.sample.port}"
                     if fate.reach in _BEFORE_OURS and not fate.by_ours and not fate.by_guard:
                         yield f"{fate.text}: it has {to} before our rules do", True
                     elif fate.reach is Reach.PASSED and not fate.text and well and tool is Tool.IPTABLES and legacy:
-                        cause = Cause(None, fate.sample.version, *_PLACE[redirection.mode])
+                        cause = Cause(None, fate.sample.version, *_place(redirection))
                         yield f"{names.of(cause)}: {to} do not get to our rules", True
                 if fates and all(fate.reach is Reach.NOWHERE for fate in fates):
-                    yield f"{_UNKNOWN} ({redirection.mode.value}): {fates[0].text}", False
+                    yield f"{_UNKNOWN} ({redirection.title}): {fates[0].text}", False
     except FirewallError as error:
         yield f"{_UNKNOWN}: {error}", False

@@ -1,4 +1,4 @@
-"""First packets of connections, sent by this host or received by it, and what the kernel did with them.
+"""First packets of connections, and datagrams, sent by this host or received by it, and what the kernel did with them.
 
 Nobody else sees them. Packets that would leave this host are dropped at the last moment. They are raw, so this host's
 TCP does not know them and resets a listener's answer: no listener gets a connection.
@@ -22,7 +22,7 @@ from transocks.rules.render import excluded
 from transocks.tools import FirewallError
 from transocks.tracing.links import Links, lookup
 from transocks.tracing.packets import datagram, inject
-from transocks.tracing.reports import ACK, RST, SYN, TCP, Packet
+from transocks.tracing.reports import ACK, RST, SYN, TCP, UDP, Packet
 from transocks.tracing.sockets import FAMILIES, NOBODY, socket_of
 from transocks.tracing.trace import Trace
 from transocks.tracing.tracer import Tracer
@@ -42,10 +42,11 @@ _IPPROTO_RAW, _IPV6_HDRINCL = 255, 36
 
 @attrs.frozen(kw_only=True)
 class Sample:
-    """A connection that could be opened on this host, or come in."""
+    """A connection that could be opened on this host, or come in; or a datagram of UDP."""
 
     destination: IPAddress
     port: int
+    protocol: int = TCP
     who: Sender = NOBODY
     """who on this host opens it"""
     source: IPAddress | None = None
@@ -98,17 +99,18 @@ class Result:
         return (isinstance(self.problem, OSError) and self.problem.strerror) or str(self.problem or "")
 
 
-def try_out(tracer: Tracer, sample: Sample, *, protocol: int = TCP, flags: int = SYN) -> Result:
-    """Try a first segment, one from the middle of a connection (ACK), or an empty datagram of UDP.
+def try_out(tracer: Tracer, sample: Sample, *, flags: int = SYN) -> Result:
+    """Try a first segment, one from the middle of a connection (ACK), or an empty datagram.
 
     A packet that no rule stopped is sent once more, from another port, and only the second loss counts: connection
     tracking drops one of two packets that want the same entry.
     """
-    result = _try_once(tracer, sample, protocol, flags)
-    return result if result.problem is not None or result.is_explained else _try_once(tracer, sample, protocol, flags)
+    result = _try_once(tracer, sample, flags)
+    return result if result.problem is not None or result.is_explained else _try_once(tracer, sample, flags)
 
 
-def _try_once(tracer: Tracer, sample: Sample, protocol: int, flags: int) -> Result:
+def _try_once(tracer: Tracer, sample: Sample, flags: int) -> Result:
+    protocol = sample.protocol
     try:
         with _emitter(sample) as (source, emit), _free_port(sample.version, protocol) as port:
             packet = Packet(protocol, source, port, sample.destination, sample.port, flags if protocol == TCP else 0)
@@ -156,7 +158,8 @@ def _free_port(version: int, protocol: int) -> Iterator[int]:
 
 
 def samples(redirection: Redirection, here: Links, versions: tuple[int, ...]) -> Iterator[Sample]:
-    """Some of the connections that the rules of one mode are for."""
+    """Some of the connections, or datagrams, that the rules of one mode are for."""
+    protocol = UDP if redirection.udp else TCP
     users = [
         *(attrs.evolve(NOBODY, uid=user) for user in redirection.users[:_MOST]),
         *(attrs.evolve(NOBODY, gid=group) for group in redirection.groups[:_MOST]),
@@ -171,7 +174,7 @@ def samples(redirection: Redirection, here: Links, versions: tuple[int, ...]) ->
         for origin in origins:
             for port in _ports(redirection):
                 for destination in _destinations(redirection, here, version):
-                    yield origin(destination=destination, port=port)
+                    yield origin(destination=destination, port=port, protocol=protocol)
 
 
 def _clients(redirection: Redirection, here: Links, version: int) -> list[tuple[str, IPAddress]]:
@@ -197,8 +200,8 @@ def _inside(network: IPNetwork) -> IPAddress:
 
 
 def _ports(redirection: Redirection) -> tuple[int, ...]:
-    ranges = redirection.ports
-    found = (port for low, high in ranges for port in range(low, min(high, low + 3) + 1) if port not in _DNS_PORTS)
+    ranges, without = redirection.ports, () if redirection.udp else _DNS_PORTS
+    found = (port for low, high in ranges for port in range(low, min(high, low + 3) + 1) if port not in without)
     return tuple(found)[:2] if ranges else _PORTS
 
 

@@ -3,8 +3,9 @@
 A table of our own marks packets of the watched ports for tracing. At each hook it has empty chains between those of
 others (connection tracking, iptables's tables). The kernel reports when a packet reaches one of them, and its contents
 at that point. So the last place of a packet is known, even if iptables-legacy, connection tracking, routing or a BPF
-program dropped it, and not a rule of nft. The last chain of all drops our samples, so that they are not sent. The table
-belongs to this process, and is gone when the process is killed.
+program dropped it, and not a rule of nft. The last chains of all drop our samples, so that they are not sent, and that
+no socket gets a datagram. (TCP's samples are no connection yet.) The table belongs to this process, and is gone when
+the process is killed.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ _PATIENCE = 0.25  # seconds for the kernel to handle a packet, where nothing tel
 _SOL_NETLINK, _NO_ENOBUFS = 270, 5
 _WATCH = " ".join(f"meta l4proto . th {end} @watched meta nftrace set 1;" for end in ("sport", "dport"))
 _KEEP = " ".join(f'meta l4proto . th {end} @kept oifname != "lo" drop;' for end in ("sport", "dport"))
+_KEEP_FROM_SOCKETS = "meta l4proto udp meta l4proto . th sport @kept drop;"
 
 
 class Tracer:
@@ -152,7 +154,8 @@ def _table(client: IPAddress | None) -> str:
     if client is not None:
         family = "ip" if client.version == 4 else "ip6"
         watch += f" {family} saddr {client} tcp flags & (fin | syn | rst | ack) == syn meta nftrace set 1;"
-    rules = {("postrouting", LAST): _KEEP} | {(hook, FIRST): watch for hook in HOOKS}
+    rules = {(hook, FIRST): watch for hook in HOOKS}
+    rules |= {("postrouting", LAST): _KEEP, ("input", LAST): _KEEP_FROM_SOCKETS}
     rules |= {(hook, -199): "ct state untracked jump untracked;" for hook in ("prerouting", "output")}
     chains = "".join(
         f"chain {hook}_{'m' if place < 0 else 'p'}{abs(place)} {{ type filter hook {hook} priority {place};"

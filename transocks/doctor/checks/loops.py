@@ -11,6 +11,7 @@ from transocks.doctor.host import AS_ROOT, Host
 from transocks.rules.config import Mode
 from transocks.rules.loops import goes_direct, upstreams_of
 from transocks.tracing.fate import Reach, fate_of
+from transocks.tracing.reports import TCP, UDP
 from transocks.tracing.samples import EXAMPLES
 from usocksd.net.address import IPAddress
 
@@ -25,6 +26,8 @@ def loops(host: Host) -> Iterator[Finding]:
     if goes_direct(host.config):
         for version in host.versions:
             yield _own(host, EXAMPLES[version][0], 443, "direct connections")
+            for port in sorted({fate.sample.port for fate in host.fates if fate.redirection.udp})[:1]:
+                yield _own(host, EXAMPLES[version][0], port, "direct datagrams", UDP)
     # An upstream with a name is on another host; an Internet address stands for it.
     for address, port in dict.fromkeys(upstreams_of(host.config, EXAMPLES[4][0])):
         if address.version in host.versions:
@@ -33,8 +36,8 @@ def loops(host: Host) -> Iterator[Finding]:
             yield from _from_upstream_behind(host, address)
 
 
-def _own(host: Host, address: IPAddress, port: int, what: str) -> Finding:
-    result = host.open(host.daemon, address, port)
+def _own(host: Host, address: IPAddress, port: int, what: str, protocol: int = TCP) -> Finding:
+    result = host.open(host.daemon, address, port, protocol)
     if result.trace is None and not result.no_route:
         return unchecked("loops", f"whether transocks's own {what} are redirected: {result.why}")
     if (rule := host.comes_back(result)) is not None:

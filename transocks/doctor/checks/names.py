@@ -44,9 +44,13 @@ def resolver(host: Host) -> Iterator[Finding]:
                 yield warning("resolver", f"{text}; names need the proxy then", do)
             return
     for server in dict.fromkeys([*own, *_listed(RESOLV_CONF)]):
+        if (rule := host.comes_back(host.open(host.daemon, server, PORT, UDP))) is not None:
+            text = f"transocks's own queries to {server} are redirected to it: {rule}"
+            yield fault("resolver", text, "exempt them by mark, or transocks by its user")
+            return
         for who in (NOBODY, daemon):
             if (why := _stopped(host, server, who)) is not None and not _answers(server, who):
-                do = "take that rule out, or let somebody answer there: transocks takes no UDP"
+                do = "take that rule out, or let somebody answer there"
                 yield fault("resolver", f"queries to {server} over UDP get no answer: {why}", do)
                 return
     yield fine("resolver", "nothing on this host keeps queries from name servers")
@@ -63,7 +67,7 @@ def _over_tcp(host: Host, servers: list[IPAddress], daemon: Sender) -> Iterator[
 
 def _stopped(host: Host, server: IPAddress, who: Sender) -> str | None:
     """What stops a query to this server, or sends it elsewhere."""
-    trace = host.try_out(Sample(destination=server, port=PORT, who=who), protocol=UDP).trace
+    trace = host.try_out(Sample(destination=server, port=PORT, protocol=UDP, who=who)).trace
     if trace is not None and trace.stop is None and trace.turn is not None and trace.turn.to is not None:
         return f"{host.names.of(trace.turn.cause)} sends it to port {trace.turn.to[1]} of {trace.turn.to[0]}"
     return host.stop(trace)

@@ -103,13 +103,13 @@ def way_out(host: Host) -> Iterator[Finding]:
 
 def routing(fate: Fate, host: Host) -> Finding:
     """Why routing dropped a packet that our rule selected, or sent it elsewhere."""
-    trace, iif, mode = fate.result.trace, fate.sample.iif or "", fate.redirection.mode
+    trace, iif, mode = fate.result.trace, fate.sample.iif or "lo", fate.redirection.mode
     assert trace is not None
     if mode is Mode.GATEWAY and trace.destination[0].is_loopback:
         text = f"DNAT to {trace.destination[0]} from {iif}, and route_localnet is 0: dropped"
         return fault("route_localnet", text, f'use REDIRECT and listen = ":{fate.redirection.port}"')
     mark, filtered = fate.redirection.tproxy_mark, fate.sample.version == 4 and not trace.left
-    if filtered and mode is Mode.TPROXY and _setting(host, iif, "src_valid_mark"):
+    if filtered and fate.redirection.by_tproxy and _setting(host, iif, "src_valid_mark"):
         text = f"src_valid_mark=1: what has mark {mark:#x} is dropped, its source is looked up with it"
         do = f"sysctl {_name('all', 'src_valid_mark')}=0 {_name(iif, 'src_valid_mark')}=0"
         return fault("reverse path", text, do)
@@ -117,7 +117,7 @@ def routing(fate: Fate, host: Host) -> Finding:
         text = f"clients behind {iif} are dropped, their source is not believed (rp_filter=1)"
         do = f"sysctl {_name(iif, 'rp_filter')}=2, or route the clients' network back through {iif}"
         return fault("reverse path", text, do)
-    if mode is not Mode.TPROXY:
+    if not fate.redirection.by_tproxy:
         return fault("routes", f"{fate.name}: redirected, and then {fate.text}", "look at ip route and ip rule")
     by_hand = "; ".join(map(Routing(mark, fate.sample.version).by_hand, ("rule", "route")))
     text = f"{fate.name}: what TPROXY takes (mark {mark:#x}) is not routed to this host"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+
+import attrs
 
 from transocks.doctor.checks.network import routing
 from transocks.doctor.finding import Finding, fault, fine, unchecked, warning
@@ -32,7 +34,7 @@ def rules(host: Host) -> Iterator[Finding]:
     if len(unmet) + len(nowhere) == len(fates):  # no rule was met
         # Rules loaded by hand may be for clients; without a client's packet nothing can be said about them.
         if unmet and (host.stated or all(fate.sample.iif is None for fate in nowhere)):
-            yield _missing(host)
+            yield _missing(host, fates)
         yield from dict.fromkeys(map(_nowhere, nowhere))
         return
     firsts: dict[object, Fate] = {}
@@ -41,14 +43,15 @@ def rules(host: Host) -> Iterator[Finding]:
     yield from dict.fromkeys(finding for fate in firsts.values() for finding in _findings(fate, host))
 
 
-def _missing(host: Host) -> Finding:
+def _missing(host: Host, fates: Sequence[Fate]) -> Finding:
     for table in host.names.tables:
         if table.dormant and table.name.startswith("inet transocks"):
             text = f"table {table.name} is switched off (flags dormant), so its rules have no effect"
             return fault("rules", text, f"nft add table {table.name}")
-    ports = " and ".join(sorted({str(fate.redirection.port) for fate in host.fates}))
+    ports = " and ".join(sorted({str(fate.redirection.port) for fate in fates}))
+    what = "datagrams" if all(fate.redirection.udp for fate in fates) else "connections"
     do = _APPLY if host.stated else f"{_APPLY}, with [rules] in the configuration; or load those of iptables/"
-    return fault("rules", f"no rule sends connections to transocks (port {ports})", do)
+    return fault("rules", f"no rule sends {what} to transocks (port {ports})", do)
 
 
 def _nowhere(fate: Fate) -> Finding:
@@ -61,9 +64,9 @@ def _nowhere(fate: Fate) -> Finding:
 
 def _findings(fate: Fate, host: Host) -> Iterator[Finding]:
     name, text, port = fate.name, fate.text, fate.redirection.port
-    arrived = {(other.redirection.mode, other.sample.version) for other in host.arrived}
-    mode, version = fate.redirection.mode, fate.sample.version
-    other_family = (mode, 10 - version) in arrived and (mode, version) not in arrived  # see `both_families`
+    arrived = {(other.redirection.title, other.sample.version) for other in host.arrived}
+    title, version = fate.redirection.title, fate.sample.version
+    other_family = (title, 10 - version) in arrived and (title, version) not in arrived  # see `both_families`
     match fate.reach:
         case Reach.ARRIVED:
             to = join_port(fate.sample.destination, fate.sample.port)
@@ -75,7 +78,7 @@ def _findings(fate: Fate, host: Host) -> Iterator[Finding]:
                 yield _nowhere(fate)
         case Reach.PASSED:
             # Rules loaded by hand need not cover all modes.
-            if text or (host.stated and not {(mode, 4), (mode, 6)} & arrived):
+            if text or (host.stated and not {(title, 4), (title, 6)} & arrived):
                 yield _passed(fate, host)
         case Reach.DROPPED:
             if host.stated or not other_family:
@@ -97,35 +100,37 @@ def _findings(fate: Fate, host: Host) -> Iterator[Finding]:
 
 def _passed(fate: Fate, host: Host) -> Finding:
     """The sample met our rules and none redirected it; or there are no rules."""
-    tproxy = fate.redirection.mode is Mode.TPROXY
+    tproxy = fate.redirection.by_tproxy
     if tproxy and (found := _no_listener(fate, host)) is not None:
         return found
     if not fate.text:
-        return _missing(host)
+        return _missing(host, [fate])
     to = join_port(fate.sample.destination, fate.sample.port)
     text = f"{fate.name}: {to} is not redirected; the last of our rules that it matches is {fate.text}"
     if tproxy:  # without a transparent socket, the packet goes on to the next rule
-        do = f"put the port of the TPROXY rule and listen_tproxy ({fate.redirection.port}) together, or {_APPLY}"
+        do = f"put the port of the TPROXY rule and {_setting(fate)} ({fate.redirection.port}) together, or {_APPLY}"
         return fault("rules", f"{text}; TPROXY takes only what a transparent socket listens for", do)
     return fault("rules", text, _APPLY)
 
 
 def _setting(fate: Fate) -> str:
-    return "listen_tproxy" if fate.redirection.mode is Mode.TPROXY else "listen"
+    if fate.redirection.udp:
+        return "listen_udp"
+    return "listen_tproxy" if fate.redirection.by_tproxy else "listen"
 
 
 def _no_listener(fate: Fate, host: Host) -> Finding | None:
     """What is wrong with the listener behind the rule, or None."""
-    tproxy = fate.redirection.mode is Mode.TPROXY
-    address, port = fate.end
-    listener = host.listener(address, port)
+    (address, port), udp = fate.end, fate.redirection.udp
+    listener = host.listener(address, port, udp=udp)
     if listener is None:
-        text = f"{fate.name}: the rules send connections to {join_port(address, port)}, where nobody accepts"
+        what, lacks = ("datagrams", "takes them") if udp else ("connections", "accepts")
+        text = f"{fate.name}: the rules send {what} to {join_port(address, port)}, where nobody {lacks}"
         value = f'":{port}"' if fate.redirection.mode is Mode.GATEWAY else f'"localhost:{port}"'
         return fault("listeners", text, f"start transocks, with {_setting(fate)} = {value}")
-    if tproxy and listener.transparent is False:
+    if fate.redirection.by_tproxy and listener.transparent is False:
         text = f"{fate.name}: the socket on port {port} lacks IP_TRANSPARENT, and TPROXY passes it over"
-        return fault("listeners", text, "name the port in listen_tproxy")
+        return fault("listeners", text, f"name the port in {_setting(fate)}")
     return None
 
 
@@ -139,7 +144,7 @@ def _stopped(fate: Fate, host: Host) -> Finding:
     if mode is Mode.HOST and trace.stop is not None and trace.stop.place in {LO, ROUTING}:
         return fault("lo", text, "ip link set lo up")
     what = f"TCP to port {fate.redirection.port} from {fate.sample.iif or 'lo'}"
-    if mode is Mode.TPROXY:
+    if fate.redirection.by_tproxy:
         what = f"what has mark {fate.redirection.tproxy_mark:#x}"
     where = "input" if trace.stop is not None and trace.stop.hook == "input" else "rules"
     return fault(where, text, f"accept {what} there, before it is dropped")
@@ -180,16 +185,22 @@ def listeners(host: Host) -> Iterator[Finding]:
         yield from _answer(fate, host)
     if host.arrived or host.listeners is None:
         return
-    for listen in (*host.config.listen, *host.config.listen_tproxy):
-        if host.listener(listen.address, listen.port) is not None:
-            yield fine("listeners", f"somebody accepts on {listen}")
+    config = host.config
+    of_udp = [(listen, True) for listen in config.listen_udp]
+    for listen, udp in [*((listen, False) for listen in (*config.listen, *config.listen_tproxy)), *of_udp]:
+        does = "takes datagrams" if udp else "accepts"
+        if host.listener(listen.address, listen.port, udp=udp) is not None:
+            yield fine("listeners", f"somebody {does} on {listen}")
         elif not listen.optional or listen.address.version == 4:
-            yield fault("listeners", f"nobody accepts on {listen}", "start transocks")
+            yield fault("listeners", f"nobody {does} on {listen}", "start transocks")
 
 
 def _answer(fate: Fate, host: Host) -> Iterator[Finding]:
     result, port = fate.result, fate.redirection.port
-    if result.answered:
+    if fate.redirection.udp:  # no socket gets the datagram, so nothing answers
+        if host.listeners is not None:
+            yield _no_listener(fate, host) or fine("listeners", f"{fate.name}: somebody takes datagrams on port {port}")
+    elif result.answered:
         yield fine("listeners", f"{fate.name}: accepted on port {port}")
     elif host.listeners is not None and (found := _no_listener(fate, host)) is not None:
         yield found
@@ -207,9 +218,9 @@ def _answer(fate: Fate, host: Host) -> Iterator[Finding]:
 def both_families(host: Host) -> Iterator[Finding]:
     """Rules for one family let the other bypass transocks, if this host has both."""
     for fate in host.arrived:
-        mode, other = fate.redirection.mode, 10 - fate.sample.version
-        theirs = [f for f in host.fates if (f.redirection.mode, f.sample.version) == (mode, other)]
-        name = f"{mode.value}: IPv{other}"
+        title, other = fate.redirection.title, 10 - fate.sample.version
+        theirs = [f for f in host.fates if (f.redirection.title, f.sample.version) == (title, other)]
+        name = f"{title}: IPv{other}"
         if not theirs or any(f.reach is Reach.ARRIVED for f in theirs):
             continue
         first, trace = theirs[0], theirs[0].result.trace
@@ -222,11 +233,16 @@ def both_families(host: Host) -> Iterator[Finding]:
             yield fault("families", text, f"load the rules for IPv{other} too, or take its default route away")
 
 
+def _connections(host: Host) -> list[Fate]:
+    """The samples of TCP that arrived."""
+    return [fate for fate in host.arrived if not fate.redirection.udp]
+
+
 def old_connections(host: Host) -> Iterator[Finding]:
     """Rules must not redirect packets of a connection that began before they were loaded."""
     if host.client is not None:
         return
-    for fate in host.arrived:
+    for fate in _connections(host):
         trace, tproxy = host.try_out(fate.sample, flags=ACK).trace, fate.redirection.mode is Mode.TPROXY
         if trace is None:
             continue
@@ -247,10 +263,10 @@ def quic(host: Host) -> Iterator[Finding]:
     """Browsers prefer HTTP/3, which is UDP and is not proxied."""
     if host.client is not None:
         return
-    for fate in host.arrived:
+    for fate in _connections(host):
         if fate.sample.port != 443:
             continue
-        trace = host.try_out(fate.sample, protocol=UDP).trace
+        trace = host.try_out(attrs.evolve(fate.sample, protocol=UDP)).trace
         if (why := host.stop(trace)) is not None:
             yield fine("quic", f"{fate.name}: refused: {why}")
         elif trace is not None and trace.left:

@@ -70,6 +70,24 @@ def test_what_only_compiled_code_gets_wrong(module: str) -> None:
             assert not endless, f"{module}:{function.lineno}: never ends when compiled"
 
 
+INHERITED = """
+import importlib, pkgutil, sys, transocks, usocksd
+for package in (transocks, usocksd):
+    for found in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        if not found.name.endswith("__main__"):
+            for each in vars(importlib.import_module(found.name)).values():
+                if isinstance(each, type) and each.__module__ == found.name and "__mypyc_attrs__" not in vars(each):
+                    if any("__mypyc_attrs__" in vars(base) for base in each.__mro__):
+                        print(each)
+"""
+
+
+def test_no_interpreted_class_inherits_from_a_compiled_one(installed: Path) -> None:
+    """Nobody could make an object of it, which interpreted tests do not see."""
+    done = subprocess.run([sys.executable, "-c", INHERITED], capture_output=True, text=True, check=True)
+    assert done.stdout == ""
+
+
 def test_a_compiled_frame_has_its_place_in_a_traceback(installed: Path) -> None:
     code = "from usocksd.names.match import parse_network as parse; parse('10.0.0.0/x')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -55,7 +55,6 @@ _REFUSALS = {
     errno.ENFILE: "descriptors",
     errno.ENOSPC: "descriptors",
 }
-_SOURCE_GONE = (errno.EINVAL, errno.EADDRNOTAVAIL)
 _CAUSES = {errno.EAGAIN: "send_buffer_full", errno.ENOBUFS: "send_buffer_full", errno.EMSGSIZE: "too_long"}
 
 
@@ -145,10 +144,13 @@ class ClientAssociation(Association):
         if destination is None or mapping is None:
             self._send_elsewhere(destination, size)
             return
+        if not self._has_source(mapping):
+            self.drop("no_egress")
+            return
         try:
             mapping.sock.sendto(view[start:size], destination.address)
         except OSError as error:
-            self._not_sent(destination, mapping, view[start:size], error)
+            self.drop(_CAUSES.get(error.errno or 0, "no_route"))
         else:
             self._count_sent(destination, mapping, size - start)
 
@@ -282,17 +284,6 @@ class ClientAssociation(Association):
         mapping.asked[host] = destination
         mapping.replies[(*address, 0, 0) if v6 else address] = destination
 
-    def _not_sent(self, destination: Destination, mapping: Mapping, payload: memoryview, error: OSError) -> None:
-        if error.errno in _SOURCE_GONE and self._moved(mapping):
-            try:
-                mapping.sock.sendto(payload, destination.address)
-            except OSError as again:
-                error = again
-            else:
-                self._count_sent(destination, mapping, len(payload))
-                return
-        self.drop(_CAUSES.get(error.errno or 0, "no_route"))
-
     # ---- to the client
 
     def unknown_sender(self, mapping: Mapping, sender: tuple[object, ...]) -> Destination:
@@ -347,15 +338,22 @@ class ClientAssociation(Association):
         if mapping.active + idle <= now:
             self._close_mapping(mapping)
             return
-        if mapping.used is not None and not self.means.egress.is_here(mapping.used):
-            self._moved(mapping)
+        self._has_source(mapping)
         mapping.deadline = min(mapping.active + idle, now + LOOK_EVERY)
 
-    def _moved(self, mapping: Mapping) -> bool:
-        """Whether a mapping's address was gone, and it has another now. (Its destinations see a new client.)"""
-        before = mapping.used
-        if before is None or self.means.egress.is_here(before):
-            return False
+    def _has_source(self, mapping: Mapping) -> bool:
+        """Whether the mapping's address is on this host. If it has gone, the mapping moves to another, and its
+        destinations see a new client. (The kernel would go on sending from an address of IPv6 that has gone.)
+        """
+        usable = self.means.egress.usable()
+        if mapping.usable is not usable:
+            mapping.usable = usable
+            used = mapping.used
+            mapping.has_source = used is None or self.means.egress.is_here(used) or self._move(mapping, used)
+        return mapping.has_source
+
+    def _move(self, mapping: Mapping, before: str) -> bool:
+        """Go on from another address, if there is one."""
         pool, version = mapping.key
         try:
             mapping.move(self.means.egress.pick(pool, self._client, "", _ANY_ADDRESS[version]))

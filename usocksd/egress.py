@@ -102,7 +102,8 @@ class EgressPools:
         Each pool remembers its latest choices.
         """
         named = {DEFAULT: Pool()} | dict(pools)
-        self._usable = usable
+        self.usable = usable
+        """Returns the addresses that are usable now: the same object while nothing changes"""
         self._pools = {name: _RankedPool(name, pool, most_remembered) for name, pool in named.items()}
 
     def pick(self, pool: str, client: Client, site: str, destination: IPAddress) -> Source:
@@ -110,11 +111,11 @@ class EgressPools:
 
         Raises NoEgress if the pool has addresses but none of the destination's family is usable.
         """
-        return self._pools[pool].pick(self._usable(), client, site, destination.version)
+        return self._pools[pool].pick(self.usable(), client, site, destination.version)
 
     def is_here(self, address: str) -> bool:
         """Whether this address is still on this host, or routed to it."""
-        return numeric_address(address) in self._usable().local
+        return numeric_address(address) in self.usable().local
 
 
 class _RankedPool:

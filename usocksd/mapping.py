@@ -77,7 +77,9 @@ NOBODY: Final = Destination(b"", None, 0.0)
 class Mapping(DatagramSocket):
     """The egress socket of a pool and family."""
 
-    __slots__ = ("active", "asked", "association", "key", "lone", "replies", "source", "used")
+    __slots__ = (
+        "active", "asked", "association", "has_source", "key", "lone", "replies", "source", "usable", "used"
+    )  # fmt: skip
 
     def __init__(
         self, association: ClientAssociation, key: tuple[str, int], source: Source, used: str | None, sock: SocketType
@@ -88,6 +90,10 @@ class Mapping(DatagramSocket):
         self.key = key
         self.source = source
         self.used = used
+        self.usable = association.means.egress.usable()
+        """What it was when this looked last"""
+        self.has_source = True
+        """`used` is on this host."""
         self.active = association.reactor.now
         self.lone = True
         """It has only asked name servers."""

@@ -26,6 +26,7 @@ import pytest
 from daemons import GRANTED, Daemon, Served, socks5, wait_until
 
 from usocksd.serve.verbs.client import ControlClient
+from usocksd.socks.datagram import header
 
 WEB = {4: lab.WEB_V4, 6: lab.WEB_V6}
 POOL = {4: lab.PROXY_V4, 6: lab.PROXY_V6}
@@ -235,6 +236,44 @@ def test_with_no_address_left_nothing_leaves(host_net: lab.Net, tmp_path: Path) 
         # For IPv6 there is none to begin with.
         assert ask(net, "127.0.0.1", WEB[6], 80)[0] == NETWORK_UNREACHABLE
     assert {source for _, source in sniffer.seen} == {lab.PROXY_V4[1]}
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_a_udp_mapping_moves_when_its_address_is_gone_and_not_before(
+    host_net: lab.Net, tmp_path: Path, version: int
+) -> None:
+    net, pool, bits = host_net, POOL[version], 24 if version == 4 else 64
+    with (
+        usocksd(net, tmp_path, *pool) as server,
+        connected(net, "127.0.0.1") as control,
+        net.proxy.socket(kind=socket.SOCK_DGRAM) as client,
+        net.outside.socket(socket.AF_INET if version == 4 else socket.AF_INET6, socket.SOCK_DGRAM) as far,
+    ):
+        far.bind((WEB[version], 5000))
+        for sock in (far, client):
+            sock.settimeout(daemons.PATIENCE)
+        control.sendall(daemons.GREETING + daemons.request("0.0.0.0", 0, command=3))
+        daemons.receive_exactly(control, 2)
+        reply, *relay = daemons.receive_reply(control)
+        assert reply == GRANTED
+
+        def source() -> str:
+            client.sendto(header(WEB[version], 5000) + b"x", (relay[0], relay[1]))
+            return str(far.recvfrom(100)[1][0])
+
+        first = source()
+        other, unused = (address for address in pool if address != first)
+        net.proxy.run("ip", "addr", "del", f"{unused}/{bits}", "dev", "eth0")
+        server.record("addresses of this host changed")
+        assert source() == first, "it stays while its own address is there"
+        net.proxy.run("ip", "addr", "del", f"{first}/{bits}", "dev", "eth0")
+        wait_until(lambda: server.records("addresses of this host changed", removed=[first]), "it knows")
+        assert source() == other
+        moved = server.record("egress address changes")
+        assert (moved["pool"], moved["before"], moved["after"]) == ("default", first, other)
+        net.proxy.run("ip", "addr", "add", f"{first}/{bits}", "dev", "eth0")
+        wait_until(lambda: server.records("addresses of this host changed", added=[first]), "it knows")
+        assert source() == other, "nor does it move back"
 
 
 ROUTED = {4: ("192.0.2.16/28", "192.0.2.19"), 6: ("2001:db8:9::/64", "2001:db8:9::1234")}

@@ -31,8 +31,8 @@ class Pools(EgressPools):
     """Pools on a host whose usable addresses a test sets."""
 
     def __init__(self, pools: Mapping[str, Pool], **more: Any) -> None:
-        super().__init__(pools, lambda: self.usable, **more)
-        self.usable = NOTHING
+        super().__init__(pools, lambda: self.set, **more)
+        self.set = NOTHING
 
 
 def pools(addresses: Iterable[IPAddress | IPNetwork] = (), **more: Any) -> Pools:
@@ -48,7 +48,7 @@ def here(*addresses: IPAddress, listed: Sequence[IPAddress] = ()) -> Usable:
 def pick(
     pools: Pools, usable: Usable, site: str = "x", *, to: IPAddress = V4, client: Client = CLIENT, pool: str = "default"
 ) -> Source:
-    pools.usable = usable
+    pools.set = usable
     return pools.pick(pool, client, site, to)
 
 

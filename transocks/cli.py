@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from transocks.config import TransocksConfig
+from transocks.flags import FLAGS
 from usocksd.serve.daemon import Daemon, Subparsers, run
 
 TRANSOCKS = Daemon(
@@ -15,6 +16,7 @@ TRANSOCKS = Daemon(
     file_required=True,
     control="/run/transocks/control.sock",
     columns=("route", "upstream"),
+    flags=FLAGS,
     examine="transocks.commands.serve:examine",
     build="transocks.commands.serve:build",
 )

@@ -20,7 +20,7 @@ from typing import IO
 
 import lab
 import pytest
-from daemons import running, wait_until
+from daemons import Daemon, running, wait_until
 from scene import ONLY_PATH
 
 # Connects to each address, tells its own port and user, and what it was told; then waits for a line, if asked to.
@@ -156,6 +156,19 @@ def test_only_the_command_is_redirected(trial: Trial) -> None:
     process.communicate("\n", timeout=10)
     assert process.returncode == 0
     assert trial.rules() == before
+
+
+@one_tool
+def test_through_another_proxy(trial: Trial, tmp_path: Path) -> None:
+    assert "--via: expected socks5://" in trial.run("--via", "ftp://h", "--", "true").stderr
+    rule = f'[[rule]]\naction = "allow"\nto = ["{lab.WEB_V4}"]\n'  # an address of that host itself
+    proxy = f'{rule}[incoming]\nport = 1080\naddresses = ["{lab.NEXT_V4}"]\nallow_from = ["198.51.100.0/24"]\n'
+    with Daemon("usocksd", proxy, tmp_path, popen=trial.net.outside.popen) as server:
+        process = trial.start("--via", f"socks5h://{lab.NEXT_V4}:1080", "--", *python(lab.WEB_V4))
+        trial.answer()
+        assert line_of(process.stdout).endswith(" hello")
+        assert process.wait(10) == 0
+        assert server.record("proxy starts")["dest_host"] == lab.WEB_V4
 
 
 def test_forgotten_connections_stay_off_the_wire(trial: Trial) -> None:

@@ -18,6 +18,7 @@ from usocksd.serve.timing import Timing
 from usocksd.settings import loader
 from usocksd.settings.common import CommonConfig
 from usocksd.settings.files import read_file
+from usocksd.settings.flags import Flag
 
 if TYPE_CHECKING:  # verbs do not need trio, which takes a tenth of a second to load
     import argparse
@@ -54,6 +55,8 @@ class Daemon(Generic[C]):
     """The control socket by default"""
     columns: tuple[str, ...] = ()
     """The columns of its connections beside the common ones: see verbs/selection.py"""
+    flags: tuple[Flag, ...] = ()
+    """The flags for a first try"""
     verbs: tuple[str, ...] = ()
     """The verbs that its workers answer on the control socket; see `Application.verbs`"""
     examine: str

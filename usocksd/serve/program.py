@@ -12,9 +12,11 @@ from functools import partial
 from typing import Any
 
 from usocksd import __version__
+from usocksd.errors import ConfigError
 from usocksd.log.formats import FORMATS
 from usocksd.log.log import LEVELS
 from usocksd.serve.daemon import Daemon, Subparsers, form
+from usocksd.settings.flags import SOURCE, add_flags, given, text_of
 from usocksd.settings.types import LogConfig
 
 # Errors of writing only: in verbs, of writing to standard output.
@@ -27,7 +29,20 @@ def main(daemon: Daemon[Any], add_verbs: Callable[[Subparsers], None], argv: Seq
     parser = _make_parser(daemon)
     add_verbs(parser.add_subparsers(title="verbs (without one, the daemon runs in the foreground)"))
     args = parser.parse_args(argv)
-    return run_verb(daemon.name, args.run, args) if "run" in args else _run_master(daemon, args)
+    flags = given(args, daemon.flags)
+    if flags and "run" in args:
+        parser.error(f"{flags[0]} is for the daemon, not for its verbs, which read the configuration file")
+    if flags and args.f is not None:
+        parser.error(f"{flags[0]} and -f: expected one of them (--print-config prints a file for the flags)")
+    if not flags:
+        return run_verb(daemon.name, args.run, args) if "run" in args else _run_master(daemon, args)
+    try:
+        text = text_of(args, daemon.flags, daemon.config)
+    except ConfigError as error:
+        parser.error(str(error))
+    if args.print_config:
+        return run_verb(daemon.name, lambda _: print(text, end="") or 0, args)
+    return _run_master(daemon, args, text)
 
 
 def _make_parser(daemon: Daemon[Any]) -> argparse.ArgumentParser:
@@ -38,15 +53,18 @@ def _make_parser(daemon: Daemon[Any]) -> argparse.ArgumentParser:
     parser.add_argument("-logfile", "--logfile", metavar="FILE", help="write the log to FILE, not to stderr")
     parser.add_argument("-loglevel", "--loglevel", choices=list(LEVELS), metavar="LEVEL", help=", ".join(LEVELS))
     parser.add_argument("-logformat", "--logformat", choices=list(FORMATS), metavar="FORMAT", help=", ".join(FORMATS))
+    add_flags(parser, daemon.flags)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__} ({form()})")
     return parser
 
 
-def _run_master(daemon: Daemon[Any], args: argparse.Namespace) -> int:
+def _run_master(daemon: Daemon[Any], args: argparse.Namespace, text: str | None = None) -> int:
+    """Run the daemon with its file, or with this text instead."""
     from usocksd.serve import master  # noqa: PLC0415  (4 MB that verbs have no use for)
 
     flags = LogConfig(filename=args.logfile, level=args.loglevel, format=args.logformat)
-    return master.main(daemon, partial(daemon.text, args.f), flags)
+    read = partial(daemon.text, args.f) if text is None else lambda: (text, SOURCE)
+    return master.main(daemon, read, flags)
 
 
 def run_verb(program: str, run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:

@@ -1,5 +1,5 @@
-"""transocks exec -- COMMAND: one command's TCP connections through both daemons, with --udp also its UDP; afterwards
-everything is removed.
+"""transocks exec -- COMMAND: one command's TCP connections through both daemons, or with --via through another proxy,
+with --udp also its UDP; afterwards everything is removed.
 
     rules for a cgroup and a group id of its own -> daemons on free loopback ports -> the command in both -> all removed
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import pwd
 import socket
@@ -32,12 +33,15 @@ from transocks.commands.exec.cgroups import Cgroup, make, members_of
 from transocks.commands.exec.daemons import ExecError, free_port, running
 from transocks.commands.exec.holder import TemporaryRules
 from transocks.commands.exec.terminal import Signals
+from transocks.config import TransocksConfig
+from transocks.flags import one_or_list
 from transocks.rules.config import Mode, Tool
 from transocks.rules.live import choose_tool, routed_versions
 from transocks.rules.redirection import Redirection
 from transocks.tools import FirewallError, die_with_parent, lacking
-from usocksd.errors import Error
+from usocksd.errors import ConfigError, Error
 from usocksd.serve.verbs.client import visible
+from usocksd.settings.loader import parse
 
 FAILED, NOT_EXECUTABLE, NOT_FOUND = 125, 126, 127  # as env(1) and others that run a command
 SAY_AFTER, LOOK_EVERY = 1.0, 0.1  # seconds, while processes are left behind
@@ -60,15 +64,22 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "exec",
         help="run a command with its TCP connections, and only its, redirected through both daemons",
         description="Run COMMAND with its TCP connections, and no others, redirected through transocks and usocksd,"
-        " which are started for it. Private networks and DNS are left alone, and QUIC (UDP 443) is refused. Needs"
-        " root; under sudo, COMMAND runs as the user who called. Ends when COMMAND and all processes that it started"
-        " have ended. Files that COMMAND creates show a group id without a name. Exit status: that of COMMAND; 128 + N"
-        " if signal N ended it; 125 if it was not run; 126 if it can't be executed; 127 if it was not found.",
+        " which are started for it; with --via, through transocks and that proxy. Private networks and DNS are left"
+        " alone, and QUIC (UDP 443) is refused. Needs root; under sudo, COMMAND runs as the user who called. Ends when"
+        " COMMAND and all processes that it started have ended. Files that COMMAND creates show a group id without a"
+        " name. Exit status: that of COMMAND; 128 + N if signal N ended it; 125 if it was not run; 126 if it can't be"
+        " executed; 127 if it was not found.",
     )
     parser.add_argument(
         "--udp",
         action="store_true",
         help="take its UDP too, DNS and QUIC included: by TPROXY, with a routing rule and table for the time",
+    )
+    parser.add_argument(
+        "--via",
+        metavar="URL",
+        action="append",
+        help="through this proxy, not through a usocksd of its own; again for one to replace it",
     )
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND ...", help="the command line to run")
     parser.set_defaults(run=run)
@@ -80,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         if not command:
             raise ExecError("no command given: transocks exec -- COMMAND ...")
-        return _exec(command, udp=args.udp)
+        return _exec(command, udp=args.udp, via=_checked(args.via or []))
     except FileNotFoundError:
         return _complain(f"{command[0]}: command not found", NOT_FOUND)
     except OSError as error:
@@ -94,7 +105,18 @@ def _complain(text: str, status: int) -> int:
     return status
 
 
-def _exec(command: Sequence[str], *, udp: bool) -> int:
+def _checked(via: Sequence[str]) -> str:
+    """The setting for these proxies; "" for none. Raises ExecError."""
+    text = f"proxy_url = {json.dumps(one_or_list(via))}\n" if via else ""
+    try:
+        if via:
+            parse(TransocksConfig, text, "")
+    except ConfigError as error:
+        raise ExecError("\n".join(f"--via: {fault.value or fault.expected}" for fault in error.faults)) from None
+    return text
+
+
+def _exec(command: Sequence[str], *, udp: bool, via: str) -> int:
     if os.geteuid() != 0 or lacking("CAP_NET_ADMIN"):
         raise ExecError(
             "redirecting needs root, with CAP_NET_ADMIN: sudo transocks exec -- COMMAND ... (in a checkout, ./run shows"
@@ -121,11 +143,15 @@ def _exec(command: Sequence[str], *, udp: bool) -> int:
         listen = ", ".join(f'"{address}:{port}"' for address in local)
         # Both daemons serve one command, and nobody reads their metrics.
         alone = 'workers = 1\ncontrol = ""\ntimeouts.stop = 0\n'
-        usocksd = f'{alone}[incoming]\nport = {usocksd_port}\nmetrics_port = 0\naddresses = ["127.0.0.1"]\n'
-        transocks = f'{alone}metrics_port = 0\nproxy_url = "socks5://127.0.0.1:{usocksd_port}"\nlisten = [{listen}]\n'
+        proxy = via or f'proxy_url = "socks5://127.0.0.1:{usocksd_port}"\n'
+        transocks = f"{alone}metrics_port = 0\n{proxy}listen = [{listen}]\n"
         transocks += f"listen_udp = [{listen}]\n" if udp else ""
+        configurations = {"transocks": transocks}
+        if not via:
+            incoming = f'[incoming]\nport = {usocksd_port}\nmetrics_port = 0\naddresses = ["127.0.0.1"]\n'
+            configurations = {"usocksd": alone + incoming, **configurations}
         ports = {"usocksd": usocksd_port, "transocks": port}
-        stack.enter_context(running(folder, {"usocksd": usocksd, "transocks": transocks}, ports))
+        stack.enter_context(running(folder, configurations, ports))
         signals.hold()
         child = subprocess.Popen(
             command,

@@ -1,4 +1,4 @@
-"""The addresses of this host, from rtnetlink(7): a snapshot, then changes while `watch` runs."""
+"""The addresses of this host: a snapshot by netifaces, then changes from rtnetlink(7) while `watch` runs."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import struct
 from ipaddress import IPv6Address, ip_address, ip_network
 from typing import NoReturn
 
+import netifaces
 import trio
 
 from usocksd.errors import Error
 from usocksd.host.netlink import DUMP, DUMP_INTR, RECEIVE_SIZE, ROUTE, ask, attributes, connect, messages
 from usocksd.log.metrics import Counter, Metrics
-from usocksd.net.address import IPAddress, IPNetwork
+from usocksd.net.address import IPAddress, IPNetwork, numeric_address
 
 _logger = logging.getLogger("usocksd.host.addresses")
 
@@ -49,40 +50,6 @@ class LocalAddresses(frozenset[IPAddress]):
         return {*map(str, self), *map(str, self.networks)}
 
 
-class _Assigned(set[tuple[IPAddress, int]]):
-    """The addresses of this host, each with the number of its interface."""
-
-    def dump(self) -> bool:
-        """Ask the kernel for all of them. False if they changed meanwhile, so that some may be missing. Raises
-        OSError.
-        """
-        self.clear()
-        complete = True
-        with connect(ROUTE) as asker:
-            for kind, flags, body in ask(asker, _RTM_GETADDR, DUMP, _IFADDRMSG.pack(socket.AF_UNSPEC, 0, 0, 0, 0)):
-                self.apply(kind, body)
-                complete &= not flags & DUMP_INTR
-        return complete
-
-    def apply(self, kind: int, message: bytes) -> None:
-        """Take a message about an address."""
-        if kind not in {_RTM_NEWADDR, _RTM_DELADDR}:
-            return
-        _, _, flags, _, index = _IFADDRMSG.unpack_from(message)
-        found = dict(attributes(message[_IFADDRMSG.size :]))
-        # On a point-to-point link IFA_ADDRESS is the other end's address.
-        address = found.get(_IFA_LOCAL) or found.get(_IFA_ADDRESS)
-        if address is None:
-            return
-        assignment = (ip_address(address), index)
-        # Until duplicate address detection is over, the address can't be used; then another event comes.
-        tentative = flags & (_IFA_F_TENTATIVE | _IFA_F_OPTIMISTIC) == _IFA_F_TENTATIVE
-        if kind == _RTM_NEWADDR and not tentative:
-            self.add(assignment)
-        else:
-            self.discard(assignment)
-
-
 class HostAddresses:
     """The addresses that this host has right now."""
 
@@ -96,7 +63,7 @@ class HostAddresses:
         self._watched = Counter() if metrics is None else metrics.minimum(name, help)
         self._complained = False
         # An address can be on several interfaces; it is gone when the last of them has lost it.
-        self._assigned = _Assigned()
+        self._assigned: set[tuple[IPAddress, int]] = set()
         self._networks = self.current.networks
 
     def is_local(self, ip: IPAddress) -> bool:
@@ -151,7 +118,7 @@ class HostAddresses:
                     self._networks = _routed()
                     look_at = trio.current_time() + self._look_every
                 for kind, _, body in messages(data or b""):
-                    self._assigned.apply(kind, body)
+                    self._apply(kind, body)
                 self._publish()
 
     def _watching(self) -> None:
@@ -171,11 +138,34 @@ class HostAddresses:
 
     async def _dump(self) -> None:
         """Ask for all addresses. Raises OSError."""
-        await trio.lowlevel.checkpoint()
-        while not self._assigned.dump():
+        complete = False
+        while not complete:
             await trio.lowlevel.checkpoint()
+            self._assigned.clear()
+            complete = True
+            with connect(ROUTE) as asker:
+                for kind, flags, body in ask(asker, _RTM_GETADDR, DUMP, _IFADDRMSG.pack(socket.AF_UNSPEC, 0, 0, 0, 0)):
+                    self._apply(kind, body)
+                    complete &= not flags & DUMP_INTR
         self._networks = _routed()
         self._publish()
+
+    def _apply(self, kind: int, message: bytes) -> None:
+        if kind not in {_RTM_NEWADDR, _RTM_DELADDR}:
+            return
+        _, _, flags, _, index = _IFADDRMSG.unpack_from(message)
+        found = dict(attributes(message[_IFADDRMSG.size :]))
+        # On a point-to-point link IFA_ADDRESS is the other end's address.
+        address = found.get(_IFA_LOCAL) or found.get(_IFA_ADDRESS)
+        if address is None:
+            return
+        assignment = (ip_address(address), index)
+        # Until duplicate address detection is over, the address can't be used; then another event comes.
+        tentative = flags & (_IFA_F_TENTATIVE | _IFA_F_OPTIMISTIC) == _IFA_F_TENTATIVE
+        if kind == _RTM_NEWADDR and not tentative:
+            self._assigned.add(assignment)
+        else:
+            self._assigned.discard(assignment)
 
     def _publish(self) -> None:
         now, before = LocalAddresses(address for address, _ in self._assigned), self.current
@@ -224,16 +214,22 @@ def _routed() -> tuple[IPNetwork, ...]:
 
 
 def _snapshot() -> LocalAddresses:
-    assigned = _Assigned()
+    found: set[IPAddress] = set()
     try:
-        while not assigned.dump():
-            pass
+        names = netifaces.interfaces()
     except OSError as error:
         raise Error(
             f"can't list the addresses of this host: {error.strerror}; a sandbox has to allow netlink sockets"
             " (AF_NETLINK in RestrictAddressFamilies= of the unit)"
         ) from None
-    here = LocalAddresses(address for address, _ in assigned)
+    for name in names:
+        try:
+            families = netifaces.ifaddresses(name)
+        except ValueError:  # it went meanwhile
+            continue
+        for family in (netifaces.AF_INET, netifaces.AF_INET6):
+            found.update(numeric_address(entry["addr"]) for entry in families.get(family, ()) if "addr" in entry)
+    here = LocalAddresses(found)
     with contextlib.suppress(OSError):
         here.networks = _routed()
     return here

@@ -1,4 +1,4 @@
-"""The dashboard and the alert rules in deploy/ speak of metrics, labels and label values that the daemons really have."""
+"""The dashboard, the alert rules and the autoscaler in deploy/ speak of metrics, labels and label values that the daemons really have."""
 
 from __future__ import annotations
 
@@ -107,6 +107,9 @@ def expressions() -> Iterator[Expression]:
     for variable in found["templating"]["list"]:
         if (query := re.fullmatch(r"label_values\((.*), (\w+)\)", variable.get("definition", ""))) is not None:
             yield from for_each_daemon(variable["name"], query[1])
+    (patch,) = yaml.safe_load((DEPLOY / "kubernetes/usocksd/monitored/kustomization.yaml").read_text())["patches"]
+    for change in yaml.safe_load(patch["patch"]):
+        yield Expression("HorizontalPodAutoscaler", change["value"]["pods"]["metric"]["name"], "")
     for rule in rules():
         yield from for_each_daemon(rule["alert"], rule["expr"], " ".join(rule["annotations"].values()))
 

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import lab
@@ -106,6 +106,20 @@ table ip kube-proxy {
 	chain nat-output { type nat hook output priority -100; jump services; }
 }
 """
+
+
+def python_for_others(run: Callable[..., subprocess.CompletedProcess[str]]) -> tuple[str, Sequence[str]]:
+    """An interpreter with which another user can run the daemons and their workers, and words to put before it; skips
+    where there is none. `run` runs a command as that user.
+    """
+    # setpriv itself may start what its user may not, so what counts is what the interpreter can start in turn.
+    trial = "import subprocess, sys, usocksd.session as s; subprocess.run([sys.executable, '-c', 'import trio'], check=True)"
+    path = os.pathsep.join(filter(None, sys.path))
+    for python, environment in ((sys.executable, ()), ("/usr/bin/python3", ("env", f"PYTHONPATH={path}"))):
+        found = run(*environment, python, "-c", trial)
+        if found.returncode == 0:
+            return python, environment
+    pytest.skip(f"other users can't read the source or the interpreter: {found.stderr.splitlines()[-1]}")
 
 
 @functools.cache

@@ -14,10 +14,9 @@ import shutil
 import socket
 import struct
 import subprocess
-import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from socket import socket as Socket
 from typing import Any, NamedTuple
@@ -27,6 +26,7 @@ import lab
 import pytest
 import trio
 from daemons import Daemon, Served, is_reset, lives, name_of, receive_all, receive_exactly, reset
+from scene import python_for_others
 
 from transocks.original_dst import original_destination
 
@@ -351,20 +351,6 @@ def test_its_own_port_is_a_loop(host_net: lab.Net, tmp_path: Path) -> None:
         host_net.proxy.run("iptables", "-t", "nat", *rule.split())
         assert is_refused(host_net, 4, 1081, lab.PROXY_V4[1])
         assert "own port" in client.record("loop refused")["error"]
-
-
-def python_for_others(run: Callable[..., subprocess.CompletedProcess[str]]) -> tuple[str, Sequence[str]]:
-    """An interpreter with which another user can run the daemons and their workers, and words to put before it; skips
-    where there is none. `run` runs a command as that user.
-    """
-    # setpriv itself may start what its user may not, so what counts is what the interpreter can start in turn.
-    trial = "import subprocess, sys, usocksd.session as s; subprocess.run([sys.executable, '-c', 'import trio'], check=True)"
-    path = os.pathsep.join(filter(None, sys.path))
-    for python, environment in ((sys.executable, ()), ("/usr/bin/python3", ("env", f"PYTHONPATH={path}"))):
-        found = run(*environment, python, "-c", trial)
-        if found.returncode == 0:
-            return python, environment
-    pytest.skip(f"other users can't read the source or the interpreter: {found.stderr.splitlines()[-1]}")
 
 
 def test_two_daemons_of_their_own_users_and_no_exemption(host_net: lab.Net) -> None:

@@ -24,10 +24,11 @@ TRANSOCKS = Daemon(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run transocks with these arguments, or the process's; returns the exit status."""
-    return run(TRANSOCKS, _add_verbs, argv)
+    return run(TRANSOCKS, add_verbs, argv)
 
 
-def _add_verbs(subparsers: Subparsers) -> None:
+def add_verbs(subparsers: Subparsers) -> None:
+    """Add all verbs to the command line."""
     from transocks.commands import doctor, rules  # noqa: PLC0415
     from transocks.commands import exec as exec_verb  # noqa: PLC0415
     from usocksd.serve.verbs import check, install, parsers  # noqa: PLC0415

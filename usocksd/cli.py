@@ -57,10 +57,11 @@ USOCKSD = Daemon(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run usocksd with these arguments, or the process's; returns the exit status."""
-    return run(USOCKSD, _add_verbs, argv)
+    return run(USOCKSD, add_verbs, argv)
 
 
-def _add_verbs(subparsers: Subparsers) -> None:
+def add_verbs(subparsers: Subparsers) -> None:
+    """Add all verbs to the command line."""
     from usocksd.commands import diff, explain  # noqa: PLC0415
     from usocksd.serve.verbs import check, install, parsers  # noqa: PLC0415
 

@@ -26,8 +26,7 @@ _TROUBLE = 2
 
 def main(daemon: Daemon[Any], add_verbs: Callable[[Subparsers], None], argv: Sequence[str] | None = None) -> int:
     """Run the command line; `add_verbs` adds the daemon's verbs, each of which sets `run`. Returns the exit status."""
-    parser = _make_parser(daemon)
-    add_verbs(parser.add_subparsers(title="verbs (without one, the daemon runs in the foreground)"))
+    parser = make_parser(daemon, add_verbs)
     args = parser.parse_args(argv)
     flags = given(args, daemon.flags)
     if flags and "run" in args:
@@ -45,7 +44,8 @@ def main(daemon: Daemon[Any], add_verbs: Callable[[Subparsers], None], argv: Seq
     return _run_master(daemon, args, text)
 
 
-def _make_parser(daemon: Daemon[Any]) -> argparse.ArgumentParser:
+def make_parser(daemon: Daemon[Any], add_verbs: Callable[[Subparsers], None]) -> argparse.ArgumentParser:
+    """The parser of the daemon's command line."""
     # Flags of the originals have one dash; two are accepted too.
     parser = argparse.ArgumentParser(daemon.name, description=daemon.description, allow_abbrev=False)
     need = "required" if daemon.file_required else "optional"
@@ -55,6 +55,7 @@ def _make_parser(daemon: Daemon[Any]) -> argparse.ArgumentParser:
     parser.add_argument("-logformat", "--logformat", choices=list(FORMATS), metavar="FORMAT", help=", ".join(FORMATS))
     add_flags(parser, daemon.flags)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__} ({form()})")
+    add_verbs(parser.add_subparsers(title="verbs (without one, the daemon runs in the foreground)"))
     return parser
 
 

@@ -101,6 +101,13 @@ def test_install_puts_each_file_where_it_belongs_and_uninstall_takes_it_away(hos
         for kind in ("sysusers", "tmpfiles"):
             text = (DEPLOY / f"{kind}.d" / f"{daemon}.conf").read_text()
             assert after[f"/usr/local/lib/{kind}.d/{daemon}.conf"][:2] == (text, 0o644)
+        share = {path.removeprefix("/usr/local/share/") for path in after if path.startswith("/usr/local/share/")}
+        assert {path for path in share if daemon in Path(path).name.lstrip("_").partition(".")} == {
+            f"man/man8/{daemon}.8",
+            f"bash-completion/completions/{daemon}.bash",
+            f"zsh/site-functions/_{daemon}",
+            f"fish/vendor_completions.d/{daemon}.fish",
+        }
         unit = after[f"/usr/local/lib/systemd/system/{daemon}.service"][0]
         assert f"\nExecStart={host.programs}/{daemon} -f /etc/{daemon}.toml\n" in unit
         assert host.do(daemon, "install") == [f"{daemon}: nothing to do"]

@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy" / "container"
 
@@ -58,6 +60,16 @@ def test_the_daemons_run_as_users_of_their_own_without_a_shell_around_them() -> 
     for number, name in users.items():
         assert f"/run/{name}:uid={number},gid={number}," in compose
         assert f"`{name}` ({number})" in running
+
+
+def test_compose_has_what_it_mounts_in_a_fresh_clone() -> None:
+    services = yaml.safe_load((FOLDER / "compose.yaml").read_text())["services"]
+    for service in services.values():
+        (mount,) = service["volumes"]
+        source, target, _ = mount.split(":")
+        assert service["command"][-1] == target
+        assert (FOLDER / source).resolve() == ROOT / "deploy" / Path(target).name
+        assert (FOLDER / source).is_file(), "the engine would make a folder there"
 
 
 def last_run() -> str:

@@ -10,7 +10,7 @@ _shtab_transocks_subparsers=(exec rules doctor check status connections reload c
 
 _shtab_transocks_exec_option_strings=(-h --help --udp --via)
 _shtab_transocks_rules_render_option_strings=(-h --help -f)
-_shtab_transocks_rules_apply_option_strings=(-h --help -f --confirm --force)
+_shtab_transocks_rules_apply_option_strings=(-h --help -f --confirm --yes --force)
 _shtab_transocks_rules_confirm_option_strings=(-h --help -f)
 _shtab_transocks_rules_verify_option_strings=(-h --help -f)
 _shtab_transocks_rules_remove_option_strings=(-h --help -f --keep-connections)
@@ -47,6 +47,7 @@ _shtab_transocks_rules_render__h_nargs=0
 _shtab_transocks_rules_render___help_nargs=0
 _shtab_transocks_rules_apply__h_nargs=0
 _shtab_transocks_rules_apply___help_nargs=0
+_shtab_transocks_rules_apply___yes_nargs=0
 _shtab_transocks_rules_apply___force_nargs=0
 _shtab_transocks_rules_confirm__h_nargs=0
 _shtab_transocks_rules_confirm___help_nargs=0

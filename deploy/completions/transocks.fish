@@ -78,6 +78,7 @@ complete -c transocks -n '_shtab_transocks_using rules; and test $_shtab_transoc
 complete -c transocks -n '_shtab_transocks_using rules apply' -s h -l help -d 'show this help message and exit'
 complete -c transocks -n '_shtab_transocks_using rules apply' -s f -x -d 'configuration file'
 complete -c transocks -n '_shtab_transocks_using rules apply' -l confirm -x -d 'the kernel ends the rules after SECONDS, unless `transocks rules confirm` comes first'
+complete -c transocks -n '_shtab_transocks_using rules apply' -l yes -d 'keep them without asking. Otherwise, on a terminal and without --confirm, they are on trial for a minute, and stay if you answer y'
 complete -c transocks -n '_shtab_transocks_using rules apply' -l force -d 'load them even if transocks does not accept connections, if none of its upstreams answers, or if its own connections, or those of an upstream on this host, would come back to it'
 complete -c transocks -n '_shtab_transocks_using rules; and test $_shtab_transocks_npos -eq 0' -a confirm -d 'After `apply --confirm`: keep the rules.'
 complete -c transocks -n '_shtab_transocks_using rules confirm' -s h -l help -d 'show this help message and exit'

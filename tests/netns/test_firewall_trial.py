@@ -61,6 +61,39 @@ def test_a_trial_is_confirmed_or_over(scene: Scene) -> None:
     assert "no rules" in scene.rules("confirm", status=1)
 
 
+@one_mode("host")
+@backends(0)
+def test_on_a_terminal_it_asks(scene: Scene) -> None:
+    before = scene.dump()
+    scene.start()
+    scene.rules("apply")
+    applied = scene.dump()
+    scene.rules("remove")
+    brief = "from transocks.commands.rules import question; question.SECONDS = 1;"
+    for keys, words, more, status, last, then in [
+        (b"y", [], "", 0, "kept", applied),
+        (b"", ["--yes"], "", 0, "whether its upstreams answer", applied),
+        (b"xn", [], "", 1, "removed: connections go directly again", before),
+        (b"\x03", [], "", 1, "removed: connections go directly again", before),
+        (b"", [], brief, 1, "no answer: ", None),
+    ]:
+        terminal, end = os.openpty()
+        argv = ["setsid", "--ctty", "--wait", *scene.argv("apply", *words, more=more)]
+        process = scene.net.proxy.popen(*argv, stdin=end, stdout=end, stderr=end)
+        os.close(end)
+        said, left = b"", keys
+        with contextlib.suppress(OSError):  # EIO: the process has ended
+            while chunk := os.read(terminal, 1000):
+                said += chunk
+                if left and b"keep these rules? [y/N] " in said:
+                    os.write(terminal, left)
+                    left = b""
+        os.close(terminal)
+        assert process.wait(10) == status, said
+        assert last in said.decode().splitlines()[-1], said
+        assert then in (None, scene.dump())
+
+
 HOLD = """
 import sys
 import transocks.commands.rules.hold as rules

@@ -141,6 +141,13 @@ def confirm() -> bool:
     return any(terms)
 
 
+def is_for_good() -> bool:
+    """Whether there are rules, in force and not on trial. Raises FirewallError."""
+    now = datetime.now(UTC)
+    terms = [seconds_left(table, now) for table in (*live.loaded(), *_saved())]
+    return bool(terms) and all(term is None for term in terms)
+
+
 def prolong(redirections: Sequence[Redirection], seconds: int) -> bool:
     """Rules loaded by nft: keep them in force for `seconds` from now, also if their time was over; 0 ends it now.
 

@@ -50,6 +50,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="the kernel ends the rules after SECONDS, unless `transocks rules confirm` comes first",
     )
     parsers["apply"].add_argument(
+        "--yes",
+        action="store_true",
+        help="keep them without asking. Otherwise, on a terminal and without --confirm, they are on trial for a minute,"
+        " and stay if you answer y",
+    )
+    parsers["apply"].add_argument(
         "--force",
         action="store_true",
         help="load them even if transocks does not accept connections, if none of its upstreams answers, or if its own"

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import attrs
 
-from transocks.commands.rules import FAILED
+from transocks.commands.rules import FAILED, question
 from transocks.config import DIRECT, TransocksConfig
 from transocks.rules import change, live, routing
 from transocks.rules.config import Mode, RulesConfig, Tool, WhenDown
@@ -69,7 +69,9 @@ def render(args: argparse.Namespace) -> int:
 
 
 def apply(args: argparse.Namespace) -> int:
-    """Load the rules, and say what that means."""
+    """Load the rules, and say what that means. On a terminal, ask whether to keep them."""
+    asks = args.confirm is None and not args.yes and question.can_ask()
+    seconds = question.SECONDS if asks else args.confirm
     order = order_of(args)
     problem, status = _ask(order) if args.force else _ask_patiently(order)
     all_down, some_down = _upstreams_down(status)
@@ -78,13 +80,29 @@ def apply(args: argparse.Namespace) -> int:
         raise FirewallError(
             "\n".join([*problems, "nothing was changed; with --force the rules are applied all the same"])
         )
-    change.apply(order.redirections, order.tool, seconds=args.confirm)
-    print(*_what_now(order, args.confirm), sep="\n")
+    change.apply(order.redirections, order.tool, seconds=seconds)
+    print(*_what_now(order, seconds), sep="\n")
     if problem is None and not status:
         print("whether its upstreams answer is not known: transocks has no control socket here that could be asked")
     for problem in (*problems, *some_down):
         print(f"warning: {visible(problem)}")
-    return 0
+    return _keep_or_remove(question.SECONDS) if asks else 0
+
+
+def _keep_or_remove(seconds: int) -> int:
+    answer = question.is_to_keep(seconds)
+    if answer:
+        change.confirm()
+        print("kept")
+    elif answer is not None:
+        _remove(keep=False)
+        print("removed: connections go directly again")
+    elif change.is_for_good():
+        print("kept by `transocks rules confirm`")
+        return 0
+    else:
+        print("no answer: the rules have no effect any more, and new connections go directly again")
+    return 0 if answer else FAILED
 
 
 def _what_now(order: Order, seconds: int | None) -> Iterator[str]:
@@ -208,12 +226,16 @@ def verify(args: argparse.Namespace) -> int:
 
 def remove(args: argparse.Namespace) -> int:
     """Remove all rules."""
+    _remove(keep=args.keep_connections)
+    return 0
+
+
+def _remove(*, keep: bool) -> None:
     held = False
     with contextlib.suppress(FirewallError):  # removing the rules matters more
         held = change.is_held()
-    complaints = change.remove(keep=args.keep_connections)
+    complaints = change.remove(keep=keep)
     if held:
         complaints.append("`transocks rules hold` runs, and loads them again: end it first, or stop its unit")
     if complaints:
         raise FirewallError("\n".join(complaints))
-    return 0

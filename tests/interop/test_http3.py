@@ -10,10 +10,12 @@ import threading
 from collections.abc import Iterator
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from world import Daemon
+
+if TYPE_CHECKING:
+    from world import Daemon
 
 REASON = "not installed (PyPI curl-cffi, aioquic)"
 requests: Any = pytest.importorskip("curl_cffi.requests", reason=REASON)
@@ -21,15 +23,15 @@ aioquic: Any = pytest.importorskip("aioquic.asyncio", reason=REASON)
 BODY = b"over QUIC " * 20_000
 
 
-def certificate(folder: Path) -> tuple[Path, Path]:
-    """A certificate for 127.0.0.1 that signs itself, and its key."""
+def certificate(folder: Path, host: str = "127.0.0.1") -> tuple[Path, Path]:
+    """A certificate for this address that signs itself, and its key."""
     from cryptography import x509  # noqa: PLC0415  # aioquic brings it
     from cryptography.hazmat.primitives import hashes, serialization  # noqa: PLC0415
     from cryptography.hazmat.primitives.asymmetric import ec  # noqa: PLC0415
     from cryptography.x509.oid import NameOID  # noqa: PLC0415
 
     key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, host)])
     now = datetime.datetime.now(datetime.UTC)
     made = (
         x509.CertificateBuilder()
@@ -39,7 +41,7 @@ def certificate(folder: Path) -> tuple[Path, Path]:
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - datetime.timedelta(days=1))
         .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address(host))]), critical=False)
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         .sign(key, hashes.SHA256())
     )
@@ -51,7 +53,7 @@ def certificate(folder: Path) -> tuple[Path, Path]:
 
 
 @contextlib.contextmanager
-def server(cert: Path, key: Path) -> Iterator[int]:
+def server(cert: Path, key: Path, host: str = "127.0.0.1", port: int = 0) -> Iterator[int]:
     """An HTTP/3 server that answers everything with BODY; its port."""
     from aioquic.asyncio.protocol import QuicConnectionProtocol  # noqa: PLC0415
     from aioquic.h3.connection import H3_ALPN, H3Connection  # noqa: PLC0415
@@ -74,11 +76,11 @@ def server(cert: Path, key: Path) -> Iterator[int]:
     configuration = QuicConfiguration(alpn_protocols=H3_ALPN, is_client=False)
     configuration.load_cert_chain(cert, key)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
+        probe.bind((host, port))
+        port = probe.getsockname()[1]
     loop = asyncio.new_event_loop()
 
-    serve = aioquic.serve("127.0.0.1", port, configuration=configuration, create_protocol=Protocol)
+    serve = aioquic.serve(host, port, configuration=configuration, create_protocol=Protocol)
     serving = loop.run_until_complete(serve)
     thread = threading.Thread(target=loop.run_forever)
     thread.start()

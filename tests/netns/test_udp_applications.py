@@ -53,7 +53,7 @@ def taken(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[lab.
 def need(*programs: str) -> None:
     for program in programs:
         if shutil.which(program) is None:
-            pytest.skip(f"{program} is not installed")  # (the package chrony would start a service)
+            pytest.skip(f"{program} is not installed")  # chrony not where systemd runs: it would be started
 
 
 @contextlib.contextmanager

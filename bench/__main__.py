@@ -33,7 +33,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--only", metavar="NAME,...", type=names, help="only these contenders (default: all installed)")
-    add("--measure", metavar="KIND,...", type=names, help=f"of {','.join(KINDS)} (all; counted: connect,echo)")
+    add("--measure", metavar="KIND,...", type=names, help=f"of {','.join(KINDS)} (all; if counted, connect,echo)")
     add("--instructions", action="store_true", help="count instructions and system calls, too (valgrind, strace)")
     add("--rounds", type=int, default=5, metavar="N", help="interleaved repetitions (default: 5)")
     add("--seconds", type=float, default=1.5, metavar="S", help="length of each measure (default: 1.5)")

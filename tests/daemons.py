@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from ipaddress import ip_address
 from pathlib import Path
@@ -475,10 +475,13 @@ def free_port() -> int:
 
 
 class NameServer(contextlib.AbstractContextManager["NameServer"]):
-    """A DNS server: `names` to addresses; None for a name that is never answered; NXDOMAIN for all others."""
+    """A DNS server: `names` to addresses or SRV records; None for a name that is never answered; NXDOMAIN for all
+    others.
+    """
 
-    def __init__(self, names: dict[str, Sequence[str] | None], sock: Socket | None = None) -> None:
-        self.names = {dns.name.from_text(name): found for name, found in names.items()}
+    def __init__(self, names: Mapping[str, Sequence[str] | None], sock: Socket | None = None, ttl: int = 60) -> None:
+        self._ttl = ttl
+        self.set(names)
         self._socket = sock or Socket(type=socket.SOCK_DGRAM)
         if sock is None:
             self._socket.bind(("127.0.0.1", 0))
@@ -486,6 +489,10 @@ class NameServer(contextlib.AbstractContextManager["NameServer"]):
         self.asked: list[str] = []
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
+
+    def set(self, names: Mapping[str, Sequence[str] | None]) -> None:
+        """From now on, these are the names."""
+        self.names = {dns.name.from_text(name): found for name, found in names.items()}
 
     def _run(self) -> None:
         while True:
@@ -501,9 +508,10 @@ class NameServer(contextlib.AbstractContextManager["NameServer"]):
             answer = dns.message.make_response(question)
             if asked.name not in self.names:
                 answer.set_rcode(dns.rcode.NXDOMAIN)
-            mine = [a for a in addresses if (":" in a) == (asked.rdtype == dns.rdatatype.AAAA)]
+            kinds = {a: "SRV" if " " in a else "AAAA" if ":" in a else "A" for a in addresses}
+            mine = [a for a, kind in kinds.items() if kind == dns.rdatatype.to_text(asked.rdtype)]
             if mine:
-                answer.answer.append(dns.rrset.from_text_list(asked.name, 60, "IN", asked.rdtype, mine))
+                answer.answer.append(dns.rrset.from_text_list(asked.name, self._ttl, "IN", asked.rdtype, mine))
             self._socket.sendto(answer.to_wire(), client)
 
     def __exit__(self, *_: object) -> None:

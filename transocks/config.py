@@ -104,6 +104,15 @@ class GroupConfig:
     proxy_protocol: bool = False
     """whether a PROXY header before everything else names the client"""
 
+    def __attrs_post_init__(self) -> None:
+        _check_discovery(self.proxy_url)
+
+
+def _check_discovery(proxies: ProxyURLs) -> None:
+    """Whoever looks up a list of proxies has no others beside it, since their places in it would be unclear."""
+    if len(proxies) > 1 and any(url.discovery is not None for url in proxies):
+        raise Invalid("expected a URL with +srv or +dns alone: it is a list by itself", shown="", at="proxy_url")
+
 
 @attrs.frozen(kw_only=True)
 class HealthConfig:
@@ -189,6 +198,7 @@ class TransocksConfig(CommonConfig):
             if listen.port in ports:
                 expected = "has a port of listen, expected another: a listener is for REDIRECT or for TPROXY"
                 raise Invalid(expected, shown=show(str(listen)), at="listen_tproxy")
+        _check_discovery(self.proxy_url)
         if self.rules is not None:
             self._check_rules(self.rules)
 

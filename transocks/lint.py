@@ -76,7 +76,7 @@ def _groups(config: TransocksConfig, host: HostFacts, readable: str | None) -> I
             if proxy in seen:  # (for another user it is another one)
                 yield Fault(place, str(proxy), "is there already: expected every proxy once")
             seen.add(proxy)
-        if len(seen) == 1 and group.policy != FAILOVER:
+        if len(seen) == 1 and group.policy != FAILOVER and not any(proxy.discovery for proxy in seen):
             at = key.replace("proxy_url", "policy")
             yield Fault(at, show(group.policy), "has no meaning for one proxy: remove it, or add proxies")
 

@@ -73,7 +73,7 @@ def test_the_sidecar_takes_the_pods_connections(pod_net: Net) -> None:
             assert client_seen(pod_net, lab.PRIVATE_V4) == POD, "the cluster's own addresses are left alone"
             record = transocks.record("proxy ends")
             assert record["client_addr"].startswith(f"{POD}:")
-            assert record["upstream"] == f"socks5h://{PROXY}:1080"
+            assert record["upstream"] == f"socks5h://{NODE}:1080"  # each address of the name is an upstream
         with pytest.raises(ConnectionRefusedError):
             client_seen(pod_net, lab.WEB_V4)
 

@@ -12,7 +12,8 @@ from transocks.routes import DIRECT
 from transocks.session import RedirectedSessions
 from transocks.udp.association import Means
 from transocks.udp.transparent import TransparentUdp
-from transocks.upstreams.group import UpstreamGroup, Upstreams
+from transocks.upstreams.group import UpstreamGroup
+from transocks.upstreams.upstreams import Upstreams
 from usocksd.errors import Error
 from usocksd.host.addresses import HostAddresses
 from usocksd.names.resolver import make_resolver
@@ -76,7 +77,7 @@ def build(config: TransocksConfig, parts: Parts) -> Application:
     )
     application = Application(
         sessions.serve,
-        (hosts.watch, resolver.run, upstreams.health.run),
+        (hosts.watch, resolver.run, *upstreams.memberships, upstreams.health.run),
         close=guard.close,
         keeping=(upstreams.health.keep,),
         keepalive=keepalive,

@@ -28,6 +28,7 @@ from usocksd.net.address import IPAddress, join_port, without_zone
 
 _PUBLIC: tuple[IPAddress, ...] = (IPv4Address("9.9.9.9"), IPv6Address("2620:fe::fe"))
 _DNS = (53, 853)
+_SOCKS_PORT = 1080  # for proxies whose port is in DNS
 
 
 @attrs.frozen(kw_only=True)
@@ -122,7 +123,7 @@ def upstreams_of(config: TransocksConfig, named: IPAddress) -> Iterator[tuple[IP
             if proxy.host == "localhost":
                 yield from ((address, proxy.port) for address in LOOPBACK.values())
             else:
-                yield named if isinstance(proxy.host, str) else proxy.host, proxy.port
+                yield named if isinstance(proxy.host, str) else proxy.host, proxy.port or _SOCKS_PORT
 
 
 def _selected(redirection: Redirection) -> Iterator[tuple[IPAddress, int]]:

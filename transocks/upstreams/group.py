@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Sequence
 from itertools import count
-from typing import Any
+from typing import NamedTuple
 
-from transocks.config import DIRECT, FAILOVER, ROUND_ROBIN, STICKY, GroupConfig, HealthConfig
+from transocks.config import DIRECT, FAILOVER, ROUND_ROBIN, STICKY, GroupConfig
 from transocks.direct import Direct
-from transocks.upstreams.health import Health
 from transocks.upstreams.probes import WAITING
-from transocks.upstreams.proxy_url import ProxyURL
 from transocks.upstreams.request import Attempt, Progress, Tunnel, TunnelRequest
 from transocks.upstreams.state import UpstreamState
 from transocks.upstreams.upstream import Upstream, UpstreamMetrics
 from usocksd.errors import DialError, Error, ResolveError, UpstreamError
-from usocksd.log.metrics import Metrics
-from usocksd.names.match import rendezvous
-from usocksd.names.resolver import Resolver
-from usocksd.net.address import HostPort
-from usocksd.net.dial import Dialer
+from usocksd.names.match import rendezvous, weighted_rendezvous
 from usocksd.net.endpoint import Interruptible
 from usocksd.settings.types import Timeouts
 from usocksd.socks import AuthenticationFailed, Reply, RequestRefused, Socks4Reply, UpstreamFault
@@ -36,11 +31,25 @@ _FINAL: set[int] = {
     Reply.TTL_EXPIRED,
     Socks4Reply.REJECTED,  # SOCKS4 has only this code
 }
+# In the place of weight 0, which is "a very small chance" (RFC 2782).
+_LEAST_WEIGHT = 0.001
 _HTTP_OWN_TROUBLE = {405, 429, 500, 501, 503, 505}
 
 
 class NoUdp(UpstreamError):
     """No upstream of the group carries UDP."""
+
+
+class NoUpstream(UpstreamError):
+    """The group has no upstream: the name that stands for them has none."""
+
+
+class Place(NamedTuple):
+    """An upstream, and its place in a group that DNS tells of: see Member."""
+
+    upstream: Upstream
+    priority: int = 0
+    weight: int = 1
 
 
 class UpstreamGroup:
@@ -49,20 +58,33 @@ class UpstreamGroup:
     def __init__(
         self, name: str, config: GroupConfig, upstreams: Sequence[Upstream], direct: Direct, metrics: UpstreamMetrics
     ) -> None:
-        """`upstreams` are those of `config`, in its order."""
+        """`upstreams` are those of `config`, in its order; none if `found` will tell of them."""
         self.name = name
+        self.upstreams: tuple[Upstream, ...] = ()
         self._policy = config.policy
         self._when_all_down = config.when_all_down
         self._when_no_udp = config.when_no_udp
-        self._upstreams = tuple(dict.fromkeys(upstreams))
         self._direct = direct if config.when_all_down == DIRECT else None
         self._turn = count()
-        self._failovers = {each: metrics.failovers.labels(name, each.name) for each in self._upstreams}
-        for each in self._upstreams:
-            gauge = metrics.up.labels(name, each.name)
-            gauge.value = float(each.state.up)
-            each.state.gauges.append(gauge)
-            each.state.has_others |= len(self._upstreams) > 1 or self._direct is not None
+        self._metrics = metrics
+        self._places: tuple[Place, ...] = ()
+        """Of upstreams that DNS tells of"""
+        self._use(upstreams)
+
+    def found(self, places: Sequence[Place]) -> None:
+        """These are the upstreams now. Attempts that are under way go on with those that were."""
+        self._places = tuple(places)
+        self._use([each.upstream for each in places])
+
+    def _use(self, upstreams: Sequence[Upstream]) -> None:
+        before, self.upstreams = self.upstreams, tuple(dict.fromkeys(upstreams))
+        for each in self.upstreams:
+            each.state.has_others |= len(self.upstreams) > 1 or self._direct is not None or bool(self._places)
+            if each not in before:
+                self._metrics.failovers.labels(self.name, each.name)  # is there from now on, as 0
+                gauge = self._metrics.up.labels(self.name, each.name)
+                gauge.value = float(each.state.up)
+                each.state.gauges.append(gauge)
 
     async def connect(
         self, request: TunnelRequest, client: Interruptible, timeouts: Timeouts, access: Progress
@@ -93,7 +115,7 @@ class UpstreamGroup:
                 if error.reply != Reply.COMMAND_NOT_SUPPORTED:
                     raise
                 # It was the last one, and counts no longer. Those that were tried before it may be back.
-                if any(each.carries_udp for each in self._upstreams):
+                if any(each.carries_udp for each in self.upstreams):
                     raise
         if self._when_no_udp == DIRECT:
             return None
@@ -102,7 +124,7 @@ class UpstreamGroup:
     @property
     def carries_udp(self) -> bool:
         """Whether datagrams have a way, through a proxy or directly, as far as is known."""
-        return self._when_no_udp == DIRECT or any(each.carries_udp for each in self._upstreams)
+        return self._when_no_udp == DIRECT or any(each.carries_udp for each in self.upstreams)
 
     async def _through(
         self,
@@ -138,7 +160,7 @@ class UpstreamGroup:
                     upstream.state.forget()
                 if not (untried or self._direct) or not goes_on(error, attempt) or reactor.clock() >= deadline:
                     raise
-                self._failovers[upstream].value += 1
+                self._metrics.failovers.labels(self.name, upstream.name).value += 1
 
     def status(self) -> dict[str, object]:
         """The state as JSON values, for operators."""
@@ -146,23 +168,30 @@ class UpstreamGroup:
             "policy": self._policy,
             "when_all_down": self._when_all_down,
             "when_no_udp": self._when_no_udp,
-            "upstreams": [upstream.status() for upstream in self._upstreams],
+            "upstreams": [upstream.status() for upstream in self.upstreams]
+            if not self._places
+            else [each.upstream.status() | {"priority": each.priority, "weight": each.weight} for each in self._places],
         }
 
     def _order(self, request: TunnelRequest) -> deque[Upstream]:
         """All upstreams, the preferred one first."""
-        upstreams = self._upstreams
-        if len(upstreams) == 1 or self._policy == FAILOVER:
+        upstreams = self.upstreams
+        if self._places:
+            return self._order_by_weight(request)
+        if len(upstreams) <= 1 or self._policy == FAILOVER:
             return deque(upstreams)
         if self._policy == STICKY:
-            # (A UDP association is for all destinations.)
-            host = "" if request.udp else request.name or request.destination.host
-            key = f"{request.client.host} {host}".encode()
-            return deque(rendezvous(key, upstreams, _identity))
+            return deque(rendezvous(_key(request), upstreams, _identity))
         assert self._policy == ROUND_ROBIN
         up = [each for each in upstreams if each.state.well] or upstreams
         first = next(self._turn) % len(up)
         return deque((*up[first:], *up[:first], *(each for each in upstreams if each not in up)))
+
+    def _order_by_weight(self, request: TunnelRequest) -> deque[Upstream]:
+        """Those of the lowest priority first, and among them each as often as its weight says (RFC 2782)."""
+        key = _key(request) if self._policy == STICKY else os.urandom(8)
+        order = weighted_rendezvous(key, self._places, _identity_of_place, _weight)
+        return deque(each.upstream for each in sorted(order, key=_priority))
 
     def _next(self, untried: deque[Upstream]) -> Upstream | None:
         """Take out the next one to try: the first that is well, else the first that is up, else the first; None: go
@@ -176,7 +205,11 @@ class UpstreamGroup:
             found.state.trial = False
             return found
         # All are down: go directly if that is allowed, else try them, since they may have recovered.
-        return None if self._direct is not None else untried.popleft()
+        if self._direct is not None:
+            return None
+        if not untried:
+            raise NoUpstream(f"{self.name} has no upstream: its name stands for none")
+        return untried.popleft()
 
 
 def goes_on(error: Error, attempt: Attempt) -> bool:
@@ -201,75 +234,23 @@ def is_late(error: Error) -> bool:
     return isinstance(error, DialError) and error.step == WAITING
 
 
-class Upstreams:
-    """All upstreams of a configuration, each once, in their groups; and their health."""
-
-    def __init__(
-        self,
-        groups: Mapping[str, GroupConfig],
-        health: HealthConfig,
-        *,
-        dialer: Dialer,
-        resolver: Resolver,
-        mark: int | None,
-        fast_open: bool,
-        direct: Direct,
-        share: Callable[[Any], None],
-        metrics: Metrics,
-    ) -> None:
-        """`share`: see Health."""
-        measured = UpstreamMetrics(metrics)
-        # The same proxy with other credentials, or with PROXY headers, counts as another upstream.
-        found: dict[tuple[ProxyURL, bool], Upstream] = {}
-        for url, proxied in ((url, group.proxy_protocol) for group in groups.values() for url in group.proxy_url):
-            if (url, proxied) not in found:
-                key = (
-                    (f"{url.username}@" if url.username is not None else "") + str(url) + (" PROXY" if proxied else "")
-                )
-                found[url, proxied] = Upstream(
-                    url,
-                    name=_new(str(url), {each.name for each in found.values()}),
-                    key=_new(key, {each.key for each in found.values()}),
-                    dialer=dialer,
-                    resolver=resolver,
-                    mark=mark,
-                    fast_open=fast_open,
-                    proxy_protocol=proxied,
-                    metrics=measured,
-                )
-        self.groups = {
-            name: UpstreamGroup(
-                name, group, [found[url, group.proxy_protocol] for url in group.proxy_url], direct, measured
-            )
-            for name, group in groups.items()
-        }
-        self._all = tuple(found.values())
-        self.health = Health(self._all, health, share, measured, clock=dialer.reactor.clock)
-        self._parts: list[frozenset[HostPort]] = []
-        self._addresses: frozenset[HostPort] = frozenset()
-
-    @property
-    def addresses(self) -> frozenset[HostPort]:
-        """The addresses of all upstreams, as they are known now."""
-        parts = [upstream.addresses for upstream in self._all]
-        if parts != self._parts:
-            self._parts, self._addresses = parts, frozenset().union(*parts)
-        return self._addresses
-
-    def status(self) -> dict[str, object]:
-        """All groups as JSON values, for operators."""
-        return {name: group.status() for name, group in self.groups.items()}
-
-
-def _new(text: str, taken: Collection[str]) -> str:
-    """`text`, with a number behind it if it is taken."""
-    found = text
-    number = 1
-    while found in taken:
-        number += 1
-        found = f"{text} ({number})"
-    return found
+def _key(request: TunnelRequest) -> bytes:
+    """The same for what stays with one upstream. (A UDP association is for all destinations.)"""
+    host = "" if request.udp else request.name or request.destination.host
+    return f"{request.client.host} {host}".encode()
 
 
 def _identity(upstream: Upstream) -> bytes:
     return upstream.key.encode()
+
+
+def _identity_of_place(place: Place) -> bytes:
+    return _identity(place.upstream)
+
+
+def _priority(place: Place) -> int:
+    return place.priority
+
+
+def _weight(place: Place) -> float:
+    return max(place.weight, _LEAST_WEIGHT)

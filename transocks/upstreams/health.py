@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import trio
@@ -26,6 +26,7 @@ from transocks.upstreams.probes import ProbeTimedOut
 from transocks.upstreams.state import Answer, UpstreamState
 from transocks.upstreams.upstream import Upstream, UpstreamMetrics, is_gone
 from usocksd.errors import DialError, Error
+from usocksd.log.metrics import Counter
 from usocksd.serve.service import Stopping
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,6 @@ class Health:
 
     def __init__(
         self,
-        upstreams: Sequence[Upstream],
         config: HealthConfig,
         share: Callable[[Any], None],
         metrics: UpstreamMetrics,
@@ -50,24 +50,58 @@ class Health:
         clock: Callable[[], float],
     ) -> None:
         """`share` passes findings to all workers. `clock` is the reactor's."""
-        self._upstreams = upstreams
+        self._upstreams: dict[str, Upstream] = {}
+        """By key"""
+        self._metrics = metrics
         self._config = config
         self._share = share
         self._clock = clock
         self._nursery: trio.Nursery | None = None
         self._news = trio.Event()
+        self._keepers: trio.Nursery | None = None
         self._recovering: set[str] = set()
-        self._counters = {
-            upstream.key: [metrics.probes.labels(upstream.state.name, result) for result in ("failed", "ok")]
-            for upstream in upstreams
-        }
-        self._by_state = {upstream.state: upstream for upstream in upstreams}
-        for state in self._by_state:
-            state.changed = self._changed
+        self._counters: dict[str, list[Counter]] = {}
+        self._by_state: dict[UpstreamState, Upstream] = {}
+        self._scopes: dict[str, list[trio.CancelScope]] = {}
+
+    def add(self, upstream: Upstream) -> None:
+        """Watch this one, too."""
+        key, state = upstream.key, upstream.state
+        self._upstreams[key] = upstream
+        self._by_state[state] = upstream
+        self._counters[key] = [self._metrics.probes.labels(state.name, result) for result in ("failed", "ok")]
+        self._scopes[key] = []
+        state.changed = self._changed
+        if self._nursery is not None:
+            self._begin(self._nursery, upstream)
+        if self._keepers is not None:
+            self._keepers.start_soon(self._while_watched, self._keep, upstream)
+
+    def remove(self, upstream: Upstream) -> None:
+        """It is no longer used for new connections."""
+        upstream.state.changed = lambda _: None
+        del self._upstreams[upstream.key], self._by_state[upstream.state]
+        self._recovering.discard(upstream.key)
+        for scope in self._scopes.pop(upstream.key):
+            scope.cancel()
+
+    async def _while_watched(self, watch: Callable[[Upstream], Awaitable[None]], upstream: Upstream) -> None:
+        scopes = self._scopes.get(upstream.key)
+        if scopes is not None and self._upstreams.get(upstream.key) is upstream:
+            with trio.CancelScope() as scope:
+                scopes.append(scope)
+                await watch(upstream)
+            scopes.remove(scope)
+
+    def _begin(self, nursery: trio.Nursery, upstream: Upstream) -> None:
+        if upstream.state.has_others:
+            nursery.start_soon(self._while_watched, self._watch, upstream)
+        if not upstream.state.up:
+            self._recover_later(upstream)
 
     def take(self, found: Any) -> None:
         """Learn what the keeper shares. It may be of another configuration, with other upstreams."""
-        for upstream in self._upstreams:
+        for upstream in self._upstreams.values():
             if upstream.key in found:
                 was = upstream.state.up
                 upstream.state.take(found[upstream.key])
@@ -78,11 +112,8 @@ class Health:
         """In every worker, until cancelled: probe upstreams that are silent or down."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
-            for upstream in self._upstreams:
-                if upstream.state.has_others:
-                    nursery.start_soon(self._watch, upstream)
-                if not upstream.state.up:
-                    self._recover_later(upstream)
+            for upstream in self._upstreams.values():
+                self._begin(nursery, upstream)
             task_status.started()
             try:
                 await trio.sleep_forever()
@@ -92,9 +123,14 @@ class Health:
     async def keep(self) -> None:
         """In one worker, until cancelled: probe upstreams that are up, and share all findings."""
         async with trio.open_nursery() as nursery:
+            self._keepers = nursery
             nursery.start_soon(self._share_news)
-            for upstream in self._upstreams:
-                nursery.start_soon(self._keep, upstream)
+            for upstream in self._upstreams.values():
+                nursery.start_soon(self._while_watched, self._keep, upstream)
+            try:
+                await trio.sleep_forever()
+            finally:
+                self._keepers = None
 
     async def _keep(self, upstream: Upstream) -> None:
         while True:
@@ -106,7 +142,7 @@ class Health:
         while True:
             await self._news.wait()
             self._news = trio.Event()
-            self._share({upstream.key: upstream.state.as_json() for upstream in self._upstreams})
+            self._share({key: upstream.state.as_json() for key, upstream in self._upstreams.items()})
 
     async def _check(self, upstream: Upstream) -> None:
         """Probe it with full patience."""
@@ -126,7 +162,7 @@ class Health:
     def _recover_later(self, upstream: Upstream) -> None:
         if self._nursery is not None and upstream.key not in self._recovering:
             self._recovering.add(upstream.key)
-            self._nursery.start_soon(self._recover, upstream)
+            self._nursery.start_soon(self._while_watched, self._recover, upstream)
 
     async def _watch(self, upstream: Upstream) -> None:
         """Probe it when attempts wait for it and it is silent."""

@@ -35,6 +35,15 @@ class ProxyScheme(enum.Enum):
         return self in (ProxyScheme.SOCKS5, ProxyScheme.SOCKS5H)
 
 
+class Discovery(enum.Enum):
+    """What the host of a URL stands for, other than one proxy: the second part of its scheme."""
+
+    SERVICE = "srv"
+    """the servers in its SRV records"""
+    ADDRESSES = "dns"
+    """each of its addresses"""
+
+
 class SecretStr:
     """A string that does not print: str(), repr() and format() give "***", `reveal()` gives the string."""
 
@@ -63,8 +72,10 @@ class ProxyURL:
     scheme: ProxyScheme
     host: IPAddress | str
     port: int
+    """0 if `discovery` finds it"""
     username: str | None = None
     password: SecretStr | None = None
+    discovery: Discovery | None = None
 
     @property
     def secret(self) -> str | None:
@@ -72,10 +83,14 @@ class ProxyURL:
         return None if self.password is None else self.password.reveal()
 
     def __str__(self) -> str:
-        return f"{self.scheme.value}://{join_port(self.host, self.port)}"
+        if self.discovery is None:
+            return f"{self.scheme.value}://{join_port(self.host, self.port)}"
+        place = join_port(self.host, self.port) if self.port else self.host
+        return f"{self.scheme.value}+{self.discovery.value}://{place}"
 
 
 _SCHEMES = {scheme.value: scheme for scheme in ProxyScheme}
+_DISCOVERIES = {discovery.value: discovery for discovery in Discovery}
 
 _URL = re.compile(r"([^:/?#@]*)://(?:(.*)@)?([^/?#@]*)(/?)", re.DOTALL)
 
@@ -86,7 +101,9 @@ _EXPECTED = (
 
 
 def parse_proxy_url(value: str) -> ProxyURL:
-    """SCHEME://USER:PASSWORD@HOST:PORT, where the scheme is one of ProxyScheme; socks4a has no password.
+    """SCHEME://USER:PASSWORD@HOST:PORT, where the scheme is one of ProxyScheme; socks4a has no password. With +srv
+    behind the scheme, the host is a service with SRV records, which have the port; with +dns, each address of the name
+    is a proxy.
 
     User and password are percent-decoded (RFC 3986 section 3.2.1). The port of a SOCKS server defaults to
     1080 as in the original; an HTTP proxy has no usual one (3128, 8080, 80), and the original could not dial
@@ -97,9 +114,11 @@ def parse_proxy_url(value: str) -> ProxyURL:
     match = _URL.fullmatch(value)
     if match is None:
         raise ValueError
-    scheme = _SCHEMES.get(match[1].lower())
-    if scheme is None:
-        raise Invalid("expected socks5://, socks5h://, socks4a:// or http:// at the start")
+    first, plus, second = match[1].lower().partition("+")
+    scheme, discovery = _SCHEMES.get(first), _DISCOVERIES.get(second)
+    if scheme is None or (plus and discovery is None):
+        raise Invalid("expected socks5://, socks5h://, socks4a:// or http:// at the start, or one of them with +srv or"
+                      " +dns")  # fmt: skip
     username, password = _userinfo(match[2], scheme)
     try:
         hostname, port = split_port(match[3])
@@ -116,11 +135,17 @@ def parse_proxy_url(value: str) -> ProxyURL:
         host = parse_zoned_address(f"{host}{percent}{unquote(zone[2:]) if zone.startswith('25') else zone}")
     if not isinstance(host, str) and (host.is_unspecified or host.is_multicast):
         raise Invalid("expected the address of one host, not the unspecified address or multicast")
+    if discovery is not None and not isinstance(host, str):
+        raise Invalid(f"expected a name to look up with +{discovery.value}, not an address")
+    if discovery is Discovery.SERVICE:
+        if port is not None:
+            raise Invalid("expected no port with +srv: the records have it")
+        return ProxyURL(scheme=scheme, host=host, port=0, username=username, password=password, discovery=discovery)
     if port is None and scheme is not ProxyScheme.HTTP:
         port = 1080
     if not port:
         raise Invalid("expected a port from 1 to 65535, as in http://HOST:3128")
-    return ProxyURL(scheme=scheme, host=host, port=port, username=username, password=password)
+    return ProxyURL(scheme=scheme, host=host, port=port, username=username, password=password, discovery=discovery)
 
 
 def _userinfo(value: str | None, scheme: ProxyScheme) -> tuple[str | None, SecretStr | None]:

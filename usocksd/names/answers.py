@@ -93,5 +93,10 @@ def in_turn(addresses: Iterable[IPAddress]) -> tuple[IPAddress, ...]:
     return tuple(address for pair in pairs for address in pair if address is not None)
 
 
+def kept_for(found: NameAnswer) -> float:
+    """For how many seconds records other than addresses are valid."""
+    return _clamp(found.ttl or 0.0, _LONGEST_TTL)
+
+
 def _clamp(ttl: float, longest: float) -> float:
     return min(max(ttl, _SHORTEST_TTL), longest)

@@ -18,6 +18,7 @@ from ipaddress import (
     IPv6Network,
     ip_network,
 )
+from math import log
 from typing import Generic, TypeVar
 
 from usocksd.net.address import IPAddress, IPNetwork, without_zone
@@ -242,6 +243,10 @@ PROTECTED_NETWORKS = NetworkMap({parse_network(text): kind for kind, texts in PR
 """The kind of protected address that this is, or None."""
 
 
+def _seed(key: bytes) -> bytes:
+    return blake2b(key, digest_size=32).digest()
+
+
 def rendezvous(key: bytes, candidates: Collection[T], identity: Callable[[T], bytes]) -> list[T]:
     """The candidates in order of preference for this key: highest random weight first.
 
@@ -249,9 +254,24 @@ def rendezvous(key: bytes, candidates: Collection[T], identity: Callable[[T], by
     after every restart, and without one candidate the others keep their order, so that only its own keys
     move.
     """
-    seed = blake2b(key, digest_size=32).digest()
+    seed = _seed(key)
     return sorted(
         candidates,
         key=lambda candidate: blake2b(identity(candidate), digest_size=16, key=seed).digest(),
         reverse=True,
     )
+
+
+def weighted_rendezvous(
+    key: bytes, candidates: Collection[T], identity: Callable[[T], bytes], weight: Callable[[T], float]
+) -> list[T]:
+    """The same, and each is the first for a share of the keys that its weight is of all weights: by -ln(u) / weight,
+    where u is the candidate's hash as a number between 0 and 1.
+    """
+    seed = _seed(key)
+
+    def cost(candidate: T) -> float:
+        digest = blake2b(identity(candidate), digest_size=8, key=seed).digest()
+        return -log((int.from_bytes(digest) + 1) / 2**64) / weight(candidate)
+
+    return sorted(candidates, key=cost)

@@ -17,7 +17,7 @@ import socket
 import struct
 from collections.abc import Callable, Sequence
 from math import inf
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import dns.exception
 import dns.flags
@@ -57,6 +57,18 @@ _SILENT_AFTER = 0.5
 _BLAMED_FIRST, _BLAMED_AT_MOST = 2.0, 30.0
 
 
+class ServiceRecord(NamedTuple):
+    """One server of a service: a record of type SRV (RFC 2782)."""
+
+    priority: int
+    """the lowest is asked first"""
+    weight: int
+    """its share among those of the same priority"""
+    port: int
+    target: str
+    """a name"""
+
+
 @frozen
 class NameAnswer:
     """The servers' answer about a name, for one kind of record."""
@@ -67,6 +79,7 @@ class NameAnswer:
     ttl: float | None
     """Seconds, the shortest of the answer and the CNAMEs that lead to it, or the SOA's for an absence (RFC 2308
     section 5); None for an absence without a SOA."""
+    services: tuple[ServiceRecord, ...] = ()
 
 
 OnAnswer: TypeAlias = Callable[[Kind, NameAnswer | ResolveError], None]
@@ -308,6 +321,12 @@ def _found(message: dns.message.Message) -> NameAnswer:
     if rcode not in {dns.rcode.NOERROR, dns.rcode.NXDOMAIN} or not isinstance(message, dns.message.QueryMessage):
         raise dns.exception.FormError  # (any DNSException: it is no answer)
     chain = message.resolve_chaining()
+    if chain.answer is not None and chain.answer.rdtype == dns.rdatatype.SRV:
+        records = tuple(
+            ServiceRecord(each.priority, each.weight, each.port, each.target.to_text(omit_final_dot=True))
+            for each in chain.answer
+        )
+        return NameAnswer((), True, chain.minimum_ttl, records)
     if chain.answer is not None:
         return NameAnswer(tuple(record.address for record in chain.answer), True, chain.minimum_ttl)
     vouched = any(rrset.rdtype == dns.rdatatype.SOA for rrset in message.authority)

@@ -92,9 +92,16 @@ class NameServers:
 
         Raises ResolveError with cause TIMED_OUT or SERVERS_FAILED.
         """
+        return await self._one(name, dns.rdatatype.A)
+
+    async def services(self, name: str) -> NameAnswer:
+        """The servers of the service that has this name (RFC 2782). Raises as `addresses` does."""
+        return await self._one(name, dns.rdatatype.SRV)
+
+    async def _one(self, name: dns.name.Name | str, kind: Kind) -> NameAnswer:
         answers: list[NameAnswer | ResolveError] = [ResolveError(str(name), TIMED_OUT)]
         with trio.move_on_after(self.lifetime):
-            await self.ask(name, (dns.rdatatype.A,), lambda _, found: answers.append(found))
+            await self.ask(name, (kind,), lambda _, found: answers.append(found))
         if isinstance(answers[-1], ResolveError):
             raise answers[-1]
         return answers[-1]

@@ -31,7 +31,7 @@ from usocksd.log.metrics import SECONDS, Metrics
 from usocksd.names import answers
 from usocksd.names.hosts_file import HostsFile
 from usocksd.names.match import canonical_host
-from usocksd.names.name_query import SERVERS_FAILED, TIMED_OUT, NameAnswer
+from usocksd.names.name_query import SERVERS_FAILED, TIMED_OUT, NameAnswer, ServiceRecord
 from usocksd.names.name_servers import FAMILIES, NameServers
 from usocksd.names.resolv_conf import MOST_SERVERS, PORT, RESOLV_CONF
 from usocksd.names.turns import Ticket, TooManyWaiting, Turns
@@ -245,6 +245,20 @@ class Resolver:
                 if error.cause == NO_ADDRESS:
                     cause = NO_ADDRESS
         raise ResolveError(text, cause)
+
+    async def services(self, name: str) -> tuple[tuple[ServiceRecord, ...], float]:
+        """The servers of a service, by its SRV records (RFC 2782), and for how many seconds they are valid. The name
+        servers are asked, whatever `system` says, and no search domains are tried.
+
+        Raises ResolveError, which is `absent` if there is no such service, or it says that it is not to be had.
+        """
+        if self._clock() >= self._next_check:
+            self._reread()
+        found = await self._servers.services(name)
+        usable = tuple(each for each in found.services if each.port and each.target)  # "." is none
+        if not usable:
+            raise ResolveError(name, NO_ADDRESS if found.exists else NO_SUCH_NAME)
+        return usable, answers.kept_for(found)
 
     async def resolve_for(
         self, client: Interruptible, host: str | None, name: str, deadline: float

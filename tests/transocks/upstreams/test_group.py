@@ -21,11 +21,12 @@ from turning import start, turning
 
 from transocks.config import TransocksConfig
 from transocks.direct import Direct
-from transocks.upstreams.group import NoUdp, Upstreams
+from transocks.upstreams.group import NoUdp
 from transocks.upstreams.proxy_url import ProxyScheme
 from transocks.upstreams.request import Tunnel, TunnelRequest
 from transocks.upstreams.state import Answer
 from transocks.upstreams.upstream import UpstreamDown
+from transocks.upstreams.upstreams import Upstreams
 from usocksd.errors import Denied, DialError, Error, ResolveError, UpstreamError
 from usocksd.log.metrics import Metrics
 from usocksd.names.resolver import Resolver
@@ -288,7 +289,7 @@ class World:
         return next(
             each.state
             for group in self.upstreams.groups.values()
-            for each in group._upstreams
+            for each in group.upstreams
             if each.name.endswith(f":{peer.port}")
         )
 
@@ -608,7 +609,7 @@ async def test_a_deadline_of_the_client_marks_no_proxy_down(mock_clock: MockCloc
         await world.pass_time(31)
         with pytest.raises(DialError):
             await session.tunnel()
-        assert next(iter(world.upstreams.groups["default"]._upstreams)).state.up
+        assert next(iter(world.upstreams.groups["default"].upstreams)).state.up
 
 
 async def test_after_silence_an_upstream_is_asked_step_by_step(mock_clock: MockClock, world: World) -> None:
@@ -643,7 +644,7 @@ async def test_a_far_proxy_has_more_time(mock_clock: MockClock, world: World) ->
     (second,) = await world.peers(socks())
     with daemons.blackhole() as full:
         await world.configured(f"socks5://127.0.0.1:{full}", second)
-        state = next(iter(world.upstreams.groups["default"]._upstreams)).state
+        state = next(iter(world.upstreams.groups["default"].upstreams)).state
         state.answered(Answer(1.0, round_trip=0.5), trio.current_time())
         session = world.ask()
         await world.suspect()
@@ -722,7 +723,7 @@ async def test_a_tunnel_marks_its_proxy_up(world: World) -> None:
 
 
 def upstream_of(world: World) -> Any:
-    (found,) = world.upstreams.groups["default"]._upstreams
+    (found,) = world.upstreams.groups["default"].upstreams
     return found
 
 
@@ -860,7 +861,7 @@ async def test_one_proxy_with_two_users_is_two_upstreams(world: World) -> None:
     status: Any = upstreams.status()["default"]
     assert [each["upstream"] for each in status["upstreams"]] == names
     assert world.counted("upstream_up") == {("default", name): 1 for name in names}
-    assert len({each.key for each in upstreams.groups["default"]._upstreams}) == 3
+    assert len({each.key for each in upstreams.groups["default"].upstreams}) == 3
 
 
 # ---- names of upstreams

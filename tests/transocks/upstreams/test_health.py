@@ -165,12 +165,12 @@ class World:
         self.shared: list[Any] = []
         self.metrics = Metrics("transocks")
         self.health = Health(
-            [self.upstream],
             HealthConfig(interval=10),
             self.shared.append,
             UpstreamMetrics(self.metrics),
             clock=trio.current_time,
         )
+        self.health.add(self.upstream)
 
     async def keep(self) -> None:
         """Be the worker that probes for all."""

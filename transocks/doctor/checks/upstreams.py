@@ -26,6 +26,7 @@ from transocks.tools import FirewallError
 from transocks.tracing.links import lookup, policy_against
 from transocks.tracing.reports import TCP
 from transocks.tracing.sockets import socket_of
+from transocks.upstreams.discovery import members_of
 from transocks.upstreams.probes import ping
 from transocks.upstreams.proxy_url import ProxyScheme, ProxyURL
 from usocksd.errors import Error, ResolveError, UpstreamError
@@ -81,13 +82,16 @@ async def _at_once(act: Callable[[T], Awaitable[R]], items: Sequence[T]) -> list
 class _Greeting:
     """Greets one upstream at all its addresses."""
 
-    def __init__(self, proxy: ProxyURL, host: Host) -> None:
+    def __init__(self, proxy: ProxyURL, host: Host, listed: ProxyURL | None = None) -> None:
+        """`listed`: how the configuration names it, if DNS tells of it."""
         self._proxy, self._host = proxy, host
-        groups = [group for group in host.config.groups().values() if proxy in group.proxy_url]
+        groups = [group for group in host.config.groups().values() if (listed or proxy) in group.proxy_url]
         self._header = LOCAL_HEADER if any(group.proxy_protocol for group in groups) else b""
 
     async def run(self, resolver: Resolver) -> list[Finding]:
         """What is wrong with it, if anything."""
+        if self._proxy.discovery is not None:
+            return await self._members(resolver)
         addresses: tuple[IPAddress, ...] = ()
         problem = "its name was not resolved in time"
         if not isinstance(self._proxy.host, str):
@@ -109,6 +113,20 @@ class _Greeting:
             else finding
             for finding, answers in found
         ]
+
+    async def _members(self, resolver: Resolver) -> list[Finding]:
+        """The same of all proxies that the name stands for."""
+        problem = "its name was not looked up in time"
+        with trio.move_on_after(PATIENCE):
+            try:
+                members, _ = await members_of(self._proxy, resolver)
+            except ResolveError as error:
+                problem = str(error)
+            else:
+                urls = [member.url for member in members[:_MOST]]
+                found = await _at_once(lambda url: _Greeting(url, self._host, self._proxy).run(resolver), urls)
+                return [finding for findings in found for finding in findings]
+        return [fault(_CHECK, f"{self._proxy}: {problem}", "see what the name servers say about it")]
 
     async def _at(self, address: IPAddress) -> tuple[Finding, bool]:
         """What is wrong with it at this address, and whether it answers there."""

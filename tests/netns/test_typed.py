@@ -45,6 +45,8 @@ NOT_TYPED = {
     "/opt/transocks/bin/pip": "the same; test_wheel.py has what it installs",
     "systemctl": "there is no systemd here; that the units exist is looked at, and test_systemd.py has the rest",
     "ansible-playbook": "large; deploy/ansible/try runs it",
+    "deploy/debian/build": "wants the Internet; deploy/debian/try has it and what follows",
+    "editor": "is interactive",
     "docker": "there is no docker here; that the files exist is looked at, and test_container.py has the rest",
 }
 # Commands with another exit status than 0: the allowed ones, and why.
